@@ -1,0 +1,54 @@
+# make demo       a real model on stock vLLM, captured and shown
+# make test       lint and every test
+# make test-fast  the tests that need neither vLLM nor a server nor an installation
+# make lint       ruff and mypy
+# make format     let ruff rewrite the sources
+#
+# All work in a virtual environment at $(VENV), which is made when it is missing or out of date.
+
+VENV ?= .venv
+PYTHON ?= $(or $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null),python3)
+TORCH ?= torch==2.13.0
+
+python := $(VENV)/bin/python
+pip := $(python) -m pip --disable-pip-version-check
+sources := tlcore backends schemas tests examples
+
+.PHONY: demo test test-fast lint format venv
+.DELETE_ON_ERROR:
+
+demo: $(VENV)/.installed
+	$(python) examples/demo.py
+
+test: lint
+	$(python) -m pytest
+
+test-fast: $(VENV)/.installed
+	$(python) -m pytest -m "not slow"
+
+lint: $(VENV)/.installed
+	$(python) -m ruff check $(sources)
+	$(python) -m ruff format --check $(sources)
+	$(python) -m mypy
+
+format: $(VENV)/.installed
+	$(python) -m ruff check --fix $(sources)
+	$(python) -m ruff format $(sources)
+
+venv: $(VENV)/.installed
+
+$(VENV)/.made:
+	$(PYTHON) -m venv $(VENV)
+	touch $@
+
+$(VENV)/.torch: $(VENV)/.made
+	$(pip) install "$(TORCH)"
+	touch $@
+
+$(VENV)/.requirements: tests/requirements/vllm.txt tests/requirements/dev.txt $(VENV)/.torch
+	$(pip) install --no-deps -r tests/requirements/vllm.txt -r tests/requirements/dev.txt
+	touch $@
+
+$(VENV)/.installed: pyproject.toml $(VENV)/.requirements
+	$(pip) install --no-deps --no-build-isolation --editable .
+	touch $@

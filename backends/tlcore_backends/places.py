@@ -1,0 +1,36 @@
+"""From a run's path or URL to the store that keeps its bytes."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from tlcore.protocols import Store
+
+from .stores import LocalStore
+
+_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
+_LOCAL_SCHEMES = ("file", "local")
+
+
+def open_store(
+    place: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None, fsync: bool = False
+) -> Store:
+    """The store for a local path, a ``file://`` URL or the URL of any other fsspec protocol.
+
+    ``storage_options`` go to the fsspec filesystem; ``fsync`` matters on the local disk only. Raises
+    BackendError for an unknown protocol, a missing package, or options that it does not take.
+    """
+    text = os.fspath(place)
+    if not _URL.match(text):
+        return LocalStore(text, fsync)
+    parts = urlsplit(text)
+    if parts.scheme.lower() in _LOCAL_SCHEMES and not parts.netloc:
+        return LocalStore(unquote(parts.path), fsync)
+    # Loaded only when needed: most runs go to the local disk.
+    from .object_storage import FsspecStore
+
+    return FsspecStore(text, storage_options)

@@ -1,0 +1,316 @@
+"""Places that keep named bytes: `LocalStore`, a directory on a local or mounted file system."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import itertools
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tlcore.errors import BackendError
+from tlcore.protocols import Buffer, Entry
+
+UNFINISHED = ".tmp"
+_DIRECTORY_MODE = 0o700
+_FILE_MODE = 0o600
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP})
+_WRITEV_PARTS = 1024
+_BAD_NAME = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
+
+
+def check_name(name: str) -> str:
+    """``name`` itself, if it is relative and cannot leave the root it is joined to.
+
+    Raises BackendError for an absolute name, an empty, ``.`` or ``..`` component, a NUL, or a name that
+    ends like an unfinished file.
+    """
+    if _BAD_NAME.search(name) or name.endswith(UNFINISHED):
+        raise BackendError(f"{name!r} is not a valid name: it must be a relative path without '..'")
+    return name
+
+
+class LocalStore:
+    """Blobs as files under the directory ``root``, which is made (mode 0700) at the first write.
+
+    A blob is written to ``<name>.<unique>.tmp`` beside its place, then renamed. With ``fsync`` it is on
+    the disk, with its directory, before `put` returns.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], fsync: bool = False) -> None:
+        self.root = Path(os.path.abspath(root))
+        self._root = str(self.root)
+        self._fsync = fsync
+        self._known_directories: set[str] = set()
+        self._token = secrets.token_hex(4)
+        self._counter = itertools.count()
+
+    @property
+    def url(self) -> str:
+        """The root as an absolute path."""
+        return self._root
+
+    def prepare(self) -> None:
+        """Make the root, or accept an existing one that only this user can write.
+
+        Raises BackendError when it cannot be made, is a symbolic link or no directory, belongs to
+        somebody else, or can be written by others.
+        """
+        try:
+            _make_parents(os.path.dirname(self._root))
+            self._make_directory(self._root)
+            status = os.lstat(self._root)
+        except OSError as error:
+            raise _refused("make the run directory", self._root, error) from error
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise BackendError(
+                f"{self.root}: other users can write this directory; choose another output_dir, or remove it"
+            )
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> int:
+        """Publish the concatenation of ``parts`` as ``name``; returns its size in bytes."""
+        target = self._place(name)
+        try:
+            self._ensure_parent(target)
+            return self._publish(target, parts)
+        except OSError as error:
+            raise _refused("write", target, error) from error
+
+    def begin(self, name: str, reserve: int) -> UnfinishedFile:
+        """A file to be written piece by piece behind ``reserve`` bytes, then published as ``name``."""
+        target = self._place(name)
+        try:
+            self._ensure_parent(target)
+            return UnfinishedFile(self._unfinished(target), target, self._fsync, reserve)
+        except OSError as error:
+            raise _refused("write", target, error) from error
+
+    def copy(self, source: str, target: str) -> None:
+        """Make ``target`` a hard link to ``source``, or a real copy where links are refused."""
+        origin, place = self._place(source), self._place(target)
+        if not os.path.lexists(origin):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), origin)
+        try:
+            self._ensure_parent(place)
+            if not self._link(origin, place):
+                self._copy_bytes(origin, place)
+        except OSError as error:
+            raise _refused("copy", place, error) from error
+
+    def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes ``[start, end)`` of a blob; a symbolic link that leaves the root is refused."""
+        place = self._place(name)
+        real, real_root = os.path.realpath(place), os.path.realpath(self._root)
+        if os.path.commonpath([real, real_root]) != real_root:
+            raise BackendError(f"{place}: leads out of {self._root} through a symbolic link")
+        try:
+            with open(real, "rb") as file:
+                file.seek(start)
+                return file.read() if end is None else file.read(max(0, end - start))
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise _refused("read", place, error) from error
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All finished files whose name starts with ``prefix``; symbolic links are not followed."""
+        directory = prefix.rpartition("/")[0]
+        start = self._place(directory) if directory else self._root
+        for entry in _walk(start):
+            name = entry.path[len(self._root) + 1 :]
+            if name.startswith(prefix) and not name.endswith(UNFINISHED):
+                try:
+                    yield Entry(name, entry.stat(follow_symlinks=False).st_size)
+                except FileNotFoundError:
+                    continue
+
+    def delete(self, name: str) -> None:
+        """Remove a blob; a missing one is not an error."""
+        place = self._place(name)
+        try:
+            os.unlink(place)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _refused("delete", place, error) from error
+
+    def close(self) -> None:
+        """Nothing is held open between calls."""
+
+    def _place(self, name: str) -> str:
+        return f"{self._root}/{check_name(name)}"
+
+    def _unfinished(self, target: str) -> str:
+        return f"{target}.{self._token}-{next(self._counter)}{UNFINISHED}"
+
+    def _ensure_parent(self, target: str) -> None:
+        if self._root not in self._known_directories:
+            self.prepare()
+        missing = []
+        directory = os.path.dirname(target)
+        while directory not in self._known_directories:
+            missing.append(directory)
+            directory = os.path.dirname(directory)
+        for directory in reversed(missing):
+            self._make_directory(directory)
+
+    def _make_directory(self, directory: str) -> None:
+        try:
+            os.mkdir(directory, _DIRECTORY_MODE)
+            if self._fsync:
+                _sync_directory(os.path.dirname(directory))
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(directory).st_mode):
+                raise NotADirectoryError(
+                    errno.ENOTDIR,
+                    "a symbolic link or a file is in the way",
+                    str(directory),
+                ) from None
+        self._known_directories.add(directory)
+
+    def _publish(self, target: str, parts: Sequence[Buffer]) -> int:
+        file = UnfinishedFile(self._unfinished(target), target, self._fsync)
+        try:
+            size = file.write(parts)
+            file.publish()
+        except BaseException:
+            file.abandon()
+            raise
+        return size
+
+    def _link(self, origin: str, place: str) -> bool:
+        """Whether ``place`` now is a hard link to ``origin``; False where the file system refuses."""
+        try:
+            try:
+                os.link(origin, place, follow_symlinks=False)
+            except FileExistsError:
+                unfinished = self._unfinished(place)
+                os.link(origin, unfinished, follow_symlinks=False)
+                os.rename(unfinished, place)
+                # Renaming onto another link of the same file does nothing and leaves the old name.
+                _remove_quietly(unfinished)
+        except OSError as error:
+            if error.errno in _NO_HARD_LINKS:
+                return False
+            raise
+        if self._fsync:
+            _sync_directory(os.path.dirname(place))
+        return True
+
+    def _copy_bytes(self, origin: str, place: str) -> None:
+        with open(origin, "rb") as file:
+            self._publish(place, [file.read()])
+
+
+class UnfinishedFile:
+    """A file under a temporary name, which gets its real one when it is whole.
+
+    `write` appends, from byte ``reserve`` on; the bytes before are given to `publish`. Raises OSError as
+    the system does; then, or when the file is not wanted any more, call `abandon`.
+    """
+
+    def __init__(self, path: str, target: str, fsync: bool, reserve: int = 0) -> None:
+        self.target = target
+        self._path = path
+        self._fsync = fsync
+        self._handle: int | None = os.open(
+            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, _FILE_MODE
+        )
+        os.lseek(self._handle, reserve, os.SEEK_SET)
+
+    def write(self, parts: Sequence[Buffer]) -> int:
+        """Append ``parts``; returns how many bytes they were."""
+        return _write_all(self._open_handle, parts)
+
+    def publish(self, head: bytes = b"") -> None:
+        """Put ``head`` in the reserved place and give the file its name."""
+        handle = self._open_handle
+        if head:
+            os.lseek(handle, 0, os.SEEK_SET)
+            _write_all(handle, [head])
+        if self._fsync:
+            os.fsync(handle)
+        self._close()
+        os.rename(self._path, self.target)
+        if self._fsync:
+            _sync_directory(os.path.dirname(self.target))
+
+    def abandon(self) -> None:
+        """Remove the file; nothing happens to one that was published."""
+        self._close()
+        _remove_quietly(self._path)
+
+    @property
+    def _open_handle(self) -> int:
+        if self._handle is None:
+            raise ValueError(f"{self.target} is closed")
+        return self._handle
+
+    def _close(self) -> None:
+        handle, self._handle = self._handle, None
+        if handle is not None:
+            os.close(handle)
+
+
+def _walk(directory: str) -> Iterator[os.DirEntry[str]]:
+    """Every regular file below ``directory``; a directory that is missing or vanishes has none."""
+    try:
+        with os.scandir(directory) as entries:
+            found = list(entries)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    except OSError as error:
+        raise _refused("list", directory, error) from error
+    for entry in found:
+        if entry.is_dir(follow_symlinks=False):
+            yield from _walk(entry.path)
+        elif entry.is_file(follow_symlinks=False):
+            yield entry
+
+
+def _write_all(handle: int, parts: Sequence[Buffer]) -> int:
+    """Write every part in order, however little the system takes at a time; returns the bytes written."""
+    pending = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
+    total = sum(view.nbytes for view in pending)
+    first = 0
+    while first < len(pending):
+        written = os.writev(handle, pending[first : first + _WRITEV_PARTS])
+        while first < len(pending) and written >= pending[first].nbytes:
+            written -= pending[first].nbytes
+            first += 1
+        if written:
+            pending[first] = pending[first][written:]
+    return total
+
+
+def _make_parents(directory: str) -> None:
+    """Make ``directory`` and its missing parents, each with mode 0700; existing ones are left alone."""
+    if os.path.isdir(directory):
+        return
+    _make_parents(os.path.dirname(directory))
+    try:
+        os.mkdir(directory, _DIRECTORY_MODE)
+    except FileExistsError:
+        if not os.path.isdir(directory):
+            raise
+
+
+def _sync_directory(directory: str) -> None:
+    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _remove_quietly(path: str) -> None:
+    with contextlib.suppress(OSError):
+        os.unlink(path)
+
+
+def _refused(action: str, path: str, error: OSError) -> BackendError:
+    return BackendError(f"cannot {action} {path}: {error.strerror or error}")

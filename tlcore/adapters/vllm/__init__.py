@@ -1,0 +1,41 @@
+"""The vLLM adapter: plugs the intermediate-logging flag and its capture into a stock vLLM.
+
+Importing this module imports neither torch nor vLLM. vLLM calls `register` (entry point
+``vllm.general_plugins``) in every process and `platform` (``vllm.platform_plugins``) earlier still.
+Both only wait for the two vLLM modules that are patched; nothing else happens until a configuration
+asks for capture.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+from .importing import when_imported
+
+PLUGIN = "tlcore"
+
+
+def register() -> None:
+    """Make vLLM accept the configuration and its workers follow it. Safe to repeat."""
+    when_imported("vllm.engine.arg_utils", _patch_arguments)
+    when_imported("vllm.v1.worker.worker_base", _patch_workers)
+
+
+def platform() -> None:
+    """Register early, while vLLM looks for its platform; None says that this is not a platform."""
+    register()
+
+
+install_import_hook = register
+
+
+def _patch_arguments(module: ModuleType) -> None:
+    from .arguments import patch_arguments
+
+    patch_arguments(module)
+
+
+def _patch_workers(module: ModuleType) -> None:
+    from .worker import patch_workers
+
+    patch_workers(module)

@@ -1,0 +1,133 @@
+"""The front-end process: checks a configuration before any model is loaded, and starts the run."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from ...errors import BackendError, CaptureError, ConfigError
+from ...registry import resolve
+from ...schema import Config, load_config, redact_url
+from ...session import new_run_id
+from . import PLUGIN
+from .carrier import KEY, Carrier, carried, is_carrier
+from .grace import give_workers_time
+
+_GROUP = "vllm.general_plugins"
+
+
+def check(given: Config | Mapping[str, Any] | str) -> Config:
+    """The configuration, valid and usable here: its backend loads in workers, its place can be written.
+
+    Raises ConfigError or BackendError. A disabled one is only validated.
+    """
+    config = load_config(given)
+    if config.enabled:
+        backend = resolve(config.backend, portable=True)
+        if backend.origin == "built-in" and "://" not in config.output_dir:
+            _probe_directory(config.output_dir)
+        _check_workers_load_plugin()
+    return config
+
+
+def prepare(additional_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``additional_config`` with its configuration checked and given a run id, or taken out if disabled.
+
+    A carrier made earlier stays as it is. Raises ConfigError or BackendError.
+    """
+    prepared = dict(additional_config or {})
+    given = prepared.get(KEY)
+    if given is None or is_carrier(given):
+        return prepared
+    config = check(given)
+    if not config.enabled:
+        del prepared[KEY]
+        return prepared
+    document = config.to_json(redact=False)
+    if "://" not in config.output_dir:
+        # Workers may have another working directory.
+        document["output_dir"] = os.path.abspath(config.output_dir)
+    prepared[KEY] = Carrier(config=document, run_id=new_run_id())
+    return prepared
+
+
+def check_arguments(engine_args: Any) -> None:
+    """Stop arguments that cannot be captured before vLLM looks at the model. Raises ConfigError.
+
+    Only what is certain from the arguments alone; `check_engine_config` sees what vLLM made of them.
+    """
+    if carried(engine_args.additional_config) is None or engine_args.enforce_eager:
+        return
+    compilation = getattr(engine_args, "compilation_config", None)
+    mode = getattr(compilation, "mode", None)
+    chosen_plain = mode is not None and int(mode) == 0
+    level = getattr(engine_args, "optimization_level", None)
+    if not chosen_plain and (level is None or int(level) > 0):
+        raise _not_eager()
+
+
+def check_engine_config(vllm_config: Any) -> None:
+    """Stop an engine that would compile or use graphs, and complete the carrier.
+
+    Raises ConfigError, or CaptureError naming the vLLM version when its configuration is unknown.
+    """
+    carrier = carried(vllm_config.additional_config)
+    if carrier is None:
+        return
+    compilation = vllm_config.compilation_config
+    for name in ("mode", "cudagraph_mode"):
+        if not hasattr(compilation, name):
+            raise unknown_vllm(f"its compilation config has no {name!r}")
+    if _name(compilation.mode) != "NONE" or _name(compilation.cudagraph_mode) != "NONE":
+        raise _not_eager()
+    parallel = vllm_config.parallel_config
+    if getattr(parallel, "use_ubatching", False):
+        raise ConfigError("$", "intermediate logging does not work with microbatches (--enable-dbo).")
+    carrier["world_size"] = parallel.world_size * parallel.data_parallel_size
+    give_workers_time()
+
+
+def unknown_vllm(problem: str) -> CaptureError:
+    """The error for a vLLM whose internals are not the ones that this adapter knows."""
+    import vllm
+
+    version = getattr(vllm, "__version__", "(unknown)")
+    return CaptureError(
+        f"this version of tlcore does not know vLLM {version}: {problem}. Nothing can be captured; "
+        "take out --intermediate-log-config, or use a vLLM release that tlcore supports."
+    )
+
+
+def _not_eager() -> ConfigError:
+    problem = "intermediate logging captures in eager mode only, and this engine would compile its model."
+    return ConfigError("$", problem, "Pass --enforce-eager (in Python: enforce_eager=True).")
+
+
+def _name(mode: Any) -> str:
+    return str(getattr(mode, "name", mode))
+
+
+def _probe_directory(path: str) -> None:
+    try:
+        os.makedirs(path, mode=0o700, exist_ok=True)
+        os.rmdir(tempfile.mkdtemp(prefix=".tlcore-probe-", dir=path))
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BackendError(
+            f"$.output_dir: {redact_url(path)!r} cannot be written: {reason}. "
+            "Give a directory in which this user may create directories."
+        ) from None
+
+
+def _check_workers_load_plugin() -> None:
+    """Workers learn about capture from the plugin alone: without it they would silently store nothing."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in [name.strip() for name in allowed.split(",")]:
+        problem = f"VLLM_PLUGINS={allowed!r} keeps vLLM's workers from loading the plugin {PLUGIN!r}."
+        raise ConfigError("$", problem, f"Add {PLUGIN} to VLLM_PLUGINS, or unset it.")
+    if not any(point.name == PLUGIN for point in entry_points(group=_GROUP)):
+        problem = "tlcore can be imported but is not installed, so vLLM's workers do not load it."
+        raise ConfigError("$", problem, "Install it into this environment with pip.")

@@ -1,0 +1,116 @@
+"""The step's bracket: one captured step for each real step of a vLLM model runner."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from ...record import Json
+from ...session import Session
+from .rows import RowReader, RowsError
+
+log = logging.getLogger("vllm.tlcore")
+
+
+class StepBracket:
+    """Wraps a model runner's step methods around a session; nothing of it can break a step.
+
+    A real step is one outside warm-up, not a dummy run, that schedules tokens. It begins with
+    ``execute_model`` and ends after ``sample_tokens`` (or ``pool``), or with ``execute_model`` itself
+    where that returns the final output. The model's own exceptions pass through unchanged.
+    """
+
+    def __init__(self, session: Session, runner: Any) -> None:
+        self._session = session
+        self._reader = RowReader(runner)
+        self._warming = 0
+        self._open = False
+        self._rows: list[Json] | None = None
+        self._extra: dict[str, Any] = {}
+        self._warned: set[str] = set()
+        runner.execute_model = self._wrap_execute(runner.execute_model)
+        for name in ("sample_tokens", "pool"):
+            if hasattr(runner, name):
+                setattr(runner, name, self._wrap_last(getattr(runner, name)))
+
+    def warm_up(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        """Wrap a worker's method in which no step is real."""
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            self._warming += 1
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self._warming -= 1
+
+        return wrapped
+
+    def _wrap_execute(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
+            scheduled = getattr(scheduler_output, "total_num_scheduled_tokens", 0)
+            if self._warming or kwargs.get("dummy_run") or not scheduled:
+                return original(scheduler_output, *args, **kwargs)
+            self._begin()
+            try:
+                output = original(scheduler_output, *args, **kwargs)
+            except BaseException as error:
+                self._end(error)
+                raise
+            self._read_rows(scheduler_output)
+            if output is not None:
+                self._end()
+            return output
+
+        return execute_model
+
+    def _wrap_last(self, original: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(original)
+        def last(*args: Any, **kwargs: Any) -> Any:
+            try:
+                output = original(*args, **kwargs)
+            except BaseException as error:
+                self._end(error)
+                raise
+            self._end()
+            return output
+
+        return last
+
+    def _begin(self) -> None:
+        self._rows, self._extra = None, {}
+        self._reader.forget()
+        try:
+            self._open = self._session.begin_step()
+        except Exception as error:
+            self._open = False
+            self._warn("a step could not be begun", error)
+
+    def _read_rows(self, scheduler_output: Any) -> None:
+        if not self._open:
+            return
+        try:
+            self._rows, padded = self._reader.rows(scheduler_output)
+            if padded:
+                self._extra["padded_rows"] = padded
+        except Exception as error:
+            reason = str(error) if isinstance(error, RowsError) else f"{type(error).__name__}: {error}"
+            self._extra["rows_unavailable"] = reason
+            self._warn("request rows are not available", error)
+
+    def _end(self, error: BaseException | None = None) -> None:
+        if not self._open:
+            return
+        self._open = False
+        try:
+            self._session.end_step(rows=self._rows, extra=self._extra, error=error)
+        except Exception as failure:
+            self._warn("a step could not be ended", failure)
+
+    def _warn(self, what: str, error: Exception) -> None:
+        if what not in self._warned:
+            self._warned.add(what)
+            log.warning("%s (said once): %s", what, error, exc_info=not isinstance(error, RowsError))

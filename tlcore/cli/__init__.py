@@ -1,0 +1,47 @@
+"""The sub-commands: a table of names, and a parser that loads only the one in use."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from importlib import import_module
+from typing import Any
+
+from .. import __version__
+
+# Each module has HELP, configure(parser) and run(args). The text here keeps `--help` from loading them.
+COMMANDS = {
+    "ls": ("ls", "list the runs in a directory, the steps of a run, or the tensors of a step"),
+    "show": ("show", "show a captured tensor or structure"),
+    "check-config": ("check_config", "check a configuration and print its normal form"),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """The parser of the whole command line; a parsed command has ``run`` set."""
+    top = argparse.ArgumentParser(prog="tlcore", description="Look at captured tensors.")
+    top.add_argument("--version", action="version", version=f"tlcore {__version__}")
+    commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=_LazyParser)
+    for name, (module, summary) in COMMANDS.items():
+        commands.add_parser(name, module=module, help=summary)
+    return top
+
+
+class _LazyParser(argparse.ArgumentParser):
+    """A sub-command's parser that loads the command only when it parses or prints help."""
+
+    def __init__(self, module: str, **settings: Any) -> None:
+        super().__init__(**settings)
+        self._module: str | None = module
+
+    def parse_known_args(  # type: ignore[override]  # typeshed overloads what argparse calls plainly
+        self, args: Sequence[str] | None = None, namespace: argparse.Namespace | None = None
+    ) -> tuple[argparse.Namespace, list[str]]:
+        """Load the command, then parse its arguments."""
+        if self._module is not None:
+            command = import_module(f".{self._module}", __name__)
+            self._module = None
+            self.description = command.HELP
+            command.configure(self)
+            self.set_defaults(run=command.run)
+        return super().parse_known_args(args, namespace)

@@ -1,0 +1,160 @@
+"""`tlcore ls`: the runs in a directory, the steps of a run, or the calls and tensors of a step."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReadError
+from ..reader import Run, RunSummary, Step, list_runs, open_run
+from ..record import Json
+from .tables import print_table, size
+
+HELP = (
+    "List the runs in a directory, or the steps of a run. With --step or --module, list the calls and"
+    " tensors of the steps."
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("path", metavar="PATH", help="an output_dir, or a run's directory")
+    parser.add_argument("--step", type=int, help="list the calls and tensors of this step")
+    parser.add_argument("--module", metavar="REGEX", help="only calls of modules in whose name this is found")
+    parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the listing. Raises ReadError for a bad path, step or regular expression."""
+    pattern = _pattern(args.module)
+    if not (Path(args.path) / "run.json").exists() and args.step is None and pattern is None:
+        _list_runs(list_runs(args.path), args.json)
+        return 0
+    opened = open_run(args.path)
+    if args.step is None and pattern is None:
+        _list_steps(opened, args.json)
+    else:
+        _list_tensors(opened, args.step, pattern, args.json)
+    return 0
+
+
+def _pattern(text: str | None) -> re.Pattern[str] | None:
+    try:
+        return None if text is None else re.compile(text)
+    except re.error as error:
+        raise ReadError(f"--module {text!r} is not a regular expression: {error}") from error
+
+
+def _list_runs(runs: list[RunSummary], as_json: bool) -> None:
+    if as_json:
+        print(json.dumps({"runs": [asdict(summary) for summary in runs]}, indent=1))
+    elif not runs:
+        print("no runs")
+    else:
+        rows = ([s.run_id, s.problem or s.state, s.created, s.steps, s.tensors, size(s.bytes)] for s in runs)
+        print_table(["run", "state", "created", "steps", "tensors", "bytes"], rows)
+
+
+def _list_steps(opened: Run, as_json: bool) -> None:
+    steps = [opened.step(number) for number in sorted([*opened.steps, *opened.incomplete_steps])]
+    if as_json:
+        print(
+            json.dumps(
+                {"run": _described_run(opened), "steps": [_described_step(s) for s in steps]}, indent=1
+            )
+        )
+        return
+    print(_headline(opened))
+    columns = ["step", "state", "calls", "tensors", "bytes", "ledger"]
+    print_table(
+        columns, ([s.number, _state(s), len(s.calls), len(s), size(_bytes(s)), _losses(s)] for s in steps)
+    )
+
+
+def _list_tensors(opened: Run, number: int | None, pattern: re.Pattern[str] | None, as_json: bool) -> None:
+    numbers = sorted([*opened.steps, *opened.incomplete_steps]) if number is None else [number]
+    steps = [opened.step(n) for n in numbers]
+    if as_json:
+        listed = [_described_step(step) | {"call_list": list(_calls(step, pattern))} for step in steps]
+        print(json.dumps({"run": _described_run(opened), "steps": listed}, indent=1))
+        return
+    print(_headline(opened))
+    rows = [row for step in steps for row in _rows(step, pattern)]
+    print_table(["step", "call", "tensor", "dtype", "shape", "device", "bytes", "note"], rows)
+
+
+def _calls(step: Step, pattern: re.Pattern[str] | None) -> Iterator[Json]:
+    """Each call of a step whose module matches, with what is stored of it."""
+    stored: dict[str, list[Json]] = {}
+    for name in step.names:
+        directory = name.split("/")[1]
+        stored.setdefault(directory, []).append(
+            step.record(name) if step.has_record(name) else {"name": name}
+        )
+    for directory in step.calls:
+        call = step.call(directory)
+        if pattern is None or pattern.search(call.module):
+            records = stored.get(directory, [])
+            yield {"call": directory, "module": call.module, "index": call.index, "records": records}
+
+
+def _rows(step: Step, pattern: re.Pattern[str] | None) -> Iterator[list[Any]]:
+    for call in _calls(step, pattern):
+        if not call["records"]:
+            yield [step.number, call["call"], *[None] * 5, "nothing stored"]
+        for record in call["records"]:
+            stem = record["name"].rpartition("/")[2]
+            if "dtype" not in record:
+                yield [step.number, call["call"], stem, *[None] * 4, "not committed"]
+                continue
+            shape = "x".join(map(str, record["shape"])) or "scalar"
+            note = f"same as {record['alias_of']}" if "alias_of" in record else None
+            yield [
+                *(step.number, call["call"], stem, record["dtype"], shape, record["device"]),
+                *(size(record["bytes"]), note),
+            ]
+
+
+def _described_run(opened: Run) -> Json:
+    return {
+        "run_id": opened.id,
+        "path": opened.url,
+        "state": opened.state,
+        "created": opened.created,
+        "ledger": opened.ledger.to_json(),
+    }
+
+
+def _described_step(step: Step) -> Json:
+    return {
+        "step": step.number,
+        "state": _state(step),
+        "calls": len(step.calls),
+        "tensors": len(step),
+        "bytes": _bytes(step),
+        "ledger": step.ledger.to_json(),
+    }
+
+
+def _headline(opened: Run) -> str:
+    return f"run {opened.id}  {opened.state}  {opened.created}"
+
+
+def _state(step: Step) -> str:
+    return "complete" if step.complete else "incomplete"
+
+
+def _bytes(step: Step) -> int:
+    return sum(int(record["bytes"]) for record in step.records)
+
+
+def _losses(step: Step) -> str:
+    """The ledger's columns that are not zero."""
+    counts = step.ledger.to_json()
+    columns = ("captured", "stored", "skipped", "dropped", "failed")
+    return ", ".join(f"{counts[name]} {name}" for name in columns if counts[name])

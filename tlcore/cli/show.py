@@ -1,0 +1,125 @@
+"""`tlcore show`: a captured tensor's statistics and values, or the structure of a call."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Iterator
+from dataclasses import asdict
+from typing import Any
+
+from ..errors import ReadError
+from ..reader import Call, MissingError, Run, Step, open_run
+from ..reader.statistics import summarize
+from ..record import Json
+from .tables import print_table, printable, size
+
+HELP = "Show a captured tensor (what it is, its statistics, its values), or the structure of a call."
+_DIRECTIONS = ("inputs", "outputs", "post_fwd_inputs")
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("path", metavar="PATH", help="a run's directory")
+    parser.add_argument(
+        "name",
+        metavar="NAME",
+        help="a tensor such as step_0/layers.0/outputs_cpu (.pt may follow), or a call such as step_0/layers.0;"
+        " without step_<S>/ it is looked for in the run's first step",
+    )
+    parser.add_argument("--json", action="store_true", help="print JSON, without the tensor's values")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the tensor or the call. Raises ReadError when there is no such thing in the run."""
+    opened = open_run(args.path)
+    step, rest = _step_and_rest(opened, args.name.rstrip("/"))
+    if rest in step.calls:
+        _show_call(step.call(rest), step, args.json)
+    else:
+        _show_tensor(step, f"step_{step.number}/{rest}", args.json)
+    return 0
+
+
+def _step_and_rest(opened: Run, name: str) -> tuple[Step, str]:
+    """The step that a name lies in, and the name within it."""
+    first, _, rest = name.partition("/")
+    number = first.removeprefix("step_")
+    if number != first and number.isdecimal():
+        return opened.step(int(number)), rest
+    numbers = sorted([*opened.steps, *opened.incomplete_steps])
+    if not numbers:
+        raise MissingError(f"{opened.url}: the run has no steps")
+    return opened.step(numbers[0]), name
+
+
+def _show_tensor(step: Step, name: str, as_json: bool) -> None:
+    tensor = step.tensor(name)
+    plain = name.removesuffix(".pt") if name not in step else name
+    record = step.record(plain) if step.has_record(plain) else None
+    description: Json = {
+        "name": plain,
+        "dtype": str(tensor.dtype).removeprefix("torch."),
+        "shape": list(tensor.shape),
+        "device": record["device"] if record else None,
+        "bytes": tensor.numel() * tensor.element_size(),
+        **asdict(summarize(tensor)),
+    }
+    if record is None:
+        description["note"] = "the step was not committed"
+    elif "alias_of" in record:
+        description["alias_of"] = record["alias_of"]
+    if as_json:
+        print(json.dumps(description, indent=1))
+        return
+    shown = {**description, "shape": tuple(tensor.shape), "bytes": size(description["bytes"])}
+    print_table(["property", "value"], ((key, _shown(value)) for key, value in shown.items()))
+    # torch leaves out the middle of a large tensor.
+    print(tensor)
+
+
+def _shown(value: Any) -> str:
+    return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
+
+
+def _show_call(call: Call, step: Step, as_json: bool) -> None:
+    structures = _structures(call)
+    if not structures:
+        raise ReadError(f"{call.directory}: step {step.number} holds no structure of this call")
+    if as_json:
+        about = {"step": step.number, "call": call.directory, "module": call.module, "index": call.index}
+        print(json.dumps(about | structures, indent=1))
+        return
+    print(printable(f"{call.module}, call {call.index} of step {step.number}"))
+    for direction, node in structures.items():
+        for line in _tree(direction, node, 0):
+            print(printable(line))
+
+
+def _structures(call: Call) -> dict[str, Json]:
+    found: dict[str, Json] = {}
+    for direction in _DIRECTIONS:
+        try:
+            found[direction] = call.structure(direction)
+        except MissingError:
+            continue
+    return found
+
+
+def _tree(label: str, node: Json, depth: int) -> Iterator[str]:
+    """The lines of a structure, two spaces further in for each level."""
+    indent = "  " * depth
+    kind = node.get("type")
+    if kind == "tensor":
+        place = node.get("file") or f"skipped: {node.get('skipped')}"
+        yield f"{indent}{label}: {node.get('dtype')} {node.get('shape')} {node.get('device')}  {place}"
+    elif "items" in node:
+        name = f" {node['class']}" if "class" in node else ""
+        yield f"{indent}{label}: {kind}{name}"
+        items = node["items"]
+        for key, item in items.items() if isinstance(items, dict) else enumerate(items):
+            yield from _tree(str(key), item, depth + 1)
+        for key, item in node.get("kwargs", {}).get("items", {}).items():
+            yield from _tree(f"{key}=", item, depth + 1)
+    else:
+        yield f"{indent}{label}: {kind} {node.get('value', node.get('class', ''))}".rstrip()

@@ -1,0 +1,80 @@
+"""The layout's naming rules: pure functions from modules, calls and keys to logical names.
+
+A logical name is ``step_<S>/<module>[_<i>]/<stem>``, without extension. Everything a model can put
+into a name (module names, keyword names, dictionary keys) passes through `safe`, so that a name can
+never leave its directory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Sequence
+
+PathKey = int | str
+
+_UNSAFE = re.compile(r"[^A-Za-z0-9_.\-+=@,()\[\]]")
+# File systems allow 255 bytes; this leaves room for a rank, a `~2` and an extension.
+_LONGEST = 200
+
+
+def safe(text: str) -> str:
+    """Percent-encode what is unsafe in a file name; equal results only for equal texts.
+
+    ``~`` is always encoded, so a suffix made with it can never be mistaken for a module's own name.
+    """
+    encoded = _UNSAFE.sub(lambda m: "".join(f"%{b:02X}" for b in m[0].encode("utf-8", "surrogatepass")), text)
+    if encoded in ("", ".", ".."):
+        encoded = encoded.replace(".", "%2E") or "%"
+    if len(encoded) > _LONGEST:
+        digest = hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:12]
+        encoded = f"{encoded[: _LONGEST - 13]}~{digest}"
+    return encoded
+
+
+def step_dir(step: int) -> str:
+    """``step_3``."""
+    return f"step_{step}"
+
+
+def call_dir(module: str, call: int, module_names: frozenset[str]) -> str:
+    """The directory of one call: the module's name, with ``_<i>`` from the second call on.
+
+    ``module_names`` are all names in the model: a module really called ``l_1`` keeps that directory,
+    and the second call of ``l`` goes to ``l_1~2``.
+    """
+    if call == 0:
+        return safe(module)
+    plain = f"{module}_{call}"
+    return safe(plain) + ("~2" if plain in module_names else "")
+
+
+def device_label(device: str, rank: int) -> str:
+    """``cuda:0`` -> ``cuda_0``, with ``_rank_<r>`` unless rank and device index already agree."""
+    base, _, index = device.partition(":")
+    label = safe(f"{base}_{index}" if index else base)
+    own = rank == int(index) if index.isdigit() else rank == 0
+    return label if own else f"{label}_rank_{rank}"
+
+
+def rank_suffix(rank: int) -> str:
+    """What rank's own JSON and text files carry: nothing for rank 0, else ``_rank_<r>``."""
+    return "" if rank == 0 else f"_rank_{rank}"
+
+
+def stem(direction: str, path: Sequence[PathKey], device: str, rank: int) -> str:
+    """``outputs_0_key_cuda_0``: direction, the way into the structure, the device's label."""
+    full = "_".join([direction, *(safe(str(key)) for key in path), device_label(device, rank)])
+    if len(full) > _LONGEST:
+        digest = hashlib.sha256(repr((direction, tuple(path), device, rank)).encode()).hexdigest()[:12]
+        full = f"{full[: _LONGEST - 13]}~{digest}"
+    return full
+
+
+def unique(name: str, taken: set[str]) -> str:
+    """``name``, or the first of ``name~2``, ``name~3``, ... that is free; takes it."""
+    chosen, n = name, 2
+    while chosen in taken:
+        chosen, n = f"{name}~{n}", n + 1
+    taken.add(chosen)
+    return chosen

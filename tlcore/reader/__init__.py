@@ -1,0 +1,21 @@
+"""Reading a run back: `open_run` gives steps, calls, tensors and structures, each loaded when asked for."""
+
+from __future__ import annotations
+
+from .files import MissingError
+from .rebuild import Arguments, OpaqueObject, Skipped
+from .run import Run, RunSummary, list_runs, open_run
+from .step import Call, Step
+
+__all__ = [
+    "Arguments",
+    "Call",
+    "MissingError",
+    "OpaqueObject",
+    "Run",
+    "RunSummary",
+    "Skipped",
+    "Step",
+    "list_runs",
+    "open_run",
+]

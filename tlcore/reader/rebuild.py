@@ -1,0 +1,95 @@
+"""From a call's structure JSON back to nested Python values with tensors in them."""
+
+from __future__ import annotations
+
+from collections import namedtuple
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from ..errors import ReadError
+from ..record import Json
+
+Load = Callable[[str], torch.Tensor]
+_SCALARS = ("bool", "int", "float", "str")
+
+
+@dataclass(frozen=True, slots=True)
+class Skipped:
+    """Stands where a tensor was that is described but not stored, with the ``reason``."""
+
+    reason: str
+    shape: tuple[int, ...]
+    dtype: str
+    device: str
+
+
+@dataclass(frozen=True, slots=True)
+class OpaqueObject:
+    """Stands where an object was that capture does not look into; ``class_name`` is its class."""
+
+    class_name: str
+
+
+class Arguments(NamedTuple):
+    """The arguments of a call: positional ``args`` and keyword ``kwargs``."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+def rebuild(node: Json, load: Load) -> Any:
+    """The value that a structure node describes; ``load`` maps a tensor's ``file`` to the tensor.
+
+    Raises ReadError for a node that is no structure.
+    """
+    try:
+        return _rebuild(node, load)
+    except (KeyError, TypeError, AttributeError, ValueError) as error:
+        if isinstance(error, ReadError):
+            raise
+        raise ReadError(f"not a tensor structure: {type(error).__name__}: {error}") from error
+
+
+def rebuild_arguments(node: Json, load: Load) -> Arguments:
+    """The arguments that an ``inputs.json`` describes. Raises ReadError as `rebuild` does."""
+    kwargs = rebuild(node["kwargs"], load) if "kwargs" in node else {}
+    return Arguments(tuple(rebuild(node, load)), kwargs)
+
+
+def _rebuild(node: Mapping[str, Any], load: Load) -> Any:
+    kind = node["type"]
+    if kind == "tensor":
+        return _tensor(node, load)
+    if kind == "dict":
+        return {key: _rebuild(item, load) for key, item in node["items"].items()}
+    if kind in ("tuple", "list"):
+        items = [_rebuild(item, load) for item in node["items"]]
+        return items if kind == "list" else _tuple(node, items)
+    if kind == "none":
+        return None
+    if kind in _SCALARS:
+        # Infinities and NaN are written as text, which JSON numbers cannot express.
+        return float(node["value"]) if kind == "float" else node["value"]
+    if kind == "object":
+        return OpaqueObject(str(node["class"]))
+    raise ReadError(f"not a tensor structure: unknown type {kind!r}")
+
+
+def _tensor(node: Mapping[str, Any], load: Load) -> torch.Tensor | Skipped:
+    if "file" in node:
+        return load(str(node["file"]))
+    return Skipped(str(node["skipped"]), tuple(node["shape"]), str(node["dtype"]), str(node["device"]))
+
+
+def _tuple(node: Mapping[str, Any], items: list[Any]) -> tuple[Any, ...]:
+    fields = node.get("fields")
+    if fields is None:
+        return tuple(items)
+    name = str(node.get("class", "Fields")).rpartition(".")[2]
+    # Typed as Any: the type checker knows only tuples whose fields stand in the source.
+    make: Any = namedtuple
+    made: tuple[Any, ...] = make(name if name.isidentifier() else "Fields", fields, rename=True)(*items)
+    return made

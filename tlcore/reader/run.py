@@ -1,0 +1,215 @@
+"""A whole run: opening it, listing the runs of a directory, its steps, its ledger."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+
+from ..errors import ReadError, VerifyError
+from ..names import rank_suffix, step_dir
+from ..record import Counts, Json
+from .files import RUN_FILE, MissingError, RunFiles, local_directory, open_files
+from .step import Step, counts_of
+from .verify import verify_step
+
+_STEP_NAME = re.compile(r"step_(0|[1-9][0-9]*)/")
+_STEP_FILE = re.compile(r"step_(0|[1-9][0-9]*)/step(?:_rank_([1-9][0-9]*))?\.json")
+
+
+def open_run(path: str | os.PathLike[str]) -> Run:
+    """The run whose directory is ``path``; nothing but its ``run.json`` is read until asked for.
+
+    Raises ReadError when there is nothing, something else, several runs, or a newer layout.
+    """
+    files = open_files(path)
+    try:
+        document = files.document(RUN_FILE, {"run_id": str, "state": str, "world_size": int})
+    except MissingError:
+        raise _not_one_run(path) from None
+    return Run(files, document)
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """One run of an ``output_dir``; ``problem`` says why it cannot be read, where it cannot."""
+
+    run_id: str
+    path: str
+    state: str
+    created: str
+    steps: int
+    tensors: int
+    bytes: int
+    problem: str | None = None
+
+
+def list_runs(output_dir: str | os.PathLike[str]) -> list[RunSummary]:
+    """The runs in a directory, the newest last; damaged ones are listed with their problem.
+
+    Raises ReadError when there is no such directory.
+    """
+    directory = local_directory(output_dir)
+    children = sorted(child for child in directory.iterdir() if (child / RUN_FILE).is_file())
+    return sorted((_summary(str(child)) for child in children), key=lambda run: (run.created, run.run_id))
+
+
+def _summary(path: str) -> RunSummary:
+    try:
+        run = open_run(path)
+        counts, steps = run.ledger, len(run.steps)
+    except ReadError as error:
+        return RunSummary(os.path.basename(path), path, "unreadable", "", 0, 0, 0, str(error))
+    return RunSummary(run.id, path, run.state, run.created, steps, counts.stored, counts.bytes_stored)
+
+
+def _not_one_run(path: str | os.PathLike[str]) -> ReadError:
+    runs = list_runs(path)
+    if not runs:
+        return ReadError(
+            f"{os.fspath(path)}: not a run (it has no {RUN_FILE}), and no run lies directly in it"
+        )
+    shown = "\n".join(f"  {run.path}  {run.state}  {run.created}" for run in reversed(runs[-20:]))
+    more = f"\n  ... and {len(runs) - 20} older ones" if len(runs) > 20 else ""
+    return ReadError(
+        f"{os.fspath(path)}: holds runs ({len(runs)}) and is none itself; the newest is {runs[-1].path}\n{shown}{more}"
+    )
+
+
+class Run(Mapping[int, Step]):
+    """A run: a mapping from its whole steps' numbers to steps.
+
+    A snapshot: what a running capture adds later is seen by opening the run again.
+    """
+
+    def __init__(self, files: RunFiles, document: Json) -> None:
+        self._files = files
+        self._opened: dict[int, Step] = {}
+        self.document = document
+
+    @property
+    def url(self) -> str:
+        """The run's directory."""
+        return self._files.url
+
+    @property
+    def id(self) -> str:
+        """The run's id."""
+        return str(self.document["run_id"])
+
+    @property
+    def created(self) -> str:
+        """When the run was opened, ISO 8601."""
+        return str(self.document.get("created", ""))
+
+    @property
+    def config(self) -> Json:
+        """The configuration that the run was captured with, secrets redacted."""
+        return dict(self.document.get("config") or {})
+
+    @property
+    def world_size(self) -> int:
+        """How many ranks wrote into the run."""
+        return int(self.document["world_size"])
+
+    @cached_property
+    def state(self) -> str:
+        """``"complete"`` once every rank has closed the run, else ``"incomplete"`` (running or crashed)."""
+        closed = all(self._close_marker(rank) in self._files.sizes for rank in range(1, self.world_size))
+        return "complete" if self.document["state"] == "complete" and closed else "incomplete"
+
+    @cached_property
+    def _committed(self) -> dict[int, set[int]]:
+        """Each step found, with the ranks that have committed it."""
+        found: dict[int, set[int]] = {}
+        for name in self._files.sizes:
+            if begin := _STEP_NAME.match(name):
+                ranks = found.setdefault(int(begin[1]), set())
+                if marker := _STEP_FILE.fullmatch(name):
+                    ranks.add(int(marker[2] or 0))
+        return dict(sorted(found.items()))
+
+    @property
+    def steps(self) -> list[int]:
+        """The steps that every rank has committed, in order."""
+        return [step for step in self._committed if self._whole(step)]
+
+    @property
+    def incomplete_steps(self) -> list[int]:
+        """Steps that some rank has begun but not every rank has committed."""
+        return [step for step in self._committed if not self._whole(step)]
+
+    @cached_property
+    def ledger(self) -> Counts:
+        """What became of every tensor; of a run that is not complete, the sum over committed steps."""
+        total = Counts()
+        if self.state == "complete":
+            markers = [self._files.json(self._close_marker(rank)) for rank in range(1, self.world_size)]
+            for document in (self.document, *markers):
+                total.add(counts_of(document, self.url))
+        else:
+            for number in self._committed:
+                total.add(self.step(number).ledger)
+        return total
+
+    def step(self, number: int) -> Step:
+        """A step, also an incomplete one. Raises MissingError when the run has no such step."""
+        if number not in self._committed:
+            held = ", ".join(map(str, self._committed)) or "none"
+            raise MissingError(f"{self.url}: no step {number!r}; it has {held}")
+        if number not in self._opened:
+            self._opened[number] = Step(self._files, number, sorted(self._committed[number]), self.world_size)
+        return self._opened[number]
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor with a logical name such as ``step_0/layers.0/outputs_cpu``, on the CPU."""
+        begin = _STEP_NAME.match(name)
+        if begin is None:
+            raise MissingError(f"{self.url}: {name!r} is not a logical name (step_<S>/<module>/<stem>)")
+        return self.step(int(begin[1])).tensor(name)
+
+    def json(self, name: str) -> Any:
+        """The value of one of the run's JSON files, such as ``step_0/layers.0/outputs.json``."""
+        return self._files.json(name)
+
+    def verify(self) -> int:
+        """Check every committed tensor and structure; returns how many tensors are sound.
+
+        Raises VerifyError naming each damaged or missing file.
+        """
+        bad: list[str] = []
+        checked = 0
+        for number, ranks in self._committed.items():
+            for rank in sorted(ranks):
+                count, problems = verify_step(self._files, step_dir(number), rank)
+                checked += count
+                bad += problems
+        if bad:
+            raise VerifyError(bad)
+        return checked
+
+    def __getitem__(self, number: int) -> Step:
+        if number in self._committed and not self._whole(number):
+            raise MissingError(f"{self.url}: step {number} is incomplete; run.step({number}) opens it")
+        return self.step(number)
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self.steps)
+
+    def __len__(self) -> int:
+        return len(self.steps)
+
+    def __repr__(self) -> str:
+        return f"<Run {self.url} {self.state}, {len(self.steps)} steps>"
+
+    def _whole(self, number: int) -> bool:
+        return self._committed[number] >= set(range(self.world_size))
+
+    @staticmethod
+    def _close_marker(rank: int) -> str:
+        return f"close{rank_suffix(rank)}.json"

@@ -1,0 +1,230 @@
+"""A step of a stored run and the calls in it, read lazily."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+from urllib.parse import unquote
+
+import torch
+
+from ..errors import ReadError
+from ..names import rank_suffix, step_dir
+from ..record import Counts, Json
+from .files import MissingError, RunFiles, missing
+from .rebuild import Arguments, rebuild, rebuild_arguments
+
+_LATER_CALL = re.compile(r"(.+)_([1-9][0-9]*)(?:~2)?")
+_TENSOR_FILE = ".pt"
+
+
+class Step(Mapping[str, torch.Tensor]):
+    """One step of a run: a mapping from logical names to tensors, each loaded when asked for."""
+
+    def __init__(self, files: RunFiles, number: int, ranks: list[int], world_size: int) -> None:
+        self._files = files
+        self._world_size = world_size
+        self.number = number
+        self.ranks = ranks
+
+    @property
+    def complete(self) -> bool:
+        """Whether every rank has committed the step."""
+        return set(self.ranks) >= set(range(self._world_size))
+
+    @cached_property
+    def documents(self) -> Mapping[int, Json]:
+        """The ``step.json`` of each rank that has committed."""
+        return {
+            rank: self._files.document(
+                f"{self._directory}/step{rank_suffix(rank)}.json",
+                {"calls": list, "records": list, "ledger": dict},
+            )
+            for rank in self.ranks
+        }
+
+    @property
+    def calls(self) -> list[str]:
+        """The call directories in order of entry; of an uncommitted step, those that hold files."""
+        ordered = dict.fromkeys(
+            str(call) for document in self.documents.values() for call in document["calls"]
+        )
+        if not self.complete:
+            ordered |= dict.fromkeys(sorted(_directory_of(name) for name in self._loose))
+        return list(ordered)
+
+    @cached_property
+    def _records(self) -> dict[str, Json]:
+        records: dict[str, Json] = {}
+        for rank, document in self.documents.items():
+            for record in document["records"]:
+                if not isinstance(record, dict) or not isinstance(record.get("name"), str):
+                    raise ReadError(f"{self._files.url}/{self._directory}: damaged record in step.json")
+                records[record["name"]] = {**record, "rank": rank}
+        return records
+
+    @cached_property
+    def _loose(self) -> list[str]:
+        """Names of finished tensor files that no committed rank lists."""
+        if self.complete:
+            return []
+        listed = {record.get("file") for record in self._records.values()}
+        begin = f"{self._directory}/"
+        files = [name for name in self._files.sizes if name.startswith(begin) and name.endswith(_TENSOR_FILE)]
+        return [name.removesuffix(_TENSOR_FILE) for name in sorted(files) if name not in listed]
+
+    @property
+    def records(self) -> list[Json]:
+        """The records of ``step.json``, with their ``rank`` added."""
+        return list(self._records.values())
+
+    @property
+    def names(self) -> list[str]:
+        """The logical names of the stored tensors, in the order they were stored."""
+        return [*self._records, *self._loose]
+
+    @property
+    def rows(self) -> list[Json] | None:
+        """vLLM's request rows as the lowest rank saw them; None where there are none."""
+        for document in self.documents.values():
+            if "rows" in document:
+                return list(document["rows"])
+        return None
+
+    @property
+    def ledger(self) -> Counts:
+        """The step's ledger, summed over ranks."""
+        total = Counts()
+        for document in self.documents.values():
+            total.add(counts_of(document, self._files.url))
+        return total
+
+    def has_record(self, name: str) -> bool:
+        """Whether ``step.json`` describes this tensor; not so for what an uncommitted step left."""
+        return name in self._records
+
+    def record(self, name: str) -> Json:
+        """The record of a tensor. Raises MissingError for an unknown name or an uncommitted tensor."""
+        name = name.removesuffix(_TENSOR_FILE) if name not in self._records else name
+        if name in self._records:
+            return self._records[name]
+        if name in self._loose:
+            raise MissingError(f"{self._files.url}: {name!r} has no record, its step was not committed")
+        raise missing("tensor", name, self._files.url, self.names)
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """The tensor with a logical name, with or without ``.pt``, on the CPU."""
+        plain = name.removesuffix(_TENSOR_FILE)
+        if plain in self._loose:
+            return self._files.tensor(plain + _TENSOR_FILE)
+        record = self.record(name)
+        if not isinstance(record.get("file"), str):
+            raise ReadError(
+                f"{self._files.url}: {name!r} was written by a backend that this version cannot read"
+            )
+        return self._files.tensor(record["file"], record)
+
+    def call(self, directory: str, rank: int = 0) -> Call:
+        """One call by its directory, such as ``layers.0_1``. Raises MissingError for an unknown one."""
+        if directory not in self.calls:
+            raise missing("call", directory, f"{self._files.url}/{self._directory}", self.calls)
+        return Call(self, self._files, directory, rank)
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        # The mapping's own test would load the tensor.
+        return isinstance(name, str) and (name in self._records or name in self._loose)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.names)
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def __repr__(self) -> str:
+        state = "" if self.complete else ", incomplete"
+        return f"<Step {self.number} of {self._files.url}: {len(self)} tensors{state}>"
+
+    @property
+    def _directory(self) -> str:
+        return step_dir(self.number)
+
+
+class Call:
+    """One call of a module in a step: its arguments and its result, rebuilt with tensors."""
+
+    def __init__(self, step: Step, files: RunFiles, directory: str, rank: int) -> None:
+        self._step = step
+        self._files = files
+        self.directory = directory
+        self.rank = rank
+
+    @cached_property
+    def _identity(self) -> tuple[str, int]:
+        begin = f"{step_dir(self._step.number)}/{self.directory}/"
+        for record in self._step.records:
+            if record["name"].startswith(begin):
+                return str(record["module"]), int(record["call"])
+        # Nothing of this call was stored, so only its directory is left to tell.
+        later = _LATER_CALL.fullmatch(self.directory)
+        if later and later[1] in self._step.calls:
+            return unquote(later[1]), int(later[2])
+        return unquote(self.directory), 0
+
+    @property
+    def module(self) -> str:
+        """The module's dotted name in the model."""
+        return self._identity[0]
+
+    @property
+    def index(self) -> int:
+        """Which call of the module in the step, from 0."""
+        return self._identity[1]
+
+    @cached_property
+    def inputs(self) -> Arguments:
+        """The arguments, with tensors; `Skipped` stands for a tensor that was not stored."""
+        return rebuild_arguments(self.structure("inputs"), self._step.tensor)
+
+    @cached_property
+    def post_fwd_inputs(self) -> Arguments:
+        """The arguments as they stood after the call, where ``log_post_fwd_inputs`` was set."""
+        return rebuild_arguments(self.structure("post_fwd_inputs"), self._step.tensor)
+
+    @cached_property
+    def outputs(self) -> Any:
+        """The result, with tensors."""
+        return rebuild(self.structure("outputs"), self._step.tensor)
+
+    def structure(self, direction: str) -> Json:
+        """The structure JSON of ``inputs``, ``outputs`` or ``post_fwd_inputs``.
+
+        Raises MissingError when it was not captured.
+        """
+        name = f"{step_dir(self._step.number)}/{self.directory}/{direction}{rank_suffix(self.rank)}.json"
+        if name not in self._files.sizes:
+            why = "it was not captured" if self._step.complete else "the step was not committed"
+            raise MissingError(f"{self._files.url}: no {name!r}; {why}")
+        document = self._files.json(name)
+        if not isinstance(document, dict):
+            raise ReadError(f"{self._files.url}/{name}: not a tensor structure")
+        return document
+
+    def __repr__(self) -> str:
+        return f"<Call {self.directory} of step {self._step.number}>"
+
+
+def _directory_of(name: str) -> str:
+    return name.split("/")[1]
+
+
+def counts_of(document: Any, where: str) -> Counts:
+    """The ledger of a ``step.json``, ``run.json`` or close marker. Raises ReadError when it is damaged."""
+    try:
+        return Counts.from_json(document["ledger"])
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise ReadError(f"{where}: damaged ledger ({error})") from error

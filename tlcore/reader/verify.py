@@ -1,0 +1,86 @@
+"""Checking that what a step says it stored is there, whole and unchanged."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import xxhash
+
+from ..errors import ReadError
+from ..names import rank_suffix
+from ..record import Json
+from .files import RunFiles, payload
+
+_HASH = "xxh3-128:"
+
+
+def verify_step(files: RunFiles, step: str, rank: int) -> tuple[int, list[str]]:
+    """How many tensors of a rank's step are sound, and a line for each problem.
+
+    ``step`` is the step's directory. Every tensor is read and hashed; the structures must be there, be
+    JSON, and refer to stored tensors; ``module_calls.txt`` must agree with ``step.json``.
+    """
+    suffix = rank_suffix(rank)
+    try:
+        document = files.document(f"{step}/step{suffix}.json", {"calls": list, "records": list})
+    except ReadError as error:
+        return 0, [str(error)]
+    sound, bad = 0, []
+    for record in document["records"]:
+        problem = _tensor_problem(files, record)
+        sound += problem is None
+        if problem is not None:
+            bad.append(problem)
+    bad += _structure_problems(files, step, suffix, document)
+    return sound, bad
+
+
+def _tensor_problem(files: RunFiles, record: Any) -> str | None:
+    try:
+        file, stated = record["file"], record["hash"]
+        if not str(stated).startswith(_HASH):
+            return f"{file}: unknown hash {stated!r}"
+        if files.sizes.get(file, record["file_bytes"]) != record["file_bytes"]:
+            return f"{file}: {files.sizes[file]} bytes, step.json says {record['file_bytes']}"
+        found = _HASH + xxhash.xxh3_128_hexdigest(payload(files.tensor(file, record)))
+    except ReadError as error:
+        return str(error)
+    except (KeyError, TypeError, AttributeError):
+        return f"damaged record in step.json: {str(record)[:200]}"
+    return None if found == stated else f"{file}: {found}, step.json says {stated}"
+
+
+def _structure_problems(files: RunFiles, step: str, suffix: str, document: Json) -> Iterator[str]:
+    records = [record for record in document["records"] if isinstance(record, dict)]
+    stored = {record.get("file") for record in records}
+    needed = {
+        f"{str(record.get('name')).rpartition('/')[0]}/{record.get('direction')}{suffix}.json"
+        for record in records
+    }
+    for name in sorted(needed):
+        try:
+            dangling = [file for file in _files_in(files.json(name)) if file not in stored]
+        except ReadError as error:
+            yield str(error)
+        else:
+            yield from (f"{name}: refers to {file}, which is not in step.json" for file in dangling)
+    try:
+        calls = files.read(f"{step}/module_calls{suffix}.txt").decode().splitlines()
+    except (ReadError, UnicodeDecodeError) as error:
+        yield str(error)
+    else:
+        if calls != document["calls"]:
+            yield f"{step}/module_calls{suffix}.txt: differs from step.json"
+
+
+def _files_in(node: Any) -> Iterator[str]:
+    """Every tensor file that a structure refers to."""
+    if not isinstance(node, Mapping):
+        return
+    if node.get("type") == "tensor" and "file" in node:
+        yield str(node["file"])
+    items = node.get("items")
+    children = items.values() if isinstance(items, Mapping) else items if isinstance(items, list) else ()
+    for child in (*children, node.get("kwargs")):
+        yield from _files_in(child)

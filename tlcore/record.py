@@ -1,0 +1,205 @@
+"""What flows from the hooks to a sink: records, step summaries, the run, and the ledger."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+
+from .names import PathKey
+
+LAYOUT_VERSION = 1
+Direction = Literal["inputs", "outputs", "post_fwd_inputs"]
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """One captured tensor: what it is, where it came from, and its bytes.
+
+    ``data`` is the C-contiguous little-endian payload and belongs to the pipeline: it is valid until
+    the `Sink.write` that received it returns. ``hash`` is the xxh3-128 of the payload, in hex.
+    ``alias_of`` names an earlier record of the same step with the same dtype, shape and bytes.
+    """
+
+    name: str
+    step: int
+    rank: int
+    module: str
+    call: int
+    direction: Direction
+    path: tuple[PathKey, ...]
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    device: str
+    data: memoryview
+    hash: str
+    alias_of: str | None = None
+
+    @property
+    def nbytes(self) -> int:
+        """Payload size in bytes."""
+        return self.data.nbytes
+
+    def tensor(self) -> torch.Tensor:
+        """A CPU tensor over ``data`` (no copy; clone it to keep it past the write)."""
+        return tensor_from_bytes(self.data, self.dtype, self.shape)
+
+    def describe(self) -> Json:
+        """The record's entry in ``step.json``, without the place where its bytes lie."""
+        entry: Json = {
+            "name": self.name,
+            "module": self.module,
+            "call": self.call,
+            "direction": self.direction,
+            "path": list(self.path),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+            "device": self.device,
+            "bytes": self.nbytes,
+            "hash": f"xxh3-128:{self.hash}",
+        }
+        if self.alias_of is not None:
+            entry["alias_of"] = self.alias_of
+        return entry
+
+
+def tensor_from_bytes(
+    data: memoryview | bytes | bytearray, dtype: torch.dtype, shape: Sequence[int]
+) -> torch.Tensor:
+    """A CPU tensor of ``dtype`` and ``shape`` over contiguous ``data``, without a copy.
+
+    Raises ValueError when the sizes disagree.
+    """
+    count = 1
+    for extent in shape:
+        count *= extent
+    size = memoryview(data).nbytes
+    if count * dtype.itemsize != size:
+        raise ValueError(f"{size} bytes do not make a {dtype} tensor of shape {tuple(shape)}")
+    if count == 0:
+        return torch.empty(tuple(shape), dtype=dtype)
+    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(tuple(shape))
+
+
+@dataclass(slots=True)
+class Counts:
+    """One ledger: ``captured == stored + skipped + dropped + failed``, with reasons and bytes."""
+
+    captured: int = 0
+    stored: int = 0
+    skipped: int = 0
+    dropped: int = 0
+    failed: int = 0
+    bytes_captured: int = 0
+    bytes_stored: int = 0
+    reasons: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Counts) -> None:
+        """Add another ledger to this one."""
+        for name in (*LEDGER_COLUMNS, "bytes_captured", "bytes_stored"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.reasons.update(other.reasons)
+
+    @property
+    def balanced(self) -> bool:
+        """Whether every captured tensor is in exactly one column."""
+        return self.captured == self.stored + self.skipped + self.dropped + self.failed
+
+    def to_json(self) -> Json:
+        """The ledger as it stands in ``step.json`` and ``run.json``."""
+        return {
+            **{name: getattr(self, name) for name in LEDGER_COLUMNS},
+            "bytes_captured": self.bytes_captured,
+            "bytes_stored": self.bytes_stored,
+            "reasons": dict(sorted(self.reasons.items())),
+        }
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Counts:
+        """The ledger of a ``step.json`` or ``run.json``."""
+        columns = (*LEDGER_COLUMNS, "bytes_captured", "bytes_stored")
+        numbers = {name: int(document.get(name, 0)) for name in columns}
+        return cls(**numbers, reasons=Counter(document.get("reasons", {})))
+
+
+LEDGER_COLUMNS = ("captured", "stored", "skipped", "dropped", "failed")
+
+
+class Ledger:
+    """The run's counts, safe to read from any thread while the run goes on."""
+
+    def __init__(self) -> None:
+        self._counts = Counts()
+        self._lock = threading.Lock()
+
+    def add(self, counts: Counts) -> None:
+        """Book a step's counts."""
+        with self._lock:
+            self._counts.add(counts)
+
+    def snapshot(self) -> Counts:
+        """A copy of the counts as they stand."""
+        copy = Counts()
+        with self._lock:
+            copy.add(self._counts)
+        return copy
+
+
+@dataclass(frozen=True, slots=True)
+class RunInfo:
+    """What a sink learns when it is opened.
+
+    ``url`` is the run's own directory (``<output_dir>/<run id>``), a local path or an fsspec URL.
+    ``document`` is the redacted content of ``run.json`` without its ``state``. ``ledger`` is live: at
+    `Sink.close` it holds the run's final counts.
+    """
+
+    run_id: str
+    url: str
+    rank: int
+    world_size: int
+    document: Json
+    ledger: Ledger
+    fsync: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class StepSummary:
+    """All of a step that is not tensor bytes; handed over once, after the step's last record.
+
+    ``calls`` are the call directories in order of entry. ``structures`` maps
+    ``<call dir>/<inputs|outputs|post_fwd_inputs>.json`` to its structure. ``rows`` are vLLM's request
+    rows (None outside vLLM). ``extra`` holds further keys for ``step.json``.
+    """
+
+    step: int
+    rank: int
+    calls: Sequence[str]
+    structures: Mapping[str, Json]
+    counts: Counts
+    started: str
+    ended: str
+    rows: Sequence[Json] | None = None
+    extra: Mapping[str, Any] = field(default_factory=dict)
+
+    def to_json(self, records: Sequence[Json]) -> Json:
+        """The ``step.json`` document around ``records`` (entries of `Record.describe` plus place)."""
+        document: Json = {
+            "layout": LAYOUT_VERSION,
+            "step": self.step,
+            "rank": self.rank,
+            "started": self.started,
+            "ended": self.ended,
+            "ledger": self.counts.to_json(),
+            "calls": list(self.calls),
+            "records": list(records),
+            **self.extra,
+        }
+        if self.rows is not None:
+            document["rows"] = list(self.rows)
+        return document

@@ -1,0 +1,368 @@
+"""A capture session: one run, one sink, and the steps of the models attached to it."""
+
+from __future__ import annotations
+
+import atexit
+import datetime
+import logging
+import os
+import platform
+import socket
+import threading
+import time
+import weakref
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from . import __version__, registry
+from .errors import CaptureError
+from .filters import ModuleFilter
+from .hooks import Collector, HookSet, ModuleHooks, TensorFilter, open_calls, raised_by, refuse_compiled
+from .pipeline import Batch, Event, InlinePipeline, Processor, StepEnd, ThreadPipeline
+from .protocols import Sink
+from .record import LAYOUT_VERSION, Counts, Json, Ledger, RunInfo
+from .schema import Config, load_config
+from .staging import HostPool, Stager
+from .structure import class_name
+
+log = logging.getLogger("tlcore")
+
+
+def new_run_id() -> str:
+    """A UUIDv7 (RFC 9562): its first 48 bits are milliseconds, so run directories sort by time."""
+    value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) & ~(0x3 << 62) | 0x7 << 76 | 0x2 << 62
+    text = f"{value:032x}"
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def now() -> str:
+    """The wall-clock time in UTC, ISO 8601 with microseconds."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
+
+
+def new_run(
+    config: Config,
+    rank: int = 0,
+    world_size: int = 1,
+    run_id: str | None = None,
+    extra_versions: Mapping[str, str] | None = None,
+    backend: str | None = None,
+) -> RunInfo:
+    """Describe a run: where it will lie, and the content of its ``run.json``."""
+    run_id = run_id or new_run_id()
+    versions = {
+        "tlcore": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        **(extra_versions or {}),
+    }
+    document: Json = {
+        "layout": LAYOUT_VERSION,
+        "run_id": run_id,
+        "created": now(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "world_size": world_size,
+        "config": config.to_json(redact=True),
+        "backend": backend or config.backend,
+        "versions": versions,
+    }
+    if backend is not None:
+        document["config"]["backend"] = backend
+    return RunInfo(
+        run_id=run_id,
+        url=f"{config.output_dir.rstrip('/')}/{run_id}",
+        rank=rank,
+        world_size=world_size,
+        document=document,
+        ledger=Ledger(),
+        fsync=config.fsync,
+    )
+
+
+def make_sink(config: Config) -> Sink:
+    """The configured backend's sink, not yet opened."""
+    return registry.resolve(config.backend).factory(**config.backend_options)
+
+
+class Session:
+    """Captures the selected steps of one model into one run.
+
+    Opening the sink is the first thing that happens: BackendError says that the place cannot be
+    written before any hook exists. ``inline`` stores in the model's thread, for debugging.
+    """
+
+    def __init__(self, config: Config, run: RunInfo, sink: Sink | None = None, inline: bool = False) -> None:
+        self.config = config
+        self.run = run
+        self._sink = sink if sink is not None else make_sink(config)
+        self._sink.open(run)
+        self._inline = inline
+        self._pid = os.getpid()
+        self._hooks: HookSet | None = None
+        self._pipeline: InlinePipeline | ThreadPipeline | None = None
+        self._processor: Processor | None = None
+        self._next_step = 0
+        self._step: int | None = None
+        self._started = ""
+        self._closed = False
+        self._lock = threading.RLock()
+        self._pool = HostPool(config.queue_bytes, config.on_full)
+        self._stager = Stager(self._pool, config.block_s)
+        tensors = TensorFilter(frozenset(config.device_names), config.max_tensor_size, config.max_run_bytes)
+        self._collector = Collector(self._stager, tensors, self._submit)
+        atexit.register(self.close)
+        _live.add(self)
+
+    @property
+    def url(self) -> str:
+        """The run's directory, a path or URL that `tlcore.open_run` takes."""
+        return self.run.url
+
+    @property
+    def run_id(self) -> str:
+        """The run's UUIDv7."""
+        return self.run.run_id
+
+    @property
+    def ledger(self) -> Counts:
+        """What became of every captured tensor, up to the last step that was committed or failed."""
+        return self.run.ledger.snapshot()
+
+    @property
+    def captured_modules(self) -> list[str]:
+        """The modules of the attached model that the configuration selects."""
+        return self._hooks.names if self._hooks else []
+
+    def attach(self, model: nn.Module) -> None:
+        """Plan the hooks for a model's submodules; the model itself is only the step's bracket.
+
+        Raises CaptureError for a compiled model, or when another model is attached already.
+        """
+        if self._hooks is not None:
+            raise CaptureError("this session has a model already; open another session for a second model")
+        refuse_compiled(model)
+        selector = ModuleFilter(self.config.module_call_match)
+        modules = {name: module for name, module in model.named_modules() if name}
+        hooks: dict[nn.Module, ModuleHooks] = {}
+        for name, module in modules.items():
+            wanted = selector.calls(name)
+            if wanted is not None and module is not model:
+                hooks[module] = ModuleHooks(name, wanted, self._collector, self.config.log_post_fwd_inputs)
+        if not hooks:
+            log.warning(
+                "no module of %s matches module_call_match; nothing will be stored", class_name(model)
+            )
+        self._hooks = HookSet(hooks)
+        self._processor = Processor(
+            self._sink, self._pool, self.run.ledger, self.run.rank, frozenset(modules)
+        )
+        self._pipeline = (InlinePipeline if self._inline else ThreadPipeline)(self._processor)
+
+    def begin_step(self, step: int | None = None) -> bool:
+        """Start a step (the next number when None); True when it is captured, its hooks alive now."""
+        with self._lock:
+            if self._closed or self._hooks is None:
+                return False
+            if self._step is not None:
+                self.end_step(extra={"error": "the step was cut short"})
+            number = self._next_step if step is None else step
+            self._next_step = number + 1
+            if not self.config.selects_step(number):
+                return False
+            self._step = number
+            self._started = now()
+            self._collector.begin_step()
+            self._hooks.install()
+            return True
+
+    def end_step(
+        self,
+        rows: Sequence[Json] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """End the step that `begin_step` started and hand it over to be committed.
+
+        ``error`` is what ended the step early, if anything: what was captured until then is kept.
+        """
+        with self._lock:
+            if self._closed or self._step is None or self._hooks is None or self._pipeline is None:
+                return
+            number, self._step = self._step, None
+            if not self.config.selects_step(number + 1):
+                self._hooks.remove()
+            details = dict(extra or {})
+            if error is not None:
+                details["error"] = class_name(error)
+            collector = self._collector
+            self._hand_over(number, collector.events, everything=True)
+            end = StepEnd(number, collector.calls, self._started, now(), rows, details)
+            self._pipeline.submit(end)
+
+    def _submit(self, events: list[Event]) -> None:
+        if self._step is not None:
+            self._hand_over(self._step, events, everything=False)
+
+    def _hand_over(self, step: int, events: list[Event], everything: bool) -> None:
+        chunks = self._stager.take(everything)
+        if self._pipeline is not None and (events or chunks):
+            self._pipeline.submit(Batch(step, events, chunks))
+
+    def flush(self) -> None:
+        """Wait until every step that has ended is stored or booked as failed."""
+        if self._pipeline is not None and not self._closed:
+            self._pipeline.flush()
+
+    def close(self) -> None:
+        """End the run: finish what is queued, write ``run.json``, log the ledger. Safe to repeat.
+
+        Raises CaptureError when something could not be stored and ``on_error`` is ``"raise"``.
+        """
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self.end_step(extra={"error": "the session was closed in the step"})
+            self._closed = True
+        atexit.unregister(self.close)
+        if self._hooks is not None:
+            self._hooks.remove()
+        if self._pipeline is not None:
+            self._pipeline.close()
+        else:
+            self._sink.close()
+        counts = self.ledger
+        log.info(
+            "run %s: captured %d = stored %d + skipped %d + dropped %d + failed %d",
+            self.url, counts.captured, counts.stored, counts.skipped, counts.dropped, counts.failed,
+        )  # fmt: skip
+        first = self._processor.first_error if self._processor else None
+        if first is not None and self.config.on_error == "raise":
+            raise CaptureError(f"{counts.failed} tensors could not be stored: {first}") from first
+
+    def abandon(self) -> None:
+        """Stop capturing without storing anything: what a forked child does with its parent's session.
+
+        The pipeline's thread does not exist there, and the run belongs to the parent.
+        """
+        self._closed = True
+        if self._hooks is not None:
+            self._hooks.remove()
+
+
+_live: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for session in list(_live):
+        session.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)
+
+
+class capture:  # noqa: N801 - a context manager reads like a function
+    """Capture the submodules of a model while the ``with`` block runs; one call of it is one step.
+
+    ``config`` and ``keys`` are the configuration (`tlcore.schema.Config`); ``backend`` may also be an
+    object with the `Sink` protocol. Raises ConfigError, BackendError or CaptureError before the block.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: Mapping[str, Any] | str | None = None,
+        *,
+        inline: bool = False,
+        **keys: Any,
+    ) -> None:
+        backend = keys.get("backend")
+        sink = None
+        if backend is not None and not isinstance(backend, (str, Mapping)):
+            if not isinstance(backend, Sink):
+                raise CaptureError(
+                    f"backend={class_name(backend)} lacks open, write, commit_step or close (tlcore.Sink)"
+                )
+            sink = keys.pop("backend")
+        self.config = load_config(config, **keys)
+        self._model = model
+        self._inline = inline
+        self._sink = sink
+        self._depth = 0
+        self._owner = 0
+        self._session: Session | None = None
+        self._handles: list[Any] = []
+
+    @property
+    def session(self) -> Session:
+        """The session behind this capture; CaptureError before the block or when not enabled."""
+        if self._session is None:
+            raise CaptureError("nothing is captured: the capture is not entered, or `enabled` is false")
+        return self._session
+
+    @property
+    def url(self) -> str:
+        """The run's directory, a path or URL that `tlcore.open_run` takes."""
+        return self.session.url
+
+    @property
+    def ledger(self) -> Counts:
+        """What became of every captured tensor; final after the block."""
+        return self.session.ledger
+
+    def __enter__(self) -> capture:
+        if not self.config.enabled:
+            return self
+        refuse_compiled(self._model)
+        backend = class_name(self._sink) if self._sink is not None else None
+        run = new_run(self.config, backend=backend)
+        self._session = Session(self.config, run, self._sink, self._inline)
+        self._session.attach(self._model)
+        self._handles = [
+            self._model.register_forward_pre_hook(self._before, prepend=True),
+            self._model.register_forward_hook(self._after, always_call=True),
+        ]
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for handle in self._handles:
+            handle.remove()
+        if self._session is None:
+            return
+        try:
+            self._session.close()
+        except CaptureError:
+            # The block's own exception must not be hidden behind ours.
+            if error is None:
+                raise
+            log.warning("the run could not be stored whole", exc_info=True)
+
+    def _before(self, module: nn.Module, args: Any) -> None:
+        if torch.compiler.is_compiling():
+            return
+        thread = threading.get_ident()
+        if self._depth and thread != self._owner:
+            log.warning("the model runs in several threads at once; only one of them is captured")
+            return
+        # An interrupt skips the hook that ends a call, so a depth left over is checked, not trusted.
+        self._depth = open_calls(module) if self._depth else 1
+        if self._depth == 1:
+            self._owner = thread
+            self.session.begin_step()
+
+    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+        if torch.compiler.is_compiling() or threading.get_ident() != self._owner or not self._depth:
+            return
+        self._depth -= 1
+        if self._depth == 0:
+            self.session.end_step(error=raised_by(module, output))
