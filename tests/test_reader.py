@@ -21,6 +21,8 @@ from tlcore.reader.rebuild import rebuild, rebuild_arguments
 from tlcore.record import Counts, Json, Ledger, RunInfo, StepSummary
 from tlcore_backends.pt import PtSink
 
+Written = tuple[Path, list[torch.Tensor]]
+
 
 class Pair(NamedTuple):
     first: torch.Tensor
@@ -48,7 +50,7 @@ class Root(nn.Module):
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.Tensor]]:
+def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """A run of two steps, and the steps' inputs."""
     torch.manual_seed(0)
     inputs = [torch.randn(2, 3) for _ in range(2)]
@@ -60,7 +62,7 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, list[torch.
 
 
 @pytest.fixture
-def copy(written: tuple[Path, list[torch.Tensor]], tmp_path: Path) -> Path:
+def copy(written: Written, tmp_path: Path) -> Path:
     """A copy of the run that a test may damage."""
     return Path(shutil.copytree(written[0], tmp_path / "run"))
 
@@ -70,7 +72,7 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_a_run_is_a_mapping_of_steps(written: tuple[Path, list[torch.Tensor]]) -> None:
+def test_a_run_is_a_mapping_of_steps(written: Written) -> None:
     run = tlcore.open_run(written[0])
     assert (run.state, run.steps, run.incomplete_steps, len(run), list(run)) == (
         "complete",
@@ -87,7 +89,7 @@ def test_a_run_is_a_mapping_of_steps(written: tuple[Path, list[torch.Tensor]]) -
         run[7]
 
 
-def test_a_step_is_a_mapping_of_tensors(written: tuple[Path, list[torch.Tensor]]) -> None:
+def test_a_step_is_a_mapping_of_tensors(written: Written) -> None:
     path, inputs = written
     for number, step in tlcore.open_run(path).items():
         assert step.calls == ["leaf", "leaf_1", "linear"]
@@ -101,7 +103,7 @@ def test_a_step_is_a_mapping_of_tensors(written: tuple[Path, list[torch.Tensor]]
         assert step.ledger.balanced
 
 
-def test_tensors_and_json_are_found_by_logical_name(written: tuple[Path, list[torch.Tensor]]) -> None:
+def test_tensors_and_json_are_found_by_logical_name(written: Written) -> None:
     run = tlcore.open_run(written[0])
     bf16 = run.tensor("step_0/leaf/outputs_list_0_cpu.pt")
     assert torch.equal(bf16, written[1][0].to(torch.bfloat16))
@@ -116,7 +118,7 @@ def test_tensors_and_json_are_found_by_logical_name(written: tuple[Path, list[to
         run.json("step_0/linear/missing.json")
 
 
-def test_a_call_is_rebuilt_with_its_tensors(written: tuple[Path, list[torch.Tensor]]) -> None:
+def test_a_call_is_rebuilt_with_its_tensors(written: Written) -> None:
     path, inputs = written
     step = tlcore.open_run(path).step(0)
     call = step.call("leaf")
@@ -167,7 +169,7 @@ def test_structures_of_every_kind_are_rebuilt() -> None:
             rebuild(bad, lambda file: tensor)
 
 
-def test_verify_counts_every_tensor(written: tuple[Path, list[torch.Tensor]]) -> None:
+def test_verify_counts_every_tensor(written: Written) -> None:
     run = tlcore.open_run(written[0])
     assert run.verify() == run.ledger.stored
 
@@ -260,7 +262,7 @@ def test_a_rank_that_has_not_committed_or_closed_leaves_the_run_incomplete(tmp_p
     assert (run.state, run.steps, run.ledger.stored) == ("incomplete", [0], 2)
 
 
-def test_wrong_paths_say_what_lies_there(written: tuple[Path, list[torch.Tensor]], tmp_path: Path) -> None:
+def test_wrong_paths_say_what_lies_there(written: Written, tmp_path: Path) -> None:
     path = written[0]
     with pytest.raises(ReadError, match=f"the newest is {path}"):
         tlcore.open_run(path.parent)
@@ -317,7 +319,7 @@ def test_pickles_are_not_executed(copy: Path, tmp_path: Path) -> None:
     target = copy / "step_0/linear/outputs_cpu.pt"
     target.unlink()
     torch.save(Bomb(tmp_path / "ran"), target)
-    with pytest.raises(ReadError, match="not a readable .pt file"):
+    with pytest.raises(ReadError, match=r"not a readable \.pt file"):
         tlcore.open_run(copy).tensor("step_0/linear/outputs_cpu")
     assert not (tmp_path / "ran").exists()
     target.unlink()
@@ -325,7 +327,7 @@ def test_pickles_are_not_executed(copy: Path, tmp_path: Path) -> None:
     with pytest.raises(ReadError, match="holds a OrderedDict, not a tensor"):
         tlcore.open_run(copy).tensor("step_0/linear/outputs_cpu")
     torch.save(torch.ones(9), target)
-    with pytest.raises(ReadError, match="its step.json says"):
+    with pytest.raises(ReadError, match=r"its step\.json says"):
         tlcore.open_run(copy).tensor("step_0/linear/outputs_cpu")
 
 
@@ -337,13 +339,11 @@ def test_nothing_outside_the_run_is_read(copy: Path, tmp_path: Path, file: str) 
     record = next(record for record in document["records"] if record["name"] == "step_0/linear/outputs_cpu")
     record["file"] = file
     (copy / "step_0/step.json").write_text(json.dumps(document))
-    with pytest.raises(ReadError, match="not a valid name|leads out of"):
+    with pytest.raises(ReadError, match=r"not a valid name|leads out of"):
         tlcore.open_run(copy).tensor("step_0/linear/outputs_cpu")
 
 
-def test_list_runs_is_ordered_and_shows_damaged_ones(
-    written: tuple[Path, list[torch.Tensor]], tmp_path: Path
-) -> None:
+def test_list_runs_is_ordered_and_shows_damaged_ones(written: Written, tmp_path: Path) -> None:
     for name, created in (("b", "2025-01-02"), ("a", "2025-01-03")):
         shutil.copytree(written[0], tmp_path / name)
         edit(tmp_path / name / "run.json", created=created, run_id=name)

@@ -18,7 +18,8 @@ from jsonschema import Draft202012Validator
 import tlcore_schemas
 from tlcore import registry
 from tlcore.errors import ConfigError, TlcoreError
-from tlcore.schema import Config, check_config, load_config, load_config_file, redact_url
+from tlcore.names import redact_url
+from tlcore.schema import Config, check_config, load_config, load_config_file
 
 SECRET = "hunter2-very-secret"
 STORE_OPTIONS = {
@@ -164,8 +165,9 @@ def test_nothing_else_is_guessed(key: str, text: Any) -> None:
         ({"block_s": float("nan")}, "$.block_s", "the number must be finite"),
         ({"block_s": float("inf")}, "$.block_s", "the number must be finite"),
         ({"output_dir": object()}, "$.output_dir", "object cannot be used here"),
-        ({"output_dir": "s3://bucket/x"}, "$.output_dir", "object storage is not available yet"),
-        ({"backend": "safetensors"}, "$.backend", "not available in this version"),
+        ({"output_dir": "s3://"}, "$.output_dir", "names no bucket or directory"),
+        ({"backend": "fsspec"}, "$.output_dir", "is no URL"),
+        ({"backend": {"name": "fsspec", "url": "/tmp/x"}}, "$.backend.url", "is no URL"),
         ({"backend": {"options": 1}}, "$.backend", 'the key "name" is missing'),
         ({"backend": object()}, "$.backend", "builtins.object object cannot be used here"),
         ({"backend": {"name": "pt", "level": 3}}, "$.backend.level", "unknown key"),

@@ -21,8 +21,11 @@ if TYPE_CHECKING:
 ENTRY_POINT_GROUP = "tlcore.backends"
 Origin = Literal["built-in", "registered", "entry point", "import path"]
 
-_BUILT_IN = {"pt": "tlcore_backends.pt:PtSink"}
-_PLANNED = ("safetensors", "fsspec")
+_BUILT_IN = {
+    "pt": "tlcore_backends.pt:PtSink",
+    "safetensors": "tlcore_backends.safetensors:SafetensorsSink",
+    "fsspec": "tlcore_backends.object_storage:make_sink",
+}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
 _registered: dict[str, Backend] = {}
 
@@ -58,7 +61,7 @@ def register_sink(name: str, factory: Factory, options_schema: Mapping[str, Any]
     """
     if not isinstance(name, str) or not _NAME.match(name):
         raise BackendError(f"A backend name has letters, digits, '_', '.' and '-' only, not {name!r}.")
-    if name in _BUILT_IN or name in _PLANNED:
+    if name in _BUILT_IN:
         raise BackendError(f"The backend name {name!r} is built in; register yours under another name.")
     if not callable(factory):
         raise BackendError(f"The factory of backend {name!r} is not callable: {factory!r}.")
@@ -89,9 +92,6 @@ def resolve(name: str, *, portable: bool = False) -> Backend:
 def _find(name: str) -> Backend:
     if name in _BUILT_IN:
         return Backend(name, _BUILT_IN[name], _built_in_schema(name), "built-in")
-    if name in _PLANNED:
-        problem = f"the backend {name!r} is not available in this version."
-        raise ConfigError("$.backend", problem, f"Available: {', '.join(available())}.")
     if name in _registered:
         return _registered[name]
     for point in _entry_points():

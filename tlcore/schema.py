@@ -14,11 +14,9 @@ from typing import Any, Literal
 from .errors import ConfigError
 from .filters import parse_pattern
 from .jsontext import parse_json
+from .names import REDACTED, is_url, redact_url
 from .registry import Backend, resolve
 from .validation import coerce, json_path, plain, problems, unknown_key
-
-REDACTED = "***"
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 
 
 @dataclass(frozen=True, repr=False)
@@ -77,18 +75,6 @@ class Config:
         if key not in self.public_options or isinstance(value, (dict, list)):
             return dict.fromkeys(value, REDACTED) if isinstance(value, dict) else REDACTED
         return redact_url(value) if isinstance(value, str) else value
-
-
-def redact_url(text: str) -> str:
-    """A URL without user name, password, query and fragment; anything else as it is."""
-    if not _URL.match(text):
-        return text
-    scheme, _, rest = text.partition("://")
-    user, at, place = rest.rpartition("@")
-    # A password may hold a "/"; an "@" in a path after no ":" and a "/" is part of a name.
-    shown = f"{scheme}://{REDACTED}@{place}" if at and (":" in user or "/" not in user) else text
-    clean = re.split(r"[?#]", shown, maxsplit=1)[0]
-    return clean if clean == shown else f"{clean}?{REDACTED}"
 
 
 def load_config(value: Config | Mapping[str, Any] | str | None = None, **keys: Any) -> Config:
@@ -198,21 +184,52 @@ def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
     if backend.options_schema is not None:
         options = coerce(options, backend.options_schema)
         found += problems(options, backend.options_schema, ("backend",), hidden=None)
-    if backend.origin == "built-in" and _URL.match(document["output_dir"]):
-        problem = f"{redact_url(document['output_dir'])!r} is a URL, and object storage is not available yet."
-        found.append(ConfigError("$.output_dir", problem, "Give a directory on a local file system."))
+    output_dir = document["output_dir"]
+    if backend.origin == "built-in" and not _concerns("backend", found):
+        try:
+            backend, options, output_dir = _normal_place(backend, options, output_dir)
+        except ConfigError as error:
+            found.append(error)
     patterns = document["module_call_match"]
     return Config(
         **{
             **document,
+            "output_dir": output_dir,
             "module_call_match": (patterns,) if isinstance(patterns, str) else _tuple(patterns),
             "log_step_ids": tuple(document["log_step_ids"]),
             "device_names": tuple(document["device_names"]),
-            "backend": name,
+            "backend": backend.name,
             "backend_options": options,
             "public_options": _public(backend),
         }
     )
+
+
+def _normal_place(
+    backend: Backend, options: dict[str, Any], output_dir: str
+) -> tuple[Backend, dict[str, Any], str]:
+    """The one form of the three spellings of object storage; a local place is left as it is.
+
+    That form is the backend ``fsspec`` with its ``format``, and the URL in ``output_dir``.
+    """
+    options = dict(options)
+    place = "url" if "url" in options else None
+    if backend.name == "fsspec":
+        output_dir = options.pop("url", output_dir)
+    elif is_url(output_dir):
+        options = {"format": backend.name, **options}
+        backend = resolve("fsspec")
+    else:
+        return backend, options, output_dir
+    path = "$.backend.url" if place else "$.output_dir"
+    if not is_url(output_dir):
+        problem = f"{output_dir!r} is no URL, and the backend fsspec writes to one (s3://bucket/prefix)."
+        raise ConfigError(path, problem, 'For a local directory the backend is "pt" or "safetensors".')
+    output_dir = output_dir.rstrip("/")
+    if not is_url(output_dir):
+        raise ConfigError(path, f"{output_dir + '//'!r} names no bucket or directory.")
+    options.setdefault("format", "pt")
+    return backend, options, output_dir
 
 
 def _tuple(patterns: list[str] | None) -> tuple[str, ...] | None:

@@ -36,16 +36,15 @@ class PtSink:
     def write(self, batch: Sequence[Record]) -> None:
         """Write records of one step; a record that repeats an earlier one becomes another name of it."""
         copies: list[tuple[str, str]] = []
-        for record in batch:
-            if record.step != self._step:
-                self._begin_step(record.step)
-            if record.alias_of in self._entries:
-                copies.append((self._entries[record.alias_of]["file"], f"{record.name}.pt"))
-                self._entries[record.name] = record.describe()
-            else:
-                self._write_record(record)
-        # A copy needs its original, which may still be on its way.
-        self._finish_writes()
+        try:
+            for record in batch:
+                if record.step != self._step:
+                    self._begin_step(record.step)
+                self._write_record(record, copies)
+        finally:
+            # The records' memory is used again once this returns, so nothing may be on its way then;
+            # and a copy needs its original.
+            self._uploads.wait()
         for source, target in copies:
             self._uploads.copy(source, target)
         self._uploads.wait()
@@ -60,5 +59,32 @@ class PtSink:
         calls = "".join(f"{call}\n" for call in step.calls)
         self._put(f"{directory}/module_calls{self._directory.suffix}.txt", calls)
         self._uploads.wait()
-        self._directory.put_step(step.step, step.to_json(self._placed()))
+        self._directory.put_step(step.step, step.to_json(list(self._entries.values())))
         self._begin_step(None)
+
+    def close(self) -> None:
+        """Rank 0 marks ``run.json`` complete; every other rank leaves its own close marker."""
+        self._uploads.close()
+        self._directory.close()
+
+    def _begin_step(self, step: int | None) -> None:
+        self._step = step
+        self._entries: dict[str, Json] = {}
+
+    def _write_record(self, record: Record, copies: list[tuple[str, str]]) -> None:
+        file = f"{record.name}.pt"
+        entry = record.describe()
+        original = self._entries.get(record.alias_of) if record.alias_of is not None else None
+        if original is not None:
+            copies.append((original["file"], file))
+            size = original["file_bytes"]
+        else:
+            # Its original was not stored, so this record stands for itself.
+            entry.pop("alias_of", None)
+            parts = encode(record.dtype, record.shape, record.data)
+            size = sum(memoryview(part).nbytes for part in parts)
+            self._uploads.put(file, parts)
+        self._entries[record.name] = {**entry, "file": file, "file_bytes": size}
+
+    def _put(self, name: str, text: str) -> None:
+        self._uploads.put(name, [text.encode("utf-8")])

@@ -26,9 +26,7 @@ class RunDirectory:
     In object storage nothing is read: a role that may only write is enough.
     """
 
-    def __init__(
-        self, run: RunInfo, backend: str, storage_options: Mapping[str, Any] | None = None
-    ) -> None:
+    def __init__(self, run: RunInfo, backend: str, storage_options: Mapping[str, Any] | None = None) -> None:
         self.run = run
         self.suffix = rank_suffix(run.rank)
         self.store = open_store(run.url, storage_options, run.fsync)

@@ -61,7 +61,7 @@ def payload(tensor: torch.Tensor) -> memoryview:
     """The bytes of a contiguous tensor."""
     if tensor.numel() == 0:
         return memoryview(b"")
-    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy()).cast("B")
+    return memoryview(tensor.reshape(-1).view(torch.uint8).numpy().data)
 
 
 def encoded(tensor: torch.Tensor) -> bytes:

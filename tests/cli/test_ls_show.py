@@ -141,7 +141,7 @@ def test_statistics_are_those_of_the_values(dtype: torch.dtype) -> None:
     tensor = torch.tensor([[0, 1], [3, 0]]).to(dtype)
     exact = tensor.to(torch.float64)
     found = summarize(tensor)
-    assert (found.min, found.max, found.zeros, found.nans, found.infs) == (0, exact.max(), 2, 0, 0)
+    assert (found.min, found.max, found.zeros, found.nans, found.infs) == (0, float(exact.max()), 2, 0, 0)
     assert found.mean == pytest.approx(float(exact.mean()))
     assert found.std == pytest.approx(float(exact.std(correction=0)))
     assert found.l2 == pytest.approx(float(exact.norm()))

@@ -53,4 +53,4 @@ def main(model: str, config: dict[str, Any] | None) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    print("REPORT " + json.dumps(main(sys.argv[1], json.loads(sys.argv[2]))), flush=True)  # noqa: T201
+    sys.stdout.write(f"REPORT {json.dumps(main(sys.argv[1], json.loads(sys.argv[2])))}\n")

@@ -36,6 +36,6 @@ def test_two_runs_lie_side_by_side(tmp_path: Path) -> None:
     assert everything.steps == layer.steps == [0]
     calls = everything.step(0).calls
     assert {"model", "model.embed_tokens", "model.layers.29.mlp", "logits_processor"} <= set(calls)
-    assert layer.step(0).calls == [each for each in calls if "layers.0." in each and "_" not in each[-3:]]
+    assert layer.step(0).calls == [each for each in calls if "layers.0." in each]
     assert everything.ledger.balanced and everything.ledger.stored == everything.ledger.captured > 1000
-    assert [row["external_request_id"] for row in everything.step(0).rows][:1] == ["request-0"]
+    assert (everything.step(0).rows or [{}])[0]["external_request_id"] == "request-0"

@@ -113,7 +113,7 @@ def _rows(step: Step, pattern: re.Pattern[str] | None) -> Iterator[list[Any]]:
                 yield [step.number, call["call"], stem, *[None] * 4, "not committed"]
                 continue
             shape = "x".join(map(str, record["shape"])) or "scalar"
-            note = f"same as {record['alias_of']}" if "alias_of" in record else None
+            note = f"same as {record['alias_of'].partition('/')[2]}" if "alias_of" in record else None
             yield [
                 *(step.number, call["call"], stem, record["dtype"], shape, record["device"]),
                 *(size(record["bytes"]), note),

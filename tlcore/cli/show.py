@@ -24,8 +24,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="a tensor such as step_0/layers.0/outputs_cpu (.pt may follow), or a call such as step_0/layers.0;"
-        " without step_<S>/ it is looked for in the run's first step",
+        help="a tensor such as step_0/layers.0/outputs_cpu (.pt may follow), or a call such as"
+        " step_0/layers.0; without step_<S>/ it is looked for in the run's first step",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, without the tensor's values")
 

@@ -76,9 +76,8 @@ def _not_one_run(path: str | os.PathLike[str]) -> ReadError:
         )
     shown = "\n".join(f"  {run.path}  {run.state}  {run.created}" for run in reversed(runs[-20:]))
     more = f"\n  ... and {len(runs) - 20} older ones" if len(runs) > 20 else ""
-    return ReadError(
-        f"{os.fspath(path)}: holds runs ({len(runs)}) and is none itself; the newest is {runs[-1].path}\n{shown}{more}"
-    )
+    where = f"{os.fspath(path)}: holds runs ({len(runs)}) and is none itself"
+    return ReadError(f"{where}; the newest is {runs[-1].path}\n{shown}{more}")
 
 
 class Run(Mapping[int, Step]):

@@ -10,7 +10,7 @@ from typing import Any
 
 from ...errors import BackendError, CaptureError, ConfigError
 from ...registry import resolve
-from ...schema import Config, load_config, redact_url
+from ...schema import Config, load_config
 from ...session import new_run_id
 from . import PLUGIN
 from .carrier import KEY, Carrier, carried, is_carrier
@@ -117,7 +117,7 @@ def _probe_directory(path: str) -> None:
     except OSError as error:
         reason = error.strerror or str(error)
         raise BackendError(
-            f"$.output_dir: {redact_url(path)!r} cannot be written: {reason}. "
+            f"$.output_dir: {path!r} cannot be written: {reason}. "
             "Give a directory in which this user may create directories."
         ) from None
 

@@ -16,7 +16,7 @@ _RANDOM_SUFFIX = re.compile(r"(.+)-[0-9a-f]{8}\Z", re.DOTALL)
 _SAMPLE_PREFIX = re.compile(r"\d+_")
 
 
-class RowsError(Exception):
+class RowError(Exception):
     """The rows cannot be had for this step; the message says why."""
 
 
@@ -50,18 +50,18 @@ class RowReader:
     def rows(self, scheduler_output: Any) -> tuple[list[Json], int]:
         """The rows, in the batch's order, and how many padding rows follow them.
 
-        Raises RowsError when the runner does not hold them in a known form, or its own figures
+        Raises RowError when the runner does not hold them in a known form, or its own figures
         contradict each other.
         """
         try:
             parallel = self._runner.vllm_config.parallel_config
             if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
-                raise RowsError("prefill context parallelism splits requests over ranks")
+                raise RowError("prefill context parallelism splits requests over ranks")
             if self._second_version:
                 return self._of_second_version()
             return self._of_first_version(scheduler_output)
         except (AttributeError, KeyError, TypeError, IndexError) as error:
-            raise RowsError(f"the model runner is unknown: {type(error).__name__}: {error}") from error
+            raise RowError(f"the model runner is unknown: {type(error).__name__}: {error}") from error
 
     def _of_first_version(self, scheduler_output: Any) -> tuple[list[Json], int]:
         runner = self._runner
@@ -80,7 +80,7 @@ class RowReader:
     def _of_second_version(self) -> tuple[list[Json], int]:
         batch = self._batch
         if batch is None:
-            raise RowsError("the model runner prepared no batch")
+            raise RowError("the model runner prepared no batch")
         counts = [int(each) for each in batch.num_scheduled_tokens]
         total = int(batch.num_tokens)
         starts = _integers(batch.query_start_loc_np)
@@ -96,7 +96,7 @@ def _rows(
     _agree("scheduled tokens and their sum", [firsts[-1]], [total])
     _agree("token counts and query_start_loc", firsts, list(starts[: len(ids) + 1]))
     if min(counts, default=1) < 1:
-        raise RowsError("a request of the batch has no tokens")
+        raise RowError("a request of the batch has no tokens")
     lasts = [end - 1 for end in firsts[1:]]
     edges = torch.tensor([*firsts[:-1], *lasts], device=positions.device)
     found: list[int] = positions[edges].tolist()
@@ -116,7 +116,7 @@ def _rows(
 
 def _agree(what: str, one: list[int], other: list[int]) -> None:
     if one != other:
-        raise RowsError(f"{what} disagree")
+        raise RowError(f"{what} disagree")
 
 
 def _integers(values: Any) -> list[int]:

@@ -9,7 +9,7 @@ from typing import Any
 
 from ...record import Json
 from ...session import Session
-from .rows import RowReader, RowsError
+from .rows import RowError, RowReader
 
 log = logging.getLogger("vllm.tlcore")
 
@@ -97,7 +97,7 @@ class StepBracket:
             if padded:
                 self._extra["padded_rows"] = padded
         except Exception as error:
-            reason = str(error) if isinstance(error, RowsError) else f"{type(error).__name__}: {error}"
+            reason = str(error) if isinstance(error, RowError) else f"{type(error).__name__}: {error}"
             self._extra["rows_unavailable"] = reason
             self._warn("request rows are not available", error)
 
@@ -113,4 +113,4 @@ class StepBracket:
     def _warn(self, what: str, error: Exception) -> None:
         if what not in self._warned:
             self._warned.add(what)
-            log.warning("%s (said once): %s", what, error, exc_info=not isinstance(error, RowsError))
+            log.warning("%s (said once): %s", what, error, exc_info=not isinstance(error, RowError))

@@ -1,0 +1,136 @@
+"""Calls of a remote filesystem: each under a deadline of our own, all under one retry policy."""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from .filesystems import FileSystem
+
+DEADLINE_S = 30.0
+ATTEMPTS = 4
+# A transfer this slow is as good as none.
+_SLOWEST_BYTES_PER_S = 1e6
+_FIRST_PAUSE_S = 0.2
+_LONGEST_PAUSE_S = 5.0
+_TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+_PERMANENT = (
+    FileExistsError,
+    FileNotFoundError,
+    IsADirectoryError,
+    NotADirectoryError,
+    NotImplementedError,
+    PermissionError,
+    AttributeError,
+    ImportError,
+    LookupError,
+    TypeError,
+    ValueError,
+)
+
+
+class DeadlineError(TimeoutError):
+    """The server did not answer in time."""
+
+
+class RemoteCalls:
+    """Runs methods of one filesystem; safe to use from several threads at once.
+
+    A call gets ``deadline_s`` seconds and one more for each megabyte it moves. What may pass (no answer,
+    no connection, a busy server) is tried ``attempts`` times with growing, random pauses.
+    """
+
+    def __init__(
+        self, filesystem: FileSystem, deadline_s: float = DEADLINE_S, attempts: int = ATTEMPTS
+    ) -> None:
+        self._filesystem = filesystem
+        self._deadline_s = deadline_s
+        self._attempts = attempts
+
+    def run(self, method: str, *args: Any, moved_bytes: int = 0, **keys: Any) -> Any:
+        """The method's result. Raises what the last attempt raised, or DeadlineError."""
+        deadline_s = self._deadline_s + moved_bytes / _SLOWEST_BYTES_PER_S
+        for attempt in range(1, self._attempts + 1):
+            try:
+                return self._once(method, args, keys, deadline_s)
+            except Exception as error:
+                if attempt == self._attempts or not is_transient(error):
+                    raise
+            time.sleep(random.uniform(0.5, 1.0) * min(_FIRST_PAUSE_S * 3**attempt, _LONGEST_PAUSE_S))
+        raise ValueError("attempts must be 1 or more")
+
+    def _once(self, method: str, args: tuple[Any, ...], keys: dict[str, Any], deadline_s: float) -> Any:
+        if self._filesystem.async_impl:
+            coroutine = getattr(self._filesystem, f"_{method}")(*args, **keys)
+            future = asyncio.run_coroutine_threadsafe(coroutine, self._filesystem.loop)
+        else:
+            future = _in_thread(lambda: getattr(self._filesystem, method)(*args, **keys))
+        try:
+            return future.result(deadline_s)
+        except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
+            if future.done() and not future.cancelled():
+                raise
+            future.cancel()
+            raise DeadlineError(f"no answer within {deadline_s:.1f} s") from None
+
+
+def _in_thread(call: Callable[[], Any]) -> concurrent.futures.Future[Any]:
+    """Run a call in a thread that is left behind when nobody waits for it any more."""
+    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+
+    def work() -> None:
+        try:
+            result = call()
+        except BaseException as error:
+            if not future.cancelled():
+                future.set_exception(error)
+        else:
+            if not future.cancelled():
+                future.set_result(result)
+
+    threading.Thread(target=work, name="tlcore-remote", daemon=True).start()
+    return future
+
+
+def is_transient(error: BaseException) -> bool:
+    """Whether the same call may succeed a little later."""
+    statuses = [status for cause in _causes(error) if (status := _status(cause)) is not None]
+    if statuses:
+        return statuses[0] in _TRANSIENT_STATUS
+    if isinstance(error, _PERMANENT):
+        return False
+    return not any(_is_about_credentials(cause) for cause in _causes(error))
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    seen: set[int] = set()
+    cause: BaseException | None = error
+    while cause is not None and id(cause) not in seen:
+        seen.add(id(cause))
+        yield cause
+        cause = cause.__cause__ or cause.__context__
+
+
+def _status(error: BaseException) -> int | None:
+    """The HTTP status that an exception of s3fs, gcsfs, adlfs or aiohttp carries."""
+    response = getattr(error, "response", None)
+    if isinstance(response, dict):
+        status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+        return status if isinstance(status, int) else None
+    for name in ("status_code", "status", "code"):
+        value = getattr(error, name, None)
+        if isinstance(value, str) and value.isdigit():
+            value = int(value)
+        if isinstance(value, int) and 100 <= value < 600:
+            return value
+    return None
+
+
+def _is_about_credentials(error: BaseException) -> bool:
+    name = type(error).__name__.lower()
+    return "credential" in name or "auth" in name

@@ -1,0 +1,104 @@
+"""Every built-in backend and store passes the suites that tlcore ships for third parties."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.backends.raw import committed
+from tlcore.errors import BackendError
+from tlcore.protocols import Sink, Store
+from tlcore.testing import FailingStore, MemoryStore, SinkConformance, SlowStore, StoreConformance, Tensors
+from tlcore_backends.object_storage import FsspecStore, make_sink
+from tlcore_backends.places import open_store
+from tlcore_backends.pt import PtSink
+from tlcore_backends.safetensors import SafetensorsSink
+from tlcore_backends.stores import LocalStore
+
+_fresh = itertools.count()
+
+
+class _Readable(SinkConformance):
+    """Reads what a built-in sink wrote."""
+
+    def committed(self, url: str) -> Mapping[int, Tensors]:
+        return committed(open_store(url))
+
+
+class TestPt(_Readable):
+    def make_sink(self) -> Sink:
+        return PtSink()
+
+
+class TestSafetensors(_Readable):
+    def make_sink(self) -> Sink:
+        return SafetensorsSink()
+
+
+class TestSmallShards(_Readable):
+    def make_sink(self) -> Sink:
+        return SafetensorsSink(shard_bytes=40)
+
+
+class TestFsspecPt(_Readable):
+    def make_sink(self) -> Sink:
+        return make_sink("pt")
+
+    def make_url(self, tmp_path: Path) -> str:
+        return f"memory://conformance-{next(_fresh)}/run"
+
+
+class TestFsspecSafetensors(TestFsspecPt):
+    def make_sink(self) -> Sink:
+        return make_sink("safetensors")
+
+
+class TestLocalStore(StoreConformance):
+    def make_store(self, tmp_path: Path) -> Store:
+        return LocalStore(tmp_path / "root")
+
+
+class TestMemoryProtocol(StoreConformance):
+    def make_store(self, tmp_path: Path) -> Store:
+        return FsspecStore(f"memory://conformance-{next(_fresh)}")
+
+
+class TestFileProtocol(StoreConformance):
+    def make_store(self, tmp_path: Path) -> Store:
+        return FsspecStore(f"file://{tmp_path}/root")
+
+
+class TestMemoryStore(StoreConformance):
+    def make_store(self, tmp_path: Path) -> Store:
+        return MemoryStore()
+
+
+class TestSlowStore(StoreConformance):
+    def make_store(self, tmp_path: Path) -> Store:
+        return SlowStore(MemoryStore(), delay_s=0.001)
+
+
+class TestFailingStore(StoreConformance):
+    def make_store(self, tmp_path: Path) -> Store:
+        return FailingStore(MemoryStore(), failures=0)
+
+
+def test_a_failing_store_fails_as_often_as_told() -> None:
+    store = FailingStore(MemoryStore(), methods=["put", "get"], failures=2)
+    with pytest.raises(BackendError, match="put of 'a' fails on purpose"):
+        store.put("a", [b"x"])
+    store.delete("a")
+    with pytest.raises(BackendError):
+        store.get("a")
+    assert store.put("a", [b"x"]) == 1
+    assert store.calls == 4
+
+
+def test_file_urls_and_paths_are_the_local_disk(tmp_path: Path) -> None:
+    for place in (str(tmp_path), f"file://{tmp_path}", f"local://{tmp_path}"):
+        store = open_store(place)
+        assert isinstance(store, LocalStore)
+        assert store.url == str(tmp_path)

@@ -1,0 +1,96 @@
+"""Runs, records and summaries as the engine would make them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+import xxhash
+
+from ..record import LAYOUT_VERSION, Counts, Json, Ledger, Record, RunInfo, StepSummary
+
+
+def make_run(
+    url: str | Path, rank: int = 0, world_size: int = 1, run_id: str = "run-1", fsync: bool = False
+) -> RunInfo:
+    """A run at ``url`` with a small, whole document."""
+    document: Json = {
+        "layout": LAYOUT_VERSION,
+        "run_id": run_id,
+        "created": "2025-01-01T00:00:00+00:00",
+        "host": "host",
+        "pid": 1,
+        "world_size": world_size,
+        "config": {},
+        "backend": "test",
+        "versions": {},
+    }
+    return RunInfo(run_id, str(url), rank, world_size, document, Ledger(), fsync)
+
+
+def make_record(name: str, tensor: torch.Tensor, rank: int = 0, alias_of: str | None = None) -> Record:
+    """A record named ``step_<S>/<module>/<stem>`` with a copy of the bytes of ``tensor``."""
+    step, module = name.split("/")[:2]
+    data = memoryview(bytes_of(tensor))
+    return Record(
+        name=name,
+        step=int(step.removeprefix("step_")),
+        rank=rank,
+        module=module,
+        call=0,
+        direction="outputs",
+        path=(),
+        dtype=tensor.dtype,
+        shape=tuple(tensor.shape),
+        device="cpu",
+        data=data,
+        hash=xxhash.xxh3_128_hexdigest(data),
+        alias_of=alias_of,
+    )
+
+
+def make_summary(
+    step: int, records: Sequence[Record] = (), rank: int = 0, rows: Sequence[Json] | None = None, **extra: Any
+) -> StepSummary:
+    """The summary of a step in which just ``records`` were captured, with fixed times."""
+    modules = list(dict.fromkeys(record.module for record in records))
+    structures = {
+        f"{record.name.split('/')[1]}/outputs.json": {
+            "type": "tensor",
+            "shape": list(record.shape),
+            "dtype": str(record.dtype),
+            "numel": record.tensor().numel(),
+            "device": record.device,
+            "file": f"{record.name}.pt",
+        }
+        for record in records
+    }
+    counts = Counts(captured=len(records), stored=len(records))
+    times = ("2025-01-01T00:00:01+00:00", "2025-01-01T00:00:02+00:00")
+    return StepSummary(step, rank, modules, structures, counts, *times, rows=rows, extra=extra)
+
+
+def every_dtype() -> dict[str, torch.Tensor]:
+    """A tensor of three elements for each dtype that a record can have, by the dtype's name.
+
+    Left out are those of quantized tensors and those that torch only has a name for.
+    """
+    tensors = {}
+    for dtype in sorted({value for value in vars(torch).values() if isinstance(value, torch.dtype)}, key=str):
+        name = str(dtype).removeprefix("torch.")
+        if name.startswith(("q", "bit")):
+            continue
+        count = 3 * dtype.itemsize
+        # Alternating bits would not be a bool.
+        pattern = [1, 0, 1] if dtype is torch.bool else [(37 * i + 5) % 120 for i in range(count)]
+        tensors[name] = torch.tensor(pattern, dtype=torch.uint8).view(dtype)
+    return tensors
+
+
+def bytes_of(tensor: torch.Tensor) -> bytearray:
+    """The C-contiguous bytes of a CPU tensor of any dtype."""
+    if tensor.numel() == 0:
+        return bytearray()
+    return bytearray(tensor.detach().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
