@@ -23,7 +23,7 @@ def smollm2() -> Path:
 
 
 def tiny_llama() -> Path:
-    """A random 4-layer Llama (hidden size 64, float32) with a byte-pair tokenizer of 512 tokens."""
+    """A random 4-layer Llama (hidden size 128, float32) with a byte-pair tokenizer of 512 tokens."""
     return _prepared("tiny-llama-1", _write_tiny_llama)
 
 
@@ -72,7 +72,7 @@ def _write_tiny_llama(directory: Path) -> None:
 
     config = LlamaConfig(
         vocab_size=_VOCABULARY,
-        hidden_size=64,
+        hidden_size=128,
         intermediate_size=128,
         num_hidden_layers=4,
         num_attention_heads=4,

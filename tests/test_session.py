@@ -84,6 +84,17 @@ def test_no_step_ids_means_all_steps() -> None:
     assert [step.step for step in sink.steps] == [0, 1, 2]
 
 
+def test_a_submodule_called_between_steps_belongs_to_no_step() -> None:
+    module = model()
+    sink = MemorySink()
+    with tlcore.capture(module, backend=sink, log_step_ids=[]) as captured:
+        for _ in range(2):
+            module(torch.randn(2, 4))
+            module[0](torch.randn(2, 4))
+    assert [step.calls for step in sink.steps] == [["0", "1", "2"]] * 2
+    assert captured.ledger.captured == 12
+
+
 def test_calls_of_a_shared_module_are_numbered() -> None:
     sink, _ = run(Shared(), size=3)
     assert sink.steps[0].calls == ["twice", "twice_1", "twice_2", "once"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from .adapters.vllm import install_import_hook
+
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
@@ -61,3 +63,7 @@ def __getattr__(name: str) -> Any:
 
 def __dir__() -> list[str]:
     return sorted(__all__)
+
+
+# So that a script which imports tlcore before vLLM has the flag even where vLLM skips its plugins.
+install_import_hook()

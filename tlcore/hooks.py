@@ -22,6 +22,7 @@ from .structure import Branch, Opaque, class_name, freeze
 
 log = logging.getLogger("tlcore")
 _NOT_WANTED = -1
+_NOBODY = 0
 _CALL_CODE = nn.Module._call_impl.__code__
 _OTHER_DEVICE = "device not in device_names"
 
@@ -165,7 +166,7 @@ class ModuleHooks:
     ) -> None:
         self.name = name
         self.count = 0
-        self.owner = 0
+        self.owner = _NOBODY
         self._wanted = wanted
         self._collector = collector
         self._post = post_inputs
@@ -269,6 +270,11 @@ class HookSet:
             self._handles.append(
                 module.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
             )
+
+    def rest(self) -> None:
+        """Keep the hooks for the next step, but let them pass over calls outside a step."""
+        for hooks in self._hooks.values():
+            hooks.owner = _NOBODY
 
     def remove(self) -> None:
         """Take every hook away."""

@@ -115,8 +115,7 @@ class Processor:
         document = describe(event.node, (), name)
         if event.kwargs is not None:
             document["kwargs"] = describe(event.kwargs, (), name)
-        suffix = names.rank_suffix(self._rank)
-        step.structures[f"{directory}/{event.direction}{suffix}.json"] = document
+        step.structures[f"{directory}/{event.direction}.json"] = document
         for slot in event.slots:
             _book(step.counts, slot)
         return [self._record(number, step, event, path, slot) for path, slot in paths]

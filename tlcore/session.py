@@ -195,7 +195,9 @@ class Session:
             if self._closed or self._step is None or self._hooks is None or self._pipeline is None:
                 return
             number, self._step = self._step, None
-            if not self.config.selects_step(number + 1):
+            if self.config.selects_step(number + 1):
+                self._hooks.rest()
+            else:
                 self._hooks.remove()
             details = dict(extra or {})
             if error is not None:

@@ -27,7 +27,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = EngineArgs.add_cli_args(parser)
     parser.add_argument("--max-tokens", type=int, default=16, help="tokens to generate for each prompt")
     parser.add_argument("--prompt", action="append", help="a prompt of your own (repeat for several)")
-    return parser.parse_args()
+    arguments: argparse.Namespace = parser.parse_args()
+    return arguments
 
 
 def main() -> None:

@@ -9,6 +9,7 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from ...errors import BackendError, CaptureError, ConfigError
+from ...names import is_url
 from ...registry import resolve
 from ...schema import Config, load_config
 from ...session import new_run_id
@@ -27,7 +28,7 @@ def check(given: Config | Mapping[str, Any] | str) -> Config:
     config = load_config(given)
     if config.enabled:
         backend = resolve(config.backend, portable=True)
-        if backend.origin == "built-in" and "://" not in config.output_dir:
+        if backend.origin == "built-in" and not is_url(config.output_dir):
             _probe_directory(config.output_dir)
         _check_workers_load_plugin()
     return config
@@ -47,7 +48,7 @@ def prepare(additional_config: Mapping[str, Any] | None) -> dict[str, Any]:
         del prepared[KEY]
         return prepared
     document = config.to_json(redact=False)
-    if "://" not in config.output_dir:
+    if not is_url(config.output_dir):
         # Workers may have another working directory.
         document["output_dir"] = os.path.abspath(config.output_dir)
     prepared[KEY] = Carrier(config=document, run_id=new_run_id())
