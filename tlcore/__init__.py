@@ -10,6 +10,7 @@ from .adapters.vllm import install_import_hook
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .comparison import compare
     from .errors import BackendError, CaptureError, ConfigError, ReadError, TlcoreError, VerifyError
     from .protocols import Sink, Store
     from .reader import open_run
@@ -33,6 +34,7 @@ _LAZY = {
     "StepSummary": "record",
     "register_sink": "registry",
     "capture": "session",
+    "compare": "comparison",
 }
 
 __all__ = [
@@ -49,6 +51,7 @@ __all__ = [
     "VerifyError",
     "__version__",
     "capture",
+    "compare",
     "open_run",
     "register_sink",
 ]

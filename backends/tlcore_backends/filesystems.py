@@ -10,6 +10,7 @@ import fsspec
 
 from tlcore.errors import BackendError
 
+from .obstore_options import obstore_options
 from .redaction import Redactor
 
 _EXTRAS = {
@@ -42,6 +43,8 @@ def open_filesystem(
     Raises BackendError for an unknown protocol, a missing package, or options that it does not take.
     """
     protocol = url.partition("://")[0].lower()
+    if protocol == "s3" and (fast := obstore_options(storage_options)) is not None:
+        return _obstore_filesystem(url, fast, redactor)
     kind = _filesystem_class(protocol, redactor.url)
     try:
         options = {**kind._get_kwargs_from_urls(url), **_adjusted(protocol, storage_options)}
@@ -54,12 +57,26 @@ def open_filesystem(
         raise BackendError(
             f"{redactor.url}: cannot be opened with these storage_options ({reason})"
         ) from None
-    if not root.strip("/"):
-        raise BackendError(f"{redactor.url}: names no bucket or directory")
+    _check_root(root, redactor)
     if protocol in ("s3", "s3a"):
         # Calls that fail are tried again by RemoteCalls, under one policy for every protocol.
         filesystem.retries = 1
     return filesystem, root
+
+
+def _obstore_filesystem(url: str, options: dict[str, Any], redactor: Redactor) -> tuple[FileSystem, str]:
+    from obstore.fsspec import FsspecStore
+
+    root = url.partition("://")[2].rstrip("/")
+    _check_root(root, redactor)
+    filesystem: Any = FsspecStore("s3", **options, skip_instance_cache=True)
+    filesystem.dircache.use_listings_cache = False
+    return filesystem, root
+
+
+def _check_root(root: str, redactor: Redactor) -> None:
+    if not root.strip("/"):
+        raise BackendError(f"{redactor.url}: names no bucket or directory")
 
 
 def _filesystem_class(protocol: str, shown: str) -> Any:

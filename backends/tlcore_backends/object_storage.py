@@ -11,7 +11,7 @@ from tlcore.protocols import Buffer, Entry, Sink
 from .filesystems import open_filesystem
 from .pt import PtSink
 from .redaction import Redactor
-from .remote_calls import ATTEMPTS, DEADLINE_S, DeadlineError, RemoteCalls
+from .remote_calls import ATTEMPTS, DEADLINE_S, DeadlineError, RemoteCalls, is_about_credentials
 from .safetensors import SHARD_BYTES, SafetensorsSink
 from .stores import UNFINISHED, check_name
 
@@ -94,14 +94,26 @@ class FsspecStore:
         if end is not None and end <= start:
             return b""
         moved = _UNKNOWN_BYTES if end is None else end - start
-        limits = (None, None) if start == 0 and end is None else (start, end)
+        limits = {} if start == 0 and end is None else {"start": start, "end": end}
         try:
-            data: bytes = self._calls.run("cat_file", place, *limits, moved_bytes=moved)
+            data: bytes = self._calls.run("cat_file", place, moved_bytes=moved, **limits)
+        except NotImplementedError:
+            # obstore wants both ends of a range.
+            size = self._size(name)
+            return self.get(name, start, size) if start < size else b""
         except FileNotFoundError:
             raise FileNotFoundError(f"{self.url}/{name}") from None
         except Exception as error:
             raise self._refused("read", name, error) from None
         return data
+
+    def _size(self, name: str) -> int:
+        try:
+            return int(self._calls.run("info", self._place(name))["size"])
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.url}/{name}") from None
+        except Exception as error:
+            raise self._refused("read", name, error) from None
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All blobs whose name starts with ``prefix``."""
@@ -142,7 +154,7 @@ class FsspecStore:
     def _refused(self, action: str, name: str, error: BaseException, advice: str = "") -> BackendError:
         if isinstance(error, BackendError):
             return error
-        if isinstance(error, PermissionError) or "redential" in type(error).__name__:
+        if is_about_credentials(error):
             advice = "check the credentials in storage_options and what they may do"
         answer = str(error) if isinstance(error, DeadlineError) else f"{type(error).__name__}: {error}"
         text = f"cannot {action} {self.url}/{name}: {self._redactor.clean(answer)}"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import random
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +20,8 @@ _SLOWEST_BYTES_PER_S = 1e6
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
+# obstore tells the status in its text alone.
+_STATUS_IN_TEXT = re.compile(r"Server returned non-2xx status code: (\d{3})")
 _PERMANENT = (
     FileExistsError,
     FileNotFoundError,
@@ -104,7 +107,15 @@ def is_transient(error: BaseException) -> bool:
         return statuses[0] in _TRANSIENT_STATUS
     if isinstance(error, _PERMANENT):
         return False
-    return not any(_is_about_credentials(cause) for cause in _causes(error))
+    return not is_about_credentials(error)
+
+
+def is_about_credentials(error: BaseException) -> bool:
+    """Whether the caller is unknown to the server or may not do what it asked for."""
+    return isinstance(error, PermissionError) or any(
+        _status(cause) in (401, 403) or re.search("credential|auth", type(cause).__name__, re.IGNORECASE)
+        for cause in _causes(error)
+    )
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
@@ -117,7 +128,9 @@ def _causes(error: BaseException) -> Iterator[BaseException]:
 
 
 def _status(error: BaseException) -> int | None:
-    """The HTTP status that an exception of s3fs, gcsfs, adlfs or aiohttp carries."""
+    """The HTTP status that an exception of s3fs, gcsfs, adlfs, aiohttp or obstore carries."""
+    if match := _STATUS_IN_TEXT.search(str(error)):
+        return int(match[1])
     response = getattr(error, "response", None)
     if isinstance(response, dict):
         status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
@@ -129,8 +142,3 @@ def _status(error: BaseException) -> int | None:
         if isinstance(value, int) and 100 <= value < 600:
             return value
     return None
-
-
-def _is_about_credentials(error: BaseException) -> bool:
-    name = type(error).__name__.lower()
-    return "credential" in name or "auth" in name

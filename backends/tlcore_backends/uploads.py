@@ -43,5 +43,9 @@ class Uploads:
     def _do(self, call: Callable[[], object]) -> None:
         if self._pool is None:
             call()
-        else:
+            return
+        try:
             self._running.append(self._pool.submit(call))
+        except RuntimeError:
+            # The interpreter is ending, and takes no more work for threads: a session left open ends here.
+            call()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.server
+import os
 import socket
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import torch
 from tlcore.errors import BackendError
 from tlcore.testing import make_record, make_run
 from tlcore_backends.object_storage import FsspecStore, make_sink
+from tlcore_backends.obstore_options import obstore_options
 from tlcore_backends.remote_calls import RemoteCalls, is_transient
 
 KEY, SECRET = "AKIAEXAMPLEKEYID", "example/secret+key"
@@ -220,3 +222,27 @@ def test_an_upload_that_fails_fails_the_batch(monkeypatch: pytest.MonkeyPatch) -
     sink.open(make_run("memory://fails/run"))
     with pytest.raises(BackendError, match="refused on purpose"):
         sink.write([make_record(f"step_0/m/{i}_cpu", torch.ones(2)) for i in range(40)])
+
+
+@pytest.mark.parametrize(
+    ("changed", "usable"),
+    [
+        ({}, True),
+        ({"token": "session"}, True),
+        ({"key": None}, False),
+        ({"client_kwargs": {}}, False),
+        ({"client_kwargs": {"region_name": "eu-west-1", "verify": False}}, False),
+        ({"anon": True}, False),
+        ({"config_kwargs": {"s3": {"addressing_style": "path"}}}, False),
+    ],
+)
+def test_obstore_is_used_only_where_the_options_mean_the_same(
+    changed: dict[str, Any], usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    options: dict[str, Any] = {"key": KEY, "secret": SECRET, "endpoint_url": "http://127.0.0.1:9"}
+    options |= {"client_kwargs": {"region_name": "eu-west-1"}, **changed}
+    assert (obstore_options(options) is not None) == usable
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "another")
+    assert obstore_options(options) is None

@@ -13,6 +13,9 @@ from .. import __version__
 COMMANDS = {
     "ls": ("ls", "list the runs in a directory, the steps of a run, or the tensors of a step"),
     "show": ("show", "show a captured tensor or structure"),
+    "verify": ("verify", "check that everything a run stored is there, whole and unchanged"),
+    "compare": ("compare", "compare two runs and find where they part"),
+    "convert": ("convert", "write a run into another backend, losslessly"),
     "check-config": ("check_config", "check a configuration and print its normal form"),
 }
 

@@ -7,12 +7,12 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from ..errors import ReadError
-from ..reader import Run, RunSummary, Step, list_runs, open_run
+from ..reader import Run, RunSummary, Step, is_run, list_runs, open_run
 from ..record import Json
+from .places import add_storage_options, storage_options
 from .tables import print_table, size
 
 HELP = (
@@ -23,19 +23,21 @@ HELP = (
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("path", metavar="PATH", help="an output_dir, or a run's directory")
+    parser.add_argument("path", metavar="PATH", help="an output_dir, or a run's directory; a path or URL")
     parser.add_argument("--step", type=int, help="list the calls and tensors of this step")
     parser.add_argument("--module", metavar="REGEX", help="only calls of modules in whose name this is found")
     parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
+    add_storage_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the listing. Raises ReadError for a bad path, step or regular expression."""
     pattern = _pattern(args.module)
-    if not (Path(args.path) / "run.json").exists() and args.step is None and pattern is None:
-        _list_runs(list_runs(args.path), args.json)
+    options = storage_options(args)
+    if args.step is None and pattern is None and not is_run(args.path, options):
+        _list_runs(list_runs(args.path, options), args.json)
         return 0
-    opened = open_run(args.path)
+    opened = open_run(args.path, options)
     if args.step is None and pattern is None:
         _list_steps(opened, args.json)
     else:

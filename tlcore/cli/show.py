@@ -12,6 +12,7 @@ from ..errors import ReadError
 from ..reader import Call, MissingError, Run, Step, open_run
 from ..reader.statistics import summarize
 from ..record import Json
+from .places import add_storage_options, storage_options
 from .tables import print_table, printable, size
 
 HELP = "Show a captured tensor (what it is, its statistics, its values), or the structure of a call."
@@ -20,7 +21,7 @@ _DIRECTIONS = ("inputs", "outputs", "post_fwd_inputs")
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("path", metavar="PATH", help="a run's directory")
+    parser.add_argument("path", metavar="PATH", help="a run's directory; a path or URL")
     parser.add_argument(
         "name",
         metavar="NAME",
@@ -28,11 +29,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
         " step_0/layers.0; without step_<S>/ it is looked for in the run's first step",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, without the tensor's values")
+    add_storage_options(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Print the tensor or the call. Raises ReadError when there is no such thing in the run."""
-    opened = open_run(args.path)
+    opened = open_run(args.path, storage_options(args))
     step, rest = _step_and_rest(opened, args.name.rstrip("/"))
     if rest in step.calls:
         _show_call(step.call(rest), step, args.json)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from .files import MissingError
 from .rebuild import Arguments, OpaqueObject, Skipped
-from .run import Run, RunSummary, list_runs, open_run
+from .run import Run, RunSummary, is_run, list_runs, open_run
 from .step import Call, Step
 
 __all__ = [
@@ -16,6 +16,7 @@ __all__ = [
     "RunSummary",
     "Skipped",
     "Step",
+    "is_run",
     "list_runs",
     "open_run",
 ]

@@ -7,19 +7,27 @@ import importlib
 import io
 import json
 import os
+import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import torch
 
 from ..errors import BackendError, ReadError
+from ..names import is_url
 from ..protocols import Store
 from ..record import LAYOUT_VERSION, Json
+from .shards import Slice
 
 RUN_FILE = "run.json"
 _LOCAL_STORE = ("tlcore_backends.stores", "LocalStore")
+_ANY_STORE = ("tlcore_backends.places", "open_store")
+_STRUCTURE = re.compile(
+    r"(step_\d+)/(.+/(?:inputs|outputs|post_fwd_inputs)(_rank_[1-9]\d*)?\.json)", re.DOTALL
+)
 
 
 class MissingError(ReadError, KeyError):
@@ -37,12 +45,19 @@ def missing(what: str, name: object, where: str, known: Iterable[str]) -> Missin
     return MissingError(f"{where}: no {what} {str(name)!r}{hint}")
 
 
-def local_directory(path: str | os.PathLike[str]) -> Path:
-    """``path`` as a directory of this machine. Raises ReadError for a URL, a file, or nothing there."""
+def local_directory(path: str | os.PathLike[str]) -> Path | None:
+    """``path`` (or ``file://`` URL) as a directory of this machine; None for any other URL.
+
+    Raises ReadError for a file, or nothing there.
+    """
     text = os.fspath(path)
-    if "://" in text:
-        raise ReadError(f"{text}: this version reads runs from local directories, not from URLs")
-    directory = Path(text).expanduser()
+    if is_url(text):
+        parts = urlsplit(text)
+        if parts.scheme.lower() not in ("file", "local") or parts.netloc:
+            return None
+        directory = Path(unquote(parts.path))
+    else:
+        directory = Path(text).expanduser()
     if not directory.exists():
         raise MissingError(f"{text}: there is no such directory")
     if not directory.is_dir():
@@ -51,35 +66,51 @@ def local_directory(path: str | os.PathLike[str]) -> Path:
 
 
 class RunFiles:
-    """The files of one run: its listing, JSON, and tensors. Names are relative to the run."""
+    """The files of one run: its listing, JSON, and tensors. Names are relative to the run.
 
-    def __init__(self, store: Store) -> None:
+    ``below`` is the run's directory in the store, ending in ``/``, where the store's root is its parent.
+    """
+
+    def __init__(self, store: Store, below: str = "") -> None:
         self.store = store
+        self._below = below
+        self._documents: dict[str, Json] = {}
 
     @property
     def url(self) -> str:
         """Where the run lies, for messages."""
-        return self.store.url
+        return f"{self.store.url}/{self._below}".rstrip("/") if self._below else self.store.url
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
         """Every finished file and its size in bytes, as they were at first use."""
+        skip = len(self._below)
         try:
-            return {entry.name: entry.size for entry in self.store.list()}
+            return {entry.name[skip:]: entry.size for entry in self.store.list(self._below)}
         except (BackendError, OSError) as error:
             raise ReadError(str(error)) from error
 
-    def read(self, name: str) -> bytes:
-        """A file's bytes. Raises MissingError or ReadError, also for a name that leaves the run."""
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes ``[start, end)`` of a file, all of it by default.
+
+        Raises MissingError or ReadError, also for a name that leaves the run.
+        """
         try:
-            return self.store.get(name)
+            return self.store.get(self._below + name, start, end)
         except FileNotFoundError:
             raise missing("file", name, self.url, self.sizes) from None
         except (BackendError, OSError) as error:
             raise ReadError(str(error)) from error
 
+    def holds(self, name: str) -> bool:
+        """Whether the run has a file of this name, or a structure packed into its step's ``step.json``."""
+        return name in self.sizes or self._packed(name) is not None
+
     def json(self, name: str) -> Any:
-        """A JSON file's value. Raises ReadError when it is not JSON."""
+        """A JSON file's value, also of one that is packed. Raises ReadError when it is not JSON."""
+        packed = self._packed(name)
+        if packed is not None:
+            return packed
         try:
             return json.loads(self.read(name))
         except (ValueError, RecursionError) as error:
@@ -102,6 +133,29 @@ class RunFiles:
         checked: Json = document
         return checked
 
+    def step_document(self, name: str) -> Json:
+        """A ``step.json``, read once. Raises ReadError when it is missing or damaged."""
+        if name not in self._documents:
+            self._documents[name] = self.document(name, {"calls": list, "records": list, "ledger": dict})
+        return self._documents[name]
+
+    def _packed(self, name: str) -> Any:
+        """A structure that its step's ``step.json`` holds; None where it does not."""
+        match = _STRUCTURE.fullmatch(name)
+        if match is None or name in self.sizes:
+            return None
+        step_file = f"{match[1]}/step{match[3] or ''}.json"
+        structures = self.step_document(step_file).get("structures") if step_file in self.sizes else None
+        return structures.get(match[2]) if isinstance(structures, dict) else None
+
+    def stored(self, record: Mapping[str, Any]) -> torch.Tensor:
+        """The tensor of a record of ``step.json``, from its file or, by one ranged read, from its shard."""
+        if isinstance(record.get("file"), str):
+            return self.tensor(record["file"], record)
+        where = f"{self.url}: {record.get('name')!r}"
+        place = Slice.of(record, where)
+        return place.tensor(self.read(place.shard, place.begin, place.end), where)
+
     def tensor(self, file: str, record: Mapping[str, Any] | None = None) -> torch.Tensor:
         """The tensor of a ``.pt`` file, on the CPU; only tensor data is ever unpickled.
 
@@ -123,13 +177,21 @@ class RunFiles:
         return loaded
 
 
-def open_files(path: str | os.PathLike[str]) -> RunFiles:
-    """The files below a local directory. Raises ReadError when there is no such directory."""
+def store_at(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
+    """The store of a local directory or URL; ``storage_options`` go to the URL's fsspec filesystem.
+
+    Raises ReadError when there is no such directory, BackendError when the URL cannot be opened.
+    """
     directory = local_directory(path)
     # Looked up by name, since the engine never imports a backend.
-    module, attribute = _LOCAL_STORE
-    store: Store = getattr(importlib.import_module(module), attribute)(os.path.realpath(directory))
-    return RunFiles(store)
+    module, attribute = _ANY_STORE if directory is None else _LOCAL_STORE
+    factory = getattr(importlib.import_module(module), attribute)
+    store: Store = (
+        factory(os.fspath(path), storage_options)
+        if directory is None
+        else factory(os.path.realpath(directory))
+    )
+    return store
 
 
 def payload(tensor: torch.Tensor) -> memoryview:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -12,27 +12,43 @@ from typing import Any
 import torch
 
 from ..errors import ReadError, VerifyError
-from ..names import rank_suffix, step_dir
+from ..names import rank_suffix, redact_url, step_dir
 from ..record import Counts, Json
-from .files import RUN_FILE, MissingError, RunFiles, local_directory, open_files
+from .files import RUN_FILE, MissingError, RunFiles, local_directory, store_at
 from .step import Step, counts_of
 from .verify import verify_step
+
+Options = Mapping[str, Any] | None
 
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]*)/")
 _STEP_FILE = re.compile(r"step_(0|[1-9][0-9]*)/step(?:_rank_([1-9][0-9]*))?\.json")
 
 
-def open_run(path: str | os.PathLike[str]) -> Run:
-    """The run whose directory is ``path``; nothing but its ``run.json`` is read until asked for.
+def open_run(path: str | os.PathLike[str], storage_options: Options = None) -> Run:
+    """The run whose directory (a path or any fsspec URL) is ``path``; only its ``run.json`` is read now.
 
-    Raises ReadError when there is nothing, something else, several runs, or a newer layout.
+    ``storage_options`` go to the URL's fsspec filesystem. Raises ReadError when there is nothing,
+    something else, several runs, or a newer layout; BackendError when the URL cannot be opened.
     """
-    files = open_files(path)
+    files = RunFiles(store_at(path, storage_options))
     try:
-        document = files.document(RUN_FILE, {"run_id": str, "state": str, "world_size": int})
+        return _run_of(files)
     except MissingError:
-        raise _not_one_run(path) from None
-    return Run(files, document)
+        raise _not_one_run(path, storage_options) from None
+
+
+def is_run(path: str | os.PathLike[str], storage_options: Options = None) -> bool:
+    """Whether a path or URL has a ``run.json``. Raises as `open_run` does when it cannot be looked at."""
+    files = RunFiles(store_at(path, storage_options))
+    try:
+        files.read(RUN_FILE)
+    except MissingError:
+        return False
+    return True
+
+
+def _run_of(files: RunFiles) -> Run:
+    return Run(files, files.document(RUN_FILE, {"run_id": str, "state": str, "world_size": int}))
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,35 +65,44 @@ class RunSummary:
     problem: str | None = None
 
 
-def list_runs(output_dir: str | os.PathLike[str]) -> list[RunSummary]:
-    """The runs in a directory, the newest last; damaged ones are listed with their problem.
+def list_runs(output_dir: str | os.PathLike[str], storage_options: Options = None) -> list[RunSummary]:
+    """The runs in a directory or at a URL, the newest last; damaged ones are listed with their problem.
 
-    Raises ReadError when there is no such directory.
+    Raises ReadError when there is no such directory, BackendError when the URL cannot be opened.
     """
     directory = local_directory(output_dir)
-    children = sorted(child for child in directory.iterdir() if (child / RUN_FILE).is_file())
-    return sorted((_summary(str(child)) for child in children), key=lambda run: (run.created, run.run_id))
+    if directory is not None:
+        children = sorted(child for child in directory.iterdir() if (child / RUN_FILE).is_file())
+        runs = [_summary(str(child), RunFiles(store_at(child))) for child in children]
+    else:
+        runs = _runs_in(RunFiles(store_at(output_dir, storage_options)))
+    return sorted(runs, key=lambda run: (run.created, run.run_id))
 
 
-def _summary(path: str) -> RunSummary:
+def _runs_in(files: RunFiles) -> list[RunSummary]:
+    """The runs directly below a remote directory."""
+    names = sorted(name.partition("/")[0] for name in files.sizes if re.fullmatch(r"[^/]+/run\.json", name))
+    return [_summary(f"{files.url}/{name}", RunFiles(files.store, f"{name}/")) for name in names]
+
+
+def _summary(path: str, files: RunFiles) -> RunSummary:
     try:
-        run = open_run(path)
+        run = _run_of(files)
         counts, steps = run.ledger, len(run.steps)
     except ReadError as error:
-        return RunSummary(os.path.basename(path), path, "unreadable", "", 0, 0, 0, str(error))
+        return RunSummary(path.rpartition("/")[2], path, "unreadable", "", 0, 0, 0, str(error))
     return RunSummary(run.id, path, run.state, run.created, steps, counts.stored, counts.bytes_stored)
 
 
-def _not_one_run(path: str | os.PathLike[str]) -> ReadError:
-    runs = list_runs(path)
+def _not_one_run(path: str | os.PathLike[str], storage_options: Options) -> ReadError:
+    runs = list_runs(path, storage_options)
+    where = redact_url(os.fspath(path))
     if not runs:
-        return ReadError(
-            f"{os.fspath(path)}: not a run (it has no {RUN_FILE}), and no run lies directly in it"
-        )
+        return ReadError(f"{where}: not a run (it has no {RUN_FILE}), and no run lies directly in it")
     shown = "\n".join(f"  {run.path}  {run.state}  {run.created}" for run in reversed(runs[-20:]))
     more = f"\n  ... and {len(runs) - 20} older ones" if len(runs) > 20 else ""
-    where = f"{os.fspath(path)}: holds runs ({len(runs)}) and is none itself"
-    return ReadError(f"{where}; the newest is {runs[-1].path}\n{shown}{more}")
+    held = f"{where}: holds runs ({len(runs)}) and is none itself"
+    return ReadError(f"{held}; the newest is {runs[-1].path}\n{shown}{more}")
 
 
 class Run(Mapping[int, Step]):
@@ -87,14 +112,14 @@ class Run(Mapping[int, Step]):
     """
 
     def __init__(self, files: RunFiles, document: Json) -> None:
-        self._files = files
+        self.files = files
         self._opened: dict[int, Step] = {}
         self.document = document
 
     @property
     def url(self) -> str:
         """The run's directory."""
-        return self._files.url
+        return self.files.url
 
     @property
     def id(self) -> str:
@@ -119,14 +144,14 @@ class Run(Mapping[int, Step]):
     @cached_property
     def state(self) -> str:
         """``"complete"`` once every rank has closed the run, else ``"incomplete"`` (running or crashed)."""
-        closed = all(self._close_marker(rank) in self._files.sizes for rank in range(1, self.world_size))
+        closed = all(self._close_marker(rank) in self.files.sizes for rank in range(1, self.world_size))
         return "complete" if self.document["state"] == "complete" and closed else "incomplete"
 
     @cached_property
     def _committed(self) -> dict[int, set[int]]:
         """Each step found, with the ranks that have committed it."""
         found: dict[int, set[int]] = {}
-        for name in self._files.sizes:
+        for name in self.files.sizes:
             if begin := _STEP_NAME.match(name):
                 ranks = found.setdefault(int(begin[1]), set())
                 if marker := _STEP_FILE.fullmatch(name):
@@ -148,7 +173,7 @@ class Run(Mapping[int, Step]):
         """What became of every tensor; of a run that is not complete, the sum over committed steps."""
         total = Counts()
         if self.state == "complete":
-            markers = [self._files.json(self._close_marker(rank)) for rank in range(1, self.world_size)]
+            markers = [self.files.json(self._close_marker(rank)) for rank in range(1, self.world_size)]
             for document in (self.document, *markers):
                 total.add(counts_of(document, self.url))
         else:
@@ -162,7 +187,7 @@ class Run(Mapping[int, Step]):
             held = ", ".join(map(str, self._committed)) or "none"
             raise MissingError(f"{self.url}: no step {number!r}; it has {held}")
         if number not in self._opened:
-            self._opened[number] = Step(self._files, number, sorted(self._committed[number]), self.world_size)
+            self._opened[number] = Step(self.files, number, sorted(self._committed[number]), self.world_size)
         return self._opened[number]
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -174,18 +199,18 @@ class Run(Mapping[int, Step]):
 
     def json(self, name: str) -> Any:
         """The value of one of the run's JSON files, such as ``step_0/layers.0/outputs.json``."""
-        return self._files.json(name)
+        return self.files.json(name)
 
-    def verify(self) -> int:
+    def verify(self, on_tensor: Callable[[], None] = lambda: None) -> int:
         """Check every committed tensor and structure; returns how many tensors are sound.
 
-        Raises VerifyError naming each damaged or missing file.
+        ``on_tensor`` is called after each tensor. Raises VerifyError naming each damaged or missing file.
         """
         bad: list[str] = []
         checked = 0
         for number, ranks in self._committed.items():
             for rank in sorted(ranks):
-                count, problems = verify_step(self._files, step_dir(number), rank)
+                count, problems = verify_step(self.files, step_dir(number), rank, on_tensor)
                 checked += count
                 bad += problems
         if bad:

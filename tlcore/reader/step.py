@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
@@ -38,10 +38,7 @@ class Step(Mapping[str, torch.Tensor]):
     def documents(self) -> Mapping[int, Json]:
         """The ``step.json`` of each rank that has committed."""
         return {
-            rank: self._files.document(
-                f"{self._directory}/step{rank_suffix(rank)}.json",
-                {"calls": list, "records": list, "ledger": dict},
-            )
+            rank: self._files.step_document(f"{self._directory}/step{rank_suffix(rank)}.json")
             for rank in self.ranks
         }
 
@@ -105,6 +102,12 @@ class Step(Mapping[str, torch.Tensor]):
         """Whether ``step.json`` describes this tensor; not so for what an uncommitted step left."""
         return name in self._records
 
+    def holds(self, name: str) -> bool:
+        """Whether the tensor's own file is there, in the size that ``step.json`` says."""
+        record = self.record(name)
+        file, size = record.get("file"), record.get("file_bytes")
+        return isinstance(file, str) and size is not None and self._files.sizes.get(file) == size
+
     def record(self, name: str) -> Json:
         """The record of a tensor. Raises MissingError for an unknown name or an uncommitted tensor."""
         name = name.removesuffix(_TENSOR_FILE) if name not in self._records else name
@@ -119,18 +122,33 @@ class Step(Mapping[str, torch.Tensor]):
         plain = name.removesuffix(_TENSOR_FILE)
         if plain in self._loose:
             return self._files.tensor(plain + _TENSOR_FILE)
-        record = self.record(name)
-        if not isinstance(record.get("file"), str):
-            raise ReadError(
-                f"{self._files.url}: {name!r} was written by a backend that this version cannot read"
-            )
-        return self._files.tensor(record["file"], record)
+        return self._files.stored(self.record(name))
 
     def call(self, directory: str, rank: int = 0) -> Call:
         """One call by its directory, such as ``layers.0_1``. Raises MissingError for an unknown one."""
         if directory not in self.calls:
             raise missing("call", directory, f"{self._files.url}/{self._directory}", self.calls)
         return Call(self, self._files, directory, rank)
+
+    def structures(self, rank: int) -> dict[str, Json]:
+        """A rank's structures by names that leave out the rank, such as ``layers.0/inputs.json``.
+
+        They come in the order of the records, so that every format gives the same order.
+        """
+        begin, suffix = f"{self._directory}/", rank_suffix(rank)
+        packed = self.documents[rank].get("structures")
+        names = packed if packed is not None else _below(begin, self._files.sizes)
+        own = re.compile(rf"(.+/(?:inputs|outputs|post_fwd_inputs)){suffix}\.json", re.DOTALL)
+        found = {f"{match[1]}.json" for name in names if (match := own.fullmatch(name))}
+        ordered = dict.fromkeys(
+            f"{str(record['name']).partition('/')[2].rpartition('/')[0]}/{record.get('direction')}.json"
+            for record in self.documents[rank]["records"]
+        )
+        order = [name for name in ordered if name in found]
+        order += sorted(found - ordered.keys())
+        return {
+            name: self._files.json(f"{begin}{name.removesuffix('.json')}{suffix}.json") for name in order
+        }
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensor(name)
@@ -206,7 +224,7 @@ class Call:
         Raises MissingError when it was not captured.
         """
         name = f"{step_dir(self._step.number)}/{self.directory}/{direction}{rank_suffix(self.rank)}.json"
-        if name not in self._files.sizes:
+        if not self._files.holds(name):
             why = "it was not captured" if self._step.complete else "the step was not committed"
             raise MissingError(f"{self._files.url}: no {name!r}; {why}")
         document = self._files.json(name)
@@ -216,6 +234,10 @@ class Call:
 
     def __repr__(self) -> str:
         return f"<Call {self.directory} of step {self._step.number}>"
+
+
+def _below(directory: str, names: Iterable[str]) -> list[str]:
+    return [name.removeprefix(directory) for name in names if name.startswith(directory)]
 
 
 def _directory_of(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import xxhash
@@ -15,11 +15,14 @@ from .files import RunFiles, payload
 _HASH = "xxh3-128:"
 
 
-def verify_step(files: RunFiles, step: str, rank: int) -> tuple[int, list[str]]:
+def verify_step(
+    files: RunFiles, step: str, rank: int, on_tensor: Callable[[], None]
+) -> tuple[int, list[str]]:
     """How many tensors of a rank's step are sound, and a line for each problem.
 
-    ``step`` is the step's directory. Every tensor is read and hashed; the structures must be there, be
-    JSON, and refer to stored tensors; ``module_calls.txt`` must agree with ``step.json``.
+    ``step`` is the step's directory; ``on_tensor`` is called after each tensor. Every tensor is read and
+    hashed; the structures must be there, be JSON, and refer to stored tensors; shards must have their
+    size; ``module_calls.txt`` must agree with ``step.json``.
     """
     suffix = rank_suffix(rank)
     try:
@@ -32,28 +35,37 @@ def verify_step(files: RunFiles, step: str, rank: int) -> tuple[int, list[str]]:
         sound += problem is None
         if problem is not None:
             bad.append(problem)
+        on_tensor()
+    bad += _shard_problems(files, document)
     bad += _structure_problems(files, step, suffix, document)
     return sound, bad
 
 
 def _tensor_problem(files: RunFiles, record: Any) -> str | None:
     try:
-        file, stated = record["file"], record["hash"]
+        name, stated = record.get("file", record["name"]), record["hash"]
         if not str(stated).startswith(_HASH):
-            return f"{file}: unknown hash {stated!r}"
-        if files.sizes.get(file, record["file_bytes"]) != record["file_bytes"]:
-            return f"{file}: {files.sizes[file]} bytes, step.json says {record['file_bytes']}"
-        found = _HASH + xxhash.xxh3_128_hexdigest(payload(files.tensor(file, record)))
+            return f"{name}: unknown hash {stated!r}"
+        if "file" in record and files.sizes.get(name, record["file_bytes"]) != record["file_bytes"]:
+            return f"{name}: {files.sizes[name]} bytes, step.json says {record['file_bytes']}"
+        found = _HASH + xxhash.xxh3_128_hexdigest(payload(files.stored(record)))
     except ReadError as error:
         return str(error)
     except (KeyError, TypeError, AttributeError):
         return f"damaged record in step.json: {str(record)[:200]}"
-    return None if found == stated else f"{file}: {found}, step.json says {stated}"
+    return None if found == stated else f"{name}: {found}, step.json says {stated}"
+
+
+def _shard_problems(files: RunFiles, document: Json) -> Iterator[str]:
+    """A line for each shard that does not have the size that ``step.json`` gives."""
+    for shard in document.get("shards", []):
+        if not isinstance(shard, dict) or files.sizes.get(str(shard.get("file"))) != shard.get("bytes"):
+            yield f"missing or of another size than in step.json: {str(shard)[:200]}"
 
 
 def _structure_problems(files: RunFiles, step: str, suffix: str, document: Json) -> Iterator[str]:
     records = [record for record in document["records"] if isinstance(record, dict)]
-    stored = {record.get("file") for record in records}
+    stored = {f"{record.get('name')}.pt" for record in records}
     needed = {
         f"{str(record.get('name')).rpartition('/')[0]}/{record.get('direction')}{suffix}.json"
         for record in records
@@ -65,6 +77,8 @@ def _structure_problems(files: RunFiles, step: str, suffix: str, document: Json)
             yield str(error)
         else:
             yield from (f"{name}: refers to {file}, which is not in step.json" for file in dangling)
+    if "structures" in document:
+        return
     try:
         calls = files.read(f"{step}/module_calls{suffix}.txt").decode().splitlines()
     except (ReadError, UnicodeDecodeError) as error:

@@ -1,0 +1,50 @@
+"""`tlcore convert`: a run rewritten into another backend or place."""
+
+from __future__ import annotations
+
+import argparse
+
+from ..convert import convert
+from ..errors import ConfigError
+from ..jsontext import parse_json
+from ..names import redact_url
+from ..reader import open_run
+from ..schema import load_config
+from .places import add_storage_options, storage_options
+from .tables import printable
+from .verify import progress
+
+HELP = (
+    "Write a complete run into another output_dir with another backend, losslessly: converting there and"
+    " back gives the same bytes. The run keeps its id."
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("path", metavar="SRC", help="the run's directory; a path or URL")
+    parser.add_argument("target", metavar="DST", help="the output_dir to write into; a path or URL")
+    parser.add_argument(
+        "--backend",
+        required=True,
+        metavar="NAME|JSON",
+        help='as in the configuration: pt, safetensors, or {"name": ..., "storage_options": {...}}',
+    )
+    add_storage_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Convert and print where the new run lies. Raises TlcoreError as `convert` does."""
+    backend = args.backend
+    if backend.lstrip().startswith("{"):
+        try:
+            backend = parse_json(backend)
+        except ConfigError as error:
+            raise ConfigError("--backend", error.problem) from None
+    config = load_config(output_dir=args.target, backend=backend)
+    source = open_run(args.path, storage_options(args))
+    with progress() as bar:
+        task = bar.add_task("convert", total=source.ledger.stored)
+        url = convert(source, config, lambda: bar.advance(task))
+    print(printable(redact_url(url)))
+    return 0

@@ -1,0 +1,61 @@
+"""`tlcore verify`: whether everything that a run stored is there, whole and unchanged."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from ..errors import VerifyError
+from ..reader import open_run
+from .places import add_storage_options, storage_options
+from .tables import printable
+
+HELP = (
+    "Read every committed tensor of a run and check its hash, its structures and its shards."
+    " Exit status: 0 all sound, 1 something damaged or missing, 2 the run cannot be read."
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("path", metavar="URL", help="a run's directory; a path or URL")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    add_storage_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Check the run. Raises ReadError when it cannot be opened."""
+    opened = open_run(args.path, storage_options(args))
+    bad: list[str] = []
+    with progress() as bar:
+        task = bar.add_task("verify", total=None)
+        try:
+            sound = opened.verify(lambda: bar.advance(task))
+        except VerifyError as error:
+            sound, bad = 0, error.bad
+    incomplete = opened.incomplete_steps
+    if args.json:
+        result = {"run_id": opened.id, "state": opened.state, "bad": bad, "incomplete_steps": incomplete}
+        print(json.dumps(result | ({} if bad else {"sound": sound}), indent=1))
+        return 1 if bad else 0
+    for line in bad:
+        print(printable(line))
+    if incomplete:
+        print(f"not committed, so not wholly checked: steps {', '.join(map(str, incomplete))}")
+    print(f"run {opened.id}  {opened.state}  " + (f"{len(bad)} damaged" if bad else f"{sound} tensors sound"))
+    return 1 if bad else 0
+
+
+def progress() -> Progress:
+    """A progress bar on standard error, shown on a terminal only."""
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+    )
+    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)

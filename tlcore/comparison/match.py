@@ -1,0 +1,254 @@
+"""Which tensor of one run belongs to which of the other, in order of execution."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+from ..errors import ConfigError
+from ..names import PathKey
+from ..reader import Run, Step
+from ..record import Json
+from .results import TensorResult
+
+Rename = tuple[re.Pattern[str], str]
+Key = tuple[int, str, int, str, tuple[PathKey, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a tensor that belong to one request, or a whole tensor (``request`` is None)."""
+
+    request: str | None
+    rows: tuple[int, int] | None
+    first_position: int | None
+
+
+WHOLE = Piece(None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where one side of a pair lies: a step and one tensor in it, or two tensors to be added."""
+
+    step: int
+    names: tuple[str, ...]
+    records: tuple[Json, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two tensors to be compared, whole or piece by piece (of A, of B)."""
+
+    key: Key
+    a: Source
+    b: Source
+    pieces: tuple[tuple[Piece, Piece], ...] = ((WHOLE, WHOLE),)
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """All pairs in order of execution in run A, and what cannot be paired."""
+
+    pairs: Sequence[Pair]
+    missing: Sequence[TensorResult]
+    notes: Sequence[str]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What to pair and how: ``maps`` rename A's modules to B's, ``sums`` are output positions to add.
+
+    ``steps`` and ``modules`` limit the comparison (None: all); ``requests`` maps A's request ids to B's.
+    """
+
+    maps: tuple[Rename, ...] = ()
+    sums: tuple[int, ...] = ()
+    steps: frozenset[int] | None = None
+    modules: tuple[re.Pattern[str], ...] = ()
+    requests: tuple[tuple[str, str], ...] = ()
+
+
+def renames(texts: Iterable[str]) -> tuple[Rename, ...]:
+    """``REGEX=REPLACEMENT`` texts as patterns. Raises ConfigError for one that is no such thing."""
+    found: list[Rename] = []
+    for text in texts:
+        pattern, equals, replacement = text.rpartition("=")
+        if not equals:
+            raise ConfigError("--map", f"{text!r} is not REGEX=REPLACEMENT")
+        compiled = compiled_pattern(pattern, "--map")
+        try:
+            compiled.sub(replacement, "")
+            re.compile(f"{pattern}|").sub(replacement, "")
+        except (re.error, IndexError) as error:
+            raise ConfigError(
+                "--map", f"{replacement!r} is not a replacement for {pattern!r}: {error}"
+            ) from error
+        found.append((compiled, replacement))
+    return tuple(found)
+
+
+def compiled_pattern(text: str, where: str) -> re.Pattern[str]:
+    """A regular expression. Raises ConfigError, naming ``where`` it was given, when it is none."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(where, f"{text!r} is not a regular expression: {error}") from error
+
+
+def match(a: Run, b: Run, rules: Rules) -> Matching:
+    """Pair the tensors of two runs: per request where both have request rows, else per step."""
+    missing = [*_unusable(a, 0, rules), *_unusable(b, 1, rules)]
+    steps_a, steps_b = _steps(a, rules), _steps(b, rules)
+    if any(_has_rows(step) for step in steps_a) and any(_has_rows(step) for step in steps_b):
+        # Imported here, since it builds on this module.
+        from .requests import match_requests
+
+        pairs, absent, notes = match_requests(steps_a, steps_b, rules)
+    else:
+        pairs, absent, notes = _match_steps(steps_a, steps_b, rules)
+    notes += [*_not_stored("A", steps_a), *_not_stored("B", steps_b)]
+    if a.state != "complete" or b.state != "complete":
+        states = f"A is {a.state}, B is {b.state}"
+        notes.append(f"not every run was closed ({states}); only what was committed can be compared")
+    return Matching(pairs, [*missing, *absent], notes)
+
+
+def _steps(run: Run, rules: Rules) -> list[Step]:
+    return [run.step(number) for number in run.steps if rules.steps is None or number in rules.steps]
+
+
+def _has_rows(step: Step) -> bool:
+    return bool(step.rows)
+
+
+def _unusable(run: Run, side: int, rules: Rules) -> Iterator[TensorResult]:
+    """A missing result for each step that was asked for, or begun, and is not whole."""
+    label = "AB"[side]
+    for number in run.incomplete_steps:
+        if rules.steps is None or number in rules.steps:
+            yield _missing_step(number, f"step {number} of {label} was not committed by every rank")
+    for number in sorted((rules.steps or frozenset()) - {*run.steps, *run.incomplete_steps}):
+        yield _missing_step(number, f"{label} has no step {number}")
+
+
+def _missing_step(step: int, reason: str) -> TensorResult:
+    return TensorResult("missing", step, 0, "", 0, "outputs", (), (None, None), reason=reason)
+
+
+def _not_stored(label: str, steps: Sequence[Step]) -> list[str]:
+    notes = []
+    for column in ("skipped", "dropped", "failed"):
+        count = sum(getattr(step.ledger, column) for step in steps)
+        if count:
+            notes.append(f"{count} tensors of {label} were {column} at capture: they cannot be compared")
+    return notes
+
+
+def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Source]:
+    """A step's tensors by what they are, in order of execution (ranks side by side).
+
+    Records stand in ``step.json`` in the order in which they came about: inputs at entry, outputs at
+    return, so a child's output before its parent's.
+    """
+    place: dict[int, int] = defaultdict(int)
+    ordered: list[tuple[int, int, Json]] = []
+    for record in step.records:
+        rank = int(record["rank"])
+        ordered.append((place[rank], rank, record))
+        place[rank] += 1
+    calls = _Calls(rules.maps if rename else ())
+    found: dict[Key, Source] = {}
+    for _, rank, record in sorted(ordered, key=lambda entry: entry[:2]):
+        module, call = calls.of(rank, str(record["module"]), int(record["call"]))
+        if rules.modules and not any(pattern.search(module) for pattern in rules.modules):
+            continue
+        key = (rank, module, call, str(record["direction"]), tuple(record["path"]))
+        found[key] = Source(step.number, (str(record["name"]),), (record,))
+    return found
+
+
+class _Calls:
+    """Renames modules; calls of several modules that get one name are numbered in call order."""
+
+    def __init__(self, maps: Sequence[Rename]) -> None:
+        self._maps = maps
+        self._seen: dict[tuple[int, str], dict[tuple[str, int], int]] = defaultdict(dict)
+
+    def of(self, rank: int, module: str, call: int) -> tuple[str, int]:
+        name = module
+        for pattern, replacement in self._maps:
+            name = pattern.sub(replacement, name)
+        calls = self._seen[rank, name]
+        if all(other == module for other, _ in calls):
+            return name, calls.setdefault((module, call), call)
+        return name, calls.setdefault((module, call), max(calls.values()) + 1)
+
+
+def _match_steps(
+    steps_a: Sequence[Step], steps_b: Sequence[Step], rules: Rules
+) -> tuple[list[Pair], list[TensorResult], list[str]]:
+    pairs: list[Pair] = []
+    missing: list[TensorResult] = []
+    by_number: Mapping[int, Step] = {step.number: step for step in steps_b}
+    for step in steps_a:
+        mine = keyed(step, rules, rename=True)
+        theirs = keyed(by_number[step.number], rules, rename=False) if step.number in by_number else {}
+        mine, theirs = add_up(mine, theirs, rules.sums), add_up(theirs, mine, rules.sums)
+        for key, source in mine.items():
+            if key in theirs:
+                pairs.append(Pair(key, source, theirs[key]))
+            else:
+                missing.append(absent(key, source, 0))
+        missing += [absent(key, source, 1) for key, source in theirs.items() if key not in mine]
+    numbers = {step.number for step in steps_a}
+    for step in steps_b:
+        if step.number not in numbers:
+            missing += [absent(key, source, 1) for key, source in keyed(step, rules, rename=False).items()]
+    return pairs, missing, []
+
+
+def absent(key: Key, source: Source, side: int, request: str | None = None) -> TensorResult:
+    """The result for a tensor that only one side (0: A, 1: B) has."""
+    rank, module, call, _, path = key
+    name = source.names[0]
+    record = source.records[0]
+    return TensorResult(
+        status="missing",
+        step=source.step,
+        rank=rank,
+        module=module,
+        call=call,
+        direction=record["direction"],
+        path=path,
+        names=(None, name) if side else (name, None),
+        reason=f"only {'AB'[side]} has it",
+        request=request,
+    )
+
+
+def add_up(mine: dict[Key, Source], theirs: Mapping[Key, Source], sums: Sequence[int]) -> dict[Key, Source]:
+    """Outputs at the positions ``sums`` as one, for calls of which the other side has a single output."""
+    if not sums:
+        return mine
+    found: dict[Key, Source] = {}
+    taken: set[Key] = set()
+    for key, source in mine.items():
+        if key in taken:
+            continue
+        rank, module, call, direction, path = key
+        parts = [(rank, module, call, direction, (position,)) for position in sums]
+        goals = [(rank, module, call, direction, other) for other in ((), (0,))]
+        goal = next((each for each in goals if each in theirs), None)
+        second_of_theirs = (rank, module, call, direction, (sums[-1],)) in theirs
+        whole = path == (sums[0],) and all(part in mine for part in parts)
+        if direction == "outputs" and whole and goal is not None and not second_of_theirs:
+            sources = [mine[part] for part in parts]
+            names = tuple(name for each in sources for name in each.names)
+            found[goal] = Source(source.step, names, tuple(r for each in sources for r in each.records))
+            taken.update(parts)
+        else:
+            found[key] = source
+    return found

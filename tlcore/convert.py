@@ -1,0 +1,134 @@
+"""Rewriting a stored run into another backend, without loss: there and back gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import xxhash
+
+from .errors import ConfigError, ReadError, VerifyError
+from .names import rank_suffix, redact_url
+from .protocols import Sink
+from .reader import MissingError, Run, Step, is_run
+from .reader.files import RUN_FILE, payload, store_at
+from .reader.step import counts_of
+from .record import Json, Ledger, Record, RunInfo, StepSummary
+from .registry import resolve
+from .schema import Config
+
+# Records are handed over in batches, so that a remote place gets many at a time.
+_BATCH_BYTES = 64 << 20
+_OF_EVERY_STEP = frozenset(
+    ("layout", "step", "rank", "started", "ended", "ledger", "calls", "records", "rows", "structures", "shards")
+)
+
+
+def convert(source: Run, config: Config, on_tensor: Callable[[], None] = lambda: None) -> str:
+    """Write ``source`` into ``config.output_dir`` with ``config.backend``; returns the new run's URL.
+
+    The run keeps its id. ``on_tensor`` is called after each tensor, whose hash is checked on the way.
+    What fails half-way reads as an incomplete run. Raises ReadError for a run that is not complete or a
+    place that already holds it, VerifyError for damage, ConfigError for a backend that is not built in,
+    BackendError when the place cannot be written.
+    """
+    if resolve(config.backend).origin != "built-in":
+        raise ConfigError("$.backend", f"convert writes built-in backends only, not {config.backend!r}.")
+    if source.state != "complete":
+        raise ReadError(f"{source.url}: the run is not complete, so it cannot be converted")
+    url = f"{config.output_dir.rstrip('/')}/{source.id}"
+    storage_options = config.backend_options.get("storage_options")
+    if _is_taken(url, storage_options):
+        raise ReadError(f"{redact_url(url)}: already holds a run; convert into another directory")
+    for rank in reversed(range(source.world_size)):
+        sink = resolve(config.backend).factory(**config.backend_options)
+        _convert_rank(source, sink, url, rank, on_tensor)
+    _restore_documents(source, url, storage_options)
+    return url
+
+
+def _is_taken(url: str, storage_options: Mapping[str, Any] | None) -> bool:
+    try:
+        return is_run(url, storage_options)
+    except MissingError:
+        return False
+
+
+def _convert_rank(source: Run, sink: Sink, url: str, rank: int, on_tensor: Callable[[], None]) -> None:
+    sink.open(RunInfo(source.id, url, rank, source.world_size, source.document, Ledger()))
+    for step in source.values():
+        for batch in _batches(step, rank):
+            sink.write(batch)
+            for _ in batch:
+                on_tensor()
+        sink.commit_step(summary_of(step, rank))
+    sink.close()
+
+
+def _batches(step: Step, rank: int) -> Iterator[list[Record]]:
+    """The records of a step in the order they were stored, a bounded number of bytes at a time."""
+    batch: list[Record] = []
+    for entry in step.documents[rank]["records"]:
+        batch.append(_record(step, rank, entry))
+        if sum(record.nbytes for record in batch) >= _BATCH_BYTES:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _record(step: Step, rank: int, entry: Json) -> Record:
+    tensor = step.tensor(entry["name"])
+    data = payload(tensor)
+    digest = xxhash.xxh3_128_hexdigest(data)
+    if entry.get("hash") != f"xxh3-128:{digest}":
+        raise VerifyError([f"{entry['name']}: xxh3-128:{digest}, step.json says {entry.get('hash')}"])
+    try:
+        return Record(
+            name=entry["name"],
+            step=step.number,
+            rank=rank,
+            module=entry["module"],
+            call=entry["call"],
+            direction=entry["direction"],
+            path=tuple(entry["path"]),
+            dtype=tensor.dtype,
+            shape=tuple(tensor.shape),
+            device=entry["device"],
+            data=data,
+            hash=digest,
+            alias_of=entry.get("alias_of"),
+        )
+    except (KeyError, TypeError) as error:
+        raise ReadError(f"step {step.number}: damaged record {entry['name']!r} ({error})") from error
+
+
+def summary_of(step: Step, rank: int) -> StepSummary:
+    """All of a rank's step that is not tensor bytes, as the capture handed it over."""
+    document = step.documents[rank]
+    return StepSummary(
+        step=step.number,
+        rank=rank,
+        calls=document["calls"],
+        structures=step.structures(rank),
+        counts=counts_of(document, f"step {step.number}"),
+        started=str(document.get("started", "")),
+        ended=str(document.get("ended", "")),
+        rows=document.get("rows"),
+        extra={key: value for key, value in document.items() if key not in _OF_EVERY_STEP},
+    )
+
+
+def _restore_documents(source: Run, url: str, storage_options: Mapping[str, Any] | None) -> None:
+    """Put back what the sinks cannot know: when the run was closed, and with which ledger."""
+    store = store_at(url, storage_options)
+    for rank in range(1, source.world_size):
+        marker = f"close{rank_suffix(rank)}.json"
+        store.put(marker, [_text(source.json(marker))])
+    written = json.loads(store.get(RUN_FILE))
+    store.put(RUN_FILE, [_text({**source.document, "backend": written["backend"]})])
+
+
+def _text(document: Any) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode()
