@@ -62,7 +62,9 @@ def two_ranks(url: Path, kind: type[PtSink] | type[SafetensorsSink]) -> Path:
     return url
 
 
-def converted(source: Path | str, target: Path | str, backend: str, capsys: pytest.CaptureFixture[str]) -> str:
+def converted(
+    source: Path | str, target: Path | str, backend: str, capsys: pytest.CaptureFixture[str]
+) -> str:
     assert main(["convert", str(source), str(target), "--backend", backend]) == 0
     return capsys.readouterr().out.strip()
 

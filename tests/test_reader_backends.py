@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from torch import nn
@@ -88,6 +89,10 @@ def test_object_storage_reads_the_same(
     (listed,) = json.loads(capsys.readouterr().out)["runs"]
     assert (listed["state"], listed["steps"], listed["tensors"]) == ("complete", 2, 12)
     assert main(["verify", url, "--storage-options", options]) == 0
+    tree = fsspec.filesystem("tlcore", run=url, storage_options=server.options)
+    with tree.open(f"{NAME}.pt") as file:
+        loaded = torch.load(file, weights_only=True)
+    assert loaded.tolist() == reference["tensors"][NAME][1]
 
 
 @pytest.fixture

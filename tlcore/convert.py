@@ -21,7 +21,19 @@ from .schema import Config
 # Records are handed over in batches, so that a remote place gets many at a time.
 _BATCH_BYTES = 64 << 20
 _OF_EVERY_STEP = frozenset(
-    ("layout", "step", "rank", "started", "ended", "ledger", "calls", "records", "rows", "structures", "shards")
+    (
+        "layout",
+        "step",
+        "rank",
+        "started",
+        "ended",
+        "ledger",
+        "calls",
+        "records",
+        "rows",
+        "structures",
+        "shards",
+    )
 )
 
 

@@ -6,7 +6,7 @@ import importlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import prod
 from typing import Any, ClassVar
 
@@ -46,7 +46,7 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
             return
         for name in opened.files.sizes:
             if "/" not in name:
-                self._add(name, lambda name=name: opened.files.read(name))
+                self._add(name, partial(opened.files.read, name))
         self._add(RUN_FILE, lambda: _readable({**opened.document, "backend": "pt"}))
         for step in opened.values():
             for rank in step.ranks:
@@ -98,10 +98,10 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
         document, structures = step.documents[rank], step.structures(rank)
         for record in document["records"]:
             name = record["name"]
-            self._add(f"{name}.pt", lambda name=name: _encoded(step.tensor(name)), _size(record))
+            self._add(f"{name}.pt", partial(_encoded, step, name), _size(record))
         for name, node in structures.items():
             ranked = f"{name.removesuffix('.json')}{suffix}.json"
-            self._add(f"{directory}/{ranked}", lambda node=node: _readable(node))
+            self._add(f"{directory}/{ranked}", partial(_readable, node))
         calls = "".join(f"{call}\n" for call in document["calls"]).encode()
         self._add(f"{directory}/module_calls{suffix}.txt", lambda: calls)
         self._add(f"{directory}/step{suffix}.json", lambda: _step_json(step, rank))
@@ -132,7 +132,8 @@ def _file_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
     return len(_file(dtype, shape, memoryview(bytes(prod(shape) * dtype.itemsize))))
 
 
-def _encoded(tensor: torch.Tensor) -> bytes:
+def _encoded(step: Step, name: str) -> bytes:
+    tensor = step.tensor(name)
     return _file(tensor.dtype, tuple(tensor.shape), payload(tensor))
 
 

@@ -136,7 +136,11 @@ class RunFiles:
     def step_document(self, name: str) -> Json:
         """A ``step.json``, read once. Raises ReadError when it is missing or damaged."""
         if name not in self._documents:
-            self._documents[name] = self.document(name, {"calls": list, "records": list, "ledger": dict})
+            document = self.document(name, {"calls": list, "records": list, "ledger": dict})
+            named = all(isinstance(r, dict) and isinstance(r.get("name"), str) for r in document["records"])
+            if not named or not isinstance(document.get("structures", {}), dict):
+                raise ReadError(f"{self.url}/{name}: damaged record in step.json, or damaged structures")
+            self._documents[name] = document
         return self._documents[name]
 
     def _packed(self, name: str) -> Any:
@@ -145,8 +149,9 @@ class RunFiles:
         if match is None or name in self.sizes:
             return None
         step_file = f"{match[1]}/step{match[3] or ''}.json"
-        structures = self.step_document(step_file).get("structures") if step_file in self.sizes else None
-        return structures.get(match[2]) if isinstance(structures, dict) else None
+        if step_file not in self.sizes:
+            return None
+        return self.step_document(step_file).get("structures", {}).get(match[2])
 
     def stored(self, record: Mapping[str, Any]) -> torch.Tensor:
         """The tensor of a record of ``step.json``, from its file or, by one ranged read, from its shard."""

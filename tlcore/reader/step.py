@@ -57,8 +57,6 @@ class Step(Mapping[str, torch.Tensor]):
         records: dict[str, Json] = {}
         for rank, document in self.documents.items():
             for record in document["records"]:
-                if not isinstance(record, dict) or not isinstance(record.get("name"), str):
-                    raise ReadError(f"{self._files.url}/{self._directory}: damaged record in step.json")
                 records[record["name"]] = {**record, "rank": rank}
         return records
 
@@ -146,9 +144,7 @@ class Step(Mapping[str, torch.Tensor]):
         )
         order = [name for name in ordered if name in found]
         order += sorted(found - ordered.keys())
-        return {
-            name: self._files.json(f"{begin}{name.removesuffix('.json')}{suffix}.json") for name in order
-        }
+        return {name: self._files.json(f"{begin}{name.removesuffix('.json')}{suffix}.json") for name in order}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensor(name)
