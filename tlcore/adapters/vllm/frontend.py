@@ -16,6 +16,7 @@ from ...session import new_run_id
 from . import PLUGIN
 from .carrier import KEY, Carrier, carried, is_carrier
 from .grace import give_workers_time
+from .probe import probe
 
 _GROUP = "vllm.general_plugins"
 
@@ -51,7 +52,10 @@ def prepare(additional_config: Mapping[str, Any] | None) -> dict[str, Any]:
     if not is_url(config.output_dir):
         # Workers may have another working directory.
         document["output_dir"] = os.path.abspath(config.output_dir)
-    prepared[KEY] = Carrier(config=document, run_id=new_run_id())
+    carrier = Carrier(config=document, run_id=new_run_id())
+    if is_url(config.output_dir):
+        probe(carrier)
+    prepared[KEY] = carrier
     return prepared
 
 
