@@ -18,6 +18,8 @@ from tests.servers import Server
 from tlcore.__main__ import main
 from tlcore.errors import ReadError, VerifyError
 from tlcore.reader import Run
+from tlcore.schema import load_config
+from tlcore.session import Session, new_run
 from tlcore.testing import every_dtype, make_record, make_run, make_summary
 from tlcore_backends.object_storage import FsspecStore
 from tlcore_backends.places import open_store
@@ -28,13 +30,22 @@ NAME = "step_0/0/outputs_cpu"
 
 
 def capture(output_dir: str, backend: Any) -> str:
-    """The URL of a run with two steps of a small model, in which outputs are the next module's inputs."""
+    """The URL of a run with two steps of a small model, in which outputs are the next module's inputs.
+
+    Each step has the request rows that a vLLM step has.
+    """
     torch.manual_seed(3)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
-    with tlcore.capture(model, output_dir=output_dir, backend=backend, log_step_ids=[]) as capture:
-        for _ in range(2):
-            model(torch.randn(3, 4))
-    return capture.url
+    config = load_config(output_dir=output_dir, backend=backend, log_step_ids=[])
+    session = Session(config, new_run(config))
+    session.attach(model)
+    for step in range(2):
+        session.begin_step()
+        model(torch.randn(3, 4))
+        row = {"request_id": f"r{step}", "first_row": 0, "rows": 3, "first_position": step}
+        session.end_step(rows=[row])
+    session.close()
+    return session.url
 
 
 def content(run: Run) -> dict[str, Any]:
@@ -45,6 +56,7 @@ def content(run: Run) -> dict[str, Any]:
         "steps": run.steps,
         "ledger": run.ledger,
         "calls": [step.calls for step in steps],
+        "rows": [step.rows for step in steps],
         "tensors": {name: (t.dtype, t.tolist()) for step in steps for name, t in step.items()},
         "structures": [
             (call, step.call(call).module, step.call(call).structure(direction))
@@ -59,8 +71,19 @@ def content(run: Run) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def reference(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return content(tlcore.open_run(capture(str(tmp_path_factory.mktemp("reference")), "pt")))
+def reference_url(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return capture(str(tmp_path_factory.mktemp("reference")), "pt")
+
+
+@pytest.fixture(scope="module")
+def reference(reference_url: str) -> dict[str, Any]:
+    return content(tlcore.open_run(reference_url))
+
+
+def tree(url: str) -> dict[str, bytes]:
+    """The documented files of a local ``pt`` run's steps; ``step.json`` tells the time, so it differs."""
+    files = (path for path in Path(url).rglob("*") if path.is_file() and path.parent != Path(url))
+    return {str(p.relative_to(url)): p.read_bytes() for p in files if p.name != "step.json"}
 
 
 @pytest.mark.parametrize("backend", ["pt", "safetensors"])
@@ -78,7 +101,11 @@ def test_every_backend_reads_the_same(
 @pytest.mark.slow
 @pytest.mark.parametrize("storage_format", ["pt", "safetensors"])
 def test_object_storage_reads_the_same(
-    reference: dict[str, Any], server: Server, storage_format: str, capsys: pytest.CaptureFixture[str]
+    reference: dict[str, Any],
+    reference_url: str,
+    server: Server,
+    storage_format: str,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     parent = f"{server.url}/reader-{next(_fresh)}"
     backend = {"name": "fsspec", "url": parent, "format": storage_format, "storage_options": server.options}
@@ -89,8 +116,13 @@ def test_object_storage_reads_the_same(
     (listed,) = json.loads(capsys.readouterr().out)["runs"]
     assert (listed["state"], listed["steps"], listed["tensors"]) == ("complete", 2, 12)
     assert main(["verify", url, "--storage-options", options]) == 0
-    tree = fsspec.filesystem("tlcore", run=url, storage_options=server.options)
-    with tree.open(f"{NAME}.pt") as file:
+    shown = fsspec.filesystem("tlcore", run=url, storage_options=server.options)
+    documented = tree(reference_url)
+    assert set(documented) == {
+        name for name in shown.find("") if "/" in name and not name.endswith("step.json")
+    }
+    assert {name: shown.cat_file(name) for name in documented} == documented
+    with shown.open(f"{NAME}.pt") as file:
         loaded = torch.load(file, weights_only=True)
     assert loaded.tolist() == reference["tensors"][NAME][1]
 
