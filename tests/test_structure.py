@@ -86,8 +86,9 @@ def test_every_tensor_of_a_structure_is_captured_under_its_path(kind: str) -> No
 
 
 def test_a_model_output_is_a_mapping() -> None:
-    outputs = pytest.importorskip("transformers.modeling_outputs")
-    sink, structures = run(lambda: outputs.BaseModelOutput(last_hidden_state=T, hidden_states=(T, T + 1)))
+    from transformers.modeling_outputs import BaseModelOutput
+
+    sink, structures = run(lambda: BaseModelOutput(last_hidden_state=T, hidden_states=(T, T + 1)))
     assert stems(sink) == {
         "outputs_last_hidden_state_cpu",
         "outputs_hidden_states_0_cpu",
@@ -166,9 +167,15 @@ def quantized() -> torch.Tensor:
         return torch.quantize_per_tensor(torch.ones(3), 0.1, 0, torch.quint8)
 
 
+def sparse_csr() -> torch.Tensor:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return torch.eye(3).to_sparse_csr()
+
+
 UNSUPPORTED: dict[str, tuple[Callable[[], torch.Tensor], str]] = {
     "sparse": (lambda: torch.eye(3).to_sparse(), "unsupported layout torch.sparse_coo"),
-    "sparse csr": (lambda: torch.eye(3).to_sparse_csr(), "unsupported layout torch.sparse_csr"),
+    "sparse csr": (sparse_csr, "unsupported layout torch.sparse_csr"),
     "quantized": (quantized, "unsupported quantized dtype"),
     "meta": (lambda: torch.empty(3, device="meta"), "meta tensor holds no data"),
 }
