@@ -3,13 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import os
-import re
-import subprocess
-import sys
 import threading
-import time
-import uuid
 from typing import Any
 
 import pytest
@@ -18,37 +12,7 @@ from torch import nn
 
 import tlcore
 from tests.sinks import MemorySink
-from tlcore.session import capture, new_run_id
-
-
-class Shared(nn.Module):
-    """Calls one linear three times and another once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.twice = nn.Linear(3, 3)
-        self.once = nn.Linear(3, 2)
-
-    def forward(self, x: torch.Tensor) -> Any:
-        return self.once(self.twice(self.twice(self.twice(x))))
-
-
-def model() -> nn.Sequential:
-    torch.manual_seed(0)
-    return nn.Sequential(nn.Linear(4, 4), nn.ReLU(inplace=True), nn.Linear(4, 2))
-
-
-def run(module: nn.Module, steps: int = 1, size: int = 4, **keys: Any) -> tuple[MemorySink, capture]:
-    sink = keys.pop("backend", None) or MemorySink()
-    with tlcore.capture(module, backend=sink, **keys) as captured:
-        for _ in range(steps):
-            module(torch.randn(2, size))
-    assert captured.ledger.balanced
-    return sink, captured
-
-
-def hook_count(module: nn.Module) -> int:
-    return sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in module.modules())
+from tests.toys import Fails, Holder, Shared, hook_count, model, run
 
 
 def test_outputs_are_the_same_with_and_without_capture() -> None:
@@ -180,15 +144,6 @@ class Recursive(nn.Module):
         return self(depth - 1) + 1
 
 
-class Holder(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, *args: Any) -> Any:
-        return self.inner(*args)
-
-
 def test_a_recursive_module_pairs_each_result_with_its_call() -> None:
     sink = MemorySink()
     module = Holder(Recursive())
@@ -200,15 +155,6 @@ def test_a_recursive_module_pairs_each_result_with_its_call() -> None:
         "step_0/inner_1/outputs_cpu": 1.0,
         "step_0/inner_2/outputs_cpu": 0.0,
     }
-
-
-class Fails(nn.Module):
-    def __init__(self, error: BaseException) -> None:
-        super().__init__()
-        self.error = error
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        raise self.error
 
 
 class Catches(nn.Module):
@@ -315,174 +261,3 @@ def test_disabled_means_no_hook_no_file_no_thread(tmp_path: Any) -> None:
     assert not (tmp_path / "out").exists()
     with pytest.raises(tlcore.CaptureError, match="enabled"):
         _ = captured.url
-
-
-@pytest.mark.parametrize("where", ["write", "commit_step", "close"])
-def test_a_failing_sink_changes_no_output_and_every_tensor_is_accounted_for(where: str) -> None:
-    module, x = model(), torch.randn(2, 4)
-    plain = module(x)
-    sink = MemorySink(fail_at=where)
-    with tlcore.capture(module, backend=sink, log_step_ids=[]) as captured:
-        assert torch.equal(module(x), plain) and torch.equal(module(x), plain)
-    counts = captured.ledger
-    assert counts.balanced and counts.captured == 12
-    assert counts.failed == (0 if where == "close" else 12)
-    if where != "close":
-        assert counts.reasons == {"failed: OSError": 12}
-
-
-def test_on_error_raise_raises_at_close_never_in_forward() -> None:
-    module = model()
-    captured = tlcore.capture(module, backend=MemorySink(fail_at="write"), on_error="raise")
-    captured.__enter__()
-    module(torch.randn(2, 4))
-    with pytest.raises(tlcore.CaptureError, match=r"6 tensors could not be stored: .*No space"):
-        captured.__exit__(None, None, None)
-    assert hook_count(module) == 0
-
-
-def test_a_sink_that_cannot_open_stops_before_any_hook() -> None:
-    module = model()
-    with pytest.raises(OSError, match="No space"):
-        tlcore.capture(module, backend=MemorySink(fail_at="open")).__enter__()
-    assert hook_count(module) == 0
-
-
-class SlowSink(MemorySink):
-    def write(self, batch: Any) -> None:
-        time.sleep(0.3)
-        super().write(batch)
-
-
-def test_a_slow_sink_drops_and_counts_when_told_to() -> None:
-    module = nn.Sequential(*[nn.Identity() for _ in range(20)])
-    x = torch.randn(64, 64)
-    sink = SlowSink()
-    keys: dict[str, Any] = {"log_step_ids": [], "queue_bytes": 40_000, "on_full": "drop"}
-    with tlcore.capture(module, backend=sink, **keys) as captured:
-        for _ in range(3):
-            module(x + 1)
-    counts = captured.ledger
-    assert counts.balanced and counts.captured == 120 and counts.dropped > 0
-    assert counts.reasons["dropped: queue full"] == counts.dropped
-    assert len(sink.tensors) == counts.stored
-
-
-def test_a_slow_sink_loses_nothing_when_the_model_may_wait() -> None:
-    module = nn.Sequential(*[nn.Identity() for _ in range(5)])
-    sink = SlowSink()
-    with tlcore.capture(module, backend=sink, log_step_ids=[], queue_bytes=40_000) as captured:
-        for _ in range(3):
-            module(torch.randn(64, 64))
-    assert captured.ledger.stored == captured.ledger.captured == 30
-
-
-@pytest.mark.parametrize("inline", [True, False])
-def test_inline_and_background_store_the_same(inline: bool) -> None:
-    module, x = model(), torch.ones(3, 4)
-    sink = MemorySink()
-    with tlcore.capture(module, backend=sink, inline=inline):
-        module(x)
-        if inline:
-            assert len(sink.steps) == 1
-    reference = MemorySink()
-    with tlcore.capture(module, backend=reference):
-        module(x)
-    assert sink.tensors.keys() == reference.tensors.keys()
-    assert all(torch.equal(sink.tensors[name], reference.tensors[name]) for name in sink.tensors)
-
-
-def test_another_thread_is_not_mixed_in(caplog: pytest.LogCaptureFixture) -> None:
-    entered, go_on = threading.Event(), threading.Event()
-
-    class Waits(nn.Module):
-        def forward(self, x: torch.Tensor) -> torch.Tensor:
-            if x[0] == 0:
-                entered.set()
-                go_on.wait(30)
-            return x
-
-    module = Holder(Waits())
-    sink = MemorySink()
-    with tlcore.capture(module, backend=sink, log_step_ids=[]):
-        other = threading.Thread(target=module, args=(torch.zeros(1),))
-        other.start()
-        entered.wait(30)
-        module(torch.ones(1))
-        go_on.set()
-        other.join()
-    assert len(sink.steps) == 1
-    assert sink.tensors["step_0/inner/outputs_cpu"].item() == 0
-    assert "several threads" in caplog.text
-
-
-def test_run_ids_are_version_7_and_sort_by_time() -> None:
-    ids = []
-    for _ in range(5):
-        ids.append(new_run_id())
-        time.sleep(0.002)
-    assert ids == sorted(ids)
-    assert all(uuid.UUID(i).version == 7 and uuid.UUID(i).variant == uuid.RFC_4122 for i in ids)
-
-
-FORKS = """
-import os, torch, tlcore
-from torch import nn
-from tests.sinks import MemorySink
-module = nn.Sequential(nn.Linear(2, 2))
-sink = MemorySink()
-with tlcore.capture(module, backend=sink, log_step_ids=[]) as captured:
-    module(torch.ones(1, 2))
-    child = os.fork()
-    if child == 0:
-        module(torch.ones(1, 2))
-        raise SystemExit(0 if not module[0]._forward_hooks else 1)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
-    module(torch.ones(1, 2))
-print(len(sink.steps), captured.ledger.balanced)
-"""
-
-EXITS = """
-import torch, tlcore
-from torch import nn
-from tests.sinks import MemorySink
-class Prints(MemorySink):
-    def close(self):
-        print("closed with", self.run.ledger.snapshot().stored)
-module = nn.Sequential(nn.Linear(2, 2))
-tlcore.capture(module, backend=Prints(), log_step_ids=[]).__enter__()
-module(torch.ones(1, 2))
-module(torch.ones(1, 2))
-"""
-
-
-@pytest.mark.parametrize(("program", "says"), [(FORKS, "2 True"), (EXITS, "closed with 4")])
-def test_fork_and_exit_without_close(program: str, says: str) -> None:
-    root = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-    path = os.pathsep.join([root, os.environ.get("PYTHONPATH", "")])
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=120,
-        check=False,
-    )
-    assert done.returncode == 0, done.stderr
-    assert re.search(says, done.stdout), done.stdout + done.stderr
-
-
-def test_an_object_that_is_no_sink_is_refused() -> None:
-    with pytest.raises(tlcore.CaptureError, match="lacks open, write"):
-        tlcore.capture(model(), backend=object())
-
-
-def test_many_steps_keep_memory_flat() -> None:
-    module = model()
-    sink = MemorySink()
-    with tlcore.capture(module, backend=sink, log_step_ids=[], queue_bytes=1 << 20) as captured:
-        for _ in range(300):
-            module(torch.randn(2, 4))
-        captured.session.flush()
-        assert captured.session._pool.in_flight == 0
-    assert captured.ledger.stored == 1800
