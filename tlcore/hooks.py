@@ -253,11 +253,6 @@ class HookSet:
         self._hooks = hooks
         self._handles: list[RemovableHandle] = []
 
-    @property
-    def names(self) -> list[str]:
-        """The modules that are captured, by their dotted names."""
-        return [hooks.name for hooks in self._hooks.values()]
-
     def install(self) -> None:
         """Register the hooks, unless they are still there from the step before; restart the counters."""
         owner = threading.get_ident()

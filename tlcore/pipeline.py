@@ -80,7 +80,6 @@ class Processor:
         self._module_names = module_names
         self._steps: dict[int, _OpenStep] = {}
         self.first_error: BaseException | None = None
-        self.failed_steps = 0
 
     def batch(self, batch: Batch) -> None:
         """Name, hash and write a batch, then give its memory back."""
@@ -174,7 +173,6 @@ class Processor:
         )
 
     def _failed(self, number: int, error: BaseException) -> None:
-        self.failed_steps += 1
         if self.first_error is None:
             self.first_error = error
             log.warning(

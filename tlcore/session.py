@@ -134,11 +134,6 @@ class Session:
         """What became of every captured tensor, up to the last step that was committed or failed."""
         return self.run.ledger.snapshot()
 
-    @property
-    def captured_modules(self) -> list[str]:
-        """The modules of the attached model that the configuration selects."""
-        return self._hooks.names if self._hooks else []
-
     def attach(self, model: nn.Module) -> None:
         """Plan the hooks for a model's submodules; the model itself is only the step's bracket.
 
