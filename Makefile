@@ -1,5 +1,7 @@
 # make demo       a real model on stock vLLM, captured and shown
 # make test       lint and every test
+# make test-deep  every test in its full length: crashes, load, fuzzing, older versions of vLLM
+# make test-gpu   the tests that need a CUDA device, with the python that has torch (PYTHON=...)
 # make test-fast  the tests that need neither vLLM nor a server nor an installation
 # make lint       ruff and mypy
 # make format     let ruff rewrite the sources
@@ -14,7 +16,7 @@ python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
 sources := tlcore backends schemas tests examples
 
-.PHONY: demo test test-fast azurite lint format venv
+.PHONY: demo test test-deep test-gpu test-fast azurite lint format venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -22,6 +24,12 @@ demo: $(VENV)/.installed
 
 test: lint azurite
 	$(python) -m pytest
+
+test-deep: lint azurite
+	TLCORE_DEEP=1 $(python) -m pytest
+
+test-gpu:
+	PYTHONPATH=backends:schemas $(PYTHON) -m pytest -m gpu
 
 # The Azure emulator comes from npm; the other servers are Python packages.
 azurite: $(VENV)/.installed

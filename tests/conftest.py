@@ -5,8 +5,19 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
+import torch
 
+from tests.deep import DEEP
 from tests.servers import SERVERS, Server
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Leave out what this run or this machine is not meant for."""
+    for item in items:
+        if item.get_closest_marker("deep") and not DEEP:
+            item.add_marker(pytest.mark.skip(reason="runs in `make test-deep`"))
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
 
 
 @pytest.fixture(scope="session", params=sorted(SERVERS))
