@@ -199,7 +199,7 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones() -> None:
 
 
 @pytest.mark.parametrize(
-    "key", ["capture", "compiled", "on_condition", "request_ids", "rows", "sample_rate", "spill_dir"]
+    "key", ["capture", "on_condition", "request_ids", "rows", "sample_rate", "spill_dir"]
 )
 def test_planned_keys_are_rejected_as_planned(key: str) -> None:
     assert "planned, not available yet" in error_of({key: "all"}).problem

@@ -31,6 +31,7 @@ class Config:
     device_names: tuple[str, ...]
     log_post_fwd_inputs: bool
     backend: str
+    compiled: Literal["eager-steps"]
     max_run_bytes: int | None
     queue_bytes: int
     on_full: Literal["block", "drop"]

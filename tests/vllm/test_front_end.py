@@ -118,22 +118,27 @@ def test_two_configurations_are_one_too_many(config: dict[str, Any]) -> None:
         _engine_args(intermediate_log_config=config, additional_config={KEY: config})
 
 
-def test_a_compiling_engine_is_refused(
-    config: dict[str, Any], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from tlcore.adapters.vllm import frontend
+def test_a_compiled_engine_is_accepted_unless_no_step_can_be_eager(config: dict[str, Any]) -> None:
+    accepted = _engine_args(intermediate_log_config=config, enforce_eager=False).create_engine_config()
+    assert accepted.compilation_config.mode.name != "NONE"
+    assert accepted.additional_config[KEY]["config"]["compiled"] == "eager-steps"
+    stock = _engine_args(intermediate_log_config=config, enforce_eager=False, compilation_config={"mode": 1})
+    with pytest.raises(ConfigError, match="pass --enforce-eager"):
+        stock.create_engine_config()
 
-    with pytest.raises(ConfigError, match="Pass --enforce-eager"):
-        _engine_args(intermediate_log_config=config, enforce_eager=False)
-    with pytest.raises(SystemExit):
-        _parsed("--intermediate-log-config", json.dumps(config))
-    assert "Pass --enforce-eager" in capsys.readouterr().err
-    # What the arguments alone do not tell is seen in what vLLM makes of them.
-    plain = _engine_args().create_engine_config()
-    plain.additional_config = {KEY: {"config": config, "run_id": "r"}}
-    plain.compilation_config.mode = type(plain.compilation_config.mode)(3)
-    with pytest.raises(ConfigError, match="Pass --enforce-eager"):
-        frontend.check_engine_config(plain)
+
+def test_volatile_keys_do_not_change_the_hash_of_what_is_compiled(config: dict[str, Any]) -> None:
+    def hashed(**keys: Any) -> str:
+        vllm_config = _engine_args(enforce_eager=False, **keys).create_engine_config()
+        return str(vllm_config.compute_hash())
+
+    plain = hashed()
+    assert hashed(intermediate_log_config=config) == plain
+    assert hashed(intermediate_log_config={**config, "log_step_ids": [7], "queue_bytes": 1}) == plain
+    # What other plugins keep there still counts.
+    assert (
+        hashed(additional_config={KEY: config, "other": 1}) == hashed(additional_config={"other": 1}) != plain
+    )
 
 
 def test_disabled_leaves_no_trace(tmp_path: Path) -> None:
@@ -165,6 +170,6 @@ def test_the_printed_form_hides_secrets(config: dict[str, Any]) -> None:
 
 def test_the_command_line_of_the_server_stops_without_a_traceback() -> None:
     server = ("-m", "vllm.entrypoints.openai.api_server", "--model", str(smollm2()))
-    done = run(*server, "--intermediate-log-config", '{"enabled": true}')
+    done = run(*server, "--intermediate-log-config", '{"compiled": "never"}')
     assert done.returncode == 2
-    assert "Pass --enforce-eager" in done.stderr and "Traceback" not in done.stderr
+    assert "$.compiled" in done.stderr and "Traceback" not in done.stderr

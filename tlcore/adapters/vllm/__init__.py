@@ -2,7 +2,7 @@
 
 Importing this module imports neither torch nor vLLM. vLLM calls `register` (entry point
 ``vllm.general_plugins``) in every process and `platform` (``vllm.platform_plugins``) earlier still.
-Both only wait for the two vLLM modules that are patched; nothing else happens until a configuration
+Both only wait for the vLLM modules that are patched; nothing else happens until a configuration
 asks for capture.
 """
 
@@ -19,6 +19,7 @@ def register() -> None:
     """Make vLLM accept the configuration and its workers follow it. Safe to repeat."""
     when_imported("vllm.engine.arg_utils", _patch_arguments)
     when_imported("vllm.v1.worker.worker_base", _patch_workers)
+    when_imported("vllm.config.vllm", _patch_hash)
 
 
 def platform() -> None:
@@ -33,6 +34,12 @@ def _patch_arguments(module: ModuleType) -> None:
     from .arguments import patch_arguments
 
     patch_arguments(module)
+
+
+def _patch_hash(module: ModuleType) -> None:
+    from .compiled import patch_hash
+
+    patch_hash(module)
 
 
 def _patch_workers(module: ModuleType) -> None:

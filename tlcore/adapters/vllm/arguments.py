@@ -21,7 +21,7 @@ PATH_KEY = f"{KEY}_path"
 _MARK = "__tlcore__"
 _HELP = (
     "Capture intermediate tensors as this JSON object says, for instance "
-    '\'{"enabled": true, "module_call_match": "layers\\\\.0\\\\."}\'. Needs --enforce-eager.'
+    '\'{"enabled": true, "module_call_match": "layers\\\\.0\\\\."}\'.'
 )
 
 
@@ -117,7 +117,6 @@ def _with_keywords(original: Callable[..., None]) -> Callable[..., None]:
         if additional:
             kwargs["additional_config"] = frontend.prepare(additional)
         original(self, *args, **kwargs)
-        frontend.check_arguments(self)
 
     return init
 
@@ -145,7 +144,6 @@ def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
         # An instance built before the plugin was loaded has not been prepared yet.
         if self.additional_config:
             self.additional_config = frontend.prepare(self.additional_config)
-            frontend.check_arguments(self)
         vllm_config = original(self, *args, **kwargs)
         frontend.check_engine_config(vllm_config)
         return vllm_config

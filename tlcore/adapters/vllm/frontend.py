@@ -59,23 +59,8 @@ def prepare(additional_config: Mapping[str, Any] | None) -> dict[str, Any]:
     return prepared
 
 
-def check_arguments(engine_args: Any) -> None:
-    """Stop arguments that cannot be captured before vLLM looks at the model. Raises ConfigError.
-
-    Only what is certain from the arguments alone; `check_engine_config` sees what vLLM made of them.
-    """
-    if carried(engine_args.additional_config) is None or engine_args.enforce_eager:
-        return
-    compilation = getattr(engine_args, "compilation_config", None)
-    mode = getattr(compilation, "mode", None)
-    chosen_plain = mode is not None and int(mode) == 0
-    level = getattr(engine_args, "optimization_level", None)
-    if not chosen_plain and (level is None or int(level) > 0):
-        raise _not_eager()
-
-
 def check_engine_config(vllm_config: Any) -> None:
-    """Stop an engine that would compile or use graphs, and complete the carrier.
+    """Stop an engine that cannot be captured, and complete the carrier.
 
     Raises ConfigError, or CaptureError naming the vLLM version when its configuration is unknown.
     """
@@ -86,8 +71,9 @@ def check_engine_config(vllm_config: Any) -> None:
     for name in ("mode", "cudagraph_mode"):
         if not hasattr(compilation, name):
             raise unknown_vllm(f"its compilation config has no {name!r}")
-    if _name(compilation.mode) != "NONE" or _name(compilation.cudagraph_mode) != "NONE":
-        raise _not_eager()
+    if mode_name(compilation.mode) == "STOCK_TORCH_COMPILE":
+        problem = "with compilation mode 1 (STOCK_TORCH_COMPILE) no single step can run eagerly."
+        raise ConfigError("$", problem, "Leave the mode to vLLM, or pass --enforce-eager.")
     parallel = vllm_config.parallel_config
     if getattr(parallel, "use_ubatching", False):
         raise ConfigError("$", "intermediate logging does not work with microbatches (--enable-dbo).")
@@ -106,12 +92,8 @@ def unknown_vllm(problem: str) -> CaptureError:
     )
 
 
-def _not_eager() -> ConfigError:
-    problem = "intermediate logging captures in eager mode only, and this engine would compile its model."
-    return ConfigError("$", problem, "Pass --enforce-eager (in Python: enforce_eager=True).")
-
-
-def _name(mode: Any) -> str:
+def mode_name(mode: Any) -> str:
+    """The name of a compilation or CUDA graph mode, whether vLLM holds it as an enum or as text."""
     return str(getattr(mode, "name", mode))
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ...record import Json
 from ...session import Session
+from .compiled import EagerSteps
 from .rows import RowError, RowReader
 
 log = logging.getLogger("vllm.tlcore")
@@ -19,11 +21,13 @@ class StepBracket:
 
     A real step is one outside warm-up, not a dummy run, that schedules tokens. It begins with
     ``execute_model`` and ends after ``sample_tokens`` (or ``pool``), or with ``execute_model`` itself
-    where that returns the final output. The model's own exceptions pass through unchanged.
+    where that returns the final output. The model's own exceptions pass through unchanged. ``eager``
+    is there for a runner that compiles its model or uses CUDA graphs.
     """
 
-    def __init__(self, session: Session, runner: Any) -> None:
+    def __init__(self, session: Session, runner: Any, eager: EagerSteps | None = None) -> None:
         self._session = session
+        self._eager = eager
         self._reader = RowReader(runner)
         self._warming = 0
         self._open = False
@@ -56,7 +60,8 @@ class StepBracket:
                 return original(scheduler_output, *args, **kwargs)
             self._begin()
             try:
-                output = original(scheduler_output, *args, **kwargs)
+                with self._eagerly():
+                    output = original(scheduler_output, *args, **kwargs)
             except BaseException as error:
                 self._end(error)
                 raise
@@ -88,6 +93,18 @@ class StepBracket:
         except Exception as error:
             self._open = False
             self._warn("a step could not be begun", error)
+
+    @contextmanager
+    def _eagerly(self) -> Iterator[None]:
+        """Where the model is compiled, let a captured step run its Python code."""
+        if self._eager is None or not self._open:
+            yield
+            return
+        with self._eager.step():
+            yield
+        if not self._eager.ran:
+            self._extra["not_captured"] = "the step did not run eagerly"
+            log.error("a selected step ran compiled, and nothing of it is captured")
 
     def _read_rows(self, scheduler_output: Any) -> None:
         if not self._open:

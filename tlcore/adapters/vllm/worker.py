@@ -16,7 +16,8 @@ from ...record import RunInfo
 from ...schema import load_config
 from ...session import Session, new_run
 from .carrier import carried, is_carrier
-from .frontend import unknown_vllm
+from .compiled import EagerSteps
+from .frontend import mode_name, unknown_vllm
 from .hookable import make_hookable
 from .steps import StepBracket
 
@@ -84,7 +85,7 @@ def _start(worker: Any, carrier: Any) -> None:
     make_hookable(model)
     session = Session(config, _run(worker, config, carrier if is_carrier(carrier) else {}))
     session.attach(model)
-    bracket = StepBracket(session, worker.model_runner)
+    bracket = StepBracket(session, worker.model_runner, _eager_steps(worker))
     for name in _WARM_UP:
         setattr(worker, name, bracket.warm_up(getattr(worker, name)))
     end = _RunEnd(session)
@@ -95,6 +96,13 @@ def _start(worker: Any, carrier: Any) -> None:
     if parent_process() is not None:
         Finalize(session, end, exitpriority=_FIRST)
     log.info("intermediate tensors go to %s", session.url)
+
+
+def _eager_steps(worker: Any) -> EagerSteps | None:
+    """What makes a captured step eager; None where every step is."""
+    compilation = worker.vllm_config.compilation_config
+    eager = mode_name(compilation.mode) == mode_name(compilation.cudagraph_mode) == "NONE"
+    return None if eager else EagerSteps(worker.model_runner)
 
 
 def _run(worker: Any, config: Any, carrier: Any) -> RunInfo:
