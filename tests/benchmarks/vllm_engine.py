@@ -1,0 +1,213 @@
+"""An in-process vLLM engine (eager, CPU) whose steps are timed with and without capture.
+
+``python -m tests.benchmarks.vllm_engine prefill|decode SCALE`` prints the times as one JSON line.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from tests.models import smollm2
+from tlcore.adapters.vllm.hookable import make_hookable
+from tlcore.adapters.vllm.steps import StepBracket
+from tlcore.schema import load_config
+from tlcore.session import Session, new_run
+
+from .capturing import Memcpy
+from .rows import SCALES, Scale
+from .subprocesses import print_report
+from .timing import interleaved
+from .workload import OnTensor, hooked
+
+# Saving at once takes so long that a few steps must do.
+_SAVED_STEPS = 4
+
+
+class Engine:
+    """The engine, and the model runner in it as stock vLLM made it."""
+
+    def __init__(self) -> None:
+        from vllm import LLM
+
+        llm = LLM(model=str(smollm2()), enforce_eager=True, max_model_len=512, enable_prefix_caching=False)
+        self._engine: Any = llm.llm_engine
+        worker = self._engine.engine_core.engine_core.model_executor.driver_worker.worker
+        self.runner: Any = worker.model_runner
+        self.model: Any = self.runner.get_model()
+        self._classes = {module: type(module) for module in self.model.modules()}
+        self._requests = 0
+
+    def steps(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[float]:
+        """Seconds of each engine step until every prompt has ``tokens`` new tokens."""
+        from vllm import SamplingParams
+
+        for prompt in prompts:
+            sampling = SamplingParams(temperature=0.0, max_tokens=tokens, ignore_eos=True)
+            self._engine.add_request(str(self._requests), {"prompt_token_ids": list(prompt)}, sampling)
+            self._requests += 1
+        seconds = []
+        while self._engine.has_unfinished_requests():
+            begin = time.perf_counter()
+            self._engine.step()
+            seconds.append(time.perf_counter() - begin)
+        return seconds
+
+    @contextmanager
+    def hookable(self) -> Iterator[None]:
+        """Every module runs hooks, as tlcore arranges it; afterwards the model is as vLLM made it."""
+        make_hookable(self.model)
+        try:
+            yield
+        finally:
+            for module, cls in self._classes.items():
+                module.__class__ = cls
+
+    @contextmanager
+    def hooks(self, on_tensor: OnTensor) -> Iterator[None]:
+        """Plain hooks on every module."""
+        with self.hookable(), hooked(self.model, on_tensor):
+            yield
+
+    @contextmanager
+    def captured(self, session: Any) -> Iterator[None]:
+        """Every step is one of the session's, as in a worker with tlcore configured."""
+        with self.hookable():
+            StepBracket(session, self.runner)
+            try:
+                yield
+            finally:
+                for name in ("execute_model", "sample_tokens", "pool"):
+                    self.runner.__dict__.pop(name, None)
+
+    def session(self, directory: Path, backend: str, steps: Sequence[int] = ()) -> Session:
+        """A session attached to the model; ``steps`` as in ``log_step_ids``."""
+        config = load_config(output_dir=str(directory), backend=backend, log_step_ids=list(steps))
+        session = Session(config, new_run(config))
+        with self.hookable():
+            session.attach(self.model)
+        return session
+
+
+class _EverySecond:
+    """Numbers the steps 0, 2, 4, ... of which the session selects each, so that it takes its hooks away."""
+
+    def __init__(self, session: Session) -> None:
+        self._session = session
+        self._next = 0
+        self.end_step = session.end_step
+
+    def begin_step(self) -> bool:
+        self._next += 2
+        return self._session.begin_step(self._next - 2)
+
+
+def decode(engine: Engine, directory: Path, scale: Scale) -> dict[str, Any]:
+    """Mean seconds of a decode step, over all steps of a round; the prefill before them is left out."""
+    prompts = [[17 + 31 * row + column for column in range(8)] for row in range(scale.requests)]
+    after: list[float] = []
+
+    def mean(tokens: int = scale.decode_steps + 1) -> float:
+        steps = engine.steps(prompts, tokens)[1:]
+        return sum(steps) / len(steps)
+
+    def captured(backend: str) -> float:
+        session = engine.session(directory, backend)
+        with engine.captured(session):
+            seconds = mean()
+        begin = time.perf_counter()
+        session.flush()
+        after.append(time.perf_counter() - begin)
+        _close(session)
+        return seconds
+
+    def noop() -> float:
+        with engine.hooks(lambda name, direction, index, tensor: None):
+            return mean()
+
+    def saving() -> float:
+        with engine.hooks(_saver(directory)):
+            return mean(_SAVED_STEPS + 1)
+
+    measures = {
+        "plain": mean,
+        "no-op hooks": noop,
+        "safetensors": lambda: captured("safetensors"),
+        "pt": lambda: captured("pt"),
+        "synchronous torch.save": saving,
+    }
+    return {"times": interleaved(measures, scale.repeats), "flush_s": after}
+
+
+def prefill(engine: Engine, directory: Path, scale: Scale) -> dict[str, Any]:
+    """Seconds of the step that prefills one prompt."""
+    prompts = [[column % 499 + 1 for column in range(scale.prompt_tokens)]]
+    tensors: list[torch.Tensor] = []
+    with engine.hooks(lambda name, direction, index, tensor: tensors.append(tensor.clone())):
+        engine.steps(prompts, 1)
+    memcpy = Memcpy(tensors)
+    sessions = {name: engine.session(directory, name, range(0, 1000, 2)) for name in ("safetensors", "pt")}
+    numbered = {name: _EverySecond(session) for name, session in sessions.items()}
+
+    def plain() -> float:
+        return sum(engine.steps(prompts, 1))
+
+    def captured(name: str) -> float:
+        with engine.captured(numbered[name]):
+            seconds = plain()
+        sessions[name].flush()
+        return seconds
+
+    def saving() -> float:
+        with engine.hooks(_saver(directory)):
+            return plain()
+
+    measures: dict[str, Callable[[], float]] = {
+        "plain": plain,
+        "memcpy": memcpy.seconds,
+        "safetensors": lambda: captured("safetensors"),
+        "pt": lambda: captured("pt"),
+        "synchronous torch.save": saving,
+    }
+    times = interleaved(measures, scale.repeats)
+    for session in sessions.values():
+        _close(session)
+    return {"times": times, "tensors": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors)}
+
+
+def _saver(directory: Path) -> OnTensor:
+    folder = Path(tempfile.mkdtemp(dir=directory))
+
+    def save(name: str, direction: str, index: int, tensor: torch.Tensor) -> None:
+        torch.save(tensor.detach().cpu(), folder / f"{name}-{direction}-{index}-{time.monotonic_ns()}.pt")
+
+    return save
+
+
+def _close(session: Session) -> None:
+    session.close()
+    counts = session.ledger
+    if counts.stored != counts.captured or not counts.stored:
+        raise RuntimeError(f"not everything was stored: {counts.to_json()}")
+
+
+def main(kind: str, scale: Scale) -> None:
+    """Measure and print."""
+    with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as name:
+        measure = {"prefill": prefill, "decode": decode}[kind]
+        report = measure(Engine(), Path(name), scale)
+    report["torch_threads"] = torch.get_num_threads()
+    print_report(report)
+
+
+if __name__ == "__main__":
+    os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    main(sys.argv[1], SCALES[sys.argv[2]])
