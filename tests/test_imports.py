@@ -17,7 +17,7 @@ LAYERS: list[set[str]] = [
     {"filters", "jsontext", "pipeline", "registry", "schema", "staging", "structure", "validation"},
     {"hooks", "reader"},
     {"convert", "filesystem", "session"},
-    {"__main__", "adapters", "cli", "compare_il", "comparison", "testing"},
+    {"__main__", "adapters", "cli", "compare_il", "comparison", "testing", "vllm"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FOR_BACKENDS = {"errors", "names", "record", "protocols"}

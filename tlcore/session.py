@@ -139,7 +139,7 @@ class Session:
 
         Raises CaptureError for a compiled model, or when another model is attached already.
         """
-        if self._hooks is not None:
+        if self._pipeline is not None:
             raise CaptureError("this session has a model already; open another session for a second model")
         refuse_compiled(model)
         selector = ModuleFilter(self.config.module_call_match)
@@ -215,6 +215,14 @@ class Session:
         """Wait until every step that has ended is stored or booked as failed."""
         if self._pipeline is not None and not self._closed:
             self._pipeline.flush()
+
+    def detach(self) -> None:
+        """Stop capturing and take the hooks away; what is queued is stored by `close`. Safe to repeat."""
+        with self._lock:
+            self.end_step(extra={"error": "the session was closed in the step"})
+            if self._hooks is not None:
+                self._hooks.remove()
+                self._hooks = None
 
     def close(self) -> None:
         """End the run: finish what is queued, write ``run.json``, log the ledger. Safe to repeat.

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
@@ -21,3 +23,12 @@ def run(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[st
         text=True,
         timeout=timeout,
     )
+
+
+def report(script: str, *arguments: str, timeout: float = 240) -> dict[str, Any]:
+    """Run a script that prints ``REPORT`` and one JSON object; returns the object."""
+    done = run(script, *arguments, timeout=timeout)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
+    assert lines, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(lines[0].removeprefix("REPORT "))
+    return found

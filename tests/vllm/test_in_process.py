@@ -11,24 +11,16 @@ import torch
 
 import tlcore
 from tests.models import smollm2
-from tests.vllm.helpers import REPOSITORY, run
+from tests.vllm.helpers import REPOSITORY, report
 
 pytestmark = pytest.mark.slow
 SCRIPT = str(REPOSITORY / "tests" / "vllm" / "engine_script.py")
 
 
-def _report(config: dict[str, Any] | None) -> dict[str, Any]:
-    done = run(SCRIPT, str(smollm2()), json.dumps(config))
-    lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
-    assert lines, done.stdout + done.stderr
-    report: dict[str, Any] = json.loads(lines[0].removeprefix("REPORT "))
-    return report
-
-
 @pytest.fixture(scope="module")
 def plain() -> dict[str, Any]:
     """The engine with tlcore installed and nothing asked of it."""
-    return _report(None)
+    return report(SCRIPT, str(smollm2()), json.dumps(None))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +31,8 @@ def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def captured(output_dir: Path) -> dict[str, Any]:
     """The engine with every module of every step captured."""
-    return _report({"output_dir": str(output_dir), "log_step_ids": []})
+    config = {"output_dir": str(output_dir), "log_step_ids": []}
+    return report(SCRIPT, str(smollm2()), json.dumps(config))
 
 
 @pytest.fixture(scope="module")

@@ -67,6 +67,16 @@ def check_engine_config(vllm_config: Any) -> None:
     carrier = carried(vllm_config.additional_config)
     if carrier is None:
         return
+    check_engine(vllm_config)
+    carrier["world_size"] = world_size(vllm_config)
+    give_workers_time()
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Stop a capture of an engine in which no single step can run eagerly, or with microbatches.
+
+    Raises as `check_engine_config` does.
+    """
     compilation = vllm_config.compilation_config
     for name in ("mode", "cudagraph_mode"):
         if not hasattr(compilation, name):
@@ -74,11 +84,14 @@ def check_engine_config(vllm_config: Any) -> None:
     if mode_name(compilation.mode) == "STOCK_TORCH_COMPILE":
         problem = "with compilation mode 1 (STOCK_TORCH_COMPILE) no single step can run eagerly."
         raise ConfigError("$", problem, "Leave the mode to vLLM, or pass --enforce-eager.")
-    parallel = vllm_config.parallel_config
-    if getattr(parallel, "use_ubatching", False):
+    if getattr(vllm_config.parallel_config, "use_ubatching", False):
         raise ConfigError("$", "intermediate logging does not work with microbatches (--enable-dbo).")
-    carrier["world_size"] = parallel.world_size * parallel.data_parallel_size
-    give_workers_time()
+
+
+def world_size(vllm_config: Any) -> int:
+    """How many ranks write into one run."""
+    parallel = vllm_config.parallel_config
+    return int(parallel.world_size * parallel.data_parallel_size)
 
 
 def unknown_vllm(problem: str) -> CaptureError:

@@ -17,7 +17,9 @@ log = logging.getLogger("vllm.tlcore")
 
 
 class StepBracket:
-    """Wraps a model runner's step methods around a session; nothing of it can break a step.
+    """Wraps a model runner's step methods around ``session``; nothing of it can break a step.
+
+    ``session`` may be exchanged between two steps; without one, steps run as if unwrapped.
 
     A real step is one outside warm-up, not a dummy run, that schedules tokens. It begins with
     ``execute_model`` and ends after ``sample_tokens`` (or ``pool``), or with ``execute_model`` itself
@@ -25,8 +27,8 @@ class StepBracket:
     is there for a runner that compiles its model or uses CUDA graphs.
     """
 
-    def __init__(self, session: Session, runner: Any, eager: EagerSteps | None = None) -> None:
-        self._session = session
+    def __init__(self, session: Session | None, runner: Any, eager: EagerSteps | None = None) -> None:
+        self.session = session
         self._eager = eager
         self._reader = RowReader(runner)
         self._warming = 0
@@ -56,7 +58,7 @@ class StepBracket:
         @functools.wraps(original)
         def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             scheduled = getattr(scheduler_output, "total_num_scheduled_tokens", 0)
-            if self._warming or kwargs.get("dummy_run") or not scheduled:
+            if self.session is None or self._warming or kwargs.get("dummy_run") or not scheduled:
                 return original(scheduler_output, *args, **kwargs)
             self._begin()
             try:
@@ -89,7 +91,7 @@ class StepBracket:
         self._rows, self._extra = None, {}
         self._reader.forget()
         try:
-            self._open = self._session.begin_step()
+            self._open = self.session is not None and self.session.begin_step()
         except Exception as error:
             self._open = False
             self._warn("a step could not be begun", error)
@@ -119,11 +121,11 @@ class StepBracket:
             self._warn("request rows are not available", error)
 
     def _end(self, error: BaseException | None = None) -> None:
-        if not self._open:
+        if not self._open or self.session is None:
             return
         self._open = False
         try:
-            self._session.end_step(rows=self._rows, extra=self._extra, error=error)
+            self.session.end_step(rows=self._rows, extra=self._extra, error=error)
         except Exception as failure:
             self._warn("a step could not be ended", failure)
 
