@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from . import cli
 from .errors import TlcoreError
+from .names import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -17,7 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         status: int = args.run(args)
         sys.stdout.flush()
     except TlcoreError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
+        sys.stderr.write(f"error: {printable(' '.join(str(error).split()))}\n")
         return 2
     except BrokenPipeError:
         # The reader, such as head, has gone; keep the interpreter from flushing into the closed pipe.

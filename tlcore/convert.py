@@ -13,6 +13,7 @@ from .names import rank_suffix, redact_url
 from .protocols import Sink
 from .reader import MissingError, Run, Step, is_run
 from .reader.files import RUN_FILE, payload, store_at
+from .reader.shard_check import overlapping
 from .reader.step import counts_of
 from .record import Json, Ledger, Record, RunInfo, StepSummary
 from .registry import resolve
@@ -70,6 +71,9 @@ def _is_taken(url: str, storage_options: Mapping[str, Any] | None) -> bool:
 def _convert_rank(source: Run, sink: Sink, url: str, rank: int, on_tensor: Callable[[], None]) -> None:
     sink.open(RunInfo(source.id, url, rank, source.world_size, source.document, Ledger()))
     for step in source.values():
+        overlap = overlapping(step.documents[rank])
+        if overlap is not None:
+            raise ReadError(f"{source.url}: {overlap}")
         for batch in _batches(step, rank):
             sink.write(batch)
             for _ in batch:
@@ -81,8 +85,13 @@ def _convert_rank(source: Run, sink: Sink, url: str, rank: int, on_tensor: Calla
 def _batches(step: Step, rank: int) -> Iterator[list[Record]]:
     """The records of a step in the order they were stored, a bounded number of bytes at a time."""
     batch: list[Record] = []
+    hashes: dict[str, Any] = {}
     for entry in step.documents[rank]["records"]:
-        batch.append(_record(step, rank, entry))
+        record = _record(step, rank, entry)
+        if record.alias_of is not None and hashes.get(record.alias_of) != record.hash:
+            raise ReadError(f"step {step.number}: {record.name} is no alias of {record.alias_of!r}")
+        hashes[record.name] = record.hash
+        batch.append(record)
         if sum(record.nbytes for record in batch) >= _BATCH_BYTES:
             yield batch
             batch = []
@@ -96,24 +105,21 @@ def _record(step: Step, rank: int, entry: Json) -> Record:
     digest = xxhash.xxh3_128_hexdigest(data)
     if entry.get("hash") != f"xxh3-128:{digest}":
         raise VerifyError([f"{entry['name']}: xxh3-128:{digest}, step.json says {entry.get('hash')}"])
-    try:
-        return Record(
-            name=entry["name"],
-            step=step.number,
-            rank=rank,
-            module=entry["module"],
-            call=entry["call"],
-            direction=entry["direction"],
-            path=tuple(entry["path"]),
-            dtype=tensor.dtype,
-            shape=tuple(tensor.shape),
-            device=entry["device"],
-            data=data,
-            hash=digest,
-            alias_of=entry.get("alias_of"),
-        )
-    except (KeyError, TypeError) as error:
-        raise ReadError(f"step {step.number}: damaged record {entry['name']!r} ({error})") from error
+    return Record(
+        name=entry["name"],
+        step=step.number,
+        rank=rank,
+        module=entry["module"],
+        call=entry["call"],
+        direction=entry["direction"],
+        path=tuple(entry["path"]),
+        dtype=tensor.dtype,
+        shape=tuple(tensor.shape),
+        device=entry["device"],
+        data=data,
+        hash=digest,
+        alias_of=entry.get("alias_of"),
+    )
 
 
 def summary_of(step: Step, rank: int) -> StepSummary:

@@ -97,3 +97,8 @@ def redact_url(text: str) -> str:
     shown = f"{scheme}://{REDACTED}@{place}" if at and (":" in user or "/" not in user) else text
     clean = re.split(r"[?#]", shown, maxsplit=1)[0]
     return clean if clean == shown else f"{clean}?{REDACTED}"
+
+
+def printable(text: str) -> str:
+    """``text`` with control characters escaped, so that stored names cannot steer a terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)

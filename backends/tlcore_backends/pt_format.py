@@ -57,6 +57,12 @@ def encode(dtype: torch.dtype, shape: Sequence[int], data: memoryview) -> list[B
     return [frame.head, data, frame.tail(zlib.crc32(data))]
 
 
+def file_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+    """The size in bytes of the ``.pt`` file of a tensor of ``dtype`` and ``shape``."""
+    frame = _frame(dtype, tuple(shape))
+    return len(frame.head) + frame.payload_bytes + len(frame.after)
+
+
 @dataclass(frozen=True, slots=True)
 class _Frame:
     """A ``.pt`` file of one dtype and shape without its payload; ``after`` still lacks four checksums."""

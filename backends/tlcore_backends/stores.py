@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import io
 import itertools
 import os
 import re
@@ -14,6 +15,8 @@ from pathlib import Path
 
 from tlcore.errors import BackendError
 from tlcore.protocols import Buffer, Entry
+
+from .trust import check_trusted
 
 UNFINISHED = ".tmp"
 _DIRECTORY_MODE = 0o700
@@ -58,10 +61,10 @@ class LocalStore:
         """Make the root, or accept an existing one that only this user can write.
 
         Raises BackendError when it cannot be made, is a symbolic link or no directory, belongs to
-        somebody else, or can be written by others.
+        somebody else, can be written by others, or lies where others could replace it.
         """
         try:
-            _make_parents(os.path.dirname(self._root))
+            make_parent(self._root)
             self._make_directory(self._root)
             status = os.lstat(self._root)
         except OSError as error:
@@ -108,9 +111,10 @@ class LocalStore:
         if os.path.commonpath([real, real_root]) != real_root:
             raise BackendError(f"{place}: leads out of {self._root} through a symbolic link")
         try:
-            with open(real, "rb") as file:
+            with open(real, "rb", buffering=0, opener=_open_regular) as file:
+                size = os.fstat(file.fileno()).st_size
                 file.seek(start)
-                return file.read() if end is None else file.read(max(0, end - start))
+                return _read_all(file, max(0, min(size, size if end is None else end) - start))
         except FileNotFoundError:
             raise
         except OSError as error:
@@ -256,20 +260,41 @@ class UnfinishedFile:
             os.close(handle)
 
 
+def _open_regular(path: str, flags: int) -> int:
+    """A handle of a regular file; a pipe or device, which could block or never end, is refused."""
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise OSError(errno.EINVAL, "not a regular file", path)
+
+
+def _read_all(file: io.FileIO, count: int) -> bytes:
+    """The next ``count`` bytes, or fewer at the file's end, with no second copy of a large file."""
+    data = file.read(count) or b""
+    if len(data) == count or not data:
+        return data
+    # The system reads at most 2 GiB at a time.
+    parts = [data]
+    while (count := count - len(parts[-1])) and (more := file.read(count)):
+        parts.append(more)
+    return b"".join(parts)
+
+
 def _walk(directory: str) -> Iterator[os.DirEntry[str]]:
     """Every regular file below ``directory``; a directory that is missing or vanishes has none."""
-    try:
-        with os.scandir(directory) as entries:
-            found = list(entries)
-    except (FileNotFoundError, NotADirectoryError):
-        return
-    except OSError as error:
-        raise _refused("list", directory, error) from error
-    for entry in found:
-        if entry.is_dir(follow_symlinks=False):
-            yield from _walk(entry.path)
-        elif entry.is_file(follow_symlinks=False):
-            yield entry
+    waiting = [directory]
+    while waiting:
+        directory = waiting.pop()
+        try:
+            with os.scandir(directory) as entries:
+                found = list(entries)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise _refused("list", directory, error) from error
+        yield from (entry for entry in found if entry.is_file(follow_symlinks=False))
+        waiting += (entry.path for entry in found if entry.is_dir(follow_symlinks=False))
 
 
 def _write_all(handle: int, parts: Sequence[Buffer]) -> int:
@@ -285,6 +310,17 @@ def _write_all(handle: int, parts: Sequence[Buffer]) -> int:
         if written:
             pending[first] = pending[first][written:]
     return total
+
+
+def make_parent(path: str) -> None:
+    """Make the directory that ``path`` lies in, with mode 0700, unless others could replace it.
+
+    Raises BackendError or OSError.
+    """
+    parent = os.path.dirname(os.path.abspath(path))
+    check_trusted(parent)
+    _make_parents(parent)
+    check_trusted(parent)
 
 
 def _make_parents(directory: str) -> None:

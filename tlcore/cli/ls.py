@@ -13,7 +13,7 @@ from ..errors import ReadError
 from ..reader import Run, RunSummary, Step, is_run, list_runs, open_run
 from ..record import Json
 from .places import add_storage_options, storage_options
-from .tables import print_table, size
+from .tables import print_table, printable, size
 
 HELP = (
     "List the runs in a directory, or the steps of a run. With --step or --module, list the calls and"
@@ -144,7 +144,7 @@ def _described_step(step: Step) -> Json:
 
 
 def _headline(opened: Run) -> str:
-    return f"run {opened.id}  {opened.state}  {opened.created}"
+    return printable(f"run {opened.id}  {opened.state}  {opened.created}")
 
 
 def _state(step: Step) -> str:

@@ -9,6 +9,10 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from ..names import printable
+
+__all__ = ["print_table", "printable", "size"]
+
 _NUMBERS = frozenset({"step", "steps", "calls", "tensors", "bytes"})
 
 
@@ -19,11 +23,6 @@ def print_table(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> Non
         _print_rich(columns, texts)
     else:
         _print_plain(columns, texts)
-
-
-def printable(text: str) -> str:
-    """``text`` with control characters escaped, so that stored names cannot steer a terminal."""
-    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def size(count: int) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from html import escape
+from textwrap import shorten
 
 from ..errors import BackendError
 from .results import Comparison
@@ -82,9 +83,11 @@ def _chart(comparison: Comparison) -> str:
     except ImportError as error:
         raise BackendError("the HTML report needs matplotlib: pip install 'tlcore[report]'") from error
     measured = [result for result in comparison.results if result.measures and result.direction == "outputs"]
+    if not measured:
+        return "<p>No output could be measured in both runs.</p>"
     errors = [_error(result.measures.rel_l2) for result in measured if result.measures]
     positive = [error for error in errors if error > 0]
-    floor = 10 ** math.floor(math.log10(min(positive)) - 1) if positive else 1e-9
+    floor = max(1e-300, 10 ** math.floor(math.log10(min(positive)) - 1)) if positive else 1e-9
     figure = Figure(figsize=(11, 3.6), layout="constrained")
     axes = figure.subplots()
     axes.plot(range(len(errors)), [max(error, floor) for error in errors], color="#8a97a8", linewidth=1)
@@ -97,7 +100,7 @@ def _chart(comparison: Comparison) -> str:
         axes.axvline(place, color="#c0392b", linestyle="--", linewidth=1)
         right = place > len(measured) * 0.6
         axes.annotate(
-            first.module,
+            shorten(first.module, 80, placeholder="..."),
             (place, 0.94),
             xycoords=("data", "axes fraction"),
             xytext=(-6 if right else 6, 0),

@@ -6,10 +6,13 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
+from ..errors import ReadError
 from ..reader import Step
 from ..record import Json
 from .match import Key, Pair, Piece, Rules, Source, absent, keyed
 from .results import TensorResult
+
+_LARGEST = 1 << 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +80,8 @@ def _spans(
     found: dict[tuple[Key, str], list[_Span]] = defaultdict(list)
     for step in steps:
         rows = step.rows or []
+        if not all(map(_is_row, rows)):
+            raise ReadError(f"{step!r}: damaged rows in its step.json")
         for key, source in keyed(step, rules, rename).items():
             spans = list(_rows_of(source, rows, requests))
             if not spans:
@@ -84,6 +89,12 @@ def _spans(
             for span in spans:
                 found[key, span.request].append(span)
     return found
+
+
+def _is_row(row: Json) -> bool:
+    numbers = [row.get(key) for key in ("first_row", "rows", "first_position")]
+    named = isinstance(row.get("external_request_id") or row.get("request_id"), str)
+    return named and all(type(number) is int and 0 <= number < _LARGEST for number in numbers)
 
 
 def _rows_of(source: Source, rows: Sequence[Json], requests: dict[str, str]) -> Iterator[_Span]:

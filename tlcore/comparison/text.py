@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 
+from ..names import printable
 from .results import Comparison, TensorResult
 
 COLUMNS = (
@@ -86,5 +88,8 @@ def markdown(comparison: Comparison, verbose: bool) -> str:
     return "\n".join(lines) + "\n"
 
 
+_MARKUP = re.compile(r"([\\`*_{}\[\]<>|&~])")
+
+
 def _escaped(text: str) -> str:
-    return " ".join(text.split()).replace("|", "\\|").replace("_", "\\_").replace("*", "\\*")
+    return _MARKUP.sub(r"\\\1", printable(" ".join(text.split())))

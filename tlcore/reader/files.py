@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import difflib
 import importlib
-import io
-import json
 import os
 import re
 from collections.abc import Iterable, Mapping
 from functools import cached_property
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -19,7 +18,9 @@ import torch
 from ..errors import BackendError, ReadError
 from ..names import is_url
 from ..protocols import Store
-from ..record import LAYOUT_VERSION, Json
+from ..record import Json
+from .documents import LARGEST_JSON, check_step, check_structure, parse, too_large
+from .pt_file import PtError, decode
 from .shards import Slice
 
 RUN_FILE = "run.json"
@@ -28,6 +29,11 @@ _ANY_STORE = ("tlcore_backends.places", "open_store")
 _STRUCTURE = re.compile(
     r"(step_\d+)/(.+/(?:inputs|outputs|post_fwd_inputs)(_rank_[1-9]\d*)?\.json)", re.DOTALL
 )
+_LEAVES_THE_RUN = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
+# What a .pt file holds beside its payload is far less.
+_LARGEST_FRAME = 1 << 20
+# Looking for a name that was meant takes long among very many.
+_MOST_COMPARED, _LONGEST_NAME = 5000, 500
 
 
 class MissingError(ReadError, KeyError):
@@ -40,7 +46,8 @@ class MissingError(ReadError, KeyError):
 
 def missing(what: str, name: object, where: str, known: Iterable[str]) -> MissingError:
     """The error for a name that is not there, with the nearest ones that are."""
-    near = difflib.get_close_matches(str(name), list(known), n=3, cutoff=0.5)
+    few = list(islice(known, _MOST_COMPARED))
+    near = difflib.get_close_matches(str(name)[:_LONGEST_NAME], few, n=3, cutoff=0.5)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
     return MissingError(f"{where}: no {what} {str(name)!r}{hint}")
 
@@ -86,9 +93,12 @@ class RunFiles:
         """Every finished file and its size in bytes, as they were at first use."""
         skip = len(self._below)
         try:
-            return {entry.name[skip:]: entry.size for entry in self.store.list(self._below)}
+            found = {entry.name[skip:]: entry.size for entry in self.store.list(self._below)}
         except (BackendError, OSError) as error:
             raise ReadError(str(error)) from error
+        if bad := next(filter(_LEAVES_THE_RUN.search, found), None):
+            raise ReadError(f"{self.url}: holds {bad!r}, a name that leads out of it")
+        return found
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """The bytes ``[start, end)`` of a file, all of it by default.
@@ -101,6 +111,8 @@ class RunFiles:
             raise missing("file", name, self.url, self.sizes) from None
         except (BackendError, OSError) as error:
             raise ReadError(str(error)) from error
+        except (MemoryError, OverflowError):
+            raise ReadError(f"{self.url}/{name}: larger than this machine's memory") from None
 
     def holds(self, name: str) -> bool:
         """Whether the run has a file of this name, or a structure packed into its step's ``step.json``."""
@@ -111,36 +123,20 @@ class RunFiles:
         packed = self._packed(name)
         if packed is not None:
             return packed
-        try:
-            return json.loads(self.read(name))
-        except (ValueError, RecursionError) as error:
-            raise ReadError(f"{self.url}/{name}: damaged, not JSON ({error})") from error
+        # Where the listing is not known yet, finding out costs more than reading.
+        if "sizes" in self.__dict__ and self.sizes.get(name, 0) > LARGEST_JSON:
+            raise too_large(f"{self.url}/{name}")
+        return parse(self.read(name, 0, LARGEST_JSON + 1), f"{self.url}/{name}")
 
-    def document(self, name: str, required: Mapping[str, type]) -> Json:
-        """A JSON object with a layout version that this reader knows and the ``required`` keys."""
-        document = self.json(name)
-        layout = document.get("layout") if isinstance(document, dict) else None
-        if not isinstance(layout, int) or isinstance(layout, bool):
-            raise ReadError(f"{self.url}/{name}: not written by tlcore (it has no layout version)")
-        if layout > LAYOUT_VERSION:
-            raise ReadError(
-                f"{self.url}/{name}: has layout version {layout}, this tlcore reads up to {LAYOUT_VERSION};"
-                " a newer tlcore is needed"
-            )
-        for key, kind in required.items():
-            if not isinstance(document.get(key), kind):
-                raise ReadError(f"{self.url}/{name}: damaged, {key!r} is missing or no {kind.__name__}")
-        checked: Json = document
-        return checked
+    def structure(self, name: str) -> Json:
+        """A tensor structure, checked. Raises MissingError or ReadError."""
+        return check_structure(self.json(name), f"{self.url}/{name}")
 
     def step_document(self, name: str) -> Json:
         """A ``step.json``, read once. Raises ReadError when it is missing or damaged."""
         if name not in self._documents:
-            document = self.document(name, {"calls": list, "records": list, "ledger": dict})
-            named = all(isinstance(r, dict) and isinstance(r.get("name"), str) for r in document["records"])
-            if not named or not isinstance(document.get("structures", {}), dict):
-                raise ReadError(f"{self.url}/{name}: damaged record in step.json, or damaged structures")
-            self._documents[name] = document
+            number = int(name.partition("/")[0].removeprefix("step_"))
+            self._documents[name] = check_step(self.json(name), f"{self.url}/{name}", number)
         return self._documents[name]
 
     def _packed(self, name: str) -> Any:
@@ -159,26 +155,29 @@ class RunFiles:
             return self.tensor(record["file"], record)
         where = f"{self.url}: {record.get('name')!r}"
         place = Slice.of(record, where)
+        if place.end > (size := self.sizes.get(place.shard, place.end)):
+            raise ReadError(f"{where}: {place.shard} ends too early, it has {size} bytes")
         return place.tensor(self.read(place.shard, place.begin, place.end), where)
 
     def tensor(self, file: str, record: Mapping[str, Any] | None = None) -> torch.Tensor:
-        """The tensor of a ``.pt`` file, on the CPU; only tensor data is ever unpickled.
+        """The tensor of a ``.pt`` file, on the CPU; nothing is unpickled.
 
         Raises ReadError when it is damaged or differs from its ``record`` in dtype or shape.
         """
-        data = self.read(file)
+        where = f"{self.url}/{file}"
+        if record is not None and self.sizes.get(file, 0) > record["bytes"] + _LARGEST_FRAME:
+            raise ReadError(f"{where}: far larger than the {record['bytes']} bytes that step.json says")
         try:
-            loaded = torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-        except Exception as error:
-            reason = str(error).strip().splitlines() or [type(error).__name__]
-            raise ReadError(f"{self.url}/{file}: not a readable .pt file ({reason[0]})") from error
-        if not isinstance(loaded, torch.Tensor):
-            raise ReadError(f"{self.url}/{file}: holds a {type(loaded).__name__}, not a tensor")
+            loaded = decode(self.read(file))
+        except PtError as error:
+            raise ReadError(f"{where}: not a readable .pt file ({error})") from None
+        except MemoryError:
+            raise ReadError(f"{where}: larger than this machine's memory") from None
         if record is not None:
             found = (str(loaded.dtype).removeprefix("torch."), list(loaded.shape))
             stated = (record.get("dtype"), record.get("shape"))
             if found != stated:
-                raise ReadError(f"{self.url}/{file}: holds {found}, its step.json says {stated}")
+                raise ReadError(f"{where}: holds {found}, its step.json says {stated}")
         return loaded
 
 

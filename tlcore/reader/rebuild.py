@@ -47,7 +47,7 @@ def rebuild(node: Json, load: Load) -> Any:
     """
     try:
         return _rebuild(node, load)
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
+    except (KeyError, TypeError, AttributeError, ValueError, OverflowError, RecursionError) as error:
         if isinstance(error, ReadError):
             raise
         raise ReadError(f"not a tensor structure: {type(error).__name__}: {error}") from error

@@ -14,6 +14,7 @@ import torch
 from ..errors import ReadError, VerifyError
 from ..names import rank_suffix, redact_url, step_dir
 from ..record import Counts, Json
+from .documents import LARGEST_JSON, check_run
 from .files import RUN_FILE, MissingError, RunFiles, local_directory, store_at
 from .step import Step, counts_of
 from .verify import verify_step
@@ -41,14 +42,14 @@ def is_run(path: str | os.PathLike[str], storage_options: Options = None) -> boo
     """Whether a path or URL has a ``run.json``. Raises as `open_run` does when it cannot be looked at."""
     files = RunFiles(store_at(path, storage_options))
     try:
-        files.read(RUN_FILE)
+        files.read(RUN_FILE, 0, LARGEST_JSON + 1)
     except MissingError:
         return False
     return True
 
 
 def _run_of(files: RunFiles) -> Run:
-    return Run(files, files.document(RUN_FILE, {"run_id": str, "state": str, "world_size": int}))
+    return Run(files, check_run(files.json(RUN_FILE), f"{files.url}/{RUN_FILE}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,7 +233,7 @@ class Run(Mapping[int, Step]):
         return f"<Run {self.url} {self.state}, {len(self.steps)} steps>"
 
     def _whole(self, number: int) -> bool:
-        return self._committed[number] >= set(range(self.world_size))
+        return sum(rank < self.world_size for rank in self._committed[number]) == self.world_size
 
     @staticmethod
     def _close_marker(rank: int) -> str:

@@ -11,9 +11,7 @@ import torch
 
 from ..errors import ReadError
 from ..record import tensor_from_bytes
-
-# No store holds a blob as large as this; a larger offset is damage.
-_LARGEST_OFFSET = 1 << 50
+from .documents import LARGEST_SIZE, is_shape, is_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,10 +33,11 @@ class Slice:
         dtype = getattr(torch, str(record.get("dtype")), None)
         if not isinstance(shard, str) or not isinstance(dtype, torch.dtype):
             raise ReadError(f"{where}: damaged record, or of a backend that this version cannot read")
-        if not (_whole_numbers(offsets) and _whole_numbers(shape) and len(offsets) == 2):
+        sound = isinstance(offsets, list) and len(offsets) == 2 and all(map(is_whole, offsets))
+        if not (sound and is_shape(shape)):
             raise ReadError(f"{where}: damaged record, offsets {offsets!r} and shape {shape!r}")
         begin, end = offsets
-        if end > _LARGEST_OFFSET or end - begin != prod(shape) * dtype.itemsize:
+        if end > LARGEST_SIZE or end - begin != prod(shape) * dtype.itemsize:
             raise ReadError(
                 f"{where}: offsets {offsets!r} are not those of a {dtype} tensor of shape {shape!r}"
             )
@@ -48,9 +47,5 @@ class Slice:
         """The tensor of the bytes read. Raises ReadError when there are too few."""
         try:
             return tensor_from_bytes(bytearray(data), self.dtype, self.shape)
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, MemoryError) as error:
             raise ReadError(f"{where}: {self.shard} ends too early or is damaged ({error})") from error
-
-
-def _whole_numbers(value: Any) -> bool:
-    return isinstance(value, list) and all(type(item) is int and item >= 0 for item in value)

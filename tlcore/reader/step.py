@@ -13,6 +13,7 @@ import torch
 from ..errors import ReadError
 from ..names import rank_suffix, step_dir
 from ..record import Counts, Json
+from .documents import check_ledger
 from .files import MissingError, RunFiles, missing
 from .rebuild import Arguments, rebuild, rebuild_arguments
 
@@ -32,7 +33,7 @@ class Step(Mapping[str, torch.Tensor]):
     @property
     def complete(self) -> bool:
         """Whether every rank has committed the step."""
-        return set(self.ranks) >= set(range(self._world_size))
+        return sum(rank < self._world_size for rank in self.ranks) == self._world_size
 
     @cached_property
     def documents(self) -> Mapping[int, Json]:
@@ -144,7 +145,8 @@ class Step(Mapping[str, torch.Tensor]):
         )
         order = [name for name in ordered if name in found]
         order += sorted(found - ordered.keys())
-        return {name: self._files.json(f"{begin}{name.removesuffix('.json')}{suffix}.json") for name in order}
+        ranked = {name: f"{begin}{name.removesuffix('.json')}{suffix}.json" for name in order}
+        return {name: self._files.structure(file) for name, file in ranked.items()}
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensor(name)
@@ -223,10 +225,7 @@ class Call:
         if not self._files.holds(name):
             why = "it was not captured" if self._step.complete else "the step was not committed"
             raise MissingError(f"{self._files.url}: no {name!r}; {why}")
-        document = self._files.json(name)
-        if not isinstance(document, dict):
-            raise ReadError(f"{self._files.url}/{name}: not a tensor structure")
-        return document
+        return self._files.structure(name)
 
     def __repr__(self) -> str:
         return f"<Call {self.directory} of step {self._step.number}>"
@@ -242,7 +241,7 @@ def _directory_of(name: str) -> str:
 
 def counts_of(document: Any, where: str) -> Counts:
     """The ledger of a ``step.json``, ``run.json`` or close marker. Raises ReadError when it is damaged."""
-    try:
-        return Counts.from_json(document["ledger"])
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise ReadError(f"{where}: damaged ledger ({error})") from error
+    if not isinstance(document, dict):
+        raise ReadError(f"{where}: damaged ledger")
+    check_ledger(document, where)
+    return Counts.from_json(document["ledger"])

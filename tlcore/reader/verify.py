@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import xxhash
@@ -10,7 +10,9 @@ import xxhash
 from ..errors import ReadError
 from ..names import rank_suffix
 from ..record import Json
+from .documents import LARGEST_JSON, children
 from .files import RunFiles, payload
+from .shard_check import shard_problems
 
 _HASH = "xxh3-128:"
 
@@ -26,7 +28,7 @@ def verify_step(
     """
     suffix = rank_suffix(rank)
     try:
-        document = files.document(f"{step}/step{suffix}.json", {"calls": list, "records": list})
+        document = files.step_document(f"{step}/step{suffix}.json")
     except ReadError as error:
         return 0, [str(error)]
     sound, bad = 0, []
@@ -36,7 +38,7 @@ def verify_step(
         if problem is not None:
             bad.append(problem)
         on_tensor()
-    bad += _shard_problems(files, document)
+    bad += shard_problems(files, document)
     bad += _structure_problems(files, step, suffix, document)
     return sound, bad
 
@@ -56,13 +58,6 @@ def _tensor_problem(files: RunFiles, record: Any) -> str | None:
     return None if found == stated else f"{name}: {found}, step.json says {stated}"
 
 
-def _shard_problems(files: RunFiles, document: Json) -> Iterator[str]:
-    """A line for each shard that does not have the size that ``step.json`` gives."""
-    for shard in document.get("shards", []):
-        if not isinstance(shard, dict) or files.sizes.get(str(shard.get("file"))) != shard.get("bytes"):
-            yield f"missing or of another size than in step.json: {str(shard)[:200]}"
-
-
 def _structure_problems(files: RunFiles, step: str, suffix: str, document: Json) -> Iterator[str]:
     records = [record for record in document["records"] if isinstance(record, dict)]
     stored = {f"{record.get('name')}.pt" for record in records}
@@ -72,7 +67,7 @@ def _structure_problems(files: RunFiles, step: str, suffix: str, document: Json)
     }
     for name in sorted(needed):
         try:
-            dangling = [file for file in _files_in(files.json(name)) if file not in stored]
+            dangling = [file for file in _files_in(files.structure(name)) if file not in stored]
         except ReadError as error:
             yield str(error)
         else:
@@ -80,7 +75,7 @@ def _structure_problems(files: RunFiles, step: str, suffix: str, document: Json)
     if "structures" in document:
         return
     try:
-        calls = files.read(f"{step}/module_calls{suffix}.txt").decode().splitlines()
+        calls = files.read(f"{step}/module_calls{suffix}.txt", 0, LARGEST_JSON).decode().splitlines()
     except (ReadError, UnicodeDecodeError) as error:
         yield str(error)
     else:
@@ -88,13 +83,11 @@ def _structure_problems(files: RunFiles, step: str, suffix: str, document: Json)
             yield f"{step}/module_calls{suffix}.txt: differs from step.json"
 
 
-def _files_in(node: Any) -> Iterator[str]:
+def _files_in(node: Json) -> Iterator[str]:
     """Every tensor file that a structure refers to."""
-    if not isinstance(node, Mapping):
-        return
-    if node.get("type") == "tensor" and "file" in node:
-        yield str(node["file"])
-    items = node.get("items")
-    children = items.values() if isinstance(items, Mapping) else items if isinstance(items, list) else ()
-    for child in (*children, node.get("kwargs")):
+    if node["type"] == "tensor" and "file" in node:
+        yield node["file"]
+    for child in children(node):
         yield from _files_in(child)
+    if "kwargs" in node:
+        yield from _files_in(node["kwargs"])

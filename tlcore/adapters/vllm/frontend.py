@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -111,9 +112,13 @@ def mode_name(mode: Any) -> str:
 
 
 def _probe_directory(path: str) -> None:
+    # Looked up by name, since the engine never imports a backend.
+    make_parent = importlib.import_module("tlcore_backends.stores").make_parent
     try:
-        os.makedirs(path, mode=0o700, exist_ok=True)
+        make_parent(os.path.join(path, "run"))
         os.rmdir(tempfile.mkdtemp(prefix=".tlcore-probe-", dir=path))
+    except BackendError as error:
+        raise BackendError(f"$.output_dir: {error}") from None
     except OSError as error:
         reason = error.strerror or str(error)
         raise BackendError(
