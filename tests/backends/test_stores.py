@@ -149,8 +149,8 @@ def test_a_directory_that_others_can_write_is_refused(tmp_path: Path) -> None:
         LocalStore(tmp_path / "run").put("a", [b"x"])
 
 
-def test_a_world_writable_parent_is_fine(tmp_path: Path) -> None:
-    tmp_path.chmod(0o777)
+def test_a_parent_such_as_tmp_is_fine(tmp_path: Path) -> None:
+    tmp_path.chmod(0o1777)
     LocalStore(tmp_path / "run").put("a", [b"x"])
     assert mode(tmp_path / "run") == 0o700
 
