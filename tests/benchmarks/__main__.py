@@ -71,7 +71,7 @@ def print_rows(name: str, rows: list[Row], seconds: float) -> None:
         verdict = {None: "", True: "met", False: "MISSED"}[row.met]
         measured = f"{row.measured:.3f}" if row.measured < 10 else f"{row.measured:.1f}"
         sys.stdout.write(
-            f"  {row.what:<66} {measured:>8} {row.unit:<8} {target:<14} {verdict:<7} {row.detail}\n"
+            f"  {row.what:<76} {measured:>8} {row.unit:<8} {target:<14} {verdict:<7} {row.detail}\n"
         )
     sys.stdout.flush()
 

@@ -1,0 +1,143 @@
+"""Capture straight to SeaweedFS against plain clients that put the same blobs."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import torch
+
+from tests.servers import BUCKET, Server, seaweedfs
+from tlcore.schema import load_config
+from tlcore.session import Session, new_run
+
+from .capturing import distinct, raw, size_of
+from .rows import Row, Scale, at_least
+from .timing import interleaved, ratio, timed
+from .workload import Workload, workload
+
+_REGION = {"client_kwargs": {"region_name": "us-east-1"}}
+
+
+def table(scale: Scale) -> list[Row]:
+    """MB/s from the last hook to the commit, and of the clients."""
+    work = workload("prefill", scale)
+    with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as name, seaweedfs(Path(name)) as server:
+        return _rows(work, server, scale)
+
+
+def _rows(work: Workload, server: Server, scale: Scale) -> list[Row]:
+    session = _session(work, server)
+    payload = distinct(work.tensors())
+    step = _Steps(session, work)
+    step.commit_s()
+    filesystem = fsspec.filesystem("s3", skip_instance_cache=True, **server.options)
+    blobs = {name: filesystem.cat_file(name) for name in filesystem.find(step.place)}
+    store = _obstore(server)
+    times = interleaved(
+        {
+            "tlcore": step.commit_s,
+            "obstore": lambda: _put_all_s(store, blobs),
+            "s3fs": lambda: _pipe_all_s(filesystem, blobs),
+            "one PUT per tensor": lambda: _put_each_s(store, payload),
+        },
+        scale.repeats,
+    )
+    session.close()
+    size = sum(map(len, blobs.values()))
+    times["fastest"] = [min(pair) for pair in zip(times["obstore"], times["s3fs"], strict=True)]
+    speeds = {name: size / sorted(seconds)[len(seconds) // 2] / 1e6 for name, seconds in times.items()}
+    figures = ", ".join(f"{name} {speed:.0f} MB/s" for name, speed in speeds.items() if name != "fastest")
+    return [
+        Row(
+            "SeaweedFS, safetensors, MB/s / fastest plain client's",
+            ratio(times, "fastest", "tlcore"),
+            at_least(0.9),
+            "",
+            f"{figures}; {len(blobs)} blobs, {size / 1e6:.0f} MB",
+        ),
+        Row(
+            "SeaweedFS, safetensors, MB/s / one PUT per tensor in sequence",
+            ratio(times, "one PUT per tensor", "tlcore"),
+            at_least(3),
+            "times",
+            f"{len(payload)} distinct tensors, {size_of(payload) / 1e6:.0f} MB",
+        ),
+    ]
+
+
+def _session(work: Workload, server: Server) -> Session:
+    backend = {
+        "name": "fsspec",
+        "format": "safetensors",
+        "url": f"{server.url}/runs",
+        "storage_options": {**server.options, **_REGION},
+    }
+    config = load_config(backend=backend, log_step_ids=list(range(0, 1000, 2)))
+    session = Session(config, new_run(config))
+    session.attach(work.model)
+    return session
+
+
+class _Steps:
+    """Captured forwards, each waited for; ``place`` is where the first one lies."""
+
+    def __init__(self, session: Session, work: Workload) -> None:
+        self._session = session
+        self._work = work
+        self._next = 0
+        self.place = f"{session.url.partition('://')[2]}/step_0"
+
+    def commit_s(self) -> float:
+        """Seconds from the last hook of a forward until its step is committed."""
+        self._session.begin_step(self._next)
+        self._next += 2
+        self._work.forward()
+        begin = time.perf_counter()
+        self._session.end_step()
+        self._session.flush()
+        return time.perf_counter() - begin
+
+
+def _obstore(server: Server) -> Any:
+    stores: Any = importlib.import_module("obstore.store")
+    return stores.S3Store(
+        BUCKET,
+        access_key_id=server.options["key"],
+        secret_access_key=server.options["secret"],
+        region="us-east-1",
+        endpoint=server.options["endpoint_url"],
+        client_options={"allow_http": True, "timeout": "1h"},
+    )
+
+
+def _put_all_s(store: Any, blobs: Mapping[str, bytes]) -> float:
+    """Seconds in which obstore puts every blob, with the settings that it comes with."""
+
+    def put() -> None:
+        for index, data in enumerate(blobs.values()):
+            store.put(f"plain/{index}", data)
+
+    return timed(put)
+
+
+def _pipe_all_s(filesystem: Any, blobs: Mapping[str, bytes]) -> float:
+    """Seconds in which s3fs puts every blob at once, with the settings that it comes with."""
+    placed = {f"{BUCKET}/piped/{index}": data for index, data in enumerate(blobs.values())}
+    return timed(lambda: filesystem.pipe(placed))
+
+
+def _put_each_s(store: Any, tensors: Sequence[torch.Tensor]) -> float:
+    """Seconds in which obstore puts each tensor's bytes as an object of its own, one after the other."""
+    payloads = [bytes(raw(tensor)) for tensor in tensors]
+
+    def put() -> None:
+        for index, data in enumerate(payloads):
+            store.put(f"each/{index}", data)
+
+    return timed(put)
