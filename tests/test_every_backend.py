@@ -70,7 +70,7 @@ def capture(output_dir: str, backend: Any, batch: int = 4) -> str:
         x = torch.randn(batch * (10_000 if step == 2 else 1), 8)
         session.begin_step()
         model(x)
-        rows = [{"request_id": f"r{step}", "first_row": 0, "row_count": batch, "first_position": step}]
+        rows = [{"request_id": f"r{step}", "first_row": 0, "rows": batch, "first_position": step}]
         session.end_step(rows=rows)
     session.close()
     counts = session.ledger

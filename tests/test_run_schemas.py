@@ -29,7 +29,8 @@ def test_run_json_fits_its_schema(tmp_path: Path) -> None:
     document = json.loads((capture_run(tmp_path) / "run.json").read_text())
     Draft202012Validator(RUN).validate(document)
     assert document["state"] == "complete"
-    assert set(document) == set(RUN["properties"])
+    # Only vLLM has ranks with places.
+    assert set(document) == set(RUN["properties"]) - {"ranks"}
     assert document["config"]["output_dir"] == str(tmp_path)
 
 

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 import tlcore
+from tests.ranked import ranks_run
 from tlcore.__main__ import main
 from tlcore.cli.tables import printable, size
 from tlcore.reader.statistics import summarize
@@ -161,3 +162,17 @@ def test_statistics_of_unusual_tensors() -> None:
 def test_names_and_sizes_are_fit_to_print() -> None:
     assert printable("a\x1b[31m\nb") == "a\\x1b[31m\\nb"
     assert [size(n) for n in (0, 1023, 1536, 5 << 30)] == ["0 B", "1023 B", "1.5 KiB", "5.0 GiB"]
+
+
+def test_ranks_and_their_parts_are_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tensors = [{"a_proj": torch.ones(1, 2)}, {"a_proj": torch.zeros(1, 2)}]
+    url = ranks_run(tmp_path, tensors, {"a_proj": {"outputs": {"0": {"dim": -1}}}}).url
+    assert main(["ls", url, "--step", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "2 ranks (tensor parallel 2)" in shown
+    assert "part 1 of 2 (dim -1)" in shown and "part 2 of 2 (dim -1)" in shown
+    assert main(["ls", url, "--json"]) == 0
+    assert [place["tp_rank"] for place in json.loads(capsys.readouterr().out)["run"]["ranks"]] == [0, 1]
+    assert main(["show", url, "a_proj/outputs_0_cpu_rank_1", "--json"]) == 0
+    described = json.loads(capsys.readouterr().out)
+    assert (described["rank"], described["part"]["tp_size"]) == (1, 2)

@@ -87,7 +87,12 @@ def _list_tensors(opened: Run, number: int | None, pattern: re.Pattern[str] | No
         return
     print(_headline(opened))
     rows = [row for step in steps for row in _rows(step, pattern)]
-    print_table(["step", "call", "tensor", "dtype", "shape", "device", "bytes", "note"], rows)
+    columns = ["step", "call", "tensor", "dtype", "shape", "device", "bytes", "note"]
+    if opened.world_size > 1:
+        columns.insert(0, "rank")
+    else:
+        rows = [row[1:] for row in rows]
+    print_table(columns, rows)
 
 
 def _calls(step: Step, pattern: re.Pattern[str] | None) -> Iterator[Json]:
@@ -108,18 +113,28 @@ def _calls(step: Step, pattern: re.Pattern[str] | None) -> Iterator[Json]:
 def _rows(step: Step, pattern: re.Pattern[str] | None) -> Iterator[list[Any]]:
     for call in _calls(step, pattern):
         if not call["records"]:
-            yield [step.number, call["call"], *[None] * 5, "nothing stored"]
+            yield [None, step.number, call["call"], *[None] * 5, "nothing stored"]
         for record in call["records"]:
             stem = record["name"].rpartition("/")[2]
             if "dtype" not in record:
-                yield [step.number, call["call"], stem, *[None] * 4, "not committed"]
+                yield [None, step.number, call["call"], stem, *[None] * 4, "not committed"]
                 continue
             shape = "x".join(map(str, record["shape"])) or "scalar"
-            note = f"same as {record['alias_of'].partition('/')[2]}" if "alias_of" in record else None
             yield [
-                *(step.number, call["call"], stem, record["dtype"], shape, record["device"]),
-                *(size(record["bytes"]), note),
+                *(record["rank"], step.number, call["call"], stem, record["dtype"], shape),
+                *(record["device"], size(record["bytes"]), _note(record)),
             ]
+
+
+def _note(record: Json) -> str | None:
+    notes = []
+    if "part" in record:
+        part = record["part"]
+        how = "sum" if part.get("sum") else f"dim {part['dim']}"
+        notes.append(f"part {part['tp_rank'] + 1} of {part['tp_size']} ({how})")
+    if "alias_of" in record:
+        notes.append(f"same as {record['alias_of'].partition('/')[2]}")
+    return ", ".join(notes) or None
 
 
 def _described_run(opened: Run) -> Json:
@@ -128,6 +143,7 @@ def _described_run(opened: Run) -> Json:
         "path": opened.url,
         "state": opened.state,
         "created": opened.created,
+        "ranks": list(opened.ranks.values()),
         "ledger": opened.ledger.to_json(),
     }
 
@@ -144,7 +160,14 @@ def _described_step(step: Step) -> Json:
 
 
 def _headline(opened: Run) -> str:
-    return printable(f"run {opened.id}  {opened.state}  {opened.created}")
+    line = printable(f"run {opened.id}  {opened.state}  {opened.created}")
+    if opened.world_size == 1:
+        return line
+    place = opened.ranks.get(0, {})
+    groups = (("tp", "tensor"), ("pcp", "prefill context"), ("pp", "pipeline"), ("dp", "data"))
+    sizes = [(name, place.get(f"{group}_size", 1)) for group, name in groups]
+    shown = ", ".join(f"{name} parallel {count}" for name, count in sizes if count > 1)
+    return f"{line}  {opened.world_size} ranks" + (f" ({shown})" if shown else "")
 
 
 def _state(step: Step) -> str:

@@ -69,8 +69,8 @@ def _show_tensor(step: Step, name: str, as_json: bool) -> None:
     }
     if record is None:
         description["note"] = "the step was not committed"
-    elif "alias_of" in record:
-        description["alias_of"] = record["alias_of"]
+    else:
+        description |= {key: record[key] for key in ("rank", "part", "alias_of") if key in record}
     if as_json:
         print(json.dumps(description, indent=1))
         return

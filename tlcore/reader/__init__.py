@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from .files import MissingError
 from .rebuild import Arguments, OpaqueObject, Skipped
+from .request import Gap, Request
 from .run import Run, RunSummary, is_run, list_runs, open_run
 from .step import Call, Step
 
 __all__ = [
     "Arguments",
     "Call",
+    "Gap",
     "MissingError",
     "OpaqueObject",
+    "Request",
     "Run",
     "RunSummary",
     "Skipped",

@@ -16,6 +16,8 @@ from ..names import rank_suffix, redact_url, step_dir
 from ..record import Counts, Json
 from .documents import LARGEST_JSON, check_run
 from .files import RUN_FILE, MissingError, RunFiles, local_directory, store_at
+from .parts import places_of
+from .request import Request, find_request, known_requests
 from .step import Step, counts_of
 from .verify import verify_step
 
@@ -143,6 +145,14 @@ class Run(Mapping[int, Step]):
         return int(self.document["world_size"])
 
     @cached_property
+    def ranks(self) -> Mapping[int, Json]:
+        """Each rank's place in vLLM's groups: ``tp_rank``, ``tp_size`` and so on for pp, pcp and dp.
+
+        Empty for a run that does not say; raises ReadError for one that says nonsense.
+        """
+        return places_of(self.document)
+
+    @cached_property
     def state(self) -> str:
         """``"complete"`` once every rank has closed the run, else ``"incomplete"`` (running or crashed)."""
         closed = all(self._close_marker(rank) in self.files.sizes for rank in range(1, self.world_size))
@@ -188,15 +198,36 @@ class Run(Mapping[int, Step]):
             held = ", ".join(map(str, self._committed)) or "none"
             raise MissingError(f"{self.url}: no step {number!r}; it has {held}")
         if number not in self._opened:
-            self._opened[number] = Step(self.files, number, sorted(self._committed[number]), self.world_size)
+            self._opened[number] = Step(
+                self.files, number, sorted(self._committed[number]), self.world_size, self.ranks
+            )
         return self._opened[number]
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor with a logical name such as ``step_0/layers.0/outputs_cpu``, on the CPU."""
+    def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
+        """The tensor with a logical name such as ``step_0/layers.0/outputs_cpu``, on the CPU.
+
+        With ``unshard``, a tensor of which each rank holds a part is joined from all of them.
+        """
         begin = _STEP_NAME.match(name)
         if begin is None:
             raise MissingError(f"{self.url}: {name!r} is not a logical name (step_<S>/<module>/<stem>)")
-        return self.step(int(begin[1])).tensor(name)
+        return self.step(int(begin[1])).tensor(name, unshard)
+
+    @cached_property
+    def requests(self) -> Mapping[str, str | None]:
+        """vLLM's id of each request in the run, with the client's own where it is known for certain."""
+        return known_requests(self.step(number) for number in self.steps)
+
+    def request(self, request_id: str, sample: int | None = None) -> Request:
+        """A request's tensors over all steps, its rows in the order of their positions.
+
+        ``request_id`` is vLLM's full id, the one given to `LLM.generate`, or the one sent to the server;
+        ``sample`` tells the samples of a request with ``n`` > 1 apart. Raises MissingError when there is
+        no such request, ReadError when there are several.
+        """
+        full = find_request(self.requests, request_id, sample, self.url)
+        steps = [self.step(number) for number in self.steps]
+        return Request(self.url, full, self.requests[full], steps)
 
     def json(self, name: str) -> Any:
         """The value of one of the run's JSON files, such as ``step_0/layers.0/outputs.json``."""

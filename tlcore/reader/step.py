@@ -15,6 +15,7 @@ from ..names import rank_suffix, step_dir
 from ..record import Counts, Json
 from .documents import check_ledger
 from .files import MissingError, RunFiles, missing
+from .parts import group_of, joined, part_of
 from .rebuild import Arguments, rebuild, rebuild_arguments
 
 _LATER_CALL = re.compile(r"(.+)_([1-9][0-9]*)(?:~2)?")
@@ -24,9 +25,12 @@ _TENSOR_FILE = ".pt"
 class Step(Mapping[str, torch.Tensor]):
     """One step of a run: a mapping from logical names to tensors, each loaded when asked for."""
 
-    def __init__(self, files: RunFiles, number: int, ranks: list[int], world_size: int) -> None:
+    def __init__(
+        self, files: RunFiles, number: int, ranks: list[int], world_size: int, places: Mapping[int, Json]
+    ) -> None:
         self._files = files
         self._world_size = world_size
+        self._places = places
         self.number = number
         self.ranks = ranks
 
@@ -57,9 +61,20 @@ class Step(Mapping[str, torch.Tensor]):
     def _records(self) -> dict[str, Json]:
         records: dict[str, Json] = {}
         for rank, document in self.documents.items():
+            sharding = document.get("sharding")
             for record in document["records"]:
-                records[record["name"]] = {**record, "rank": rank}
+                part = part_of(sharding, record)
+                more = {"rank": rank} if part is None else {"rank": rank, "part": part}
+                records[record["name"]] = {**record, **more}
         return records
+
+    @cached_property
+    def _by_origin(self) -> Mapping[tuple[Any, ...], Mapping[int, Json]]:
+        """The records of each captured tensor, by rank."""
+        found: dict[tuple[Any, ...], dict[int, Json]] = {}
+        for record in self._records.values():
+            found.setdefault(_origin(record), {})[record["rank"]] = record
+        return found
 
     @cached_property
     def _loose(self) -> list[str]:
@@ -73,7 +88,10 @@ class Step(Mapping[str, torch.Tensor]):
 
     @property
     def records(self) -> list[Json]:
-        """The records of ``step.json``, with their ``rank`` added."""
+        """The records of ``step.json``, with their ``rank`` added.
+
+        A record of a tensor that is only a rank's part of one has ``part``: how the parts are joined.
+        """
         return list(self._records.values())
 
     @property
@@ -116,12 +134,32 @@ class Step(Mapping[str, torch.Tensor]):
             raise MissingError(f"{self._files.url}: {name!r} has no record, its step was not committed")
         raise missing("tensor", name, self._files.url, self.names)
 
-    def tensor(self, name: str) -> torch.Tensor:
-        """The tensor with a logical name, with or without ``.pt``, on the CPU."""
+    def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
+        """The tensor with a logical name, with or without ``.pt``, on the CPU.
+
+        With ``unshard``, a tensor of which each rank holds a part is joined from all of them; raises
+        MissingError where one of the parts was not stored.
+        """
         plain = name.removesuffix(_TENSOR_FILE)
         if plain in self._loose:
             return self._files.tensor(plain + _TENSOR_FILE)
-        return self._files.stored(self.record(name))
+        record = self.record(name)
+        parts = self.parts(name) if unshard else [record]
+        tensors = [self._files.stored(each) for each in parts]
+        return joined(record["part"], tensors, record["name"]) if len(parts) > 1 else tensors[0]
+
+    def parts(self, name: str) -> list[Json]:
+        """The records whose tensors make up a whole one, in order; the tensor's own if it is whole."""
+        record = self.record(name)
+        if "part" not in record:
+            return [record]
+        held = self._by_origin[_origin(record)]
+        group = group_of(self._places, record["rank"])
+        absent = [str(rank) for rank in group if rank not in held]
+        if absent:
+            text = f"{record['name']}: the part of rank {', '.join(absent)} was not stored"
+            raise MissingError(f"{self._files.url}: {text}")
+        return [held[rank] for rank in group]
 
     def call(self, directory: str, rank: int = 0) -> Call:
         """One call by its directory, such as ``layers.0_1``. Raises MissingError for an unknown one."""
@@ -229,6 +267,10 @@ class Call:
 
     def __repr__(self) -> str:
         return f"<Call {self.directory} of step {self._step.number}>"
+
+
+def _origin(record: Json) -> tuple[Any, ...]:
+    return (record["module"], record["call"], record["direction"], *record["path"])
 
 
 def _below(directory: str, names: Iterable[str]) -> list[str]:

@@ -20,6 +20,7 @@ from .carrier import is_carrier
 from .compiled import EagerSteps
 from .frontend import mode_name, unknown_vllm
 from .hookable import make_hookable
+from .sharding import sharding_of
 from .steps import StepBracket
 from .world import check_place, layout_of
 
@@ -110,7 +111,8 @@ class WorkerCapture:
             self._end()
 
     def _bracketed(self, worker: Any) -> StepBracket:
-        bracket = StepBracket(None, worker.model_runner, _eager_steps(worker))
+        runner = worker.model_runner
+        bracket = StepBracket(None, runner, _eager_steps(worker), _sharding(worker))
         for name in WARM_UP:
             setattr(worker, name, bracket.warm_up(getattr(worker, name)))
         return bracket
@@ -122,6 +124,13 @@ class WorkerCapture:
         weakref.finalize(worker, self.finish)
         if parent_process() is not None:
             Finalize(worker, self.finish, exitpriority=_FIRST)
+
+
+def _sharding(worker: Any) -> Json:
+    """What each ``step.json`` of this rank says about sharded tensors."""
+    size = int(worker.vllm_config.parallel_config.tensor_parallel_size)
+    found = sharding_of(worker.model_runner.get_model(), int(worker.rank) % size, size)
+    return {} if found is None else {"sharding": found}
 
 
 def _eager_steps(worker: Any) -> EagerSteps | None:

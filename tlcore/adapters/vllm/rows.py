@@ -29,6 +29,7 @@ class RowReader:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._batch: Any = None
+        self._cached: dict[str, int] = {}
         self._second_version = not hasattr(runner, "input_batch") and hasattr(runner, "prepare_inputs")
         if self._second_version:
             self._watch_batches(runner)
@@ -43,9 +44,17 @@ class RowReader:
 
         runner.prepare_inputs = prepare_inputs
 
-    def forget(self) -> None:
-        """Drop the batch of the step before."""
+    def begin_step(self, scheduler_output: Any) -> None:
+        """Drop the batch of the step before, and note where new requests begin.
+
+        To be called for every step, captured or not: later nothing tells how much of a request vLLM took
+        from its prefix cache.
+        """
         self._batch = None
+        for request in getattr(scheduler_output, "finished_req_ids", ()):
+            self._cached.pop(request, None)
+        for new in getattr(scheduler_output, "scheduled_new_reqs", ()):
+            self._cached[new.req_id] = int(new.num_computed_tokens)
 
     def rows(self, scheduler_output: Any) -> tuple[list[Json], int]:
         """The rows, in the batch's order, and how many padding rows follow them.
@@ -57,9 +66,12 @@ class RowReader:
             parallel = self._runner.vllm_config.parallel_config
             if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
                 raise RowError("prefill context parallelism splits requests over ranks")
-            if self._second_version:
-                return self._of_second_version()
-            return self._of_first_version(scheduler_output)
+            version = self._of_second_version if self._second_version else self._of_first_version
+            rows, padded = version(scheduler_output)
+            for row in rows:
+                if row["request_id"] in self._cached:
+                    row["cached"] = self._cached[row["request_id"]]
+            return rows, padded
         except (AttributeError, KeyError, TypeError, IndexError) as error:
             raise RowError(f"the model runner is unknown: {type(error).__name__}: {error}") from error
 
@@ -77,7 +89,7 @@ class RowReader:
         padded = hidden.shape[0] - total if isinstance(hidden, torch.Tensor) else 0
         return rows, max(0, padded)
 
-    def _of_second_version(self) -> tuple[list[Json], int]:
+    def _of_second_version(self, scheduler_output: Any) -> tuple[list[Json], int]:
         batch = self._batch
         if batch is None:
             raise RowError("the model runner prepared no batch")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -24,11 +24,19 @@ class StepBracket:
     A real step is one outside warm-up, not a dummy run, that schedules tokens. It begins with
     ``execute_model`` and ends after ``sample_tokens`` (or ``pool``), or with ``execute_model`` itself
     where that returns the final output. The model's own exceptions pass through unchanged. ``eager``
-    is there for a runner that compiles its model or uses CUDA graphs.
+    is there for a runner that compiles its model or uses CUDA graphs. ``details`` are further keys for
+    each ``step.json``.
     """
 
-    def __init__(self, session: Session | None, runner: Any, eager: EagerSteps | None = None) -> None:
+    def __init__(
+        self,
+        session: Session | None,
+        runner: Any,
+        eager: EagerSteps | None = None,
+        details: Mapping[str, Any] | None = None,
+    ) -> None:
         self.session = session
+        self.details = dict(details or {})
         self._eager = eager
         self._reader = RowReader(runner)
         self._warming = 0
@@ -60,7 +68,7 @@ class StepBracket:
             scheduled = getattr(scheduler_output, "total_num_scheduled_tokens", 0)
             if self.session is None or self._warming or kwargs.get("dummy_run") or not scheduled:
                 return original(scheduler_output, *args, **kwargs)
-            self._begin()
+            self._begin(scheduler_output)
             try:
                 with self._eagerly():
                     output = original(scheduler_output, *args, **kwargs)
@@ -87,10 +95,10 @@ class StepBracket:
 
         return last
 
-    def _begin(self) -> None:
-        self._rows, self._extra = None, {}
-        self._reader.forget()
+    def _begin(self, scheduler_output: Any) -> None:
+        self._rows, self._extra = None, dict(self.details)
         try:
+            self._reader.begin_step(scheduler_output)
             self._open = self.session is not None and self.session.begin_step()
         except Exception as error:
             self._open = False

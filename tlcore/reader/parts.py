@@ -1,0 +1,106 @@
+"""Joining what the ranks of a tensor-parallel group hold of one tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..errors import ReadError
+from ..record import Json
+
+_GROUPS = ("tp", "pcp", "pp", "dp")
+_KEYS = [f"{group}_{what}" for group in _GROUPS for what in ("rank", "size")]
+
+
+def places_of(document: Json) -> Mapping[int, Json]:
+    """Each rank's place in the groups of ranks, from a ``run.json``; none where it has none.
+
+    Raises ReadError when the entry is damaged.
+    """
+    world_size, listed = int(document["world_size"]), document.get("ranks", [])
+    try:
+        places = {int(place["rank"]): dict(place) for place in listed}
+        sound = all(type(place[key]) is int for place in places.values() for key in _KEYS)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ReadError(f"run.json: damaged entry 'ranks' ({type(error).__name__}: {error})") from error
+    if not sound or (listed and (len(places) != world_size or max(places) != world_size - 1)):
+        raise ReadError(f"run.json: 'ranks' does not describe ranks 0 to {world_size - 1}")
+    return places
+
+
+def group_of(places: Mapping[int, Json], rank: int) -> list[int]:
+    """The ranks that share a tensor with ``rank``, in the order in which their parts are joined."""
+    own = places.get(rank)
+    if own is None:
+        return [rank]
+    others = [
+        other
+        for other, place in places.items()
+        if all(place[f"{group}_rank"] == own[f"{group}_rank"] for group in _GROUPS if group != "tp")
+    ]
+    return sorted(others, key=lambda other: int(places[other]["tp_rank"]))
+
+
+def part_of(sharding: Any, record: Mapping[str, Any]) -> Json | None:
+    """How a record's tensor is a part of a larger one, as its ``step.json`` says; None when it is whole."""
+    if sharding is None:
+        return None
+    direction = str(record["direction"]).removeprefix("post_fwd_")
+    try:
+        sides = sharding["tensors"].get(record["module"], {})
+        described = sides.get(direction, {}).get("/".join(map(str, record["path"])))
+        if described is None:
+            return None
+        part = {**described, "tp_rank": sharding["tp_rank"], "tp_size": sharding["tp_size"]}
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ReadError(f"damaged sharding in step.json ({type(error).__name__}: {error})") from error
+    if not _sound(part):
+        raise ReadError(f"damaged sharding in step.json: {str(part)[:200]}")
+    return part
+
+
+def _sound(part: Json) -> bool:
+    lists = [part.get(key) or [] for key in ("parts", "copies")]
+    numbers = [part["tp_rank"], part["tp_size"], part.get("dim", 0)]
+    if not all(isinstance(each, list) for each in lists):
+        return False
+    numbers += [number for each in lists for number in each]
+    whole = all(type(number) is int for number in numbers) and all(number > 0 for number in lists[1])
+    return whole and ("dim" in part or part.get("sum") is True)
+
+
+def joined(part: Json, tensors: Sequence[torch.Tensor], name: str) -> torch.Tensor:
+    """The whole tensor, from all ranks' ``tensors`` in the group's order and the description of a part.
+
+    Raises ReadError, naming ``name``, when the tensors cannot be parts of one.
+    """
+    if len(tensors) != part["tp_size"]:
+        raise ReadError(f"{name}: {len(tensors)} ranks for the {part['tp_size']} parts of a tensor")
+    try:
+        return _added(tensors) if part.get("sum") else _concatenated(part, tensors)
+    except (RuntimeError, IndexError, TypeError, ValueError) as error:
+        raise ReadError(f"{name}: the ranks' parts cannot be joined ({error})") from error
+
+
+def _added(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    exact = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
+    return torch.stack([each.to(exact) for each in tensors]).sum(0).to(tensors[0].dtype)
+
+
+def _concatenated(part: Json, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    dim = int(part["dim"])
+    extent = tensors[0].shape[dim]
+    sizes = part.get("parts") or [extent]
+    copies = part.get("copies", [1] * len(sizes))
+    if copies is None or len(copies) != len(sizes):
+        raise ValueError("it is not known which of them are copies")
+    if sum(sizes) != extent:
+        raise ValueError(f"they have {extent} elements along dimension {dim}, not {sum(sizes)}")
+    pieces: list[torch.Tensor] = []
+    begin = 0
+    for size, same in zip(sizes, copies, strict=True):
+        pieces += [each.narrow(dim, begin, size) for each in tensors[:: int(same)]]
+        begin += size
+    return torch.cat(pieces, dim)

@@ -1,0 +1,221 @@
+"""One vLLM request across the steps of a run: its rows of every tensor, joined in the order of positions."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+import torch
+
+from ..errors import ReadError
+from .files import MissingError, missing
+from .rows import Span, spans
+from .step import Step
+
+_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")
+_SAMPLE_PREFIX = re.compile(r"(\d+)_(.+)", re.DOTALL)
+
+
+class Gap(NamedTuple):
+    """Positions ``begin`` to ``end`` (without it) that a tensor has no row for.
+
+    ``reason`` is ``prefix cache`` (never computed, vLLM had them) or ``not captured``.
+    """
+
+    begin: int
+    end: int
+    reason: str
+
+
+class _Place(NamedTuple):
+    step: Step
+    name: str
+    span: Span
+
+
+class Request(Mapping[str, torch.Tensor]):
+    """A request: a mapping from logical names without their step to tensors, a row for each position.
+
+    The rows come in the order of `positions`. Of a position that was computed several times, as after a
+    preemption, the last computation counts: the tokens that follow were made from it. Tensors that have
+    a row for each request instead, such as logits, have one row for each step.
+    """
+
+    def __init__(self, run_url: str, request_id: str, external_id: str | None, steps: Sequence[Step]) -> None:
+        self._url = run_url
+        self.request_id = request_id
+        self.external_id = external_id
+        self._cached = 0
+        self._places: dict[str, list[_Place]] = defaultdict(list)
+        self.steps: list[int] = []
+        for step in steps:
+            self._look_at(step)
+
+    def _look_at(self, step: Step) -> None:
+        own = {
+            rank: [row for row in document.get("rows", ()) if row["request_id"] == self.request_id]
+            for rank, document in step.documents.items()
+        }
+        if not any(own.values()):
+            return
+        self.steps.append(step.number)
+        self._cached = max(
+            self._cached, *(int(row.get("cached", 0)) for rows in own.values() for row in rows)
+        )
+        for record in step.records:
+            document = step.documents[record["rank"]]
+            for span in spans(record, document.get("rows", ()), int(document.get("padded_rows", 0))):
+                if span.row["request_id"] == self.request_id:
+                    tail = str(record["name"]).partition("/")[2]
+                    self._places[tail].append(_Place(step, record["name"], span))
+
+    @property
+    def names(self) -> list[str]:
+        """Names such as ``model.layers.0/outputs_0_cpu``, in the order of execution."""
+        return list(self._places)
+
+    def positions(self, name: str) -> list[int]:
+        """The position in the request of each row of a tensor, in order."""
+        return sorted(self._newest(name))
+
+    def recomputed(self, name: str) -> list[int]:
+        """Positions of a tensor that were computed and captured more than once."""
+        times: dict[int, int] = defaultdict(int)
+        for place in self._of(name):
+            for position in range(place.span.first, place.span.first + place.span.length):
+                times[position] += 1
+        return sorted(position for position, count in times.items() if count > 1)
+
+    def gaps(self, name: str) -> list[Gap]:
+        """The positions before a tensor's last one that it has no row for."""
+        found: list[Gap] = []
+        expected = 0
+        for position in self.positions(name):
+            found += self._gap(expected, position)
+            expected = position + 1
+        return found
+
+    def _gap(self, begin: int, end: int) -> Iterator[Gap]:
+        border = min(max(begin, self._cached), end)
+        if begin < border:
+            yield Gap(begin, border, "prefix cache")
+        if border < end:
+            yield Gap(border, end, "not captured")
+
+    def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
+        """A tensor's rows of this request, over all steps; with ``unshard`` the ranks' parts are joined.
+
+        Raises MissingError for a name that is not there.
+        """
+        pieces: list[torch.Tensor] = []
+        last: _Place | None = None
+        for place, rows in _in_runs(self._newest(name)):
+            if place is not last:
+                last, whole = place, place.step.tensor(place.name, unshard)
+            pieces.append(whole[rows])
+        return torch.cat(pieces)
+
+    def _of(self, name: str) -> list[_Place]:
+        if name not in self._places:
+            raise missing("tensor with rows", name, f"request {self.request_id} of {self._url}", self._places)
+        return self._places[name]
+
+    def _newest(self, name: str) -> dict[int, tuple[_Place, int]]:
+        """For each position the place of its last computation, and the row there."""
+        newest: dict[int, tuple[_Place, int]] = {}
+        for place in self._of(name):
+            for offset in range(place.span.length):
+                newest[place.span.first + offset] = (place, place.span.begin + offset)
+        return newest
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        return self.tensor(name)
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._places
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._places)
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    def __repr__(self) -> str:
+        return f"<Request {self.request_id} of {self._url}, steps {self.steps}>"
+
+
+def _in_runs(newest: Mapping[int, tuple[_Place, int]]) -> Iterator[tuple[_Place, slice]]:
+    """The rows in the order of positions, neighbours in one place together."""
+    current: tuple[_Place, int, int] | None = None
+    for position in sorted(newest):
+        place, row = newest[position]
+        if current is not None and current[0] is place and current[2] == row:
+            current = (place, current[1], row + 1)
+            continue
+        if current is not None:
+            yield current[0], slice(current[1], current[2])
+        current = (place, row, row + 1)
+    if current is not None:
+        yield current[0], slice(current[1], current[2])
+
+
+def known_requests(steps: Iterable[Step]) -> dict[str, str | None]:
+    """The ids of all requests in the order of their first rows, with the client's own where it is known."""
+    found: dict[str, str | None] = {}
+    for step in steps:
+        for document in step.documents.values():
+            for row in document.get("rows", ()):
+                found.setdefault(str(row["request_id"]), row.get("external_request_id"))
+    return found
+
+
+def find_request(known: Mapping[str, str | None], wanted: str, sample: int | None, url: str) -> str:
+    """The full id of the request that ``wanted`` names: vLLM's id, the client's, or what the server got.
+
+    Raises MissingError when there is none, ReadError naming them when there are several.
+    """
+    for matches in (_is_full, _is_external, _is_of_server):
+        found = [each for each, external in known.items() if matches(each, external, wanted)]
+        if sample is not None:
+            found = [each for each in found if _sample(each) == sample]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            which = f"{wanted!r} names {len(found)} requests: {_shown(found)}"
+            raise ReadError(f"{url}: {which} (give the full id, or sample=0, 1, ...)")
+    if not known:
+        raise MissingError(f"{url}: no step has the rows of requests")
+    which = repr(wanted) if sample is None else f"{wanted!r} (sample {sample})"
+    raise MissingError(f"{url}: no request {which}; the run has {_shown(list(known))}")
+
+
+def _is_full(request_id: str, external: str | None, wanted: str) -> bool:
+    return request_id == wanted
+
+
+def _is_external(request_id: str, external: str | None, wanted: str) -> bool:
+    return wanted in (external, _without_additions(request_id))
+
+
+def _is_of_server(request_id: str, external: str | None, wanted: str) -> bool:
+    """``AAA`` becomes ``cmpl-AAA-0`` or ``chatcmpl-AAA`` in the server, before vLLM adds its own suffix."""
+    inner = external or _without_additions(request_id)
+    return re.fullmatch(rf"[a-z]+-{re.escape(wanted)}(-\d+)?", inner) is not None
+
+
+def _without_additions(request_id: str) -> str:
+    """A request's id without vLLM's random suffix and the number of a parallel sample."""
+    sample = _SAMPLE_PREFIX.fullmatch(request_id)
+    return _RANDOM_SUFFIX.sub("", sample[2] if sample else request_id)
+
+
+def _sample(request_id: str) -> int | None:
+    sample = _SAMPLE_PREFIX.fullmatch(request_id)
+    return int(sample[1]) if sample else None
+
+
+def _shown(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+    return ", ".join(ids[:8]) + more
