@@ -11,16 +11,19 @@ import pytest
 ROOT = Path(__file__).parents[1]
 LAYERS: list[set[str]] = [
     {"errors"},
-    {"names"},
+    {"names", "rendering"},
     {"record"},
     {"protocols"},
-    {"filters", "jsontext", "pipeline", "registry", "schema", "staging", "structure", "validation"},
+    {"filters", "forms", "jsontext", "registry", "schema", "structure", "validation"},
+    {"sites", "staging"},
+    {"pipeline"},
+    {"collector"},
     {"hooks", "reader"},
     {"convert", "filesystem", "session"},
     {"__main__", "adapters", "cli", "compare_il", "comparison", "testing", "vllm"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-FOR_BACKENDS = {"errors", "names", "record", "protocols"}
+FOR_BACKENDS = {"errors", "names", "record", "rendering", "protocols"}
 
 
 def imports(file: Path, package: str) -> Iterator[str]:

@@ -9,8 +9,9 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tlcore.forms import Form, FormTable, TensorFilter
 from tlcore.record import tensor_from_bytes
-from tlcore.staging import HostPool, Slot, Stager
+from tlcore.staging import Chunk, HostPool, Stager
 
 TENSORS: dict[str, Callable[[], torch.Tensor]] = {
     "contiguous": lambda: torch.arange(12.0).view(3, 4),
@@ -29,30 +30,46 @@ TENSORS: dict[str, Callable[[], torch.Tensor]] = {
 }
 
 
-def slot_for(tensor: torch.Tensor) -> Slot:
-    return Slot(tensor.dtype, tensor.shape, str(tensor.device), tensor.numel() * tensor.element_size())
+def form_of(tensor: torch.Tensor) -> Form:
+    return FormTable(TensorFilter(frozenset(), None, None)).find(tensor)
+
+
+def stage(stager: Stager, tensor: torch.Tensor) -> memoryview | None:
+    """The staged bytes; None when the tensor was dropped."""
+    form = form_of(tensor)
+    place = stager.stage(tensor, form)
+    if place is None:
+        return None
+    chunk, offset = place
+    return chunk.view[offset : offset + form.nbytes]
+
+
+def staged(stager: Stager, tensor: torch.Tensor) -> memoryview:
+    data = stage(stager, tensor)
+    assert data is not None
+    return data
+
+
+def take(stager: Stager) -> list[Chunk]:
+    return list(stager.take(everything=True))
 
 
 @pytest.mark.parametrize("kind", TENSORS)
 def test_a_staged_copy_has_the_tensors_bytes(kind: str) -> None:
     tensor = TENSORS[kind]()
-    stager = Stager(HostPool(1 << 20, "block"), 1.0)
-    slot = slot_for(tensor)
-    stager.stage(tensor, slot)
+    data = staged(Stager(HostPool(1 << 20, "block"), 1.0), tensor)
     expected = tensor.detach().resolve_conj().resolve_neg().contiguous()
-    staged = tensor_from_bytes(slot.data(), slot.dtype, slot.shape)
-    assert staged.dtype == expected.dtype and staged.shape == expected.shape
+    copy = tensor_from_bytes(data, tensor.dtype, tensor.shape)
+    assert copy.dtype == expected.dtype and copy.shape == expected.shape
     as_bytes = expected.flatten().view(torch.uint8).tolist() if expected.numel() else []
-    assert list(slot.data()) == as_bytes
+    assert list(data) == as_bytes
 
 
 def test_a_later_write_to_the_tensor_does_not_reach_the_copy() -> None:
     tensor = torch.ones(100)
-    stager = Stager(HostPool(1 << 20, "block"), 1.0)
-    slot = slot_for(tensor)
-    stager.stage(tensor, slot)
+    data = staged(Stager(HostPool(1 << 20, "block"), 1.0), tensor)
     tensor.zero_()
-    assert tensor_from_bytes(slot.data(), slot.dtype, slot.shape).sum() == 100
+    assert tensor_from_bytes(data, tensor.dtype, tensor.shape).sum() == 100
 
 
 def test_staging_in_inference_mode_and_out_of_it_share_a_pool() -> None:
@@ -61,10 +78,9 @@ def test_staging_in_inference_mode_and_out_of_it_share_a_pool() -> None:
     for inference in (True, False, True):
         with torch.inference_mode(inference):
             tensor = torch.arange(6.0).view(2, 3).t()
-            slot = slot_for(tensor)
-            stager.stage(tensor, slot)
-        assert bytes(slot.data()) == tensor.contiguous().numpy().tobytes()
-        for chunk in stager.take(everything=True):
+            data = staged(stager, tensor)
+        assert bytes(data) == tensor.contiguous().numpy().tobytes()
+        for chunk in take(stager):
             pool.release(chunk)
 
 
@@ -73,38 +89,33 @@ def test_memory_is_recycled_not_grown() -> None:
     stager = Stager(pool, 0.0)
     addresses = set()
     for _ in range(50):
-        slot = slot_for(torch.ones(512))
-        stager.stage(torch.ones(512), slot)
-        assert slot.chunk is not None
-        addresses.add(slot.chunk.address)
-        for chunk in stager.take(everything=True):
+        staged(stager, torch.ones(512))
+        addresses.add(stager.chunk.address)
+        for chunk in take(stager):
             pool.release(chunk)
     assert len(addresses) == 1
 
 
-def fill(stager: Stager, pieces: int) -> list[Slot]:
-    slots = []
+def fill(stager: Stager, pieces: int) -> list[bool]:
+    """Whether each of ``pieces`` tensors of 1 KiB was dropped."""
+    dropped = []
     for _ in range(pieces):
-        tensor = torch.ones(1024, dtype=torch.uint8)
-        slots.append(slot_for(tensor))
-        stager.stage(tensor, slots[-1])
-        stager.take(everything=True)
-    return slots
+        dropped.append(stage(stager, torch.ones(1024, dtype=torch.uint8)) is None)
+        take(stager)
+    return dropped
 
 
 def test_a_full_queue_drops_at_once_when_told_to() -> None:
     stager = Stager(HostPool(2048, "drop"), 60.0)
     begin = time.monotonic()
-    slots = fill(stager, 5)
-    assert [slot.dropped for slot in slots] == [False, True, True, True, True]
+    assert fill(stager, 5) == [False, True, True, True, True]
     assert time.monotonic() - begin < 5
 
 
 def test_a_full_queue_blocks_for_block_s_of_a_step_altogether_then_drops() -> None:
     stager = Stager(HostPool(1024, "block"), 0.3)
     begin = time.monotonic()
-    slots = fill(stager, 6)
-    assert [slot.dropped for slot in slots] == [False] + [True] * 5
+    assert fill(stager, 6) == [False] + [True] * 5
     assert 0.3 <= time.monotonic() - begin < 3
     stager.begin_step()
     assert stager.waited == 0.0
@@ -113,24 +124,29 @@ def test_a_full_queue_blocks_for_block_s_of_a_step_altogether_then_drops() -> No
 def test_a_blocked_copy_goes_on_when_memory_comes_back() -> None:
     pool = HostPool(1024, "block")
     stager = Stager(pool, 30.0)
-    first = slot_for(torch.ones(1024, dtype=torch.uint8))
-    stager.stage(torch.ones(1024, dtype=torch.uint8), first)
-    chunks = stager.take(everything=True)
-    timer = threading.Timer(0.2, pool.release, chunks)
+    staged(stager, torch.ones(1024, dtype=torch.uint8))
+    timer = threading.Timer(0.2, pool.release, take(stager))
     timer.start()
-    second = slot_for(torch.ones(1024, dtype=torch.uint8))
-    stager.stage(torch.ones(1024, dtype=torch.uint8), second)
+    staged(stager, torch.ones(1024, dtype=torch.uint8))
     timer.join()
-    assert not second.dropped and stager.waited >= 0.1
+    assert stager.waited >= 0.1
 
 
 def test_a_tensor_larger_than_the_queue_passes_when_the_queue_is_empty() -> None:
     pool = HostPool(1024, "block")
     stager = Stager(pool, 0.0)
     big = torch.arange(10_000)
-    slot = slot_for(big)
-    stager.stage(big, slot)
-    assert not slot.dropped and bytes(slot.data()) == big.numpy().tobytes()
-    for chunk in stager.take(everything=True):
+    assert bytes(staged(stager, big)) == big.numpy().tobytes()
+    for chunk in take(stager):
         pool.release(chunk)
     assert pool.in_flight == 0
+
+
+def test_full_chunks_stay_until_the_pool_runs_out() -> None:
+    stager = Stager(HostPool(4096, "block"), 0.0)
+    stager._pool.chunk_bytes = 1024
+    asked = []
+    for _ in range(4):
+        staged(stager, torch.ones(1024, dtype=torch.uint8))
+        asked.append(stager.must_hand_over)
+    assert asked == [False, False, False, True]

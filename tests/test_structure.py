@@ -51,7 +51,7 @@ def run(make: Callable[[], Any], *args: Any, **kwargs: Any) -> tuple[MemorySink,
     with tlcore.capture(Root(Returns(make)), backend=sink) as captured:
         Root.__call__(captured._model, *args, **kwargs)
     assert captured.ledger.balanced
-    structures = json.loads(json.dumps(sink.steps[0].structures))
+    structures = json.loads(json.dumps(dict(sink.steps[0].structures)))
     return sink, structures
 
 

@@ -15,7 +15,7 @@ from .reader import MissingError, Run, Step, is_run
 from .reader.files import RUN_FILE, payload, store_at
 from .reader.shard_check import overlapping
 from .reader.step import counts_of
-from .record import Json, Ledger, Record, RunInfo, StepSummary
+from .record import Json, Ledger, Origin, Record, RunInfo, StepSummary
 from .registry import resolve
 from .schema import Config
 
@@ -105,21 +105,17 @@ def _record(step: Step, rank: int, entry: Json) -> Record:
     digest = xxhash.xxh3_128_hexdigest(data)
     if entry.get("hash") != f"xxh3-128:{digest}":
         raise VerifyError([f"{entry['name']}: xxh3-128:{digest}, step.json says {entry.get('hash')}"])
-    return Record(
-        name=entry["name"],
-        step=step.number,
-        rank=rank,
-        module=entry["module"],
-        call=entry["call"],
-        direction=entry["direction"],
-        path=tuple(entry["path"]),
-        dtype=tensor.dtype,
-        shape=tuple(tensor.shape),
-        device=entry["device"],
-        data=data,
-        hash=digest,
-        alias_of=entry.get("alias_of"),
+    origin = Origin(
+        rank,
+        entry["module"],
+        entry["call"],
+        entry["direction"],
+        tuple(entry["path"]),
+        tensor.dtype,
+        tuple(tensor.shape),
+        entry["device"],
     )
+    return Record(entry["name"], step.number, origin, data, digest, entry.get("alias_of"))
 
 
 def summary_of(step: Step, rank: int) -> StepSummary:

@@ -1,218 +1,192 @@
-"""Hooks on the selected modules, alive only while a selected step runs."""
+"""Listening to the selected modules' calls, only while a selected step runs.
+
+A module is listened to by standing in for its ``forward``: that costs a third of what a pair of PyTorch's
+hooks costs, and also hears calls that never come by ``Module.__call__``. Where somebody else's hooks are on
+the module, which may change arguments and results, PyTorch's own hooks are used, behind theirs.
+"""
 
 from __future__ import annotations
 
-import logging
 import sys
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
 from types import FrameType
 from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
+from .collector import CallSites, Collector
 from .errors import CaptureError
-from .pipeline import Event
-from .record import Direction
-from .staging import Slot, Stager
-from .structure import Branch, Opaque, class_name, freeze
 
-log = logging.getLogger("tlcore")
-_NOT_WANTED = -1
 _NOBODY = 0
 _CALL_CODE = nn.Module._call_impl.__code__
-_OTHER_DEVICE = "device not in device_names"
+_is_compiling = torch.compiler.is_compiling
+_get_ident = threading.get_ident
 
 
-@dataclass(frozen=True, slots=True)
-class TensorFilter:
-    """What decides about one tensor from its metadata; devices are ``str(device)``, sizes elements."""
+class Listener:
+    """One module's listener: counts its calls in the step and hands the wanted ones to the collector.
 
-    devices: frozenset[str]
-    max_elements: int | None
-    max_run_bytes: int | None
-
-
-class Collector:
-    """Gathers a step's events: freezes structures, stages tensors, hands over full batches."""
-
-    def __init__(self, stager: Stager, tensors: TensorFilter, submit: Callable[[list[Event]], None]) -> None:
-        self.calls: list[tuple[str, int]] = []
-        self.events: list[Event] = []
-        self.run_bytes = 0
-        self._stager = stager
-        self._filter = tensors
-        self._submit = submit
-        self._slots: list[Slot] = []
-        self._kinds: dict[tuple[torch.device, torch.dtype, torch.layout], tuple[str, str | None]] = {}
-
-    def begin_step(self) -> None:
-        """Forget the step before."""
-        self.calls = []
-        self.events = []
-        self._stager.begin_step()
-
-    def enter(self, module: str, call: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """A call begins: its place in the order, and its inputs."""
-        self.calls.append((module, call))
-        self.arguments(module, call, "inputs", args, kwargs)
-
-    def arguments(
-        self, module: str, call: int, direction: Direction, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> None:
-        """Capture positional and keyword arguments as they stand now."""
-        slots: list[Slot] = []
-        self._slots = slots
-        node = freeze(args, self._leaf)
-        keywords = freeze(kwargs, self._leaf)
-        self._add(Event(module, call, direction, node, keywords, slots))
-
-    def result(self, module: str, call: int, output: Any) -> None:
-        """Capture what the call returned."""
-        slots: list[Slot] = []
-        self._slots = slots
-        node = freeze(output, self._leaf)
-        self._add(Event(module, call, "outputs", node, None, slots))
-
-    def raised(self, module: str, call: int, error: BaseException) -> None:
-        """Note that the call raised instead of returning."""
-        self._add(Event(module, call, "outputs", Opaque(f"raised {class_name(error)}"), None, ()))
-
-    def broken(self, module: str, call: int, direction: Direction, error: Exception) -> None:
-        """Book an event that could not be captured; what was staged of it stays accounted for."""
-        reason = f"capture raised {type(error).__name__}"
-        for slot in self._slots:
-            if not (slot.skipped or slot.failed or slot.dropped):
-                slot.failed = reason
-        node = Branch("list", None, range(len(self._slots)), list(self._slots))
-        self._add(Event(module, call, direction, node, None, self._slots))
-        log.warning("%s of %s could not be captured: %s: %s", direction, module, type(error).__name__, error)
-
-    def _add(self, event: Event) -> None:
-        self.events.append(event)
-        if self._stager.has_full:
-            self._submit(self.events)
-            self.events = []
-
-    def _leaf(self, tensor: torch.Tensor) -> Slot:
-        kind = (tensor.device, tensor.dtype, tensor.layout)
-        known = self._kinds.get(kind)
-        if known is None:
-            known = self._kinds[kind] = self._judge(tensor)
-        label, reason = known
-        slot = Slot(kind[1], tensor.shape, label, 0)
-        self._slots.append(slot)
-        if reason is _OTHER_DEVICE:
-            slot.counted = False
-            slot.skipped = reason
-            return slot
-        try:
-            if type(tensor) is not torch.Tensor or tensor.is_nested:
-                reason = reason or _unsupported_class(tensor)
-            slot.skipped = reason or self._too_much(tensor, slot)
-            if slot.skipped is None:
-                self._stager.stage(tensor, slot)
-                if slot.chunk is not None:
-                    self.run_bytes += slot.nbytes
-        except Exception as error:
-            slot.failed = f"copy raised {type(error).__name__}"
-            log.debug("a tensor could not be copied", exc_info=True)
-        return slot
-
-    def _judge(self, tensor: torch.Tensor) -> tuple[str, str | None]:
-        """The device's name, and why no tensor of this device, dtype and layout can be stored."""
-        label = str(tensor.device)
-        if self._filter.devices and label not in self._filter.devices:
-            return label, _OTHER_DEVICE
-        if tensor.layout is not torch.strided:
-            return label, f"unsupported layout {tensor.layout}"
-        if tensor.is_quantized:
-            return label, "unsupported quantized dtype"
-        if tensor.is_meta:
-            return label, "meta tensor holds no data"
-        return label, None
-
-    def _too_much(self, tensor: torch.Tensor, slot: Slot) -> str | None:
-        count = tensor.numel()
-        slot.nbytes = count * tensor.element_size()
-        limits = self._filter
-        if limits.max_elements is not None and count > limits.max_elements:
-            return "larger than max_tensor_size"
-        if limits.max_run_bytes is not None and self.run_bytes + slot.nbytes > limits.max_run_bytes:
-            return "max_run_bytes reached"
-        return None
-
-
-def _unsupported_class(tensor: torch.Tensor) -> str | None:
-    """Why a tensor that is not a plain `torch.Tensor` has no bytes of its own to store, or None."""
-    if tensor.is_nested:
-        return "unsupported nested tensor"
-    cls = type(tensor)
-    if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
-        return f"unsupported tensor class {cls.__name__}"
-    return None
-
-
-class ModuleHooks:
-    """One module's pair of hooks, its call counter and the calls now open (it may be recursive)."""
-
-    __slots__ = ("_collector", "_open", "_post", "_wanted", "count", "name", "owner")
+    It is put in the place of the module's ``forward``, or its `before` and `after` are registered as hooks.
+    """
 
     def __init__(
-        self, name: str, wanted: frozenset[int] | Literal["all"], collector: Collector, post_inputs: bool
+        self,
+        name: str,
+        module: nn.Module,
+        wanted: frozenset[int] | Literal["all"],
+        collector: Collector,
+        directory: Callable[[str, int], str],
+        post_inputs: bool,
     ) -> None:
-        self.name = name
-        self.count = 0
+        self.module = module
         self.owner = _NOBODY
+        self._name = name
+        self._directory = directory
+        self._sites: list[CallSites | None] = []
+        self._count = 0
         self._wanted = wanted
         self._collector = collector
         self._post = post_inputs
-        self._open: list[int] = []
+        self._open: list[CallSites | None] = []
+        self._forward: Callable[..., Any] = module.forward
+        self._replaced: Any = None
+        self._installed = False
+        self._handles: list[RemovableHandle] = []
 
     def begin_step(self, owner: int) -> None:
         """Start counting calls from zero; only ``owner``'s thread is listened to."""
-        self.count = 0
+        self._count = 0
         self.owner = owner
         self._open.clear()
 
+    def install(self) -> None:
+        """Begin to listen."""
+        module = self.module
+        if _has_hooks(module) or isinstance(module, torch.jit.ScriptModule):
+            self._handles = [
+                module.register_forward_pre_hook(self.before, with_kwargs=True),
+                module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
+            ]
+            return
+        own = vars(module)
+        self._forward = module.forward
+        self._replaced = own.get("forward")
+        own["forward"] = self
+        self._installed = True
+
+    def remove(self) -> None:
+        """Leave the module as it was. What somebody has wrapped around us meanwhile stays, and passes by."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles = []
+        self._installed = False
+        own = vars(self.module)
+        if own.get("forward") is self:
+            before = self._replaced
+            while isinstance(before, Listener) and not before._installed:
+                before = before._replaced
+            if before is None:
+                del own["forward"]
+            else:
+                own["forward"] = before
+
+    @property
+    def __wrapped__(self) -> Callable[..., Any]:
+        """What `inspect.signature` shows for the module's ``forward``."""
+        return self._forward
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
+        """A copy of the module is not captured."""
+        copy = memo.get(id(self.module))
+        return Uncaptured(copy if copy is not None else self.module)
+
+    def __reduce__(self) -> tuple[type[Uncaptured], tuple[nn.Module]]:
+        return (Uncaptured, (self.module,))
+
+    def _new_call(self) -> CallSites | None:
+        """The sites of a call later in the step than any before; None when it is not wanted."""
+        call = len(self._sites)
+        if self._wanted == "all" or call in self._wanted:
+            self._sites.append(CallSites(self._name, call, self._directory(self._name, call)))
+        else:
+            self._sites.append(None)
+        return self._sites[call]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's ``forward``."""
+        if _is_compiling() or _get_ident() != self.owner:
+            return self._forward(*args, **kwargs)
+        call = self._count
+        self._count = call + 1
+        sites = self._sites[call] if call < len(self._sites) else self._new_call()
+        if sites is None:
+            return self._forward(*args, **kwargs)
+        collector = self._collector
+        collector.inputs(sites, args, kwargs)
+        try:
+            output = self._forward(*args, **kwargs)
+        except BaseException as error:
+            if self.owner:
+                collector.raised(sites, error)
+                if self._post:
+                    collector.post_fwd_inputs(sites, args, kwargs)
+            raise
+        # The step may have ended inside the call.
+        if self.owner:
+            collector.outputs(sites, output)
+            if self._post:
+                collector.post_fwd_inputs(sites, args, kwargs)
+        return output
+
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        if threading.get_ident() != self.owner or torch.compiler.is_compiling():
+        if _is_compiling() or _get_ident() != self.owner:
             return
-        call = self.count
-        self.count = call + 1
-        if self._wanted != "all" and call not in self._wanted:
-            self._open.append(_NOT_WANTED)
-            return
-        self._open.append(call)
-        try:
-            self._collector.enter(self.name, call, args, kwargs)
-        except Exception as error:
-            self._collector.broken(self.name, call, "inputs", error)
+        call = self._count
+        self._count = call + 1
+        sites = self._sites[call] if call < len(self._sites) else self._new_call()
+        self._open.append(sites)
+        if sites is not None:
+            self._collector.inputs(sites, args, kwargs)
 
     def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """Forward hook; also called, with no output, when the module raised."""
-        if threading.get_ident() != self.owner or torch.compiler.is_compiling() or not self._open:
+        if _is_compiling() or _get_ident() != self.owner or not self._open:
             return
-        call = self._open.pop()
-        if call == _NOT_WANTED:
+        sites = self._open.pop()
+        if sites is None:
             return
-        collector = self._collector
-        direction: Direction = "outputs"
-        try:
-            error = raised_by(module, output)
-            if error is not None:
-                collector.raised(self.name, call, error)
-            else:
-                collector.result(self.name, call, output)
-            if self._post:
-                direction = "post_fwd_inputs"
-                collector.arguments(self.name, call, direction, args, kwargs)
-        except Exception as failure:
-            collector.broken(self.name, call, direction, failure)
+        error = raised_by(module, output)
+        if error is not None:
+            self._collector.raised(sites, error)
+        else:
+            self._collector.outputs(sites, output)
+        if self._post:
+            self._collector.post_fwd_inputs(sites, args, kwargs)
+
+
+class Uncaptured:
+    """What stands for a listener in a copy of a captured module: its class's own ``forward``."""
+
+    def __init__(self, module: nn.Module) -> None:
+        self._module = module
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The module's ``forward``."""
+        return type(self._module).forward(self._module, *args, **kwargs)
+
+
+def _has_hooks(module: nn.Module) -> bool:
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or torch_module._global_forward_hooks
+        or torch_module._global_forward_pre_hooks
+    )
 
 
 def raised_by(module: nn.Module, output: Any) -> BaseException | None:
@@ -246,36 +220,35 @@ def _is_call_of(frame: FrameType, module: nn.Module) -> bool:
     return frame.f_code is _CALL_CODE and frame.f_locals.get("self") is module
 
 
-class HookSet:
-    """All hooks of one attached model; installed for a step, removed when the next is not selected."""
+class ListenerSet:
+    """All listeners of one attached model; there for a step, gone when the next one is not selected."""
 
-    def __init__(self, hooks: Mapping[nn.Module, ModuleHooks]) -> None:
-        self._hooks = hooks
-        self._handles: list[RemovableHandle] = []
+    def __init__(self, listeners: Mapping[nn.Module, Listener]) -> None:
+        self._listeners = list(listeners.values())
+        self._installed = False
 
     def install(self) -> None:
-        """Register the hooks, unless they are still there from the step before; restart the counters."""
-        owner = threading.get_ident()
-        for hooks in self._hooks.values():
-            hooks.begin_step(owner)
-        if self._handles:
-            return
-        for module, hooks in self._hooks.items():
-            self._handles.append(module.register_forward_pre_hook(hooks.before, with_kwargs=True))
-            self._handles.append(
-                module.register_forward_hook(hooks.after, with_kwargs=True, always_call=True)
-            )
+        """Listen, unless that is still so from the step before; restart the counters."""
+        owner = _get_ident()
+        for listener in self._listeners:
+            listener.begin_step(owner)
+        if not self._installed:
+            self._installed = True
+            for listener in self._listeners:
+                listener.install()
 
     def rest(self) -> None:
-        """Keep the hooks for the next step, but let them pass over calls outside a step."""
-        for hooks in self._hooks.values():
-            hooks.owner = _NOBODY
+        """Stay for the next step, but pass over calls outside a step."""
+        for listener in self._listeners:
+            listener.owner = _NOBODY
 
     def remove(self) -> None:
-        """Take every hook away."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
+        """Take every listener away."""
+        self.rest()
+        if self._installed:
+            self._installed = False
+            for listener in self._listeners:
+                listener.remove()
 
 
 def refuse_compiled(model: nn.Module) -> None:

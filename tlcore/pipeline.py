@@ -7,47 +7,46 @@ import queue
 import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
-import torch
 import xxhash
 
 from . import names
-from .names import PathKey
+from .forms import Form
 from .protocols import Sink
-from .record import Counts, Direction, Json, Ledger, Record, StepSummary
-from .staging import Chunk, HostPool, Slot
-from .structure import Branch, describe
+from .record import Counts, Json, Ledger, Record, StepSummary
+from .rendering import Structures, Template
+from .sites import Scene, Site
+from .staging import Chunk, HostPool
+from .structure import Scalar
 
 log = logging.getLogger("tlcore")
+# Records made at a time: few enough that Python's garbage collector sees them come and go.
+_AT_ONCE = 256
 
 
-class Event(NamedTuple):
-    """One side of one module call: its frozen structure and the slots in it, in order."""
-
-    module: str
-    call: int
-    direction: Direction
-    node: Any
-    kwargs: Branch | None
-    slots: Sequence[Slot]
-
-
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class Batch:
-    """Whole events of one step, with the chunks that hold their bytes."""
+    """Whole sites of one step, in order, and the chunks (``memory``) that nobody needs after it.
+
+    ``forms``, ``chunks`` and ``offsets`` have an item for each tensor of the sites, ``scalars`` one for
+    each number or string.
+    """
 
     step: int
-    events: Sequence[Event]
-    chunks: Sequence[Chunk]
+    sites: list[Site] = field(default_factory=list)
+    forms: list[Form] = field(default_factory=list)
+    chunks: list[Chunk] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
+    scalars: list[Scalar] = field(default_factory=list)
+    memory: Sequence[Chunk] = ()
 
 
 @dataclass(frozen=True, slots=True)
 class StepEnd:
-    """A step's end: everything that is not in its events."""
+    """A step's end: everything that is not in its batches."""
 
     step: int
-    calls: Sequence[tuple[str, int]]
     started: str
     ended: str
     rows: Sequence[Json] | None
@@ -56,12 +55,15 @@ class StepEnd:
 
 @dataclass(slots=True)
 class _OpenStep:
-    """What the pipeline gathers of a step until it is committed."""
+    """What the pipeline gathers of a step until it is committed.
+
+    ``first`` has the name under which each kind of tensor with certain bytes was stored first.
+    """
 
     counts: Counts = field(default_factory=Counts)
-    structures: dict[str, Json] = field(default_factory=dict)
-    stems: dict[str, set[str]] = field(default_factory=dict)
-    first: dict[tuple[torch.dtype, tuple[int, ...], str], str] = field(default_factory=dict)
+    calls: list[str] = field(default_factory=list)
+    templates: dict[str, Template] = field(default_factory=dict)
+    first: dict[tuple[str, int], str] = field(default_factory=dict)
     written: int = 0
     bytes_written: int = 0
     error: BaseException | None = None
@@ -70,14 +72,11 @@ class _OpenStep:
 class Processor:
     """Turns batches into sink calls, one step after the other; used by one thread at a time."""
 
-    def __init__(
-        self, sink: Sink, pool: HostPool, ledger: Ledger, rank: int, module_names: frozenset[str]
-    ) -> None:
+    def __init__(self, sink: Sink, pool: HostPool, ledger: Ledger, rank: int) -> None:
         self._sink = sink
         self._pool = pool
         self._ledger = ledger
         self._rank = rank
-        self._module_names = module_names
         self._steps: dict[int, _OpenStep] = {}
         self.first_error: BaseException | None = None
 
@@ -85,61 +84,57 @@ class Processor:
         """Name, hash and write a batch, then give its memory back."""
         step = self._steps.setdefault(batch.step, _OpenStep())
         try:
-            records = [record for event in batch.events for record in self._records(batch.step, step, event)]
-            if step.error is None:
-                self._write(step, records)
+            self._store(batch, step)
         except Exception as error:
             step.error = step.error or error
         finally:
-            for chunk in batch.chunks:
+            for chunk in batch.memory:
                 self._pool.release(chunk)
 
+    def _store(self, batch: Batch, step: _OpenStep) -> None:
+        for chunk in batch.memory:
+            chunk.ready()
+        records: list[Record] = []
+        first = first_scalar = 0
+        for site in batch.sites:
+            begin, first = first, first + site.tensors
+            begin_scalar, first_scalar = first_scalar, first_scalar + site.scalars
+            scene = site.scene(batch.forms[begin:first], batch.scalars[begin_scalar:first_scalar], self._rank)
+            step.templates[site.file] = scene.template
+            if site.direction == "inputs":
+                step.calls.append(site.directory)
+            _book(step.counts, scene.counts)
+            if step.error is None and scene.stored:
+                records += self._records(batch, step, scene, begin)
+                if len(records) >= _AT_ONCE:
+                    self._write(step, records)
+                    records = []
+        self._write(step, records)
+
+    def _records(self, batch: Batch, step: _OpenStep, scene: Scene, begin: int) -> list[Record]:
+        directory = names.step_dir(batch.step)
+        made = []
+        for index, tail, origin, kind in scene.stored:
+            place = begin + index
+            offset = batch.offsets[place]
+            data = batch.chunks[place].view[offset : offset + batch.forms[place].nbytes]
+            digest = xxhash.xxh3_128_hexdigest(data)
+            name = directory + tail
+            first = step.first.setdefault((digest, kind), name)
+            made.append(Record(name, batch.step, origin, data, digest, None if first is name else first))
+        return made
+
     def _write(self, step: _OpenStep, records: Sequence[Record]) -> None:
-        if not records:
+        if not records or step.error is not None:
             return
-        self._sink.write(records)
+        try:
+            self._sink.write(records)
+        except Exception as error:
+            # The rest of the batch is still booked, as captured and failed.
+            step.error = error
+            return
         step.written += len(records)
-        step.bytes_written += sum(record.nbytes for record in records if record.alias_of is None)
-
-    def _records(self, number: int, step: _OpenStep, event: Event) -> list[Record]:
-        directory = names.call_dir(event.module, event.call, self._module_names)
-        taken = step.stems.setdefault(directory, set())
-        paths: list[tuple[tuple[PathKey, ...], Slot]] = []
-
-        def name(path: tuple[PathKey, ...], slot: Slot) -> None:
-            stem = names.unique(names.stem(event.direction, path, slot.device, self._rank), taken)
-            slot.name = f"{names.step_dir(number)}/{directory}/{stem}"
-            paths.append((path, slot))
-
-        document = describe(event.node, (), name)
-        if event.kwargs is not None:
-            document["kwargs"] = describe(event.kwargs, (), name)
-        step.structures[f"{directory}/{event.direction}.json"] = document
-        for slot in event.slots:
-            _book(step.counts, slot)
-        return [self._record(number, step, event, path, slot) for path, slot in paths]
-
-    def _record(
-        self, number: int, step: _OpenStep, event: Event, path: tuple[PathKey, ...], slot: Slot
-    ) -> Record:
-        data = slot.data()
-        digest = xxhash.xxh3_128_hexdigest(data)
-        first = step.first.setdefault((slot.dtype, slot.shape, digest), slot.name)
-        return Record(
-            name=slot.name,
-            step=number,
-            rank=self._rank,
-            module=event.module,
-            call=event.call,
-            direction=event.direction,
-            path=path,
-            dtype=slot.dtype,
-            shape=tuple(slot.shape),
-            device=slot.device,
-            data=data,
-            hash=digest,
-            alias_of=None if first == slot.name else first,
-        )
+        step.bytes_written += sum(record.data.nbytes for record in records if record.alias_of is None)
 
     def end_step(self, end: StepEnd) -> None:
         """Commit the step and book its ledger; a step that cannot be committed counts as failed."""
@@ -163,8 +158,8 @@ class Processor:
         return StepSummary(
             step=end.step,
             rank=self._rank,
-            calls=[names.call_dir(module, call, self._module_names) for module, call in end.calls],
-            structures=step.structures,
+            calls=step.calls,
+            structures=Structures(names.step_dir(end.step), step.templates),
             counts=step.counts,
             started=end.started,
             ended=end.ended,
@@ -185,7 +180,7 @@ class Processor:
         """Close the sink; steps still open count as failed."""
         for number, step in sorted(self._steps.items()):
             step.error = step.error or RuntimeError("the step never ended")
-            self.end_step(StepEnd(number, [], "", "", None, {}))
+            self.end_step(StepEnd(number, "", "", None, {}))
         try:
             self._sink.close()
         except Exception as error:
@@ -194,20 +189,13 @@ class Processor:
             log.warning("the run could not be closed: %s", error)
 
 
-def _book(counts: Counts, slot: Slot) -> None:
-    if not slot.counted:
+def _book(counts: Counts, more: Counts) -> None:
+    """`Counts.add`, short for the usual case that nothing went wrong."""
+    if more.reasons:
+        counts.add(more)
         return
-    counts.captured += 1
-    counts.bytes_captured += slot.nbytes
-    if slot.skipped:
-        counts.skipped += 1
-        counts.reasons[f"skipped: {slot.skipped}"] += 1
-    elif slot.failed:
-        counts.failed += 1
-        counts.reasons[f"failed: {slot.failed}"] += 1
-    elif slot.dropped:
-        counts.dropped += 1
-        counts.reasons["dropped: queue full"] += 1
+    counts.captured += more.captured
+    counts.bytes_captured += more.bytes_captured
 
 
 class InlinePipeline:

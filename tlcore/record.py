@@ -2,32 +2,30 @@
 
 from __future__ import annotations
 
+import math
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 
 from .names import PathKey
+from .rendering import Json as Json
+from .rendering import compact, quoted
 
 LAYOUT_VERSION = 1
 Direction = Literal["inputs", "outputs", "post_fwd_inputs"]
-Json = dict[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class Record:
-    """One captured tensor: what it is, where it came from, and its bytes.
+class Origin:
+    """Where a tensor comes from and what it looks like: all of a record that repeats from step to step.
 
-    ``data`` is the C-contiguous little-endian payload and belongs to the pipeline: it is valid until
-    the `Sink.write` that received it returns. ``hash`` is the xxh3-128 of the payload, in hex.
-    ``alias_of`` names an earlier record of the same step with the same dtype, shape and bytes.
+    ``text`` is its part of the record's entry in ``step.json``.
     """
 
-    name: str
-    step: int
     rank: int
     module: str
     call: int
@@ -36,9 +34,79 @@ class Record:
     dtype: torch.dtype
     shape: tuple[int, ...]
     device: str
+    text: str = field(init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "text", compact(self.describe())[1:-1])
+
+    def describe(self) -> Json:
+        """The origin's keys in ``step.json``."""
+        return {
+            "module": self.module,
+            "call": self.call,
+            "direction": self.direction,
+            "path": list(self.path),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "shape": list(self.shape),
+            "device": self.device,
+            "bytes": math.prod(self.shape) * self.dtype.itemsize,
+        }
+
+
+class Record(NamedTuple):
+    """One captured tensor: its logical name, where it came from, and its bytes.
+
+    ``data`` is the C-contiguous little-endian payload and belongs to the pipeline: it is valid until
+    the `Sink.write` that received it returns. ``hash`` is the xxh3-128 of the payload, in hex.
+    ``alias_of`` names an earlier record of the same step with the same dtype, shape and bytes.
+    """
+
+    name: str
+    step: int
+    origin: Origin
     data: memoryview
     hash: str
     alias_of: str | None = None
+
+    @property
+    def rank(self) -> int:
+        """The rank that captured it."""
+        return self.origin.rank
+
+    @property
+    def module(self) -> str:
+        """The module's dotted name."""
+        return self.origin.module
+
+    @property
+    def call(self) -> int:
+        """Which call of the module in the step, counted from 0."""
+        return self.origin.call
+
+    @property
+    def direction(self) -> Direction:
+        """Inputs, outputs, or inputs as they stood after the call."""
+        return self.origin.direction
+
+    @property
+    def path(self) -> tuple[PathKey, ...]:
+        """Positions and keys that lead to the tensor in the call's arguments or result."""
+        return self.origin.path
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The tensor's dtype."""
+        return self.origin.dtype
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's shape."""
+        return self.origin.shape
+
+    @property
+    def device(self) -> str:
+        """The torch device string, such as ``cuda:0``."""
+        return self.origin.device
 
     @property
     def nbytes(self) -> int:
@@ -51,21 +119,15 @@ class Record:
 
     def describe(self) -> Json:
         """The record's entry in ``step.json``, without the place where its bytes lie."""
-        entry: Json = {
-            "name": self.name,
-            "module": self.module,
-            "call": self.call,
-            "direction": self.direction,
-            "path": list(self.path),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "shape": list(self.shape),
-            "device": self.device,
-            "bytes": self.nbytes,
-            "hash": f"xxh3-128:{self.hash}",
-        }
+        entry: Json = {"name": self.name, **self.origin.describe(), "hash": f"xxh3-128:{self.hash}"}
         if self.alias_of is not None:
             entry["alias_of"] = self.alias_of
         return entry
+
+    def entry_text(self) -> str:
+        """`describe` as JSON text without its closing brace: the keys of its place are still to follow."""
+        alias = "" if self.alias_of is None else f',"alias_of":{quoted(self.alias_of)}'
+        return f'{{"name":{quoted(self.name)},{self.origin.text},"hash":"xxh3-128:{self.hash}"{alias}'
 
 
 def tensor_from_bytes(
@@ -203,3 +265,9 @@ class StepSummary:
         if self.rows is not None:
             document["rows"] = list(self.rows)
         return document
+
+    def to_text(self, records: Iterable[str], packed: Mapping[str, str] | None = None) -> str:
+        """`to_json` as one line of text; ``records`` are finished entries, ``packed`` further keys' JSON."""
+        begin, end = compact(self.to_json(())).split('"records":[]', 1)
+        more = "".join(f",{quoted(key)}:{value}" for key, value in (packed or {}).items())
+        return f'{begin}"records":[{",".join(records)}]{end[:-1]}{more}}}\n'

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import atexit
 import datetime
+import functools
 import logging
 import os
 import platform
@@ -18,11 +19,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from . import __version__, registry
+from . import __version__, names, registry
+from .collector import Collector
 from .errors import CaptureError
 from .filters import ModuleFilter
-from .hooks import Collector, HookSet, ModuleHooks, TensorFilter, open_calls, raised_by, refuse_compiled
-from .pipeline import Batch, Event, InlinePipeline, Processor, StepEnd, ThreadPipeline
+from .forms import TensorFilter
+from .hooks import Listener, ListenerSet, open_calls, raised_by, refuse_compiled
+from .pipeline import Batch, InlinePipeline, Processor, StepEnd, ThreadPipeline
 from .protocols import Sink
 from .record import LAYOUT_VERSION, Counts, Json, Ledger, RunInfo
 from .schema import Config, load_config
@@ -104,7 +107,7 @@ class Session:
         self._sink.open(run)
         self._inline = inline
         self._pid = os.getpid()
-        self._hooks: HookSet | None = None
+        self._hooks: ListenerSet | None = None
         self._pipeline: InlinePipeline | ThreadPipeline | None = None
         self._processor: Processor | None = None
         self._next_step = 0
@@ -144,19 +147,19 @@ class Session:
         refuse_compiled(model)
         selector = ModuleFilter(self.config.module_call_match)
         modules = {name: module for name, module in model.named_modules() if name}
-        hooks: dict[nn.Module, ModuleHooks] = {}
+        directory = functools.partial(_call_directory, frozenset(modules))
+        listeners: dict[nn.Module, Listener] = {}
         for name, module in modules.items():
             wanted = selector.calls(name)
             if wanted is not None and module is not model:
-                hooks[module] = ModuleHooks(name, wanted, self._collector, self.config.log_post_fwd_inputs)
-        if not hooks:
+                post_inputs = self.config.log_post_fwd_inputs
+                listeners[module] = Listener(name, module, wanted, self._collector, directory, post_inputs)
+        if not listeners:
             log.warning(
                 "no module of %s matches module_call_match; nothing will be stored", class_name(model)
             )
-        self._hooks = HookSet(hooks)
-        self._processor = Processor(
-            self._sink, self._pool, self.run.ledger, self.run.rank, frozenset(modules)
-        )
+        self._hooks = ListenerSet(listeners)
+        self._processor = Processor(self._sink, self._pool, self.run.ledger, self.run.rank)
         self._pipeline = (InlinePipeline if self._inline else ThreadPipeline)(self._processor)
 
     def begin_step(self, step: int | None = None) -> bool:
@@ -172,7 +175,7 @@ class Session:
                 return False
             self._step = number
             self._started = now()
-            self._collector.begin_step()
+            self._collector.begin_step(number)
             self._hooks.install()
             return True
 
@@ -197,19 +200,14 @@ class Session:
             details = dict(extra or {})
             if error is not None:
                 details["error"] = class_name(error)
-            collector = self._collector
-            self._hand_over(number, collector.events, everything=True)
-            end = StepEnd(number, collector.calls, self._started, now(), rows, details)
+            ended = now()
+            self._collector.end_step()
+            end = StepEnd(number, self._started, ended, rows, details)
             self._pipeline.submit(end)
 
-    def _submit(self, events: list[Event]) -> None:
-        if self._step is not None:
-            self._hand_over(self._step, events, everything=False)
-
-    def _hand_over(self, step: int, events: list[Event], everything: bool) -> None:
-        chunks = self._stager.take(everything)
-        if self._pipeline is not None and (events or chunks):
-            self._pipeline.submit(Batch(step, events, chunks))
+    def _submit(self, batch: Batch) -> None:
+        if self._pipeline is not None:
+            self._pipeline.submit(batch)
 
     def flush(self) -> None:
         """Wait until every step that has ended is stored or booked as failed."""
@@ -260,6 +258,10 @@ class Session:
         self._closed = True
         if self._hooks is not None:
             self._hooks.remove()
+
+
+def _call_directory(module_names: frozenset[str], module: str, call: int) -> str:
+    return names.call_dir(module, call, module_names)
 
 
 _live: weakref.WeakSet[Session] = weakref.WeakSet()

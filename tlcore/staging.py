@@ -9,17 +9,17 @@ or on its way through the pipeline.
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import mmap
 import threading
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
 
 import torch
 
+from .forms import Form
+
 CHUNK_BYTES = 32 << 20
 _ALIGN = 64
-_memmove = ctypes.memmove
 
 
 class Chunk:
@@ -43,33 +43,13 @@ class Chunk:
             self.tensor = torch.frombuffer(self._memory, dtype=torch.uint8)
         self.address = self.tensor.data_ptr()
 
+    def ready(self) -> None:
+        """Return once the bytes are there; host copies are when they were made."""
 
-@dataclass(slots=True)
-class Slot:
-    """One tensor of a call: its metadata, and where its copy lies or why there is none.
 
-    ``skipped`` and ``failed`` hold a reason; ``dropped`` means that the queue was full. ``counted`` is
-    False for a tensor that the filters reject, which the ledger never sees. ``name`` is the logical
-    name, given by the pipeline.
-    """
-
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    device: str
-    nbytes: int
-    chunk: Chunk | None = None
-    offset: int = 0
-    skipped: str | None = None
-    dropped: bool = False
-    failed: str | None = None
-    counted: bool = True
-    name: str = ""
-
-    def data(self) -> memoryview:
-        """The staged bytes; valid until the chunk goes back to its pool."""
-        if self.chunk is None:
-            raise ValueError("this tensor was not staged")
-        return self.chunk.view[self.offset : self.offset + self.nbytes]
+# Stands for "no chunk yet": full from the beginning.
+NO_CHUNK = Chunk(1)
+NO_CHUNK.bytes = NO_CHUNK.size + 1
 
 
 class HostPool:
@@ -113,6 +93,12 @@ class HostPool:
         self._allocated += size
         return Chunk(size)
 
+    def has_room(self, nbytes: int) -> bool:
+        """Whether a chunk for ``nbytes`` bytes could be had without waiting."""
+        with self._changed:
+            fits = self._allocated + max(nbytes, self.chunk_bytes) <= self.limit
+            return fits or any(chunk.size >= nbytes for chunk in self._free)
+
     def submitted(self, chunk: Chunk) -> None:
         """Note that the pipeline has the chunk now and will release it."""
         with self._changed:
@@ -137,63 +123,79 @@ class HostPool:
 
 
 class Stager:
-    """Copies tensors into chunks and hands out the filled ones at the caller's boundaries."""
+    """Copies tensors into chunks and hands out the filled ones at the caller's boundaries.
+
+    ``chunk`` is the one being filled; who copies into it by itself moves its ``bytes`` on as `stage`
+    does. ``full`` are those filled before it, not yet handed out. ``waited`` are the seconds that this
+    step has waited for memory.
+    """
 
     def __init__(self, pool: HostPool, block_s: float) -> None:
+        self.chunk = NO_CHUNK
+        self.waited = 0.0
         self._pool = pool
         self._block_s = block_s
-        self._chunk: Chunk | None = None
-        self._full: list[Chunk] = []
-        self.waited = 0.0
+        self.full: list[Chunk] = []
+        self._largest = 0
 
     def begin_step(self) -> None:
         """Start the step's waiting time afresh."""
         self.waited = 0.0
 
-    def stage(self, tensor: torch.Tensor, slot: Slot) -> None:
-        """Copy ``tensor`` (any strides, any device) contiguously into the slot, or mark it dropped."""
-        nbytes = slot.nbytes
-        chunk = self._chunk
-        if chunk is None or chunk.bytes + nbytes > chunk.size:
-            chunk = self._next(nbytes)
-            if chunk is None:
-                slot.dropped = True
-                return
+    def stage(self, tensor: torch.Tensor, form: Form) -> tuple[Chunk, int] | None:
+        """Copy ``tensor`` (any strides, any device) contiguously; its chunk and offset, None if dropped."""
+        nbytes = form.nbytes
+        chunk = self.chunk
+        if chunk.bytes + nbytes > chunk.size:
+            fresh = self._next(nbytes)
+            if fresh is None:
+                return None
+            chunk = fresh
         begin = chunk.bytes
         if nbytes:
-            if slot.device != "cpu":
+            tensor = tensor.detach()
+            if not tensor.is_cpu:
                 # Runs on the model's own stream and waits for it, so no later kernel can overtake.
-                tensor = tensor.detach().contiguous().cpu()
+                tensor = tensor.contiguous().cpu()
             if tensor.is_contiguous() and not tensor.is_conj() and not tensor.is_neg():
-                _memmove(chunk.address + begin, tensor.data_ptr(), nbytes)
+                form.move(chunk.address + begin, tensor.data_ptr(), nbytes)
             else:
                 target = chunk.tensor[begin : begin + nbytes].view(tensor.dtype).view(tensor.shape)
-                target.copy_(tensor.detach())
-        slot.chunk = chunk
-        slot.offset = begin
-        chunk.bytes = -(-(begin + nbytes) // _ALIGN) * _ALIGN
+                target.copy_(tensor)
+        chunk.bytes = aligned(begin + nbytes)
+        return chunk, begin
 
     def _next(self, nbytes: int) -> Chunk | None:
+        self._largest = max(self._largest, nbytes)
         chunk, waited = self._pool.acquire(nbytes, max(0.0, self._block_s - self.waited))
         self.waited += waited
         if chunk is None:
             return None
-        if self._chunk is not None:
-            self._full.append(self._chunk)
-        self._chunk = chunk
+        if self.chunk is not NO_CHUNK:
+            self.full.append(self.chunk)
+        self.chunk = chunk
         return chunk
 
     @property
-    def has_full(self) -> bool:
-        """Whether a chunk is full, so that a batch is worth handing over."""
-        return bool(self._full)
+    def must_hand_over(self) -> bool:
+        """Whether full chunks should go to the pipeline before the step ends.
 
-    def take(self, everything: bool) -> list[Chunk]:
+        Storing competes with the model for processors and memory, so it waits for the step's end as
+        long as the pool has chunks left.
+        """
+        return bool(self.full) and not self._pool.has_room(self._largest)
+
+    def take(self, everything: bool) -> Sequence[Chunk]:
         """The full chunks, and with ``everything`` the one being filled too."""
-        chunks, self._full = self._full, []
-        if everything and self._chunk is not None:
-            chunks.append(self._chunk)
-            self._chunk = None
+        chunks, self.full = self.full, []
+        if everything and self.chunk is not NO_CHUNK:
+            chunks.append(self.chunk)
+            self.chunk = NO_CHUNK
         for chunk in chunks:
             self._pool.submitted(chunk)
         return chunks
+
+
+def aligned(offset: int) -> int:
+    """The first offset at or after ``offset`` where a tensor may begin."""
+    return -(-offset // _ALIGN) * _ALIGN

@@ -1,43 +1,61 @@
-"""The shape of a call's arguments and results: frozen inside the hook, described later.
+"""The shape of a call's arguments and results: sketched inside the hook, described later.
 
-`freeze` runs on the model's thread and only notes what is there, with a `Slot` for each tensor.
-`describe` runs on the pipeline's thread and builds the structure JSON and the logical names.
+`freeze` runs on the model's thread. It notes containers and classes in a *sketch*, a hashable value that
+is the same for every call of the same structure, and hands the leaves over in order: each tensor, and each
+number or string. `describe` puts sketch and leaves together again as the structure JSON.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 
 from .names import PathKey
-from .record import Json
-from .staging import Slot
+from .rendering import Json
 
+Sketch = Hashable
+Scalar = bool | int | float | str
+
+TENSOR = "tensor"
+SCALAR = "scalar"
+NONE = "none"
+_TUPLE, _LIST, _DICT = "tuple", "list", "dict"
+NO_ITEMS: Sketch = (_DICT, (), ())
 _SCALARS = (bool, int, float, str)
 _DEEPEST = 64
+_Tensor = torch.Tensor
+
+
+class Leaves(Protocol):
+    """Who takes the leaves of a structure, in order."""
+
+    def tensor(self, tensor: torch.Tensor) -> None:
+        """Take a tensor."""
+        ...
+
+    def scalar(self, value: Scalar) -> None:
+        """Take a number or string."""
+        ...
 
 
 class Branch(NamedTuple):
-    """A container as it stood: ``kind`` is ``tuple``, ``list`` or ``dict``; ``keys`` name the items."""
+    """The sketch of a container that is not just a tuple, list or dictionary."""
 
     kind: str
-    cls: str | None
-    keys: Sequence[PathKey]
-    items: Sequence[Any]
+    cls: str
+    keys: tuple[PathKey, ...] | None
+    items: tuple[Sketch, ...]
     fields: tuple[str, ...] | None = None
 
 
 class Opaque(NamedTuple):
-    """An object that holds no tensor that tlcore can reach."""
+    """The sketch of an object that holds no tensor that tlcore can reach."""
 
     cls: str
-
-
-NO_ITEMS = Branch("dict", None, (), ())
 
 
 def class_name(value: object) -> str:
@@ -46,100 +64,113 @@ def class_name(value: object) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
 
 
-def freeze(value: Any, leaf: Callable[[torch.Tensor], Slot], seen: tuple[int, ...] = ()) -> Any:
-    """Note a value's structure, calling ``leaf`` once for each tensor in it, in order."""
+def freeze(value: Any, leaves: Leaves, seen: tuple[int, ...] = ()) -> Sketch:
+    """The sketch of a value, whose leaves are handed over once each."""
     cls = type(value)
-    if cls is torch.Tensor or isinstance(value, torch.Tensor):
-        return leaf(value)
-    if value is None or cls in _SCALARS:
-        return value
+    if cls is _Tensor or isinstance(value, _Tensor):
+        leaves.tensor(value)
+        return TENSOR
+    if value is None:
+        return NONE
+    if cls in _SCALARS:
+        leaves.scalar(value)
+        return SCALAR
     if cls is dict and not value:
         return NO_ITEMS
     if id(value) in seen or len(seen) >= _DEEPEST:
         return Opaque("cycle" if id(value) in seen else "too deeply nested")
     inside = (*seen, id(value))
     if cls is tuple or cls is list:
-        items = [freeze(item, leaf, inside) for item in value]
-        return Branch("list" if cls is list else "tuple", None, range(len(items)), items)
-    return _freeze_other(value, leaf, inside)
+        items: list[Sketch] = []
+        for item in value:
+            # What arguments mostly are, without a call each.
+            if type(item) is _Tensor:
+                leaves.tensor(item)
+                items.append(TENSOR)
+            elif item is None:
+                items.append(NONE)
+            else:
+                items.append(freeze(item, leaves, inside))
+        return (_LIST if cls is list else _TUPLE, tuple(items))
+    return _freeze_other(value, leaves, inside)
 
 
-def _freeze_other(value: Any, leaf: Callable[[torch.Tensor], Slot], inside: tuple[int, ...]) -> Any:
+def _freeze_other(value: Any, leaves: Leaves, inside: tuple[int, ...]) -> Sketch:
     if isinstance(value, _SCALARS):
-        return value
+        leaves.scalar(value)
+        return SCALAR
     if isinstance(value, (tuple, list)):
-        items = [freeze(item, leaf, inside) for item in value]
-        kind = "list" if isinstance(value, list) else "tuple"
-        return Branch(kind, class_name(value), range(len(items)), items, getattr(value, "_fields", None))
+        items = tuple([freeze(item, leaves, inside) for item in value])
+        kind = _LIST if isinstance(value, list) else _TUPLE
+        return Branch(kind, class_name(value), None, items, getattr(value, "_fields", None))
     if isinstance(value, Mapping):
-        return _freeze_items(value, list(value.items()), leaf, inside)
+        return _freeze_items(value, list(value.items()), leaves, inside)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         pairs = [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value)]
-        return _freeze_items(value, pairs, leaf, inside)
+        return _freeze_items(value, pairs, leaves, inside)
     return Opaque(class_name(value))
 
 
 def _freeze_items(
-    value: object,
-    pairs: Sequence[tuple[Any, Any]],
-    leaf: Callable[[torch.Tensor], Slot],
-    inside: tuple[int, ...],
-) -> Branch:
-    keys = [str(key) for key, _ in pairs]
-    items = [freeze(item, leaf, inside) for _, item in pairs]
-    return Branch("dict", None if type(value) is dict else class_name(value), keys, items)
+    value: object, pairs: Sequence[tuple[Any, Any]], leaves: Leaves, inside: tuple[int, ...]
+) -> Sketch:
+    keys = tuple([str(key) for key, _ in pairs])
+    items = tuple([freeze(item, leaves, inside) for _, item in pairs])
+    if type(value) is dict:
+        return (_DICT, keys, items)
+    return Branch(_DICT, class_name(value), keys, items)
 
 
-def describe(node: Any, path: tuple[PathKey, ...], name: Callable[[tuple[PathKey, ...], Slot], None]) -> Json:
-    """The structure JSON of a frozen node; ``name`` gives each staged slot its logical name."""
-    if isinstance(node, Slot):
-        return _describe_tensor(node, path, name)
-    if isinstance(node, Branch):
-        return _describe_branch(node, path, name)
-    if isinstance(node, Opaque):
-        return {"type": "object", "class": node.cls}
-    if node is None:
+def count_leaves(sketch: Sketch) -> tuple[int, int]:
+    """How many tensors and how many scalars a sketch stands for."""
+    if sketch in (TENSOR, SCALAR):
+        return int(sketch == TENSOR), int(sketch == SCALAR)
+    if isinstance(sketch, (str, Opaque)):
+        return 0, 0
+    counts = [count_leaves(item) for item in _parts(sketch).items]
+    return sum(tensors for tensors, _ in counts), sum(scalars for _, scalars in counts)
+
+
+def describe(
+    sketch: Sketch,
+    path: tuple[PathKey, ...],
+    tensor: Callable[[tuple[PathKey, ...]], Json],
+    scalars: Iterator[Scalar],
+) -> Json:
+    """The structure JSON of a sketch; ``tensor`` describes the next tensor, which lies at a path."""
+    if sketch == TENSOR:
+        return tensor(path)
+    if sketch == NONE:
         return {"type": "none"}
-    if isinstance(node, float) and not math.isfinite(node):
-        return {"type": "float", "value": str(node)}
-    kind = next(scalar.__name__ for scalar in _SCALARS if isinstance(node, scalar))
-    value = str.__str__(node) if isinstance(node, str) else node
-    return {"type": kind, "value": value}
-
-
-def _describe_tensor(
-    slot: Slot, path: tuple[PathKey, ...], name: Callable[[tuple[PathKey, ...], Slot], None]
-) -> Json:
-    document: Json = {
-        "type": "tensor",
-        "shape": list(slot.shape),
-        "dtype": str(slot.dtype),
-        "numel": math.prod(slot.shape),
-        "device": slot.device,
-    }
-    reason = slot.skipped or slot.failed or ("queue full" if slot.dropped else None)
-    if reason is None:
-        name(path, slot)
-        document["file"] = f"{slot.name}.pt"
-    else:
-        document["skipped"] = reason
+    if sketch == SCALAR:
+        return _describe_scalar(next(scalars))
+    if isinstance(sketch, Opaque):
+        return {"type": "object", "class": sketch.cls}
+    branch = _parts(sketch)
+    document: Json = {"type": branch.kind}
+    if branch.cls:
+        document["class"] = branch.cls
+    if branch.fields is not None:
+        document["fields"] = list(branch.fields)
+    keys = branch.keys if branch.keys is not None else range(len(branch.items))
+    pairs = zip(keys, branch.items, strict=True)
+    children = [describe(item, (*path, key), tensor, scalars) for key, item in pairs]
+    document["items"] = children if branch.keys is None else _unique_keys(branch.keys, children)
     return document
 
 
-def _describe_branch(
-    node: Branch, path: tuple[PathKey, ...], name: Callable[[tuple[PathKey, ...], Slot], None]
-) -> Json:
-    document: Json = {"type": node.kind}
-    if node.cls is not None:
-        document["class"] = node.cls
-    if node.fields is not None:
-        document["fields"] = list(node.fields)
-    children = [describe(item, (*path, key), name) for key, item in zip(node.keys, node.items, strict=True)]
-    if node.kind == "dict":
-        document["items"] = _unique_keys(node.keys, children)
-    else:
-        document["items"] = children
-    return document
+def _parts(sketch: Any) -> Branch:
+    if isinstance(sketch, Branch):
+        return sketch
+    kind, *keys, items = sketch
+    return Branch(kind, "", keys[0] if keys else None, items)
+
+
+def _describe_scalar(value: Scalar) -> Json:
+    if isinstance(value, float) and not math.isfinite(value):
+        return {"type": "float", "value": str(value)}
+    kind = next(scalar.__name__ for scalar in _SCALARS if isinstance(value, scalar))
+    return {"type": kind, "value": str.__str__(value) if isinstance(value, str) else value}
 
 
 def _unique_keys(keys: Sequence[PathKey], children: Sequence[Json]) -> dict[str, Json]:
@@ -151,6 +182,3 @@ def _unique_keys(keys: Sequence[PathKey], children: Sequence[Json]) -> dict[str,
             label, n = f"{key}~{n}", n + 1
         items[label] = child
     return items
-
-
-__all__ = ["Branch", "Opaque", "class_name", "describe", "freeze"]

@@ -6,10 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tlcore.names import step_dir
-from tlcore.record import Json, Record, RunInfo, StepSummary
+from tlcore.record import Record, RunInfo, StepSummary
+from tlcore.rendering import quoted, structures_of
 
 from .pt_format import encode
-from .run_directory import RunDirectory, readable
+from .run_directory import RunDirectory
 from .uploads import Uploads
 
 
@@ -54,12 +55,13 @@ class PtSink:
         if step.step != self._step:
             self._begin_step(step.step)
         directory = step_dir(step.step)
-        for name, structure in step.structures.items():
-            self._put(f"{directory}/{self._directory.ranked(name)}", readable(structure))
+        structures = structures_of(directory, step.structures)
+        for name in structures:
+            self._put(f"{directory}/{self._directory.ranked(name)}", structures.readable(name))
         calls = "".join(f"{call}\n" for call in step.calls)
         self._put(f"{directory}/module_calls{self._directory.suffix}.txt", calls)
         self._uploads.wait()
-        self._directory.put_step(step.step, step.to_json(list(self._entries.values())))
+        self._directory.put_step(step.step, step.to_text(self._entries))
         self._begin_step(None)
 
     def close(self) -> None:
@@ -69,22 +71,22 @@ class PtSink:
 
     def _begin_step(self, step: int | None) -> None:
         self._step = step
-        self._entries: dict[str, Json] = {}
+        self._entries: list[str] = []
+        self._sizes: dict[str, int] = {}
 
     def _write_record(self, record: Record, copies: list[tuple[str, str]]) -> None:
         file = f"{record.name}.pt"
-        entry = record.describe()
-        original = self._entries.get(record.alias_of) if record.alias_of is not None else None
-        if original is not None:
-            copies.append((original["file"], file))
-            size = original["file_bytes"]
+        size = self._sizes.get(record.alias_of) if record.alias_of is not None else None
+        if size is not None:
+            copies.append((f"{record.alias_of}.pt", file))
         else:
             # Its original was not stored, so this record stands for itself.
-            entry.pop("alias_of", None)
+            record = record._replace(alias_of=None)
             parts = encode(record.dtype, record.shape, record.data)
             size = sum(memoryview(part).nbytes for part in parts)
             self._uploads.put(file, parts)
-        self._entries[record.name] = {**entry, "file": file, "file_bytes": size}
+        self._sizes[record.name] = size
+        self._entries.append(f'{record.entry_text()},"file":{quoted(file)},"file_bytes":{size}}}')
 
     def _put(self, name: str, text: str) -> None:
         self._uploads.put(name, [text.encode("utf-8")])

@@ -11,6 +11,7 @@ from typing import Any
 from tlcore.errors import BackendError
 from tlcore.names import rank_suffix, step_dir
 from tlcore.record import Json, RunInfo
+from tlcore.rendering import readable
 
 from .places import open_store
 from .stores import LocalStore
@@ -43,9 +44,9 @@ class RunDirectory:
         if self.run.rank == 0:
             self._put_run_document("running", closed=None)
 
-    def put_step(self, step: int, document: Json) -> None:
+    def put_step(self, step: int, text: str) -> None:
         """Write the ``step.json`` that commits a step of this rank."""
-        self.put(f"{step_dir(step)}/step{self.suffix}.json", compact(document))
+        self.put(f"{step_dir(step)}/step{self.suffix}.json", text)
 
     def put(self, name: str, text: str) -> None:
         """Write a text file."""
@@ -88,13 +89,3 @@ class RunDirectory:
 
     def _ledger(self) -> Json:
         return self.run.ledger.snapshot().to_json()
-
-
-def readable(document: Any) -> str:
-    """JSON for people, one key a line."""
-    return json.dumps(document, indent=1) + "\n"
-
-
-def compact(document: Any) -> str:
-    """JSON for programs, in one line."""
-    return json.dumps(document, separators=(",", ":")) + "\n"

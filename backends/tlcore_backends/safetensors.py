@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tlcore.names import step_dir
 from tlcore.record import Json, Record, RunInfo, StepSummary
+from tlcore.rendering import compact, quoted, structures_of
 
 from .run_directory import RunDirectory
 from .shards import Shard
 
 SHARD_BYTES = 512 << 20
-
-
-@dataclass(frozen=True, slots=True)
-class _Place:
-    """Where a record's bytes lie: ``[begin, end)`` in the payload of ``shard``."""
-
-    shard: Shard
-    begin: int
-    end: int
 
 
 class SafetensorsSink:
@@ -55,18 +46,18 @@ class SafetensorsSink:
             if record.step != self._step:
                 self._begin_step(record.step)
             self._write_record(record)
+        if self._shard is not None:
+            self._shard.flush()
 
     def commit_step(self, step: StepSummary) -> None:
         """Seal the last shard, then write the step's ``step.json``."""
         if step.step != self._step:
             self._begin_step(step.step)
         self._seal()
-        document = step.to_json([_described(entry, place) for entry, place in self._entries])
-        document["structures"] = {
-            self._directory.ranked(name): structure for name, structure in step.structures.items()
-        }
-        document["shards"] = self._sealed
-        self._directory.put_step(step.step, document)
+        structures = structures_of(step_dir(step.step), step.structures)
+        packed = (f"{quoted(self._directory.ranked(name))}:{structures.compact(name)}" for name in structures)
+        more = {"structures": f"{{{','.join(packed)}}}", "shards": compact(self._sealed)}
+        self._directory.put_step(step.step, step.to_text(self._entry_texts(), more))
         self._begin_step(None)
 
     def close(self) -> None:
@@ -80,30 +71,59 @@ class SafetensorsSink:
         self._shard = None
         self._step = step
         self._sealed: list[Json] = []
-        self._entries: list[tuple[Json, _Place]] = []
-        self._places: dict[str, _Place] = {}
+        # What goes into step.json once it is known where each shard's payload begins, in parallel lists:
+        # text, shard, and where in the payload. Lists of text and numbers leave no objects to be traced.
+        self._entries: list[str] = []
+        self._shards: list[Shard] = []
+        self._begins: list[int] = []
+        self._ends: list[int] = []
+        self._by_name: dict[str, int] = {}
 
     def _write_record(self, record: Record) -> None:
-        original = self._places.get(record.alias_of) if record.alias_of is not None else None
-        if original is None and record.alias_of is not None:
-            # Its original was not stored, so this record stands for itself.
-            record = replace(record, alias_of=None)
-        shard = self._shard_for(record)
+        original = self._by_name.get(record.alias_of) if record.alias_of is not None else None
         if original is None:
-            place = _Place(shard, *shard.add(record))
+            if record.alias_of is not None:
+                # Its original was not stored, so this record stands for itself.
+                record = record._replace(alias_of=None)
+            shard, begin = self._append(record)
+            end = begin + record.data.nbytes
         else:
-            shard.add_alias(record)
-            place = original
-        self._places[record.name] = place
-        self._entries.append((record.describe(), place))
+            self._note_alias(record)
+            shard, begin, end = self._shards[original], self._begins[original], self._ends[original]
+        self._by_name[record.name] = len(self._entries)
+        self._entries.append(record.entry_text())
+        self._shards.append(shard)
+        self._begins.append(begin)
+        self._ends.append(end)
 
-    def _shard_for(self, record: Record) -> Shard:
-        if self._shard is not None and not self._shard.has_room(record, self._shard_bytes):
+    def _append(self, record: Record) -> tuple[Shard, int]:
+        shard = self._shard or self._open_shard(record.step)
+        begin = shard.add(record, self._shard_bytes)
+        if begin is None:
             self._seal()
-        if self._shard is None:
-            index = len(self._sealed)
-            name = f"{step_dir(record.step)}/shard_rank_{self._rank}_{index}.safetensors"
-            self._shard = Shard(self._directory.store, name, index)
+            shard = self._open_shard(record.step)
+            begin = shard.add(record, self._shard_bytes)
+            assert begin is not None, "an empty shard takes any record"
+        return shard, begin
+
+    def _note_alias(self, record: Record) -> None:
+        shard = self._shard or self._open_shard(record.step)
+        if not shard.add_alias(record):
+            self._seal()
+            self._open_shard(record.step).add_alias(record)
+
+    def _entry_texts(self) -> Iterator[str]:
+        tails = {id(shard): f',"shard":{quoted(shard.name)},"offsets":[' for shard in self._shards}
+        for entry, shard, begin, end in zip(
+            self._entries, self._shards, self._begins, self._ends, strict=True
+        ):
+            data_begin = shard.data_begin
+            yield f"{entry}{tails[id(shard)]}{data_begin + begin},{data_begin + end}]}}"
+
+    def _open_shard(self, step: int) -> Shard:
+        index = len(self._sealed)
+        name = f"{step_dir(step)}/shard_rank_{self._rank}_{index}.safetensors"
+        self._shard = Shard(self._directory.store, name, index)
         return self._shard
 
     def _seal(self) -> None:
@@ -111,8 +131,3 @@ class SafetensorsSink:
             size = self._shard.seal()
             self._sealed.append({"file": self._shard.name, "bytes": size})
             self._shard = None
-
-
-def _described(entry: Json, place: _Place) -> Json:
-    begin = place.shard.data_begin
-    return {**entry, "shard": place.shard.name, "offsets": [begin + place.begin, begin + place.end]}

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 
 from tlcore.errors import BackendError
 from tlcore.protocols import Buffer, Store
 from tlcore.record import Record
+from tlcore.rendering import compact, quoted
 
 from .stores import LocalStore, UnfinishedFile
 
@@ -55,6 +56,7 @@ class Shard:
         self.payload_bytes = 0
         self._store = store
         self._reserve = min(_FIRST_RESERVE << min(index, 16), _LARGEST_RESERVE)
+        self._waiting: list[memoryview] = []
         self._gathered: list[bytes] = []
         self._file: UnfinishedFile | None = None
         self._metadata = ['"format":"pt"', '"tlcore.layout":"1"']
@@ -62,32 +64,57 @@ class Shard:
         self._header_bytes = _FIXED + sum(map(len, self._metadata))
         self._data_begin: int | None = None
 
-    def has_room(self, record: Record, shard_bytes: int) -> bool:
-        """Whether ``record`` (an alias or not) may still go into this shard; an empty one takes any."""
-        header = self._header_bytes + sum(len(text) + 1 for text in _described(record, self.payload_bytes))
-        payload = 0 if record.alias_of else record.nbytes
-        fits = not self.payload_bytes or self.payload_bytes + payload <= shard_bytes
-        return fits and header <= self._reserve - _LENGTH_BYTES
+    def add(self, record: Record, shard_bytes: int) -> int | None:
+        """Take over a record; returns where its bytes begin in the payload, None when there is no room.
 
-    def add(self, record: Record) -> tuple[int, int]:
-        """Take over a record's bytes; returns where they begin and end in the payload."""
+        An empty shard takes any record. The bytes are only noted: call `flush` before they change.
+        """
         begin = self.payload_bytes
-        entry, *marks = _described(record, begin)
-        self._keep(record.data)
+        origin = record.origin
+        end = begin + record.data.nbytes
+        fragment, dtype = _header_of(origin.dtype, origin.shape)
+        entry = f"{quoted(record.name)}:{fragment}[{begin},{end}]}}"
+        header = self._header_bytes + len(entry) + 1
+        if dtype:
+            mark = f"{quoted(f'tlcore.dtype.{record.name}')}:{dtype}"
+            header += len(mark) + 1
+        if begin and (end > shard_bytes or header > self._reserve - _LENGTH_BYTES):
+            return None
+        if dtype:
+            self._metadata.append(mark)
         self._tensors.append(entry)
-        self._metadata += marks
-        self._header_bytes += sum(len(text) + 1 for text in (entry, *marks))
-        self.payload_bytes += record.nbytes
-        return begin, self.payload_bytes
+        self._header_bytes = header
+        self.payload_bytes = end
+        self._waiting.append(record.data)
+        return begin
 
-    def add_alias(self, record: Record) -> None:
-        """Note in the shard's metadata that a name stands for an earlier tensor of the step."""
-        (mark,) = _described(record, 0)
+    def add_alias(self, record: Record) -> bool:
+        """Note in the shard's metadata that a name stands for an earlier tensor; False without room."""
+        mark = f"{quoted(f'tlcore.alias.{record.name}')}:{quoted(record.alias_of or '')}"
+        header = self._header_bytes + len(mark) + 1
+        if self.payload_bytes and header > self._reserve - _LENGTH_BYTES:
+            return False
         self._metadata.append(mark)
-        self._header_bytes += len(mark) + 1
+        self._header_bytes = header
+        return True
+
+    def flush(self) -> None:
+        """Write or copy the bytes of all records added so far."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        if self._file is None:
+            if not isinstance(self._store, LocalStore) or self.payload_bytes <= _SMALL:
+                self._gathered += map(bytes, waiting)
+                return
+            self._file = self._store.begin(self.name, self._reserve)
+            gathered, self._gathered = self._gathered, []
+            self._append(self._file, gathered)
+        self._append(self._file, waiting)
 
     def seal(self) -> int:
         """Publish the shard; returns its size in bytes."""
+        self.flush()
         head = self._head()
         self._data_begin = len(head)
         if self._file is None:
@@ -101,7 +128,7 @@ class Shard:
 
     def abandon(self) -> None:
         """Forget an unsealed shard and its file."""
-        self._gathered = []
+        self._gathered, self._waiting = [], []
         if self._file is not None:
             self._file.abandon()
 
@@ -111,18 +138,6 @@ class Shard:
         if self._data_begin is None:
             raise ValueError(f"{self.name} is not sealed")
         return self._data_begin
-
-    def _keep(self, data: memoryview) -> None:
-        if self._file is not None:
-            self._append(self._file, [data])
-            return
-        streams = isinstance(self._store, LocalStore) and self.payload_bytes + data.nbytes > _SMALL
-        if not streams or not isinstance(self._store, LocalStore):
-            self._gathered.append(bytes(data))
-            return
-        self._file = self._store.begin(self.name, self._reserve)
-        self._append(self._file, [*self._gathered, data])
-        self._gathered = []
 
     def _append(self, file: UnfinishedFile, parts: Sequence[Buffer]) -> None:
         try:
@@ -141,22 +156,15 @@ class Shard:
         return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length)
 
 
-def _described(record: Record, begin: int) -> list[str]:
-    """The header's text for a record: its entry and, if needed, its dtype's mark; or an alias's mark."""
-    if record.alias_of is not None:
-        return [_pair(f"tlcore.alias.{record.name}", record.alias_of)]
-    dtype, shape = _DTYPES.get(record.dtype), list(record.shape)
-    marks = []
-    if dtype is None:
-        marks = [_pair(f"tlcore.dtype.{record.name}", str(record.dtype).removeprefix("torch."))]
-        dtype = _COMPLEX.get(record.dtype, "U8")
-        shape.append(2 if record.dtype in _COMPLEX else record.dtype.itemsize)
-    entry = {"dtype": dtype, "shape": shape, "data_offsets": [begin, begin + record.nbytes]}
-    return [_pair(record.name, entry), *marks]
-
-
-def _pair(key: str, value: object) -> str:
-    return f"{json.dumps(key)}:{json.dumps(value, separators=(',', ':'))}"
+@lru_cache(maxsize=4096)
+def _header_of(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, str]:
+    """A header entry up to its offsets; and, where the format lacks the dtype, the dtype's name as JSON."""
+    name, extents, mark = _DTYPES.get(dtype), list(shape), ""
+    if name is None:
+        mark = quoted(str(dtype).removeprefix("torch."))
+        name = _COMPLEX.get(dtype, "U8")
+        extents.append(2 if dtype in _COMPLEX else dtype.itemsize)
+    return f'{{"dtype":"{name}","shape":{compact(extents)},"data_offsets":', mark
 
 
 def _refused(file: UnfinishedFile, error: OSError) -> BackendError:

@@ -14,7 +14,7 @@ import xxhash
 
 from tlcore.errors import BackendError
 from tlcore.protocols import Sink
-from tlcore.record import Counts, Json, Ledger, Record, RunInfo, StepSummary
+from tlcore.record import Counts, Json, Ledger, Origin, Record, RunInfo, StepSummary
 from tlcore_backends.pt import PtSink
 
 
@@ -38,9 +38,8 @@ def make_record(name: str, tensor: torch.Tensor, rank: int = 0, alias_of: str | 
     step, module = int(name.split("/")[0].removeprefix("step_")), name.split("/")[1]
     digest = xxhash.xxh3_128_hexdigest(data)
     shape = tuple(tensor.shape)
-    return Record(
-        *(name, step, rank, module, 0, "outputs", (), tensor.dtype, shape, "cpu", data, digest, alias_of)
-    )
+    origin = Origin(rank, module, 0, "outputs", (), tensor.dtype, shape, "cpu")
+    return Record(name, step, origin, data, digest, alias_of)
 
 
 def make_summary(

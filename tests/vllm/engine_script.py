@@ -13,6 +13,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from tests.toys import hook_count
+
 PROMPTS = [
     "The capital of France is",
     "Water boils at a temperature of",
@@ -40,7 +42,7 @@ def main(model: str, config: dict[str, Any] | None) -> dict[str, Any]:
         "prompts": [list(each.prompt_token_ids or ()) for each in outputs],
         "tokens": [list(each.outputs[0].token_ids) for each in outputs],
         "threads": [thread.name for thread in threading.enumerate()],
-        "hooks": sum(len(m._forward_hooks) + len(m._forward_pre_hooks) for m in root.modules()),
+        "hooks": hook_count(root),
         "decoder": [type(root.model).__name__, len(type(root.model).__mro__)],
     }
     del llm, core, root, outputs

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 import xxhash
 
-from ..record import LAYOUT_VERSION, Counts, Json, Ledger, Record, RunInfo, StepSummary
+from ..record import LAYOUT_VERSION, Counts, Json, Ledger, Origin, Record, RunInfo, StepSummary
 
 
 def make_run(
@@ -34,21 +34,9 @@ def make_record(name: str, tensor: torch.Tensor, rank: int = 0, alias_of: str | 
     """A record named ``step_<S>/<module>/<stem>`` with a copy of the bytes of ``tensor``."""
     step, module = name.split("/")[:2]
     data = memoryview(bytes_of(tensor))
-    return Record(
-        name=name,
-        step=int(step.removeprefix("step_")),
-        rank=rank,
-        module=module,
-        call=0,
-        direction="outputs",
-        path=(),
-        dtype=tensor.dtype,
-        shape=tuple(tensor.shape),
-        device="cpu",
-        data=data,
-        hash=xxhash.xxh3_128_hexdigest(data),
-        alias_of=alias_of,
-    )
+    origin = Origin(rank, module, 0, "outputs", (), tensor.dtype, tuple(tensor.shape), "cpu")
+    number = int(step.removeprefix("step_"))
+    return Record(name, number, origin, data, xxhash.xxh3_128_hexdigest(data), alias_of)
 
 
 def make_summary(

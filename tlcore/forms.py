@@ -1,0 +1,146 @@
+"""What the filters say about a tensor, decided once for all tensors of one dtype, shape and device."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+# A copy this small is over before another thread could use the interpreter, which is dear to get back.
+_SMALL_BYTES = 256 << 10
+_LONGEST_TABLE = 4096
+_OTHER_DEVICE = "device not in device_names"
+
+Move = Callable[[int, int, int], object]
+move_large: Move = ctypes.memmove
+_address = ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+# The same function, called without giving up the interpreter's lock.
+move_small: Move = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_address)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFilter:
+    """What decides about one tensor from its metadata; devices are ``str(device)``, sizes elements."""
+
+    devices: frozenset[str]
+    max_elements: int | None
+    max_run_bytes: int | None
+
+
+class Outcome(NamedTuple):
+    """Why a tensor is not stored: the ledger's column and the reason; no column for a rejected one."""
+
+    column: Literal["skipped", "dropped", "failed"] | None
+    reason: str
+
+
+QUEUE_FULL = Outcome("dropped", "queue full")
+RUN_FULL = Outcome("skipped", "max_run_bytes reached")
+
+
+class Form:
+    """All tensors of one dtype, shape (elements) and device; ``outcome`` is None where they are stored.
+
+    ``kind`` is equal for forms of equal dtype and shape. ``plain`` says that a contiguous tensor's bytes
+    need nothing but ``move(target, source, nbytes)``.
+    """
+
+    __slots__ = ("_refused", "device", "dtype", "kind", "move", "nbytes", "outcome", "plain", "shape")
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        device: str,
+        nbytes: int,
+        kind: int,
+        outcome: Outcome | None,
+        plain: bool = False,
+    ) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.device = device
+        self.nbytes = nbytes
+        self.kind = kind
+        self.outcome = outcome
+        self.plain = plain
+        self.move = move_small if nbytes < _SMALL_BYTES else move_large
+        self._refused: dict[Outcome, Form] = {}
+
+    def refused(self, outcome: Outcome) -> Form:
+        """The same form for a tensor that is not stored after all."""
+        if self.outcome is not None:
+            return self
+        known = self._refused.get(outcome)
+        if known is None:
+            known = Form(self.dtype, self.shape, self.device, self.nbytes, self.kind, outcome)
+            self._refused[outcome] = known
+        return known
+
+
+class FormTable:
+    """Every form met so far; bounded, since shapes may go on changing for ever."""
+
+    def __init__(self, tensors: TensorFilter) -> None:
+        self.on_cpu: dict[tuple[torch.dtype, tuple[int, ...]], Form] = {}
+        self._filter = tensors
+        self._known: dict[tuple[object, ...], Form] = {}
+        self._kinds: dict[tuple[torch.dtype, tuple[int, ...]], int] = {}
+        self._numbers = itertools.count()
+
+    def find(self, tensor: torch.Tensor) -> Form:
+        """The form of any tensor; raises what torch raises for one that hides its metadata."""
+        outcome = _unsupported_class(tensor)
+        shape = () if tensor.is_nested else tuple(tensor.shape)
+        key = (tensor.dtype, shape, tensor.device, tensor.layout, outcome)
+        form = self._known.get(key)
+        if form is None:
+            if len(self._known) >= _LONGEST_TABLE:
+                self._clear()
+            form = self._known[key] = self._make(tensor, shape, outcome)
+            if form.plain:
+                self.on_cpu[form.dtype, form.shape] = form
+        return form
+
+    def _clear(self) -> None:
+        # Numbers of kinds are never used again, so what older forms say of equality stays true.
+        self._known.clear()
+        self._kinds.clear()
+        self.on_cpu.clear()
+
+    def _make(self, tensor: torch.Tensor, shape: tuple[int, ...], outcome: Outcome | None) -> Form:
+        dtype, device = tensor.dtype, str(tensor.device)
+        count = 0 if tensor.is_nested else tensor.numel()
+        outcome = self._judge(tensor, device, count) or outcome
+        kind = self._kinds.setdefault((dtype, shape), next(self._numbers))
+        # A limit on the run's bytes must be looked at for each tensor.
+        plain = outcome is None and tensor.is_cpu and not dtype.is_complex and not self._filter.max_run_bytes
+        return Form(dtype, shape, device, count * dtype.itemsize, kind, outcome, plain)
+
+    def _judge(self, tensor: torch.Tensor, device: str, count: int) -> Outcome | None:
+        limits = self._filter
+        if limits.devices and device not in limits.devices:
+            return Outcome(None, _OTHER_DEVICE)
+        if tensor.layout is not torch.strided:
+            return Outcome("skipped", f"unsupported layout {tensor.layout}")
+        if tensor.is_quantized:
+            return Outcome("skipped", "unsupported quantized dtype")
+        if tensor.is_meta:
+            return Outcome("skipped", "meta tensor holds no data")
+        if limits.max_elements is not None and count > limits.max_elements:
+            return Outcome("skipped", "larger than max_tensor_size")
+        return None
+
+
+def _unsupported_class(tensor: torch.Tensor) -> Outcome | None:
+    """Why a tensor that is not a plain `torch.Tensor` has no bytes of its own to store, or None."""
+    if tensor.is_nested:
+        return Outcome("skipped", "unsupported nested tensor")
+    cls = type(tensor)
+    if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return Outcome("skipped", f"unsupported tensor class {cls.__name__}")
+    return None

@@ -1,0 +1,86 @@
+"""JSON texts of a step: rendered once for each form that a call takes, then only completed.
+
+A model repeats itself: from step to step the same modules are called with the same structures, and only
+the step's number, hashes and places differ. What repeats is kept as finished text.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Iterator, Mapping
+from json.encoder import encode_basestring_ascii
+from typing import Any
+
+Json = dict[str, Any]
+
+# Stands for the step's directory in a text that is made before the step is known.
+STEP_DIR = f"<step-{secrets.token_hex(16)}>"
+
+quoted = encode_basestring_ascii
+
+
+def compact(document: Any) -> str:
+    """JSON for programs, in one line, without a line end."""
+    return json.dumps(document, separators=(",", ":"))
+
+
+def readable(document: Any) -> str:
+    """JSON for people, one key a line."""
+    return json.dumps(document, indent=1) + "\n"
+
+
+class Template:
+    """One structure document in which the step's directory, written `STEP_DIR`, is still open."""
+
+    __slots__ = ("_compact", "_document", "_readable")
+
+    def __init__(self, document: Json) -> None:
+        self._document = document
+        self._compact: list[str] | None = None
+        self._readable: list[str] | None = None
+
+    def compact(self, step_dir: str) -> str:
+        """The document in one line."""
+        if self._compact is None:
+            self._compact = compact(self._document).split(STEP_DIR)
+        return step_dir.join(self._compact)
+
+    def readable(self, step_dir: str) -> str:
+        """The document with one key a line."""
+        if self._readable is None:
+            self._readable = readable(self._document).split(STEP_DIR)
+        return step_dir.join(self._readable)
+
+
+class Structures(Mapping[str, Json]):
+    """A step's structure documents by name (``<call dir>/inputs.json``), each made when it is asked for."""
+
+    def __init__(self, step_dir: str, templates: Mapping[str, Template]) -> None:
+        self._step_dir = step_dir
+        self._templates = templates
+
+    def __getitem__(self, name: str) -> Json:
+        document: Json = json.loads(self.compact(name))
+        return document
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._templates)
+
+    def __len__(self) -> int:
+        return len(self._templates)
+
+    def compact(self, name: str) -> str:
+        """One document's JSON text in one line."""
+        return self._templates[name].compact(self._step_dir)
+
+    def readable(self, name: str) -> str:
+        """One document's JSON text, one key a line."""
+        return self._templates[name].readable(self._step_dir)
+
+
+def structures_of(step_dir: str, documents: Mapping[str, Json]) -> Structures:
+    """`Structures` of finished documents."""
+    if isinstance(documents, Structures):
+        return documents
+    return Structures(step_dir, {name: Template(document) for name, document in documents.items()})
