@@ -19,7 +19,7 @@ LAYERS: list[set[str]] = [
     {"pipeline"},
     {"collector"},
     {"hooks", "reader"},
-    {"convert", "filesystem", "session"},
+    {"convert", "filesystem", "prune", "session"},
     {"__main__", "adapters", "cli", "compare_il", "comparison", "testing", "vllm"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

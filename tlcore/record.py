@@ -213,12 +213,20 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True)
+class SpillPlace:
+    """A local ``directory`` for what the run's own place does not take within ``patience_s`` seconds."""
+
+    directory: str
+    patience_s: float
+
+
+@dataclass(frozen=True, slots=True)
 class RunInfo:
     """What a sink learns when it is opened.
 
     ``url`` is the run's own directory (``<output_dir>/<run id>``), a local path or an fsspec URL.
     ``document`` is the redacted content of ``run.json`` without its ``state``. ``ledger`` is live: at
-    `Sink.close` it holds the run's final counts.
+    `Sink.close` it holds the run's final counts. ``spill`` is set where ``spill_dir`` is.
     """
 
     run_id: str
@@ -228,6 +236,7 @@ class RunInfo:
     document: Json
     ledger: Ledger
     fsync: bool = False
+    spill: SpillPlace | None = None
 
 
 @dataclass(frozen=True, slots=True)

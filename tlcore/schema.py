@@ -38,6 +38,7 @@ class Config:
     block_s: float
     fsync: bool
     on_error: Literal["warn", "raise"]
+    spill_dir: str | None
     backend_options: dict[str, Any] = field(default_factory=dict, hash=False)
     # Names of the options whose value may be shown; a backend's schema marks the others writeOnly.
     public_options: frozenset[str] = field(default=frozenset(), compare=False)
@@ -191,6 +192,9 @@ def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
             backend, options, output_dir = _normal_place(backend, options, output_dir)
         except ConfigError as error:
             found.append(error)
+    if document["spill_dir"] is not None and backend.origin != "built-in":
+        problem = f"only the built-in backends can spill, and {name!r} is none of them."
+        found.append(ConfigError("$.spill_dir", problem, "Leave the key out."))
     patterns = document["module_call_match"]
     return Config(
         **{

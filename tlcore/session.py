@@ -27,12 +27,13 @@ from .forms import TensorFilter
 from .hooks import Listener, ListenerSet, open_calls, raised_by, refuse_compiled
 from .pipeline import Batch, InlinePipeline, Processor, StepEnd, ThreadPipeline
 from .protocols import Sink
-from .record import LAYOUT_VERSION, Counts, Json, Ledger, RunInfo
+from .record import LAYOUT_VERSION, Counts, Json, Ledger, RunInfo, SpillPlace
 from .schema import Config, load_config
 from .staging import HostPool, Stager
 from .structure import class_name
 
 log = logging.getLogger("tlcore")
+_LEAST_PATIENCE_S, _MOST_PATIENCE_S = 0.5, 5.0
 
 
 def new_run_id() -> str:
@@ -85,7 +86,16 @@ def new_run(
         document=document,
         ledger=Ledger(),
         fsync=config.fsync,
+        spill=_spill_place(config, run_id),
     )
+
+
+def _spill_place(config: Config, run_id: str) -> SpillPlace | None:
+    if config.spill_dir is None:
+        return None
+    # Spilling must begin before a step gives up waiting for the queue.
+    patience_s = min(max(config.block_s / 2, _LEAST_PATIENCE_S), _MOST_PATIENCE_S)
+    return SpillPlace(os.path.join(config.spill_dir, run_id), patience_s)
 
 
 def make_sink(config: Config) -> Sink:
@@ -243,8 +253,9 @@ class Session:
             self._sink.close()
         counts = self.ledger
         log.info(
-            "run %s: captured %d = stored %d + skipped %d + dropped %d + failed %d",
+            "run %s: captured %d = stored %d + skipped %d + dropped %d + failed %d %s",
             self.url, counts.captured, counts.stored, counts.skipped, counts.dropped, counts.failed,
+            dict(sorted(counts.reasons.items())) or "",
         )  # fmt: skip
         first = self._processor.first_error if self._processor else None
         if first is not None and self.config.on_error == "raise":

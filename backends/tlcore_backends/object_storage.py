@@ -9,9 +9,10 @@ from tlcore.errors import BackendError
 from tlcore.protocols import Buffer, Entry, Sink
 
 from .filesystems import open_filesystem
+from .places import ATTEMPTS, DEADLINE_S, Limits
 from .pt import PtSink
 from .redaction import Redactor
-from .remote_calls import ATTEMPTS, DEADLINE_S, DeadlineError, RemoteCalls, is_about_credentials
+from .remote_calls import DeadlineError, RemoteCalls, is_about_credentials
 from .safetensors import SHARD_BYTES, SafetensorsSink
 from .stores import UNFINISHED, check_name
 
@@ -23,11 +24,14 @@ def make_sink(
     format: Literal["pt", "safetensors"] = "pt",
     storage_options: Mapping[str, Any] | None = None,
     shard_bytes: int = SHARD_BYTES,
+    deadline_s: float = DEADLINE_S,
+    attempts: int = ATTEMPTS,
 ) -> Sink:
     """The sink of ``backend: "fsspec"``; where it writes is the run's URL."""
+    limits = Limits(deadline_s, attempts)
     if format == "safetensors":
-        return SafetensorsSink(shard_bytes, storage_options)
-    return PtSink(storage_options)
+        return SafetensorsSink(shard_bytes, storage_options, limits)
+    return PtSink(storage_options, limits)
 
 
 class FsspecStore:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -16,13 +17,28 @@ _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 _LOCAL_SCHEMES = ("file", "local")
 
 
+DEADLINE_S = 30.0
+ATTEMPTS = 4
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """How long one remote request may take, and how often it is tried."""
+
+    deadline_s: float = DEADLINE_S
+    attempts: int = ATTEMPTS
+
+
 def open_store(
-    place: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None, fsync: bool = False
+    place: str | os.PathLike[str],
+    storage_options: Mapping[str, Any] | None = None,
+    fsync: bool = False,
+    limits: Limits | None = None,
 ) -> Store:
     """The store for a local path, a ``file://`` URL or the URL of any other fsspec protocol.
 
-    ``storage_options`` go to the fsspec filesystem; ``fsync`` matters on the local disk only. Raises
-    BackendError for an unknown protocol, a missing package, or options that it does not take.
+    ``storage_options`` go to the fsspec filesystem and ``limits`` hold for it; ``fsync`` matters on the
+    local disk only. Raises BackendError for an unknown protocol, a missing package, or unusable options.
     """
     text = os.fspath(place)
     if not _URL.match(text):
@@ -33,4 +49,5 @@ def open_store(
     # Loaded only when needed: most runs go to the local disk.
     from .object_storage import FsspecStore
 
-    return FsspecStore(text, storage_options)
+    limits = limits or Limits()
+    return FsspecStore(text, storage_options, limits.deadline_s, limits.attempts)

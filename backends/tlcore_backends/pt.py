@@ -9,6 +9,7 @@ from tlcore.names import step_dir
 from tlcore.record import Record, RunInfo, StepSummary
 from tlcore.rendering import quoted, structures_of
 
+from .places import Limits
 from .pt_format import encode
 from .run_directory import RunDirectory
 from .uploads import Uploads
@@ -18,18 +19,22 @@ class PtSink:
     """Writes each record as ``<logical name>.pt``; identical tensors of a step are copies of one file.
 
     On the local disk such a copy is a hard link, in object storage the server makes it, and many files
-    travel at once. ``storage_options`` go to the fsspec filesystem when the run lies at a URL.
+    travel at once. ``storage_options`` go to the fsspec filesystem when the run lies at a URL,
+    ``limits`` hold for its requests.
     """
 
-    def __init__(self, storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self, storage_options: Mapping[str, Any] | None = None, limits: Limits | None = None
+    ) -> None:
         self._storage_options = storage_options
+        self._limits = limits
 
     def open(self, run: RunInfo) -> None:
         """Make the run's directory and, on rank 0, its ``run.json``.
 
         Raises BackendError when the directory cannot be made or written, or holds something else.
         """
-        self._directory = RunDirectory(run, "pt", self._storage_options)
+        self._directory = RunDirectory(run, "pt", self._storage_options, self._limits)
         self._uploads = Uploads(self._directory.store)
         self._begin_step(None)
         self._directory.open()

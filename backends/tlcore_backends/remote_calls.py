@@ -6,17 +6,17 @@ import asyncio
 import concurrent.futures
 import random
 import re
-import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 from .filesystems import FileSystem
+from .places import ATTEMPTS, DEADLINE_S
+from .threads import in_thread
 
-DEADLINE_S = 30.0
-ATTEMPTS = 4
 # A transfer this slow is as good as none.
 _SLOWEST_BYTES_PER_S = 1e6
+_MARK = "__tlcore__"
 _FIRST_PAUSE_S = 0.2
 _LONGEST_PAUSE_S = 5.0
 _TRANSIENT_STATUS = frozenset({408, 425, 429, 500, 502, 503, 504})
@@ -54,6 +54,8 @@ class RemoteCalls:
         self._filesystem = filesystem
         self._deadline_s = deadline_s
         self._attempts = attempts
+        if filesystem.async_impl:
+            _let_connections_die_quietly(filesystem.loop)
 
     def run(self, method: str, *args: Any, moved_bytes: int = 0, **keys: Any) -> Any:
         """The method's result. Raises what the last attempt raised, or DeadlineError."""
@@ -72,7 +74,7 @@ class RemoteCalls:
             coroutine = getattr(self._filesystem, f"_{method}")(*args, **keys)
             future = asyncio.run_coroutine_threadsafe(coroutine, self._filesystem.loop)
         else:
-            future = _in_thread(lambda: getattr(self._filesystem, method)(*args, **keys))
+            future = in_thread(lambda: getattr(self._filesystem, method)(*args, **keys))
         try:
             return future.result(deadline_s)
         except (concurrent.futures.TimeoutError, concurrent.futures.CancelledError):
@@ -82,22 +84,25 @@ class RemoteCalls:
             raise DeadlineError(f"no answer within {deadline_s:.1f} s") from None
 
 
-def _in_thread(call: Callable[[], Any]) -> concurrent.futures.Future[Any]:
-    """Run a call in a thread that is left behind when nobody waits for it any more."""
-    future: concurrent.futures.Future[Any] = concurrent.futures.Future()
+def _let_connections_die_quietly(loop: asyncio.AbstractEventLoop) -> None:
+    """Keep a library's own tasks from logging a traceback for each cut connection.
 
-    def work() -> None:
-        try:
-            result = call()
-        except BaseException as error:
-            if not future.cancelled():
-                future.set_exception(error)
+    The request that used the connection fails with an error of its own, which is told once.
+    """
+    previous = loop.get_exception_handler()
+    if getattr(previous, _MARK, False):
+        return
+
+    def handle(loop: asyncio.AbstractEventLoop, context: dict[str, Any]) -> None:
+        if isinstance(context.get("exception"), ConnectionError):
+            return
+        if previous is not None:
+            previous(loop, context)
         else:
-            if not future.cancelled():
-                future.set_result(result)
+            loop.default_exception_handler(context)
 
-    threading.Thread(target=work, name="tlcore-remote", daemon=True).start()
-    return future
+    setattr(handle, _MARK, True)
+    loop.set_exception_handler(handle)
 
 
 def is_transient(error: BaseException) -> bool:

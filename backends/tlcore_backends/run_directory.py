@@ -10,10 +10,12 @@ from typing import Any
 
 from tlcore.errors import BackendError
 from tlcore.names import rank_suffix, step_dir
+from tlcore.protocols import Store
 from tlcore.record import Json, RunInfo
 from tlcore.rendering import readable
 
-from .places import open_store
+from .places import Limits, open_store
+from .spill import SpillStore
 from .stores import LocalStore
 
 _RUN_FILE = "run.json"
@@ -27,10 +29,17 @@ class RunDirectory:
     In object storage nothing is read: a role that may only write is enough.
     """
 
-    def __init__(self, run: RunInfo, backend: str, storage_options: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        run: RunInfo,
+        backend: str,
+        storage_options: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
+    ) -> None:
         self.run = run
         self.suffix = rank_suffix(run.rank)
-        self.store = open_store(run.url, storage_options, run.fsync)
+        self._place = open_store(run.url, storage_options, run.fsync, limits)
+        self.store: Store = SpillStore(self._place, run, run.spill) if run.spill is not None else self._place
         self._backend = backend
 
     def open(self) -> None:
@@ -38,8 +47,8 @@ class RunDirectory:
 
         Raises BackendError when the directory cannot be made or written, or holds something else.
         """
-        if isinstance(self.store, LocalStore):
-            self.store.prepare()
+        if isinstance(self._place, LocalStore):
+            self._place.prepare()
             self._refuse_foreign_directory()
         if self.run.rank == 0:
             self._put_run_document("running", closed=None)

@@ -9,6 +9,7 @@ from tlcore.names import step_dir
 from tlcore.record import Json, Record, RunInfo, StepSummary
 from tlcore.rendering import compact, quoted, structures_of
 
+from .places import Limits
 from .run_directory import RunDirectory
 from .shards import Shard
 
@@ -20,21 +21,26 @@ class SafetensorsSink:
 
     A shard is sealed when the next record would make its payload larger than ``shard_bytes``, and at
     the step's end. Structures are packed into ``step.json``. Identical tensors of a step are stored
-    once. ``storage_options`` go to the fsspec filesystem when the run lies at a URL.
+    once. ``storage_options`` go to the fsspec filesystem when the run lies at a URL, ``limits`` hold
+    for its requests.
     """
 
     def __init__(
-        self, shard_bytes: int = SHARD_BYTES, storage_options: Mapping[str, Any] | None = None
+        self,
+        shard_bytes: int = SHARD_BYTES,
+        storage_options: Mapping[str, Any] | None = None,
+        limits: Limits | None = None,
     ) -> None:
         self._shard_bytes = shard_bytes
         self._storage_options = storage_options
+        self._limits = limits
 
     def open(self, run: RunInfo) -> None:
         """Make the run's directory and, on rank 0, its ``run.json``.
 
         Raises BackendError when the directory cannot be made or written, or holds something else.
         """
-        self._directory = RunDirectory(run, "safetensors", self._storage_options)
+        self._directory = RunDirectory(run, "safetensors", self._storage_options, self._limits)
         self._rank = run.rank
         self._shard: Shard | None = None
         self._begin_step(None)

@@ -22,11 +22,11 @@ class Uploads:
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """Publish a blob; ``parts`` must stay as they are until `wait` returns."""
-        self._do(lambda: self._store.put(name, parts))
+        self.run(lambda: self._store.put(name, parts))
 
     def copy(self, source: str, target: str) -> None:
         """Make ``target`` the same blob as ``source``, which an earlier group has put."""
-        self._do(lambda: self._store.copy(source, target))
+        self.run(lambda: self._store.copy(source, target))
 
     def wait(self) -> None:
         """Return when everything asked for so far is done; raises the first error among it."""
@@ -40,7 +40,12 @@ class Uploads:
         if self._pool is not None:
             self._pool.shutdown()
 
-    def _do(self, call: Callable[[], object]) -> None:
+    def delete(self, name: str) -> None:
+        """Remove a blob."""
+        self.run(lambda: self._store.delete(name))
+
+    def run(self, call: Callable[[], object]) -> None:
+        """Do anything else that belongs to the group."""
         if self._pool is None:
             call()
             return

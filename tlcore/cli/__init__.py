@@ -16,6 +16,8 @@ COMMANDS = {
     "verify": ("verify", "check that everything a run stored is there, whole and unchanged"),
     "compare": ("compare", "compare two runs and find where they part"),
     "convert": ("convert", "write a run into another backend, losslessly"),
+    "push": ("push", "deliver what waits in a spill_dir"),
+    "prune": ("prune", "remove old or crashed runs and unfinished uploads, after asking"),
     "check-config": ("check_config", "check a configuration and print its normal form"),
 }
 

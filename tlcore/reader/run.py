@@ -181,15 +181,25 @@ class Run(Mapping[int, Step]):
 
     @cached_property
     def ledger(self) -> Counts:
-        """What became of every tensor; of a run that is not complete, the sum over committed steps."""
+        """What became of every tensor, over all ranks.
+
+        A rank that has not closed the run (it crashed or is running) counts with its committed steps.
+        """
         total = Counts()
-        if self.state == "complete":
-            markers = [self.files.json(self._close_marker(rank)) for rank in range(1, self.world_size)]
-            for document in (self.document, *markers):
-                total.add(counts_of(document, self.url))
-        else:
-            for number in self._committed:
-                total.add(self.step(number).ledger)
+        for rank in range(self.world_size):
+            total.add(self._ledger_of(rank))
+        return total
+
+    def _ledger_of(self, rank: int) -> Counts:
+        if rank == 0 and self.document["state"] == "complete":
+            return counts_of(self.document, f"{self.url}/{RUN_FILE}")
+        marker = self._close_marker(rank)
+        if rank > 0 and marker in self.files.sizes:
+            return counts_of(self.files.json(marker), f"{self.url}/{marker}")
+        total = Counts()
+        for number, ranks in self._committed.items():
+            if rank in ranks:
+                total.add(counts_of(self.step(number).documents[rank], f"{self.url}: step {number}"))
         return total
 
     def step(self, number: int) -> Step:

@@ -15,6 +15,7 @@ from ..names import rank_suffix, step_dir
 from ..record import Counts, Json
 from .documents import check_ledger
 from .files import MissingError, RunFiles, missing
+from .loose import loose_records
 from .parts import group_of, joined, part_of
 from .rebuild import Arguments, rebuild, rebuild_arguments
 
@@ -77,14 +78,12 @@ class Step(Mapping[str, torch.Tensor]):
         return found
 
     @cached_property
-    def _loose(self) -> list[str]:
-        """Names of finished tensor files that no committed rank lists."""
+    def _loose(self) -> dict[str, Json]:
+        """Where whole tensors lie that no committed rank lists, by logical name."""
         if self.complete:
-            return []
-        listed = {record.get("file") for record in self._records.values()}
-        begin = f"{self._directory}/"
-        files = [name for name in self._files.sizes if name.startswith(begin) and name.endswith(_TENSOR_FILE)]
-        return [name.removesuffix(_TENSOR_FILE) for name in sorted(files) if name not in listed]
+            return {}
+        found = loose_records(self._files, self._directory)
+        return {name: record for name, record in found.items() if name not in self._records}
 
     @property
     def records(self) -> list[Json]:
@@ -142,7 +141,8 @@ class Step(Mapping[str, torch.Tensor]):
         """
         plain = name.removesuffix(_TENSOR_FILE)
         if plain in self._loose:
-            return self._files.tensor(plain + _TENSOR_FILE)
+            record = self._loose[plain]
+            return self._files.tensor(record["file"]) if "file" in record else self._files.stored(record)
         record = self.record(name)
         parts = self.parts(name) if unshard else [record]
         tensors = [self._files.stored(each) for each in parts]

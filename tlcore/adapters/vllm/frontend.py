@@ -31,7 +31,9 @@ def check(given: Config | Mapping[str, Any] | str) -> Config:
     if config.enabled:
         backend = resolve(config.backend, portable=True)
         if backend.origin == "built-in" and not is_url(config.output_dir):
-            _probe_directory(config.output_dir)
+            _probe_directory(config.output_dir, "output_dir")
+        if config.spill_dir is not None:
+            _probe_directory(config.spill_dir, "spill_dir")
         _check_workers_load_plugin()
     return config
 
@@ -50,9 +52,11 @@ def prepare(additional_config: Mapping[str, Any] | None) -> dict[str, Any]:
         del prepared[KEY]
         return prepared
     document = config.to_json(redact=False)
+    # Workers may have another working directory.
     if not is_url(config.output_dir):
-        # Workers may have another working directory.
         document["output_dir"] = os.path.abspath(config.output_dir)
+    if config.spill_dir is not None:
+        document["spill_dir"] = os.path.abspath(config.spill_dir)
     carrier = Carrier(config=document, run_id=new_run_id())
     if is_url(config.output_dir):
         probe(carrier)
@@ -111,18 +115,18 @@ def mode_name(mode: Any) -> str:
     return str(getattr(mode, "name", mode))
 
 
-def _probe_directory(path: str) -> None:
+def _probe_directory(path: str, key: str) -> None:
     # Looked up by name, since the engine never imports a backend.
     make_parent = importlib.import_module("tlcore_backends.stores").make_parent
     try:
         make_parent(os.path.join(path, "run"))
         os.rmdir(tempfile.mkdtemp(prefix=".tlcore-probe-", dir=path))
     except BackendError as error:
-        raise BackendError(f"$.output_dir: {error}") from None
+        raise BackendError(f"$.{key}: {error}") from None
     except OSError as error:
         reason = error.strerror or str(error)
         raise BackendError(
-            f"$.output_dir: {path!r} cannot be written: {reason}. "
+            f"$.{key}: {path!r} cannot be written: {reason}. "
             "Give a directory in which this user may create directories."
         ) from None
 

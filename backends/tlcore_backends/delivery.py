@@ -1,0 +1,103 @@
+"""From a directory of spilled blobs to the place they belong, never a step's end before the step."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Collection, Iterator
+from functools import partial
+
+from tlcore.names import rank_suffix
+from tlcore.protocols import Entry, Store
+
+from .stores import LocalStore
+from .uploads import Uploads
+
+# A blob of this name holds the name of the one it is a copy of.
+COPY = ".copy"
+_STEP = re.compile(r"step_(\d+)/")
+_STEP_END = re.compile(r"step_\d+/step(_rank_\d+)?\.json")
+_RUN_END = ("run.json",)
+_MARKER = re.compile(r"spill(_rank_[1-9]\d*)?\.json")
+_GROUP_BYTES = 64 << 20
+_LAST_STEP = 1 << 62
+
+
+def marker_name(rank: int) -> str:
+    """The file that says where a rank's spilled blobs belong."""
+    return f"spill{rank_suffix(rank)}.json"
+
+
+def is_marker(name: str) -> bool:
+    """Whether a file of a spill directory is such a note, and no blob."""
+    return _MARKER.fullmatch(name) is not None
+
+
+def deliver(
+    source: LocalStore, target: Store, names: Collection[str], on_delivered: Callable[[str], None]
+) -> None:
+    """Put the blobs ``names`` of ``source`` into ``target``, step by step, many at a time.
+
+    A step's blobs go first, then copies, then the ``step.json`` that commits it, and ``run.json`` at the
+    very end. ``on_delivered`` is called, in any thread, with the name of each one. Raises BackendError
+    as ``target`` does; FileNotFoundError for a copy whose original is not in ``target``.
+    """
+    uploads = Uploads(target)
+
+    def one(name: str) -> None:
+        try:
+            data = source.get(name)
+        except FileNotFoundError:
+            # Somebody else has delivered it.
+            on_delivered(name)
+            return
+        if name.endswith(COPY):
+            target.copy(data.decode(), name.removesuffix(COPY))
+        else:
+            target.put(name, [data])
+        on_delivered(name)
+
+    entries = [entry for entry in source.list() if entry.name in names]
+    for name in set(names).difference(entry.name for entry in entries):
+        on_delivered(name)
+    try:
+        for group in _groups(entries):
+            for name in group:
+                uploads.run(partial(one, name))
+            uploads.wait()
+    finally:
+        uploads.close()
+
+
+def remove_empty_directories(root: str) -> None:
+    """Remove ``root`` and the directories below it that hold no file."""
+    for directory, _, _ in os.walk(root, topdown=False):
+        try:
+            os.rmdir(directory)
+        except OSError:
+            continue
+
+
+def _groups(entries: list[Entry]) -> Iterator[list[str]]:
+    """Names that may travel at the same time, in the order of the groups; the first has one name.
+
+    While the place cannot be reached, that one is all that tries.
+    """
+    group: list[str] = []
+    size, before = 0, None
+    for number, entry in enumerate(sorted(entries, key=lambda entry: (_turn(entry.name), entry.name))):
+        turn = _turn(entry.name)
+        if group and (turn != before or number == 1 or size + entry.size > _GROUP_BYTES):
+            yield group
+            group, size = [], 0
+        group.append(entry.name)
+        size, before = size + entry.size, turn
+    if group:
+        yield group
+
+
+def _turn(name: str) -> tuple[int, int]:
+    step = _STEP.match(name)
+    if step is None:
+        return _LAST_STEP, 1 if name in _RUN_END else 0
+    return int(step[1]), 2 if _STEP_END.fullmatch(name) else 1 if name.endswith(COPY) else 0

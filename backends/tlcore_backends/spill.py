@@ -1,0 +1,225 @@
+"""Nothing lost while a place cannot be written: blobs wait in a local directory and are delivered later."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import logging
+import os
+import socket
+import threading
+from collections.abc import Callable, Iterator, Sequence
+
+from tlcore.errors import BackendError
+from tlcore.protocols import Buffer, Entry, Store
+from tlcore.record import RunInfo, SpillPlace
+
+from .delivery import COPY, deliver, marker_name, remove_empty_directories
+from .stores import LocalStore
+from .threads import in_thread
+
+log = logging.getLogger("tlcore")
+
+# A blob that travels faster than this is never too slow.
+_FAST_BYTES_PER_S = 50e6
+_FIRST_PAUSE_S = 1.0
+_LONGEST_PAUSE_S = 30.0
+_LAST_TRY_S = 10.0
+_PROBE = "run.json"
+
+
+class SpillStore:
+    """A store before another one: what that refuses, or does not take in time, goes to a local directory.
+
+    From the first such blob on all blobs go there, and one thread delivers them until none is left; then
+    they go straight to the other store again. A copy whose source is not in the directory is kept as a
+    note. The first ``run.json`` is the exception: it is the probe of the place, and must succeed.
+    """
+
+    def __init__(self, store: Store, run: RunInfo, place: SpillPlace) -> None:
+        self._store = store
+        self._place = place
+        self._kept = LocalStore(place.directory, run.fsync)
+        self._rank = run.rank
+        self._run_document: bytes | None = None
+        # Blobs in the directory, each with a number that changes whenever it is written again.
+        self._pending: dict[str, int] = {}
+        self._writing: set[str] = set()
+        self._version = 0
+        self._direct = 0
+        self._spilling = False
+        self._used = False
+        self._closing = False
+        self._changed = threading.Condition()
+        self._thread: threading.Thread | None = None
+
+    @property
+    def url(self) -> str:
+        """The other store's."""
+        return self._store.url
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> int:
+        """Publish the concatenation of ``parts``, there or here. Raises BackendError when neither works."""
+        # A try that is given up may still read its bytes later, when the caller's memory has others.
+        data = b"".join(parts)
+        if name == _PROBE and self._run_document is None:
+            size = self._store.put(name, [data])
+            self._run_document = data
+            return size
+        if not self._done_there(lambda: self._store.put(name, [data]), len(data)):
+            self._keep(name, lambda: self._kept.put(name, [data]))
+        return len(data)
+
+    def copy(self, source: str, target: str) -> None:
+        """Make ``target`` the same blob as ``source``, there or here."""
+        if self._done_there(lambda: self._store.copy(source, target), 0):
+            return
+        with self._changed:
+            here = source in self._pending and source not in self._writing
+            if here:
+                self._version += 1
+                self._kept.copy(source, target)
+                self._pending[target] = self._version
+        if not here:
+            self._keep(target + COPY, lambda: self._kept.put(target + COPY, [source.encode()]))
+
+    def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes of a blob, from the directory while it waits there."""
+        try:
+            return self._kept.get(name, start, end)
+        except FileNotFoundError:
+            return self._store.get(name, start, end)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All blobs, those that wait included; copies that wait as notes are left out."""
+        kept = [entry for entry in self._kept.list(prefix) if not entry.name.endswith(COPY)]
+        waiting = {entry.name: entry for entry in kept if entry.name in self._pending}
+        yield from waiting.values()
+        yield from (entry for entry in self._store.list(prefix) if entry.name not in waiting)
+
+    def delete(self, name: str) -> None:
+        """Remove a blob there and here."""
+        with self._changed:
+            self._pending.pop(name, None)
+            self._kept.delete(name)
+        self._store.delete(name)
+
+    def close(self) -> None:
+        """Try for up to 10 s to deliver what waits, and say what is left."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join(_LAST_TRY_S)
+        with self._changed:
+            left = len(self._pending)
+        if left:
+            log.warning(
+                "%d files could not be delivered to %s and wait in %s; `tlcore push %s` delivers them",
+                left, self.url, self._kept.url, self._kept.url,
+            )  # fmt: skip
+        elif self._used:
+            remove_empty_directories(self._kept.url)
+        self._store.close()
+
+    def _done_there(self, call: Callable[[], object], nbytes: int) -> bool:
+        """Whether the other store did it; if not, spilling has begun."""
+        with self._changed:
+            if self._spilling:
+                return False
+            self._direct += 1
+        patience_s = self._place.patience_s + nbytes / _FAST_BYTES_PER_S
+        future = in_thread(call)
+        try:
+            future.result(patience_s)
+        except concurrent.futures.TimeoutError:
+            self._begin(f"no answer within {patience_s:.1f} s")
+        except FileNotFoundError:
+            # The source of a copy is gone, which no later try can mend.
+            raise
+        except Exception as error:
+            self._begin(str(error))
+        else:
+            return True
+        finally:
+            with self._changed:
+                self._direct -= 1
+        return False
+
+    def _begin(self, problem: str) -> None:
+        with self._changed:
+            if self._spilling:
+                return
+            try:
+                self._write_notes()
+            except BackendError as error:
+                raise BackendError(f"{error}; and {self.url} cannot be written: {problem}") from None
+            self._spilling = self._used = True
+            if self._thread is None or not self._thread.is_alive():
+                self._thread = threading.Thread(target=self._deliver, name="tlcore-spill", daemon=True)
+                self._thread.start()
+        log.warning(
+            "%s cannot be written now; until it can, everything goes to %s: %s",
+            self.url, self._kept.url, problem,
+        )  # fmt: skip
+
+    def _write_notes(self) -> None:
+        """Say in the directory where its blobs belong, and make it a run that can be read."""
+        note = {"url": self.url, "host": socket.gethostname(), "pid": os.getpid()}
+        self._kept.put(marker_name(self._rank), [json.dumps(note).encode()])
+        if self._run_document is not None:
+            self._kept.put(_PROBE, [self._run_document])
+
+    def _keep(self, name: str, write: Callable[[], object]) -> None:
+        with self._changed:
+            self._version += 1
+            self._pending[name] = self._version
+            self._writing.add(name)
+        try:
+            write()
+        except BaseException:
+            with self._changed:
+                del self._pending[name]
+            raise
+        finally:
+            with self._changed:
+                self._writing.discard(name)
+
+    def _deliver(self) -> None:
+        """The thread: deliver until nothing waits; after a failure pause, longer each time."""
+        pause_s = _FIRST_PAUSE_S
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closing, pause_s)
+                last = self._closing
+            try:
+                self._deliver_once()
+            except (BackendError, FileNotFoundError):
+                pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
+            else:
+                pause_s = 0.1
+            if self._ended() or last:
+                return
+
+    def _deliver_once(self) -> None:
+        with self._changed:
+            versions = {name: n for name, n in self._pending.items() if name not in self._writing}
+
+        def delivered(name: str) -> None:
+            with self._changed:
+                if self._pending.get(name) == versions[name]:
+                    del self._pending[name]
+                    self._kept.delete(name)
+
+        deliver(self._kept, self._store, versions, delivered)
+
+    def _ended(self) -> bool:
+        """Whether nothing waits any more, so that blobs go straight to the other store again."""
+        with self._changed:
+            if self._pending or self._direct:
+                return False
+            self._spilling = False
+            for name in (marker_name(self._rank), *([_PROBE] if self._run_document is not None else [])):
+                self._kept.delete(name)
+        log.info("%s can be written again; everything that waited in %s is there", self.url, self._kept.url)
+        return True

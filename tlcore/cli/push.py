@@ -1,0 +1,62 @@
+"""`tlcore push`: what waits in a spill_dir, delivered to where it belongs."""
+
+from __future__ import annotations
+
+import argparse
+from importlib import import_module
+from typing import Any
+
+from ..errors import BackendError
+from .places import add_storage_options, storage_options
+from .tables import printable, size
+from .verify import progress
+
+HELP = (
+    "Deliver what captures left in their spill_dir because the backend could not be reached, and remove it"
+    " there. Exit status: 0 everything delivered, 1 something still waits, 2 nothing could be tried."
+)
+
+
+def configure(parser: argparse.ArgumentParser) -> None:
+    """Declare the command's arguments."""
+    parser.add_argument("path", metavar="SPILL_DIR", help="a spill_dir, or the directory of one run in it")
+    parser.add_argument(
+        "--to", metavar="URL", help="the output_dir to deliver to, if it is not the one of the capture"
+    )
+    parser.add_argument(
+        "--force", action="store_true", help="also runs whose process seems to be alive on this machine"
+    )
+    add_storage_options(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Deliver run after run. Raises BackendError when there is no such directory."""
+    # Looked up by name, since the engine never imports a backend.
+    backend: Any = import_module("tlcore_backends.push")
+    options = storage_options(args)
+    runs = backend.spilled_runs(args.path)
+    waits = False
+    for spilled in runs:
+        if spilled.owner_alive and not args.force:
+            print(
+                printable(f"{spilled.path}: its process is alive and delivers by itself; --force overrides")
+            )
+            waits = True
+            continue
+        try:
+            _push(backend, spilled, options, args.to)
+        except BackendError as error:
+            print(printable(f"{spilled.path}: not delivered: {error}"))
+            waits = True
+        else:
+            what = f"{len(spilled.files)} files, {size(spilled.bytes)}"
+            print(printable(f"{spilled.path}: delivered {what} to {args.to or spilled.url}"))
+    if not runs:
+        print("nothing waits")
+    return 1 if waits else 0
+
+
+def _push(backend: Any, spilled: Any, options: Any, to: str | None) -> None:
+    with progress() as bar:
+        task = bar.add_task("push", total=len(spilled.files))
+        backend.push(spilled, options, to, lambda name: bar.advance(task))

@@ -1,0 +1,132 @@
+"""Which runs of a directory may go: by age, by size, by being incomplete; never one that may be running."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import datetime, timezone
+from importlib import import_module
+from typing import Any
+
+from .errors import ReadError
+from .reader import Run, list_runs, open_run
+
+# A run without an end mark that did nothing for this long has crashed.
+QUIET_S = 86400.0
+Options = Mapping[str, Any] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A run that may be removed: its directory, state, start, bytes on the disk."""
+
+    path: str
+    run_id: str
+    state: str
+    created: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The runs to remove, oldest first, and those that the criteria meet but that may be running."""
+
+    remove: list[Candidate]
+    running: list[Candidate]
+
+
+def plan(
+    output_dir: str | os.PathLike[str],
+    storage_options: Options = None,
+    *,
+    older_than_s: float | None = None,
+    max_total: int | None = None,
+    incomplete: bool = False,
+) -> Plan:
+    """The runs directly in ``output_dir`` that meet every criterion given.
+
+    ``older_than_s``: created longer ago. ``incomplete``: without an end mark. ``max_total``: of these,
+    the oldest, until all runs that are left take at most so many bytes. A run that may still be written
+    is kept: its process lives on this machine, or it runs elsewhere and was active within a day. Runs
+    that cannot be read are left alone. Raises ReadError and BackendError as `list_runs` does.
+    """
+    backend: Any = import_module("tlcore_backends.cleaning")
+    now = datetime.now(timezone.utc)
+    remove: list[Candidate] = []
+    running: list[Candidate] = []
+    total = 0
+    for summary in list_runs(output_dir, storage_options):
+        if summary.problem is not None:
+            continue
+        size = backend.stored_bytes(summary.path, storage_options)
+        total += size
+        created = _time(summary.created)
+        if older_than_s is not None and (created is None or (now - created).total_seconds() <= older_than_s):
+            continue
+        if incomplete and summary.state == "complete":
+            continue
+        candidate = Candidate(summary.path, summary.run_id, summary.state, summary.created, size)
+        if summary.state != "complete" and _may_be_running(open_run(summary.path, storage_options), now):
+            running.append(candidate)
+        else:
+            remove.append(candidate)
+    return Plan(_oldest(remove, total, max_total), running)
+
+
+def remove(candidate: Candidate, storage_options: Options = None) -> None:
+    """Remove a run. Raises BackendError as the place does."""
+    import_module("tlcore_backends.cleaning").remove_run(candidate.path, storage_options)
+
+
+def _oldest(candidates: list[Candidate], total: int, max_total: int | None) -> list[Candidate]:
+    if max_total is None:
+        return candidates
+    chosen = []
+    for candidate in candidates:
+        if total <= max_total:
+            break
+        chosen.append(candidate)
+        total -= candidate.bytes
+    return chosen
+
+
+def _may_be_running(run: Run, now: datetime) -> bool:
+    pid = run.document.get("pid")
+    if run.document.get("host") == socket.gethostname() and type(pid) is int and pid > 0:
+        return _is_alive(pid)
+    active = _last_activity(run)
+    return active is None or (now - active).total_seconds() < QUIET_S
+
+
+def _last_activity(run: Run) -> datetime | None:
+    """When the run's last committed step ended, or else when the run began."""
+    steps = [*run.steps, *run.incomplete_steps]
+    times = [_time(run.created)]
+    if steps:
+        try:
+            documents = run.step(max(steps)).documents.values()
+        except ReadError:
+            documents = ()  # type: ignore[assignment]
+        times += [_time(str(document.get("ended", ""))) for document in documents]
+    known = [time for time in times if time is not None]
+    return max(known, default=None)
+
+
+def _time(text: str) -> datetime | None:
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        return None
+    return time if time.tzinfo is not None else time.replace(tzinfo=timezone.utc)
+
+
+def _is_alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        return True
+    return True
