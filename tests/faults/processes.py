@@ -1,0 +1,89 @@
+"""Processes that capture and die: how a test starts, kills and questions them."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).parents[2]
+_ENOUGH_S = 120.0
+
+
+@dataclass
+class Death:
+    """What was heard of a child: its run's URL, the steps it said were stored, its exit status."""
+
+    url: str | None = None
+    stored: list[int] = field(default_factory=list)
+    status: int | None = None
+
+
+class Workers:
+    """Children of one warm process, one at a time."""
+
+    def __init__(self, process: subprocess.Popen[str], errors: IO[bytes]) -> None:
+        self._process = process
+        self._errors = errors
+
+    def run(self, keys: dict[str, Any], ends: str = "forever", kill_after_s: float | None = None) -> Death:
+        """Start a child, kill it after ``kill_after_s`` seconds if given, and wait until it is gone."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(json.dumps({"keys": keys, "ends": ends}) + "\n")
+        self._process.stdin.flush()
+        death = Death()
+        end = time.monotonic() + _ENOUGH_S
+        while death.status is None:
+            assert time.monotonic() < end, "the child does not end"
+            self._hear(death, kill_after_s)
+        return death
+
+    def _hear(self, death: Death, kill_after_s: float | None) -> None:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        assert line, f"the process that forks children has died: {self.errors()}"
+        said = json.loads(line)
+        if "pid" in said and kill_after_s is not None:
+            threading.Timer(kill_after_s, _kill, (said["pid"],)).start()
+        death.url = said.get("url", death.url)
+        if "stored" in said:
+            death.stored.append(said["stored"])
+        death.status = said.get("ended", death.status)
+
+    def errors(self) -> str:
+        """What the children have written to standard error."""
+        self._errors.seek(0)
+        return self._errors.read().decode(errors="replace")
+
+
+def _kill(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.kill(pid, signal.SIGKILL)
+
+
+@contextmanager
+def workers(log: Path) -> Iterator[Workers]:
+    """The warm process; ``log`` gets its standard error."""
+    with log.open("w+b") as errors:
+        process = subprocess.Popen(
+            [sys.executable, "-m", "tests.faults.worker"],
+            cwd=ROOT,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            text=True,
+        )
+        try:
+            yield Workers(process, errors)
+        finally:
+            process.kill()
+            process.communicate()

@@ -1,0 +1,114 @@
+"""A vLLM server under load, killed, interrupted and told to end."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+import tlcore
+from tests.deep import scaled
+from tests.faults.helpers import Usage, files_below, usage_of
+from tests.faults.test_crash import assert_whole_file
+from tests.faults.vllm_server import Served, served
+
+pytestmark = pytest.mark.slow
+
+SEED = 20240607
+MEGABYTE = 1 << 20
+STOP_S = 90.0
+CONFIG = {"queue_bytes": 64 << 20, "module_call_match": [r"layers\.\d+$", r"mlp$", "embed_tokens", "norm$"]}
+
+
+def tokens_captured(run: tlcore.Run) -> dict[str, int]:
+    """How many tokens of each request ran through the model, by the rows of the steps."""
+    total: dict[str, int] = {}
+    for number in run.steps:
+        for row in run.step(number).rows or ():
+            total[row["request_id"]] = total.get(row["request_id"], 0) + row["rows"]
+    return total
+
+
+def stop(server: Served, how: signal.Signals) -> None:
+    server.process.send_signal(how)
+    server.process.wait(STOP_S)
+
+
+def test_many_requests_at_once_and_an_interrupt_at_the_end(tmp_path: Path) -> None:
+    """SIGINT, as Ctrl-C sends it; the ledger is exact and the processes have not grown."""
+    at_once, rounds, tokens = scaled((24, 3, 8), (200, 6, 16))
+    with served(tmp_path, CONFIG) as server:
+        samples: list[Usage] = []
+        answers = []
+        for _ in range(rounds):
+            answers += server.many(at_once, at_once, tokens)
+            samples.append(usage_of(server.engine_core))
+        stop(server, signal.SIGINT)
+        log = server.log.read_text()
+    assert None not in answers
+    settled, last = samples[1], samples[-1]
+    assert last.handles == settled.handles and last.threads == settled.threads
+    assert last.memory - settled.memory < 48 * MEGABYTE
+    run = tlcore.open_run(server.directory)
+    assert run.state == "complete", log[-3000:]
+    assert run.incomplete_steps == []
+    ledger = run.ledger
+    assert ledger.stored == ledger.captured == run.verify() > 0
+    assert sum(len(run.step(number)) for number in run.steps) == ledger.stored
+    usage = [answer["usage"] for answer in answers if answer is not None]
+    # The last token that a request generates never runs through the model.
+    expected = sorted(each["prompt_tokens"] + each["completion_tokens"] - 1 for each in usage)
+    assert sorted(tokens_captured(run).values()) == expected
+    assert f"captured {ledger.captured} = stored {ledger.stored} + skipped 0 + dropped 0 + failed 0" in log
+
+
+@pytest.mark.parametrize("number", range(scaled(1, 10)))
+def test_the_engine_core_killed_at_a_random_moment(number: int, tmp_path: Path) -> None:
+    chosen = random.Random(f"{SEED} {number}")
+    format = chosen.choice(["pt", "safetensors"])
+    with served(tmp_path, {**CONFIG, "backend": format}) as server:
+        core = server.engine_core
+        load = threading.Thread(target=server.many, args=(16, 16, 100))
+        load.start()
+        while not list(server.directory.glob("step_*/step.json")):
+            time.sleep(0.01)
+        time.sleep(chosen.uniform(0.0, 1.5))
+        os.kill(core, signal.SIGKILL)
+        server.process.wait(STOP_S)
+        load.join(STOP_S)
+    run = tlcore.open_run(server.directory)
+    assert run.state == "incomplete"
+    assert len(run.steps) > 0
+    assert run.verify() == run.ledger.stored > 0
+    assert run.ledger.balanced
+    for name, data in files_below(server.directory).items():
+        if not name.endswith(".tmp"):
+            assert_whole_file(name, data)
+    for number_left in run.incomplete_steps:
+        left = run.step(number_left)
+        for name in left.names:
+            assert isinstance(left[name], torch.Tensor)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("how", [signal.SIGTERM, signal.SIGINT])
+def test_told_to_end_in_the_middle_of_requests(how: signal.Signals, tmp_path: Path) -> None:
+    """What was captured until then is flushed; every tensor is accounted for."""
+    with served(tmp_path, CONFIG) as server:
+        load = threading.Thread(target=server.many, args=(16, 16, 200))
+        load.start()
+        while len(list(server.directory.glob("step_*/step.json"))) < 3:
+            time.sleep(0.01)
+        stop(server, how)
+        load.join(STOP_S)
+        log = server.log.read_text()
+    run = tlcore.open_run(server.directory)
+    assert run.state == "complete", log[-3000:]
+    assert run.incomplete_steps == []
+    assert run.ledger.stored == run.ledger.captured == run.verify() > 0

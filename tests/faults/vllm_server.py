@@ -1,0 +1,124 @@
+"""A vLLM server with capture on, its processes, and many requests at once."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tests.models import tiny_llama
+from tests.vllm.helpers import ENVIRONMENT, REPOSITORY
+
+START_S = 180.0
+
+
+@dataclass
+class Served:
+    """A running server: its URL, its process, where it logs, the run's directory."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+    directory: Path
+
+    @property
+    def engine_core(self) -> int:
+        """The process id of the engine core, in which the worker lives as well."""
+        for pid in _descendants(self.process.pid):
+            with suppress(OSError):
+                if "EngineCore" in Path(f"/proc/{pid}/comm").read_text() + _title(pid):
+                    return pid
+        raise AssertionError(f"no engine core below {self.process.pid}: {self.log.read_text()[-2000:]}")
+
+    def complete(self, prompt: list[int], tokens: int) -> dict[str, Any]:
+        """One greedy completion; raises OSError when the server does not answer."""
+        body = {"model": str(tiny_llama()), "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
+        headers = {"Content-Type": "application/json"}
+        request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
+        with urllib.request.urlopen(request, timeout=120) as answer:
+            result: dict[str, Any] = json.load(answer)
+        return result
+
+    def many(self, count: int, at_once: int, tokens: int) -> list[dict[str, Any] | None]:
+        """``count`` completions of different lengths, ``at_once`` at a time; None where one failed."""
+
+        def one(number: int) -> dict[str, Any] | None:
+            try:
+                return self.complete([3 + (number + i) % 500 for i in range(4 + number % 9)], tokens)
+            except OSError:
+                return None
+
+        with concurrent.futures.ThreadPoolExecutor(at_once) as pool:
+            return list(pool.map(one, range(count)))
+
+
+def _descendants(pid: int) -> Iterator[int]:
+    for children in Path(f"/proc/{pid}/task").glob("*/children"):
+        for child in map(int, children.read_text().split()):
+            yield child
+            yield from _descendants(child)
+
+
+def _title(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+
+
+@contextmanager
+def served(directory: Path, config: dict[str, Any]) -> Iterator[Served]:
+    """The OpenAI-compatible server over the tiny model, from the moment it answers; then ended."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    settings = {
+        "model": str(tiny_llama()),
+        "host": "127.0.0.1",
+        "port": port,
+        "enforce-eager": True,
+        "max-model-len": 256,
+        "no-enable-prefix-caching": True,
+        "intermediate-log-config": {"output_dir": str(directory / "dumps"), "log_step_ids": [], **config},
+    }
+    (directory / "server.yaml").write_text(json.dumps(settings))
+    log = directory / "server.log"
+    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--config"]
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*command, str(directory / "server.yaml")],
+            cwd=REPOSITORY,
+            env=ENVIRONMENT,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+    url = f"http://127.0.0.1:{port}"
+    try:
+        _wait_until_ready(url, process, log)
+        (run,) = (directory / "dumps").iterdir()
+        yield Served(url, process, log, run)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+
+
+def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
+    end = time.monotonic() + START_S
+    while True:
+        assert process.poll() is None, log.read_text()[-4000:]
+        assert time.monotonic() < end, log.read_text()[-4000:]
+        try:
+            with urllib.request.urlopen(f"{url}/health", timeout=5):
+                return
+        except OSError:
+            time.sleep(0.3)
