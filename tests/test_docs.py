@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from tlcore.cli.config_table import table
@@ -15,3 +16,18 @@ def test_the_readme_has_the_configuration_table_of_the_schema() -> None:
     assert len(parts) == 3, f"README.md needs the table between two lines {MARKER}"
     advice = "paste the output of `python -m tlcore.cli.config_table` between the markers"
     assert parts[1].strip() == table(), advice
+
+
+def test_every_fault_in_the_readme_names_a_test_that_exists() -> None:
+    section = README.read_text(encoding="utf-8").split("## Reliability", 1)[1].split("\n## ", 1)[0]
+    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 18
+    for row in rows:
+        named = re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", row.rsplit(" | ", 1)[1])
+        assert named, row
+        file = ""
+        for given, name in named:
+            file = given or file
+            places = [README.parent / folder / file for folder in ("tests/faults", "tests", ".")]
+            (text, *_) = (place.read_text(encoding="utf-8") for place in places if place.is_file())
+            assert f"def {name}(" in text, f"{file}::{name}"

@@ -96,6 +96,7 @@ def test_a_burst_of_503_loses_nothing(weed: Server, proxy: Proxy) -> None:
 
     def before_step(captured: tlcore.capture, step: int) -> None:
         if step in bursts:
+            captured.session.flush()
             proxy.fault = faults.times(3, faults.busy)
 
     outcome = capture(
