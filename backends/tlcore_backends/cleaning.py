@@ -20,12 +20,11 @@ from tlcore.protocols import Store
 
 from .places import open_store
 from .redaction import Redactor
-from .stores import UNFINISHED, LocalStore
+from .stores import LocalStore, unfinished_files
 from .uploads import Uploads
 
 _STEP_END = re.compile(r"step_\d+/step(_rank_\d+)?\.json")
 _RUN_FILE = "run.json"
-_UNFINISHED_FILE = re.compile(rf".+\.[0-9a-f]{{8}}-\d+{re.escape(UNFINISHED)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,13 +99,9 @@ def _unfinished_files(directory: str) -> Iterator[Leftover]:
     for child in sorted(os.scandir(directory), key=lambda entry: entry.name):
         if not child.is_dir(follow_symlinks=False) or not os.path.isfile(f"{child.path}/{_RUN_FILE}"):
             continue
-        for parent, _, files in os.walk(child.path):
-            for name in files:
-                path = os.path.join(parent, name)
-                if _UNFINISHED_FILE.fullmatch(name) and not os.path.islink(path):
-                    status = os.lstat(path)
-                    store = _Unlink(path)
-                    yield Leftover(path, status.st_mtime, status.st_size, store)
+        for path in unfinished_files(child.path):
+            status = os.lstat(path)
+            yield Leftover(path, status.st_mtime, status.st_size, _Unlink(path))
 
 
 @dataclass(frozen=True, slots=True)

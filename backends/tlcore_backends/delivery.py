@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 from collections.abc import Callable, Collection, Iterator
@@ -17,10 +18,10 @@ from .uploads import Uploads
 COPY = ".copy"
 _STEP = re.compile(r"step_(\d+)/")
 _STEP_END = re.compile(r"step_\d+/step(_rank_\d+)?\.json")
-_RUN_END = ("run.json",)
+_RUN_END = "run.json"
 _MARKER = re.compile(r"spill(_rank_[1-9]\d*)?\.json")
-_GROUP_BYTES = 64 << 20
-_LAST_STEP = 1 << 62
+_WINDOW_BYTES = 64 << 20
+_NO_STEP = 1 << 62
 
 
 def marker_name(rank: int) -> str:
@@ -83,21 +84,53 @@ def _groups(entries: list[Entry]) -> Iterator[list[str]]:
 
     While the place cannot be reached, that one is all that tries.
     """
-    group: list[str] = []
-    size, before = 0, None
-    for number, entry in enumerate(sorted(entries, key=lambda entry: (_turn(entry.name), entry.name))):
-        turn = _turn(entry.name)
-        if group and (turn != before or number == 1 or size + entry.size > _GROUP_BYTES):
-            yield group
-            group, size = [], 0
-        group.append(entry.name)
-        size, before = size + entry.size, turn
-    if group:
-        yield group
+    first = True
+    for window in _windows(sorted(entries, key=lambda entry: _step_of(entry.name))):
+        for turn in range(4):
+            for names in _portions([entry for entry in window if _turn(entry.name) == turn]):
+                if first:
+                    yield names[:1]
+                yield names[1:] if first else names
+                first = False
 
 
-def _turn(name: str) -> tuple[int, int]:
+def _portions(entries: list[Entry]) -> Iterator[list[str]]:
+    """The names in lists of a bounded number of bytes, since each upload holds its blob in memory."""
+    names: list[str] = []
+    size = 0
+    for entry in entries:
+        if names and size + entry.size > _WINDOW_BYTES:
+            yield names
+            names, size = [], 0
+        names.append(entry.name)
+        size += entry.size
+    if names:
+        yield names
+
+
+def _windows(entries: list[Entry]) -> Iterator[list[Entry]]:
+    """Whole steps together, until they are large; what belongs to no step comes last, by itself."""
+    window: list[Entry] = []
+    size = 0
+    for step, group in itertools.groupby(entries, key=lambda entry: _step_of(entry.name)):
+        if window and (size > _WINDOW_BYTES or step == _NO_STEP):
+            yield window
+            window, size = [], 0
+        window += group
+        size = sum(entry.size for entry in window)
+    if window:
+        yield window
+
+
+def _step_of(name: str) -> int:
     step = _STEP.match(name)
-    if step is None:
-        return _LAST_STEP, 1 if name in _RUN_END else 0
-    return int(step[1]), 2 if _STEP_END.fullmatch(name) else 1 if name.endswith(COPY) else 0
+    return _NO_STEP if step is None else int(step[1])
+
+
+def _turn(name: str) -> int:
+    """Blobs, then copies, then what commits a step, and the run's own end after everything."""
+    if name == _RUN_END:
+        return 3
+    if _STEP_END.fullmatch(name):
+        return 2
+    return 1 if name.endswith(COPY) else 0

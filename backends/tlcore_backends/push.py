@@ -14,7 +14,7 @@ from tlcore.names import REDACTED
 
 from .delivery import deliver, is_marker, remove_empty_directories
 from .places import open_store
-from .stores import LocalStore
+from .stores import LocalStore, unfinished_files
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +70,9 @@ def push(
     for entry in source.list():
         if is_marker(entry.name):
             source.delete(entry.name)
+    if not run.owner_alive:
+        for path in unfinished_files(run.path):
+            os.unlink(path)
     remove_empty_directories(run.path)
 
 

@@ -19,6 +19,7 @@ from tlcore.protocols import Buffer, Entry
 from .trust import check_trusted
 
 UNFINISHED = ".tmp"
+_UNFINISHED_FILE = re.compile(rf".+\.[0-9a-f]{{8}}-\d+{re.escape(UNFINISHED)}", re.DOTALL)
 _DIRECTORY_MODE = 0o700
 _FILE_MODE = 0o600
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP})
@@ -212,6 +213,15 @@ class LocalStore:
     def _copy_bytes(self, origin: str, place: str) -> None:
         with open(origin, "rb") as file:
             self._publish(place, [file.read()])
+
+
+def unfinished_files(directory: str) -> Iterator[str]:
+    """Paths of the files below a directory that some `LocalStore` has begun and not finished."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            path = os.path.join(parent, name)
+            if _UNFINISHED_FILE.fullmatch(name) and not os.path.islink(path):
+                yield path
 
 
 class UnfinishedFile:

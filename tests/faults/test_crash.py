@@ -98,7 +98,7 @@ def test_killed_at_any_moment(format: str, crashing: Workers, tmp_path: Path) ->
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("format", scaled(["pt", "safetensors"], ["pt", "safetensors"]))
+@pytest.mark.parametrize("format", ["pt", "safetensors"])
 def test_killed_while_writing_to_object_storage(format: str, crashing: Workers, weed: Server) -> None:
     place = {"name": "fsspec", "url": f"{weed.url}/crash-{format}", "format": format}
     keys = {"backend": {**place, "storage_options": weed.options}}

@@ -86,7 +86,8 @@ def test_a_steady_fault_loses_its_own_steps_and_no_other(name: str, weed: Server
     run = opened(outcome, weed)
     # A server that drips may finish a request after its client has gone.
     assert run.state == "incomplete" or name == "slow drip"
-    assert run.steps == [0]
+    # The end of a step whose every tensor was dropped is small enough to get through.
+    assert [number for number in run.steps if len(run.step(number))] == [0]
     assert run.verify() == STEP_TENSORS
 
 

@@ -48,7 +48,7 @@ def test_many_requests_at_once_and_an_interrupt_at_the_end(tmp_path: Path) -> No
         answers = []
         for _ in range(rounds):
             answers += server.many(at_once, at_once, tokens)
-            samples.append(usage_of(server.engine_core))
+            samples.append(usage_of(server.process_id("VLLM::Worker")))
         stop(server, signal.SIGINT)
         log = server.log.read_text()
     assert None not in answers
@@ -69,17 +69,17 @@ def test_many_requests_at_once_and_an_interrupt_at_the_end(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize("number", range(scaled(1, 10)))
-def test_the_engine_core_killed_at_a_random_moment(number: int, tmp_path: Path) -> None:
+def test_a_process_of_the_engine_killed_at_a_random_moment(number: int, tmp_path: Path) -> None:
     chosen = random.Random(f"{SEED} {number}")
     format = chosen.choice(["pt", "safetensors"])
     with served(tmp_path, {**CONFIG, "backend": format}) as server:
-        core = server.engine_core
+        victim = server.process_id(chosen.choice(["VLLM::EngineCore", "VLLM::Worker"]))
         load = threading.Thread(target=server.many, args=(16, 16, 100))
         load.start()
         while not list(server.directory.glob("step_*/step.json")):
             time.sleep(0.01)
         time.sleep(chosen.uniform(0.0, 1.5))
-        os.kill(core, signal.SIGKILL)
+        os.kill(victim, signal.SIGKILL)
         server.process.wait(STOP_S)
         load.join(STOP_S)
     run = tlcore.open_run(server.directory)

@@ -32,14 +32,12 @@ class Served:
     log: Path
     directory: Path
 
-    @property
-    def engine_core(self) -> int:
-        """The process id of the engine core, in which the worker lives as well."""
-        for pid in _descendants(self.process.pid):
-            with suppress(OSError):
-                if "EngineCore" in Path(f"/proc/{pid}/comm").read_text() + _title(pid):
-                    return pid
-        raise AssertionError(f"no engine core below {self.process.pid}: {self.log.read_text()[-2000:]}")
+    def process_id(self, title: str) -> int:
+        """The id of the server's process that calls itself ``VLLM::EngineCore`` or ``VLLM::Worker``."""
+        found = {_title(pid): pid for pid in _descendants(self.process.pid)}
+        matching = [pid for text, pid in found.items() if title in text]
+        assert len(matching) == 1, found
+        return matching[0]
 
     def complete(self, prompt: list[int], tokens: int) -> dict[str, Any]:
         """One greedy completion; raises OSError when the server does not answer."""
@@ -71,7 +69,10 @@ def _descendants(pid: int) -> Iterator[int]:
 
 
 def _title(pid: int) -> str:
-    return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    """A process's name for itself; nothing for one that has gone."""
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    return ""
 
 
 @contextmanager

@@ -25,6 +25,8 @@ import tlcore_backends.object_storage
 import tlcore_backends.safetensors  # noqa: F401
 
 MODULES = 20
+# Between the steps of a child that runs until it is killed.
+PAUSE_S = 0.01
 # A child that nobody kills ends by itself.
 _LONGEST_S = 30.0
 
@@ -67,6 +69,7 @@ def forever(captured: tlcore.capture, model: nn.Module) -> None:
             captured.session.flush()
             tell(stored=number)
         number += 1
+        time.sleep(PAUSE_S)
 
 
 def without_close(captured: tlcore.capture, model: nn.Module) -> None:
