@@ -107,6 +107,10 @@ def test_a_bad_configuration_stops_the_front_end(
 
 def test_an_unwritable_place_stops_the_front_end(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
+    with pytest.raises(BackendError, match=r"spill_dir.*cannot be written.*Not a directory"):
+        _engine_args(
+            intermediate_log_config={"output_dir": str(tmp_path), "spill_dir": str(tmp_path / "file/x")}
+        )
     with pytest.raises(BackendError, match=r"output_dir.*cannot be written.*Not a directory"):
         _engine_args(intermediate_log_config={"output_dir": str(tmp_path / "file" / "dumps")})
 
