@@ -92,8 +92,8 @@ def test_the_owner_sees_who_owns_a_directory_of_vllm(tmp: Path) -> None:
 
     strangers_directory(tmp / "vllm_intermediates")
     with pytest.raises(BackendError, match=rf"\$\.output_dir: .*belongs to user {STRANGER}"):
-        _probe_directory(str(tmp / "vllm_intermediates"))
-    _probe_directory(str(tmp / "a" / "b"))
+        _probe_directory(str(tmp / "vllm_intermediates"), "output_dir")
+    _probe_directory(str(tmp / "a" / "b"), "output_dir")
     assert stat.S_IMODE((tmp / "a").stat().st_mode) == stat.S_IMODE((tmp / "a/b").stat().st_mode) == 0o700
 
 
