@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from typing import Any
 
 from ..errors import ReadError
 from ..record import Json
+from .documents import parse
 from .files import RunFiles
 
 _TENSOR_FILE = ".pt"
@@ -58,7 +58,8 @@ def _in_shard(files: RunFiles, shard: str, directory: str) -> Iterator[Json]:
         length = int.from_bytes(files.read(shard, 0, _LENGTH_BYTES), "little")
         if not 0 < length <= _LARGEST_HEADER:
             return
-        header = json.loads(files.read(shard, _LENGTH_BYTES, _LENGTH_BYTES + length))
+        text = files.read(shard, _LENGTH_BYTES, _LENGTH_BYTES + length)
+        header: Any = parse(text, f"{files.url}/{shard}: header")
         marks: dict[str, str] = header.pop("__metadata__", {})
         begin = _LENGTH_BYTES + length
         records = {name: _record(name, entry, shard, begin, marks) for name, entry in header.items()}
@@ -66,7 +67,7 @@ def _in_shard(files: RunFiles, shard: str, directory: str) -> Iterator[Json]:
             if mark.startswith(_ALIAS) and original in records:
                 name = mark.removeprefix(_ALIAS)
                 records[name] = {**records[original], "name": name}
-    except (ReadError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+    except (ReadError, ValueError, TypeError, KeyError, AttributeError):
         return
     yield from (record for name, record in records.items() if name.startswith(f"{directory}/"))
 
