@@ -18,6 +18,7 @@ from torch import nn
 import tlcore
 from tests.sinks import MemorySink
 from tests.toys import Holder, hook_count, model
+from tlcore import pipeline
 from tlcore.session import new_run_id
 
 
@@ -190,3 +191,64 @@ def test_many_steps_keep_memory_flat() -> None:
         captured.session.flush()
         assert captured.session._pool.in_flight == 0
     assert captured.ledger.stored == 1800
+
+
+class Busy(MemorySink):
+    """Every commit takes a while and fails, unless told to work."""
+
+    works = False
+    tries = 0
+
+    def commit_step(self, step: Any) -> None:
+        self.tries += 1
+        if not self.works:
+            time.sleep(0.1)
+            raise OSError(5, "Input/output error")
+        super().commit_step(step)
+
+
+def test_what_waits_is_bounded_while_every_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_MOST_WAITING", 10)
+    module, sink = model(), Busy()
+    with tlcore.capture(module, backend=sink, log_step_ids=[], on_full="drop") as captured:
+        for _ in range(500):
+            module(torch.randn(2, 4))
+        captured.session.flush()
+        assert sink.tries < 400
+        sink.works = True
+        module(torch.randn(2, 4))
+    assert captured.ledger.balanced and captured.ledger.captured == 501 * 6
+    assert captured.ledger.stored == 6
+
+
+def test_a_close_does_not_try_a_failing_sink_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "_CLOSE_S", 0.2)
+    module, sink = model(), Busy()
+    with tlcore.capture(module, backend=sink, log_step_ids=[]) as captured:
+        for _ in range(100):
+            module(torch.randn(2, 4))
+        begin = time.monotonic()
+    assert time.monotonic() - begin < 2
+    assert sink.tries < 90 and sink.closed
+    assert captured.ledger.balanced and captured.ledger.failed == captured.ledger.captured == 600
+
+
+def test_each_fault_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    module, sink = model(), Busy()
+
+    def steps(works: bool) -> None:
+        sink.works = works
+        for _ in range(3):
+            module(torch.randn(2, 4))
+        captured.session.flush()
+
+    with tlcore.capture(module, backend=sink, log_step_ids=[]) as captured:
+        steps(works=False)
+        steps(works=True)
+        steps(works=False)
+        assert caplog.text.count("could not be stored") == 1
+        monkeypatch.setattr(pipeline, "_QUIET_S", 0.0)
+        steps(works=True)
+        steps(works=False)
+        assert caplog.text.count("could not be stored") == 2
+    assert captured.ledger.stored == 36 and captured.ledger.failed == 54

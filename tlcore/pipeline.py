@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import queue
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -23,6 +24,11 @@ from .structure import Scalar
 log = logging.getLogger("tlcore")
 # Records made at a time: few enough that Python's garbage collector sees them come and go.
 _AT_ONCE = 256
+# While every step fails, at most so many items wait, and a close goes on trying for so long.
+_MOST_WAITING = 2000
+_CLOSE_S = 60.0
+# Two faults nearer to each other than this are told as one.
+_QUIET_S = 60.0
 
 
 @dataclass(slots=True)
@@ -78,11 +84,16 @@ class Processor:
         self._ledger = ledger
         self._rank = rank
         self._steps: dict[int, _OpenStep] = {}
+        self._told = -_QUIET_S
         self.first_error: BaseException | None = None
+        # Why the last step failed; None once a step's tensors are stored again.
+        self.failing: BaseException | None = None
 
-    def batch(self, batch: Batch) -> None:
-        """Name, hash and write a batch, then give its memory back."""
+    def batch(self, batch: Batch, give_up: bool = False) -> None:
+        """Name, hash and write a batch, then give its memory back; ``give_up`` fails its step untried."""
         step = self._steps.setdefault(batch.step, _OpenStep())
+        if give_up:
+            step.error = step.error or self.failing
         try:
             self._store(batch, step)
         except Exception as error:
@@ -136,9 +147,11 @@ class Processor:
         step.written += len(records)
         step.bytes_written += sum(record.data.nbytes for record in records if record.alias_of is None)
 
-    def end_step(self, end: StepEnd) -> None:
+    def end_step(self, end: StepEnd, give_up: bool = False) -> None:
         """Commit the step and book its ledger; a step that cannot be committed counts as failed."""
         step = self._steps.pop(end.step, None) or _OpenStep()
+        if give_up:
+            step.error = step.error or self.failing
         counts = step.counts
         staged = counts.captured - counts.skipped - counts.dropped - counts.failed
         if step.error is None:
@@ -152,6 +165,8 @@ class Processor:
             counts.failed += staged
             counts.reasons[f"failed: {type(step.error).__name__}"] += staged
             self._failed(end.step, step.error)
+        elif step.written:
+            self.failing = None
         self._ledger.add(counts)
 
     def _summary(self, end: StepEnd, step: _OpenStep) -> StepSummary:
@@ -168,13 +183,17 @@ class Processor:
         )
 
     def _failed(self, number: int, error: BaseException) -> None:
-        if self.first_error is None:
-            self.first_error = error
+        first, self.failing = self.failing is None, error
+        self.first_error = self.first_error or error
+        now = time.monotonic()
+        if first and now - self._told >= _QUIET_S:
             log.warning(
                 "step %d could not be stored and counts as failed; further failures are only counted: %s",
                 number,
                 error,
             )
+        if first:
+            self._told = now
 
     def close(self) -> None:
         """Close the sink; steps still open count as failed."""
@@ -225,6 +244,7 @@ class ThreadPipeline:
     def __init__(self, processor: Processor) -> None:
         self._processor = processor
         self._items: queue.SimpleQueue[Batch | StepEnd | threading.Event | None] = queue.SimpleQueue()
+        self._closed_at: float | None = None
         self._thread = threading.Thread(target=self._run, name="tlcore-pipeline", daemon=True)
         self._thread.start()
 
@@ -241,7 +261,11 @@ class ThreadPipeline:
                 return
 
     def close(self) -> None:
-        """Finish everything submitted, close the processor, end the thread."""
+        """Finish everything submitted, close the processor, end the thread.
+
+        A sink that works gets all the time it needs; one that fails is tried for a minute.
+        """
+        self._closed_at = time.monotonic()
         self._items.put(None)
         self._thread.join()
 
@@ -250,8 +274,16 @@ class ThreadPipeline:
             if isinstance(item, threading.Event):
                 item.set()
             elif isinstance(item, Batch):
-                self._processor.batch(item)
+                self._processor.batch(item, self._hopeless)
             else:
-                self._processor.end_step(item)
+                self._processor.end_step(item, self._hopeless)
             del item
         self._processor.close()
+
+    @property
+    def _hopeless(self) -> bool:
+        """Whether to fail what waits untried: each try may last minutes, and more comes meanwhile."""
+        if self._processor.failing is None:
+            return False
+        closing = self._closed_at is not None and time.monotonic() - self._closed_at > _CLOSE_S
+        return closing or self._items.qsize() > _MOST_WAITING

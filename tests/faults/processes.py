@@ -9,7 +9,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -34,9 +34,19 @@ class Workers:
     def __init__(self, process: subprocess.Popen[str], errors: IO[bytes]) -> None:
         self._process = process
         self._errors = errors
+        self._child = 0
 
-    def run(self, keys: dict[str, Any], ends: str = "forever", kill_after_s: float | None = None) -> Death:
-        """Start a child, kill it after ``kill_after_s`` seconds if given, and wait until it is gone."""
+    def run(
+        self,
+        keys: dict[str, Any],
+        ends: str = "forever",
+        kill_after_s: float | None = None,
+        on_first_step: Callable[[], None] | None = None,
+    ) -> Death:
+        """Start a child, kill it after ``kill_after_s`` seconds if given, and wait until it is gone.
+
+        With ``on_first_step`` the seconds begin when the child's first steps are stored, after that call.
+        """
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"keys": keys, "ends": ends}) + "\n")
         self._process.stdin.flush()
@@ -44,20 +54,25 @@ class Workers:
         end = time.monotonic() + _ENOUGH_S
         while death.status is None:
             assert time.monotonic() < end, "the child does not end"
-            self._hear(death, kill_after_s)
+            said = self._hear(death)
+            begins = "stored" in said and len(death.stored) == 1 if on_first_step else "pid" in said
+            if begins and on_first_step is not None:
+                on_first_step()
+            if begins and kill_after_s is not None:
+                threading.Timer(kill_after_s, _kill, (self._child,)).start()
         return death
 
-    def _hear(self, death: Death, kill_after_s: float | None) -> None:
+    def _hear(self, death: Death) -> dict[str, Any]:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         assert line, f"the process that forks children has died: {self.errors()}"
-        said = json.loads(line)
-        if "pid" in said and kill_after_s is not None:
-            threading.Timer(kill_after_s, _kill, (said["pid"],)).start()
+        said: dict[str, Any] = json.loads(line)
+        self._child = said.get("pid", self._child)
         death.url = said.get("url", death.url)
         if "stored" in said:
             death.stored.append(said["stored"])
         death.status = said.get("ended", death.status)
+        return said
 
     def errors(self) -> str:
         """What the children have written to standard error."""

@@ -70,16 +70,17 @@ def opened(outcome: Outcome, weed: Server) -> tlcore.Run:
 
 @pytest.mark.parametrize("name", STEADY)
 def test_a_steady_fault_loses_its_own_steps_and_no_other(name: str, weed: Server, proxy: Proxy) -> None:
-    steps = scaled(4, 12)
-    outcome = capture(
-        {**KEYS, "backend": backend(weed, proxy)}, steps, start_fault(proxy, STEADY[name], at=1)
-    )
+    steps = scaled(3, 6)
+    # Short only where it is the deadline that ends a request.
+    limits = {"deadline_s": 3.0, "attempts": 1} if name in ("silent server", "slow drip") else {}
+    place = backend(weed, proxy, **limits)
+    outcome = capture({**KEYS, "backend": place}, steps, start_fault(proxy, STEADY[name], at=1))
     assert_unhurt(outcome, steps)
     assert proxy.faults > 0
     assert outcome.ledger.stored == STEP_TENSORS
     assert outcome.ledger.failed > 0
-    # Two attempts of one second for a step's files and its queue's one more step, then run.json.
-    assert outcome.close_s < 3 * 2 * 2.0 + SLACK_S
+    # The step that is being written, the one that waits, and run.json.
+    assert outcome.close_s < 3 * 3.0 + SLACK_S
     failed, *more = outcome.warnings
     assert "could not be stored and counts as failed" in failed
     assert len(more) <= 1 and all("the run could not be closed" in line for line in more)
@@ -209,8 +210,14 @@ def test_push_delivers_what_a_run_left_byte_for_byte(
     format: str, weed: Server, proxy: Proxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     spill = tmp_path / "spill"
+
+    def outage(captured: tlcore.capture, step: int) -> None:
+        if step == 2:
+            captured.session.flush()
+            proxy.down = True
+
     keys = {**KEYS, "backend": backend(weed, proxy, format=format), "spill_dir": str(spill)}
-    outcome = capture(keys, 5, start_fault(proxy, faults.silent, at=2))
+    outcome = capture(keys, 5, outage)
     assert_unhurt(outcome, 5)
     assert outcome.close_s < 10 + SLACK_S
     assert len(outcome.warnings) == 2 and "`tlcore push " in outcome.warnings[1]

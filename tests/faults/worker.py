@@ -7,6 +7,7 @@ The child's process id, each step that is stored, and how the child ended go to 
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -25,8 +26,6 @@ import tlcore_backends.object_storage
 import tlcore_backends.safetensors  # noqa: F401
 
 MODULES = 20
-# Between the steps of a child that runs until it is killed.
-PAUSE_S = 0.01
 # A child that nobody kills ends by itself.
 _LONGEST_S = 30.0
 
@@ -60,7 +59,7 @@ def stored_steps(captured: tlcore.capture, model: nn.Module, count: int) -> None
         tell(stored=number)
 
 
-def forever(captured: tlcore.capture, model: nn.Module) -> None:
+def forever(captured: tlcore.capture, model: nn.Module, pause_s: float) -> None:
     end = time.monotonic() + _LONGEST_S
     number = 0
     while time.monotonic() < end:
@@ -69,7 +68,7 @@ def forever(captured: tlcore.capture, model: nn.Module) -> None:
             captured.session.flush()
             tell(stored=number)
         number += 1
-        time.sleep(PAUSE_S)
+        time.sleep(pause_s)
 
 
 def without_close(captured: tlcore.capture, model: nn.Module) -> None:
@@ -115,7 +114,8 @@ def forks(captured: tlcore.capture, model: nn.Module) -> None:
 
 
 ENDINGS: dict[str, Callable[[tlcore.capture, nn.Module], None]] = {
-    "forever": forever,
+    "forever": functools.partial(forever, pause_s=0.01),
+    "forever, slowly": functools.partial(forever, pause_s=0.1),
     "without_close": without_close,
     "interrupted": interrupted,
     "model_raises": model_raises,
