@@ -6,16 +6,17 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import xxhash
+import torch
 
 from .errors import ConfigError, ReadError, VerifyError
 from .names import rank_suffix, redact_url
 from .protocols import Sink
 from .reader import MissingError, Run, Step, is_run
-from .reader.files import RUN_FILE, payload, store_at
+from .reader.bulk import Payload, read_payloads
+from .reader.files import RUN_FILE, store_at
 from .reader.shard_check import overlapping
 from .reader.step import counts_of
-from .record import Json, Ledger, Origin, Record, RunInfo, StepSummary
+from .record import Ledger, Origin, Record, RunInfo, StepSummary
 from .registry import resolve
 from .schema import Config
 
@@ -74,7 +75,7 @@ def _convert_rank(source: Run, sink: Sink, url: str, rank: int, on_tensor: Calla
         overlap = overlapping(step.documents[rank])
         if overlap is not None:
             raise ReadError(f"{source.url}: {overlap}")
-        for batch in _batches(step, rank):
+        for batch in _batches(source, step, rank):
             sink.write(batch)
             for _ in batch:
                 on_tensor()
@@ -82,40 +83,42 @@ def _convert_rank(source: Run, sink: Sink, url: str, rank: int, on_tensor: Calla
     sink.close()
 
 
-def _batches(step: Step, rank: int) -> Iterator[list[Record]]:
+def _batches(source: Run, step: Step, rank: int) -> Iterator[list[Record]]:
     """The records of a step in the order they were stored, a bounded number of bytes at a time."""
     batch: list[Record] = []
+    size = 0
     hashes: dict[str, Any] = {}
-    for entry in step.documents[rank]["records"]:
-        record = _record(step, rank, entry)
+    for stored in read_payloads(source.files, step.documents[rank]["records"], keep=True):
+        record = _record(step, rank, stored)
         if record.alias_of is not None and hashes.get(record.alias_of) != record.hash:
             raise ReadError(f"step {step.number}: {record.name} is no alias of {record.alias_of!r}")
         hashes[record.name] = record.hash
         batch.append(record)
-        if sum(record.nbytes for record in batch) >= _BATCH_BYTES:
+        size += record.nbytes
+        if size >= _BATCH_BYTES:
             yield batch
-            batch = []
+            batch, size = [], 0
     if batch:
         yield batch
 
 
-def _record(step: Step, rank: int, entry: Json) -> Record:
-    tensor = step.tensor(entry["name"])
-    data = payload(tensor)
-    digest = xxhash.xxh3_128_hexdigest(data)
-    if entry.get("hash") != f"xxh3-128:{digest}":
-        raise VerifyError([f"{entry['name']}: xxh3-128:{digest}, step.json says {entry.get('hash')}"])
+def _record(step: Step, rank: int, stored: Payload) -> Record:
+    entry = stored.record
+    if stored.problem is not None:
+        raise ReadError(stored.problem)
+    if entry["hash"] != f"xxh3-128:{stored.digest}":
+        raise VerifyError([f"{entry['name']}: xxh3-128:{stored.digest}, step.json says {entry['hash']}"])
     origin = Origin(
         rank,
         entry["module"],
         entry["call"],
         entry["direction"],
         tuple(entry["path"]),
-        tensor.dtype,
-        tuple(tensor.shape),
+        getattr(torch, entry["dtype"]),
+        tuple(entry["shape"]),
         entry["device"],
     )
-    return Record(entry["name"], step.number, origin, data, digest, entry.get("alias_of"))
+    return Record(entry["name"], step.number, origin, stored.data, stored.digest, entry.get("alias_of"))
 
 
 def summary_of(step: Step, rank: int) -> StepSummary:

@@ -63,6 +63,21 @@ def file_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
     return len(frame.head) + frame.payload_bytes + len(frame.after)
 
 
+def payload_in(dtype: torch.dtype, shape: Sequence[int], data: bytes) -> memoryview | None:
+    """The payload in a file that is, around it, exactly what `encode` writes; None for any other file.
+
+    Whether the checksums belong to the payload is left to whoever knows its hash.
+    """
+    frame = _frame(dtype, tuple(shape))
+    begin = len(frame.head)
+    end = begin + frame.payload_bytes
+    tail = data[end:]
+    if len(tail) != len(frame.after) or data[:begin] != frame.head:
+        return None
+    (checksum,) = struct.unpack_from("<I", tail, frame.payload_checksum_at[0])
+    return memoryview(data)[begin:end] if frame.tail(checksum) == tail else None
+
+
 @dataclass(frozen=True, slots=True)
 class _Frame:
     """A ``.pt`` file of one dtype and shape without its payload; ``after`` still lacks four checksums."""

@@ -52,6 +52,7 @@ class LocalStore:
         self._root = str(self.root)
         self._fsync = fsync
         self._known_directories: set[str] = set()
+        self._real_directories: dict[str, str] = {}
         self._token = secrets.token_hex(4)
         self._counter = itertools.count()
 
@@ -110,11 +111,8 @@ class LocalStore:
     def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """The bytes ``[start, end)`` of a blob; a symbolic link that leaves the root is refused."""
         place = self._place(name)
-        real, real_root = os.path.realpath(place), os.path.realpath(self._root)
-        if os.path.commonpath([real, real_root]) != real_root:
-            raise BackendError(f"{place}: leads out of {self._root} through a symbolic link")
         try:
-            with open(real, "rb", buffering=0, opener=_open_regular) as file:
+            with open(self._resolved(place), "rb", buffering=0, opener=_open_regular) as file:
                 size = os.fstat(file.fileno()).st_size
                 file.seek(start)
                 return _read_all(file, max(0, min(size, size if end is None else end) - start))
@@ -122,6 +120,14 @@ class LocalStore:
             raise
         except OSError as error:
             raise _refused("read", place, error) from error
+
+    def identity(self, name: str) -> tuple[int, ...] | None:
+        """Equal for names that are hard links to one file, as it is now; None for a missing name."""
+        try:
+            state = os.lstat(self._place(name))
+        except OSError:
+            return None
+        return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All finished files whose name starts with ``prefix``; symbolic links are not followed."""
@@ -150,6 +156,23 @@ class LocalStore:
 
     def _place(self, name: str) -> str:
         return f"{self._root}/{check_name(name)}"
+
+    def _resolved(self, place: str) -> str:
+        """The file behind ``place``. Raises BackendError where symbolic links lead out of the root."""
+        directory, _, base = place.rpartition("/")
+        real = self._real_directories.get(directory)
+        if real is None:
+            if len(self._real_directories) > _MOST_KNOWN_DIRECTORIES:
+                self._real_directories.clear()
+            real = self._real_directories[directory] = self._inside(directory)
+        # Resolving every directory on the way again would cost more than reading a small file.
+        return self._inside(place) if os.path.islink(place) else f"{real}/{base}"
+
+    def _inside(self, place: str) -> str:
+        real, real_root = os.path.realpath(place), os.path.realpath(self._root)
+        if os.path.commonpath([real, real_root]) != real_root:
+            raise BackendError(f"{place}: leads out of {self._root} through a symbolic link")
+        return real
 
     def _unfinished(self, target: str) -> str:
         return f"{target}.{self._token}-{next(self._counter)}{UNFINISHED}"

@@ -169,15 +169,18 @@ def check_structure(document: Any, where: str) -> Json:
 
 def _too_deep(value: Any) -> bool:
     """Whether arrays and objects are nested deeper than any capture writes, and recursion can go."""
-    waiting: list[tuple[Any, int]] = [(value, 0)]
-    while waiting:
-        node, depth = waiting.pop()
-        if not isinstance(node, (dict, list)):
-            continue
-        if depth > _DEEPEST:
-            return True
-        waiting += ((child, depth + 1) for child in (node.values() if isinstance(node, dict) else node))
-    return False
+    level = [value] if isinstance(value, (dict, list)) else []
+    for _ in range(_DEEPEST + 1):
+        # One comprehension a level: this looks at every value of every document.
+        level = [
+            child
+            for node in level
+            for child in (node.values() if isinstance(node, dict) else node)
+            if isinstance(child, (dict, list))
+        ]
+        if not level:
+            return False
+    return True
 
 
 def children(node: Mapping[str, Any]) -> Iterator[Any]:

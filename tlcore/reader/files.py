@@ -114,6 +114,16 @@ class RunFiles:
         except (MemoryError, OverflowError):
             raise ReadError(f"{self.url}/{name}: larger than this machine's memory") from None
 
+    @property
+    def is_local(self) -> bool:
+        """Whether the run lies on a disk of this machine."""
+        return hasattr(self.store, "identity")
+
+    def identity(self, name: str) -> Any:
+        """Equal for two names of one stored file, None where a store has no such names or it is missing."""
+        identity = getattr(self.store, "identity", None)
+        return None if identity is None else identity(self._below + name)
+
     def holds(self, name: str) -> bool:
         """Whether the run has a file of this name, or a structure packed into its step's ``step.json``."""
         return name in self.sizes or self._packed(name) is not None

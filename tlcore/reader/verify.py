@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from typing import Any
-
-import xxhash
 
 from ..errors import ReadError
 from ..names import rank_suffix
 from ..record import Json
+from .bulk import Payload, read_payloads
 from .documents import LARGEST_JSON, children
-from .files import RunFiles, payload
+from .files import RunFiles
 from .shard_check import shard_problems
 
 _HASH = "xxh3-128:"
@@ -32,8 +30,8 @@ def verify_step(
     except ReadError as error:
         return 0, [str(error)]
     sound, bad = 0, []
-    for record in document["records"]:
-        problem = _tensor_problem(files, record)
+    for stored in read_payloads(files, document["records"], keep=False):
+        problem = _tensor_problem(files, stored)
         sound += problem is None
         if problem is not None:
             bad.append(problem)
@@ -43,19 +41,16 @@ def verify_step(
     return sound, bad
 
 
-def _tensor_problem(files: RunFiles, record: Any) -> str | None:
-    try:
-        name, stated = record.get("file", record["name"]), record["hash"]
-        if not str(stated).startswith(_HASH):
-            return f"{name}: unknown hash {stated!r}"
-        if "file" in record and files.sizes.get(name, record["file_bytes"]) != record["file_bytes"]:
-            return f"{name}: {files.sizes[name]} bytes, step.json says {record['file_bytes']}"
-        found = _HASH + xxhash.xxh3_128_hexdigest(payload(files.stored(record)))
-    except ReadError as error:
-        return str(error)
-    except (KeyError, TypeError, AttributeError):
-        return f"damaged record in step.json: {str(record)[:200]}"
-    return None if found == stated else f"{name}: {found}, step.json says {stated}"
+def _tensor_problem(files: RunFiles, stored: Payload) -> str | None:
+    record = stored.record
+    name, stated = str(record.get("file", record["name"])), record["hash"]
+    if not stated.startswith(_HASH):
+        return f"{name}: unknown hash {stated!r}"
+    size = files.sizes.get(name)
+    if "file" in record and size is not None and size != record.get("file_bytes"):
+        return f"{name}: {size} bytes, step.json says {record.get('file_bytes')}"
+    found = _HASH + stored.digest
+    return stored.problem or (None if found == stated else f"{name}: {found}, step.json says {stated}")
 
 
 def _structure_problems(files: RunFiles, step: str, suffix: str, document: Json) -> Iterator[str]:
