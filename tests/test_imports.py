@@ -19,6 +19,7 @@ LAYERS: list[set[str]] = [
     {"pipeline"},
     {"collector"},
     {"hooks", "reader"},
+    {"bracket"},
     {"convert", "filesystem", "prune", "session"},
     {"__main__", "adapters", "cli", "compare_il", "comparison", "testing", "vllm"},
 ]

@@ -20,11 +20,12 @@ import torch
 from torch import nn
 
 from . import __version__, names, registry
+from .bracket import Bracket, compiled_meanwhile, refuse_unreachable
 from .collector import Collector
 from .errors import CaptureError
 from .filters import ModuleFilter
 from .forms import TensorFilter
-from .hooks import Listener, ListenerSet, open_calls, raised_by, refuse_compiled
+from .hooks import Listener, ListenerSet, refuse_compiled
 from .pipeline import Batch, InlinePipeline, Processor, StepEnd, ThreadPipeline
 from .protocols import Sink
 from .record import LAYOUT_VERSION, Counts, Json, Ledger, RunInfo, SpillPlace
@@ -314,10 +315,9 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._model = model
         self._inline = inline
         self._sink = sink
-        self._depth = 0
-        self._owner = 0
         self._session: Session | None = None
-        self._handles: list[Any] = []
+        self._bracket = Bracket(lambda: self.session.begin_step(), self._end_step)
+        self._entered = False
 
     @property
     def session(self) -> Session:
@@ -337,26 +337,27 @@ class capture:  # noqa: N801 - a context manager reads like a function
         return self.session.ledger
 
     def __enter__(self) -> capture:
+        if self._entered:
+            raise CaptureError("this capture is active already; make another one to capture the model twice")
         if not self.config.enabled:
             return self
-        refuse_compiled(self._model)
+        refuse_unreachable(self._model)
         backend = class_name(self._sink) if self._sink is not None else None
         run = new_run(self.config, backend=backend)
         self._session = Session(self.config, run, self._sink, self._inline)
         self._session.attach(self._model)
-        self._handles = [
-            self._model.register_forward_pre_hook(self._before, prepend=True),
-            self._model.register_forward_hook(self._after, always_call=True),
-        ]
+        self._bracket.install(self._model)
+        self._entered = True
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for handle in self._handles:
-            handle.remove()
+        self._entered = False
+        self._bracket.remove()
         if self._session is None:
             return
+        self._say_what_passed_by()
         try:
             self._session.close()
         except CaptureError:
@@ -365,22 +366,16 @@ class capture:  # noqa: N801 - a context manager reads like a function
                 raise
             log.warning("the run could not be stored whole", exc_info=True)
 
-    def _before(self, module: nn.Module, args: Any) -> None:
-        if torch.compiler.is_compiling():
-            return
-        thread = threading.get_ident()
-        if self._depth and thread != self._owner:
-            log.warning("the model runs in several threads at once; only one of them is captured")
-            return
-        # An interrupt skips the hook that ends a call, so a depth left over is checked, not trusted.
-        self._depth = open_calls(module) if self._depth else 1
-        if self._depth == 1:
-            self._owner = thread
-            self.session.begin_step()
+    def _end_step(self, error: BaseException | None) -> None:
+        self.session.end_step(error=error)
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
-        if torch.compiler.is_compiling() or threading.get_ident() != self._owner or not self._depth:
-            return
-        self._depth -= 1
-        if self._depth == 0:
-            self.session.end_step(error=raised_by(module, output))
+    def _say_what_passed_by(self) -> None:
+        compiled = compiled_meanwhile(self._model)
+        if compiled is not None:
+            log.warning("%s; what ran compiled is not in the run %s", compiled, self.url)
+        elif not self._bracket.calls:
+            log.warning(
+                "no call of the model came by, so the run %s has no step; call the very model that is"
+                " captured (a torch.compile'd version of it runs past the capture)",
+                self.url,
+            )
