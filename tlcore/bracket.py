@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from .errors import CaptureError
-from .hooks import open_calls, raised_by, refuse_compiled
+from .hooks import no_function, open_calls, raised_by, refuse_compiled
 
 log = logging.getLogger("tlcore")
 _MODE = torch._C._TorchDispatchModeKey
@@ -26,20 +26,27 @@ def refuse_unreachable(model: nn.Module) -> None:
             "the model is TorchScript, which calls its modules without Python; capture the original nn.Module"
             " (torch.jit.script or torch.jit.trace it afterwards)"
         )
+    scripted = next(
+        (n for n, part in model.named_modules() if isinstance(part, torch.jit.ScriptModule)), None
+    )
+    if scripted is not None:
+        log.warning(
+            "module %r is TorchScript: it is captured as a whole, the modules in it are not", scripted
+        )
 
 
 def why_not_real() -> str | None:
     """Why a call now computes nothing real, such as one that is only traced; None for an ordinary call."""
     if torch.compiler.is_compiling():
         return "torch.compile or torch.export"
-    if torch.jit.is_tracing():
+    if torch._C._is_tracing():
         return "torch.jit.trace"
     if torch._C._functorch.peek_interpreter_stack() is not None:
         return "a torch.func transform (vmap, grad, ...)"
     modes = torch._C._get_dispatch_mode
     if modes(_MODE.FAKE) is not None or modes(_MODE.PROXY) is not None:
         return "tracing with fake tensors or proxies"
-    if torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing():
+    if torch.cuda._initialized and torch.cuda.is_current_stream_capturing():
         return "a CUDA graph being captured"
     return None
 
@@ -118,7 +125,7 @@ class Bracket:
 
 
 class _Hook:
-    """A hook that stays behind when its module is copied, pickled or compiled to TorchScript."""
+    """A hook that stays behind when its module is copied or pickled."""
 
     def __init__(self, call: Callable[..., None]) -> None:
         self._call = call
@@ -126,12 +133,8 @@ class _Hook:
     def __call__(self, *args: Any) -> None:
         self._call(*args)
 
-    @property
-    def __name__(self) -> str:
-        # TorchScript asks for it when it is about to compile the hook, whose errors nobody could read.
-        raise CaptureError(
-            "a captured model cannot be compiled to TorchScript; call torch.jit.script outside the capture"
-        )
+    def __getattr__(self, name: str) -> Any:
+        raise no_function(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., None]:
         return pass_by

@@ -138,6 +138,8 @@ class FormTable:
 
 def _unsupported_class(tensor: torch.Tensor) -> Outcome | None:
     """Why a tensor that is not a plain `torch.Tensor` has no bytes of its own to store, or None."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return Outcome("skipped", "inside a torch.func transform")
     if tensor.is_nested:
         return Outcome("skipped", "unsupported nested tensor")
     cls = type(tensor)

@@ -66,7 +66,8 @@ class Listener:
     def install(self) -> None:
         """Begin to listen."""
         module = self.module
-        if _has_hooks(module) or isinstance(module, torch.jit.ScriptModule):
+        # TorchScript takes no hooks, and its own were compiled into its forward.
+        if _has_hooks(module) and not isinstance(module, torch.jit.ScriptModule):
             self._handles = [
                 module.register_forward_pre_hook(self.before, with_kwargs=True),
                 module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
@@ -98,6 +99,10 @@ class Listener:
     def __wrapped__(self) -> Callable[..., Any]:
         """What `inspect.signature` shows for the module's ``forward``."""
         return self._forward
+
+    def __getattr__(self, name: str) -> Any:
+        """Nothing more than what is there; TorchScript, which asks for ``__globals__``, hears why."""
+        raise no_function(name)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
         """A copy of the module is not captured."""
@@ -249,6 +254,14 @@ class ListenerSet:
             self._installed = False
             for listener in self._listeners:
                 listener.remove()
+
+
+def no_function(attribute: str) -> AttributeError:
+    """The error for whoever takes what we put into a module for a function, as TorchScript does."""
+    return AttributeError(
+        f"no {attribute!r} here: this module is being captured by tlcore; if it is to be compiled to"
+        " TorchScript, call torch.jit.script outside the capture"
+    )
 
 
 def refuse_compiled(model: nn.Module) -> None:
