@@ -20,7 +20,8 @@ def test_the_readme_has_the_configuration_table_of_the_schema() -> None:
 
 def test_every_fault_in_the_readme_names_a_test_that_exists() -> None:
     section = README.read_text(encoding="utf-8").split("## Reliability", 1)[1].split("\n## ", 1)[0]
-    rows = [line for line in section.splitlines() if line.startswith("| ")][1:]
+    lines = [line for line in section.splitlines() if line.startswith("| ")]
+    rows = [line for line in lines if not line.endswith("| test |")]
     assert len(rows) >= 18
     for row in rows:
         named = re.findall(r"`(?:([\w/]+\.py)::)?(test_\w+)`", row.rsplit(" | ", 1)[1])
