@@ -17,16 +17,16 @@ python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
 sources := tlcore backends schemas tests examples
 
-.PHONY: demo test test-deep test-gpu test-fast bench azurite lint format venv
+.PHONY: demo test test-deep test-gpu test-fast bench azurite chromium lint format venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
 	$(python) examples/demo.py
 
-test: lint azurite
+test: lint azurite chromium
 	$(python) -m pytest
 
-test-deep: lint azurite
+test-deep: lint azurite chromium
 	TLCORE_DEEP=1 $(python) -m pytest
 
 test-gpu:
@@ -39,6 +39,10 @@ bench: $(VENV)/.bench
 # The Azure emulator comes from npm; the other servers are Python packages.
 azurite: $(VENV)/.installed
 	$(python) -m tests.servers
+
+# The browser that the reports are tested in: the system's, else (as root) Debian's.
+chromium: $(VENV)/.installed
+	$(python) -m tests.browser
 
 test-fast: $(VENV)/.installed
 	$(python) -m pytest -m "not slow"

@@ -10,7 +10,7 @@ from .adapters.vllm import install_import_hook
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .comparison import compare
+    from .comparison import compare, stats
     from .errors import BackendError, CaptureError, ConfigError, ReadError, TlcoreError, VerifyError
     from .protocols import Sink, Store
     from .reader import open_run
@@ -35,6 +35,7 @@ _LAZY = {
     "register_sink": "registry",
     "capture": "session",
     "compare": "comparison",
+    "stats": "comparison",
 }
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "compare",
     "open_run",
     "register_sink",
+    "stats",
 ]
 
 

@@ -78,6 +78,11 @@ def payload_in(dtype: torch.dtype, shape: Sequence[int], data: bytes) -> memoryv
     return memoryview(data)[begin:end] if frame.tail(checksum) == tail else None
 
 
+def head(dtype: torch.dtype, shape: Sequence[int]) -> bytes:
+    """What precedes the payload in a ``.pt`` file of this dtype and shape."""
+    return _frame(dtype, tuple(shape)).head
+
+
 @dataclass(frozen=True, slots=True)
 class _Frame:
     """A ``.pt`` file of one dtype and shape without its payload; ``after`` still lacks four checksums."""

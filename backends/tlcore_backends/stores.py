@@ -110,16 +110,22 @@ class LocalStore:
 
     def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """The bytes ``[start, end)`` of a blob; a symbolic link that leaves the root is refused."""
-        place = self._place(name)
         try:
-            with open(self._resolved(place), "rb", buffering=0, opener=_open_regular) as file:
+            with self.open_file(name) as file:
                 size = os.fstat(file.fileno()).st_size
                 file.seek(start)
                 return _read_all(file, max(0, min(size, size if end is None else end) - start))
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise _refused("read", place, error) from error
+            raise _refused("read", self._place(name), error) from error
+
+    def open_file(self, name: str) -> io.FileIO:
+        """The blob as a file open for reading; a symbolic link that leaves the root is refused.
+
+        Raises OSError as the system does.
+        """
+        return open(self._resolved(self._place(name)), "rb", buffering=0, opener=_open_regular)
 
     def identity(self, name: str) -> tuple[int, ...] | None:
         """Equal for names that are hard links to one file, as it is now; None for a missing name."""

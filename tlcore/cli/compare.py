@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
-from pathlib import Path
+from collections.abc import Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
 
 from ..comparison import Comparison, compare
-from ..comparison.html import page
+from ..comparison.report import page
 from ..comparison.text import COLUMNS, markdown, rows, shown, verdict
-from ..errors import ConfigError, TlcoreError
+from ..errors import BackendError, ConfigError
+from .arguments import numbers, texts
+from .output import progress, write_text
+from .places import add_storage_options, storage_options
 from .tables import print_table, printable
 
 HELP = (
@@ -19,11 +23,12 @@ HELP = (
 )
 _SUM_NAMES = {"hidden": 0, "residual": 1}
 _LONGEST_TABLE = 40
+_DASK_TIMEOUT_S = 20
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
-    parser.add_argument("a", metavar="A", help="a run's directory")
+    parser.add_argument("a", metavar="A", help="a run's directory; a path or URL")
     parser.add_argument("b", metavar="B", help="the directory of the run to compare it with")
     options(parser)
 
@@ -33,62 +38,95 @@ def options(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--rtol", type=float, help="relative tolerance (default: by dtype, as torch.testing.assert_close)")
     add("--atol", type=float, help="absolute tolerance (default: likewise)")
-    add("--steps", type=_numbers, help="steps to compare, such as 0,1 (default: all)")
-    add("--modules", type=_texts, default=[], help="regular expressions of module names, comma-separated")
+    add("--steps", type=numbers, help="steps to compare, such as 0,1 (default: all)")
+    add("--modules", type=texts, default=[], help="regular expressions of module names, comma-separated")
     add("--map", action="append", default=[], metavar="REGEX=REPLACEMENT", help="rename A's modules to B's")
     add(
         "--sum",
         type=_positions,
         default=[],
         metavar="hidden,residual",
-        help="add these outputs of a call where the other run has a single one",
+        help="what one run keeps in two parts, as vLLM does, and the other in one",
     )
-    add("--request", action="append", default=[], metavar="A=B", help="A's request id A is B's request id B")
+    add(
+        "--request",
+        action="append",
+        default=[],
+        metavar="A=B",
+        help="A's request A is B's request B (default: requests with the same prompt)",
+    )
+    add("--ignore-missing", action="store_true", help="leave out what only one run has, with a note")
+    add(
+        "--by-norm", action="store_true", help="hold the tolerance against each tensor's norm, not each value"
+    )
     add("--check-dtype", action="store_true", help="a difference in dtype is a difference")
     add("--deep", action="store_true", help="read also the tensors that equal hashes settle")
     add("--format", choices=("table", "markdown", "json", "html"), default="table", help="default: table")
     add("--output", metavar="FILE", help="write the report there")
+    add("--dask", metavar="ADDRESS", help="let a Dask cluster do the work; it must be able to open both runs")
+    add_storage_options(parser)
+    add("--storage-options-b", metavar="JSON", help="those of B, where they are not those of A")
     add("--verbose", action="store_true", help="list every tensor, not only those that do not agree")
 
 
 def run(args: argparse.Namespace) -> int:
     """Compare and report; returns the exit status. Raises TlcoreError when it cannot compare."""
-    comparison = compare(
-        args.a,
-        args.b,
-        rtol=args.rtol,
-        atol=args.atol,
-        steps=args.steps,
-        modules=args.modules,
-        maps=args.map,
-        sums=args.sum,
-        requests=dict(_request(text) for text in args.request),
-        check_dtype=args.check_dtype,
-        deep=args.deep,
-        progress=_progress if sys.stderr.isatty() else None,
-    )
-    report(comparison, args.format, args.output, args.verbose)
+    options_b = storage_options(args, "--storage-options-b", args.storage_options_b)
+    with _executor(args.dask) as executor, progress("comparing", "tensors") as on_progress:
+        comparison = compare(
+            args.a,
+            args.b,
+            rtol=args.rtol,
+            atol=args.atol,
+            by_norm=args.by_norm,
+            steps=args.steps,
+            modules=args.modules,
+            maps=args.map,
+            sums=args.sum,
+            requests=dict(_request(text) for text in args.request),
+            ignore_missing=args.ignore_missing,
+            check_dtype=args.check_dtype,
+            deep=args.deep,
+            storage_options=storage_options(args),
+            storage_options_b=options_b,
+            executor=executor,
+            progress=on_progress,
+        )
+    report(comparison, args)
     return 0 if comparison.equal else 1
 
 
-def report(comparison: Comparison, form: str, output: str | None, verbose: bool) -> None:
-    """Print the report, or write it to a file. Raises TlcoreError when the file cannot be written."""
-    if form == "table" and output is None:
-        _print(comparison, verbose)
-        return
-    if form == "json":
-        text = json.dumps(comparison.to_json(), indent=1) + "\n"
-    elif form == "html":
-        text = page(comparison)
-    else:
-        text = markdown(comparison, verbose)
-    if output is None:
-        sys.stdout.write(text)
+@contextmanager
+def _executor(dask: str | None) -> Iterator[Executor | None]:
+    """The cluster at an address as an executor. Raises BackendError when it cannot be reached."""
+    if dask is None:
+        yield None
         return
     try:
-        Path(output).write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise TlcoreError(f"{output}: cannot be written ({error.strerror})") from error
+        from distributed import Client
+    except ImportError as error:
+        raise BackendError("--dask needs distributed: pip install 'tlcore[dask]'") from error
+    try:
+        client = Client(dask, timeout=_DASK_TIMEOUT_S, set_as_default=False)
+    except (OSError, ValueError) as error:
+        raise BackendError(f"--dask: no Dask scheduler at {dask!r} ({error})") from error
+    try:
+        # Pure functions would be looked up by a hash of their arguments, which costs more than it saves.
+        yield client.get_executor(pure=False)
+    finally:
+        client.close()
+
+
+def report(comparison: Comparison, args: argparse.Namespace) -> None:
+    """Print the report, or write it to a file. Raises TlcoreError when the file cannot be written."""
+    if args.format == "table" and args.output is None:
+        _print(comparison, args.verbose)
+    elif args.format == "json":
+        write_text(json.dumps(comparison.to_json(), indent=1) + "\n", args.output)
+    elif args.format == "html":
+        write_text(page(comparison), args.output)
+    else:
+        write_text(markdown(comparison, args.verbose), args.output)
 
 
 def _print(comparison: Comparison, verbose: bool) -> None:
@@ -102,20 +140,8 @@ def _print(comparison: Comparison, verbose: bool) -> None:
         print(f"... and {len(results) - limit} more; --verbose lists all")
 
 
-def _progress(done: int, total: int) -> None:
-    sys.stderr.write(f"\r{done} of {total} tensors" + ("\n" if done == total else ""))
-
-
-def _numbers(text: str) -> list[int]:
-    return [int(part) for part in text.split(",")]
-
-
-def _texts(text: str) -> list[str]:
-    return [part.strip() for part in text.split(",") if part.strip()]
-
-
 def _positions(text: str) -> list[int]:
-    return [_SUM_NAMES[part] if part in _SUM_NAMES else int(part) for part in _texts(text)]
+    return [_SUM_NAMES[part] if part in _SUM_NAMES else int(part) for part in texts(text)]
 
 
 def _request(text: str) -> tuple[str, str]:

@@ -16,14 +16,17 @@ def add_storage_options(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def storage_options(args: argparse.Namespace) -> Json | None:
-    """The parsed ``--storage-options``. Raises ConfigError, which never quotes it."""
-    if args.storage_options is None:
+def storage_options(
+    args: argparse.Namespace, flag: str = "--storage-options", text: str | None = None
+) -> Json | None:
+    """The parsed ``--storage-options``, or ``text`` of another flag. Raises ConfigError, never quoting it."""
+    given = args.storage_options if flag == "--storage-options" else text
+    if given is None:
         return None
     try:
-        options = parse_json(args.storage_options)
+        options = parse_json(given)
     except ConfigError as error:
-        raise ConfigError("--storage-options", error.problem) from None
+        raise ConfigError(flag, error.problem) from None
     if not isinstance(options, dict):
-        raise ConfigError("--storage-options", "must be a JSON object.")
+        raise ConfigError(flag, "must be a JSON object.")
     return options

@@ -5,5 +5,17 @@ from __future__ import annotations
 from .compare import compare
 from .measure import Measures, Tolerance
 from .results import Comparison, Divergence, TensorResult
+from .survey import Sighting, Survey, TensorStatistics, stats
 
-__all__ = ["Comparison", "Divergence", "Measures", "TensorResult", "Tolerance", "compare"]
+__all__ = [
+    "Comparison",
+    "Divergence",
+    "Measures",
+    "Sighting",
+    "Survey",
+    "TensorResult",
+    "TensorStatistics",
+    "Tolerance",
+    "compare",
+    "stats",
+]

@@ -69,6 +69,12 @@ class Rules:
     steps: frozenset[int] | None = None
     modules: tuple[re.Pattern[str], ...] = ()
     requests: tuple[tuple[str, str], ...] = ()
+    ignore_missing: bool = False
+
+    @property
+    def bridges(self) -> bool:
+        """Whether two implementations are compared, whose calls take and return different structures."""
+        return bool(self.maps or self.sums)
 
 
 def renames(texts: Iterable[str]) -> tuple[Rename, ...]:
@@ -100,16 +106,21 @@ def compiled_pattern(text: str, where: str) -> re.Pattern[str]:
 
 def match(a: Run, b: Run, rules: Rules) -> Matching:
     """Pair the tensors of two runs: per request where both have request rows, else per step."""
+    # Imported here, since they build on this module.
+    from .requests import match_requests
+    from .skipped import one_sided
+
     missing = [*_unusable(a, 0, rules), *_unusable(b, 1, rules)]
     steps_a, steps_b = _steps(a, rules), _steps(b, rules)
-    if any(_has_rows(step) for step in steps_a) and any(_has_rows(step) for step in steps_b):
-        # Imported here, since it builds on this module.
-        from .requests import match_requests
-
-        pairs, absent, notes = match_requests(steps_a, steps_b, rules)
-    else:
-        pairs, absent, notes = _match_steps(steps_a, steps_b, rules)
-    notes += [*_not_stored("A", steps_a), *_not_stored("B", steps_b)]
+    per_request = any(step.rows for step in steps_a) and any(step.rows for step in steps_b)
+    pairs, absent, notes = (match_requests if per_request else _match_steps)(steps_a, steps_b, rules)
+    lacking, more_notes = one_sided(steps_a, steps_b, rules)
+    absent += lacking
+    notes += [*more_notes, *_not_stored("A", steps_a), *_not_stored("B", steps_b)]
+    if rules.ignore_missing:
+        if absent:
+            notes.append(f"{len(absent)} tensors that only one run has were left out")
+        absent = []
     if a.state != "complete" or b.state != "complete":
         states = f"A is {a.state}, B is {b.state}"
         notes.append(f"not every run was closed ({states}); only what was committed can be compared")
@@ -118,10 +129,6 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
 
 def _steps(run: Run, rules: Rules) -> list[Step]:
     return [run.step(number) for number in run.steps if rules.steps is None or number in rules.steps]
-
-
-def _has_rows(step: Step) -> bool:
-    return bool(step.rows)
 
 
 def _unusable(run: Run, side: int, rules: Rules) -> Iterator[TensorResult]:
@@ -159,7 +166,7 @@ def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Source]:
         rank = int(record["rank"])
         ordered.append((place[rank], rank, record))
         place[rank] += 1
-    calls = _Calls(rules.maps if rename else ())
+    calls = renamed(rules, rename)
     found: dict[Key, Source] = {}
     for _, rank, record in sorted(ordered, key=lambda entry: entry[:2]):
         module, call = calls.of(rank, str(record["module"]), int(record["call"]))
@@ -170,7 +177,12 @@ def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Source]:
     return found
 
 
-class _Calls:
+def renamed(rules: Rules, rename: bool) -> Calls:
+    """The names that a step's modules go by, with A's (``rename``) turned into B's."""
+    return Calls(rules.maps if rename else ())
+
+
+class Calls:
     """Renames modules; calls of several modules that get one name are numbered in call order."""
 
     def __init__(self, maps: Sequence[Rename]) -> None:
@@ -178,6 +190,7 @@ class _Calls:
         self._seen: dict[tuple[int, str], dict[tuple[str, int], int]] = defaultdict(dict)
 
     def of(self, rank: int, module: str, call: int) -> tuple[str, int]:
+        """The module and call that one counts as."""
         name = module
         for pattern, replacement in self._maps:
             name = pattern.sub(replacement, name)
@@ -196,7 +209,7 @@ def _match_steps(
     for step in steps_a:
         mine = keyed(step, rules, rename=True)
         theirs = keyed(by_number[step.number], rules, rename=False) if step.number in by_number else {}
-        mine, theirs = add_up(mine, theirs, rules.sums), add_up(theirs, mine, rules.sums)
+        mine, theirs = bridged(mine, theirs, rules)
         for key, source in mine.items():
             if key in theirs:
                 pairs.append(Pair(key, source, theirs[key]))
@@ -208,6 +221,18 @@ def _match_steps(
         if step.number not in numbers:
             missing += [absent(key, source, 1) for key, source in keyed(step, rules, rename=False).items()]
     return pairs, missing, []
+
+
+def bridged(
+    mine: dict[Key, Source], theirs: dict[Key, Source], rules: Rules
+) -> tuple[dict[Key, Source], dict[Key, Source]]:
+    """Both sides' tensors with split ones added and differing paths made equal, if the rules ask for it."""
+    if not rules.bridges:
+        return mine, theirs
+    from .bridge import bridge
+
+    plan_a, plan_b = bridge(mine, theirs, rules.sums)
+    return plan_a.apply(mine), plan_b.apply(theirs)
 
 
 def absent(key: Key, source: Source, side: int, request: str | None = None) -> TensorResult:
@@ -227,28 +252,3 @@ def absent(key: Key, source: Source, side: int, request: str | None = None) -> T
         reason=f"only {'AB'[side]} has it",
         request=request,
     )
-
-
-def add_up(mine: dict[Key, Source], theirs: Mapping[Key, Source], sums: Sequence[int]) -> dict[Key, Source]:
-    """Outputs at the positions ``sums`` as one, for calls of which the other side has a single output."""
-    if not sums:
-        return mine
-    found: dict[Key, Source] = {}
-    taken: set[Key] = set()
-    for key, source in mine.items():
-        if key in taken:
-            continue
-        rank, module, call, direction, path = key
-        parts = [(rank, module, call, direction, (position,)) for position in sums]
-        goals = [(rank, module, call, direction, other) for other in ((), (0,))]
-        goal = next((each for each in goals if each in theirs), None)
-        second_of_theirs = (rank, module, call, direction, (sums[-1],)) in theirs
-        whole = path == (sums[0],) and all(part in mine for part in parts)
-        if direction == "outputs" and whole and goal is not None and not second_of_theirs:
-            sources = [mine[part] for part in parts]
-            names = tuple(name for each in sources for name in each.names)
-            found[goal] = Source(source.step, names, tuple(r for each in sources for r in each.records))
-            taken.update(parts)
-        else:
-            found[key] = source
-    return found

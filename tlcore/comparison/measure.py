@@ -1,13 +1,23 @@
-"""How far two tensors are apart: one pass in float64, a bounded number of values at a time."""
+"""How far two tensors are apart, a chunk at a time, so that every pass over a chunk stays in the cache."""
 
 from __future__ import annotations
 
 import math
 from dataclasses import dataclass
 
+import numpy as np
+import numpy.typing as npt
 import torch
 
-_CHUNK = 1 << 20
+Floats = npt.NDArray[np.float32]
+
+# Values in a chunk: few enough for the cache, enough to make the interpreter's part small.
+CHUNK = 1 << 17
+# Sums of squares in float32 outside of this may have lost or overflowed what matters.
+_SMALLEST, _LARGEST = 1e-25, 1e37
+# As many values as torch converts without waking threads of its own.
+_UNTHREADED = 1 << 15
+_ONES: Floats = np.ones(CHUNK, np.float32)
 # Those of torch.testing.assert_close: (rtol, atol).
 _DEFAULTS = {
     torch.float16: (1e-3, 1e-5),
@@ -23,10 +33,15 @@ _NARROW_FLOAT = (1.6e-2, 1e-5)
 
 @dataclass(frozen=True, slots=True)
 class Tolerance:
-    """``|a - b| <= atol + rtol * |b|`` is agreement; None stands for the dtype's default."""
+    """``|a - b| <= atol + rtol * |b|`` is agreement; None stands for the dtype's default.
+
+    It holds for each value, or with ``norm`` for the tensor as a whole: relative L2 error at most ``rtol``,
+    or root mean square error at most ``atol``.
+    """
 
     rtol: float | None = None
     atol: float | None = None
+    norm: bool = False
 
     def of(self, a: torch.dtype, b: torch.dtype) -> tuple[float, float]:
         """``(rtol, atol)`` for two dtypes: what was asked for, else the looser of the defaults."""
@@ -48,7 +63,8 @@ class Measures:
     ``max_rel`` is the largest ``|a - b| / |b|`` where b is not zero, ``rel_l2`` is ``|a - b| / |b|``
     in the Euclidean norm, and ``mismatched`` the fraction of all values that do not agree within the
     tolerance (a NaN agrees with a NaN, an infinity with the same infinity). ``cosine`` is None where
-    one side is all zeros or nothing is finite, ``rel_l2`` where b is all zeros and a is not.
+    one side is all zeros or nothing is finite, ``rel_l2`` where b is all zeros and a is not. ``agrees`` is
+    the verdict. Sums are good to about six digits for dtypes up to float32, else to those of float64.
     """
 
     bitwise: bool
@@ -61,35 +77,82 @@ class Measures:
     mismatched: float
     nans: tuple[int, int]
     infs: tuple[int, int]
+    agrees: bool
 
 
-EXACT = Measures(True, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, (0, 0), (0, 0))
+EXACT = Measures(True, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, (0, 0), (0, 0), True)
 
 
 def measure(a: torch.Tensor, b: torch.Tensor, tolerance: Tolerance) -> Measures:
     """The distances between two CPU tensors. Raises ValueError when their shapes differ."""
     if a.shape != b.shape:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
-    sums = _Sums(*tolerance.of(a.dtype, b.dtype))
+    sums = Sums(tolerance, a.dtype, b.dtype)
     flat_a, flat_b = a.detach().reshape(-1), b.detach().reshape(-1)
-    for begin in range(0, flat_a.numel(), _CHUNK):
-        sums.add(flat_a[begin : begin + _CHUNK], flat_b[begin : begin + _CHUNK])
-    return sums.measures(flat_a.numel(), a.dtype == b.dtype)
+    for begin in range(0, flat_a.numel(), CHUNK):
+        sums.add(flat_a[begin : begin + CHUNK], flat_b[begin : begin + CHUNK])
+    return sums.measures()
 
 
-class _Sums:
-    """What is carried from one chunk of values to the next."""
+class Sums:
+    """What is carried from one chunk of values to the next, for two dtypes."""
 
-    def __init__(self, rtol: float, atol: float) -> None:
-        self._rtol, self._atol = rtol, atol
-        self._same = True
-        self._finite = self._mismatched = 0
+    def __init__(self, tolerance: Tolerance, a: torch.dtype, b: torch.dtype) -> None:
+        self._norm = tolerance.norm
+        self._rtol, self._atol = tolerance.of(a, b)
+        self._same_dtype = self._same = a == b
+        self._single = _fits_float32(a) and _fits_float32(b)
+        self._scratch: list[Floats] = []
+        self._total = self._finite = self._mismatched = self._special = 0
         self._nans, self._infs = [0, 0], [0, 0]
         self._max_abs = self._max_rel = self._abs = self._squares = 0.0
         self._dot = self._a_squares = self._b_squares = 0.0
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
-        """Take in two flat chunks of equal length."""
+        """Take in two flat chunks of equal length, at most `CHUNK`."""
+        self._total += a.numel()
+        if not (self._single and a.numel() and self._add_single(a, b)):
+            self._add_double(a, b)
+
+    def _add_single(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """The chunk in float32; False, with nothing added, where that is not exact enough.
+
+        In numpy, whose functions run on the calling thread alone: the workers are the threads here.
+        """
+        if not self._scratch:
+            self._scratch = [np.empty(a.numel(), np.float32) for _ in range(5)]
+        count = a.numel()
+        difference, sizes, quotients, *wide = (each[:count] for each in self._scratch)
+        x, y = _as_float32(a, wide[0]), _as_float32(b, wide[1])
+        with np.errstate(all="ignore"):
+            np.abs(np.subtract(x, y, out=difference), out=difference)
+            largest = float(difference.max())
+            # Also where a value is NaN or infinite.
+            if not largest < _LARGEST:
+                return False
+            squares = [float(np.dot(one, one)) for one in (x, y, difference)]
+            if any(_inexact(square, one) for square, one in zip(squares, (x, y, difference), strict=True)):
+                return False
+            self._finite += count
+            self._dot += float(np.dot(x, y))
+            self._a_squares += squares[0]
+            self._b_squares += squares[1]
+            self._squares += squares[2]
+            if largest == 0:
+                self._same = self._same and _equal_bits(a, b)
+                return True
+            self._same = False
+            self._max_abs = max(self._max_abs, largest)
+            np.abs(y, out=sizes)
+            self._max_rel = max(self._max_rel, _largest_quotient(difference, sizes, quotients))
+            self._abs += float(np.dot(difference, _ONES[:count]))
+            if largest > self._atol:
+                limits = np.add(np.multiply(sizes, self._rtol, out=sizes), self._atol, out=sizes)
+                self._mismatched += int(np.count_nonzero(np.greater(difference, limits)))
+        return True
+
+    def _add_double(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """The chunk in float64, with everything that is not finite."""
         unequal = _unequal_bits(a, b)
         self._same = self._same and unequal is not None and not bool(unequal.any())
         x, y = _wide(a), _wide(b)
@@ -100,13 +163,12 @@ class _Sums:
         if bool(both.all()):
             wrong = self._finite_part(x, y)
         else:
-            special = ((x == y) | (x.isnan() & y.isnan())) & ~both
-            wrong = self._finite_part(x[both], y[both]) + int((~both & ~special).sum())
-        if (
-            unequal is not None
-            and not (a.is_floating_point() or a.is_complex())
-            and self._rtol == self._atol == 0
-        ):
+            alike = ((x == y) | (x.isnan() & y.isnan())) & ~both
+            special = int((~both & ~alike).sum())
+            self._special += special
+            wrong = self._finite_part(x[both], y[both]) + special
+        whole = not (a.is_floating_point() or a.is_complex())
+        if unequal is not None and whole and self._rtol == self._atol == 0:
             # Large integers are not exact in float64.
             wrong = int(unequal.sum())
         self._mismatched += wrong
@@ -118,9 +180,7 @@ class _Sums:
         difference, size = (x - y).abs(), y.abs()
         self._finite += x.numel()
         self._max_abs = max(self._max_abs, float(difference.max()))
-        nonzero = size > 0
-        relative = torch.where(nonzero, difference / size, 0.0)
-        self._max_rel = max(self._max_rel, float(relative.max()))
+        self._max_rel = max(self._max_rel, float(torch.where(size > 0, difference / size, 0.0).max()))
         self._abs += float(difference.sum())
         self._squares += float(difference.square().sum())
         self._dot += float((x * y.conj()).real.sum()) if x.is_complex() else float(torch.dot(x, y))
@@ -128,25 +188,59 @@ class _Sums:
         self._b_squares += float(size.square().sum())
         return int((difference > self._atol + self._rtol * size).sum())
 
-    def measures(self, total: int, same_dtype: bool) -> Measures:
+    def measures(self) -> Measures:
         """The measures over all that was added."""
         count = max(self._finite, 1)
         a_norm, b_norm = math.sqrt(self._a_squares), math.sqrt(self._b_squares)
-        distance = math.sqrt(self._squares)
+        distance, rms = math.sqrt(self._squares), math.sqrt(self._squares / count)
         cosine = max(-1.0, min(1.0, self._dot / a_norm / b_norm)) if a_norm and b_norm else None
         relative = distance / b_norm if b_norm else (None if distance else 0.0)
+        near = (relative is not None and relative <= self._rtol) or rms <= self._atol
         return Measures(
-            bitwise=self._same and same_dtype,
+            bitwise=self._same and self._same_dtype,
             max_abs=self._max_abs,
             max_rel=self._max_rel,
             mean_abs=self._abs / count,
-            rms=math.sqrt(self._squares / count),
+            rms=rms,
             cosine=cosine,
             rel_l2=relative,
-            mismatched=self._mismatched / max(total, 1),
+            mismatched=self._mismatched / max(self._total, 1),
             nans=(self._nans[0], self._nans[1]),
             infs=(self._infs[0], self._infs[1]),
+            agrees=near and not self._special if self._norm else not self._mismatched,
         )
+
+
+def _fits_float32(dtype: torch.dtype) -> bool:
+    return dtype.is_floating_point and dtype.itemsize <= torch.float32.itemsize
+
+
+def _as_float32(values: torch.Tensor, scratch: Floats) -> Floats:
+    if values.dtype == torch.float32:
+        found: Floats = values.numpy()
+        return found
+    target = torch.from_numpy(scratch)
+    for begin in range(0, len(scratch), _UNTHREADED):
+        target[begin : begin + _UNTHREADED].copy_(values[begin : begin + _UNTHREADED])
+    return scratch
+
+
+def _inexact(squares: float, values: Floats) -> bool:
+    """Whether a sum of squares may have overflowed, or lost values that are small."""
+    return not squares < _LARGEST or (squares < _SMALLEST and bool(values.any()))
+
+
+def _largest_quotient(difference: Floats, sizes: Floats, out: Floats) -> float:
+    """The largest quotient over sizes that are not zero."""
+    found = float(np.divide(difference, sizes, out=out).max())
+    if math.isfinite(found):
+        return found
+    return float(np.where(sizes > 0, out, 0).max())
+
+
+def _equal_bits(a: torch.Tensor, b: torch.Tensor) -> bool:
+    kind = {1: torch.uint8, 2: torch.int16, 4: torch.int32}[a.element_size()]
+    return bool(np.array_equal(a.view(kind).numpy(), b.view(kind).numpy()))
 
 
 def _unequal_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:

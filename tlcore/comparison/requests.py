@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import NoneType
 
 from ..errors import ReadError
 from ..reader import Step
 from ..record import Json
+from .bridge import Plan, bridge
+from .identify import pair_requests
 from .match import Key, Pair, Piece, Rules, Source, absent, keyed
 from .results import TensorResult
 
@@ -30,9 +33,16 @@ def match_requests(
     steps_a: Sequence[Step], steps_b: Sequence[Step], rules: Rules
 ) -> tuple[list[Pair], list[TensorResult], list[str]]:
     """Pair every request's rows of every tensor by position, whichever steps they were computed in."""
+    for step in (*steps_a, *steps_b):
+        if not all(map(_is_row, step.rows or ())):
+            raise ReadError(f"{step!r}: damaged rows in its step.json")
     unaligned: list[str] = []
-    mine = _spans(steps_a, rules, True, dict(rules.requests), unaligned)
-    theirs = _spans(steps_b, rules, False, {}, unaligned)
+    labels_a, labels_b, notes = pair_requests(steps_a, steps_b, rules.requests)
+    keyed_a = [(step, keyed(step, rules, rename=True)) for step in steps_a]
+    keyed_b = [(step, keyed(step, rules, rename=False)) for step in steps_b]
+    plans = bridge(_merged(keyed_a), _merged(keyed_b), rules.sums) if rules.bridges else (Plan(), Plan())
+    mine = _spans(keyed_a, plans[0], labels_a, unaligned)
+    theirs = _spans(keyed_b, plans[1], labels_b, unaligned)
     grouped: dict[tuple[Key, int, str, int, str], Pair] = {}
     missing: list[TensorResult] = []
     for identity, spans in mine.items():
@@ -59,7 +69,7 @@ def match_requests(
                 missing.append(absent(key, span.source, 1, request))
     order = {id(source): place for place, source in enumerate(_in_order(mine))}
     pairs = sorted(grouped.values(), key=lambda pair: (pair.a.step, order[id(pair.a)]))
-    return pairs, missing, _notes(unaligned)
+    return pairs, missing, [*notes, *_notes(unaligned)]
 
 
 def _in_order(spans: dict[tuple[Key, str], list[_Span]]) -> list[Source]:
@@ -73,17 +83,26 @@ def _notes(unaligned: Sequence[str]) -> list[str]:
     return [f"{len(unaligned)} tensors have no row per token and were not compared, such as {shown}"]
 
 
+def _merged(steps: Sequence[tuple[Step, dict[Key, Source]]]) -> dict[Key, Source]:
+    """Each key that any step has, with the tensor of the first."""
+    merged: dict[Key, Source] = {}
+    for _, found in steps:
+        merged = {**found, **merged}
+    return merged
+
+
 def _spans(
-    steps: Sequence[Step], rules: Rules, rename: bool, requests: dict[str, str], unaligned: list[str]
+    steps: Sequence[tuple[Step, dict[Key, Source]]],
+    plan: Plan,
+    labels: Mapping[str, str],
+    unaligned: list[str],
 ) -> dict[tuple[Key, str], list[_Span]]:
     """The rows of each request in each tensor, over all steps."""
     found: dict[tuple[Key, str], list[_Span]] = defaultdict(list)
-    for step in steps:
+    for step, tensors in steps:
         rows = step.rows or []
-        if not all(map(_is_row, rows)):
-            raise ReadError(f"{step!r}: damaged rows in its step.json")
-        for key, source in keyed(step, rules, rename).items():
-            spans = list(_rows_of(source, rows, requests))
+        for key, source in plan.apply(tensors).items():
+            spans = list(_rows_of(source, rows, labels))
             if not spans:
                 unaligned.append(source.names[0])
             for span in spans:
@@ -93,11 +112,14 @@ def _spans(
 
 def _is_row(row: Json) -> bool:
     numbers = [row.get(key) for key in ("first_row", "rows", "first_position")]
-    named = isinstance(row.get("external_request_id") or row.get("request_id"), str)
+    named = isinstance(row.get("request_id"), str)
+    named &= all(
+        isinstance(row.get(key, ""), (str, NoneType)) for key in ("external_request_id", "prompt_hash")
+    )
     return named and all(type(number) is int and 0 <= number < _LARGEST for number in numbers)
 
 
-def _rows_of(source: Source, rows: Sequence[Json], requests: dict[str, str]) -> Iterator[_Span]:
+def _rows_of(source: Source, rows: Sequence[Json], labels: Mapping[str, str]) -> Iterator[_Span]:
     shape = source.records[0]["shape"]
     total = max((row["first_row"] + row["rows"] for row in rows), default=0)
     if not shape or not rows:
@@ -106,8 +128,7 @@ def _rows_of(source: Source, rows: Sequence[Json], requests: dict[str, str]) -> 
     if shape[0] < total and not per_request:
         return
     for place, row in enumerate(rows):
-        name = str(row.get("external_request_id") or row["request_id"])
-        request = requests.get(name, name)
+        request = labels[str(row["request_id"])]
         if per_request:
             # Only the last token's row is kept, such as of logits.
             yield _Span(source, request, place, 1, row["first_position"] + row["rows"] - 1)

@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 import math
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ..names import PathKey
+from ..reader import Run
 from ..record import Direction, Json
 from .measure import Measures
 
@@ -97,6 +98,14 @@ class Divergence:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """The opened runs, and the pair of tensors behind each of the first results."""
+
+    runs: tuple[Run, Run]
+    pairs: Sequence[tuple[Any, Any]]
+
+
+@dataclass(frozen=True, slots=True)
 class Comparison:
     """The result of `tlcore.compare`: every tensor in order of execution, then what only one run has.
 
@@ -107,6 +116,7 @@ class Comparison:
     b: str
     results: Sequence[TensorResult]
     notes: Sequence[str] = ()
+    origin: Origin | None = field(default=None, repr=False, compare=False)
 
     @property
     def equal(self) -> bool:

@@ -1,27 +1,39 @@
-"""The comparison of one pair of tensors: the unit of work that a thread, process or cluster does."""
+"""The comparison of a few pairs of tensors: the unit of work that a thread, process or cluster does."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
+from math import prod
+from pathlib import Path
 
 import torch
 
 from ..errors import ReadError
-from ..reader import Run, open_run
+from ..reader import Payload, Run, open_run
+from ..record import Json
 from .match import Pair, Piece, Source
-from .measure import EXACT, Tolerance, measure
+from .measure import CHUNK, EXACT, Sums, Tolerance
 from .results import Status, TensorResult
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lies, and how to open it from anywhere. The options may be secrets: no log shows them."""
+
+    path: str
+    options: dict[str, object] | None = field(default=None, repr=False, hash=False)
 
 
 @dataclass(frozen=True, slots=True)
 class Task:
     """Where the runs lie and how to compare; ``token`` sets one comparison's open runs apart."""
 
-    a: str
-    b: str
+    a: Place
+    b: Place
     tolerance: Tolerance
-    deep: bool
     check_dtype: bool
     token: str
 
@@ -31,92 +43,111 @@ _SHARED: dict[tuple[str, str], Run] = {}
 
 def share(task: Task, a: Run, b: Run) -> None:
     """Let this process's workers use runs that are open already, until `unshare`."""
-    _SHARED[task.token, task.a], _SHARED[task.token, task.b] = a, b
+    _SHARED[task.token, "a"], _SHARED[task.token, "b"] = a, b
 
 
 def unshare(task: Task) -> None:
     """Forget the runs of `share`."""
-    for path in {task.a, task.b}:
-        _SHARED.pop((task.token, path), None)
+    for side in "ab":
+        _SHARED.pop((task.token, side), None)
 
 
-def _opened(path: str, token: str) -> Run:
-    shared = _SHARED.get((token, path))
-    return _reopened(path, token) if shared is None else shared
+def _opened(task: Task, side: str) -> Run:
+    run = _SHARED.get((task.token, side))
+    return _reopened(task.token, task.a if side == "a" else task.b) if run is None else run
 
 
 @lru_cache(maxsize=4)
-def _reopened(path: str, token: str) -> Run:
+def _reopened(token: str, place: Place) -> Run:
     """The run in another process than the one that compares."""
-    return open_run(path)
+    return open_run(place.path, place.options)
+
+
+def compare_pairs(task: Task, pairs: Sequence[Pair]) -> list[list[TensorResult]]:
+    """The results for each pair's pieces. A tensor that cannot be read gives a result that says so."""
+    return [compare_pair(task, pair) for pair in pairs]
 
 
 def compare_pair(task: Task, pair: Pair) -> list[TensorResult]:
-    """The results for a pair's pieces. A tensor that cannot be read gives a result that says so."""
-    a, b = _opened(task.a, task.token), _opened(task.b, task.token)
-    if not task.deep and _settled(a, b, pair):
-        return [_result(pair, pieces, "bitwise") for pieces in pair.pieces]
+    """The results for a pair's pieces."""
     try:
-        x, y = _load(a, pair.a), _load(b, pair.b)
+        with ExitStack() as stack:
+            x = Operand(_opened(task, "a"), pair.a, stack)
+            y = Operand(_opened(task, "b"), pair.b, stack)
+            return [_compared(task, pair, pieces, x, y) for pieces in pair.pieces]
     except ReadError as error:
-        return [_result(pair, pieces, "unreadable", reason=str(error)) for pieces in pair.pieces]
-    return [_compared(task, pair, pieces, _cut(x, pieces[0]), _cut(y, pieces[1])) for pieces in pair.pieces]
+        return [result_of(pair, pieces, "unreadable", reason=str(error)) for pieces in pair.pieces]
 
 
-def _settled(a: Run, b: Run, pair: Pair) -> bool:
-    """Whether hashes alone show equality: both files are there, in the size that ``step.json`` says."""
-    if len(pair.a.names) > 1 or len(pair.b.names) > 1:
-        return False
-    mine, theirs = pair.a.records[0], pair.b.records[0]
-    same = all(mine.get(key) == theirs.get(key) for key in ("hash", "dtype", "shape")) and mine.get("hash")
-    return (
-        bool(same)
-        and all(one.rows == other.rows for one, other in pair.pieces)
-        and a.step(pair.a.step).holds(pair.a.names[0])
-        and b.step(pair.b.step).holds(pair.b.names[0])
-    )
+class Operand:
+    """One side of a pair: a stored tensor, or the sum of several in float32."""
 
-
-def _load(run: Run, source: Source) -> torch.Tensor:
-    step = run.step(source.step)
-    total = step.tensor(source.names[0])
-    for name in source.names[1:]:
+    def __init__(self, run: Run, source: Source, stack: ExitStack) -> None:
+        step = run.step(source.step)
+        self._payloads: list[Payload] = []
+        for name in source.names:
+            payload = step.payload(name)
+            stack.callback(payload.close)
+            self._payloads.append(payload)
+        first = self._payloads[0]
+        self.shape = first.shape
         # In float32, since the model adds the residual there before it rounds.
-        total = total.float() + step.tensor(name).float()
-    return total
+        self.dtype = first.dtype if len(self._payloads) == 1 else torch.float32
+        if any(payload.shape != self.shape for payload in self._payloads):
+            raise ReadError(f"{source.names} cannot be added, their shapes differ")
+
+    def read(self, begin: int, end: int) -> torch.Tensor:
+        """The flat values ``[begin, end)``, valid until the next call."""
+        values = self._payloads[0].read(begin, end)
+        if len(self._payloads) > 1:
+            values = values.float()
+            for payload in self._payloads[1:]:
+                values = values + payload.read(begin, end).float()
+        return values
+
+    def cut(self, piece: Piece) -> tuple[int, tuple[int, ...]]:
+        """Where a piece begins, in values, and its shape."""
+        if piece.rows is None:
+            return 0, self.shape
+        begin, end = piece.rows
+        if not self.shape or end > self.shape[0]:
+            raise ReadError(f"rows {begin} to {end} are not in a tensor of shape {self.shape}")
+        return begin * prod(self.shape[1:]), (end - begin, *self.shape[1:])
 
 
-def _cut(tensor: torch.Tensor, piece: Piece) -> torch.Tensor:
-    return tensor if piece.rows is None else tensor[piece.rows[0] : piece.rows[1]]
+def chunks(x: Operand, y: Operand, pieces: tuple[Piece, Piece], add: Callable[..., None]) -> None:
+    """Call ``add`` with the values of two pieces of one size, a chunk at a time."""
+    (begin_x, shape), (begin_y, _) = x.cut(pieces[0]), y.cut(pieces[1])
+    total = prod(shape)
+    for begin in range(0, total, CHUNK):
+        end = min(begin + CHUNK, total)
+        add(x.read(begin_x + begin, begin_x + end), y.read(begin_y + begin, begin_y + end))
 
 
-def _compared(
-    task: Task, pair: Pair, pieces: tuple[Piece, Piece], x: torch.Tensor, y: torch.Tensor
-) -> TensorResult:
-    if x.shape != y.shape:
-        x, y = _without_batch(x, y)
-    if x.shape != y.shape:
-        reason = f"shapes {tuple(x.shape)} and {tuple(y.shape)} differ"
-        return _result(pair, pieces, "different", reason=reason)
+def _compared(task: Task, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y: Operand) -> TensorResult:
+    shapes = x.cut(pieces[0])[1], y.cut(pieces[1])[1]
+    if without_batch(shapes[0]) != without_batch(shapes[1]) or abs(len(shapes[0]) - len(shapes[1])) > 1:
+        return result_of(pair, pieces, "different", reason=f"shapes {shapes[0]} and {shapes[1]} differ")
+    if len(shapes[0]) == len(shapes[1]) and shapes[0] != shapes[1]:
+        return result_of(pair, pieces, "different", reason=f"shapes {shapes[0]} and {shapes[1]} differ")
     if task.check_dtype and x.dtype != y.dtype:
-        return _result(pair, pieces, "different", reason=f"dtypes {x.dtype} and {y.dtype} differ")
-    measures = measure(x, y, task.tolerance)
-    status: Status = "bitwise" if measures.bitwise else "different" if measures.mismatched else "close"
-    return replace(_result(pair, pieces, status), measures=measures)
+        return result_of(pair, pieces, "different", reason=f"dtypes {x.dtype} and {y.dtype} differ")
+    sums = Sums(task.tolerance, x.dtype, y.dtype)
+    chunks(x, y, pieces, sums.add)
+    measures = sums.measures()
+    status: Status = "bitwise" if measures.bitwise else "close" if measures.agrees else "different"
+    return replace(result_of(pair, pieces, status), measures=measures)
 
 
-def _without_batch(x: torch.Tensor, y: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Drop a batch dimension of one that only one side has, as Hugging Face has beside vLLM."""
-    if x.dim() == y.dim() + 1 and x.shape[0] == 1:
-        return x[0], y
-    if y.dim() == x.dim() + 1 and y.shape[0] == 1:
-        return x, y[0]
-    return x, y
+def without_batch(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without a batch dimension of one, as Hugging Face has it beside vLLM."""
+    return tuple(shape[1:]) if len(shape) > 1 and shape[0] == 1 else tuple(shape)
 
 
-def _result(
+def result_of(
     pair: Pair, pieces: tuple[Piece, Piece], status: Status, reason: str | None = None
 ) -> TensorResult:
+    """A result for one piece of a pair, without measures unless it is bitwise equal."""
     rank, module, call, _, path = pair.key
     a, b = pair.a.records[0], pair.b.records[0]
     return TensorResult(
@@ -129,9 +160,19 @@ def _result(
         path=path,
         names=(pair.a.names[0], pair.b.names[0]),
         dtypes=(a["dtype"], b["dtype"]),
-        shapes=(tuple(a["shape"]), tuple(b["shape"])),
+        shapes=(_shape(a), _shape(b)),
         measures=EXACT if status == "bitwise" else None,
         reason=reason,
         request=pieces[0].request,
         first_position=pieces[0].first_position,
     )
+
+
+def _shape(record: Json) -> tuple[int, ...]:
+    return tuple(record["shape"])
+
+
+def place_of(run: Run | Path | str, options: dict[str, object]) -> Place:
+    """How another process opens the run."""
+    path = run.url if isinstance(run, Run) else str(run)
+    return Place(path, options or None)

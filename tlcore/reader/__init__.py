@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from .files import MissingError
+from .payload import Payload
 from .rebuild import Arguments, OpaqueObject, Skipped
 from .request import Gap, Request
 from .run import Run, RunSummary, is_run, list_runs, open_run
@@ -14,6 +15,7 @@ __all__ = [
     "Gap",
     "MissingError",
     "OpaqueObject",
+    "Payload",
     "Request",
     "Run",
     "RunSummary",

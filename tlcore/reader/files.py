@@ -10,7 +10,7 @@ from collections.abc import Iterable, Mapping
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 import torch
@@ -123,6 +123,36 @@ class RunFiles:
         """Equal for two names of one stored file, None where a store has no such names or it is missing."""
         identity = getattr(self.store, "identity", None)
         return None if identity is None else identity(self._below + name)
+
+    def open(self, name: str) -> BinaryIO | None:
+        """A local file, to be read piece by piece; None where the run's store only serves ranges.
+
+        Raises as `read` does.
+        """
+        opener = getattr(self.store, "open_file", None)
+        if opener is None:
+            return None
+        try:
+            file: BinaryIO = opener(self._below + name)
+        except FileNotFoundError:
+            raise missing("file", name, self.url, self.sizes) from None
+        except (BackendError, OSError) as error:
+            raise ReadError(str(error)) from error
+        return file
+
+    def advise(self, record: Mapping[str, Any]) -> None:
+        """Tell the system that a record's bytes on a local disk will be read soon."""
+        offsets = record.get("offsets") or (0, 0)
+        name = record.get("file") or record.get("shard")
+        try:
+            file = self.open(str(name))
+            if file is not None:
+                with file:
+                    begin, end = offsets
+                    os.posix_fadvise(file.fileno(), begin, end - begin, os.POSIX_FADV_WILLNEED)
+        except (ReadError, OSError, TypeError, ValueError, OverflowError):
+            # Whoever reads it reports what is wrong.
+            return
 
     def holds(self, name: str) -> bool:
         """Whether the run has a file of this name, or a structure packed into its step's ``step.json``."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 import torch
@@ -30,13 +30,21 @@ class Statistics:
 
 def summarize(tensor: torch.Tensor) -> Statistics:
     """The statistics of a tensor of any dtype, shape and device."""
+    flat = tensor.detach().reshape(-1)
+    return summarize_pieces(lambda: (flat[at : at + _CHUNK] for at in range(0, flat.numel(), _CHUNK)))
+
+
+def summarize_pieces(pieces: Callable[[], Iterable[torch.Tensor]]) -> Statistics:
+    """The statistics of a tensor whose flat values come in pieces; ``pieces`` is called twice."""
     zeros = nans = infs = finite = 0
     low, high, total, squares = math.inf, -math.inf, 0.0, 0.0
-    for values in _chunks(tensor):
+    for values in map(_wide, pieces()):
         zeros += int((values == 0).sum())
-        nans += int(values.isnan().sum())
-        infs += int(values.isinf().sum())
-        values = values[values.isfinite()]
+        usable = values.isfinite()
+        if not bool(usable.all()):
+            nans += int(values.isnan().sum())
+            infs += int(values.isinf().sum())
+            values = values[usable]
         if values.numel():
             finite += values.numel()
             low, high = min(low, float(values.min())), max(high, float(values.max()))
@@ -46,13 +54,10 @@ def summarize(tensor: torch.Tensor) -> Statistics:
         return Statistics(None, None, None, None, None, zeros, nans, infs)
     mean = total / finite
     # A second pass, since the difference of two large sums would lose the small spread around a large mean.
-    spread = sum(float((values[values.isfinite()] - mean).square().sum()) for values in _chunks(tensor))
+    spread = sum(float((values[values.isfinite()] - mean).square().sum()) for values in map(_wide, pieces()))
     return Statistics(low, high, mean, math.sqrt(spread / finite), math.sqrt(squares), zeros, nans, infs)
 
 
-def _chunks(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
-    """The values as flat float64 tensors, a bounded number at a time."""
-    flat = tensor.detach().reshape(-1)
-    for begin in range(0, flat.numel(), _CHUNK):
-        part = flat[begin : begin + _CHUNK]
-        yield part.to(torch.complex128).abs() if part.is_complex() else part.to(torch.float64)
+def _wide(part: torch.Tensor) -> torch.Tensor:
+    """Values as float64; of complex ones, the magnitudes."""
+    return part.to(torch.complex128).abs() if part.is_complex() else part.to(torch.float64)

@@ -17,6 +17,7 @@ from .documents import check_ledger
 from .files import MissingError, RunFiles, missing
 from .loose import loose_records
 from .parts import group_of, joined, part_of
+from .payload import Payload, open_payload
 from .rebuild import Arguments, rebuild, rebuild_arguments
 
 _LATER_CALL = re.compile(r"(.+)_([1-9][0-9]*)(?:~2)?")
@@ -119,10 +120,26 @@ class Step(Mapping[str, torch.Tensor]):
         return name in self._records
 
     def holds(self, name: str) -> bool:
-        """Whether the tensor's own file is there, in the size that ``step.json`` says."""
+        """Whether the tensor's file or shard is there, in the size that ``step.json`` says."""
+        file, size = self._place(self.record(name))
+        return size is not None and self._files.sizes.get(file) == size
+
+    def payload(self, name: str) -> Payload:
+        """The tensor's values, to be read piece by piece. Raises MissingError or ReadError."""
         record = self.record(name)
-        file, size = record.get("file"), record.get("file_bytes")
-        return isinstance(file, str) and size is not None and self._files.sizes.get(file) == size
+        return open_payload(self._files, record, self._place(record)[1])
+
+    def _place(self, record: Json) -> tuple[str, int | None]:
+        """The file that holds a tensor, and the size that it must have where ``step.json`` tells."""
+        if isinstance(record.get("file"), str):
+            return record["file"], record.get("file_bytes")
+        shard = str(record.get("shard"))
+        return shard, self._shard_sizes.get(shard)
+
+    @cached_property
+    def _shard_sizes(self) -> dict[str, int]:
+        shards = (shard for document in self.documents.values() for shard in document.get("shards", []))
+        return {str(shard["file"]): shard["bytes"] for shard in shards if {"file", "bytes"} <= shard.keys()}
 
     def record(self, name: str) -> Json:
         """The record of a tensor. Raises MissingError for an unknown name or an uncommitted tensor."""
