@@ -62,7 +62,9 @@ def test_the_comparison_in_a_browser(runs: tuple[str, str], tmp_path: Path) -> N
     assert main(["compare", *runs, "--format", "html", "--output", str(report)]) == 1
     with opened(report) as (page, troubles):
         page.screenshot(path=picture, full_page=True)
-        assert "first divergence: 4.norm, outputs of step 0; born here" in page.locator(".verdict").inner_text()
+        assert (
+            "first divergence: 4.norm, outputs of step 0; born here" in page.locator(".verdict").inner_text()
+        )
         # The error by layer, and histograms and heatmap of the worst tensors, all of them visible.
         charts = [chart.bounding_box() for chart in page.locator("svg").all()]
         assert len(charts) == 5
