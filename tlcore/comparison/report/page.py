@@ -22,8 +22,8 @@ def page(comparison: Comparison) -> str:
     sections = [
         section(
             "Error in order of execution",
-            "Each point is a module's output; 1 where one side alone has a NaN or Inf. The line marks the first"
-            " divergence.",
+            "Each point is a module's output; 1 where only one side has a NaN or Inf. The line marks the"
+            " first divergence.",
             _errors(comparison),
         ),
         section(

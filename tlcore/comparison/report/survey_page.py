@@ -14,7 +14,8 @@ def survey_page(survey: Survey) -> str:
     bad = any(marked)
     content = section(
         "Size of the outputs in order of execution",
-        "Root mean square of each module's output, 0 where nothing is finite. The line marks the first NaN or Inf.",
+        "Root mean square of each module's output, 0 where no value is finite. The line marks the first NaN"
+        " or Inf.",
         _sizes(survey),
     ) + table(
         COLUMNS,
