@@ -50,6 +50,7 @@ class SpillStore:
         self._spilling = False
         self._used = False
         self._closing = False
+        self._problem = ""
         self._changed = threading.Condition()
         self._thread: threading.Thread | None = None
 
@@ -115,8 +116,8 @@ class SpillStore:
             left = len(self._pending)
         if left:
             log.warning(
-                "%d files could not be delivered to %s and wait in %s; `tlcore push %s` delivers them",
-                left, self.url, self._kept.url, self._kept.url,
+                "%d files could not be delivered to %s and wait in %s; `tlcore push %s` delivers them: %s",
+                left, self.url, self._kept.url, self._kept.url, self._problem or "no answer in time",
             )  # fmt: skip
         elif self._used:
             remove_empty_directories(self._kept.url)
@@ -138,7 +139,7 @@ class SpillStore:
             # The source of a copy is gone, which no later try can mend.
             raise
         except Exception as error:
-            self._begin(str(error))
+            self._begin(_told(error))
         else:
             return True
         finally:
@@ -194,7 +195,8 @@ class SpillStore:
                 last = self._closing
             try:
                 self._deliver_once()
-            except (BackendError, FileNotFoundError):
+            except Exception as error:
+                self._problem = _told(error)
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             else:
                 pause_s = 0.1
@@ -223,3 +225,8 @@ class SpillStore:
                 self._kept.delete(name)
         log.info("%s can be written again; everything that waited in %s is there", self.url, self._kept.url)
         return True
+
+
+def _told(error: BaseException) -> str:
+    """What may be logged of an error: only our own are known to quote no secret."""
+    return str(error) if isinstance(error, (BackendError, FileNotFoundError)) else type(error).__name__
