@@ -100,8 +100,11 @@ def test_only_runs_are_touched(tmp_path: Path) -> None:
     outside.mkdir(exist_ok=True)
     (outside / "file").write_text("mine")
     (run / "step_0/link").symlink_to(outside)
+    elsewhere = captured(tmp_path / "elsewhere")
+    (tmp_path / "linked").symlink_to(elsewhere)
     assert main(["prune", str(tmp_path), "--older-than", "1s", "--yes"]) == 0
-    assert {path.name for path in left(tmp_path)} == {"notes.txt", "other"}
+    assert {path.name for path in left(tmp_path)} == {"notes.txt", "other", "elsewhere", "linked"}
+    assert tlcore.open_run(elsewhere).verify() == 6
     assert (outside / "file").read_text() == "mine"
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import re
 import shutil
@@ -62,7 +63,10 @@ def stored_bytes(url: str, storage_options: Mapping[str, Any] | None = None) -> 
     store = open_store(url, storage_options)
     if not isinstance(store, LocalStore):
         return sum(entry.size for entry in store.list())
-    files = [os.lstat(os.path.join(store.url, entry.name)) for entry in store.list()]
+    files = []
+    for entry in store.list():
+        with contextlib.suppress(FileNotFoundError):
+            files.append(os.lstat(os.path.join(store.url, entry.name)))
     return sum({(status.st_dev, status.st_ino): status.st_size for status in files}.values())
 
 
