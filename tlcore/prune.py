@@ -50,7 +50,8 @@ def plan(
     ``older_than_s``: created longer ago. ``incomplete``: without an end mark. ``max_total``: of these,
     the oldest, until all runs that are left take at most so many bytes. A run that may still be written
     is kept: its process lives on this machine, or it runs elsewhere and was active within a day. Runs
-    that cannot be read and symbolic links are left alone. Raises ReadError and BackendError as `list_runs` does.
+    that cannot be read and symbolic links are left alone. Raises ReadError and BackendError as
+    `list_runs` does.
     """
     backend: Any = import_module("tlcore_backends.cleaning")
     now = datetime.now(timezone.utc)
