@@ -35,6 +35,7 @@ from tlcore.__main__ import main
 pytestmark = pytest.mark.slow
 
 BLOCK_S = 1.0
+FORMATS = ["pt", "safetensors"]
 STEADY = {
     "503 SlowDown": faults.busy,
     "cut mid-PUT": faults.cut,
@@ -171,8 +172,15 @@ def test_a_multipart_upload_cut_short_is_never_seen(
     assert torch.equal(run.tensor("step_1/0/outputs_cpu"), x)
 
 
-@pytest.mark.parametrize("format", ["pt", "safetensors"])
-@pytest.mark.parametrize("name", [*STEADY, "outage"])
+# Each fault with either format in turn; in full, each with both.
+SPILLED = [
+    (name, format)
+    for number, name in enumerate([*STEADY, "outage"])
+    for format in scaled([FORMATS[number % 2]], FORMATS)
+]
+
+
+@pytest.mark.parametrize(("name", "format"), SPILLED)
 def test_with_a_spill_dir_nothing_is_lost_when_the_fault_ends(
     name: str, format: str, weed: Server, proxy: Proxy, tmp_path: Path
 ) -> None:
@@ -212,7 +220,7 @@ def assert_same_as_locally(run: tlcore.Run, format: str, steps: int, tmp_path: P
     }
 
 
-@pytest.mark.parametrize("format", ["pt", "safetensors"])
+@pytest.mark.parametrize("format", FORMATS)
 def test_push_delivers_what_a_run_left_byte_for_byte(
     format: str, weed: Server, proxy: Proxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
