@@ -41,11 +41,12 @@ class Workers:
         keys: dict[str, Any],
         ends: str = "forever",
         kill_after_s: float | None = None,
-        on_first_step: Callable[[], None] | None = None,
+        from_first_step: bool = False,
+        on_first_step: Callable[[], None] = lambda: None,
     ) -> Death:
         """Start a child, kill it after ``kill_after_s`` seconds if given, and wait until it is gone.
 
-        With ``on_first_step`` the seconds begin when the child's first steps are stored, after that call.
+        With ``from_first_step`` the seconds begin when the child's first steps are stored, else at once.
         """
         assert self._process.stdin is not None
         self._process.stdin.write(json.dumps({"keys": keys, "ends": ends}) + "\n")
@@ -55,9 +56,10 @@ class Workers:
         while death.status is None:
             assert time.monotonic() < end, "the child does not end"
             said = self._hear(death)
-            begins = "stored" in said and len(death.stored) == 1 if on_first_step else "pid" in said
-            if begins and on_first_step is not None:
+            first_step = "stored" in said and len(death.stored) == 1
+            if first_step:
                 on_first_step()
+            begins = first_step if from_first_step else "pid" in said
             if begins and kill_after_s is not None:
                 threading.Timer(kill_after_s, _kill, (self._child,)).start()
         return death

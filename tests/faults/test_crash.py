@@ -79,15 +79,19 @@ def assert_whole_file(name: str, data: bytes) -> None:
 
 
 def moments(name: str) -> list[float]:
-    """When to kill, in seconds after the process began: seeded, from before the run's first file on."""
+    """When to kill, in seconds: seeded."""
     chosen = random.Random(f"{SEED} {name}")
     return [chosen.uniform(0.0, 1.0) for _ in range(KILLS)]
 
 
 @pytest.mark.parametrize("format", ["pt", "safetensors"])
 def test_killed_at_any_moment(format: str, crashing: Workers, tmp_path: Path) -> None:
+    """Every second time counted from the process's start, so that some die before their first file."""
     keys = {"output_dir": str(tmp_path), "backend": format}
-    found = [assert_crashed_well(crashing.run(keys, kill_after_s=after)) for after in moments(format)]
+    found = [
+        assert_crashed_well(crashing.run(keys, "forever", after, from_first_step=bool(number % 2)))
+        for number, after in enumerate(moments(format))
+    ]
     committed, left = (sum(column) for column in zip(*found, strict=True))
     assert committed > 0
     if KILLS > 30:
@@ -103,7 +107,7 @@ def test_killed_while_writing_to_object_storage(format: str, crashing: Workers, 
     keys = {"backend": {**place, "storage_options": weed.options}}
     chosen = moments(f"fsspec {format}")[: scaled(1, 17)]
     found = [
-        assert_crashed_well(crashing.run(keys, "forever, slowly", 0.5 + 2 * after), weed.options)
+        assert_crashed_well(crashing.run(keys, "forever, slowly", after, from_first_step=True), weed.options)
         for after in chosen
     ]
     assert sum(committed for committed, _ in found) > 0
@@ -123,7 +127,7 @@ def test_killed_in_an_outage_loses_no_spilled_step(
         def outage() -> None:
             proxy.down = True
 
-        death = crashing.run(keys, "forever, slowly", 1.0 + after, on_first_step=outage)
+        death = crashing.run(keys, "forever, slowly", 1.0 + after, True, outage)
         proxy.down = False
         assert death.status == -signal.SIGKILL and death.url is not None
         for run in pushing.spilled_runs(str(spill)):
