@@ -9,6 +9,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -32,3 +34,15 @@ def report(script: str, *arguments: str, timeout: float = 240) -> dict[str, Any]
     assert lines, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(lines[0].removeprefix("REPORT "))
     return found
+
+
+def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two results of the same bfloat16 computation by different kernels agree.
+
+    Each side rounds (relative 2**-9) in every kernel; the norm of the difference is what adds up.
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    return float((one.float() - other.float()).norm()) <= 2**-6 * float(other.float().norm())

