@@ -17,7 +17,7 @@ def test_every_row_has_a_finite_ratio(name: str) -> None:
     rows = program.run(name, SCALES["tiny"])
     assert rows
     assert len({row.what for row in rows}) == len(rows)
-    assert all(math.isfinite(row.measured) and row.measured > -10 for row in rows), rows
+    assert all(math.isfinite(row.measured) for row in rows), rows
 
 
 def test_a_row_is_met_up_to_its_target() -> None:
