@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from tlcore.forms import Form, FormTable, TensorFilter
+from tlcore.host_memory import Chunk, HostPool
 from tlcore.record import tensor_from_bytes
-from tlcore.staging import Chunk, HostPool, Stager
+from tlcore.staging import Stager
 
 TENSORS: dict[str, Callable[[], torch.Tensor]] = {
     "contiguous": lambda: torch.arange(12.0).view(3, 4),

@@ -14,10 +14,11 @@ from typing import Any
 import torch
 
 from .forms import QUEUE_FULL, RUN_FULL, Form, FormTable, Outcome, TensorFilter
+from .host_memory import NO_CHUNK, Chunk
 from .pipeline import Batch
 from .record import Direction
 from .sites import Site
-from .staging import NO_CHUNK, Chunk, Stager
+from .staging import Stager
 from .structure import NO_ITEMS, TENSOR, Opaque, Scalar, Sketch, class_name, freeze
 
 log = logging.getLogger("tlcore")

@@ -14,11 +14,11 @@ import xxhash
 
 from . import names
 from .forms import Form
+from .host_memory import Chunk, HostPool
 from .protocols import Sink
 from .record import Counts, Json, Ledger, Record, StepSummary
 from .rendering import Structures, Template
 from .sites import Scene, Site
-from .staging import Chunk, HostPool
 from .structure import Scalar
 
 log = logging.getLogger("tlcore")

@@ -26,11 +26,12 @@ from .errors import CaptureError
 from .filters import ModuleFilter
 from .forms import TensorFilter
 from .hooks import Listener, ListenerSet, refuse_compiled
+from .host_memory import HostPool
 from .pipeline import Batch, InlinePipeline, Processor, StepEnd, ThreadPipeline
 from .protocols import Sink
 from .record import LAYOUT_VERSION, Counts, Json, Ledger, RunInfo, SpillPlace
 from .schema import Config, load_config
-from .staging import HostPool, Stager
+from .staging import Stager
 from .structure import class_name
 
 log = logging.getLogger("tlcore")
@@ -170,6 +171,8 @@ class Session:
                 "no module of %s matches module_call_match; nothing will be stored", class_name(model)
             )
         self._hooks = ListenerSet(listeners)
+        for device in {parameter.device for parameter in model.parameters()}:
+            self._stager.reserve(device)
         self._processor = Processor(self._sink, self._pool, self.run.ledger, self.run.rank)
         self._pipeline = (InlinePipeline if self._inline else ThreadPipeline)(self._processor)
 

@@ -1,0 +1,146 @@
+"""Pooled host memory for staged copies, bounded in bytes.
+
+It is allocated once and recycled, because fresh memory costs several times the copy itself in page
+faults. The pool's bound is the queue's bound: a chunk is either free, being filled, or on its way through
+the pipeline.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+import threading
+import time
+
+import torch
+
+CHUNK_BYTES = 32 << 20
+_ALIGN = 64
+
+
+class Chunk:
+    """A piece of host memory that is filled from the front with tensor bytes.
+
+    ``pinned`` memory is what a device can write to by itself; ``written`` is when it has.
+    """
+
+    __slots__ = ("address", "bytes", "size", "tensor", "view", "written")
+
+    def __init__(self, size: int, pinned: bool = False) -> None:
+        self.size = size
+        self.bytes = 0
+        self.written: torch.cuda.Event | None = None
+        # A tensor made in inference mode could not be written outside it.
+        with torch.inference_mode(False):
+            self.tensor = _pinned(size) if pinned else _pageable(size)
+        self.view = memoryview(self.tensor.numpy())  # type: ignore[arg-type]
+        self.address = self.tensor.data_ptr()
+
+    def ready(self) -> None:
+        """Return once the bytes are there; those that the host has copied always are."""
+        if self.written is not None:
+            self.written.synchronize()
+
+
+def _pageable(size: int) -> torch.Tensor:
+    # Private, so that a forked child can never write into what the parent is about to store.
+    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+    memory = mmap.mmap(-1, size, **private)
+    if size >= 2 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
+        # Fewer page faults; some kernels are built without it and refuse.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.uint8)
+
+
+def _pinned(size: int) -> torch.Tensor:
+    try:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=True)
+    except RuntimeError:
+        # The system limits pinned memory. A copy to other memory is right as well, only slower.
+        return _pageable(size)
+
+
+# Stands for "no chunk yet": full from the beginning.
+NO_CHUNK = Chunk(1)
+NO_CHUNK.bytes = NO_CHUNK.size + 1
+
+
+class HostPool:
+    """Chunks bounded in bytes; waiting for one is what slows a model that outruns its storage.
+
+    ``pinned`` says of which kind new chunks are.
+    """
+
+    def __init__(self, limit: int, on_full: str) -> None:
+        self.limit = limit
+        self.pinned = False
+        self._drop_at_once = on_full == "drop"
+        self._free: list[Chunk] = []
+        self._allocated = 0
+        self._in_flight = 0
+        self._changed = threading.Condition()
+        self.chunk_bytes = max(1, min(CHUNK_BYTES, limit))
+
+    def acquire(self, nbytes: int, wait_s: float) -> tuple[Chunk | None, float]:
+        """A chunk of at least ``nbytes`` bytes and the seconds waited; None when the queue stays full.
+
+        A chunk beyond the bound is given when nothing is in flight, so that a tensor larger than the
+        whole queue still gets through.
+        """
+        size = max(nbytes, self.chunk_bytes)
+        begin = time.monotonic()
+        with self._changed:
+            while True:
+                chunk = self._take(nbytes, size)
+                waited = time.monotonic() - begin
+                if chunk is not None:
+                    return chunk, waited
+                if self._drop_at_once or waited >= wait_s:
+                    return None, waited
+                self._changed.wait(wait_s - waited)
+
+    def _take(self, nbytes: int, size: int) -> Chunk | None:
+        for index, chunk in enumerate(self._free):
+            if chunk.size >= nbytes:
+                return self._free.pop(index)
+        while self._free and self._allocated + size > self.limit:
+            self._allocated -= self._free.pop().size
+        if self._allocated + size > self.limit and self._in_flight:
+            return None
+        self._allocated += size
+        return Chunk(size, self.pinned)
+
+    def has_room(self, nbytes: int) -> bool:
+        """Whether a chunk for ``nbytes`` bytes could be had without waiting."""
+        with self._changed:
+            fits = self._allocated + max(nbytes, self.chunk_bytes) <= self.limit
+            return fits or any(chunk.size >= nbytes for chunk in self._free)
+
+    def submitted(self, chunk: Chunk) -> None:
+        """Note that the pipeline has the chunk now and will release it."""
+        with self._changed:
+            self._in_flight += chunk.size
+
+    def release(self, chunk: Chunk) -> None:
+        """Take a chunk back; its memory may be overwritten from here on."""
+        with self._changed:
+            self._in_flight -= chunk.size
+            chunk.bytes = 0
+            chunk.written = None
+            if self._allocated > self.limit:
+                self._allocated -= chunk.size
+            else:
+                self._free.append(chunk)
+            self._changed.notify_all()
+
+    @property
+    def in_flight(self) -> int:
+        """Bytes of chunks handed to the pipeline and not yet released."""
+        with self._changed:
+            return self._in_flight
+
+
+def aligned(offset: int) -> int:
+    """The first offset at or after ``offset`` where a tensor may begin."""
+    return -(-offset // _ALIGN) * _ALIGN
