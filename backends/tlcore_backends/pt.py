@@ -10,7 +10,7 @@ from tlcore.record import Record, RunInfo, StepSummary
 from tlcore.rendering import quoted, structures_of
 
 from .places import Limits
-from .pt_format import encode
+from .pt_format import encode, file_bytes
 from .run_directory import RunDirectory
 from .uploads import Uploads
 
@@ -87,9 +87,10 @@ class PtSink:
         else:
             # Its original was not stored, so this record stands for itself.
             record = record._replace(alias_of=None)
-            parts = encode(record.dtype, record.shape, record.data)
-            size = sum(memoryview(part).nbytes for part in parts)
-            self._uploads.put(file, parts)
+            dtype, shape, data = record.dtype, record.shape, record.data
+            size = file_bytes(dtype, shape)
+            # Encoded where it is written, since its checksum takes longer than the writing.
+            self._uploads.run(lambda: self._directory.store.put(file, encode(dtype, shape, data)))
         self._sizes[record.name] = size
         self._entries.append(f'{record.entry_text()},"file":{quoted(file)},"file_bytes":{size}}}')
 

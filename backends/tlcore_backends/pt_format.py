@@ -74,7 +74,7 @@ def payload_in(dtype: torch.dtype, shape: Sequence[int], data: bytes) -> memoryv
     tail = data[end:]
     if len(tail) != len(frame.after) or data[:begin] != frame.head:
         return None
-    (checksum,) = struct.unpack_from("<I", tail, frame.payload_checksum_at[0])
+    checksum = struct.unpack_from("<I", tail, frame.payload_checksum_at[0])[0] if frame.payload_bytes else 0
     return memoryview(data)[begin:end] if frame.tail(checksum) == tail else None
 
 

@@ -184,13 +184,13 @@ class LocalStore:
         return f"{target}.{self._token}-{next(self._counter)}{UNFINISHED}"
 
     def _ensure_parent(self, target: str) -> None:
-        if len(self._known_directories) > _MOST_KNOWN_DIRECTORIES:
-            self._known_directories.clear()
         if self._root not in self._known_directories:
             self.prepare()
-        missing = []
+        if len(self._known_directories) > _MOST_KNOWN_DIRECTORIES:
+            self._known_directories = {self._root}
+        known, missing = self._known_directories, []
         directory = os.path.dirname(target)
-        while directory not in self._known_directories:
+        while directory not in known:
             missing.append(directory)
             directory = os.path.dirname(directory)
         for directory in reversed(missing):
@@ -267,7 +267,8 @@ class UnfinishedFile:
         self._handle: int | None = os.open(
             path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, _FILE_MODE
         )
-        os.lseek(self._handle, reserve, os.SEEK_SET)
+        if reserve:
+            os.lseek(self._handle, reserve, os.SEEK_SET)
 
     def write(self, parts: Sequence[Buffer]) -> int:
         """Append ``parts``; returns how many bytes they were."""

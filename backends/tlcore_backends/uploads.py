@@ -1,4 +1,4 @@
-"""Many small files to a remote store at once; one after the other to the local disk."""
+"""Many files to a store at once: requests to a remote one, system calls to the local disk."""
 
 from __future__ import annotations
 
@@ -9,19 +9,28 @@ from tlcore.protocols import Buffer, Store
 
 from .stores import LocalStore
 
-_AT_ONCE = 16
+_REMOTE_THREADS = 16
+# Making a file waits for the file system more than it computes. A few at a time share one handover.
+_LOCAL_THREADS = 4
+_LOCAL_GROUP = 8
 
 
 class Uploads:
-    """Puts and copies into ``store``, of which up to 16 run at the same time; `wait` ends a group."""
+    """Puts and copies into ``store``, several at the same time; `wait` ends a group.
+
+    What the calls refer to must stay as it is until `wait` returns.
+    """
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        self._pool = None if isinstance(store, LocalStore) else ThreadPoolExecutor(_AT_ONCE, "tlcore-upload")
+        local = isinstance(store, LocalStore)
+        self._group_size = _LOCAL_GROUP if local else 1
+        self._pool = ThreadPoolExecutor(_LOCAL_THREADS if local else _REMOTE_THREADS, "tlcore-upload")
+        self._group: list[Callable[[], object]] = []
         self._running: list[Future[object]] = []
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
-        """Publish a blob; ``parts`` must stay as they are until `wait` returns."""
+        """Publish a blob."""
         self.run(lambda: self._store.put(name, parts))
 
     def copy(self, source: str, target: str) -> None:
@@ -30,6 +39,7 @@ class Uploads:
 
     def wait(self) -> None:
         """Return when everything asked for so far is done; raises the first error among it."""
+        self._hand_over()
         running, self._running = self._running, []
         wait(running)
         for future in running:
@@ -37,8 +47,7 @@ class Uploads:
 
     def close(self) -> None:
         """End the threads."""
-        if self._pool is not None:
-            self._pool.shutdown()
+        self._pool.shutdown()
 
     def delete(self, name: str) -> None:
         """Remove a blob."""
@@ -46,11 +55,19 @@ class Uploads:
 
     def run(self, call: Callable[[], object]) -> None:
         """Do anything else that belongs to the group."""
-        if self._pool is None:
-            call()
-            return
+        self._group.append(call)
+        if len(self._group) >= self._group_size:
+            self._hand_over()
+
+    def _hand_over(self) -> None:
+        calls, self._group = self._group, []
         try:
-            self._running.append(self._pool.submit(call))
+            self._running.append(self._pool.submit(_all, calls))
         except RuntimeError:
             # The interpreter is ending, and takes no more work for threads: a session left open ends here.
-            call()
+            _all(calls)
+
+
+def _all(calls: Sequence[Callable[[], object]]) -> None:
+    for call in calls:
+        call()

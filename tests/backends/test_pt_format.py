@@ -130,3 +130,20 @@ def test_a_payload_above_four_gibibytes_uses_zip64() -> None:
 def test_a_payload_of_the_wrong_size_is_refused() -> None:
     with pytest.raises(ValueError, match=r"4 bytes do not make a torch.float32 tensor of shape \(2,\)"):
         pt_format.encode(torch.float32, (2,), memoryview(bytes(4)))
+
+
+@pytest.mark.parametrize("shape", [(), (0, 3), (2, 3)])
+def test_the_payload_is_found_in_exactly_our_own_files(shape: tuple[int, ...]) -> None:
+    tensor = torch.ones(shape, dtype=torch.float32)
+    payload = tensor.numpy().tobytes()
+    head, _, tail = map(bytes, pt_format.encode(tensor.dtype, shape, memoryview(payload)))
+    data = head + payload + tail
+    found = pt_format.payload_in(tensor.dtype, shape, data)
+    assert found is not None and bytes(found) == payload
+    assert pt_format.payload_in(tensor.dtype, (*shape, 2), data) is None
+    for position in range(len(data)):
+        changed = bytearray(data)
+        changed[position] ^= 1
+        inside = len(head) <= position < len(head) + len(payload)
+        accepted = pt_format.payload_in(tensor.dtype, shape, bytes(changed)) is not None
+        assert accepted == inside, position

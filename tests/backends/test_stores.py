@@ -203,3 +203,39 @@ def test_threads_can_write_at_once(store: LocalStore) -> None:
     assert len(list(store.list("step_"))) == 160
     assert len(set(store.get("contested"))) == 1
     assert len(store.get("contested")) == 1000
+
+
+def test_links_of_one_file_have_one_identity(store: LocalStore) -> None:
+    store.put("a/t", [b"1"])
+    store.copy("a/t", "b/t")
+    store.put("c/t", [b"1"])
+    assert store.identity("a/t") == store.identity("b/t") != store.identity("c/t")
+    assert store.identity("d/t") is None
+
+
+def test_a_link_that_leads_out_is_refused_in_a_known_place(store: LocalStore, tmp_path: Path) -> None:
+    (tmp_path / "secret").write_bytes(b"secret")
+    store.put("a/t", [b"1"])
+    assert store.get("a/t") == b"1"
+    (store.root / "a" / "u").symlink_to(tmp_path / "secret")
+    (store.root / "b").symlink_to(tmp_path)
+    for name in ("a/u", "b/secret"):
+        with pytest.raises(BackendError, match="leads out"):
+            store.get(name)
+
+
+def test_more_directories_than_are_remembered_from_several_threads(
+    store: LocalStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcore_backends.stores._MOST_KNOWN_DIRECTORIES", 3)
+
+    def put(thread: int) -> None:
+        for index in range(50):
+            store.put(f"{index}/{thread}/t", [b"1"])
+
+    threads = [threading.Thread(target=put, args=(thread,)) for thread in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(30)
+    assert len(list(store.list())) == 200

@@ -1,0 +1,101 @@
+"""Reading many payloads at a time: the same bytes as one by one, shared ones once, damage named."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import fsspec
+import pytest
+import torch
+from torch import nn
+
+import tlcore
+from tlcore.errors import VerifyError
+from tlcore.reader import bulk
+from tlcore.reader.bulk import read_payloads
+from tlcore.reader.files import payload
+from tlcore_backends.stores import LocalStore
+
+
+@pytest.fixture(params=["pt", "safetensors"])
+def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """Two steps of a model whose modules hand tensors on, so that many are stored once."""
+    model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)), nn.Flatten(0))
+    keys: dict[str, Any] = {"output_dir": str(tmp_path), "backend": request.param, "log_step_ids": []}
+    with tlcore.capture(model, **keys) as capture:
+        model(torch.randn(3, 8))
+        model(torch.randn(0, 8))
+    return Path(capture.url)
+
+
+def _check(run: tlcore.Run) -> None:
+    for step in run.values():
+        found = list(read_payloads(run.files, step.records, keep=True))
+        assert [each.record["name"] for each in found] == step.names
+        for each in found:
+            assert each.problem is None
+            assert each.record["hash"] == f"xxh3-128:{each.digest}"
+            assert bytes(each.data) == bytes(payload(step.tensor(each.record["name"])))
+        hashes = list(read_payloads(run.files, step.records, keep=False))
+        assert [each.digest for each in hashes] == [each.digest for each in found]
+        assert not any(len(each.data) for each in hashes)
+
+
+@pytest.mark.parametrize("group_bytes", [1, 500, 8 << 20])
+def test_groups_of_any_size_give_the_same(
+    run: Path, group_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bulk, "_GROUP_BYTES", group_bytes)
+    _check(tlcore.open_run(run))
+
+
+def test_a_remote_store_gives_the_same(run: Path) -> None:
+    filesystem = fsspec.filesystem("memory")
+    filesystem.put(str(run), "/bulk", recursive=True)
+    try:
+        _check(
+            tlcore.open_run(
+                f"memory://bulk/{run.name}" if filesystem.exists(f"/bulk/{run.name}") else "memory://bulk"
+            )
+        )
+    finally:
+        filesystem.rm("/bulk", recursive=True)
+
+
+def test_shared_bytes_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bulk, "_LOCAL_THREADS", 1)
+    opened = tlcore.open_run(run)
+    records = opened.step(0).records
+    read = 0
+    get = LocalStore.get
+
+    def counted(store: LocalStore, name: str, start: int = 0, end: int | None = None) -> bytes:
+        nonlocal read
+        data = get(store, name, start, end)
+        read += len(data)
+        return data
+
+    monkeypatch.setattr(LocalStore, "get", counted)
+    list(read_payloads(opened.files, records, keep=False))
+    own = [int(record.get("file_bytes", record["bytes"])) for record in records if "alias_of" not in record]
+    assert len(own) < len(records)
+    assert read == sum(own)
+
+
+def test_a_damaged_copy_of_a_sound_file_is_found(run: Path) -> None:
+    record = next(each for each in tlcore.open_run(run).step(0).records if "alias_of" in each)
+    if "file" not in record:
+        pytest.skip("a shard holds shared bytes once")
+    file = run / record["file"]
+    content = bytearray(file.read_bytes())
+    at = bytes(content).index(bytes(payload(tlcore.open_run(run).tensor(record["name"]))))
+    content[at] ^= 1
+    copy = run / "copy"
+    shutil.copyfile(file, copy)
+    copy.write_bytes(content)
+    copy.rename(file)
+    with pytest.raises(VerifyError) as caught:
+        tlcore.open_run(run).verify()
+    assert [line.partition(":")[0] for line in caught.value.bad] == [record["file"]]
