@@ -16,7 +16,7 @@ LAYERS: list[set[str]] = [
     {"protocols"},
     {"filters", "forms", "jsontext", "registry", "schema", "structure", "validation"},
     {"host_memory", "sites"},
-    {"device_staging"},
+    {"device_staging", "plans"},
     {"staging"},
     {"pipeline"},
     {"collector"},

@@ -15,10 +15,11 @@ import xxhash
 from . import names
 from .forms import Form
 from .host_memory import Chunk, HostPool
+from .plans import Plan, Planned, PlanTable
 from .protocols import Sink
 from .record import Counts, Json, Ledger, Record, StepSummary
-from .rendering import Structures, Template
-from .sites import Scene, Site
+from .rendering import Structures, Templates
+from .sites import Site
 from .structure import Scalar
 
 log = logging.getLogger("tlcore")
@@ -68,11 +69,18 @@ class _OpenStep:
 
     counts: Counts = field(default_factory=Counts)
     calls: list[str] = field(default_factory=list)
-    templates: dict[str, Template] = field(default_factory=dict)
+    templates: Templates = field(default_factory=Templates)
     first: dict[tuple[str, int], str] = field(default_factory=dict)
     written: int = 0
     bytes_written: int = 0
     error: BaseException | None = None
+
+    def add(self, plan: Plan) -> None:
+        """Take over all that a batch's plan says."""
+        self.counts.add(plan.counts)
+        self.calls += plan.calls
+        # Most steps are one batch, whose texts are then joined only once.
+        self.templates = plan.templates if not self.templates else Templates(self.templates | plan.templates)
 
 
 class Processor:
@@ -83,6 +91,7 @@ class Processor:
         self._pool = pool
         self._ledger = ledger
         self._rank = rank
+        self._plans = PlanTable(rank)
         self._steps: dict[int, _OpenStep] = {}
         self._told = -_QUIET_S
         self.first_error: BaseException | None = None
@@ -105,39 +114,27 @@ class Processor:
     def _store(self, batch: Batch, step: _OpenStep) -> None:
         for chunk in batch.memory:
             chunk.ready()
-        records: list[Record] = []
-        first = first_scalar = 0
-        for site in batch.sites:
-            begin, first = first, first + site.tensors
-            begin_scalar, first_scalar = first_scalar, first_scalar + site.scalars
-            scene = site.scene(batch.forms[begin:first], batch.scalars[begin_scalar:first_scalar], self._rank)
-            step.templates[site.file] = scene.template
-            if site.direction == "inputs":
-                step.calls.append(site.directory)
-            _book(step.counts, scene.counts)
-            if step.error is None and scene.stored:
-                records += self._records(batch, step, scene, begin)
-                if len(records) >= _AT_ONCE:
-                    self._write(step, records)
-                    records = []
-        self._write(step, records)
+        plan = self._plans.plan(batch.sites, batch.forms, batch.scalars)
+        step.add(plan)
+        for first in range(0, len(plan.stored), _AT_ONCE):
+            if step.error is not None:
+                break
+            self._write(step, self._records(batch, step, plan.stored[first : first + _AT_ONCE]))
 
-    def _records(self, batch: Batch, step: _OpenStep, scene: Scene, begin: int) -> list[Record]:
-        directory = names.step_dir(batch.step)
+    def _records(self, batch: Batch, step: _OpenStep, stored: Sequence[Planned]) -> list[Record]:
+        number, chunks, offsets = batch.step, batch.chunks, batch.offsets
+        directory = names.step_dir(number)
         made = []
-        for index, tail, origin, kind in scene.stored:
-            place = begin + index
-            offset = batch.offsets[place]
-            data = batch.chunks[place].view[offset : offset + batch.forms[place].nbytes]
+        for place, tail, origin, kind, nbytes in stored:
+            offset = offsets[place]
+            data = chunks[place].view[offset : offset + nbytes]
             digest = xxhash.xxh3_128_hexdigest(data)
             name = directory + tail
             first = step.first.setdefault((digest, kind), name)
-            made.append(Record(name, batch.step, origin, data, digest, None if first is name else first))
+            made.append(Record(name, number, origin, data, digest, None if first is name else first))
         return made
 
     def _write(self, step: _OpenStep, records: Sequence[Record]) -> None:
-        if not records or step.error is not None:
-            return
         try:
             self._sink.write(records)
         except Exception as error:
@@ -206,15 +203,6 @@ class Processor:
             if self.first_error is None:
                 self.first_error = error
             log.warning("the run could not be closed: %s", error)
-
-
-def _book(counts: Counts, more: Counts) -> None:
-    """`Counts.add`, short for the usual case that nothing went wrong."""
-    if more.reasons:
-        counts.add(more)
-        return
-    counts.captured += more.captured
-    counts.bytes_captured += more.bytes_captured
 
 
 class InlinePipeline:

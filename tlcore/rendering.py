@@ -53,10 +53,28 @@ class Template:
         return step_dir.join(self._readable)
 
 
+class Templates(dict[str, Template]):
+    """The templates of a step by name (``<call dir>/inputs.json``), and the text that packs them all."""
+
+    def __init__(self, templates: Mapping[str, Template] | None = None) -> None:
+        super().__init__(templates or {})
+        self._packed: tuple[str, list[str]] | None = None
+
+    def packed(self, step_dir: str, suffix: str) -> str:
+        """All documents as one JSON object in one line; ``suffix`` is a rank's, put before ``.json``."""
+        if self._packed is None or self._packed[0] != suffix:
+            named = (
+                f"{quoted(name.removesuffix('.json') + suffix + '.json')}:{template.compact(STEP_DIR)}"
+                for name, template in self.items()
+            )
+            self._packed = suffix, f"{{{','.join(named)}}}".split(STEP_DIR)
+        return step_dir.join(self._packed[1])
+
+
 class Structures(Mapping[str, Json]):
     """A step's structure documents by name (``<call dir>/inputs.json``), each made when it is asked for."""
 
-    def __init__(self, step_dir: str, templates: Mapping[str, Template]) -> None:
+    def __init__(self, step_dir: str, templates: Templates) -> None:
         self._step_dir = step_dir
         self._templates = templates
 
@@ -74,6 +92,10 @@ class Structures(Mapping[str, Json]):
         """One document's JSON text in one line."""
         return self._templates[name].compact(self._step_dir)
 
+    def packed(self, suffix: str) -> str:
+        """All documents as one JSON object in one line; ``suffix`` is a rank's, put before ``.json``."""
+        return self._templates.packed(self._step_dir, suffix)
+
     def readable(self, name: str) -> str:
         """One document's JSON text, one key a line."""
         return self._templates[name].readable(self._step_dir)
@@ -83,4 +105,4 @@ def structures_of(step_dir: str, documents: Mapping[str, Json]) -> Structures:
     """`Structures` of finished documents."""
     if isinstance(documents, Structures):
         return documents
-    return Structures(step_dir, {name: Template(document) for name, document in documents.items()})
+    return Structures(step_dir, Templates({name: Template(each) for name, each in documents.items()}))

@@ -61,8 +61,7 @@ class SafetensorsSink:
             self._begin_step(step.step)
         self._seal()
         structures = structures_of(step_dir(step.step), step.structures)
-        packed = (f"{quoted(self._directory.ranked(name))}:{structures.compact(name)}" for name in structures)
-        more = {"structures": f"{{{','.join(packed)}}}", "shards": compact(self._sealed)}
+        more = {"structures": structures.packed(self._directory.suffix), "shards": compact(self._sealed)}
         self._directory.put_step(step.step, step.to_text(self._entry_texts(), more))
         self._begin_step(None)
 

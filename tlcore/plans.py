@@ -1,0 +1,72 @@
+"""What becomes of a batch: every name, text and count of it, worked out once for batches that are alike.
+
+A model that decodes sends the same batch each step but for the bytes. A plan is all that can be said of
+it without looking at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Sequence
+from typing import NamedTuple
+
+from .forms import Form
+from .record import Counts, Origin
+from .rendering import Templates
+from .sites import Site
+from .structure import Scalar
+
+# Batches of a busy server are seldom alike; these few serve a steady one, and others for a moment.
+_REMEMBERED = 4
+
+
+class Planned(NamedTuple):
+    """A tensor to be stored: its place in the batch, and its name without the step's directory."""
+
+    place: int
+    tail: str
+    origin: Origin
+    kind: int
+    nbytes: int
+
+
+class Plan(NamedTuple):
+    """A batch's tensors to be stored, structure documents, calls in order of entry, and ledger."""
+
+    stored: tuple[Planned, ...]
+    templates: Templates
+    calls: tuple[str, ...]
+    counts: Counts
+
+
+class PlanTable:
+    """The plans of the last few kinds of batches that a rank has sent."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._known: dict[Hashable, Plan] = {}
+
+    def plan(self, sites: Sequence[Site], forms: Sequence[Form], scalars: Sequence[Scalar]) -> Plan:
+        """The plan of the batch with these sites, tensors and scalars."""
+        # 1, 1.0 and True are equal, but not the same in JSON.
+        key = (tuple(sites), tuple(forms), repr(scalars))
+        plan = self._known.get(key)
+        if plan is None:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            plan = self._known[key] = self._make(sites, forms, scalars)
+        return plan
+
+    def _make(self, sites: Sequence[Site], forms: Sequence[Form], scalars: Sequence[Scalar]) -> Plan:
+        stored: list[Planned] = []
+        templates, counts = Templates(), Counts()
+        place = scalar = 0
+        for site in sites:
+            own = forms[place : place + site.tensors]
+            scene = site.scene(own, scalars[scalar : scalar + site.scalars], self._rank)
+            for index, tail, origin, kind in scene.stored:
+                stored.append(Planned(place + index, tail, origin, kind, own[index].nbytes))
+            templates[site.file] = scene.template
+            counts.add(scene.counts)
+            place, scalar = place + site.tensors, scalar + site.scalars
+        calls = tuple(site.directory for site in sites if site.direction == "inputs")
+        return Plan(tuple(stored), templates, calls, counts)
