@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 import re
+from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
+import xxhash
 
 from ...record import Json
 
@@ -29,7 +31,7 @@ class RowReader:
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._batch: Any = None
-        self._cached: dict[str, int] = {}
+        self._known: dict[str, Json] = {}
         self._second_version = not hasattr(runner, "input_batch") and hasattr(runner, "prepare_inputs")
         if self._second_version:
             self._watch_batches(runner)
@@ -45,16 +47,16 @@ class RowReader:
         runner.prepare_inputs = prepare_inputs
 
     def begin_step(self, scheduler_output: Any) -> None:
-        """Drop the batch of the step before, and note where new requests begin.
+        """Drop the batch of the step before, and note where new requests begin, and their prompts.
 
         To be called for every step, captured or not: later nothing tells how much of a request vLLM took
         from its prefix cache.
         """
         self._batch = None
         for request in getattr(scheduler_output, "finished_req_ids", ()):
-            self._cached.pop(request, None)
+            self._known.pop(request, None)
         for new in getattr(scheduler_output, "scheduled_new_reqs", ()):
-            self._cached[new.req_id] = int(new.num_computed_tokens)
+            self._known[new.req_id] = {"cached": int(new.num_computed_tokens), **_prompt(new)}
 
     def rows(self, scheduler_output: Any) -> tuple[list[Json], int]:
         """The rows, in the batch's order, and how many padding rows follow them.
@@ -69,8 +71,7 @@ class RowReader:
             version = self._of_second_version if self._second_version else self._of_first_version
             rows, padded = version(scheduler_output)
             for row in rows:
-                if row["request_id"] in self._cached:
-                    row["cached"] = self._cached[row["request_id"]]
+                row.update(self._known.get(row["request_id"], {}))
             return rows, padded
         except (AttributeError, KeyError, TypeError, IndexError) as error:
             raise RowError(f"the model runner is unknown: {type(error).__name__}: {error}") from error
@@ -124,6 +125,14 @@ def _rows(
         }
         for request, first, count, position in zip(ids, firsts[:-1], counts, begin, strict=True)
     ]
+
+
+def _prompt(request: Any) -> Json:
+    """The hash of a new request's prompt, by which other runs know it; nothing for one made of embeddings."""
+    ids = getattr(request, "prompt_token_ids", None)
+    if not ids or getattr(request, "prompt_embeds", None) is not None:
+        return {}
+    return {"prompt_hash": f"xxh3-128:{xxhash.xxh3_128_hexdigest(array('q', ids).tobytes())}"}
 
 
 def _agree(what: str, one: list[int], other: list[int]) -> None:
