@@ -86,7 +86,7 @@ def test_a_place_that_is_too_slow_counts_as_one_that_fails(tmp_path: Path) -> No
     begin = time.monotonic()
     for i in range(20):
         store.put(f"step_0/{i}", [b"x"])
-    assert time.monotonic() - begin < 1.0
+    assert time.monotonic() - begin < 1.9
     assert len(list((tmp_path / "spill/run-1/step_0").iterdir())) == 20
 
 
