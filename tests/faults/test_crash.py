@@ -175,6 +175,6 @@ def test_an_exception_in_the_model_keeps_what_was_captured(
     assert "ValueError: on purpose" in crashing.errors()
     run = tlcore.open_run(death.url)
     assert (run.state, run.steps) == ("complete", [0, 1, 2])
-    # Ten whole modules, and the inputs of the one that raised.
+    # Half of the modules whole, and the inputs of the one that raised.
     assert len(run.step(2)) == 2 * (MODULES // 2) + 1
     assert run.verify() == run.ledger.stored == run.ledger.captured == 2 * STEP_TENSORS + MODULES + 1

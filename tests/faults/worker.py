@@ -25,7 +25,7 @@ import tlcore_backends.object_storage
 # So that even the safetensors and S3 paths are loaded before the first fork.
 import tlcore_backends.safetensors  # noqa: F401
 
-MODULES = 20
+MODULES = 10
 # A child that nobody kills ends by itself.
 _LONGEST_S = 30.0
 
