@@ -16,7 +16,7 @@ from .sites import Site
 from .structure import Scalar
 
 # Batches of a busy server are seldom alike; these few serve a steady one, and others for a moment.
-_REMEMBERED = 4
+_REMEMBERED = 8
 
 
 class Planned(NamedTuple):

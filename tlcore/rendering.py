@@ -33,23 +33,20 @@ def readable(document: Any) -> str:
 class Template:
     """One structure document in which the step's directory, written `STEP_DIR`, is still open."""
 
-    __slots__ = ("_compact", "_document", "_readable")
+    __slots__ = ("_compact", "_readable")
 
     def __init__(self, document: Json) -> None:
-        self._document = document
-        self._compact: list[str] | None = None
+        self._compact = compact(document).split(STEP_DIR)
         self._readable: list[str] | None = None
 
     def compact(self, step_dir: str) -> str:
         """The document in one line."""
-        if self._compact is None:
-            self._compact = compact(self._document).split(STEP_DIR)
         return step_dir.join(self._compact)
 
     def readable(self, step_dir: str) -> str:
         """The document with one key a line."""
         if self._readable is None:
-            self._readable = readable(self._document).split(STEP_DIR)
+            self._readable = readable(json.loads(self.compact(STEP_DIR))).split(STEP_DIR)
         return step_dir.join(self._readable)
 
 

@@ -15,7 +15,7 @@ from .rendering import STEP_DIR, Template
 from .structure import Scalar, Sketch, count_leaves, describe
 
 # Shapes change from step to step in a busy server; more than these are described anew.
-_REMEMBERED = 4
+_REMEMBERED = 8
 
 
 class Scene(NamedTuple):
