@@ -24,6 +24,8 @@ from tests.servers import Server
 from tlcore.reader import list_runs
 from tlcore_backends import push as pushing
 
+pytestmark = pytest.mark.slow
+
 SEED = 20240607
 KILLS = scaled(4, 34)
 STEP_TENSORS = 2 * MODULES
@@ -100,7 +102,6 @@ def test_killed_at_any_moment(format: str, crashing: Workers, tmp_path: Path) ->
         assert run.problem is None
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", ["pt", "safetensors"])
 def test_killed_while_writing_to_object_storage(format: str, crashing: Workers, weed: Server) -> None:
     place = {"name": "fsspec", "url": f"{weed.url}/crash-{format}", "format": format}
@@ -113,7 +114,6 @@ def test_killed_while_writing_to_object_storage(format: str, crashing: Workers, 
     assert sum(committed for committed, _ in found) > 0
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", scaled(["safetensors"], ["pt", "safetensors"]))
 def test_killed_in_an_outage_loses_no_spilled_step(
     format: str, crashing: Workers, weed: Server, proxy: Proxy, tmp_path: Path
@@ -153,7 +153,6 @@ def test_a_process_that_ends_without_close_loses_nothing(
     assert run.verify() == run.ledger.stored == run.ledger.captured == 3 * STEP_TENSORS
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("format", ["pt", "safetensors"])
 def test_a_process_that_ends_without_close_delivers_to_object_storage(
     format: str, crashing: Workers, weed: Server

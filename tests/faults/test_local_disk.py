@@ -139,6 +139,7 @@ print(outcome.same_outputs, counts.balanced, counts.stored, counts.failed, len(o
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_file_size_limit(format: str, tmp_path: Path) -> None:
     done = program(LIMITED, str(tmp_path / "runs"), format)
@@ -222,6 +223,7 @@ print("|".join(outcome.warnings))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_permission_taken_away(format: str, tmp_path: Path) -> None:
     """As an ordinary user: root may write anything."""
