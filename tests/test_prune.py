@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -131,11 +129,13 @@ def test_unfinished_files_of_crashed_writers(tmp_path: Path) -> None:
         (["--max-total", "much"], "is no size"),
     ],
 )
-def test_bad_arguments(arguments: list[str], says: str, tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "tlcore", "prune", str(tmp_path), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 2
-    assert says in done.stderr
+def test_bad_arguments(
+    arguments: list[str], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stopped:
+        raise SystemExit(main(["prune", str(tmp_path), *arguments]))
+    assert stopped.value.code == 2
+    assert says in capsys.readouterr().err
 
 
 def test_a_removal_that_is_cut_short_leaves_a_run_that_says_so(
