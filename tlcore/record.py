@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .names import PathKey
+from .names import PathKey, redact_url
 from .rendering import Json as Json
 from .rendering import compact, quoted
 
@@ -230,13 +230,18 @@ class RunInfo:
     """
 
     run_id: str
-    url: str
+    url: str = field(repr=False)
     rank: int
     world_size: int
     document: Json
     ledger: Ledger
     fsync: bool = False
     spill: SpillPlace | None = None
+
+    @property
+    def shown_url(self) -> str:
+        """``url`` without credentials, for messages."""
+        return redact_url(self.url)
 
 
 @dataclass(frozen=True, slots=True)

@@ -258,7 +258,7 @@ class Session:
         counts = self.ledger
         log.info(
             "run %s: captured %d = stored %d + skipped %d + dropped %d + failed %d %s",
-            self.url, counts.captured, counts.stored, counts.skipped, counts.dropped, counts.failed,
+            self.run.shown_url, counts.captured, counts.stored, counts.skipped, counts.dropped, counts.failed,
             dict(sorted(counts.reasons.items())) or "",
         )  # fmt: skip
         first = self._processor.first_error if self._processor else None
@@ -375,10 +375,10 @@ class capture:  # noqa: N801 - a context manager reads like a function
     def _say_what_passed_by(self) -> None:
         compiled = compiled_meanwhile(self._model)
         if compiled is not None:
-            log.warning("%s; what ran compiled is not in the run %s", compiled, self.url)
+            log.warning("%s; what ran compiled is not in the run %s", compiled, self.session.run.shown_url)
         elif not self._bracket.calls:
             log.warning(
                 "no call of the model came by, so the run %s has no step; call the very model that is"
                 " captured (a torch.compile'd version of it runs past the capture)",
-                self.url,
+                self.session.run.shown_url,
             )

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlcore.errors import BackendError
-from tlcore.names import REDACTED
+from tlcore.names import REDACTED, redact_url
 
 from .delivery import deliver, is_marker, remove_empty_directories
 from .places import open_store
@@ -34,7 +34,7 @@ def spilled_runs(directory: str) -> list[SpilledRun]:
     Raises BackendError when there is no such directory, or a note in it is damaged.
     """
     if not os.path.isdir(directory):
-        raise BackendError(f"{directory}: there is no such directory")
+        raise BackendError(f"{redact_url(directory)}: there is no such directory")
     children = [os.path.join(directory, name) for name in sorted(os.listdir(directory))]
     places = [directory, *(child for child in children if os.path.isdir(child))]
     return [run for place in places if (run := _spilled_run(place)) is not None]

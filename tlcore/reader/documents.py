@@ -191,6 +191,8 @@ def children(node: Mapping[str, Any]) -> Iterator[Any]:
 
 def _sound_node(node: Json) -> bool:
     kind = node.get("type")
+    if not isinstance(kind, str):
+        return False
     if kind == "tensor":
         described = is_shape(node.get("shape")) and all(isinstance(node.get(k), str) for k in _TENSOR_TEXTS)
         return described and isinstance(node.get("file", node.get("skipped")), str)

@@ -84,7 +84,7 @@ class WorkerCapture:
             raise
         self._session, self._end = session, _RunEnd(session)
         self._bracket.session = session
-        log.info("intermediate tensors go to %s", session.url)
+        log.info("intermediate tensors go to %s", session.run.shown_url)
         return session
 
     def stop(self) -> None:
@@ -193,13 +193,13 @@ class _RunEnd:
         session = self._session
         try:
             session.close()
-            log.info("intermediate tensors in %s: %s", session.url, session.ledger.to_json())
+            log.info("intermediate tensors in %s: %s", session.run.shown_url, session.ledger.to_json())
         except TlcoreError as error:
             self._problem = str(error)
-            log.error("the run %s could not be stored whole: %s", session.url, error)
+            log.error("the run %s could not be stored whole: %s", session.run.shown_url, error)
         except Exception as error:
             self._problem = f"the run could not be closed: {type(error).__name__}"
-            log.exception("the run %s could not be closed", session.url)
+            log.exception("the run %s could not be closed", session.run.shown_url)
 
 
 def add_methods(module: ModuleType) -> None:

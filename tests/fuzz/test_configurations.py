@@ -1,0 +1,188 @@
+"""Configurations, valid by the schema and mutated ones: the schema and the code agree on what is valid."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis_jsonschema import from_schema
+from jsonschema import Draft202012Validator
+
+import tlcore_schemas
+from tests.fuzz.settings import cases
+from tlcore.errors import ConfigError
+from tlcore.filters import parse_pattern
+from tlcore.schema import check_config, load_config
+from tlcore.validation import coerce
+
+pytestmark = pytest.mark.slow
+SCHEMA = tlcore_schemas.load("config.v1")
+OPTIONS = {name: tlcore_schemas.load(f"backend/{name}.v1") for name in ("pt", "safetensors", "fsspec")}
+VALIDATOR = Draft202012Validator(SCHEMA)
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=10),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=8,
+)
+PATTERNS = st.sampled_from(
+    [
+        r"layers\.0\.",
+        "mlp:1",
+        "(?:a|b):0",
+        ".*",
+        "[",
+        "(",
+        "a{2",
+        r"\:3",
+        "x:99999999999999999999",
+        "(?P<n>x)",
+    ]
+)
+URLS = st.sampled_from(
+    ["s3://bucket/runs", "memory://x", "gs://b", "file:///tmp/x", "s3://", "s3:///", "/tmp/x", "x"]
+)
+
+
+def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
+    """What a schema allows. Objects are put together here: the library's own way is out of date."""
+    if schema.get("type") != "object":
+        return from_schema(schema)
+    known = schema.get("properties", {})
+    if not known:
+        return st.dictionaries(st.text(max_size=8), JSON, max_size=3)
+    return st.fixed_dictionaries({}, optional={key: values(entry) for key, entry in known.items()})
+
+
+def backends() -> st.SearchStrategy[Any]:
+    """Names and objects; what a schema allows for options, and a few things that it does not."""
+    named = st.sampled_from([*OPTIONS, "no-such", "no.such:thing", "math:pi"])
+    described = [
+        st.builds(lambda options, name=name: {**options, "name": name}, values(schema))
+        for name, schema in OPTIONS.items()
+    ]
+    placed = st.builds(lambda url, rest: {"name": "fsspec", "url": url, **rest}, URLS, st.just({}))
+    return named | st.one_of(described) | placed
+
+
+def documents() -> st.SearchStrategy[dict[str, Any]]:
+    """Documents that are valid by the schema, with real backends and patterns more often than by chance."""
+    telling = {
+        "backend": backends(),
+        "module_call_match": PATTERNS | st.lists(PATTERNS, min_size=1, max_size=3),
+        "output_dir": URLS,
+    }
+    rest = {key: values(value) for key, value in SCHEMA["properties"].items() if key not in telling}
+    return st.fixed_dictionaries({}, optional={**rest, **telling})
+
+
+@st.composite
+def mutated(draw: st.DrawFn) -> Any:
+    """A document with some keys, values or their insides replaced, added or left out."""
+    document = draw(documents())
+    for _ in range(draw(st.integers(1, 3))):
+        key = draw(
+            st.sampled_from([*SCHEMA["properties"], "output_dri", "capture", ""]) | st.text(max_size=6)
+        )
+        how = draw(st.sampled_from(["replace", "wrap", "drop", "text"]))
+        if how == "drop":
+            document.pop(key, None)
+        elif how == "wrap":
+            document[key] = [document.get(key)]
+        elif how == "text":
+            document[key] = json.dumps(document.get(key))
+        else:
+            document[key] = draw(JSON)
+    return document
+
+
+def is_valid(document: Any) -> bool:
+    return bool(VALIDATOR.is_valid(document))
+
+
+def sound_by_the_schemas(document: dict[str, Any]) -> bool:
+    """What the JSON Schemas and the two rules beyond them say: patterns compile, a place fits its backend."""
+    if not is_valid(document):
+        return False
+    patterns = document.get("module_call_match") or []
+    try:
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            parse_pattern(pattern)
+    except ConfigError:
+        return False
+    given_backend = document.get("backend", "pt")
+    options = dict(given_backend) if isinstance(given_backend, dict) else {"name": given_backend}
+    name = options.pop("name")
+    place = options.get("url", document.get("output_dir", "/tmp/vllm_intermediates"))
+    if name not in OPTIONS:
+        return False
+    if next(Draft202012Validator(OPTIONS[name]).iter_errors(coerce(options, OPTIONS[name])), None):
+        return False
+    is_url = re.match(r"[A-Za-z][A-Za-z0-9+.\-]*://", place.rstrip("/") if "://" in place else place)
+    if "://" in place and re.match(r"[A-Za-z][A-Za-z0-9+.\-]*://", place):
+        return bool(is_url)
+    return bool(name != "fsspec")
+
+
+@given(documents())
+@cases(150, 2500)
+def test_what_the_schema_allows_is_accepted(document: dict[str, Any]) -> None:
+    config, found = check_config(document)
+    assert (config is not None) == (not found)
+    if config is None:
+        about = {re.split(r"[.\[]", error.path.removeprefix("$."))[0] for error in found}
+        assert about <= {"module_call_match", "backend", "output_dir", "spill_dir"}, found
+        assert not sound_by_the_schemas(document) or about <= {"spill_dir"}, (document, found)
+        return
+    assert sound_by_the_schemas(document), document
+    agrees(config.to_json(redact=False), document)
+
+
+def agrees(normal: dict[str, Any], document: Any) -> None:
+    """The normal form is itself valid, loads to an equal configuration, and survives JSON."""
+    VALIDATOR.validate(normal)
+    again = load_config(json.dumps(normal))
+    assert again == load_config(document)
+    assert again.to_json(redact=False) == normal
+
+
+@given(mutated())
+@cases(150, 2500)
+def test_mutated_configurations_are_valid_by_both_or_by_neither(document: Any) -> None:
+    config, found = check_config(document)
+    assert (config is not None) == (not found)
+    if config is not None:
+        agrees(config.to_json(redact=False), document)
+    elif not VALIDATOR.is_valid(document):
+        assert all(isinstance(error, ConfigError) and error.path.startswith("$") for error in found)
+    else:
+        assert not sound_by_the_schemas(document) or "spill_dir" in document, (document, found)
+    if config is not None and not VALIDATOR.is_valid(document):
+        # Only a text that reads as JSON, or a whole float, may be taken for what it says.
+        assert VALIDATOR.is_valid(coerce(document, {"properties": SCHEMA["properties"], "type": "object"}))
+
+
+@given(JSON | st.text(max_size=30) | st.binary(max_size=20) | st.just(object()))
+@cases(60, 1000)
+def test_anything_at_all_is_answered_with_an_error_of_ours(value: Any) -> None:
+    config, found = check_config(value)
+    assert (config is not None) == (not found)
+    assert all(error.path.startswith("$") for error in found)
+
+
+@given(JSON)
+@cases(40, 500)
+def test_any_json_text_is_answered_as_the_value_itself(value: Any) -> None:
+    text = json.dumps(value)
+    from_text, found = check_config(text)
+    if isinstance(value, dict) and "NaN" not in text and "Infinity" not in text:
+        assert (from_text, [str(error) for error in found]) == (
+            check_config(value)[0],
+            [str(error) for error in check_config(value)[1]],
+        )
+    else:
+        assert from_text is None and found
