@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tlcore
+from tlcore.errors import ConfigError
 from tlcore.schema import load_config
 from tlcore.session import Session, new_run
 
@@ -72,3 +73,77 @@ def test_request_ids_can_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     b = serve(tmp_path, [[("q", 0, 3), ("p", 0, 5)]])
     assert not tlcore.compare(a, b).equal
     assert tlcore.compare(a, b, requests={"x": "p", "y": "q"}).equal
+
+
+def serve_tokens(
+    out: Path, batches: Sequence[Sequence[tuple[str, list[int], int]]], hashed: bool, embedded: bool
+) -> str:
+    """Run batches of (request id, tokens, first position) through a table; ids tell nothing of the prompt."""
+    root = nn.Sequential(nn.Embedding(50, 4), nn.ReLU())
+    root[0].weight.data = torch.arange(200.0).reshape(50, 4)
+    match = None if embedded else "^1$"
+    config = load_config(output_dir=str(out), log_step_ids=[], module_call_match=match)
+    session = Session(config, new_run(config))
+    session.attach(root)
+    prompts: dict[str, list[int]] = {}
+    for batch in batches:
+        rows, first = [], 0
+        for request, tokens, position in batch:
+            prompt = prompts.setdefault(request, tokens)
+            row = {"request_id": f"{request}-0a1b2c3d", "external_request_id": request, "first_row": first}
+            row |= {"rows": len(tokens), "first_position": position}
+            rows.append(row | ({"prompt_hash": f"xxh3-128:{prompt}"} if hashed else {}))
+            first += len(tokens)
+        session.begin_step()
+        root(torch.tensor([token for _, tokens, _ in batch for token in tokens]))
+        session.end_step(rows=rows)
+    session.close()
+    return session.url
+
+
+# The second prompt begins as the first one goes on after its end.
+FIRST = [
+    [("0", [1, 2], 0), ("1", [1, 2, 3, 4], 0), ("2", [7], 0)],
+    [("0", [3], 2), ("1", [9], 4), ("2", [8], 1)],
+]
+SECOND = [
+    [("0", [7], 0), ("1", [1, 2, 3, 4], 0)],
+    [("0", [8], 1), ("1", [9], 4), ("2", [1, 2], 0)],
+    [("2", [3], 2)],
+]
+
+
+@pytest.mark.parametrize(("hashed", "embedded"), [(True, False), (False, True), (True, True)])
+def test_requests_are_found_by_their_prompts(tmp_path: Path, hashed: bool, embedded: bool) -> None:
+    a, b = (serve_tokens(tmp_path, batches, hashed, embedded) for batches in (FIRST, SECOND))
+    found = tlcore.compare(a, b)
+    assert found.equal and found.counts["missing"] == 0 and found.notes == []
+    assert {result.request for result in found.results} == {"0", "1", "2"}
+
+
+def test_without_prompts_ids_are_used_and_said_so(tmp_path: Path) -> None:
+    a, b = (serve_tokens(tmp_path, batches, False, False) for batches in (FIRST, SECOND))
+    found = tlcore.compare(a, b)
+    assert not found.equal
+    assert "matched by their ids" in found.notes[0]
+    assert tlcore.compare(a, b, requests={"0": "2", "1": "1", "2": "0-0a1b2c3d"}).equal
+
+
+def test_a_prompt_that_one_run_lacks_is_missing(tmp_path: Path) -> None:
+    a = serve_tokens(tmp_path, [[("0", [1, 2], 0), ("1", [5], 0)]], True, True)
+    b = serve_tokens(tmp_path, [[("0", [1, 2], 0), ("1", [6], 0)]], True, True)
+    found = tlcore.compare(a, b)
+    assert {result.request for result in found.results if result.status == "missing"} == {"1", "1 of B"}
+    assert found.notes[0] == "2 requests have no counterpart with the same prompt in the other run"
+
+
+def test_equal_prompts_pair_in_order(tmp_path: Path) -> None:
+    a = serve_tokens(tmp_path, [[("0", [1], 0), ("1", [1], 0)], [("0", [2], 1), ("1", [3], 1)]], True, True)
+    b = serve_tokens(tmp_path, [[("8", [1], 0), ("9", [1], 0)], [("9", [3], 1), ("8", [2], 1)]], True, True)
+    assert tlcore.compare(a, b).equal
+
+
+def test_a_request_that_is_not_there_is_an_error(tmp_path: Path) -> None:
+    a = serve(tmp_path, ORDERED)
+    with pytest.raises(ConfigError, match="no request of B has the id 'nobody'; it has x, y, z"):
+        tlcore.compare(a, a, requests={"x": "nobody"})
