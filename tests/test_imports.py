@@ -20,7 +20,7 @@ LAYERS: list[set[str]] = [
     {"staging"},
     {"pipeline"},
     {"collector"},
-    {"hooks", "reader"},
+    {"cutting", "hooks", "reader"},
     {"bracket"},
     {"convert", "filesystem", "prune", "session"},
     {"__main__", "adapters", "cli", "compare_il", "comparison", "testing", "vllm"},

@@ -119,7 +119,8 @@ def test_an_installation_has_the_command_and_the_plugins(built: dict[str, Path],
         "from importlib.metadata import distribution as d\n"
         "for point in d('tlcore').entry_points: print(point.group, callable(point.load()))"
     )
-    groups = {"console_scripts", "fsspec.specs", "vllm.general_plugins", "vllm.platform_plugins"}
+    vllm = {f"vllm.{kind}_plugins" for kind in ("endpoint", "general", "platform")}
+    groups = {"console_scripts", "fsspec.specs", *vllm}
     shown = run(fresh, "-Ic", code, cwd=fresh.parent).splitlines()
     assert set(shown) == {f"{group} True" for group in groups}
 

@@ -198,7 +198,7 @@ def test_an_unknown_key_like_no_other_lists_the_valid_ones() -> None:
     assert "enabled, output_dir, module_call_match" in str(error)
 
 
-@pytest.mark.parametrize("key", ["capture", "on_condition", "request_ids", "rows", "sample_rate"])
+@pytest.mark.parametrize("key", ["capture", "on_condition"])
 def test_planned_keys_are_rejected_as_planned(key: str) -> None:
     assert "planned, not available yet" in error_of({key: "all"}).problem
 
@@ -227,11 +227,11 @@ def test_unsound_json_is_located(text: str, says: str) -> None:
 
 def test_all_problems_are_found_at_once() -> None:
     config, found = check_config(
-        {"enabld": 1, "rows": "last", "log_step_ids": [-1], "module_call_match": "("}
+        {"enabld": 1, "capture": "stats", "log_step_ids": [-1], "module_call_match": "("}
     )
     assert config is None
     paths = {error.path for error in found}
-    assert paths == {"$.enabld", "$.rows", "$.log_step_ids[0]", "$.module_call_match"}
+    assert paths == {"$.enabld", "$.capture", "$.log_step_ids[0]", "$.module_call_match"}
 
 
 def test_python_values_stand_for_their_json(tmp_path: Path) -> None:

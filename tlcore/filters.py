@@ -20,12 +20,21 @@ def parse_pattern(text: str, path: str = "$.module_call_match") -> tuple[re.Patt
     A trailing ``:3`` is a call index; ``\:3``, ``(?:3)`` and ``[:3]`` are not. Raises ConfigError at
     ``path`` with the regex engine's message and position.
     """
+    whole = check_regex(text, path)
+    found = _CALL_INDEX.search(text)
+    if found is None:
+        return whole, None
     try:
-        whole = re.compile(text)
-        found = _CALL_INDEX.search(text)
-        if found is None:
-            return whole, None
-        return re.compile(text[: found.end("slashes")]), int(found["index"])
+        index = int(found["index"])
+    except ValueError as error:
+        raise ConfigError(path, f"the pattern is too large to use: {error}.") from None
+    return check_regex(text[: found.end("slashes")], path), index
+
+
+def check_regex(text: str, path: str) -> re.Pattern[str]:
+    """A regular expression. Raises ConfigError at ``path`` with the regex engine's message and position."""
+    try:
+        return re.compile(text)
     except re.error as error:
         where = "" if error.pos is None else f" at position {error.pos}"
         problem = f"{text!r} is not a regular expression: {error.msg}{where}."

@@ -69,12 +69,13 @@ NO_CHUNK.bytes = NO_CHUNK.size + 1
 class HostPool:
     """Chunks bounded in bytes; waiting for one is what slows a model that outruns its storage.
 
-    ``pinned`` says of which kind new chunks are.
+    ``pinned`` says of which kind new chunks are, ``waited`` for how many seconds anybody had to wait.
     """
 
     def __init__(self, limit: int, on_full: str) -> None:
         self.limit = limit
         self.pinned = False
+        self.waited = 0.0
         self._drop_at_once = on_full == "drop"
         self._free: list[Chunk] = []
         self._allocated = 0
@@ -94,10 +95,9 @@ class HostPool:
             while True:
                 chunk = self._take(nbytes, size)
                 waited = time.monotonic() - begin
-                if chunk is not None:
+                if chunk is not None or self._drop_at_once or waited >= wait_s:
+                    self.waited += waited
                     return chunk, waited
-                if self._drop_at_once or waited >= wait_s:
-                    return None, waited
                 self._changed.wait(wait_s - waited)
 
     def _take(self, nbytes: int, size: int) -> Chunk | None:

@@ -5,14 +5,14 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
 from .errors import ConfigError
-from .filters import parse_pattern
+from .filters import check_regex, parse_pattern
 from .jsontext import parse_json
 from .names import REDACTED, is_url, redact_url
 from .registry import Backend, resolve
@@ -32,6 +32,10 @@ class Config:
     log_post_fwd_inputs: bool
     backend: str
     compiled: Literal["eager-steps"]
+    rows: Literal["all", "last"]
+    request_ids: tuple[str, ...] | None
+    sample_rate: float
+    sample_seed: int
     max_run_bytes: int | None
     queue_bytes: int
     on_full: Literal["block", "drop"]
@@ -64,6 +68,11 @@ class Config:
         if options:
             document["backend"] = {"name": self.backend, **options}
         return document
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether rows of tensors are left out, which takes knowing whose they are."""
+        return self.rows != "all" or self.request_ids is not None or self.sample_rate < 1
 
     def selects_step(self, step: int) -> bool:
         """Whether step ``step`` (0-based) is to be captured."""
@@ -126,7 +135,8 @@ def check_config(
     found += problems(document, schema, hidden={"backend"})
     sound = {key: entry["default"] for key, entry in known.items()}
     sound |= {key: item for key, item in document.items() if not _concerns(key, found)}
-    found += _bad_patterns(sound["module_call_match"])
+    found += _bad_patterns("module_call_match", sound["module_call_match"], parse_pattern)
+    found += _bad_patterns("request_ids", sound["request_ids"], check_regex)
     try:
         config = _normal_form(sound, found)
     except ConfigError as error:
@@ -167,11 +177,13 @@ def _concerns(key: str, found: list[ConfigError]) -> bool:
     return any(re.match(re.escape(f"$.{key}") + r"(?![A-Za-z0-9_])", error.path) for error in found)
 
 
-def _bad_patterns(patterns: str | list[str] | None) -> list[ConfigError]:
+def _bad_patterns(
+    key: str, patterns: str | list[str] | None, check: Callable[[str, str], object]
+) -> list[ConfigError]:
     found = []
     for i, text in enumerate([patterns] if isinstance(patterns, str) else patterns or []):
         try:
-            parse_pattern(text, "$.module_call_match" + ("" if isinstance(patterns, str) else f"[{i}]"))
+            check(text, f"$.{key}" + ("" if isinstance(patterns, str) else f"[{i}]"))
         except ConfigError as error:
             found.append(error)
     return found
@@ -195,12 +207,12 @@ def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
     if document["spill_dir"] is not None and backend.origin != "built-in":
         problem = f"only the built-in backends can spill, and {name!r} is none of them."
         found.append(ConfigError("$.spill_dir", problem, "Leave the key out."))
-    patterns = document["module_call_match"]
     return Config(
         **{
             **document,
             "output_dir": output_dir,
-            "module_call_match": (patterns,) if isinstance(patterns, str) else _tuple(patterns),
+            "module_call_match": _tuple(document["module_call_match"]),
+            "request_ids": _tuple(document["request_ids"]),
             "log_step_ids": tuple(document["log_step_ids"]),
             "device_names": tuple(document["device_names"]),
             "backend": backend.name,
@@ -237,8 +249,10 @@ def _normal_place(
     return backend, options, output_dir
 
 
-def _tuple(patterns: list[str] | None) -> tuple[str, ...] | None:
-    return None if patterns is None else tuple(patterns)
+def _tuple(patterns: str | list[str] | None) -> tuple[str, ...] | None:
+    if patterns is None:
+        return None
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
 def _public(backend: Backend) -> frozenset[str]:

@@ -12,7 +12,7 @@ import socket
 import threading
 import time
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -22,7 +22,8 @@ from torch import nn
 from . import __version__, names, registry
 from .bracket import Bracket, compiled_meanwhile, refuse_unreachable
 from .collector import Collector
-from .errors import CaptureError
+from .cutting import Cut, CuttingCollector
+from .errors import CaptureError, ConfigError
 from .filters import ModuleFilter
 from .forms import TensorFilter
 from .hooks import Listener, ListenerSet, refuse_compiled
@@ -108,6 +109,7 @@ def make_sink(config: Config) -> Sink:
 class Session:
     """Captures the selected steps of one model into one run.
 
+    ``find_cut`` says which rows of a step's tensors are kept, where the configuration asks for a choice.
     Opening the sink is the first thing that happens: BackendError says that the place cannot be
     written before any hook exists. ``inline`` stores in the model's thread, for debugging.
     """
@@ -130,7 +132,8 @@ class Session:
         self._pool = HostPool(config.queue_bytes, config.on_full)
         self._stager = Stager(self._pool, config.block_s)
         tensors = TensorFilter(frozenset(config.device_names), config.max_tensor_size, config.max_run_bytes)
-        self._collector = Collector(self._stager, tensors, self._submit)
+        self.find_cut: Callable[[], Cut | None] = lambda: None
+        self._collector = self._make_collector(tensors)
         atexit.register(self.close)
         _live.add(self)
 
@@ -148,6 +151,23 @@ class Session:
     def ledger(self) -> Counts:
         """What became of every captured tensor, up to the last step that was committed or failed."""
         return self.run.ledger.snapshot()
+
+    @property
+    def queue_bytes(self) -> int:
+        """Bytes of memory that hold captured tensors which are not stored yet."""
+        return self._pool.in_flight
+
+    @property
+    def blocked_s(self) -> float:
+        """Seconds for which the model has waited for room in the queue."""
+        return self._pool.waited
+
+    def _make_collector(self, tensors: TensorFilter) -> Collector:
+        if not self.config.cuts_rows:
+            return Collector(self._stager, tensors, self._submit)
+        collector = CuttingCollector(self._stager, tensors, self._submit)
+        collector.find_cut = lambda: self.find_cut()
+        return collector
 
     def attach(self, model: nn.Module) -> None:
         """Plan the hooks for a model's submodules; the model itself is only the step's bracket.
@@ -176,8 +196,12 @@ class Session:
         self._processor = Processor(self._sink, self._pool, self.run.ledger, self.run.rank)
         self._pipeline = (InlinePipeline if self._inline else ThreadPipeline)(self._processor)
 
-    def begin_step(self, step: int | None = None) -> bool:
-        """Start a step (the next number when None); True when it is captured, its hooks alive now."""
+    def begin_step(self, step: int | None = None, wanted: bool = True) -> bool:
+        """Start a step (the next number when None); True when it is captured, its hooks alive now.
+
+        A step that is not ``wanted`` is only counted. Where the configuration cuts rows, ``find_cut`` is
+        asked within the step what to keep.
+        """
         with self._lock:
             if self._closed or self._hooks is None:
                 return False
@@ -185,7 +209,7 @@ class Session:
                 self.end_step(extra={"error": "the step was cut short"})
             number = self._next_step if step is None else step
             self._next_step = number + 1
-            if not self.config.selects_step(number):
+            if not (wanted and self.config.selects_step(number)):
                 return False
             self._step = number
             self._started = now()
@@ -315,6 +339,9 @@ class capture:  # noqa: N801 - a context manager reads like a function
                 )
             sink = keys.pop("backend")
         self.config = load_config(config, **keys)
+        if self.config.cuts_rows:
+            problem = "rows, request_ids and sample_rate choose rows of requests, which only vLLM knows."
+            raise ConfigError("$", problem, "Leave them out.")
         self._model = model
         self._inline = inline
         self._sink = sink

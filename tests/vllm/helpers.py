@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,21 +16,25 @@ REPOSITORY = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 
-def run(*arguments: str, timeout: float = 240) -> subprocess.CompletedProcess[str]:
-    """Run Python with ``arguments`` in the repository's root."""
+def run(
+    *arguments: str, timeout: float = 240, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with ``arguments`` in the repository's root; ``environment`` goes over the usual one."""
     return subprocess.run(
         [sys.executable, *arguments],
         cwd=REPOSITORY,
-        env=ENVIRONMENT,
+        env={**ENVIRONMENT, **(environment or {})},
         capture_output=True,
         text=True,
         timeout=timeout,
     )
 
 
-def report(script: str, *arguments: str, timeout: float = 240) -> dict[str, Any]:
+def report(
+    script: str, *arguments: str, timeout: float = 240, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
     """Run a script that prints ``REPORT`` and one JSON object; returns the object."""
-    done = run(script, *arguments, timeout=timeout)
+    done = run(script, *arguments, timeout=timeout, environment=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     assert lines, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(lines[0].removeprefix("REPORT "))

@@ -20,7 +20,7 @@ from tlcore.session import Session, new_run
 PARALLEL = SimpleNamespace(parallel_config=SimpleNamespace(prefill_context_parallel_size=1))
 
 
-def _scheduled(**counts: int) -> Any:
+def scheduled(**counts: int) -> Any:
     return SimpleNamespace(num_scheduled_tokens=counts, total_num_scheduled_tokens=sum(counts.values()))
 
 
@@ -34,11 +34,13 @@ class Runner:
         self.input_batch = SimpleNamespace(req_ids=["b", "a"], num_computed_tokens_cpu=np.array([4, 0, 9]))
         self.query_start_loc = SimpleNamespace(np=np.array([0, 1, 4, 4]))
         self.positions = torch.tensor([4, 0, 1, 2, 0, 0])
+        self.input: torch.Tensor | None = None
         self.fail: BaseException | None = None
 
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         with torch.no_grad():
-            self.model(torch.ones(max(1, scheduler_output.total_num_scheduled_tokens), 2))
+            tokens = max(1, scheduler_output.total_num_scheduled_tokens)
+            self.model(torch.ones(tokens, 2) if self.input is None else self.input)
         if self.fail is not None:
             raise self.fail
         return "final" if self.final else None
@@ -57,7 +59,7 @@ def _bracketed(runner: Runner, sink: MemorySink) -> tuple[Session, StepBracket]:
 def test_a_step_ends_with_its_sampling() -> None:
     runner, sink = Runner(), MemorySink()
     session, _ = _bracketed(runner, sink)
-    assert runner.execute_model(_scheduled(a=3, b=1)) is None
+    assert runner.execute_model(scheduled(a=3, b=1)) is None
     assert sink.steps == []
     assert runner.sample_tokens(None) == "sampled"
     session.close()
@@ -72,7 +74,7 @@ def test_a_step_ends_with_its_sampling() -> None:
 def test_a_step_with_a_final_output_ends_at_once() -> None:
     runner, sink = Runner(final=True), MemorySink()
     session, _ = _bracketed(runner, sink)
-    assert runner.execute_model(_scheduled(a=3, b=1)) == "final"
+    assert runner.execute_model(scheduled(a=3, b=1)) == "final"
     session.flush()
     assert [step.step for step in sink.steps] == [0]
 
@@ -80,8 +82,8 @@ def test_a_step_with_a_final_output_ends_at_once() -> None:
 def test_warm_up_dummies_and_empty_batches_are_no_steps() -> None:
     runner, sink = Runner(final=True), MemorySink()
     session, bracket = _bracketed(runner, sink)
-    bracket.warm_up(lambda: runner.execute_model(_scheduled(a=3, b=1)))()
-    runner.execute_model(_scheduled())
+    bracket.warm_up(lambda: runner.execute_model(scheduled(a=3, b=1)))()
+    runner.execute_model(scheduled())
     session.close()
     assert sink.steps == []
 
@@ -91,10 +93,10 @@ def test_an_exception_ends_the_step_and_passes_unchanged() -> None:
     session, _ = _bracketed(runner, sink)
     runner.fail = RuntimeError("the model broke")
     with pytest.raises(RuntimeError) as caught:
-        runner.execute_model(_scheduled(a=3, b=1))
+        runner.execute_model(scheduled(a=3, b=1))
     assert caught.value is runner.fail
     runner.fail = None
-    runner.execute_model(_scheduled(a=3, b=1))
+    runner.execute_model(scheduled(a=3, b=1))
     runner.sample_tokens(None)
     session.close()
     first, second = sink.steps
@@ -107,7 +109,7 @@ def test_a_fault_of_capture_never_reaches_the_model(monkeypatch: pytest.MonkeyPa
     session, _ = _bracketed(runner, MemorySink())
     for method in ("begin_step", "end_step"):
         monkeypatch.setattr(session, method, lambda *args, **kwargs: 1 / 0)
-        runner.execute_model(_scheduled(a=3, b=1))
+        runner.execute_model(scheduled(a=3, b=1))
         assert runner.sample_tokens(None) == "sampled"
         monkeypatch.undo()
 
@@ -126,7 +128,7 @@ def test_rows_that_contradict_each_other_are_not_guessed(spoil: Any, reason: str
     runner, sink = Runner(), MemorySink()
     session, _ = _bracketed(runner, sink)
     spoil(runner)
-    runner.execute_model(_scheduled(a=3, b=1))
+    runner.execute_model(scheduled(a=3, b=1))
     runner.sample_tokens(None)
     session.close()
     (step,) = sink.steps

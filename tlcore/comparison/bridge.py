@@ -124,4 +124,4 @@ def _hidden(plan: Plan, side: Mapping[Key, Kind], goals: set[Key]) -> list[Key]:
 def _added(sources: Sequence[Source]) -> Source:
     names = tuple(name for source in sources for name in source.names)
     records = tuple(record for source in sources for record in source.records)
-    return Source(sources[0].step, names, records)
+    return Source(sources[0].step, names, records, sources[0].unshard)

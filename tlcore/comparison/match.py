@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ..errors import ConfigError
 from ..names import PathKey
@@ -31,11 +31,15 @@ WHOLE = Piece(None, None, None)
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where one side of a pair lies: a step and one tensor in it, or two tensors to be added."""
+    """Where one side of a pair lies: a step and one tensor in it, or two tensors to be added.
+
+    With ``unshard`` each name stands for the tensor that the ranks' parts make up.
+    """
 
     step: int
     names: tuple[str, ...]
     records: tuple[Json, ...]
+    unshard: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,6 +66,7 @@ class Rules:
     """What to pair and how: ``maps`` rename A's modules to B's, ``sums`` are output positions to add.
 
     ``steps`` and ``modules`` limit the comparison (None: all); ``requests`` maps A's request ids to B's.
+    ``unshard`` compares the model's tensors, whichever ranks hold them, instead of each rank's own.
     """
 
     maps: tuple[Rename, ...] = ()
@@ -70,6 +75,7 @@ class Rules:
     modules: tuple[re.Pattern[str], ...] = ()
     requests: tuple[tuple[str, str], ...] = ()
     ignore_missing: bool = False
+    unshard: bool = False
 
     @property
     def bridges(self) -> bool:
@@ -110,6 +116,7 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
     from .requests import match_requests
     from .skipped import one_sided
 
+    rules = replace(rules, unshard=_layout(a) != _layout(b))
     missing = [*_unusable(a, 0, rules), *_unusable(b, 1, rules)]
     steps_a, steps_b = _steps(a, rules), _steps(b, rules)
     per_request = any(step.rows for step in steps_a) and any(step.rows for step in steps_b)
@@ -125,6 +132,12 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
         states = f"A is {a.state}, B is {b.state}"
         notes.append(f"not every run was closed ({states}); only what was committed can be compared")
     return Matching(pairs, [*missing, *absent], notes)
+
+
+def _layout(run: Run) -> tuple[int, ...]:
+    """How a run's ranks share the model: runs of one layout are compared rank by rank."""
+    place = run.ranks.get(0, {})
+    return (run.world_size, *(int(place.get(f"{group}_size", 1)) for group in ("tp", "pcp", "pp")))
 
 
 def _steps(run: Run, rules: Rules) -> list[Step]:
@@ -160,21 +173,29 @@ def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Source]:
     Records stand in ``step.json`` in the order in which they came about: inputs at entry, outputs at
     return, so a child's output before its parent's.
     """
+    calls = renamed(rules, rename)
+    found: dict[Key, Source] = {}
+    for rank, record in _ordered(step, rules.unshard):
+        module, call = calls.of(rank, str(record["module"]), int(record["call"]))
+        if rules.modules and not any(pattern.search(module) for pattern in rules.modules):
+            continue
+        key = (rank, module, call, str(record["direction"]), tuple(record["path"]))
+        found[key] = Source(step.number, (str(record["name"]),), (record,), rules.unshard)
+    return found
+
+
+def _ordered(step: Step, unshard: bool) -> Iterator[tuple[int, Json]]:
+    """A step's records with their rank, or with the replica that they belong to."""
+    if unshard:
+        yield from ((step.replica(record["rank"]), record) for record in step.wholes)
+        return
     place: dict[int, int] = defaultdict(int)
     ordered: list[tuple[int, int, Json]] = []
     for record in step.records:
         rank = int(record["rank"])
         ordered.append((place[rank], rank, record))
         place[rank] += 1
-    calls = renamed(rules, rename)
-    found: dict[Key, Source] = {}
-    for _, rank, record in sorted(ordered, key=lambda entry: entry[:2]):
-        module, call = calls.of(rank, str(record["module"]), int(record["call"]))
-        if rules.modules and not any(pattern.search(module) for pattern in rules.modules):
-            continue
-        key = (rank, module, call, str(record["direction"]), tuple(record["path"]))
-        found[key] = Source(step.number, (str(record["name"]),), (record,))
-    return found
+    yield from (entry[1:] for entry in sorted(ordered, key=lambda entry: entry[:2]))
 
 
 def renamed(rules: Rules, rename: bool) -> Calls:

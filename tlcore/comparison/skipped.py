@@ -27,7 +27,7 @@ def skipped(step: Step, rules: Rules, rename: bool) -> dict[Key, str]:
                 continue
             direction = file.removesuffix(".json")
             for path, reason in _nodes(structure, ()):
-                found[rank, module, index, direction, path] = reason
+                found[step.replica(rank) if rules.unshard else rank, module, index, direction, path] = reason
     return found
 
 

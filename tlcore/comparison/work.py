@@ -86,7 +86,7 @@ class Operand:
         step = run.step(source.step)
         self._payloads: list[Payload] = []
         for name in source.names:
-            payload = step.payload(name)
+            payload = step.payload(name, source.unshard)
             stack.callback(payload.close)
             self._payloads.append(payload)
         first = self._payloads[0]

@@ -84,6 +84,19 @@ def joined(part: Json, tensors: Sequence[torch.Tensor], name: str) -> torch.Tens
         raise ReadError(f"{name}: the ranks' parts cannot be joined ({error})") from error
 
 
+def joined_shape(part: Json, shape: Sequence[int]) -> list[int]:
+    """The whole tensor's shape, from that of one part; the part's own where they cannot be joined."""
+    whole = list(shape)
+    dim = part.get("dim")
+    if part.get("sum") or dim is None or not -len(whole) <= dim < len(whole):
+        return whole
+    sizes = part.get("parts") or [whole[dim]]
+    copies = part.get("copies", [1] * len(sizes)) or [1] * len(sizes)
+    ranks = part["tp_size"]
+    whole[dim] = sum(size * len(range(0, ranks, same)) for size, same in zip(sizes, copies, strict=False))
+    return whole
+
+
 def _added(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
     exact = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     return torch.stack([each.to(exact) for each in tensors]).sum(0).to(tensors[0].dtype)

@@ -35,6 +35,11 @@ class Payload(Protocol):
         ...
 
 
+def in_memory(tensor: torch.Tensor) -> Payload:
+    """The values of a tensor that is there already."""
+    return _Whole(tensor)
+
+
 def open_payload(files: RunFiles, record: Json, size: int | None) -> Payload:
     """The values of a record of ``step.json``; ``size`` is what its file or shard must have in bytes.
 

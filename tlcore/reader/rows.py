@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
+from ..errors import ReadError
 from ..record import Json
 
 
@@ -24,7 +25,7 @@ def spans(record: Json, rows: Sequence[Json], padded: int = 0) -> Iterator[Span]
     each request, such as logits, has the row of each request's last token.
     """
     shape = record["shape"]
-    total = sum(int(row["rows"]) for row in rows)
+    total = _total(rows)
     if not shape or not total:
         return
     lengths = {total, total + padded}
@@ -34,6 +35,18 @@ def spans(record: Json, rows: Sequence[Json], padded: int = 0) -> Iterator[Span]
     elif shape[0] == len(rows) and not _counts_tokens_second(record, lengths):
         for place, row in enumerate(rows):
             yield Span(row, place, 1, row["first_position"] + row["rows"] - 1)
+
+
+def _total(rows: Sequence[Json]) -> int:
+    """How many token rows there are. Raises ReadError where the rows do not follow one another."""
+    expected = 0
+    for row in rows:
+        numbers = [row.get(key) for key in ("first_row", "rows", "first_position")]
+        sound = isinstance(row.get("request_id"), str) and all(type(n) is int and n >= 0 for n in numbers)
+        if not sound or numbers[0] != expected:
+            raise ReadError(f"damaged rows in step.json: {str(row)[:200]}")
+        expected += row["rows"]
+    return expected
 
 
 def _counts_tokens_second(record: Json, lengths: set[int]) -> bool:

@@ -16,8 +16,8 @@ from ..record import Counts, Json
 from .documents import check_ledger
 from .files import MissingError, RunFiles, missing
 from .loose import loose_records
-from .parts import group_of, joined, part_of
-from .payload import Payload, open_payload
+from .parts import group_of, joined, joined_shape, part_of
+from .payload import Payload, in_memory, open_payload
 from .rebuild import Arguments, rebuild, rebuild_arguments
 
 _LATER_CALL = re.compile(r"(.+)_([1-9][0-9]*)(?:~2)?")
@@ -124,10 +124,41 @@ class Step(Mapping[str, torch.Tensor]):
         file, size = self._place(self.record(name))
         return size is not None and self._files.sizes.get(file) == size
 
-    def payload(self, name: str) -> Payload:
-        """The tensor's values, to be read piece by piece. Raises MissingError or ReadError."""
+    def payload(self, name: str, unshard: bool = False) -> Payload:
+        """The tensor's values, to be read piece by piece. Raises MissingError or ReadError.
+
+        With ``unshard``, a tensor of which each rank holds a part is joined first.
+        """
         record = self.record(name)
+        if unshard and "part" in record:
+            return in_memory(self.tensor(name, unshard=True))
         return open_payload(self._files, record, self._place(record)[1])
+
+    def replica(self, rank: int) -> int:
+        """Which of the model's data-parallel replicas a rank belongs to."""
+        return int(self._places.get(rank, {}).get("dp_rank", 0))
+
+    @property
+    def wholes(self) -> list[Json]:
+        """A record for each tensor of the model, whichever ranks hold it, in the order of execution.
+
+        That of a tensor in parts has the joined tensor's shape, and no hash. A tensor that every
+        pipeline stage has counts where it comes in, or as a result where it leaves the last one.
+        """
+        chosen: dict[tuple[Any, ...], Json] = {}
+        for rank in sorted(self.ranks, key=self._stage):
+            if self._places.get(rank, {}).get("tp_rank", 0):
+                continue
+            for record in self.documents[rank]["records"]:
+                own = self._records[record["name"]]
+                key = (self.replica(rank), *_origin(own))
+                if key not in chosen or own["direction"] == "outputs":
+                    chosen.pop(key, None)
+                    chosen[key] = _as_whole(own)
+        return list(chosen.values())
+
+    def _stage(self, rank: int) -> tuple[int, int]:
+        return int(self._places.get(rank, {}).get("pp_rank", 0)), rank
 
     def _place(self, record: Json) -> tuple[str, int | None]:
         """The file that holds a tensor, and the size that it must have where ``step.json`` tells."""
@@ -284,6 +315,12 @@ class Call:
 
     def __repr__(self) -> str:
         return f"<Call {self.directory} of step {self._step.number}>"
+
+
+def _as_whole(record: Json) -> Json:
+    if "part" not in record:
+        return record
+    return {**record, "shape": joined_shape(record["part"], record["shape"]), "hash": None}
 
 
 def _origin(record: Json) -> tuple[Any, ...]:

@@ -20,6 +20,7 @@ def register() -> None:
     when_imported("vllm.engine.arg_utils", _patch_arguments)
     when_imported("vllm.v1.worker.worker_base", _patch_workers)
     when_imported("vllm.config.vllm", _patch_hash)
+    when_imported("vllm.v1.metrics.prometheus", _patch_registry)
 
 
 def platform() -> None:
@@ -40,6 +41,12 @@ def _patch_hash(module: ModuleType) -> None:
     from .compiled import patch_hash
 
     patch_hash(module)
+
+
+def _patch_registry(module: ModuleType) -> None:
+    from .metrics import patch_registry
+
+    patch_registry(module)
 
 
 def _patch_workers(module: ModuleType) -> None:

@@ -13,13 +13,14 @@ from types import ModuleType
 from typing import Any
 
 from ...errors import CaptureError, TlcoreError
-from ...record import Json, RunInfo
+from ...record import LEDGER_COLUMNS, Json, RunInfo
 from ...schema import Config, load_config
 from ...session import Session, new_run
 from .carrier import is_carrier
 from .compiled import EagerSteps
 from .frontend import mode_name, unknown_vllm
 from .hookable import make_hookable
+from .metrics import Publisher
 from .sharding import sharding_of
 from .steps import StepBracket
 from .world import check_place, layout_of
@@ -61,6 +62,9 @@ class WorkerCapture:
         self._session: Session | None = None
         self._end: _RunEnd | None = None
         self._bracket: StepBracket | None = None
+        self._publisher: Publisher | None = None
+        # Of runs that ended, since Prometheus expects counters to grow.
+        self._before: dict[str, float] = {}
         self._watch_the_end(worker)
 
     def start(self, carrier: Any) -> Session:
@@ -82,7 +86,11 @@ class WorkerCapture:
         except BaseException:
             session.close()
             raise
+        if self._end is not None:
+            self._before = _sum(self._before, self._end.figures())
         self._session, self._end = session, _RunEnd(session)
+        if self._publisher is None:
+            self._publisher = Publisher(session.run.rank, self._figures)
         self._bracket.session = session
         log.info("intermediate tensors go to %s", session.run.shown_url)
         return session
@@ -109,6 +117,15 @@ class WorkerCapture:
         self._session = None
         if self._end is not None:
             self._end()
+        if self._publisher is not None:
+            self._publisher.close()
+
+    def _figures(self) -> Json:
+        """The metrics of this rank: counters over all runs, and what the last one is doing."""
+        end = self._end
+        figures = self._before if end is None else _sum(self._before, end.figures())
+        queue = end.queue_bytes if end is not None else 0
+        return {**figures, "queue_bytes": queue, "running": int(self._session is not None)}
 
     def _bracketed(self, worker: Any) -> StepBracket:
         runner = worker.model_runner
@@ -131,6 +148,10 @@ def _sharding(worker: Any) -> Json:
     size = int(worker.vllm_config.parallel_config.tensor_parallel_size)
     found = sharding_of(worker.model_runner.get_model(), int(worker.rank) % size, size)
     return {} if found is None else {"sharding": found}
+
+
+def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
+    return {name: one.get(name, 0) + value for name, value in other.items()}
 
 
 def _eager_steps(worker: Any) -> EagerSteps | None:
@@ -180,6 +201,22 @@ class _RunEnd:
             if not self._done:
                 self._close()
                 self._done = True
+
+    @property
+    def queue_bytes(self) -> int:
+        """Bytes that wait to be stored."""
+        return 0 if self._done else self._session.queue_bytes
+
+    def figures(self) -> dict[str, float]:
+        """The session's counters, by the names of their metrics."""
+        session = self._session
+        counts = session.ledger
+        return {
+            **{f"{name}_tensors": getattr(counts, name) for name in LEDGER_COLUMNS},
+            "captured_bytes": counts.bytes_captured,
+            "stored_bytes": counts.bytes_stored,
+            "blocked_seconds": session.blocked_s,
+        }
 
     def status(self, running: bool) -> Json:
         state = "running" if running else "closed" if self._done else "closing"

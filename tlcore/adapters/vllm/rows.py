@@ -46,6 +46,10 @@ class RowReader:
 
         runner.prepare_inputs = prepare_inputs
 
+    def forget(self) -> None:
+        """Forget the requests noted so far, some of which may end unseen."""
+        self._known.clear()
+
     def begin_step(self, scheduler_output: Any) -> None:
         """Drop the batch of the step before, and note where new requests begin, and their prompts.
 

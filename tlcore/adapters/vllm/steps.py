@@ -8,10 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from ...cutting import Cut
 from ...record import Json
 from ...session import Session
 from .compiled import EagerSteps
 from .rows import RowError, RowReader
+from .selection import RowSelection
 
 log = logging.getLogger("vllm.tlcore")
 
@@ -35,10 +37,11 @@ class StepBracket:
         eager: EagerSteps | None = None,
         details: Mapping[str, Any] | None = None,
     ) -> None:
-        self.session = session
         self.details = dict(details or {})
         self._eager = eager
         self._reader = RowReader(runner)
+        self._selection: RowSelection | None = None
+        self.session = session
         self._warming = 0
         self._open = False
         self._rows: list[Json] | None = None
@@ -48,6 +51,18 @@ class StepBracket:
         for name in ("sample_tokens", "pool"):
             if hasattr(runner, name):
                 setattr(runner, name, self._wrap_last(getattr(runner, name)))
+
+    @property
+    def session(self) -> Session | None:
+        """What captures the steps now; None where nothing does."""
+        return self._session
+
+    @session.setter
+    def session(self, session: Session | None) -> None:
+        self._session = session
+        self._reader.forget()
+        chooses = session is not None and session.config.cuts_rows
+        self._selection = RowSelection(session.config, self._reader) if session and chooses else None
 
     def warm_up(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a worker's method in which no step is real."""
@@ -99,10 +114,28 @@ class StepBracket:
         self._rows, self._extra = None, dict(self.details)
         try:
             self._reader.begin_step(scheduler_output)
-            self._open = self.session is not None and self.session.begin_step()
+            self._open = self._session_begins(scheduler_output)
         except Exception as error:
             self._open = False
             self._warn("a step could not be begun", error)
+
+    def _session_begins(self, scheduler_output: Any) -> bool:
+        session, selection = self.session, self._selection
+        if session is None:
+            return False
+        if selection is None:
+            return session.begin_step()
+        session.find_cut = functools.partial(self._cut, selection, scheduler_output)
+        return session.begin_step(wanted=selection.wants(scheduler_output))
+
+    def _cut(self, selection: RowSelection, scheduler_output: Any) -> Cut | None:
+        try:
+            return selection.cut(scheduler_output)
+        except Exception as error:
+            self._warn(
+                "a step's tensors are not stored, since the rows of chosen requests are not known", error
+            )
+            return None
 
     @contextmanager
     def _eagerly(self) -> Iterator[None]:
@@ -121,7 +154,9 @@ class StepBracket:
             return
         try:
             self._rows, padded = self._reader.rows(scheduler_output)
-            if padded:
+            if self._selection is not None:
+                self._rows = self._selection.rows
+            elif padded:
                 self._extra["padded_rows"] = padded
         except Exception as error:
             reason = str(error) if isinstance(error, RowError) else f"{type(error).__name__}: {error}"
