@@ -44,6 +44,17 @@ def test_only_the_selected_steps_are_captured_and_hooks_live_no_longer() -> None
     assert hook_count(module) == 1
 
 
+def test_memory_is_given_back_after_the_last_selected_step() -> None:
+    module = model()
+    with tlcore.capture(module, backend=MemorySink(), log_step_ids=[0, 2]) as captured:
+        held = []
+        for _ in range(4):
+            module(torch.randn(2, 4))
+            captured.session.flush()
+            held.append(captured.session._pool.allocated > 0)
+    assert held == [True, True, False, False]
+
+
 def test_no_step_ids_means_all_steps() -> None:
     sink, _ = run(model(), steps=3, log_step_ids=[])
     assert [step.step for step in sink.steps] == [0, 1, 2]

@@ -80,6 +80,7 @@ class HostPool:
         self._free: list[Chunk] = []
         self._allocated = 0
         self._in_flight = 0
+        self._recycles = True
         self._changed = threading.Condition()
         self.chunk_bytes = max(1, min(CHUNK_BYTES, limit))
 
@@ -101,6 +102,7 @@ class HostPool:
                 self._changed.wait(wait_s - waited)
 
     def _take(self, nbytes: int, size: int) -> Chunk | None:
+        self._recycles = True
         for index, chunk in enumerate(self._free):
             if chunk.size >= nbytes:
                 return self._free.pop(index)
@@ -128,11 +130,24 @@ class HostPool:
             self._in_flight -= chunk.size
             chunk.bytes = 0
             chunk.written = None
-            if self._allocated > self.limit:
+            if self._allocated > self.limit or not self._recycles:
                 self._allocated -= chunk.size
             else:
                 self._free.append(chunk)
             self._changed.notify_all()
+
+    def retire(self) -> None:
+        """Give memory back to the system instead of keeping it, until a chunk is asked for again."""
+        with self._changed:
+            self._recycles = False
+            self._allocated -= sum(chunk.size for chunk in self._free)
+            self._free.clear()
+
+    @property
+    def allocated(self) -> int:
+        """Bytes of all chunks there are."""
+        with self._changed:
+            return self._allocated
 
     @property
     def in_flight(self) -> int:

@@ -78,6 +78,10 @@ class Config:
         """Whether step ``step`` (0-based) is to be captured."""
         return self.enabled and (not self._steps or step in self._steps)
 
+    def selects_any_after(self, step: int) -> bool:
+        """Whether any step later than ``step`` (0-based) is to be captured."""
+        return self.enabled and (not self._steps or max(self._steps) > step)
+
     @cached_property
     def _steps(self) -> frozenset[int]:
         return frozenset(self.log_step_ids)

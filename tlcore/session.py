@@ -242,6 +242,8 @@ class Session:
             self._collector.end_step()
             end = StepEnd(number, self._started, ended, rows, details)
             self._pipeline.submit(end)
+            if not self.config.selects_any_after(number):
+                self._pool.retire()
 
     def _submit(self, batch: Batch) -> None:
         if self._pipeline is not None:
