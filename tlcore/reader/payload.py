@@ -69,11 +69,18 @@ def _kind(record: Json) -> tuple[torch.dtype, tuple[int, ...]]:
 
 
 def _pt_head(record: Json) -> bytes | None:
-    """What a ``.pt`` file of this dtype and shape begins with; its payload follows."""
+    """What a ``.pt`` file of this dtype and shape begins with; its payload follows.
+
+    Raises ReadError for a record whose size is not that of its shape.
+    """
     dtype = getattr(torch, str(record.get("dtype")), None)
     shape: Any = record.get("shape")
     if not isinstance(dtype, torch.dtype) or not isinstance(shape, list):
         return None
+    if prod(shape) * dtype.itemsize != record.get("bytes"):
+        raise ReadError(
+            f"{record.get('name')!r}: {record.get('bytes')} bytes are no {dtype} of shape {shape}"
+        )
     module, function = _PT_HEAD
     # Looked up by name, since the engine never imports a backend.
     head: Callable[..., bytes] = getattr(importlib.import_module(module), function)

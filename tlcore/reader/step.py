@@ -13,7 +13,7 @@ import torch
 from ..errors import ReadError
 from ..names import rank_suffix, step_dir
 from ..record import Counts, Json
-from .documents import check_ledger
+from .documents import check_ledger, is_whole
 from .files import MissingError, RunFiles, missing
 from .loose import loose_records
 from .parts import group_of, joined, joined_shape, part_of
@@ -169,8 +169,12 @@ class Step(Mapping[str, torch.Tensor]):
 
     @cached_property
     def _shard_sizes(self) -> dict[str, int]:
-        shards = (shard for document in self.documents.values() for shard in document.get("shards", []))
-        return {str(shard["file"]): shard["bytes"] for shard in shards if {"file", "bytes"} <= shard.keys()}
+        shards = [shard for document in self.documents.values() for shard in document.get("shards", [])]
+        return {
+            str(shard["file"]): shard["bytes"]
+            for shard in shards
+            if isinstance(shard, dict) and is_whole(shard.get("bytes")) and "file" in shard
+        }
 
     def record(self, name: str) -> Json:
         """The record of a tensor. Raises MissingError for an unknown name or an uncommitted tensor."""
