@@ -1,6 +1,6 @@
-"""Time per step and peak memory of a process that captures many decode steps.
+"""Time per step and peak memory of a process that captures a few, and ten times as many, steps.
 
-``python -m tests.benchmarks.growth_process SCALE BACKEND STEPS`` prints them as one JSON line.
+``python -m tests.benchmarks.growth_process SCALE BACKEND`` prints them as one JSON line.
 """
 
 from __future__ import annotations
@@ -8,39 +8,32 @@ from __future__ import annotations
 import sys
 import tempfile
 import time
-from typing import Any
 
-import tlcore
-
+from .growth import TIMES, record, steps_of
 from .memory_process import forget_peak, peak_rss
 from .rows import SCALES, Scale
 from .subprocesses import print_report
-from .workload import workload
+from .workload import toy
 
-_WARM_UP = 3
+_REPEATS = 3
 
 
-def measure(scale: Scale, backend: str, steps: int) -> dict[str, float]:
-    """Decode steps captured one after the other, until everything is committed."""
-    work = workload("decode", scale)
-    for _ in range(_WARM_UP):
-        work.forward()
-    forget_peak()
-    with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as directory:
-        # A bound that the longer run would reach if nothing kept pace.
-        keys: dict[str, Any] = {"log_step_ids": [], "queue_bytes": 64 << 20, "block_s": 600}
-        with tlcore.capture(work.model, output_dir=directory, backend=backend, **keys) as capture:
-            for _ in range(_WARM_UP):
-                work.forward()
-            capture.session.flush()
-            begin = time.perf_counter()
-            for _ in range(steps):
-                work.forward()
-            capture.session.flush()
-            seconds = time.perf_counter() - begin
-        peak = peak_rss()
-    return {"step_s": seconds / steps, "peak": peak}
+def measure(scale: Scale, backend: str) -> dict[str, dict[str, list[float]]]:
+    """``step_s`` in seconds and ``peak`` in bytes, of the short and of the long run in turn."""
+    work = toy("decode", scale)
+    steps = {"short": steps_of(scale), "long": TIMES * steps_of(scale)}
+    found: dict[str, dict[str, list[float]]] = {name: {"step_s": [], "peak": []} for name in steps}
+    for number in range(-1, _REPEATS):
+        for name, count in steps.items():
+            with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as directory:
+                forget_peak()
+                begin = time.perf_counter()
+                record(work, directory, backend, count)
+                if number >= 0:
+                    found[name]["step_s"].append((time.perf_counter() - begin) / count)
+                    found[name]["peak"].append(peak_rss())
+    return found
 
 
 if __name__ == "__main__":
-    print_report(measure(SCALES[sys.argv[1]], sys.argv[2], int(sys.argv[3])))
+    print_report(measure(SCALES[sys.argv[1]], sys.argv[2]))

@@ -16,6 +16,7 @@ from tests.models import smollm2
 
 from .rows import Scale
 
+Kind = Literal["prefill", "decode"]
 # Called in a hook with the module's name, the direction, the position of the tensor in it, and the tensor.
 OnTensor = Callable[[str, str, int, torch.Tensor], None]
 
@@ -40,13 +41,21 @@ class Workload:
         return found
 
 
-def workload(kind: Literal["prefill", "decode"], scale: Scale) -> Workload:
+def workload(kind: Kind, scale: Scale) -> Workload:
     """One prompt of ``scale.prompt_tokens`` tokens, or one token for each of ``scale.requests`` requests."""
-    shape = (1, scale.prompt_tokens) if kind == "prefill" else (scale.requests, 1)
-    tokens = torch.arange(shape[0] * shape[1]).view(shape) % 499 + 1
     if scale.tiny:
-        return Workload(_toy(), {"input": tokens})
-    return Workload(_smollm2(), {"input_ids": tokens, "use_cache": False})
+        return toy(kind, scale)
+    return Workload(_smollm2(), {"input_ids": _tokens(kind, scale), "use_cache": False})
+
+
+def toy(kind: Kind, scale: Scale) -> Workload:
+    """The same input for a model of eight small modules."""
+    return Workload(_toy(), {"input": _tokens(kind, scale)})
+
+
+def _tokens(kind: Kind, scale: Scale) -> torch.Tensor:
+    shape = (1, scale.prompt_tokens) if kind == "prefill" else (scale.requests, 1)
+    return torch.arange(shape[0] * shape[1]).view(shape) % 499 + 1
 
 
 @lru_cache(maxsize=1)
