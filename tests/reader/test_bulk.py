@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import shutil
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +15,7 @@ from torch import nn
 
 import tlcore
 from tlcore.errors import VerifyError
-from tlcore.reader import bulk
+from tlcore.reader import MissingError, bulk
 from tlcore.reader.bulk import read_payloads
 from tlcore.reader.files import payload
 from tlcore_backends.stores import LocalStore
@@ -96,3 +98,35 @@ def test_a_damaged_copy_of_a_sound_file_is_found(run: Path) -> None:
     with pytest.raises(VerifyError) as caught:
         tlcore.open_run(run).verify()
     assert [line.partition(":")[0] for line in caught.value.bad] == [record["file"]]
+
+
+def test_a_step_lists_nothing_but_itself(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listed: list[str] = []
+    list_blobs = LocalStore.list
+
+    def counted(store: LocalStore, prefix: str = "") -> Any:
+        listed.append(prefix)
+        return list_blobs(store, prefix)
+
+    monkeypatch.setattr(LocalStore, "list", counted)
+    opened = tlcore.open_run(run)
+    step = opened[1]
+    for name in step:
+        step.tensor(name)
+    step.call("0").structure("inputs")
+    assert listed == ["step_1/"]
+    with pytest.raises(MissingError, match="no step 7; it has 0, 1"):
+        opened.step(7)
+    assert opened.steps == [0, 1]
+    assert listed == ["step_1/", "step_7/", ""]
+
+
+def test_steps_that_nobody_holds_are_let_go(run: Path) -> None:
+    opened = tlcore.open_run(run)
+    step = opened.step(0)
+    assert opened.step(0) is step
+    gone = weakref.ref(step)
+    del step
+    gc.collect()
+    assert gone() is None
+    assert opened.step(0).complete

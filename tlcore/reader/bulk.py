@@ -139,7 +139,7 @@ def _read_ranges(files: RunFiles, ranges: set[_Range | None]) -> dict[_Range | N
     found: dict[_Range | None, memoryview] = {}
     for run in _touching(sorted(each for each in ranges if each is not None)):
         shard, begin, end = run[0][0], run[0][1], run[-1][2]
-        if end > files.sizes.get(shard, 0):
+        if end > (files.size(shard) or 0):
             continue
         try:
             data = memoryview(files.read(shard, begin, end))

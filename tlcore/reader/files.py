@@ -6,6 +6,7 @@ import difflib
 import importlib
 import os
 import re
+from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from functools import cached_property
 from itertools import islice
@@ -32,6 +33,8 @@ _STRUCTURE = re.compile(
 _LEAVES_THE_RUN = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
 # What a .pt file holds beside its payload is far less.
 _LARGEST_FRAME = 1 << 20
+# Those of a step that many ranks wrote are needed together.
+_MOST_DOCUMENTS = 64
 # Looking for a name that was meant takes long among very many.
 _MOST_COMPARED, _LONGEST_NAME = 5000, 500
 
@@ -81,7 +84,8 @@ class RunFiles:
     def __init__(self, store: Store, below: str = "") -> None:
         self.store = store
         self._below = below
-        self._documents: dict[str, Json] = {}
+        self._documents: OrderedDict[str, Json] = OrderedDict()
+        self._listed: dict[str, Mapping[str, int]] = {}
 
     @property
     def url(self) -> str:
@@ -91,9 +95,31 @@ class RunFiles:
     @cached_property
     def sizes(self) -> Mapping[str, int]:
         """Every finished file and its size in bytes, as they were at first use."""
+        return self._listing("")
+
+    def sizes_in(self, directory: str) -> Mapping[str, int]:
+        """The finished files below a directory such as ``step_0``, and perhaps others, and their sizes.
+
+        Only this directory is listed, so that one step of a long run costs no more than of a short one.
+        """
+        if "sizes" in self.__dict__:
+            return self.sizes
+        if directory not in self._listed:
+            self._listed[directory] = self._listing(f"{directory}/")
+        return self._listed[directory]
+
+    def size(self, name: str) -> int | None:
+        """A finished file's size in bytes, None for a missing one; `sizes_in` says what this costs."""
+        return self._near(name).get(name)
+
+    def _near(self, name: str) -> Mapping[str, int]:
+        directory, slash, _ = name.partition("/")
+        return self.sizes_in(directory) if slash else self.sizes
+
+    def _listing(self, prefix: str) -> Mapping[str, int]:
         skip = len(self._below)
         try:
-            found = {entry.name[skip:]: entry.size for entry in self.store.list(self._below)}
+            found = {entry.name[skip:]: entry.size for entry in self.store.list(self._below + prefix)}
         except (BackendError, OSError) as error:
             raise ReadError(str(error)) from error
         if bad := next(filter(_LEAVES_THE_RUN.search, found), None):
@@ -108,7 +134,7 @@ class RunFiles:
         try:
             return self.store.get(self._below + name, start, end)
         except FileNotFoundError:
-            raise missing("file", name, self.url, self.sizes) from None
+            raise missing("file", name, self.url, self._near(name)) from None
         except (BackendError, OSError) as error:
             raise ReadError(str(error)) from error
         except (MemoryError, OverflowError):
@@ -135,7 +161,7 @@ class RunFiles:
         try:
             file: BinaryIO = opener(self._below + name)
         except FileNotFoundError:
-            raise missing("file", name, self.url, self.sizes) from None
+            raise missing("file", name, self.url, self._near(name)) from None
         except (BackendError, OSError) as error:
             raise ReadError(str(error)) from error
         return file
@@ -156,7 +182,7 @@ class RunFiles:
 
     def holds(self, name: str) -> bool:
         """Whether the run has a file of this name, or a structure packed into its step's ``step.json``."""
-        return name in self.sizes or self._packed(name) is not None
+        return self.size(name) is not None or self._packed(name) is not None
 
     def json(self, name: str) -> Any:
         """A JSON file's value, also of one that is packed. Raises ReadError when it is not JSON."""
@@ -173,19 +199,21 @@ class RunFiles:
         return check_structure(self.json(name), f"{self.url}/{name}")
 
     def step_document(self, name: str) -> Json:
-        """A ``step.json``, read once. Raises ReadError when it is missing or damaged."""
+        """A ``step.json``; the last few are kept. Raises ReadError when it is missing or damaged."""
         if name not in self._documents:
             number = int(name.partition("/")[0].removeprefix("step_"))
             self._documents[name] = check_step(self.json(name), f"{self.url}/{name}", number)
+            if len(self._documents) > _MOST_DOCUMENTS:
+                self._documents.popitem(last=False)
         return self._documents[name]
 
     def _packed(self, name: str) -> Any:
         """A structure that its step's ``step.json`` holds; None where it does not."""
         match = _STRUCTURE.fullmatch(name)
-        if match is None or name in self.sizes:
+        if match is None or self.size(name) is not None:
             return None
         step_file = f"{match[1]}/step{match[3] or ''}.json"
-        if step_file not in self.sizes:
+        if self.size(step_file) is None:
             return None
         return self.step_document(step_file).get("structures", {}).get(match[2])
 
@@ -195,7 +223,8 @@ class RunFiles:
             return self.tensor(record["file"], record)
         where = f"{self.url}: {record.get('name')!r}"
         place = Slice.of(record, where)
-        if place.end > (size := self.sizes.get(place.shard, place.end)):
+        size = self.size(place.shard)
+        if size is not None and place.end > size:
             raise ReadError(f"{where}: {place.shard} ends too early, it has {size} bytes")
         return place.tensor(self.read(place.shard, place.begin, place.end), where)
 
@@ -205,7 +234,7 @@ class RunFiles:
         Raises ReadError when it is damaged or differs from its ``record`` in dtype or shape.
         """
         where = f"{self.url}/{file}"
-        if record is not None and self.sizes.get(file, 0) > record["bytes"] + _LARGEST_FRAME:
+        if record is not None and (self.size(file) or 0) > record["bytes"] + _LARGEST_FRAME:
             raise ReadError(f"{where}: far larger than the {record['bytes']} bytes that step.json says")
         try:
             loaded = decode(self.read(file))

@@ -42,7 +42,7 @@ def loose_records(files: RunFiles, directory: str) -> dict[str, Json]:
     ``directory`` is the step's. A shard whose header is damaged is left out: nothing of it can be read.
     """
     found: dict[str, Json] = {}
-    for name in sorted(files.sizes):
+    for name in sorted(files.sizes_in(directory)):
         if not name.startswith(f"{directory}/"):
             continue
         if name.endswith(_TENSOR_FILE):

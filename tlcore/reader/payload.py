@@ -48,7 +48,7 @@ def open_payload(files: RunFiles, record: Json, size: int | None) -> Payload:
     where = f"{files.url}: {record.get('name')!r}"
     file = record.get("file")
     name = file if isinstance(file, str) else Slice.of(record, where).shard
-    found = files.sizes.get(name)
+    found = files.size(name)
     if found is not None and size is not None and found != size:
         raise ReadError(f"{files.url}/{name}: {found} bytes, step.json says {size}")
     source = _Local.open(files, name) or _Blocks(files, name, found or 0)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
+from weakref import WeakValueDictionary
 
 import torch
 
@@ -116,7 +117,8 @@ class Run(Mapping[int, Step]):
 
     def __init__(self, files: RunFiles, document: Json) -> None:
         self.files = files
-        self._opened: dict[int, Step] = {}
+        # A step that nobody looks at any more is let go, however many there are.
+        self._opened: WeakValueDictionary[int, Step] = WeakValueDictionary()
         self.document = document
 
     @property
@@ -161,13 +163,16 @@ class Run(Mapping[int, Step]):
     @cached_property
     def _committed(self) -> dict[int, set[int]]:
         """Each step found, with the ranks that have committed it."""
-        found: dict[int, set[int]] = {}
-        for name in self.files.sizes:
-            if begin := _STEP_NAME.match(name):
-                ranks = found.setdefault(int(begin[1]), set())
-                if marker := _STEP_FILE.fullmatch(name):
-                    ranks.add(int(marker[2] or 0))
-        return dict(sorted(found.items()))
+        return _committed_in(self.files.sizes)
+
+    def _ranks_of(self, number: int) -> set[int] | None:
+        """The ranks that have committed a step; None where there is no such step."""
+        if "_committed" not in self.__dict__ and type(number) is int and number >= 0:
+            # Looking at this step alone is enough.
+            found = _committed_in(self.files.sizes_in(step_dir(number)))
+        else:
+            found = self._committed
+        return found.get(number)
 
     @property
     def steps(self) -> list[int]:
@@ -204,14 +209,15 @@ class Run(Mapping[int, Step]):
 
     def step(self, number: int) -> Step:
         """A step, also an incomplete one. Raises MissingError when the run has no such step."""
-        if number not in self._committed:
-            held = ", ".join(map(str, self._committed)) or "none"
-            raise MissingError(f"{self.url}: no step {number!r}; it has {held}")
-        if number not in self._opened:
-            self._opened[number] = Step(
-                self.files, number, sorted(self._committed[number]), self.world_size, self.ranks
-            )
-        return self._opened[number]
+        step = self._opened.get(number)
+        if step is None:
+            ranks = self._ranks_of(number)
+            if ranks is None:
+                held = ", ".join(map(str, self._committed)) or "none"
+                raise MissingError(f"{self.url}: no step {number!r}; it has {held}")
+            step = Step(self.files, number, sorted(ranks), self.world_size, self.ranks)
+            self._opened[number] = step
+        return step
 
     def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
         """The tensor with a logical name such as ``step_0/layers.0/outputs_cpu``, on the CPU.
@@ -260,9 +266,10 @@ class Run(Mapping[int, Step]):
         return checked
 
     def __getitem__(self, number: int) -> Step:
-        if number in self._committed and not self._whole(number):
+        step = self.step(number)
+        if not step.complete:
             raise MissingError(f"{self.url}: step {number} is incomplete; run.step({number}) opens it")
-        return self.step(number)
+        return step
 
     def __iter__(self) -> Iterator[int]:
         return iter(self.steps)
@@ -279,3 +286,14 @@ class Run(Mapping[int, Step]):
     @staticmethod
     def _close_marker(rank: int) -> str:
         return f"close{rank_suffix(rank)}.json"
+
+
+def _committed_in(names: Iterable[str]) -> dict[int, set[int]]:
+    """Each step that has a file, with the ranks whose ``step.json`` is there."""
+    found: dict[int, set[int]] = {}
+    for name in names:
+        if begin := _STEP_NAME.match(name):
+            ranks = found.setdefault(int(begin[1]), set())
+            if marker := _STEP_FILE.fullmatch(name):
+                ranks.add(int(marker[2] or 0))
+    return dict(sorted(found.items()))

@@ -122,7 +122,7 @@ class Step(Mapping[str, torch.Tensor]):
     def holds(self, name: str) -> bool:
         """Whether the tensor's file or shard is there, in the size that ``step.json`` says."""
         file, size = self._place(self.record(name))
-        return size is not None and self._files.sizes.get(file) == size
+        return size is not None and self._files.size(file) == size
 
     def payload(self, name: str, unshard: bool = False) -> Payload:
         """The tensor's values, to be read piece by piece. Raises MissingError or ReadError.
@@ -226,7 +226,7 @@ class Step(Mapping[str, torch.Tensor]):
         """
         begin, suffix = f"{self._directory}/", rank_suffix(rank)
         packed = self.documents[rank].get("structures")
-        names = packed if packed is not None else _below(begin, self._files.sizes)
+        names = packed if packed is not None else _below(begin, self._files.sizes_in(self._directory))
         own = re.compile(rf"(.+/(?:inputs|outputs|post_fwd_inputs)){suffix}\.json", re.DOTALL)
         found = {f"{match[1]}.json" for name in names if (match := own.fullmatch(name))}
         ordered = dict.fromkeys(

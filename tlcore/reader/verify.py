@@ -46,7 +46,7 @@ def _tensor_problem(files: RunFiles, stored: Payload) -> str | None:
     name, stated = str(record.get("file", record["name"])), record["hash"]
     if not stated.startswith(_HASH):
         return f"{name}: unknown hash {stated!r}"
-    size = files.sizes.get(name)
+    size = files.size(name)
     if "file" in record and size is not None and size != record.get("file_bytes"):
         return f"{name}: {size} bytes, step.json says {record.get('file_bytes')}"
     found = _HASH + stored.digest
