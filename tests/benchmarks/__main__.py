@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from .machine import Others
 from .rows import SCALES, Row, Scale
 
 TABLES = (
@@ -45,12 +46,14 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     scale = SCALES["quick" if args.quick else "full"]
     rows: dict[str, list[Row]] = {}
+    busy: dict[str, float | None] = {}
     for name in args.names or known:
-        begin = time.monotonic()
+        others, begin = Others(), time.monotonic()
         rows[name] = run(name, scale)
-        print_rows(name, rows[name], time.monotonic() - begin)
-    if args.json:
-        args.json.write_text(json.dumps(document(rows, scale), indent=1) + "\n")
+        busy[name] = others.cores()
+        print_rows(name, rows[name], time.monotonic() - begin, busy[name])
+        if args.json:
+            args.json.write_text(json.dumps(document(rows, busy, scale), indent=1) + "\n")
     missed = [row for group in rows.values() for row in group if row.met is False]
     sys.stdout.write(f"{len(missed)} of {sum(map(len, rows.values()))} rows miss their target\n")
     return 1 if missed else 0
@@ -63,9 +66,10 @@ def run(name: str, scale: Scale) -> list[Row]:
     return rows
 
 
-def print_rows(name: str, rows: list[Row], seconds: float) -> None:
-    """One table as text, as soon as it is there."""
-    sys.stdout.write(f"{name} ({seconds:.0f} s)\n")
+def print_rows(name: str, rows: list[Row], seconds: float, others: float | None) -> None:
+    """One table as text, as soon as it is there; ``others`` is how many cores other processes took."""
+    beside = "" if others is None else f", {others:.1f} cores taken by other processes"
+    sys.stdout.write(f"{name} ({seconds:.0f} s{beside})\n")
     for row in rows:
         target = "" if row.target is None else f"{row.target.kind} {row.target.value:g}"
         verdict = {None: "", True: "met", False: "MISSED"}[row.met]
@@ -76,7 +80,7 @@ def print_rows(name: str, rows: list[Row], seconds: float) -> None:
     sys.stdout.flush()
 
 
-def document(rows: dict[str, list[Row]], scale: Scale) -> dict[str, Any]:
+def document(rows: dict[str, list[Row]], others: dict[str, float | None], scale: Scale) -> dict[str, Any]:
     """What ``--json`` writes."""
     return {
         "scale": scale.name,
@@ -88,6 +92,7 @@ def document(rows: dict[str, list[Row]], scale: Scale) -> dict[str, Any]:
             "python": platform.python_version(),
             "platform": platform.platform(),
         },
+        "cores_taken_by_other_processes": others,
         "tables": {name: [row.to_json() for row in group] for name, group in rows.items()},
     }
 

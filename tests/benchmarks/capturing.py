@@ -89,10 +89,15 @@ def capturing(work: Workload, directory: Path, **keys: Any) -> Iterator[Capture]
 
 def distinct(tensors: Sequence[torch.Tensor]) -> list[torch.Tensor]:
     """The tensors without those that repeat the dtype, shape and bytes of an earlier one."""
-    found: dict[Any, torch.Tensor] = {}
-    for tensor in tensors:
+    return [tensor for _, tensor in distinct_placed([("", tensor) for tensor in tensors])]
+
+
+def distinct_placed(placed: Sequence[tuple[str, torch.Tensor]]) -> list[tuple[str, torch.Tensor]]:
+    """The same, with the place of each one's first occurrence."""
+    found: dict[Any, tuple[str, torch.Tensor]] = {}
+    for name, tensor in placed:
         key = (tensor.dtype, tensor.shape, xxhash.xxh3_128_digest(raw(tensor)))
-        found.setdefault(key, tensor)
+        found.setdefault(key, (name, tensor))
     return list(found.values())
 
 
@@ -142,14 +147,15 @@ def write_plainly_s(tensors: Sequence[torch.Tensor], directory: Path) -> float:
     return seconds
 
 
-def save_each_s(tensors: Sequence[torch.Tensor], directory: Path) -> float:
-    """Seconds in which one thread saves each tensor into a file of its own with ``torch.save``."""
+def save_each_s(placed: Sequence[tuple[str, torch.Tensor]], directory: Path) -> float:
+    """Seconds in which one thread saves each tensor with ``torch.save``, in its module's directory."""
     folder = directory / "saved"
-    folder.mkdir()
 
     def save() -> None:
-        for index, tensor in enumerate(tensors):
-            torch.save(tensor, folder / f"{index}.pt")
+        for index, (name, tensor) in enumerate(placed):
+            path = folder / f"{name}_{index}.pt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            torch.save(tensor, path)
 
     seconds = timed(save)
     shutil.rmtree(folder)

@@ -4,34 +4,83 @@ from __future__ import annotations
 
 import importlib
 import tempfile
+import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import fsspec
 import torch
 
+from tests.faults.proxy import Proxy
 from tests.servers import BUCKET, Server, seaweedfs
 from tlcore.schema import load_config
 from tlcore.session import Session, new_run
 
-from .capturing import distinct, raw, size_of
-from .rows import Row, Scale, at_least
-from .timing import interleaved, ratio, timed
+from .capturing import distinct, raw
+from .rows import Limit, Row, Scale, at_least
+from .timing import Times, interleaved, ratio, timed
 from .workload import Workload, workload
 
+_DELAY_S = 0.01
 _REGION = {"client_kwargs": {"region_name": "us-east-1"}}
 
 
 def table(scale: Scale) -> list[Row]:
-    """MB/s from the last hook to the commit, and of the clients."""
+    """MB/s from the last hook to the commit, and of the clients; then the same over a slower network."""
     work = workload("prefill", scale)
     with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as name, seaweedfs(Path(name)) as server:
-        return _rows(work, server, scale)
+        near = _measure(work, server, scale)
+        with _delayed(server) as far_server:
+            far = _measure(work, far_server, scale)
+    what = "SeaweedFS, safetensors, MB/s"
+    sequence = "one PUT per tensor in sequence"
+    return [
+        near.row(f"{what} / fastest plain client's", "fastest", at_least(0.9)),
+        near.row(f"{what} / {sequence}", sequence, at_least(3)),
+        far.row(f"{what} / {sequence}, each answer {_DELAY_S * 1e3:.0f} ms later", sequence, None),
+    ]
 
 
-def _rows(work: Workload, server: Server, scale: Scale) -> list[Row]:
+@dataclass(frozen=True)
+class _Measured:
+    times: Times
+    size: int
+    blobs: int
+    tensors: int
+
+    def row(self, what: str, base: str, target: Limit | None) -> Row:
+        speeds = {name: self.size / median(seconds) / 1e6 for name, seconds in self.times.items()}
+        figures = ", ".join(f"{name} {speed:.0f}" for name, speed in speeds.items() if name != "fastest")
+        detail = f"MB/s: {figures}; {self.size / 1e6:.0f} MB in {self.blobs} blobs, {self.tensors} tensors"
+        return Row(what, ratio(self.times, base, "tlcore"), target, "times", detail)
+
+
+@contextmanager
+def _delayed(server: Server) -> Iterator[Server]:
+    """The server behind a proxy that holds every request back for a moment."""
+    proxy = Proxy(server.port)
+
+    def wait(handler: object, method: str) -> bool:
+        time.sleep(_DELAY_S)
+        return False
+
+    proxy.fault = wait
+    thread = threading.Thread(target=proxy.serve_forever, daemon=True)
+    thread.start()
+    place = f"http://127.0.0.1:{proxy.server_port}"
+    try:
+        yield replace(server, port=proxy.server_port, options={**server.options, "endpoint_url": place})
+    finally:
+        proxy.shutdown()
+        proxy.server_close()
+
+
+def _measure(work: Workload, server: Server, scale: Scale) -> _Measured:
     session = _session(work, server)
     payload = distinct(work.tensors())
     step = _Steps(session, work)
@@ -44,31 +93,13 @@ def _rows(work: Workload, server: Server, scale: Scale) -> list[Row]:
             "tlcore": step.commit_s,
             "obstore": lambda: _put_all_s(store, blobs),
             "s3fs": lambda: _pipe_all_s(filesystem, blobs),
-            "one PUT per tensor": lambda: _put_each_s(store, payload),
+            "one PUT per tensor in sequence": lambda: _put_each_s(store, payload),
         },
         scale.repeats,
     )
     session.close()
-    size = sum(map(len, blobs.values()))
     times["fastest"] = [min(pair) for pair in zip(times["obstore"], times["s3fs"], strict=True)]
-    speeds = {name: size / sorted(seconds)[len(seconds) // 2] / 1e6 for name, seconds in times.items()}
-    figures = ", ".join(f"{name} {speed:.0f} MB/s" for name, speed in speeds.items() if name != "fastest")
-    return [
-        Row(
-            "SeaweedFS, safetensors, MB/s / fastest plain client's",
-            ratio(times, "fastest", "tlcore"),
-            at_least(0.9),
-            "",
-            f"{figures}; {len(blobs)} blobs, {size / 1e6:.0f} MB",
-        ),
-        Row(
-            "SeaweedFS, safetensors, MB/s / one PUT per tensor in sequence",
-            ratio(times, "one PUT per tensor", "tlcore"),
-            at_least(3),
-            "times",
-            f"{len(payload)} distinct tensors, {size_of(payload) / 1e6:.0f} MB",
-        ),
-    ]
+    return _Measured(times, sum(map(len, blobs.values())), len(blobs), len(payload))
 
 
 def _session(work: Workload, server: Server) -> Session:

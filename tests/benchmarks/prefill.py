@@ -10,6 +10,7 @@ from .capturing import (
     Memcpy,
     capturing,
     distinct,
+    distinct_placed,
     forward_saving_s,
     forward_with_idle_hooks_s,
     save_each_s,
@@ -72,7 +73,8 @@ def _added(work: Workload, directory: Path, scale: Scale) -> list[Row]:
 
 
 def _to_commit(work: Workload, directory: Path, scale: Scale) -> list[Row]:
-    tensors = distinct(work.tensors())
+    placed = distinct_placed(work.placed())
+    tensors = [tensor for _, tensor in placed]
     with (
         capturing(work, directory, backend="pt") as pt,
         capturing(work, directory, backend="safetensors") as safetensors,
@@ -80,7 +82,7 @@ def _to_commit(work: Workload, directory: Path, scale: Scale) -> list[Row]:
         times = interleaved(
             {
                 "os.write": lambda: write_plainly_s(tensors, directory),
-                "torch.save": lambda: save_each_s(tensors, directory),
+                "torch.save": lambda: save_each_s(placed, directory),
                 "pt": pt.commit_s,
                 "safetensors": safetensors.commit_s,
             },

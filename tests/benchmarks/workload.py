@@ -35,8 +35,16 @@ class Workload:
 
     def tensors(self) -> list[torch.Tensor]:
         """A copy of every tensor that capture of all modules sees in one forward, in order."""
-        found: list[torch.Tensor] = []
-        with hooked(self.model, lambda name, direction, index, tensor: found.append(tensor.clone())):
+        return [tensor for _, tensor in self.placed()]
+
+    def placed(self) -> list[tuple[str, torch.Tensor]]:
+        """The same with ``<module>/<direction>_<index>``, where the documented layout has each."""
+        found: list[tuple[str, torch.Tensor]] = []
+
+        def keep(name: str, direction: str, index: int, tensor: torch.Tensor) -> None:
+            found.append((f"{name}/{direction}_{index}", tensor.clone()))
+
+        with hooked(self.model, keep):
             self.forward()
         return found
 
