@@ -37,8 +37,8 @@ def main(output_dir: str) -> dict[str, Any]:
         num_gpu_blocks_override=48,
     )
     chance = random.Random(0)
-    prompts = [[chance.randrange(3, 512) for _ in range(chance.randint(3, 130))] for _ in range(REQUESTS)]
-    lengths = [chance.randint(4, 40) for _ in range(REQUESTS)]
+    prompts = [[chance.randrange(3, 512) for _ in range(chance.randint(3, 100))] for _ in range(REQUESTS)]
+    lengths = [chance.randint(3, 9) for _ in range(REQUESTS)]
     report: dict[str, Any] = {"prompts": prompts}
 
     def capture(name: str, batches: list[list[int]], **sampling: Any) -> None:

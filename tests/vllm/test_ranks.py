@@ -21,7 +21,7 @@ TOLERANCE = 2**-5
 
 
 def _said(output_dir: Path, **keywords: Any) -> dict[str, Any]:
-    return report(SCRIPT, str(output_dir), json.dumps(keywords))
+    return report(SCRIPT, str(output_dir), json.dumps(keywords), timeout=400)
 
 
 @pytest.fixture(scope="module")
@@ -122,3 +122,13 @@ def test_pipeline_stages_share_a_run(single: dict[str, Any], pipeline_parallel: 
             name = f"model.layers.{layer}.mlp/outputs_cpu"
             there = name if layer < 2 else f"{name}_rank_1"
             assert _error(one, two, name, prompt, there) < TOLERANCE
+
+
+def test_compare_joins_the_parts(single: dict[str, Any], tensor_parallel: dict[str, Any]) -> None:
+    found = tlcore.compare(single["url"], tensor_parallel["url"], rtol=TOLERANCE, by_norm=True)
+    assert (found.counts["missing"], found.counts["unreadable"]) == (0, 0)
+    assert found.counts["close"] + found.counts["bitwise"] > 3 * 150
+    lengths = dict(zip(single["requests"], single["prompt_lengths"], strict=True))
+    for each in found.results:
+        # What follows the prompt may be another token.
+        assert each.agrees or (each.first_position or 0) >= lengths[str(each.request)], each

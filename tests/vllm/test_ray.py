@@ -33,7 +33,11 @@ def test_rays_workers_are_captured(tmp_path: Path, ray_path: str) -> None:
     # Ray puts sockets there, whose paths may not be long.
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp") as ray_dir:
         said = report(
-            SCRIPT, json.dumps({"output_dir": str(output_dir)}), ray_dir, environment={"PYTHONPATH": ray_path}
+            SCRIPT,
+            json.dumps({"output_dir": str(output_dir)}),
+            ray_dir,
+            timeout=500,
+            environment={"PYTHONPATH": ray_path},
         )
     assert "RayExecutorV2" in said["executor"]
     assert len(set(said["static"])) == 1 and said["attached"] not in said["static"]
