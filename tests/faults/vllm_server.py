@@ -88,6 +88,8 @@ def served(directory: Path, config: dict[str, Any]) -> Iterator[Served]:
         "enforce-eager": True,
         "max-model-len": 256,
         "no-enable-prefix-caching": True,
+        # Few enough that soon each has been used: a block's memory is taken at its first use.
+        "num-gpu-blocks-override": 256,
         "intermediate-log-config": {"output_dir": str(directory / "dumps"), "log_step_ids": [], **config},
     }
     (directory / "server.yaml").write_text(json.dumps(settings))
