@@ -96,7 +96,8 @@ def test_killed_at_any_moment(format: str, crashing: Workers, tmp_path: Path) ->
     ]
     committed, left = (sum(column) for column in zip(*found, strict=True))
     assert committed > 0
-    if KILLS > 30:
+    # Of a step of one small shard there is hardly ever a part.
+    if KILLS > 30 and format == "pt":
         assert left > 0, "no kill hit a step that was being written"
     for run in list_runs(tmp_path):
         assert run.problem is None
