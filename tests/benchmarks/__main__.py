@@ -20,6 +20,7 @@ from .rows import SCALES, Row, Scale
 
 TABLES = (
     "prefill",
+    "breakdown",
     "unselected",
     "decode",
     "vllm_prefill",

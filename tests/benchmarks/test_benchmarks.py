@@ -12,7 +12,7 @@ from tests.benchmarks import __main__ as program
 from tests.benchmarks.rows import SCALES, Row, at_least, at_most
 
 
-@pytest.mark.parametrize("name", ["prefill", "unselected", "decode", "reading"])
+@pytest.mark.parametrize("name", ["prefill", "breakdown", "unselected", "decode", "reading"])
 def test_every_row_has_a_finite_ratio(name: str) -> None:
     rows = program.run(name, SCALES["tiny"])
     assert rows
