@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
+from math import prod
 from typing import Any, NamedTuple
 
 import torch
@@ -121,6 +122,8 @@ class _Reader:
         file, size = record["file"], record.get("file_bytes")
         dtype = getattr(torch, record["dtype"], None)
         if not isinstance(dtype, torch.dtype) or size is None or size > record["bytes"] + _LARGEST_FRAME:
+            return None
+        if prod(record["shape"]) * dtype.itemsize != record["bytes"]:
             return None
         return _payload_in()(dtype, record["shape"], self._files.read(file, 0, size + 1))
 
