@@ -12,7 +12,10 @@ from tests.benchmarks import __main__ as program
 from tests.benchmarks.rows import SCALES, Row, at_least, at_most
 
 
-@pytest.mark.parametrize("name", ["prefill", "breakdown", "unselected", "decode", "reading"])
+_SLOW = pytest.param("compare_speed", marks=pytest.mark.slow)
+
+
+@pytest.mark.parametrize("name", ["prefill", "breakdown", "unselected", "decode", "reading", _SLOW])
 def test_every_row_has_a_finite_ratio(name: str) -> None:
     rows = program.run(name, SCALES["tiny"])
     assert rows
