@@ -11,7 +11,6 @@ import pytest
 from tests.benchmarks import __main__ as program
 from tests.benchmarks.rows import SCALES, Row, at_least, at_most
 
-
 _SLOW = pytest.param("compare_speed", marks=pytest.mark.slow)
 
 
