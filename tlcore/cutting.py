@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from .collector import Collector
+from .collector import Collector, Taken
 from .forms import Outcome
 from .host_memory import NO_CHUNK
 
@@ -87,12 +87,23 @@ class CuttingCollector(Collector):
 
     def tensor(self, tensor: torch.Tensor) -> None:
         """Take the kept rows of one tensor."""
-        if not self._looked:
-            self._looked = True
-            self._cut = self.find_cut()
-        if self._cut is not None:
-            super().tensor(self._cut(tensor))
+        cut = self._step_cut()
+        if cut is not None:
+            super().tensor(cut(tensor))
             return
         self._add_form(self._forms.find(tensor).refused(ROWS_UNKNOWN))
         self._add_chunk(NO_CHUNK)
         self._add_offset(0)
+
+    def take(self, tensor: torch.Tensor) -> Taken:
+        """Copy the kept rows of one tensor, for a side that is added later."""
+        cut = self._step_cut()
+        if cut is not None:
+            return super().take(cut(tensor))
+        return self.without_copy(self._forms.find(tensor).refused(ROWS_UNKNOWN))
+
+    def _step_cut(self) -> Cut | None:
+        if not self._looked:
+            self._looked = True
+            self._cut = self.find_cut()
+        return self._cut

@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from types import FrameType
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
@@ -223,6 +223,23 @@ def open_calls(module: nn.Module) -> int:
 
 def _is_call_of(frame: FrameType, module: nn.Module) -> bool:
     return frame.f_code is _CALL_CODE and frame.f_locals.get("self") is module
+
+
+class Source(Protocol):
+    """Captures some modules in another way than by listening to their ``forward``."""
+
+    @property
+    def modules(self) -> Container[nn.Module]:
+        """Those that it captures; nobody else listens to them."""
+        ...
+
+    def begin_step(self, collector: Collector) -> None:
+        """Fill the collector from now on."""
+        ...
+
+    def end_step(self) -> str | None:
+        """Add what is still missing, and say what went wrong, if anything."""
+        ...
 
 
 class ListenerSet:

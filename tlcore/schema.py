@@ -31,7 +31,7 @@ class Config:
     device_names: tuple[str, ...]
     log_post_fwd_inputs: bool
     backend: str
-    compiled: Literal["eager-steps"]
+    compiled: Literal["eager-steps", "taps"]
     rows: Literal["all", "last"]
     request_ids: tuple[str, ...] | None
     sample_rate: float

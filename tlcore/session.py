@@ -26,7 +26,7 @@ from .cutting import Cut, CuttingCollector
 from .errors import CaptureError, ConfigError
 from .filters import ModuleFilter
 from .forms import TensorFilter
-from .hooks import Listener, ListenerSet, refuse_compiled
+from .hooks import Listener, ListenerSet, Source, refuse_compiled
 from .host_memory import HostPool
 from .pipeline import Batch, InlinePipeline, Processor, StepEnd, ThreadPipeline
 from .protocols import Sink
@@ -122,6 +122,7 @@ class Session:
         self._inline = inline
         self._pid = os.getpid()
         self._hooks: ListenerSet | None = None
+        self._source: Source | None = None
         self._pipeline: InlinePipeline | ThreadPipeline | None = None
         self._processor: Processor | None = None
         self._next_step = 0
@@ -169,28 +170,32 @@ class Session:
         collector.find_cut = lambda: self.find_cut()
         return collector
 
-    def attach(self, model: nn.Module) -> None:
+    def attach(self, model: nn.Module, source: Source | None = None) -> None:
         """Plan the hooks for a model's submodules; the model itself is only the step's bracket.
+
+        ``source`` captures its modules by itself.
 
         Raises CaptureError for a compiled model, or when another model is attached already.
         """
         if self._pipeline is not None:
             raise CaptureError("this session has a model already; open another session for a second model")
         refuse_compiled(model)
+        elsewhere = () if source is None else source.modules
         selector = ModuleFilter(self.config.module_call_match)
         modules = {name: module for name, module in model.named_modules() if name}
         directory = functools.partial(_call_directory, frozenset(modules))
         listeners: dict[nn.Module, Listener] = {}
         for name, module in modules.items():
             wanted = selector.calls(name)
-            if wanted is not None and module is not model:
+            if wanted is not None and module is not model and module not in elsewhere:
                 post_inputs = self.config.log_post_fwd_inputs
                 listeners[module] = Listener(name, module, wanted, self._collector, directory, post_inputs)
-        if not listeners:
+        if not listeners and not elsewhere:
             log.warning(
                 "no module of %s matches module_call_match; nothing will be stored", class_name(model)
             )
         self._hooks = ListenerSet(listeners)
+        self._source = source
         for device in {parameter.device for parameter in model.parameters()}:
             self._stager.reserve(device)
         self._processor = Processor(self._sink, self._pool, self.run.ledger, self.run.rank)
@@ -215,6 +220,8 @@ class Session:
             self._started = now()
             self._collector.begin_step(number)
             self._hooks.install()
+            if self._source is not None:
+                self._source.begin_step(self._collector)
             return True
 
     def end_step(
@@ -239,6 +246,9 @@ class Session:
             if error is not None:
                 details["error"] = class_name(error)
             ended = now()
+            problem = None if self._source is None else self._source.end_step()
+            if problem is not None:
+                details.setdefault("error", problem)
             self._collector.end_step()
             end = StepEnd(number, self._started, ended, rows, details)
             self._pipeline.submit(end)
@@ -248,6 +258,12 @@ class Session:
     def _submit(self, batch: Batch) -> None:
         if self._pipeline is not None:
             self._pipeline.submit(batch)
+
+    def step_aside(self) -> None:
+        """Take the hooks away until the next selected step; for whoever compiles between two steps."""
+        with self._lock:
+            if self._step is None and self._hooks is not None:
+                self._hooks.remove()
 
     def flush(self) -> None:
         """Wait until every step that has ended is stored or booked as failed."""

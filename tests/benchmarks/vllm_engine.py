@@ -35,11 +35,11 @@ _SAVED_STEPS = 4
 class Engine:
     """The engine, and the model runner in it as stock vLLM made it."""
 
-    def __init__(self) -> None:
+    def __init__(self, llm: Any = None) -> None:
         from vllm import LLM
 
-        llm = LLM(model=str(smollm2()), enforce_eager=True, max_model_len=512, enable_prefix_caching=False)
-        self._engine: Any = llm.llm_engine
+        options = {"enforce_eager": True, "max_model_len": 512, "enable_prefix_caching": False}
+        self._engine: Any = (llm or LLM(model=str(smollm2()), **options)).llm_engine
         worker = self._engine.engine_core.engine_core.model_executor.driver_worker.worker
         self.runner: Any = worker.model_runner
         self.model: Any = self.runner.get_model()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +10,7 @@ import torch
 
 import tlcore
 from tests.models import tiny_llama
+from tests.vllm import helpers
 from tests.vllm.eager_steps_script import PROMPTS, TOKENS
 from tests.vllm.helpers import REPOSITORY, agree, run
 
@@ -39,11 +39,7 @@ def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def report(output_dir: Path) -> dict[str, Any]:
     """The compiled engine with no capture, with every step captured, and with one."""
     tiny_llama()
-    done = run(str(SCRIPTS / "eager_steps_script.py"), str(output_dir))
-    lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
-    assert lines, done.stdout + done.stderr
-    found: dict[str, Any] = json.loads(lines[0].removeprefix("REPORT "))
-    return found
+    return helpers.report(str(SCRIPTS / "eager_steps_script.py"), str(output_dir))
 
 
 def test_a_captured_step_is_bitwise_what_skip_compiled_gives(

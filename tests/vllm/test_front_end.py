@@ -139,6 +139,12 @@ def test_volatile_keys_do_not_change_the_hash_of_what_is_compiled(config: dict[s
     plain = hashed()
     assert hashed(intermediate_log_config=config) == plain
     assert hashed(intermediate_log_config={**config, "log_step_ids": [7], "queue_bytes": 1}) == plain
+    tapped = _engine_args(enforce_eager=False, intermediate_log_config=config).create_engine_config()
+    hashes = set()
+    for table in (["mlp/inputs/0"], ["mlp/inputs/0", "mlp/outputs/0"]):
+        tapped.additional_config[KEY]["taps"] = table
+        hashes.add(tapped.compute_hash())
+    assert len(hashes | {plain}) == 3
     # What other plugins keep there still counts.
     assert (
         hashed(additional_config={KEY: config, "other": 1}) == hashed(additional_config={"other": 1}) != plain

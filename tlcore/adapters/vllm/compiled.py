@@ -7,7 +7,8 @@ import functools
 import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import fields
 from types import ModuleType
@@ -16,15 +17,18 @@ from typing import Any
 from .carrier import KEY, carried
 from .frontend import unknown_vllm
 
+# The carrier's key for the table of what each tap's slot is; there once the model is tapped.
+TAPS = "taps"
 _MARK = "__tlcore__"
 _SECOND_DISPATCH = "dispatch_cg_and_sync_dp"
 
 
 class _Switch(threading.local):
-    """Whether the step that runs in this thread is to be eager, and how many forward passes were."""
+    """Whether the step that runs in this thread is to be eager, how many forward passes were, who is told."""
 
     on = False
     passes = 0
+    told: tuple[weakref.WeakMethod[Callable[[], None]], ...] = ()
 
 
 _switch = _Switch()
@@ -46,11 +50,19 @@ def patch_hash(module: ModuleType) -> None:
         if carried(self.additional_config) is None:
             return original(self, *args, **kwargs)
         view = copy.copy(self)
-        view.additional_config = {key: item for key, item in self.additional_config.items() if key != KEY}
+        view.additional_config = _hashed(self.additional_config)
         return original(view, *args, **kwargs)
 
     compute_hash.__dict__[_MARK] = True
     cls.compute_hash = compute_hash
+
+
+def _hashed(additional_config: dict[str, Any]) -> dict[str, Any]:
+    """``additional_config`` with only that of our configuration which changes the compiled model."""
+    hashed = {key: item for key, item in additional_config.items() if key != KEY}
+    given = carried(additional_config)
+    taps = given.get(TAPS) if isinstance(given, Mapping) else None
+    return hashed if taps is None else {**hashed, KEY: {TAPS: taps}}
 
 
 class EagerSteps:
@@ -81,6 +93,15 @@ class EagerSteps:
         return _switch.passes > 0
 
 
+def when_pass_begins(tell: Callable[[], None]) -> None:
+    """Call the method ``tell`` at the beginning of each forward pass in this thread, while its object lives.
+
+    An `EagerSteps` must have been made before.
+    """
+    alive = [reference for reference in _switch.told if reference() is not None]
+    _switch.told = (*alive, weakref.WeakMethod(tell))
+
+
 def runs_eagerly() -> bool:
     """Whether vLLM's compiled modules are now skipped, so that their Python code runs."""
     from vllm.forward_context import get_forward_context, is_forward_context_available
@@ -103,6 +124,9 @@ def _patch_forward_context(module: ModuleType) -> None:
         if _switch.on:
             context.skip_compiled = True
             _switch.passes += 1
+        for reference in _switch.told:
+            if (tell := reference()) is not None:
+                tell()
         return context
 
     create_forward_context.__dict__[_MARK] = True

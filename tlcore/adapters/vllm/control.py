@@ -17,12 +17,13 @@ from ...record import LEDGER_COLUMNS, Json, RunInfo
 from ...schema import Config, load_config
 from ...session import Session, new_run
 from .carrier import is_carrier
-from .compiled import EagerSteps
-from .frontend import mode_name, unknown_vllm
+from .compiled import TAPS, EagerSteps
+from .frontend import compiles, unknown_vllm
 from .hookable import make_hookable
 from .metrics import Publisher
 from .sharding import sharding_of
 from .steps import StepBracket
+from .taps import tap_model
 from .world import check_place, layout_of
 
 log = logging.getLogger("vllm.tlcore")
@@ -80,9 +81,15 @@ class WorkerCapture:
         make_hookable(model)
         session = Session(config, _run(worker, config, carrier if is_carrier(carrier) else {}))
         try:
-            session.attach(model)
+            eager = _eager_steps(worker)
+            tapped = eager is not None and config.compiled == "taps"
+            if tapped:
+                self._tap_before_warm_up(worker, session, carrier)
+            else:
+                session.attach(model)
             if self._bracket is None:
                 self._bracket = self._bracketed(worker)
+            self._bracket.eager = None if tapped else eager
         except BaseException:
             session.close()
             raise
@@ -129,10 +136,20 @@ class WorkerCapture:
 
     def _bracketed(self, worker: Any) -> StepBracket:
         runner = worker.model_runner
-        bracket = StepBracket(None, runner, _eager_steps(worker), _sharding(worker))
+        bracket = StepBracket(None, runner, _sharding(worker))
         for name in WARM_UP:
             setattr(worker, name, bracket.warm_up(getattr(worker, name)))
         return bracket
+
+    def _tap_before_warm_up(self, worker: Any, session: Session, carrier: Any) -> None:
+        """Tap the model in the first method that runs it, which is what compiles it."""
+
+        @functools.cache
+        def once() -> None:
+            carrier[TAPS] = tap_model(self._worker(), session)
+
+        for name in WARM_UP:
+            setattr(worker, name, _after(once, getattr(worker, name)))
 
     def _watch_the_end(self, worker: Any) -> None:
         worker.shutdown = _after(self.finish, worker.shutdown)
@@ -156,9 +173,7 @@ def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, floa
 
 def _eager_steps(worker: Any) -> EagerSteps | None:
     """What makes a captured step eager; None where every step is."""
-    compilation = worker.vllm_config.compilation_config
-    eager = mode_name(compilation.mode) == mode_name(compilation.cudagraph_mode) == "NONE"
-    return None if eager else EagerSteps(worker.model_runner)
+    return EagerSteps(worker.model_runner) if compiles(worker.vllm_config) else None
 
 
 def _run(worker: Any, config: Config, carrier: Mapping[str, Any]) -> RunInfo:

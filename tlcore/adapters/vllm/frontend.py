@@ -93,6 +93,12 @@ def check_engine(vllm_config: Any) -> None:
         raise ConfigError("$", "intermediate logging does not work with microbatches (--enable-dbo).")
 
 
+def compiles(vllm_config: Any) -> bool:
+    """Whether the engine compiles its model or uses CUDA graphs."""
+    compilation = vllm_config.compilation_config
+    return mode_name(compilation.mode) != "NONE" or mode_name(compilation.cudagraph_mode) != "NONE"
+
+
 def world_size(vllm_config: Any) -> int:
     """How many ranks write into one run."""
     parallel = vllm_config.parallel_config

@@ -26,19 +26,18 @@ class StepBracket:
     A real step is one outside warm-up, not a dummy run, that schedules tokens. It begins with
     ``execute_model`` and ends after ``sample_tokens`` (or ``pool``), or with ``execute_model`` itself
     where that returns the final output. The model's own exceptions pass through unchanged. ``eager``
-    is there for a runner that compiles its model or uses CUDA graphs. ``details`` are further keys for
-    each ``step.json``.
+    is to be set for a runner whose compiled model or CUDA graphs a captured step must leave out. ``details``
+    are further keys for each ``step.json``.
     """
 
     def __init__(
         self,
         session: Session | None,
         runner: Any,
-        eager: EagerSteps | None = None,
         details: Mapping[str, Any] | None = None,
     ) -> None:
         self.details = dict(details or {})
-        self._eager = eager
+        self.eager: EagerSteps | None = None
         self._reader = RowReader(runner)
         self._selection: RowSelection | None = None
         self.session = session
@@ -70,6 +69,8 @@ class StepBracket:
         @functools.wraps(original)
         def wrapped(*args: Any, **kwargs: Any) -> Any:
             self._warming += 1
+            if self.session is not None:
+                self.session.step_aside()
             try:
                 return original(*args, **kwargs)
             finally:
@@ -140,12 +141,12 @@ class StepBracket:
     @contextmanager
     def _eagerly(self) -> Iterator[None]:
         """Where the model is compiled, let a captured step run its Python code."""
-        if self._eager is None or not self._open:
+        if self.eager is None or not self._open:
             yield
             return
-        with self._eager.step():
+        with self.eager.step():
             yield
-        if not self._eager.ran:
+        if not self.eager.ran:
             self._extra["not_captured"] = "the step did not run eagerly"
             log.error("a selected step ran compiled, and nothing of it is captured")
 

@@ -1,0 +1,86 @@
+"""Modules whose ``forward`` shows its arguments and results by taps, so that a compiler traces them along.
+
+What is here runs while the model is traced: plain calls, no state that changes, nothing captured by a
+closure. A graph that comes from a compilation cache has the taps in it already.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from .tap_op import tap
+
+
+class Slots(NamedTuple):
+    """A module's slots: one number for each tensor of a side, in the order of `tensors_of`."""
+
+    inputs: tuple[int, ...] = ()
+    outputs: tuple[int, ...] = ()
+    post_fwd_inputs: tuple[int, ...] = ()
+
+
+def tensors_of(value: Any) -> list[torch.Tensor]:
+    """All tensors in nested tuples, lists and dictionaries, in order."""
+    if isinstance(value, torch.Tensor):
+        return [value]
+    found: list[torch.Tensor] = []
+    if isinstance(value, dict):
+        value = list(value.values())
+    if isinstance(value, (tuple, list)):
+        for item in value:
+            found.extend(tensors_of(item))
+    return found
+
+
+def install_taps(module: nn.Module, slots: Slots, anchor: torch.Tensor) -> None:
+    """Let each call of ``module`` show its tensors; ``anchor`` is one element on the model's device."""
+    own = vars(module)
+    own["_tlcore_slots"] = slots
+    own["_tlcore_anchor"] = anchor
+    if _compiles_itself(module):
+        module.__class__ = _tapped_outside(type(module))
+    else:
+        own["_tlcore_forward"] = module.forward
+        own["forward"] = MethodType(_tapped_forward, module)
+
+
+def _compiles_itself(module: nn.Module) -> bool:
+    """Whether the module's call goes to what was compiled of its ``forward``, which must stay as it is."""
+    return type(module).__call__ is not nn.Module.__call__ and hasattr(module, "do_not_compile")
+
+
+def _tapped_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+    slots, anchor = self._tlcore_slots, self._tlcore_anchor
+    _show((args, kwargs), slots.inputs, anchor)
+    output = self._tlcore_forward(*args, **kwargs)
+    _show(output, slots.outputs, anchor)
+    _show((args, kwargs), slots.post_fwd_inputs, anchor)
+    return output
+
+
+def _tapped_outside(cls: type[nn.Module]) -> type[nn.Module]:
+    """A subclass whose call shows what goes into the compiled ``forward`` and what comes out of it."""
+
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        slots, anchor = self._tlcore_slots, self._tlcore_anchor
+        _show((args, kwargs), slots.inputs, anchor)
+        output = cls.__call__(self, *args, **kwargs)
+        _show(output, slots.outputs, anchor)
+        _show((args, kwargs), slots.post_fwd_inputs, anchor)
+        return output
+
+    names = {"__call__": call, "__doc__": cls.__doc__, "__module__": cls.__module__}
+    return type(cls.__name__, (cls,), {**names, "__qualname__": cls.__qualname__})
+
+
+def _show(value: Any, slots: tuple[int, ...], anchor: torch.Tensor) -> None:
+    if slots:
+        tensors = tensors_of(value)
+        for i in range(len(slots)):
+            # A call with fewer tensors than another call of the same module leaves slots unused.
+            if i < len(tensors):
+                tap(tensors[i], anchor, slots[i])
