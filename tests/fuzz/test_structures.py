@@ -183,7 +183,7 @@ def places(backend: str, directory: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("backend", ["pt", "safetensors", "fsspec"])
 @given(model=models(), steps=st.integers(1, 3))
-@cases(40, 800)
+@cases(30, 400)
 def test_whatever_goes_in_comes_back(backend: str, model: Scripted, steps: int) -> None:
     reset(model)
     with tempfile.TemporaryDirectory() as directory:
@@ -224,7 +224,7 @@ def compare_step(step: Any, model: Scripted, begin: dict[str, int], end: dict[st
 
 
 @given(value=VALUES, other=VALUES)
-@cases(60, 1000)
+@cases(40, 600)
 def test_one_call_after_another_keeps_its_own_structure(value: Any, other: Any) -> None:
     """Structures alike in part are never taken for one another."""
     makers: list[Callable[[], Any]] = [
