@@ -25,6 +25,7 @@ from .verify import verify_step
 Options = Mapping[str, Any] | None
 
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]*)/")
+_CLOSE_MARKER = re.compile(r"close_rank_([1-9][0-9]*)\.json")
 _STEP_FILE = re.compile(r"step_(0|[1-9][0-9]*)/step(?:_rank_([1-9][0-9]*))?\.json")
 
 
@@ -191,8 +192,11 @@ class Run(Mapping[int, Step]):
         A rank that has not closed the run (it crashed or is running) counts with its committed steps.
         """
         total = Counts()
-        for rank in range(self.world_size):
-            total.add(self._ledger_of(rank))
+        # Only ranks that left something: how many there should be is whatever the run says.
+        closed = {int(found[1]) for name in self.files.sizes if (found := _CLOSE_MARKER.fullmatch(name))}
+        for rank in sorted({0}.union(closed, *self._committed.values())):
+            if rank < self.world_size:
+                total.add(self._ledger_of(rank))
         return total
 
     def _ledger_of(self, rank: int) -> Counts:
