@@ -114,6 +114,12 @@ def sound_by_the_schemas(document: dict[str, Any]) -> bool:
             parse_pattern(pattern)
     except ConfigError:
         return False
+    requests = document.get("request_ids") or []
+    try:
+        for pattern in [requests] if isinstance(requests, str) else requests:
+            re.compile(pattern)
+    except (re.error, RecursionError, OverflowError):
+        return False
     given_backend = document.get("backend", "pt")
     options = dict(given_backend) if isinstance(given_backend, dict) else {"name": given_backend}
     name = options.pop("name")
@@ -135,7 +141,7 @@ def test_what_the_schema_allows_is_accepted(document: dict[str, Any]) -> None:
     assert (config is not None) == (not found)
     if config is None:
         about = {re.split(r"[.\[]", error.path.removeprefix("$."))[0] for error in found}
-        assert about <= {"module_call_match", "backend", "output_dir", "spill_dir"}, found
+        assert about <= {"module_call_match", "request_ids", "backend", "output_dir", "spill_dir"}, found
         assert not sound_by_the_schemas(document) or about <= {"spill_dir"}, (document, found)
         return
     assert sound_by_the_schemas(document), document
