@@ -34,7 +34,7 @@ def main(output_dir: str) -> dict[str, Any]:
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         block_size=32,
-        num_gpu_blocks_override=48,
+        num_gpu_blocks_override=20,
     )
     chance = random.Random(0)
     prompts = [[chance.randrange(3, 512) for _ in range(chance.randint(3, 100))] for _ in range(REQUESTS)]
@@ -44,6 +44,7 @@ def main(output_dir: str) -> dict[str, Any]:
     def capture(name: str, batches: list[list[int]], **sampling: Any) -> None:
         """One run: each batch of requests is put in at once, into an engine that has nothing cached."""
         ids: dict[int, str] = {}
+        tokens: dict[int, list[int]] = {}
         with tlcore.vllm.attach(
             llm, output_dir=output_dir, log_step_ids=[], module_call_match=MODULES, backend="safetensors"
         ) as attached:
@@ -65,8 +66,16 @@ def main(output_dir: str) -> dict[str, Any]:
                     ],
                     use_tqdm=False,
                 )
-                ids |= {each: output.request_id for each, output in zip(batch, outputs, strict=True)}
-        report[name] = {"url": attached.url, "ids": [ids[each] for each in sorted(ids)]}
+                for each, output in zip(batch, outputs, strict=True):
+                    ids[each] = output.request_id
+                    tokens[each] = list(output.outputs[0].token_ids)
+        inside = sorted(ids)
+        report[name] = {
+            "url": attached.url,
+            "ids": [ids[each] for each in inside],
+            # The last token is not fed again.
+            "fed": [prompts[each] + tokens[each][:-1] for each in inside],
+        }
 
     capture("together", [list(range(REQUESTS))])
     capture("alone", [[each] for each in range(REQUESTS)])
