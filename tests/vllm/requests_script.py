@@ -29,16 +29,16 @@ def main(output_dir: str) -> dict[str, Any]:
         str(tiny_llama()),
         enforce_eager=True,
         max_model_len=256,
-        max_num_batched_tokens=64,
+        max_num_batched_tokens=192,
         max_num_seqs=REQUESTS,
         enable_chunked_prefill=True,
         enable_prefix_caching=True,
         block_size=32,
-        num_gpu_blocks_override=20,
+        num_gpu_blocks_override=26,
     )
     chance = random.Random(0)
     prompts = [[chance.randrange(3, 512) for _ in range(chance.randint(3, 100))] for _ in range(REQUESTS)]
-    lengths = [chance.randint(3, 9) for _ in range(REQUESTS)]
+    lengths = [chance.randint(4, 16) for _ in range(REQUESTS)]
     report: dict[str, Any] = {"prompts": prompts}
 
     def capture(name: str, batches: list[list[int]], **sampling: Any) -> None:
