@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from . import cli
 from .errors import TlcoreError
@@ -14,8 +14,13 @@ from .names import printable
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line and return its exit status: 0 well, 2 for bad input, else the command's own."""
     args = cli.parser().parse_args(argv)
+    return guarded(lambda: args.run(args))
+
+
+def guarded(run: Callable[[], int]) -> int:
+    """A command's status; its errors are printed on one line, and give 2."""
     try:
-        status: int = args.run(args)
+        status = run()
         sys.stdout.flush()
     except TlcoreError as error:
         sys.stderr.write(f"error: {printable(' '.join(str(error).split()))}\n")

@@ -6,8 +6,8 @@ import argparse
 import sys
 from collections.abc import Sequence
 
+from .__main__ import guarded
 from .cli import compare
-from .errors import TlcoreError
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -16,11 +16,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--dir1", dest="a", required=True, metavar="A", help="a run's directory")
     parser.add_argument("--dir2", dest="b", required=True, metavar="B", help="the other run's directory")
     compare.options(parser)
-    try:
-        return compare.run(parser.parse_args(argv))
-    except TlcoreError as error:
-        sys.stderr.write(f"error: {' '.join(str(error).split())}\n")
-        return 2
+    args = parser.parse_args(argv)
+    return guarded(lambda: compare.run(args))
 
 
 if __name__ == "__main__":

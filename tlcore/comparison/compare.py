@@ -72,6 +72,8 @@ def compare(
         requests=tuple((requests or {}).items()),
         ignore_missing=ignore_missing,
     )
+    # A run lets go of steps that nobody holds; their records would be read again for every pair.
+    held = [run.step(number) for run in (run_a, run_b) for number in run.steps]
     matching = match(run_a, run_b, rules)
     if not matching.pairs and not matching.missing:
         raise ReadError(f"{run_a.url} and {run_b.url}: no tensor to compare")
@@ -89,7 +91,7 @@ def compare(
     finally:
         unshare(task)
     pieces = [(pair, each) for pair in matching.pairs for each in pair.pieces]
-    origin = Origin((run_a, run_b), pieces)
+    origin = Origin((run_a, run_b), pieces, held)
     return Comparison(run_a.url, run_b.url, [*results, *matching.missing], matching.notes, origin)
 
 

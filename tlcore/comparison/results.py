@@ -9,7 +9,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
 from ..names import PathKey
-from ..reader import Run
+from ..reader import Run, Step
 from ..record import Direction, Json
 from .measure import Measures
 
@@ -103,6 +103,7 @@ class Origin:
 
     runs: tuple[Run, Run]
     pairs: Sequence[tuple[Any, Any]]
+    steps: Sequence[Step]
 
 
 @dataclass(frozen=True, slots=True)
