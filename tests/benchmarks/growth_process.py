@@ -19,18 +19,21 @@ _REPEATS = 3
 
 
 def measure(scale: Scale, backend: str) -> dict[str, dict[str, list[float]]]:
-    """``step_s`` in seconds and ``peak`` in bytes, of the short and of the long run in turn."""
+    """``step_s`` and ``cpu_s`` in seconds, ``peak`` in bytes, of the short and the long run in turn."""
     work = toy("decode", scale)
     steps = {"short": steps_of(scale), "long": TIMES * steps_of(scale)}
-    found: dict[str, dict[str, list[float]]] = {name: {"step_s": [], "peak": []} for name in steps}
+    found: dict[str, dict[str, list[float]]] = {
+        name: {"step_s": [], "cpu_s": [], "peak": []} for name in steps
+    }
     for number in range(-1, _REPEATS):
         for name, count in steps.items():
             with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as directory:
                 forget_peak()
-                begin = time.perf_counter()
+                begin, begin_cpu = time.perf_counter(), time.process_time()
                 record(work, directory, backend, count)
                 if number >= 0:
                     found[name]["step_s"].append((time.perf_counter() - begin) / count)
+                    found[name]["cpu_s"].append((time.process_time() - begin_cpu) / count)
                     found[name]["peak"].append(peak_rss())
     return found
 
