@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
+from . import device_statistics
+from .batch import Batch, Measured
 from .forms import QUEUE_FULL, RUN_FULL, Form, FormTable, Outcome, TensorFilter
 from .host_memory import NO_CHUNK, Chunk
-from .pipeline import Batch
 from .record import Direction
 from .sites import Site
 from .staging import Stager
@@ -63,8 +64,15 @@ class CallSites:
 class Collector:
     """Gathers a step's calls and hands them over as batches; takes the leaves of their structures."""
 
-    def __init__(self, stager: Stager, tensors: TensorFilter, submit: Callable[[Batch], None]) -> None:
+    def __init__(
+        self,
+        stager: Stager,
+        tensors: TensorFilter,
+        submit: Callable[[Batch], None],
+        capture: Literal["tensor", "stats", "both"] = "tensor",
+    ) -> None:
         self._stager = stager
+        self._capture = capture
         self._forms = FormTable(tensors)
         self._on_cpu = self._forms.on_cpu
         self._max_run_bytes = tensors.max_run_bytes
@@ -179,7 +187,10 @@ class Collector:
         if self._max_run_bytes is not None and self._run_bytes + form.nbytes > self._max_run_bytes:
             return form.refused(RUN_FULL), NO_CHUNK, 0
         try:
-            place = self._stager.stage(tensor, form)
+            if self._capture != "tensor" and tensor.is_cuda:
+                place = self._stage_measured(tensor, form)
+            else:
+                place = self._stager.stage(tensor, form)
         except Exception as error:
             log.debug("a tensor could not be copied", exc_info=True)
             return form.refused(Outcome("failed", f"copy raised {type(error).__name__}")), NO_CHUNK, 0
@@ -187,6 +198,15 @@ class Collector:
             return form.refused(QUEUE_FULL), NO_CHUNK, 0
         self._run_bytes += form.nbytes
         return form, *place
+
+    def _stage_measured(self, tensor: torch.Tensor, form: Form) -> tuple[Chunk, int] | None:
+        """Stage the statistics that the device computes, and the tensor only if it may be stored."""
+        vector = device_statistics.measure(tensor)
+        staged = self._stager.stage(vector, self._forms.of_vector(vector))
+        place = (NO_CHUNK, 0) if self._capture == "stats" else self._stager.stage(tensor, form)
+        if staged is None or place is None:
+            return None
+        return Measured(place[0], *staged), place[1]
 
     def without_copy(self, form: Form) -> Taken:
         """What stands for a tensor of which there is no copy, as its form's outcome says."""

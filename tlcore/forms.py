@@ -40,16 +40,29 @@ class Outcome(NamedTuple):
 
 QUEUE_FULL = Outcome("dropped", "queue full")
 RUN_FULL = Outcome("skipped", "max_run_bytes reached")
+STATISTICS_ONLY = Outcome("skipped", "statistics only")
+FINITE = Outcome("skipped", "no NaN or Inf in it or its call")
 
 
 class Form:
     """All tensors of one dtype, shape (elements) and device; ``outcome`` is None where they are stored.
 
     ``kind`` is equal for forms of equal dtype and shape. ``plain`` says that a contiguous tensor's bytes
-    need nothing but ``move(target, source, nbytes)``.
+    need nothing but ``move(target, source, nbytes)``. Of a tensor that is ``measured`` statistics are kept.
     """
 
-    __slots__ = ("_refused", "device", "dtype", "kind", "move", "nbytes", "outcome", "plain", "shape")
+    __slots__ = (
+        "_variants",
+        "device",
+        "dtype",
+        "kind",
+        "measured",
+        "move",
+        "nbytes",
+        "outcome",
+        "plain",
+        "shape",
+    )
 
     def __init__(
         self,
@@ -60,6 +73,7 @@ class Form:
         kind: int,
         outcome: Outcome | None,
         plain: bool = False,
+        measured: bool = False,
     ) -> None:
         self.dtype = dtype
         self.shape = shape
@@ -69,16 +83,24 @@ class Form:
         self.outcome = outcome
         self.plain = plain
         self.move = move_small if nbytes < _SMALL_BYTES else move_large
-        self._refused: dict[Outcome, Form] = {}
+        self.measured = measured
+        self._variants: dict[tuple[Outcome | None, bool], Form] = {}
 
-    def refused(self, outcome: Outcome) -> Form:
+    def refused(self, outcome: Outcome, measured: bool = False) -> Form:
         """The same form for a tensor that is not stored after all."""
-        if self.outcome is not None:
-            return self
-        known = self._refused.get(outcome)
+        return self if self.outcome is not None else self._variant(outcome, measured)
+
+    def with_statistics(self) -> Form:
+        """The same form for a tensor that is stored with its statistics."""
+        return self if self.outcome is not None else self._variant(None, True)
+
+    def _variant(self, outcome: Outcome | None, measured: bool) -> Form:
+        known = self._variants.get((outcome, measured))
         if known is None:
-            known = Form(self.dtype, self.shape, self.device, self.nbytes, self.kind, outcome)
-            self._refused[outcome] = known
+            known = Form(
+                self.dtype, self.shape, self.device, self.nbytes, self.kind, outcome, False, measured
+            )
+            self._variants[outcome, measured] = known
         return known
 
 
@@ -104,6 +126,16 @@ class FormTable:
             form = self._known[key] = self._make(tensor, shape, outcome)
             if form.plain:
                 self.on_cpu[form.dtype, form.shape] = form
+        return form
+
+    def of_vector(self, vector: torch.Tensor) -> Form:
+        """The form of a vector of ours, to which no filter applies."""
+        key = ("vector", vector.numel(), vector.device)
+        form = self._known.get(key)
+        if form is None:
+            shape, device = tuple(vector.shape), str(vector.device)
+            form = Form(vector.dtype, shape, device, vector.nbytes, next(self._numbers), None)
+            self._known[key] = form
         return form
 
     def _clear(self) -> None:

@@ -6,21 +6,20 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 import xxhash
 
 from . import names
-from .forms import Form
-from .host_memory import Chunk, HostPool
-from .plans import Plan, Planned, PlanTable
+from .batch import Batch, StepEnd
+from .examiner import Examination, Examined, Examiner
+from .forms import STATISTICS_ONLY
+from .host_memory import HostPool
+from .plans import Plan, Planned, PlanTable, with_bare_last
 from .protocols import Sink
-from .record import Counts, Json, Ledger, Record, StepSummary
+from .record import Counts, Ledger, Record, StepSummary
 from .rendering import Structures, Templates
-from .sites import Site
-from .structure import Scalar
 
 log = logging.getLogger("tlcore")
 # Records made at a time: few enough that Python's garbage collector sees them come and go.
@@ -30,63 +29,49 @@ _MOST_WAITING = 2000
 _CLOSE_S = 60.0
 # Two faults nearer to each other than this are told as one.
 _QUIET_S = 60.0
-
-
-@dataclass(slots=True)
-class Batch:
-    """Whole sites of one step, in order, and the chunks (``memory``) that nobody needs after it.
-
-    ``forms``, ``chunks`` and ``offsets`` have an item for each tensor of the sites, ``scalars`` one for
-    each number or string.
-    """
-
-    step: int
-    sites: list[Site] = field(default_factory=list)
-    forms: list[Form] = field(default_factory=list)
-    chunks: list[Chunk] = field(default_factory=list)
-    offsets: list[int] = field(default_factory=list)
-    scalars: list[Scalar] = field(default_factory=list)
-    memory: Sequence[Chunk] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class StepEnd:
-    """A step's end: everything that is not in its batches."""
-
-    step: int
-    started: str
-    ended: str
-    rows: Sequence[Json] | None
-    extra: Mapping[str, Any]
+_DESCRIBED = f"{STATISTICS_ONLY.column}: {STATISTICS_ONLY.reason}"
 
 
 @dataclass(slots=True)
 class _OpenStep:
     """What the pipeline gathers of a step until it is committed.
 
-    ``first`` has the name under which each kind of tensor with certain bytes was stored first.
+    ``first`` has the name under which each kind of tensor with certain bytes was stored first. ``values``
+    has what the templates leave open.
     """
 
     counts: Counts = field(default_factory=Counts)
     calls: list[str] = field(default_factory=list)
     templates: Templates = field(default_factory=Templates)
+    bare: frozenset[str] = frozenset()
+    values: dict[str, list[str]] = field(default_factory=dict)
     first: dict[tuple[str, int], str] = field(default_factory=dict)
     written: int = 0
     bytes_written: int = 0
     error: BaseException | None = None
 
-    def add(self, plan: Plan) -> None:
+    def add(self, plan: Plan, examined: Examined | None) -> None:
         """Take over all that a batch's plan says."""
         self.counts.add(plan.counts)
-        self.calls += plan.calls
+        self.calls += plan.calls if examined is None else examined.calls
+        if examined is not None:
+            self.values.update(examined.values)
         # Most steps are one batch, whose texts are then joined only once.
-        self.templates = plan.templates if not self.templates else Templates(self.templates | plan.templates)
+        if not self.templates:
+            self.templates, self.bare = plan.templates, plan.bare
+        elif plan.templates:
+            self.bare |= plan.bare
+            self.templates = with_bare_last(Templates(self.templates | plan.templates), self.bare)
 
 
 class Processor:
     """Turns batches into sink calls, one step after the other; used by one thread at a time."""
 
-    def __init__(self, sink: Sink, pool: HostPool, ledger: Ledger, rank: int) -> None:
+    def __init__(
+        self, sink: Sink, pool: HostPool, ledger: Ledger, rank: int, examination: Examination | None = None
+    ) -> None:
+        needed = examination is not None and examination.needed
+        self._examiner = Examiner(examination) if examination is not None and needed else None
         self._sink = sink
         self._pool = pool
         self._ledger = ledger
@@ -114,8 +99,23 @@ class Processor:
     def _store(self, batch: Batch, step: _OpenStep) -> None:
         for chunk in batch.memory:
             chunk.ready()
+        examined = self._examine(batch, step)
+        self._store_examined(batch if examined is None else examined.batch, step, examined)
+
+    def _examine(self, batch: Batch, step: _OpenStep) -> Examined | None:
+        # Of a step that has failed nothing is stored, so nothing need be looked at.
+        if self._examiner is None or step.error is not None:
+            return None
+        try:
+            return self._examiner.examine(batch)
+        except Exception as error:
+            # The batch is still booked, as captured and failed.
+            step.error = error
+            return None
+
+    def _store_examined(self, batch: Batch, step: _OpenStep, examined: Examined | None) -> None:
         plan = self._plans.plan(batch.sites, batch.forms, batch.scalars)
-        step.add(plan)
+        step.add(plan, examined)
         for first in range(0, len(plan.stored), _AT_ONCE):
             if step.error is not None:
                 break
@@ -149,6 +149,9 @@ class Processor:
         step = self._steps.pop(end.step, None) or _OpenStep()
         if give_up:
             step.error = step.error or self.failing
+        if self._examiner is not None:
+            rest = self._examiner.rest(end.step)
+            self._store_examined(rest.batch, step, rest)
         counts = step.counts
         staged = counts.captured - counts.skipped - counts.dropped - counts.failed
         if step.error is None:
@@ -159,10 +162,14 @@ class Processor:
                 step.error = error
         if step.error is not None:
             counts.stored = counts.bytes_stored = 0
+            # Statistics that nobody can read are lost, like the bytes of a tensor.
+            described = counts.reasons.pop(_DESCRIBED, 0)
+            counts.skipped -= described
+            staged += described
             counts.failed += staged
             counts.reasons[f"failed: {type(step.error).__name__}"] += staged
             self._failed(end.step, step.error)
-        elif step.written:
+        elif step.written or _DESCRIBED in counts.reasons:
             self.failing = None
         self._ledger.add(counts)
 
@@ -171,7 +178,7 @@ class Processor:
             step=end.step,
             rank=self._rank,
             calls=step.calls,
-            structures=Structures(names.step_dir(end.step), step.templates),
+            structures=Structures(names.step_dir(end.step), step.templates, step.values),
             counts=step.counts,
             started=end.started,
             ended=end.ended,

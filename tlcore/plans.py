@@ -6,7 +6,7 @@ it without looking at them.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Collection, Hashable, Sequence
 from typing import NamedTuple
 
 from .forms import Form
@@ -30,10 +30,15 @@ class Planned(NamedTuple):
 
 
 class Plan(NamedTuple):
-    """A batch's tensors to be stored, structure documents, calls in order of entry, and ledger."""
+    """A batch's tensors to be stored, structure documents, calls in order of entry, and ledger.
+
+    ``bare`` are the names of the documents without a stored tensor; they come last, sorted, as for a reader
+    who knows the order of the stored tensors only.
+    """
 
     stored: tuple[Planned, ...]
     templates: Templates
+    bare: frozenset[str]
     calls: tuple[str, ...]
     counts: Counts
 
@@ -58,15 +63,27 @@ class PlanTable:
 
     def _make(self, sites: Sequence[Site], forms: Sequence[Form], scalars: Sequence[Scalar]) -> Plan:
         stored: list[Planned] = []
+        filled: set[str] = set()
         templates, counts = Templates(), Counts()
         place = scalar = 0
         for site in sites:
             own = forms[place : place + site.tensors]
             scene = site.scene(own, scalars[scalar : scalar + site.scalars], self._rank)
+            if scene.stored:
+                filled.add(site.file)
             for index, tail, origin, kind in scene.stored:
                 stored.append(Planned(place + index, tail, origin, kind, own[index].nbytes))
             templates[site.file] = scene.template
             counts.add(scene.counts)
             place, scalar = place + site.tensors, scalar + site.scalars
         calls = tuple(site.directory for site in sites if site.direction == "inputs")
-        return Plan(tuple(stored), templates, calls, counts)
+        bare = frozenset(templates.keys() - filled)
+        return Plan(tuple(stored), with_bare_last(templates, bare), bare, calls, counts)
+
+
+def with_bare_last(templates: Templates, bare: Collection[str]) -> Templates:
+    """The templates, those named in ``bare`` sorted behind all others."""
+    if not bare:
+        return templates
+    first = {name: template for name, template in templates.items() if name not in bare}
+    return Templates(first | {name: templates[name] for name in sorted(bare)})

@@ -7,8 +7,9 @@ the step's number, hashes and places differ. What repeats is kept as finished te
 from __future__ import annotations
 
 import json
+import operator
 import secrets
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
@@ -16,8 +17,11 @@ Json = dict[str, Any]
 
 # Stands for the step's directory in a text that is made before the step is known.
 STEP_DIR = f"<step-{secrets.token_hex(16)}>"
+# Stands for a value that is known only when the step's tensors have been looked at.
+HOLE = f"<hole-{secrets.token_hex(16)}>"
 
 quoted = encode_basestring_ascii
+_QUOTED_HOLE = quoted(HOLE)
 
 
 def compact(document: Any) -> str:
@@ -69,11 +73,17 @@ class Templates(dict[str, Template]):
 
 
 class Structures(Mapping[str, Json]):
-    """A step's structure documents by name (``<call dir>/inputs.json``), each made when it is asked for."""
+    """A step's structure documents by name (``<call dir>/inputs.json``), each made when it is asked for.
 
-    def __init__(self, step_dir: str, templates: Templates) -> None:
+    ``values`` has the JSON texts that belong in the templates' holes (`HOLE`), by name and in order.
+    """
+
+    def __init__(
+        self, step_dir: str, templates: Templates, values: Mapping[str, Sequence[str]] | None = None
+    ) -> None:
         self._step_dir = step_dir
         self._templates = templates
+        self._values = values or {}
 
     def __getitem__(self, name: str) -> Json:
         document: Json = json.loads(self.compact(name))
@@ -87,15 +97,22 @@ class Structures(Mapping[str, Json]):
 
     def compact(self, name: str) -> str:
         """One document's JSON text in one line."""
-        return self._templates[name].compact(self._step_dir)
+        return self._filled(self._templates[name].compact(self._step_dir), (name,))
 
     def packed(self, suffix: str) -> str:
         """All documents as one JSON object in one line; ``suffix`` is a rank's, put before ``.json``."""
-        return self._templates.packed(self._step_dir, suffix)
+        return self._filled(self._templates.packed(self._step_dir, suffix), self._templates)
 
     def readable(self, name: str) -> str:
         """One document's JSON text, one key a line."""
-        return self._templates[name].readable(self._step_dir)
+        return self._filled(self._templates[name].readable(self._step_dir), (name,))
+
+    def _filled(self, text: str, names: Iterable[str]) -> str:
+        if not self._values:
+            return text
+        values = [value for name in names for value in self._values.get(name, ())]
+        first, *others = text.split(_QUOTED_HOLE)
+        return first + "".join(map(operator.add, values, others))
 
 
 def structures_of(step_dir: str, documents: Mapping[str, Json]) -> Structures:

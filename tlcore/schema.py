@@ -16,7 +16,7 @@ from .filters import check_regex, parse_pattern
 from .jsontext import parse_json
 from .names import REDACTED, is_url, redact_url
 from .registry import Backend, resolve
-from .validation import coerce, json_path, plain, problems, unknown_key
+from .validation import coerce, plain, problems, unknown_key
 
 
 @dataclass(frozen=True, repr=False)
@@ -36,6 +36,8 @@ class Config:
     request_ids: tuple[str, ...] | None
     sample_rate: float
     sample_seed: int
+    capture: Literal["tensor", "stats", "both"]
+    on_condition: Literal["nonfinite"] | None
     max_run_bytes: int | None
     queue_bytes: int
     on_full: Literal["block", "drop"]
@@ -172,8 +174,6 @@ def _plain(document: dict[str, Any]) -> Any:
 def _unknown(key: Any, schema: Mapping[str, Any]) -> ConfigError:
     if not isinstance(key, str):
         return ConfigError("$", f"keys must be strings, not {type(key).__name__}.")
-    if key in schema["x-planned"]:
-        return ConfigError(json_path((key,)), "planned, not available yet.", "Leave the key out.")
     return unknown_key((), key, list(schema["properties"]))
 
 
@@ -211,6 +211,10 @@ def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
     if document["spill_dir"] is not None and backend.origin != "built-in":
         problem = f"only the built-in backends can spill, and {name!r} is none of them."
         found.append(ConfigError("$.spill_dir", problem, "Leave the key out."))
+    if document["on_condition"] is not None and document["capture"] == "stats":
+        problem = 'it chooses the tensors to be stored, and with "capture": "stats" none is.'
+        hint = 'Use "capture": "both" for statistics of every tensor and the bytes of these.'
+        found.append(ConfigError("$.on_condition", problem, hint))
     return Config(
         **{
             **document,

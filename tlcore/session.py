@@ -20,15 +20,17 @@ import torch
 from torch import nn
 
 from . import __version__, names, registry
+from .batch import Batch, StepEnd
 from .bracket import Bracket, compiled_meanwhile, refuse_unreachable
 from .collector import Collector
 from .cutting import Cut, CuttingCollector
 from .errors import CaptureError, ConfigError
+from .examiner import Examination
 from .filters import ModuleFilter
 from .forms import TensorFilter
 from .hooks import Listener, ListenerSet, Source, refuse_compiled
 from .host_memory import HostPool
-from .pipeline import Batch, InlinePipeline, Processor, StepEnd, ThreadPipeline
+from .pipeline import InlinePipeline, Processor, ThreadPipeline
 from .protocols import Sink
 from .record import LAYOUT_VERSION, Counts, Json, Ledger, RunInfo, SpillPlace
 from .schema import Config, load_config
@@ -132,7 +134,10 @@ class Session:
         self._lock = threading.RLock()
         self._pool = HostPool(config.queue_bytes, config.on_full)
         self._stager = Stager(self._pool, config.block_s)
-        tensors = TensorFilter(frozenset(config.device_names), config.max_tensor_size, config.max_run_bytes)
+        self._examination = Examination.of(config)
+        # Where tensors are looked at first, only then is it known which are stored.
+        at_once = None if self._examination.needed else config.max_run_bytes
+        tensors = TensorFilter(frozenset(config.device_names), config.max_tensor_size, at_once)
         self.find_cut: Callable[[], Cut | None] = lambda: None
         self._collector = self._make_collector(tensors)
         atexit.register(self.close)
@@ -164,9 +169,10 @@ class Session:
         return self._pool.waited
 
     def _make_collector(self, tensors: TensorFilter) -> Collector:
+        given = (self._stager, tensors, self._submit, self.config.capture)
         if not self.config.cuts_rows:
-            return Collector(self._stager, tensors, self._submit)
-        collector = CuttingCollector(self._stager, tensors, self._submit)
+            return Collector(*given)
+        collector = CuttingCollector(*given)
         collector.find_cut = lambda: self.find_cut()
         return collector
 
@@ -198,7 +204,7 @@ class Session:
         self._source = source
         for device in {parameter.device for parameter in model.parameters()}:
             self._stager.reserve(device)
-        self._processor = Processor(self._sink, self._pool, self.run.ledger, self.run.rank)
+        self._processor = Processor(self._sink, self._pool, self.run.ledger, self.run.rank, self._examination)
         self._pipeline = (InlinePipeline if self._inline else ThreadPipeline)(self._processor)
 
     def begin_step(self, step: int | None = None, wanted: bool = True) -> bool:

@@ -11,7 +11,8 @@ from . import names
 from .forms import Form
 from .names import PathKey
 from .record import Counts, Direction, Json, Origin
-from .rendering import STEP_DIR, Template
+from .rendering import HOLE, STEP_DIR, Template
+from .statistics import KEYS
 from .structure import Scalar, Sketch, count_leaves, describe
 
 # Shapes change from step to step in a busy server; more than these are described anew.
@@ -93,11 +94,17 @@ class Site:
             document = _describe_form(form)
             if form.outcome is not None:
                 document["skipped"] = form.outcome.reason
+            if form.outcome is not None and not form.measured:
                 return document
             stem = names.unique(names.stem(self.direction, path, form.device, rank), taken)
             name = f"/{self.directory}/{stem}"
-            document["file"] = f"{STEP_DIR}{name}.pt"
-            stored.append((index, name, self._origin(form, path, rank), form.kind))
+            if form.outcome is None:
+                document["file"] = f"{STEP_DIR}{name}.pt"
+                stored.append((index, name, self._origin(form, path, rank), form.kind))
+            else:
+                document["name"] = f"{STEP_DIR}{name}"
+            if form.measured:
+                document["stats"] = dict.fromkeys(KEYS, HOLE)
             return document
 
         values = iter(scalars)

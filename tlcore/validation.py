@@ -160,7 +160,11 @@ def _explain(error: Any, parts: tuple[PathPart, ...], secret: bool) -> list[Conf
         return [ConfigError(json_path(parts), f'the key "{missing}" is missing.')]
     shown = noun(error.instance) if secret else show(error.instance)
     near = error.validator == "enum" and isinstance(error.instance, str)
-    hint = nearest(error.instance, error.validator_value) if near else None
+    hint = (
+        nearest(error.instance, [each for each in error.validator_value if isinstance(each, str)])
+        if near
+        else None
+    )
     return [ConfigError(json_path(parts), f"{shown} is not allowed; allowed: {allowed(error.schema)}.", hint)]
 
 

@@ -55,8 +55,8 @@ def one_sided(
     for step in steps_a:
         other = by_number.pop(step.number, None)
         mine = skipped(step, rules, True)
-        theirs = skipped(other, rules, False) if other else {}
-        stored_b = keyed(other, rules, rename=False) if other and mine else {}
+        theirs = skipped(other, rules, False) if other is not None else {}
+        stored_b = keyed(other, rules, rename=False) if other is not None and mine else {}
         stored_a = keyed(step, rules, rename=True) if theirs else {}
         both += len(mine.keys() & theirs.keys())
         missing += _lacking(step.number, "A", mine, {*theirs, *stored_b})

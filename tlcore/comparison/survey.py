@@ -26,7 +26,7 @@ _AHEAD = 256
 
 @dataclass(frozen=True, slots=True)
 class TensorStatistics:
-    """One stored tensor and its statistics; ``problem`` says why it has none."""
+    """One tensor and its statistics; ``problem`` says why it has none."""
 
     step: int
     rank: int
@@ -167,16 +167,15 @@ def stats(
     """The statistics of every tensor of a run, given as a path, URL or opened run.
 
     ``steps`` and ``modules`` (regular expressions) limit what is read. A tensor that cannot be read has a
-    problem in the place of statistics. Raises ReadError when the run cannot be opened or has no such
-    tensor, ConfigError for a pattern that is none.
+    problem in the place of statistics; statistics that were captured are taken as they are. Raises ReadError
+    when the run cannot be opened or has no such tensor, ConfigError for a pattern that is none.
     """
     opened = run if isinstance(run, Run) else open_run(run, storage_options)
     wanted = None if steps is None else frozenset(steps)
     rules = Rules(steps=wanted, modules=tuple(compiled_pattern(text, "modules") for text in modules))
     chosen = [opened.step(number) for number in opened.steps if wanted is None or number in wanted]
-    records = [
-        (step, source.records[0]) for step in chosen for source in keyed(step, rules, rename=False).values()
-    ]
+    measured = opened.config.get("capture", "tensor") != "tensor"
+    records = [(step, record) for step in chosen for record in _records(step, rules, measured)]
     if not records:
         raise ReadError(f"{opened.url}: no tensor to look at")
     cores = os.cpu_count() or 1
@@ -186,7 +185,22 @@ def stats(
             tensors.append(found)
             if progress is not None:
                 progress(done, len(records))
-    return Survey(opened.url, tensors, list(_notes(opened, chosen, wanted)))
+    unstored = sum(not record.get("stored", True) for _, record in records)
+    return Survey(opened.url, tensors, list(_notes(opened, chosen, wanted, unstored)))
+
+
+def _records(step: Step, rules: Rules, measured: bool) -> list[Json]:
+    """The step's tensors, as `Step.described` where they were ``measured`` at capture, else as records."""
+    stored = [source.records[0] for source in keyed(step, rules, rename=False).values()]
+    if not measured:
+        return stored
+    described = [
+        entry
+        for entry in step.described
+        if not rules.modules or any(pattern.search(entry["module"]) for pattern in rules.modules)
+    ]
+    names = {entry["name"] for entry in described}
+    return [*described, *(record for record in stored if record["name"] not in names)]
 
 
 def _in_order(pool: ThreadPoolExecutor, records: Sequence[tuple[Step, Json]]) -> Iterator[TensorStatistics]:
@@ -194,10 +208,11 @@ def _in_order(pool: ThreadPoolExecutor, records: Sequence[tuple[Step, Json]]) ->
     waiting: deque[tuple[Step, Json, Future[Statistics]]] = deque()
     known: dict[tuple[int, str, str], Future[Statistics]] = {}
     for step, record in records:
-        content = (step.number, str(record["hash"]), str(record["dtype"]))
+        name = str(record["name"])
+        content = (step.number, str(record.get("hash", name)), str(record["dtype"]))
         future = known.get(content)
-        if future is None or not step.holds(str(record["name"])):
-            future = known[content] = pool.submit(_statistics, step, str(record["name"]))
+        if future is None or not ("stats" in record or step.holds(name)):
+            future = known[content] = pool.submit(_statistics, step, record)
         waiting.append((step, record, future))
         if len(waiting) > _AHEAD:
             yield _described(*waiting.popleft())
@@ -205,7 +220,10 @@ def _in_order(pool: ThreadPoolExecutor, records: Sequence[tuple[Step, Json]]) ->
         yield _described(*waiting.popleft())
 
 
-def _statistics(step: Step, name: str) -> Statistics:
+def _statistics(step: Step, record: Json) -> Statistics:
+    name = str(record["name"])
+    if "stats" in record:
+        return step.stats[name]
     payload = step.payload(name)
     total = prod(payload.shape)
     try:
@@ -237,7 +255,7 @@ def _described(step: Step, record: Json, future: Future[Statistics]) -> TensorSt
     )
 
 
-def _notes(run: Run, steps: Sequence[Step], wanted: frozenset[int] | None) -> Iterator[str]:
+def _notes(run: Run, steps: Sequence[Step], wanted: frozenset[int] | None, unstored: int) -> Iterator[str]:
     incomplete = [number for number in run.incomplete_steps if wanted is None or number in wanted]
     if incomplete:
         yield f"steps not committed by every rank, and left out: {', '.join(map(str, incomplete))}"
@@ -246,5 +264,6 @@ def _notes(run: Run, steps: Sequence[Step], wanted: frozenset[int] | None) -> It
         yield f"there is no step {', '.join(map(str, absent))}"
     for column in ("skipped", "dropped", "failed"):
         count = sum(getattr(step.ledger, column) for step in steps)
-        if count:
+        count -= unstored if column == "skipped" else 0
+        if count > 0:
             yield f"{count} tensors were {column} at capture and are not among these"

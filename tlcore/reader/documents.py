@@ -138,6 +138,11 @@ def record_problem(record: Any, number: int) -> str | None:
     return None
 
 
+def is_tensor_name(name: str) -> bool:
+    """Whether a logical name is one that a capture gives, and cannot leave the run."""
+    return _NAME.fullmatch(name) is not None
+
+
 def check_ledger(document: Mapping[str, Any], where: str) -> None:
     """Raise ReadError unless the document's ledger holds counts only."""
     ledger = document.get("ledger")

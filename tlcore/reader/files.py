@@ -7,7 +7,8 @@ import importlib
 import os
 import re
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
@@ -35,6 +36,7 @@ _LEAVES_THE_RUN = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
 _LARGEST_FRAME = 1 << 20
 # Those of a step that many ranks wrote are needed together.
 _MOST_DOCUMENTS = 64
+_REMOTE_THREADS = 8
 # Looking for a name that was meant takes long among very many.
 _MOST_COMPARED, _LONGEST_NAME = 5000, 500
 
@@ -197,6 +199,13 @@ class RunFiles:
     def structure(self, name: str) -> Json:
         """A tensor structure, checked. Raises MissingError or ReadError."""
         return check_structure(self.json(name), f"{self.url}/{name}")
+
+    def structures(self, names: Sequence[str]) -> list[Json]:
+        """Tensor structures, checked, in order. Raises as `structure`."""
+        if self.is_local or not names or self._packed(names[0]) is not None:
+            return [self.structure(name) for name in names]
+        with ThreadPoolExecutor(_REMOTE_THREADS, "tlcore-read") as pool:
+            return list(pool.map(self.structure, names))
 
     def step_document(self, name: str) -> Json:
         """A ``step.json``; the last few are kept. Raises ReadError when it is missing or damaged."""

@@ -15,8 +15,9 @@ import torch
 from ..errors import ReadError, VerifyError
 from ..names import rank_suffix, redact_url, step_dir
 from ..record import Counts, Json
+from ..statistics import Statistics
 from .documents import LARGEST_JSON, check_run
-from .files import RUN_FILE, MissingError, RunFiles, local_directory, store_at
+from .files import RUN_FILE, MissingError, RunFiles, local_directory, missing, store_at
 from .parts import places_of
 from .request import Request, find_request, known_requests
 from .step import Step, counts_of
@@ -228,10 +229,24 @@ class Run(Mapping[int, Step]):
 
         With ``unshard``, a tensor of which each rank holds a part is joined from all of them.
         """
+        return self._step_of(name).tensor(name, unshard)
+
+    def _step_of(self, name: str) -> Step:
         begin = _STEP_NAME.match(name)
         if begin is None:
             raise MissingError(f"{self.url}: {name!r} is not a logical name (step_<S>/<module>/<stem>)")
-        return self.step(int(begin[1])).tensor(name, unshard)
+        return self.step(int(begin[1]))
+
+    def stats(self, name: str) -> Statistics:
+        """The statistics that were captured of the tensor with a logical name.
+
+        Raises MissingError for a tensor that has none.
+        """
+        plain = name.removesuffix(".pt")
+        known = self._step_of(plain).stats
+        if plain not in known:
+            raise missing("statistics of", plain, self.url, known)
+        return known[plain]
 
     @cached_property
     def requests(self) -> Mapping[str, str | None]:

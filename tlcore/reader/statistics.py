@@ -1,31 +1,15 @@
-"""Summary statistics of a tensor, exact enough to compare and bounded in memory."""
+"""The statistics of a stored tensor, computed with all of the machine and in bounded memory."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
 
 import torch
 
+from ..statistics import Statistics as Statistics
+
 _CHUNK = 1 << 22
-
-
-@dataclass(frozen=True, slots=True)
-class Statistics:
-    """Statistics over the finite values in float64; ``None`` where there is no finite value.
-
-    ``std`` is that of the population. Of a complex tensor, all are those of the magnitudes.
-    """
-
-    min: float | None
-    max: float | None
-    mean: float | None
-    std: float | None
-    l2: float | None
-    zeros: int
-    nans: int
-    infs: int
 
 
 def summarize(tensor: torch.Tensor) -> Statistics:
@@ -51,11 +35,12 @@ def summarize_pieces(pieces: Callable[[], Iterable[torch.Tensor]]) -> Statistics
             total += float(values.sum())
             squares += float((values * values).sum())
     if not finite:
-        return Statistics(None, None, None, None, None, zeros, nans, infs)
+        return Statistics(None, None, None, None, None, nans + infs, zeros, nans, infs)
     mean = total / finite
     # A second pass, since the difference of two large sums would lose the small spread around a large mean.
     spread = sum(float((values[values.isfinite()] - mean).square().sum()) for values in map(_wide, pieces()))
-    return Statistics(low, high, mean, math.sqrt(spread / finite), math.sqrt(squares), zeros, nans, infs)
+    std, l2 = math.sqrt(spread / finite), math.sqrt(squares)
+    return Statistics(low, high, mean, std, l2, finite + nans + infs, zeros, nans, infs)
 
 
 def _wide(part: torch.Tensor) -> torch.Tensor:

@@ -13,6 +13,8 @@ import torch
 from ..errors import ReadError
 from ..names import rank_suffix, step_dir
 from ..record import Counts, Json
+from ..statistics import Statistics
+from .described import described, statistics_of
 from .documents import check_ledger, is_whole
 from .files import MissingError, RunFiles, missing
 from .loose import loose_records
@@ -176,6 +178,20 @@ class Step(Mapping[str, torch.Tensor]):
             if isinstance(shard, dict) and is_whole(shard.get("bytes")) and "file" in shard
         }
 
+    @cached_property
+    def described(self) -> list[Json]:
+        """All tensors that were captured with their statistics, stored or not, in order of execution.
+
+        Entries are like `records`, without a place and with ``stats`` and ``stored``. Empty where the run
+        was captured with ``"capture": "tensor"``.
+        """
+        return described(self)
+
+    @cached_property
+    def stats(self) -> Mapping[str, Statistics]:
+        """The statistics that were captured, by logical name."""
+        return {entry["name"]: statistics_of(entry) for entry in self.described}
+
     def record(self, name: str) -> Json:
         """The record of a tensor. Raises MissingError for an unknown name or an uncommitted tensor."""
         name = name.removesuffix(_TENSOR_FILE) if name not in self._records else name
@@ -235,8 +251,8 @@ class Step(Mapping[str, torch.Tensor]):
         )
         order = [name for name in ordered if name in found]
         order += sorted(found - ordered.keys())
-        ranked = {name: f"{begin}{name.removesuffix('.json')}{suffix}.json" for name in order}
-        return {name: self._files.structure(file) for name, file in ranked.items()}
+        ranked = [f"{begin}{name.removesuffix('.json')}{suffix}.json" for name in order]
+        return dict(zip(order, self._files.structures(ranked), strict=True))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensor(name)

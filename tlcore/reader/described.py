@@ -1,0 +1,126 @@
+"""Tensors that were captured with their statistics, whether their bytes were stored or not."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from ..errors import ReadError
+from ..names import PathKey, rank_suffix, step_dir
+from ..record import Json
+from ..statistics import KEYS, Statistics
+from .documents import LARGEST_SIZE, is_tensor_name, is_whole
+
+if TYPE_CHECKING:
+    from .step import Step
+
+_DIRECTIONS = ("inputs", "outputs", "post_fwd_inputs")
+_HASH = re.compile(r"[a-z0-9\-]{1,32}:[0-9a-f]{32}")
+_Identity = tuple[str, int]
+
+
+def described(step: Step) -> list[Json]:
+    """An entry for each of a step's tensors that has statistics, rank by rank in order of execution.
+
+    It has a record's ``name``, ``rank``, ``module``, ``call``, ``direction``, ``path``, ``dtype``, ``shape``
+    and ``device``, and its ``stats`` and whether it is ``stored``. Raises ReadError for a damaged structure.
+    """
+    return [entry for rank in step.ranks for entry in _of_rank(step, rank)]
+
+
+def statistics_of(entry: Json) -> Statistics:
+    """The statistics in an entry of `described`."""
+    return Statistics(**{key: entry["stats"][key] for key in KEYS})
+
+
+def _of_rank(step: Step, rank: int) -> Iterator[Json]:
+    identities = {
+        str(record["name"]).split("/")[1]: (str(record["module"]), int(record["call"]))
+        for record in step.documents[rank]["records"]
+    }
+    structures = step.structures(rank)
+    calls = [str(call) for call in step.documents[rank]["calls"]]
+    for call in calls:
+        if call not in identities:
+            unstored = step.call(call, rank)
+            identities[call] = unstored.module, unstored.index
+    for call, direction in _in_order([(call, identities[call][0]) for call in calls]):
+        name = f"{call}/{direction}.json"
+        if name not in structures:
+            continue
+        where = f"{step_dir(step.number)}/{name.removesuffix('.json')}{rank_suffix(rank)}.json"
+        for path, node in _tensors(structures[name], ()):
+            if "stats" in node:
+                yield _entry(node, rank, identities[call], direction, path, f"{step}: {where}")
+
+
+def _entry(
+    node: Json, rank: int, identity: _Identity, direction: str, path: tuple[PathKey, ...], where: str
+) -> Json:
+    name = str(node.get("file", node.get("name"))).removesuffix(".pt")
+    if not is_tensor_name(name) or not _sound(node["stats"]):
+        raise ReadError(f"{where}: damaged statistics")
+    return {
+        "name": name,
+        "rank": rank,
+        "module": identity[0],
+        "call": identity[1],
+        "direction": direction,
+        "path": list(path),
+        "dtype": str(node["dtype"]).removeprefix("torch."),
+        "shape": node["shape"],
+        "device": node["device"],
+        "stats": node["stats"],
+        "stored": "file" in node,
+    }
+
+
+def _in_order(calls: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+    """The sides of calls in order of execution, from the calls (directory, module) in order of entry.
+
+    A call lasts as long as calls of modules within its own follow.
+    """
+    lasting: list[tuple[str, str]] = []
+    for call, module in calls:
+        while lasting and not module.startswith(f"{lasting[-1][1]}."):
+            yield from _end(lasting.pop()[0])
+        yield call, "inputs"
+        lasting.append((call, module))
+    while lasting:
+        yield from _end(lasting.pop()[0])
+
+
+def _end(call: str) -> Iterator[tuple[str, str]]:
+    yield from ((call, direction) for direction in _DIRECTIONS[1:])
+
+
+def _tensors(node: Json, path: tuple[PathKey, ...]) -> Iterator[tuple[tuple[PathKey, ...], Json]]:
+    if node.get("type") == "tensor":
+        yield path, node
+        return
+    items = node.get("items", ())
+    pairs: Any = items.items() if isinstance(items, Mapping) else enumerate(items)
+    for key, child in (*pairs, *node.get("kwargs", {}).get("items", {}).items()):
+        yield from _tensors(child, (*path, key))
+
+
+def _sound(stats: Any) -> bool:
+    if not isinstance(stats, dict) or not stats.keys() >= set(KEYS):
+        return False
+    floats = (stats[key] for key in ("min", "max", "mean", "std", "l2"))
+    counts = (stats[key] for key in ("numel", "zeros", "nans", "infs"))
+    return (
+        all(each is None or (type(each) in (int, float) and _is_finite(each)) for each in floats)
+        and all(is_whole(each, 0, LARGEST_SIZE) for each in counts)
+        and isinstance(stats["hash"], str)
+        and _HASH.fullmatch(stats["hash"]) is not None
+    )
+
+
+def _is_finite(value: float) -> bool:
+    try:
+        return math.isfinite(value)
+    except OverflowError:
+        return False
