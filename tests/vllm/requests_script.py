@@ -38,7 +38,7 @@ def main(output_dir: str) -> dict[str, Any]:
     )
     chance = random.Random(0)
     prompts = [[chance.randrange(3, 512) for _ in range(chance.randint(3, 100))] for _ in range(REQUESTS)]
-    lengths = [chance.randint(4, 16) for _ in range(REQUESTS)]
+    lengths = [chance.randint(4, 24) for _ in range(REQUESTS)]
     report: dict[str, Any] = {"prompts": prompts}
 
     def capture(name: str, batches: list[list[int]], **sampling: Any) -> None:
