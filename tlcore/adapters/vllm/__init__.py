@@ -13,6 +13,7 @@ from types import ModuleType
 from .importing import when_imported
 
 PLUGIN = "tlcore"
+ENDPOINT = "tlcore.endpoint"
 
 
 def register() -> None:

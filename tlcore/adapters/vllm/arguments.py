@@ -16,6 +16,7 @@ from ...jsontext import parse_json
 from ...schema import read_config_file
 from . import frontend
 from .carrier import KEY, GivenConfig, is_carrier
+from .grace import give_workers_time
 from .metrics import share_directory
 
 PATH_KEY = f"{KEY}_path"
@@ -147,6 +148,8 @@ def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
             self.additional_config = frontend.prepare(self.additional_config)
         # A capture may be asked for later, of workers that are running by then.
         share_directory()
+        if frontend.serves_endpoint():
+            give_workers_time()
         vllm_config = original(self, *args, **kwargs)
         frontend.check_engine_config(vllm_config)
         return vllm_config

@@ -20,6 +20,7 @@ from ...errors import BackendError, CaptureError, ConfigError, TlcoreError
 from ...names import is_url
 from ...record import Json
 from ...schema import Config, load_config
+from . import ENDPOINT
 from .attach import POLL_S, START, STATUS, STOP, Status, merged, prepare
 
 log = logging.getLogger("vllm.tlcore")
@@ -33,7 +34,7 @@ _STOP_WAIT_S = 30.0
 class EndpointPlugin:
     """What vLLM's entry-point group ``vllm.endpoint_plugins`` asks for."""
 
-    name = "tlcore.endpoint"
+    name = ENDPOINT
     required_tasks = None
 
     def __init__(self) -> None:

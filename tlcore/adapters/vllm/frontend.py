@@ -14,7 +14,7 @@ from ...names import is_url
 from ...registry import resolve
 from ...schema import Config, load_config
 from ...session import new_run_id
-from . import PLUGIN
+from . import ENDPOINT, PLUGIN
 from .carrier import KEY, Carrier, carried, is_carrier
 from .grace import give_workers_time
 from .probe import probe
@@ -97,6 +97,11 @@ def compiles(vllm_config: Any) -> bool:
     """Whether the engine compiles its model or uses CUDA graphs."""
     compilation = vllm_config.compilation_config
     return mode_name(compilation.mode) != "NONE" or mode_name(compilation.cudagraph_mode) != "NONE"
+
+
+def serves_endpoint() -> bool:
+    """Whether ``VLLM_PLUGINS`` names the plugin by which a server's capture is started later."""
+    return ENDPOINT in [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
 
 
 def world_size(vllm_config: Any) -> int:
