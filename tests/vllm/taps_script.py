@@ -1,8 +1,8 @@
 """Captures an in-process engine once and prints what vLLM compiled or loaded for it as a JSON line.
 
-``python taps_script.py MODEL CONFIG MODE``. With the mode ``piecewise`` the model is compiled as on a GPU, in
-pieces around its attention, which vLLM's CPU platform leaves out; ``plain`` is what the CPU platform does,
-``eager`` does not compile.
+``python taps_script.py MODEL CONFIG MODE DTYPE``. With the mode ``piecewise`` the model is compiled as on a
+GPU, in pieces around its attention, which vLLM's CPU platform leaves out; ``plain`` is what the CPU platform
+does, ``eager`` does not compile.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def compile_piecewise() -> None:
     FixFunctionalizationPass.__call__ = lambda self, graph: None
 
 
-def main(model: str, config: dict[str, Any], mode: str) -> dict[str, Any]:
+def main(model: str, config: dict[str, Any], mode: str, dtype: str) -> dict[str, Any]:
     """Generate greedily from all prompts."""
     from vllm import LLM, SamplingParams
     from vllm.compilation.counter import compilation_counter as counter
@@ -44,6 +44,7 @@ def main(model: str, config: dict[str, Any], mode: str) -> dict[str, Any]:
         compile_piecewise()
     llm = LLM(
         model,
+        dtype=dtype,
         max_model_len=256,
         enable_prefix_caching=False,
         enforce_eager=mode == "eager",
@@ -61,4 +62,4 @@ def main(model: str, config: dict[str, Any], mode: str) -> dict[str, Any]:
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    sys.stdout.write(f"REPORT {json.dumps(main(sys.argv[1], json.loads(sys.argv[2]), sys.argv[3]))}\n")
+    sys.stdout.write(f"REPORT {json.dumps(main(sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:]))}\n")

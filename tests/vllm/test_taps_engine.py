@@ -19,12 +19,18 @@ SCRIPT = str(REPOSITORY / "tests" / "vllm" / "taps_script.py")
 
 
 def _captured(
-    directory: Path, model: Path, mode: str, cache: Path, **keys: Any
+    directory: Path, model: Path, mode: str, cache: Path, dtype: str = "auto", **keys: Any
 ) -> tuple[dict[str, Any], tlcore.Run]:
     """The script's report and the run that it captured."""
     config = {"output_dir": str(directory), "compiled": "taps", "log_step_ids": [], **keys}
     made = report(
-        SCRIPT, str(model), json.dumps(config), mode, timeout=480, environment={"VLLM_CACHE_ROOT": str(cache)}
+        SCRIPT,
+        str(model),
+        json.dumps(config),
+        mode,
+        dtype,
+        timeout=480,
+        environment={"VLLM_CACHE_ROOT": str(cache)},
     )
     (found,) = map(tlcore.open_run, directory.iterdir())
     assert found.ledger.balanced
@@ -92,9 +98,13 @@ def test_another_choice_of_modules_is_compiled_anew(
 
 @pytest.mark.deep
 def test_taps_agree_with_eager_mode_on_all_tensors_of_a_real_model(places: Path) -> None:
-    cache = places / "cache"
-    eager = _captured(places / "real_eager", smollm2(), "eager", cache, log_step_ids=[0])[1]
-    for start in ("cold", "warm"):
-        _, tapped = _captured(places / f"real_{start}", smollm2(), "plain", cache, log_step_ids=[0])
+    # In bfloat16 the roundings of thirty layers add up to per cents; float32 leaves a mistake no room.
+    def captured(name: str, mode: str) -> tlcore.Run:
+        cache = places / "cache"
+        return _captured(places / name, smollm2(), mode, cache, dtype="float32", log_step_ids=[0])[1]
+
+    eager = captured("real_eager", "eager")
+    for start in ("real_cold", "real_warm"):
+        tapped = captured(start, "plain")
         assert tapped.ledger.stored == tapped.ledger.captured == eager.ledger.captured > 1000
         assert _differing(tapped, eager, 0) == []
