@@ -17,8 +17,10 @@ import tlcore
 from tests.sinks import MemorySink
 from tests.toys import Fails, Holder, Shared, model, run
 from tlcore.__main__ import main
+from tlcore.collector import Collector
 from tlcore.convert import convert
 from tlcore.errors import ConfigError, ReadError
+from tlcore.host_statistics import HostStatistics
 from tlcore.reader import MissingError, Skipped
 from tlcore.schema import load_config
 from tlcore.statistics import KEYS, Statistics
@@ -338,3 +340,47 @@ def test_a_name_in_statistics_cannot_leave_the_run(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("step_0/0/outputs_cpu", "step_0/../outputs_cpu"))
     with pytest.raises(ReadError, match="damaged statistics"):
         _ = tlcore.open_run(url).step(0).stats
+
+
+@pytest.mark.parametrize(("capture", "condition"), [("stats", None), ("both", None), ("both", "nonfinite")])
+def test_statistics_that_the_device_computes_are_the_same(
+    capture: str, condition: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The CPU stands in for a GPU: non-contiguous tensors take the way of those that are elsewhere."""
+    sinks = []
+    for on_device in (False, True):
+        monkeypatch.setattr(Collector, "measures_itself", lambda self, tensor, there=on_device: there)
+        sink, module = MemorySink(), Faulty()
+        torch.manual_seed(0)
+        module.body.add_module("sound", nn.Identity())
+        with tlcore.capture(
+            module, backend=sink, capture=capture, on_condition=condition, queue_bytes=256
+        ) as captured:
+            module(torch.randn(9, 5).T)
+        assert captured.ledger.balanced and captured.ledger.dropped == captured.ledger.failed == 0
+        sinks.append((sink, captured.ledger))
+    (host, counts), (device, same) = sinks
+    assert counts == same and set(host.tensors) == set(device.tensors)
+    assert dict(host.steps[0].structures).keys() == dict(device.steps[0].structures).keys()
+    for name, found in nodes(host).items():
+        for one, other in zip(found, nodes(device)[name], strict=True):
+            assert one["stats"].keys() == other["stats"].keys()
+            for key, value in one["stats"].items():
+                known = value if value is None or isinstance(value, str) else pytest.approx(value, rel=1e-12)
+                assert other["stats"][key] == known
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("capture", ["stats", "both"])
+def test_a_model_on_a_gpu(capture: str) -> None:
+    sink, module = MemorySink(), Faulty().cuda()
+    x = torch.randn(64, 4, device="cuda")
+    with tlcore.capture(module, backend=sink, capture=capture) as captured:
+        module(x)
+    assert captured.ledger.balanced and captured.ledger.captured == 11
+    assert captured.ledger.stored == (11 if capture == "both" else 0)
+    (given,) = nodes(sink)["body/inputs.json"]
+    data = x.cpu().view(-1).view(torch.uint8)
+    expected = HostStatistics().statistics(data, x.dtype, x.shape)
+    assert given["stats"]["hash"] == expected.hash
+    assert given["stats"]["std"] == pytest.approx(expected.std, rel=1e-12)

@@ -187,7 +187,7 @@ class Collector:
         if self._max_run_bytes is not None and self._run_bytes + form.nbytes > self._max_run_bytes:
             return form.refused(RUN_FULL), NO_CHUNK, 0
         try:
-            if self._capture != "tensor" and tensor.is_cuda:
+            if self._capture != "tensor" and self.measures_itself(tensor):
                 place = self._stage_measured(tensor, form)
             else:
                 place = self._stager.stage(tensor, form)
@@ -198,6 +198,10 @@ class Collector:
             return form.refused(QUEUE_FULL), NO_CHUNK, 0
         self._run_bytes += form.nbytes
         return form, *place
+
+    def measures_itself(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's device computes its statistics."""
+        return tensor.is_cuda
 
     def _stage_measured(self, tensor: torch.Tensor, form: Form) -> tuple[Chunk, int] | None:
         """Stage the statistics that the device computes, and the tensor only if it may be stored."""

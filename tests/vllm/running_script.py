@@ -56,6 +56,13 @@ def main(output_dir: str) -> dict[str, Any]:
         generate()
         report["changed"] = attached.url
     report["closed"] = attached.status().to_json()
+    few = {"output_dir": f"{output_dir}_modes", "module_call_match": "mlp"}
+    with tlcore.vllm.attach(llm, {**few, "capture": "both", "backend": "safetensors"}) as attached:
+        generate()
+        report["both"] = attached.url
+        attached.change(**few, capture="stats")
+        generate()
+        report["stats"] = attached.url
     generate()
     return report
 

@@ -55,3 +55,16 @@ def test_what_cannot_be_attached_is_refused_and_the_capture_goes_on(said: dict[s
     assert off[0] == "ConfigError" and "$.enabled" in off[1]
     assert second[0] == "CaptureError" and said["running"]["url"] in second[1]
     assert said["state_after_bad_change"] == "running"
+
+
+def test_statistics_of_an_engine_with_and_without_the_bytes(said: dict[str, Any]) -> None:
+    both, alone = tlcore.open_run(said["both"]), tlcore.open_run(said["stats"])
+    assert both.verify() == both.ledger.stored == both.ledger.captured > 20
+    assert alone.ledger.reasons == {"skipped: statistics only": both.ledger.captured}
+    assert alone.step(0).described != both.step(0).described
+    assert alone.step(0).stats == both.step(0).stats
+    assert alone.step(0).rows is not None
+    for name, found in both.step(0).stats.items():
+        tensor = both.tensor(name).double()
+        assert found.mean == pytest.approx(float(tensor.mean()), rel=1e-9, abs=1e-12)
+        assert (found.numel, found.max) == (tensor.numel(), float(tensor.max()))
