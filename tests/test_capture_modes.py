@@ -201,7 +201,8 @@ def test_compare_and_show_go_on_working(tmp_path: Path, capsys: pytest.CaptureFi
     assert main(["compare", a.url, d.url]) != 0
     capsys.readouterr()
     assert main(["show", a.url, "step_0/1"]) == 0
-    assert "statistics only" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "statistics only" in shown and "hash ml-xxh3-128:" in shown
 
 
 def test_nonfinite_stores_the_tensor_and_the_inputs_of_its_call() -> None:

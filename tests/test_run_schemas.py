@@ -18,11 +18,11 @@ RUN, STEP = tlcore_schemas.load("run.v1"), tlcore_schemas.load("step.v1")
 SHARED: Registry[Any] = Registry().with_resource("run.v1.json", Resource.from_contents(RUN))
 
 
-def capture_run(output_dir: Path, backend: str = "pt") -> Path:
+def capture_run(output_dir: Path, backend: str = "pt", capture: str = "tensor") -> Path:
     model = torch.nn.Sequential(torch.nn.Linear(3, 3), torch.nn.Identity())
-    with tlcore.capture(model, output_dir=output_dir, backend=backend) as capture:
+    with tlcore.capture(model, output_dir=output_dir, backend=backend, capture=capture) as captured:
         model(torch.ones(2, 3))
-    return Path(capture.url)
+    return Path(captured.url)
 
 
 def test_run_json_fits_its_schema(tmp_path: Path) -> None:
@@ -42,6 +42,19 @@ def test_step_json_fits_its_schema_and_has_no_key_beyond_it(tmp_path: Path, back
     assert document["records"]
     record_keys = set(STEP["$defs"]["record"]["properties"])
     assert all(set(record) <= record_keys for record in document["records"])
+
+
+@pytest.mark.parametrize("capture", ["stats", "both"])
+def test_statistics_fit_the_schema(tmp_path: Path, capture: str) -> None:
+    document = json.loads(
+        (capture_run(tmp_path, "safetensors", capture) / "step_0" / "step.json").read_text()
+    )
+    validator = Draft202012Validator(STEP, registry=SHARED)
+    validator.validate(document)
+    stats = document["structures"]["0/outputs.json"]["stats"]
+    assert set(stats) == set(STEP["$defs"]["stats"]["properties"])
+    stats["zeros"] = -1
+    assert not validator.is_valid(document)
 
 
 def test_the_schema_refuses_a_step_that_lacks_what_a_reader_needs(tmp_path: Path) -> None:

@@ -115,6 +115,8 @@ def _tree(label: str, node: Json, depth: int) -> Iterator[str]:
     if kind == "tensor":
         place = node.get("file") or f"skipped: {node.get('skipped')}"
         yield f"{indent}{label}: {node.get('dtype')} {node.get('shape')} {node.get('device')}  {place}"
+        if isinstance(node.get("stats"), dict):
+            yield f"{indent}  {', '.join(f'{key} {value}' for key, value in node['stats'].items())}"
     elif "items" in node:
         name = f" {node['class']}" if "class" in node else ""
         yield f"{indent}{label}: {kind}{name}"
