@@ -13,6 +13,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -138,12 +139,28 @@ SERVERS: dict[str, Callable[[Path], Any]] = {
 
 def install_azurite() -> Path:
     """Install Azurite with npm into the user's cache, once; returns its program."""
-    program = CACHE / "azurite/node_modules/azurite/dist/src/blob/main.js"
-    if not program.exists():
-        target = str(CACHE / "azurite")
-        command = ["npm", "install", "--silent", "--no-audit", "--no-fund", "--prefix", target, _AZURITE]
-        subprocess.run(command, check=True)
-    return program
+    target = CACHE / _AZURITE
+    if not target.exists():
+        CACHE.mkdir(parents=True, exist_ok=True)
+        # An installation that was cut off must never be taken for a whole one: a rename publishes it.
+        made = Path(tempfile.mkdtemp(prefix="azurite-", suffix=".tmp", dir=CACHE))
+        try:
+            command = [
+                "npm",
+                "install",
+                "--silent",
+                "--no-audit",
+                "--no-fund",
+                "--prefix",
+                str(made),
+                _AZURITE,
+            ]
+            subprocess.run(command, check=True)
+            with suppress(OSError):  # Another process may have been first.
+                made.rename(target)
+        finally:
+            shutil.rmtree(made, ignore_errors=True)
+    return target / "node_modules/azurite/dist/src/blob/main.js"
 
 
 @contextmanager
