@@ -252,3 +252,20 @@ def test_each_fault_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         steps(works=False)
         assert caplog.text.count("could not be stored") == 2
     assert captured.ledger.stored == 36 and captured.ledger.failed == 54
+
+
+def test_a_batch_that_cannot_be_named_or_read_is_still_accounted_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    from tlcore.host_memory import Chunk
+    from tlcore.plans import PlanTable
+
+    def broken(*arguments: Any) -> Any:
+        raise RuntimeError("broken")
+
+    for owner, name in ((Chunk, "ready"), (PlanTable, "plan")):
+        module, x = model(), torch.randn(2, 4)
+        plain = module(x)
+        with monkeypatch.context() as patch:
+            patch.setattr(owner, name, broken)
+            with tlcore.capture(module, backend=MemorySink()) as captured:
+                assert torch.equal(module(x), plain)
+        assert captured.ledger.balanced and captured.ledger.failed == captured.ledger.captured == 6

@@ -20,6 +20,7 @@ from .plans import Plan, Planned, PlanTable, with_bare_last
 from .protocols import Sink
 from .record import Counts, Ledger, Record, StepSummary
 from .rendering import Structures, Templates
+from .sites import count_forms
 
 log = logging.getLogger("tlcore")
 # Records made at a time: few enough that Python's garbage collector sees them come and go.
@@ -97,8 +98,12 @@ class Processor:
                 self._pool.release(chunk)
 
     def _store(self, batch: Batch, step: _OpenStep) -> None:
-        for chunk in batch.memory:
-            chunk.ready()
+        try:
+            for chunk in batch.memory:
+                chunk.ready()
+        except Exception as error:
+            # A device failed; the batch is still booked, as captured and failed.
+            step.error = step.error or error
         examined = self._examine(batch, step)
         self._store_examined(batch if examined is None else examined.batch, step, examined)
 
@@ -114,7 +119,11 @@ class Processor:
             return None
 
     def _store_examined(self, batch: Batch, step: _OpenStep, examined: Examined | None) -> None:
-        plan = self._plans.plan(batch.sites, batch.forms, batch.scalars)
+        try:
+            plan = self._plans.plan(batch.sites, batch.forms, batch.scalars)
+        except Exception:
+            step.counts.add(count_forms(batch.forms))
+            raise
         step.add(plan, examined)
         for first in range(0, len(plan.stored), _AT_ONCE):
             if step.error is not None:

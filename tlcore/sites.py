@@ -111,7 +111,7 @@ class Site:
         document = describe(self._sketch, (), tensor, values)
         if self._keywords is not None:
             document["kwargs"] = describe(self._keywords, (), tensor, values)
-        return Scene(tuple(stored), Template(document), _counts(forms))
+        return Scene(tuple(stored), Template(document), count_forms(forms))
 
     def _origin(self, form: Form, path: tuple[PathKey, ...], rank: int) -> Origin:
         return Origin(rank, self.module, self.call, self.direction, path, form.dtype, form.shape, form.device)
@@ -127,7 +127,8 @@ def _describe_form(form: Form) -> Json:
     }
 
 
-def _counts(forms: Sequence[Form]) -> Counts:
+def count_forms(forms: Sequence[Form]) -> Counts:
+    """The ledger of tensors with these forms, without the stored ones' success."""
     counts = Counts(reasons=Counter())
     for form in forms:
         outcome = form.outcome
