@@ -29,8 +29,9 @@ test: lint azurite chromium
 test-deep: lint azurite chromium
 	TLCORE_DEEP=1 $(python) -m pytest
 
+# Only the files that have such tests: others need packages that may not be there.
 test-gpu:
-	PYTHONPATH=backends:schemas $(PYTHON) -m pytest -m gpu
+	PYTHONPATH=backends:schemas $(PYTHON) -m pytest -m gpu $$(grep -rl "mark\.gpu" --include="test_*.py" tests)
 
 # The other tools that are measured beside tlcore are installed only here.
 bench: $(VENV)/.bench

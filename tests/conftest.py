@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 
 import pytest
 import torch
-from hypothesis import HealthCheck, settings
 
 from tests.deep import DEEP
 from tests.servers import SERVERS, Server
 
-# A busy machine is not a failure: what a test must not exceed, it says itself.
-settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
-settings.load_profile("tests")
+# The tests that need a device run where there is little beside torch.
+with suppress(ImportError):
+    from hypothesis import HealthCheck, settings
+
+    # A busy machine is not a failure: what a test must not exceed, it says itself.
+    settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("tests")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
