@@ -159,8 +159,11 @@ class Processor:
         if give_up:
             step.error = step.error or self.failing
         if self._examiner is not None:
-            rest = self._examiner.rest(end.step)
-            self._store_examined(rest.batch, step, rest)
+            try:
+                rest = self._examiner.rest(end.step)
+                self._store_examined(rest.batch, step, rest)
+            except Exception as error:
+                step.error = step.error or error
         counts = step.counts
         staged = counts.captured - counts.skipped - counts.dropped - counts.failed
         if step.error is None:
