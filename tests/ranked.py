@@ -12,8 +12,9 @@ from torch import nn
 import tlcore
 from tlcore.adapters.vllm.rows import external_id
 from tlcore.reader import Run
+from tlcore.runs import new_run, new_run_id
 from tlcore.schema import load_config
-from tlcore.session import Session, new_run, new_run_id
+from tlcore.session import Session
 
 Rows = Sequence[tuple[str, int, int]]
 

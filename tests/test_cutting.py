@@ -9,8 +9,9 @@ from torch import nn
 import tlcore
 from tests.sinks import MemorySink
 from tlcore.cutting import Cut
+from tlcore.runs import new_run
 from tlcore.schema import load_config
-from tlcore.session import Session, new_run
+from tlcore.session import Session
 
 # Three requests of 2, 1 and 3 tokens, of which the first and the last are kept, and 2 rows of padding.
 CUT = Cut([(0, 2), (3, 3)], 6, 2, [0, 2], 3)

@@ -21,8 +21,9 @@ from tests.backends import raw
 from tests.servers import Server
 from tlcore.errors import BackendError
 from tlcore.protocols import Sink, Store
+from tlcore.runs import new_run
 from tlcore.schema import load_config
-from tlcore.session import Session, new_run
+from tlcore.session import Session
 from tlcore.testing import SinkConformance, StoreConformance, Tensors
 from tlcore_backends.object_storage import FsspecStore, make_sink
 from tlcore_backends.places import open_store
@@ -144,7 +145,8 @@ LEFT_OPEN = """
 import json, sys, torch
 from torch import nn
 from tlcore.schema import load_config
-from tlcore.session import Session, new_run
+from tlcore.runs import new_run
+from tlcore.session import Session
 config = load_config(json.loads(sys.argv[1]))
 run = new_run(config)
 session = Session(config, run)

@@ -19,7 +19,7 @@ import tlcore
 from tests.sinks import MemorySink
 from tests.toys import Holder, hook_count, model
 from tlcore import pipeline
-from tlcore.session import new_run_id
+from tlcore.runs import new_run_id
 
 
 @pytest.mark.parametrize("where", ["write", "commit_step", "close"])

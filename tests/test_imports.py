@@ -22,7 +22,7 @@ LAYERS: list[set[str]] = [
     {"pipeline"},
     {"collector"},
     {"cutting", "hooks", "reader"},
-    {"bracket"},
+    {"bracket", "runs"},
     {"convert", "filesystem", "prune", "session"},
     {"__main__", "adapters", "cli", "compare_il", "comparison", "testing", "vllm"},
 ]

@@ -18,8 +18,9 @@ from tests.servers import Server
 from tlcore.__main__ import main
 from tlcore.errors import ReadError, VerifyError
 from tlcore.reader import Run
+from tlcore.runs import new_run
 from tlcore.schema import load_config
-from tlcore.session import Session, new_run
+from tlcore.session import Session
 from tlcore.testing import every_dtype, make_record, make_run, make_summary
 from tlcore_backends.object_storage import FsspecStore
 from tlcore_backends.places import open_store

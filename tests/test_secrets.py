@@ -18,8 +18,8 @@ from torch import nn
 import tlcore
 from tests.reading import command
 from tlcore.errors import TlcoreError
+from tlcore.runs import new_run
 from tlcore.schema import load_config
-from tlcore.session import new_run
 
 SECRETS = {
     "option": "canary-in-an-option",

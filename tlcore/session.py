@@ -3,23 +3,18 @@
 from __future__ import annotations
 
 import atexit
-import datetime
 import functools
 import logging
 import os
-import platform
-import socket
 import threading
-import time
 import weakref
 from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
-import torch
 from torch import nn
 
-from . import __version__, names, registry
+from . import names
 from .batch import Batch, StepEnd
 from .bracket import Bracket, compiled_meanwhile, refuse_unreachable
 from .collector import Collector
@@ -32,80 +27,13 @@ from .hooks import Listener, ListenerSet, Source, refuse_compiled
 from .host_memory import HostPool
 from .pipeline import InlinePipeline, Processor, ThreadPipeline
 from .protocols import Sink
-from .record import LAYOUT_VERSION, Counts, Json, Ledger, RunInfo, SpillPlace
+from .record import Counts, Json, RunInfo
+from .runs import make_sink, new_run, now
 from .schema import Config, load_config
 from .staging import Stager
 from .structure import class_name
 
 log = logging.getLogger("tlcore")
-_LEAST_PATIENCE_S, _MOST_PATIENCE_S = 0.5, 5.0
-
-
-def new_run_id() -> str:
-    """A UUIDv7 (RFC 9562): its first 48 bits are milliseconds, so run directories sort by time."""
-    value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10), "big")
-    value = value & ~(0xF << 76) & ~(0x3 << 62) | 0x7 << 76 | 0x2 << 62
-    text = f"{value:032x}"
-    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
-
-
-def now() -> str:
-    """The wall-clock time in UTC, ISO 8601 with microseconds."""
-    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
-
-
-def new_run(
-    config: Config,
-    rank: int = 0,
-    world_size: int = 1,
-    run_id: str | None = None,
-    extra_versions: Mapping[str, str] | None = None,
-    backend: str | None = None,
-) -> RunInfo:
-    """Describe a run: where it will lie, and the content of its ``run.json``."""
-    run_id = run_id or new_run_id()
-    versions = {
-        "tlcore": __version__,
-        "torch": str(torch.__version__),
-        "python": platform.python_version(),
-        **(extra_versions or {}),
-    }
-    document: Json = {
-        "layout": LAYOUT_VERSION,
-        "run_id": run_id,
-        "created": now(),
-        "host": socket.gethostname(),
-        "pid": os.getpid(),
-        "world_size": world_size,
-        "config": config.to_json(redact=True),
-        "backend": backend or config.backend,
-        "versions": versions,
-    }
-    if backend is not None:
-        document["config"]["backend"] = backend
-    return RunInfo(
-        run_id=run_id,
-        url=f"{config.output_dir.rstrip('/')}/{run_id}",
-        rank=rank,
-        world_size=world_size,
-        document=document,
-        ledger=Ledger(),
-        fsync=config.fsync,
-        spill=_spill_place(config, run_id),
-    )
-
-
-def _spill_place(config: Config, run_id: str) -> SpillPlace | None:
-    if config.spill_dir is None:
-        return None
-    # Spilling must begin before a step gives up waiting for the queue.
-    patience_s = min(max(config.block_s / 2, _LEAST_PATIENCE_S), _MOST_PATIENCE_S)
-    return SpillPlace(os.path.join(config.spill_dir, run_id), patience_s)
-
-
-def make_sink(config: Config) -> Sink:
-    """The configured backend's sink, not yet opened."""
-    return registry.resolve(config.backend).factory(**config.backend_options)
 
 
 class Session:

@@ -120,7 +120,7 @@ def test_links_of_ones_own_and_shared_groups_are_fine(tmp: Path) -> None:
 
 
 def test_a_planted_run_directory_is_refused(tmp: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tlcore.session.new_run_id", lambda: "known")
+    monkeypatch.setattr("tlcore.runs.new_run_id", lambda: "known")
     (tmp / "out").mkdir()
     (tmp / "elsewhere").mkdir()
     (tmp / "out" / "known").symlink_to(tmp / "elsewhere")

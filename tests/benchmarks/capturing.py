@@ -15,8 +15,9 @@ import torch
 import xxhash
 
 from tlcore.record import Counts
+from tlcore.runs import new_run
 from tlcore.schema import load_config
-from tlcore.session import Session, new_run
+from tlcore.session import Session
 
 from .timing import timed
 from .workload import Workload, hooked

@@ -19,8 +19,9 @@ import torch
 from tests.models import smollm2
 from tlcore.adapters.vllm.hookable import make_hookable
 from tlcore.adapters.vllm.steps import StepBracket
+from tlcore.runs import new_run
 from tlcore.schema import load_config
-from tlcore.session import Session, new_run
+from tlcore.session import Session
 
 from .capturing import Memcpy
 from .rows import SCALES, Scale

@@ -11,8 +11,9 @@ from torch import nn
 
 import tlcore
 from tlcore.errors import ConfigError
+from tlcore.runs import new_run
 from tlcore.schema import load_config
-from tlcore.session import Session, new_run
+from tlcore.session import Session
 
 PROMPTS = {"x": torch.randn(5, 4), "y": torch.randn(3, 4), "z": torch.randn(4, 4)}
 Batch = Sequence[tuple[str, int, int]]

@@ -13,8 +13,9 @@ from tests.vllm.test_steps import Runner, scheduled
 from tlcore.adapters.vllm.rows import RowReader
 from tlcore.adapters.vllm.selection import RowSelection
 from tlcore.adapters.vllm.steps import StepBracket
+from tlcore.runs import new_run
 from tlcore.schema import load_config
-from tlcore.session import Session, new_run
+from tlcore.session import Session
 
 
 def _step(runner: Runner, sink: MemorySink, **keys: Any) -> None:

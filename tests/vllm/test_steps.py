@@ -14,8 +14,9 @@ from tests.sinks import MemorySink
 from tlcore.adapters.vllm.hookable import make_hookable
 from tlcore.adapters.vllm.rows import RowError, RowReader, external_id
 from tlcore.adapters.vllm.steps import StepBracket
+from tlcore.runs import new_run
 from tlcore.schema import load_config
-from tlcore.session import Session, new_run
+from tlcore.session import Session
 
 PARALLEL = SimpleNamespace(parallel_config=SimpleNamespace(prefill_context_parallel_size=1))
 

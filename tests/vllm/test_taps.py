@@ -18,8 +18,9 @@ from tlcore.adapters.vllm.static_copies import StaticCopies
 from tlcore.adapters.vllm.tapped import install_taps
 from tlcore.adapters.vllm.taps import Taps
 from tlcore.filters import ModuleFilter
+from tlcore.runs import new_run
 from tlcore.schema import load_config
-from tlcore.session import Session, new_run
+from tlcore.session import Session
 
 
 class Rotates(nn.Module):

@@ -14,8 +14,9 @@ from typing import Any
 
 from ...errors import CaptureError, TlcoreError
 from ...record import LEDGER_COLUMNS, Json, RunInfo
+from ...runs import new_run
 from ...schema import Config, load_config
-from ...session import Session, new_run
+from ...session import Session
 from .carrier import is_carrier
 from .compiled import TAPS, EagerSteps
 from .frontend import compiles, unknown_vllm

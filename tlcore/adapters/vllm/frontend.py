@@ -12,8 +12,8 @@ from typing import Any
 from ...errors import BackendError, CaptureError, ConfigError
 from ...names import is_url
 from ...registry import resolve
+from ...runs import new_run_id
 from ...schema import Config, load_config
-from ...session import new_run_id
 from . import ENDPOINT, PLUGIN
 from .carrier import KEY, Carrier, carried, is_carrier
 from .grace import give_workers_time

@@ -45,8 +45,8 @@ def probe(carrier: Mapping[str, Any]) -> None:
 
 def main() -> int:
     """Open the run described on standard input; the refusal, if any, goes to standard output."""
+    from ...runs import make_sink, new_run
     from ...schema import load_config
-    from ...session import make_sink, new_run
 
     carrier = json.load(sys.stdin)
     try:
