@@ -55,6 +55,28 @@ def test_memory_is_given_back_after_the_last_selected_step() -> None:
     assert held == [True, True, False, False]
 
 
+def test_a_forward_that_others_wrap_while_it_is_listened_to_is_heard_once_in_later_steps() -> None:
+    module = model()
+    sink = MemorySink()
+    wrapped: list[bool] = []
+
+    def wrap() -> None:
+        inner = module[2].forward
+        module[2].forward = lambda x: inner(x) + 1
+
+    module[0].register_forward_hook(lambda *_: None if wrapped else wrap())
+    x = torch.randn(2, 4)
+    plain = model()(x)
+    with tlcore.capture(module, backend=sink, log_step_ids=[0, 2, 4]) as captured:
+        for _ in range(5):
+            result = module(x)
+            wrapped.append(True)
+    assert torch.equal(result, plain + 1) and torch.equal(module(x), plain + 1)
+    assert [step.calls for step in sink.steps] == [["0", "1", "2"]] * 3
+    assert captured.ledger.stored == captured.ledger.captured == 18
+    assert torch.equal(sink.tensors["step_4/2/outputs_cpu"], plain + 1)
+
+
 def test_no_step_ids_means_all_steps() -> None:
     sink, _ = run(model(), steps=3, log_step_ids=[])
     assert [step.step for step in sink.steps] == [0, 1, 2]

@@ -55,7 +55,16 @@ class Listener:
         self._forward: Callable[..., Any] = module.forward
         self._replaced: Any = None
         self._installed = False
+        self.wrapped_by_others = False
         self._handles: list[RemovableHandle] = []
+
+    def successor(self) -> Listener:
+        """A new listener for the module, around whatever has been wrapped around this one.
+
+        This one stays inside that, and passes by for ever.
+        """
+        wanted, post = self._wanted, self._post
+        return Listener(self._name, self.module, wanted, self._collector, self._directory, post)
 
     def begin_step(self, owner: int) -> None:
         """Start counting calls from zero; only ``owner``'s thread is listened to."""
@@ -84,8 +93,9 @@ class Listener:
         for handle in self._handles:
             handle.remove()
         self._handles = []
-        self._installed = False
         own = vars(self.module)
+        self.wrapped_by_others = self._installed and own.get("forward") is not self
+        self._installed = False
         if own.get("forward") is self:
             before = self._replaced
             while isinstance(before, Listener) and not before._installed:
@@ -251,13 +261,17 @@ class ListenerSet:
 
     def install(self) -> None:
         """Listen, unless that is still so from the step before; restart the counters."""
+        if not self._installed:
+            self._installed = True
+            self._listeners = [
+                listener.successor() if listener.wrapped_by_others else listener
+                for listener in self._listeners
+            ]
+            for listener in self._listeners:
+                listener.install()
         owner = _get_ident()
         for listener in self._listeners:
             listener.begin_step(owner)
-        if not self._installed:
-            self._installed = True
-            for listener in self._listeners:
-                listener.install()
 
     def rest(self) -> None:
         """Stay for the next step, but pass over calls outside a step."""
