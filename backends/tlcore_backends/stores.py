@@ -380,7 +380,7 @@ def _make_parents(directory: str) -> None:
         os.mkdir(directory, _DIRECTORY_MODE)
     except FileExistsError:
         if not os.path.isdir(directory):
-            raise
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory) from None
 
 
 def _sync_directory(directory: str) -> None:

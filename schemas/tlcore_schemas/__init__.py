@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from importlib import resources
 from typing import Any
 
@@ -12,6 +13,10 @@ def load(name: str) -> dict[str, Any]:
 
     Raises FileNotFoundError when there is no such schema.
     """
-    text = resources.files(__name__).joinpath(f"{name}.json").read_text(encoding="utf-8")
-    document: dict[str, Any] = json.loads(text)
+    document: dict[str, Any] = json.loads(_text(name))
     return document
+
+
+@cache
+def _text(name: str) -> str:
+    return resources.files(__name__).joinpath(f"{name}.json").read_text(encoding="utf-8")
