@@ -17,13 +17,13 @@ from tlcore.errors import BackendError
 from tlcore.protocols import Buffer, Entry
 
 from .trust import check_trusted
+from .writing import write_all
 
 UNFINISHED = ".tmp"
 _UNFINISHED_FILE = re.compile(rf".+\.[0-9a-f]{{8}}-\d+{re.escape(UNFINISHED)}", re.DOTALL)
 _DIRECTORY_MODE = 0o700
 _FILE_MODE = 0o600
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP})
-_WRITEV_PARTS = 1024
 # A long run makes a few directories a step; those it will not use again are forgotten.
 _MOST_KNOWN_DIRECTORIES = 4096
 _BAD_NAME = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
@@ -275,14 +275,14 @@ class UnfinishedFile:
 
     def write(self, parts: Sequence[Buffer]) -> int:
         """Append ``parts``; returns how many bytes they were."""
-        return _write_all(self._open_handle, parts)
+        return write_all(self._open_handle, parts)
 
     def publish(self, head: bytes = b"") -> None:
         """Put ``head`` in the reserved place and give the file its name."""
         handle = self._open_handle
         if head:
             os.lseek(handle, 0, os.SEEK_SET)
-            _write_all(handle, [head])
+            write_all(handle, [head])
         if self._fsync:
             os.fsync(handle)
         self._close()
@@ -343,21 +343,6 @@ def _walk(directory: str) -> Iterator[os.DirEntry[str]]:
             raise _refused("list", directory, error) from error
         yield from (entry for entry in found if entry.is_file(follow_symlinks=False))
         waiting += (entry.path for entry in found if entry.is_dir(follow_symlinks=False))
-
-
-def _write_all(handle: int, parts: Sequence[Buffer]) -> int:
-    """Write every part in order, however little the system takes at a time; returns the bytes written."""
-    pending = [view for part in parts if (view := memoryview(part).cast("B")).nbytes]
-    total = sum(view.nbytes for view in pending)
-    first = 0
-    while first < len(pending):
-        written = os.writev(handle, pending[first : first + _WRITEV_PARTS])
-        while first < len(pending) and written >= pending[first].nbytes:
-            written -= pending[first].nbytes
-            first += 1
-        if written:
-            pending[first] = pending[first][written:]
-    return total
 
 
 def make_parent(path: str) -> None:

@@ -13,6 +13,7 @@ import pytest
 from tlcore.errors import BackendError
 from tlcore.protocols import Entry
 from tlcore_backends.stores import LocalStore
+from tlcore_backends.writing import write_all
 
 
 @pytest.fixture
@@ -61,11 +62,9 @@ def test_a_short_write_is_continued(store: LocalStore) -> None:
     read: list[bytes] = []
     reader = threading.Thread(target=lambda: read.append((store.root / "pipe").read_bytes()))
     reader.start()
-    from tlcore_backends.stores import _write_all
-
     handle = os.open(store.root / "pipe", os.O_WRONLY)
     big = os.urandom(1 << 20)
-    _write_all(handle, [big, b"end"])
+    write_all(handle, [big, b"end"])
     os.close(handle)
     reader.join()
     assert read == [big + b"end"]
