@@ -170,7 +170,7 @@ def test_a_broken_disk(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def broken(handle: int, parts: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    fault = at(2, lambda run: monkeypatch.setattr(stores, "_write_all", broken))
+    fault = at(2, lambda run: monkeypatch.setattr(stores, "write_all", broken))
     outcome = capture({"output_dir": str(tmp_path), "backend": format, "block_s": BLOCK_S}, 4, fault)
     monkeypatch.undo()
     assert_unhurt(outcome, 4)
