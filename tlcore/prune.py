@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
@@ -12,6 +11,7 @@ from typing import Any
 
 from .errors import ReadError
 from .reader import Run, list_runs, open_run
+from .record import writer_is_running
 
 # A run without an end mark that did nothing for this long has crashed.
 QUIET_S = 86400.0
@@ -95,9 +95,9 @@ def _oldest(candidates: list[Candidate], total: int, max_total: int | None) -> l
 
 
 def _may_be_running(run: Run, now: datetime) -> bool:
-    pid = run.document.get("pid")
-    if run.document.get("host") == socket.gethostname() and type(pid) is int and pid > 0:
-        return _is_alive(pid)
+    running = writer_is_running(run.document)
+    if running is not None:
+        return running
     active = _last_activity(run)
     return active is None or (now - active).total_seconds() < QUIET_S
 
@@ -122,13 +122,3 @@ def _time(text: str) -> datetime | None:
     except ValueError:
         return None
     return time if time.tzinfo is not None else time.replace(tzinfo=timezone.utc)
-
-
-def _is_alive(pid: int) -> bool:
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True

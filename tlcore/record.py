@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import os
+import socket
 import threading
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -218,6 +220,21 @@ class SpillPlace:
 
     directory: str
     patience_s: float
+
+
+def writer_is_running(document: Mapping[str, Any]) -> bool | None:
+    """Whether the process named by ``host`` and ``pid`` runs; None where this machine cannot tell."""
+    pid = document.get("pid")
+    if document.get("host") != socket.gethostname() or type(pid) is not int or pid <= 0:
+        return None
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:
+        # It is somebody else's.
+        return True
+    return True
 
 
 @dataclass(frozen=True, slots=True)

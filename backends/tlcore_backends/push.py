@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tlcore.errors import BackendError
 from tlcore.names import REDACTED, redact_url
+from tlcore.record import writer_is_running
 
 from .delivery import deliver, is_marker, remove_empty_directories
 from .places import open_store
@@ -84,7 +84,7 @@ def _spilled_run(path: str) -> SpilledRun | None:
     entries = [entry for entry in store.list() if not is_marker(entry.name)]
     files = tuple(entry.name for entry in entries)
     return SpilledRun(
-        path, notes[0]["url"], files, sum(entry.size for entry in entries), any(map(_is_alive, notes))
+        path, notes[0]["url"], files, sum(entry.size for entry in entries), any(map(writer_is_running, notes))
     )
 
 
@@ -96,17 +96,3 @@ def _note(store: LocalStore, name: str) -> dict[str, Any]:
     if not isinstance(note, dict) or not isinstance(note.get("url"), str):
         raise BackendError(f"{store.url}/{name}: damaged; it should say where the run belongs")
     return note
-
-
-def _is_alive(note: Mapping[str, Any]) -> bool:
-    """Whether the process that spilled runs on this machine, so that it delivers by itself."""
-    pid = note.get("pid")
-    if note.get("host") != socket.gethostname() or type(pid) is not int or pid <= 0:
-        return False
-    try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
-    except OSError:
-        return True
-    return True
