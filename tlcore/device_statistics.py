@@ -35,7 +35,7 @@ def measure(tensor: torch.Tensor) -> torch.Tensor:
         raise RuntimeError("a CUDA graph is being captured")
     with torch.no_grad():
         flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
-        rows = [_moments(flat[at : at + _PIECE]) for at in range(0, flat.numel(), _PIECE)]
+        rows = [moments(flat[at : at + _PIECE]) for at in range(0, flat.numel(), _PIECE)]
         parts = [row.view(torch.int64) for row in rows]
         parts += _sums(flat.view(torch.uint8)) if flat.numel() else []
         return torch.cat(parts) if parts else torch.empty(0, dtype=torch.int64, device=tensor.device)
@@ -52,8 +52,8 @@ def statistics(
     return combine(moments.tolist(), numel, digest(sums, dtype, shape))
 
 
-def _moments(piece: torch.Tensor) -> torch.Tensor:
-    """The `MOMENTS` of a piece, float64."""
+def moments(piece: torch.Tensor) -> torch.Tensor:
+    """The `MOMENTS` of a piece that is not empty, float64, on its device."""
     values = piece.to(torch.complex128).abs() if piece.is_complex() else piece.to(torch.float64)
     finite = values.isfinite()
     count = finite.sum()

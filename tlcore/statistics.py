@@ -49,7 +49,7 @@ def _expressible(value: object) -> bool:
     return not isinstance(value, float) or math.isfinite(value)
 
 
-def combine(pieces: Iterable[Sequence[float]], numel: int, digest: str) -> Statistics:
+def combine(pieces: Iterable[Sequence[float]], numel: int, digest: str | None) -> Statistics:
     """The statistics of a tensor of ``numel`` elements from the `MOMENTS` of its pieces."""
     rows = list(pieces)
     zeros, nans, infs = (int(sum(row[column] for row in rows)) for column in (6, 7, 8))

@@ -67,10 +67,12 @@ def _show_tensor(step: Step, name: str, as_json: bool) -> None:
         "bytes": tensor.numel() * tensor.element_size(),
         **asdict(summarize(tensor)),
     }
+    # Not of these values but of the bytes: step.json has it.
+    del description["hash"]
     if record is None:
         description["note"] = "the step was not committed"
     else:
-        description |= {key: record[key] for key in ("rank", "part", "alias_of") if key in record}
+        description |= {key: record[key] for key in ("hash", "rank", "part", "alias_of") if key in record}
     if as_json:
         print(json.dumps(description, indent=1))
         return

@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from ..names import PathKey
 from ..reader import Run, Step
 from ..record import Direction, Json
+from .frames import data_frame
 from .measure import Measures
 
 Status = Literal["bitwise", "close", "different", "missing", "unreadable"]
@@ -179,14 +180,7 @@ class Comparison:
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with one row a tensor. Raises ImportError without pandas."""
-        import pandas
-
-        rows = []
-        for result in self.results:
-            row = result.to_json()
-            measures = row.pop("measures") or {}
-            rows.append({**row, **measures})
-        return pandas.DataFrame(rows)
+        return data_frame((result.to_json() for result in self.results), "measures")
 
     def __str__(self) -> str:
         counted = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)

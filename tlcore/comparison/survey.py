@@ -16,6 +16,7 @@ from ..names import PathKey, is_url
 from ..reader import Run, Step, open_run
 from ..reader.statistics import Statistics, summarize_pieces
 from ..record import Direction, Json
+from .frames import data_frame
 from .match import Rules, compiled_pattern, keyed
 from .measure import CHUNK
 
@@ -122,13 +123,7 @@ class Survey:
 
     def to_pandas(self) -> Any:
         """A `pandas.DataFrame` with one row a tensor. Raises ImportError without pandas."""
-        import pandas
-
-        rows = []
-        for tensor in self.tensors:
-            row = tensor.to_json()
-            rows.append({**row, **(row.pop("values") or {})})
-        return pandas.DataFrame(rows)
+        return data_frame((tensor.to_json() for tensor in self.tensors), "values")
 
     def __str__(self) -> str:
         return "\n".join(self.verdict())
@@ -227,9 +222,7 @@ def _statistics(step: Step, record: Json) -> Statistics:
     payload = step.payload(name)
     total = prod(payload.shape)
     try:
-        return summarize_pieces(
-            lambda: (payload.read(at, min(at + CHUNK, total)) for at in range(0, total, CHUNK))
-        )
+        return summarize_pieces(payload.read(at, min(at + CHUNK, total)) for at in range(0, total, CHUNK))
     finally:
         payload.close()
 
