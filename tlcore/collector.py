@@ -123,7 +123,7 @@ class Collector:
                 site = sites.add(known, key, direction, sketch, keywords)
             self._add_site(site)
             if self._stager.full:
-                self._hand_over_if_needed()
+                self.hand_over_if_needed()
         except Exception as error:
             self._broken(sites, direction, error)
 
@@ -140,7 +140,7 @@ class Collector:
                 site = sites.add(sites.outputs, sketch, "outputs", sketch, None)
             self._add_site(site)
             if self._stager.full:
-                self._hand_over_if_needed()
+                self.hand_over_if_needed()
         except Exception as error:
             self._broken(sites, "outputs", error)
 
@@ -167,7 +167,10 @@ class Collector:
             except RuntimeError:
                 # A tensor that hides its metadata or its memory: the long way finds out what it is.
                 pass
-        form, chunk, offset = self._taken(tensor)
+        self._add(self._taken(tensor))
+
+    def _add(self, taken: Taken) -> None:
+        form, chunk, offset = taken
         self._add_form(form)
         self._add_chunk(chunk)
         self._add_offset(offset)
@@ -183,9 +186,9 @@ class Collector:
     def _taken(self, tensor: torch.Tensor) -> Taken:
         form = self._forms.find(tensor)
         if form.outcome is not None:
-            return form, NO_CHUNK, 0
+            return self.without_copy(form)
         if self._max_run_bytes is not None and self._run_bytes + form.nbytes > self._max_run_bytes:
-            return form.refused(RUN_FULL), NO_CHUNK, 0
+            return self.without_copy(form.refused(RUN_FULL))
         try:
             if self._capture != "tensor" and self.measures_itself(tensor):
                 place = self._stage_measured(tensor, form)
@@ -193,9 +196,9 @@ class Collector:
                 place = self._stager.stage(tensor, form)
         except Exception as error:
             log.debug("a tensor could not be copied", exc_info=True)
-            return form.refused(Outcome("failed", f"copy raised {type(error).__name__}")), NO_CHUNK, 0
+            return self.without_copy(form.refused(Outcome("failed", f"copy raised {type(error).__name__}")))
         if place is None:
-            return form.refused(QUEUE_FULL), NO_CHUNK, 0
+            return self.without_copy(form.refused(QUEUE_FULL))
         self._run_bytes += form.nbytes
         return form, *place
 
@@ -226,10 +229,8 @@ class Collector:
         scalars: Sequence[Scalar],
     ) -> None:
         """Add one side of a call whose tensors were taken before."""
-        for form, chunk, offset in tensors:
-            self._add_form(form)
-            self._add_chunk(chunk)
-            self._add_offset(offset)
+        for taken in tensors:
+            self._add(taken)
         self._batch.scalars.extend(scalars)
         known: _Sites = getattr(sites, direction)
         key = sketch if keywords in (None, NO_ITEMS) else (sketch, keywords)
@@ -237,8 +238,8 @@ class Collector:
 
     def hand_over_if_needed(self) -> None:
         """Give full memory to the pipeline; not while a tensor is taken whose side is not added yet."""
-        if self._stager.full:
-            self._hand_over_if_needed()
+        if self._stager.must_hand_over:
+            self._hand_over(everything=False)
 
     def _broken(self, sites: CallSites, direction: Direction, error: Exception) -> None:
         """Book a side that could not be captured; what was copied of it stays accounted for."""
@@ -250,10 +251,6 @@ class Collector:
         outcome = Outcome("failed", f"capture raised {name}")
         batch.forms[tensors:] = [form.refused(outcome) for form in batch.forms[tensors:]]
         self._add_site(sites.site(direction, ("list", (TENSOR,) * (len(batch.forms) - tensors))))
-
-    def _hand_over_if_needed(self) -> None:
-        if self._stager.must_hand_over:
-            self._hand_over(everything=False)
 
     def _hand_over(self, everything: bool) -> None:
         batch = self._batch

@@ -9,7 +9,6 @@ import torch
 
 from .collector import Collector, Taken
 from .forms import Outcome
-from .host_memory import NO_CHUNK
 
 ROWS_UNKNOWN = Outcome("skipped", "rows of the requests unknown")
 
@@ -91,15 +90,16 @@ class CuttingCollector(Collector):
         if cut is not None:
             super().tensor(cut(tensor))
             return
-        self._add_form(self._forms.find(tensor).refused(ROWS_UNKNOWN))
-        self._add_chunk(NO_CHUNK)
-        self._add_offset(0)
+        self._add(self._without_rows(tensor))
 
     def take(self, tensor: torch.Tensor) -> Taken:
         """Copy the kept rows of one tensor, for a side that is added later."""
         cut = self._step_cut()
         if cut is not None:
             return super().take(cut(tensor))
+        return self._without_rows(tensor)
+
+    def _without_rows(self, tensor: torch.Tensor) -> Taken:
         return self.without_copy(self._forms.find(tensor).refused(ROWS_UNKNOWN))
 
     def _step_cut(self) -> Cut | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ReadError
 from ..names import is_url
 from ..reader import Run, open_run
-from .match import Rules, compiled_pattern, match, renames
+from .match import Pair, Rules, compiled_pattern, match, renames
 from .measure import Tolerance
 from .results import Comparison, Origin, TensorResult
 from .schedule import in_order
@@ -79,20 +79,32 @@ def compare(
         raise ReadError(f"{run_a.url} and {run_b.url}: no tensor to compare")
     places = place_of(_path(a), options_a), place_of(_path(b), options_b)
     task = Task(*places, Tolerance(rtol, atol, by_norm), check_dtype, uuid.uuid4().hex)
-    own = ThreadPoolExecutor(_workers(run_a, run_b)) if executor is None else nullcontext(executor)
-    results: list[TensorResult] = []
-    share(task, run_a, run_b)
-    try:
-        with own as pool:
-            for done, found in enumerate(in_order(pool, task, matching.pairs, (run_a, run_b), deep), 1):
-                results += found
-                if progress is not None:
-                    progress(done, len(matching.pairs))
-    finally:
-        unshare(task)
+    results = _measured(task, (run_a, run_b), matching.pairs, deep, executor, progress)
     pieces = [(pair, each) for pair in matching.pairs for each in pair.pieces]
     origin = Origin((run_a, run_b), pieces, held)
     return Comparison(run_a.url, run_b.url, [*results, *matching.missing], matching.notes, origin)
+
+
+def _measured(
+    task: Task,
+    runs: tuple[Run, Run],
+    pairs: Sequence[Pair],
+    deep: bool,
+    executor: Executor | None,
+    progress: Progress | None,
+) -> list[TensorResult]:
+    own = ThreadPoolExecutor(_workers(*runs)) if executor is None else nullcontext(executor)
+    results: list[TensorResult] = []
+    share(task, *runs)
+    try:
+        with own as pool:
+            for done, found in enumerate(in_order(pool, task, pairs, runs, deep), 1):
+                results += found
+                if progress is not None:
+                    progress(done, len(pairs))
+    finally:
+        unshare(task)
+    return results
 
 
 def _open(run: RunLike, options: Mapping[str, Any]) -> Run:
