@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import os
-import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -19,13 +18,11 @@ from tlcore.errors import BackendError
 from tlcore.names import redact_url
 from tlcore.protocols import Store
 
+from .delivery import RUN_FILE, STEP_END
 from .places import open_store
 from .redaction import Redactor
 from .stores import LocalStore, unfinished_files
 from .uploads import Uploads
-
-_STEP_END = re.compile(r"step_\d+/step(_rank_\d+)?\.json")
-_RUN_FILE = "run.json"
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,9 +43,9 @@ def remove_run(url: str, storage_options: Mapping[str, Any] | None = None) -> No
     """
     store = open_store(url, storage_options)
     names = [entry.name for entry in store.list()]
-    ends = [name for name in names if _STEP_END.fullmatch(name)]
-    rest = [name for name in names if not _STEP_END.fullmatch(name) and name != _RUN_FILE]
-    for group in (ends, rest, [_RUN_FILE]):
+    ends = [name for name in names if STEP_END.fullmatch(name)]
+    rest = [name for name in names if not STEP_END.fullmatch(name) and name != RUN_FILE]
+    for group in (ends, rest, [RUN_FILE]):
         _delete(store, group)
     if isinstance(store, LocalStore):
         try:
@@ -101,7 +98,7 @@ def _delete(store: Store, names: list[str]) -> None:
 
 def _unfinished_files(directory: str) -> Iterator[Leftover]:
     for child in sorted(os.scandir(directory), key=lambda entry: entry.name):
-        if not child.is_dir(follow_symlinks=False) or not os.path.isfile(f"{child.path}/{_RUN_FILE}"):
+        if not child.is_dir(follow_symlinks=False) or not os.path.isfile(f"{child.path}/{RUN_FILE}"):
             continue
         for path in unfinished_files(child.path):
             status = os.lstat(path)

@@ -17,8 +17,9 @@ from .uploads import Uploads
 # A blob of this name holds the name of the one it is a copy of.
 COPY = ".copy"
 _STEP = re.compile(r"step_(\d+)/")
-_STEP_END = re.compile(r"step_\d+/step(_rank_\d+)?\.json")
-_RUN_END = "run.json"
+# What commits a step, and what a run begins and ends with.
+STEP_END = re.compile(r"step_\d+/step(_rank_\d+)?\.json")
+RUN_FILE = "run.json"
 _MARKER = re.compile(r"spill(_rank_[1-9]\d*)?\.json")
 _WINDOW_BYTES = 64 << 20
 _NO_STEP = 1 << 62
@@ -116,8 +117,9 @@ def _windows(entries: list[Entry]) -> Iterator[list[Entry]]:
         if window and (size > _WINDOW_BYTES or step == _NO_STEP):
             yield window
             window, size = [], 0
-        window += group
-        size = sum(entry.size for entry in window)
+        added = list(group)
+        window += added
+        size += sum(entry.size for entry in added)
     if window:
         yield window
 
@@ -129,8 +131,8 @@ def _step_of(name: str) -> int:
 
 def _turn(name: str) -> int:
     """Blobs, then copies, then what commits a step, and the run's own end after everything."""
-    if name == _RUN_END:
+    if name == RUN_FILE:
         return 3
-    if _STEP_END.fullmatch(name):
+    if STEP_END.fullmatch(name):
         return 2
     return 1 if name.endswith(COPY) else 0

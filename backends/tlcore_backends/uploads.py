@@ -61,6 +61,8 @@ class Uploads:
 
     def _hand_over(self) -> None:
         calls, self._group = self._group, []
+        if not calls:
+            return
         try:
             self._running.append(self._pool.submit(_all, calls))
         except RuntimeError:
