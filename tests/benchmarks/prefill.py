@@ -53,16 +53,29 @@ def _added(work: Workload, directory: Path, scale: Scale) -> list[Row]:
             },
             scale.repeats,
         )
+    idle = _relative("no-op hooks / plain forward", times, "idle hooks")
+    return [idle, *added_rows(times, "", size_of(work.tensors()))]
+
+
+def added_rows(times: Times, where: str, captured_bytes: int) -> list[Row]:
+    """What capture by each backend adds to a plain forward, in memcpys and against saving in hooks."""
+    memcpy = median(times["memcpy"])
     saving = added(times, "torch.save", "plain")
-    rows = [_relative("no-op hooks / plain forward", times, "idle hooks")]
+    rows = []
     for backend in _LIMITS:
         extra = added(times, backend, "plain")
-        copies = extra / median(times["memcpy"])
-        figures = f"{_ms(times, backend)} - {_ms(times, 'plain')}, memcpy {_ms(times, 'memcpy')}"
+        copied = f"memcpy {_ms(times, 'memcpy')} for {captured_bytes / 1e6:.0f} MB"
+        figures = f"{_ms(times, backend)} - {_ms(times, 'plain')}, {copied}"
         rows += [
-            Row(f"added to a captured prefill, {backend}", copies, at_most(2.0), "memcpys", figures),
             Row(
-                f"synchronous torch.save / {backend}, time added",
+                f"added to a captured prefill{where}, {backend}",
+                extra / memcpy,
+                at_most(2.0),
+                "memcpys",
+                figures,
+            ),
+            Row(
+                f"synchronous torch.save / {backend}{where}, time added",
                 saving / max(extra, 1e-6),
                 at_least(15),
                 "times",

@@ -176,7 +176,7 @@ def prefill(engine: Engine, directory: Path, scale: Scale) -> dict[str, Any]:
         "memcpy": memcpy.seconds,
         "safetensors": lambda: captured("safetensors"),
         "pt": lambda: captured("pt"),
-        "synchronous torch.save": saving,
+        "torch.save": saving,
     }
     times = interleaved(measures, scale.repeats)
     for session in sessions.values():

@@ -9,8 +9,9 @@ import pytest
 import torch
 
 import tlcore
-from tests.comparison.vllm_script import ALONE, PROMPTS
+from tests.comparison.vllm_script import ALONE
 from tests.models import smollm2
+from tests.vllm.engine_script import PROMPTS
 from tests.vllm.helpers import REPOSITORY, run
 from tlcore.__main__ import main
 

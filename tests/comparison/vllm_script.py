@@ -9,17 +9,9 @@ import json
 import os
 import sys
 
+from tests.vllm.engine_script import PROMPTS
+
 ALONE = "The first three prime numbers are two, three and five. The next one is"
-PROMPTS = [
-    "The capital of France is",
-    "Water boils at a temperature of",
-    "The first three prime numbers are",
-    "A neural network learns by",
-    "Once upon a time there was a",
-    "The opposite of hot is",
-    "In the year 1969, people first",
-    "My favourite colour is",
-]
 MODULES = [r"embed_tokens$", r"layers\.\d+$", r"layers\.(0|17)\.", r"model\.norm$"]
 
 

@@ -4,12 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import os
-import signal
-import socket
 import subprocess
-import sys
-import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -18,9 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.models import tiny_llama
-from tests.vllm.helpers import ENVIRONMENT, REPOSITORY
-
-START_S = 180.0
+from tests.vllm.server import serving
 
 
 @dataclass
@@ -78,13 +71,8 @@ def _title(pid: int) -> str:
 @contextmanager
 def served(directory: Path, config: dict[str, Any]) -> Iterator[Served]:
     """The OpenAI-compatible server over the tiny model, from the moment it answers; then ended."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = listener.getsockname()[1]
     settings = {
         "model": str(tiny_llama()),
-        "host": "127.0.0.1",
-        "port": port,
         "enforce-eager": True,
         "max-model-len": 256,
         "no-enable-prefix-caching": True,
@@ -92,36 +80,6 @@ def served(directory: Path, config: dict[str, Any]) -> Iterator[Served]:
         "num-gpu-blocks-override": 256,
         "intermediate-log-config": {"output_dir": str(directory / "dumps"), "log_step_ids": [], **config},
     }
-    (directory / "server.yaml").write_text(json.dumps(settings))
-    log = directory / "server.log"
-    command = [sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--config"]
-    with log.open("wb") as output:
-        process = subprocess.Popen(
-            [*command, str(directory / "server.yaml")],
-            cwd=REPOSITORY,
-            env=ENVIRONMENT,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
-    url = f"http://127.0.0.1:{port}"
-    try:
-        _wait_until_ready(url, process, log)
+    with serving(directory, settings) as server:
         (run,) = (directory / "dumps").iterdir()
-        yield Served(url, process, log, run)
-    finally:
-        with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-
-
-def _wait_until_ready(url: str, process: subprocess.Popen[bytes], log: Path) -> None:
-    end = time.monotonic() + START_S
-    while True:
-        assert process.poll() is None, log.read_text()[-4000:]
-        assert time.monotonic() < end, log.read_text()[-4000:]
-        try:
-            with urllib.request.urlopen(f"{url}/health", timeout=5):
-                return
-        except OSError:
-            time.sleep(0.3)
+        yield Served(server.url, server.process, server.log, run)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import socket
 import subprocess
 import sys
@@ -10,7 +12,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +74,16 @@ def serving(
             env={**ENVIRONMENT, **(environment or {})},
             stdout=output,
             stderr=subprocess.STDOUT,
+            start_new_session=True,
         )
         server = VllmServer(f"http://127.0.0.1:{port}", process, log)
         try:
             _wait_until_ready(server)
             yield server
         finally:
-            process.kill()
+            # Its engine and workers are its own session's; they must not outlive it.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
 
 
