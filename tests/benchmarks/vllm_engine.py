@@ -79,8 +79,8 @@ class Engine:
             yield
 
     @contextmanager
-    def captured(self, session: Any) -> Iterator[None]:
-        """Every step is one of the session's, as in a worker with tlcore configured."""
+    def captured(self, session: Session) -> Iterator[None]:
+        """Every step is one of the session's, as in a worker with tlcore configured; none is afterwards."""
         with self.hookable():
             StepBracket(session, self.runner)
             try:
@@ -88,27 +88,15 @@ class Engine:
             finally:
                 for name in ("execute_model", "sample_tokens", "pool"):
                     self.runner.__dict__.pop(name, None)
+                session.step_aside()
 
-    def session(self, directory: Path, backend: str, steps: Sequence[int] = ()) -> Session:
-        """A session attached to the model; ``steps`` as in ``log_step_ids``."""
-        config = load_config(output_dir=str(directory), backend=backend, log_step_ids=list(steps))
+    def session(self, directory: Path, backend: str) -> Session:
+        """A session attached to the model that captures all steps."""
+        config = load_config(output_dir=str(directory), backend=backend, log_step_ids=[])
         session = Session(config, new_run(config))
         with self.hookable():
             session.attach(self.model)
         return session
-
-
-class _EverySecond:
-    """Numbers the steps 0, 2, 4, ... of which the session selects each, so that it takes its hooks away."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._next = 0
-        self.end_step = session.end_step
-
-    def begin_step(self) -> bool:
-        self._next += 2
-        return self._session.begin_step(self._next - 2)
 
 
 def decode(engine: Engine, directory: Path, scale: Scale) -> dict[str, Any]:
@@ -155,14 +143,13 @@ def prefill(engine: Engine, directory: Path, scale: Scale) -> dict[str, Any]:
     with engine.hooks(lambda name, direction, index, tensor: tensors.append(tensor.clone())):
         engine.steps(prompts, 1)
     memcpy = Memcpy(tensors)
-    sessions = {name: engine.session(directory, name, range(0, 1000, 2)) for name in ("safetensors", "pt")}
-    numbered = {name: _EverySecond(session) for name, session in sessions.items()}
+    sessions = {name: engine.session(directory, name) for name in ("safetensors", "pt")}
 
     def plain() -> float:
         return sum(engine.steps(prompts, 1))
 
     def captured(name: str) -> float:
-        with engine.captured(numbered[name]):
+        with engine.captured(sessions[name]):
             seconds = plain()
         sessions[name].flush()
         return seconds
