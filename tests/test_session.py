@@ -55,6 +55,15 @@ def test_memory_is_given_back_after_the_last_selected_step() -> None:
     assert held == [True, True, False, False]
 
 
+def test_a_closed_session_keeps_no_memory_while_it_waits_to_be_collected() -> None:
+    module = model()
+    with tlcore.capture(module, backend=MemorySink()) as captured:
+        module(torch.randn(2, 4))
+        session = captured.session
+        assert session._pool.allocated > 0
+    assert session._pool.allocated == 0
+
+
 def test_a_forward_that_others_wrap_while_it_is_listened_to_is_heard_once_in_later_steps() -> None:
     module = model()
     sink = MemorySink()

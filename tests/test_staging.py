@@ -107,7 +107,7 @@ def fill(stager: Stager, pieces: int) -> list[bool]:
 
 
 def test_a_full_queue_drops_at_once_when_told_to() -> None:
-    stager = Stager(HostPool(2048, "drop"), 60.0)
+    stager = Stager(HostPool(1024, "drop"), 60.0)
     begin = time.monotonic()
     assert fill(stager, 5) == [False, True, True, True, True]
     assert time.monotonic() - begin < 5
@@ -151,3 +151,57 @@ def test_full_chunks_stay_until_the_pool_runs_out() -> None:
         staged(stager, torch.ones(1024, dtype=torch.uint8))
         asked.append(stager.must_hand_over)
     assert asked == [False, False, False, True]
+
+
+def small_step(stager: Stager, nbytes: int = 256) -> tuple[int, list[Chunk]]:
+    """Where a step with one small tensor begins in its chunk, and the chunks handed out with it."""
+    stager.begin_step()
+    place = stager.stage(tensor := torch.ones(nbytes, dtype=torch.uint8), form_of(tensor))
+    assert place is not None
+    return place[1], take(stager)
+
+
+def test_small_steps_share_a_chunk_until_one_more_would_not_fit() -> None:
+    pool = HostPool(4096, "block")
+    pool.chunk_bytes = 1024
+    stager = Stager(pool, 0.0)
+    steps = [small_step(stager) for _ in range(5)]
+    assert [begin for begin, _ in steps] == [0, 256, 512, 768, 0]
+    chunks = [chunks for _, chunks in steps]
+    assert chunks[0] == chunks[1] == chunks[2] == chunks[3] != chunks[4]
+    assert pool.in_flight == pool.allocated == 2048
+
+
+def test_a_shared_chunk_comes_back_when_no_batch_needs_it() -> None:
+    pool = HostPool(2048, "drop")
+    pool.chunk_bytes = 1024
+    stager = Stager(pool, 0.0)
+    chunks = [chunk for _ in range(4) for chunk in small_step(stager)[1]]
+    assert [small_step(stager)[0] for _ in range(4)] == [0, 256, 512, 768]
+    for chunk in chunks[:3]:
+        pool.release(chunk)
+    stager.begin_step()
+    assert stage(stager, torch.ones(256, dtype=torch.uint8)) is None
+    pool.release(chunks[3])
+    assert small_step(stager) == (0, chunks[:1])
+
+
+def test_a_step_begins_at_the_front_again_when_all_before_it_is_stored() -> None:
+    pool = HostPool(4096, "block")
+    pool.chunk_bytes = 1024
+    stager = Stager(pool, 0.0)
+    for _ in range(3):
+        begin, chunks = small_step(stager)
+        assert begin == 0
+        pool.release(chunks[0])
+    assert pool.allocated == 1024 and pool.in_flight == 0
+    stager.leave()
+    assert pool.acquire(1024, 0.0)[0] is chunks[0]
+
+
+def test_a_queue_of_one_chunk_is_not_shared() -> None:
+    """Half a step in a chunk that another still needs could wait for itself."""
+    stager = Stager(HostPool(1024, "drop"), 0.0)
+    first, _ = small_step(stager)
+    stager.begin_step()
+    assert first == 0 and stage(stager, torch.ones(256, dtype=torch.uint8)) is None

@@ -1,8 +1,8 @@
 """Pooled host memory for staged copies, bounded in bytes.
 
 It is allocated once and recycled, because fresh memory costs several times the copy itself in page
-faults. The pool's bound is the queue's bound: a chunk is either free, being filled, or on its way through
-the pipeline.
+faults. The pool's bound is the queue's bound: a chunk is free, being filled, on its way through the
+pipeline, or both of the latter.
 """
 
 from __future__ import annotations
@@ -21,14 +21,17 @@ _ALIGN = 64
 class Chunk:
     """A piece of host memory that is filled from the front with tensor bytes.
 
-    ``pinned`` memory is what a device can write to by itself; ``written`` is when it has.
+    ``pinned`` memory is what a device can write to by itself; ``written`` is when it has. ``batches``
+    counts those on their way through the pipeline that need it; ``filling`` says that more may be added.
     """
 
-    __slots__ = ("address", "bytes", "size", "tensor", "view", "written")
+    __slots__ = ("address", "batches", "bytes", "filling", "size", "tensor", "view", "written")
 
     def __init__(self, size: int, pinned: bool = False) -> None:
         self.size = size
         self.bytes = 0
+        self.batches = 0
+        self.filling = True
         self.written: torch.cuda.Event | None = None
         # A tensor made in inference mode could not be written outside it.
         with torch.inference_mode(False):
@@ -120,21 +123,45 @@ class HostPool:
             return fits or any(chunk.size >= nbytes for chunk in self._free)
 
     def submitted(self, chunk: Chunk) -> None:
-        """Note that the pipeline has the chunk now and will release it."""
+        """Note that a batch in the pipeline needs the chunk and will release it."""
         with self._changed:
-            self._in_flight += chunk.size
+            if not chunk.batches:
+                self._in_flight += chunk.size
+            chunk.batches += 1
 
     def release(self, chunk: Chunk) -> None:
-        """Take a chunk back; its memory may be overwritten from here on."""
+        """A batch needs the chunk no more."""
         with self._changed:
-            self._in_flight -= chunk.size
+            chunk.batches -= 1
+            if not chunk.batches:
+                self._in_flight -= chunk.size
+                self._take_back(chunk)
+                self._changed.notify_all()
+
+    def leave(self, chunk: Chunk) -> None:
+        """Nothing more is added to the chunk: it comes back when no batch needs it."""
+        with self._changed:
+            chunk.filling = False
+            self._take_back(chunk)
+
+    def rewind(self, chunk: Chunk) -> bool:
+        """Fill the chunk from the front again, unless a batch still needs it."""
+        with self._changed:
+            if chunk.batches:
+                return False
             chunk.bytes = 0
-            chunk.written = None
-            if self._allocated > self.limit or not self._recycles:
-                self._allocated -= chunk.size
-            else:
-                self._free.append(chunk)
-            self._changed.notify_all()
+            return True
+
+    def _take_back(self, chunk: Chunk) -> None:
+        if chunk.batches or chunk.filling:
+            return
+        chunk.bytes = 0
+        chunk.written = None
+        chunk.filling = True
+        if self._allocated > self.limit or not self._recycles:
+            self._allocated -= chunk.size
+        else:
+            self._free.append(chunk)
 
     def retire(self) -> None:
         """Give memory back to the system instead of keeping it, until a chunk is asked for again."""

@@ -187,7 +187,12 @@ class Session:
             end = StepEnd(number, self._started, ended, rows, details)
             self._pipeline.submit(end)
             if not self.config.selects_any_after(number):
-                self._pool.retire()
+                self._give_memory_back()
+
+    def _give_memory_back(self) -> None:
+        # Before Python finds out that nobody needs the session any more.
+        self._pool.retire()
+        self._stager.leave()
 
     def _submit(self, batch: Batch) -> None:
         if self._pipeline is not None:
@@ -224,6 +229,7 @@ class Session:
                 return
             self.end_step(extra={"error": "the session was closed in the step"})
             self._closed = True
+            self._give_memory_back()
         atexit.unregister(self.close)
         if self._hooks is not None:
             self._hooks.remove()

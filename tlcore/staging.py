@@ -20,6 +20,9 @@ class Stager:
     ``chunk`` is the one being filled; who copies into it by itself moves its ``bytes`` on as `stage`
     does. ``full`` are those filled before it, not yet handed out. ``waited`` are the seconds that this
     step has waited for memory.
+
+    Small steps share a chunk. That keeps the memory written to in the processor's cache, and a queue of
+    them as small as they are.
     """
 
     def __init__(self, pool: HostPool, block_s: float) -> None:
@@ -29,11 +32,23 @@ class Stager:
         self._block_s = block_s
         self.full: list[Chunk] = []
         self._largest = 0
+        # Where in the chunk the bytes begin that were not handed out, and how many the last step had.
+        self._begin = NO_CHUNK.bytes
+        self._last_step = 0
         self._devices: dict[torch.device, DeviceStager] = {}
 
     def begin_step(self) -> None:
-        """Start the step's waiting time afresh."""
+        """Start the step's waiting time afresh, and its bytes at a good place."""
         self.waited = 0.0
+        chunk = self.chunk
+        if chunk is NO_CHUNK:
+            return
+        if not self._pool.rewind(chunk):
+            # A chunk that the step would only begin in would be kept from others by two steps.
+            full = chunk.size - chunk.bytes < self._last_step
+            if full or self._pool.limit < 2 * chunk.size:
+                self.leave()
+        self._begin = self.chunk.bytes
 
     def stage(self, tensor: torch.Tensor, form: Form) -> tuple[Chunk, int] | None:
         """Copy ``tensor`` (any strides, any device) contiguously; its chunk and offset, None if dropped."""
@@ -75,13 +90,24 @@ class Stager:
         self.waited += waited
         return chunk
 
+    def leave(self) -> None:
+        """Begin with another chunk next time."""
+        if self.chunk is not NO_CHUNK:
+            self._pool.leave(self.chunk)
+            self.chunk = NO_CHUNK
+            self._begin = NO_CHUNK.bytes
+
     def _next(self, nbytes: int) -> Chunk | None:
+        if self.chunk.bytes == self._begin:
+            # Nothing in it is this step's, so it may be the very one to wait for.
+            self.leave()
         chunk = self._acquire(nbytes)
         if chunk is None:
             return None
         if self.chunk is not NO_CHUNK:
             self.full.append(self.chunk)
         self.chunk = chunk
+        self._begin = 0
         return chunk
 
     @property
@@ -94,16 +120,19 @@ class Stager:
         return bool(self.full) and not self._pool.has_room(self._largest)
 
     def take(self, everything: bool) -> Sequence[Chunk]:
-        """The full chunks, and with ``everything`` the one being filled too.
+        """The full chunks, and with ``everything`` (at a step's end) the one being filled too.
 
         Of device tensors every byte is sent: until then nothing of them is in host memory.
         """
         for device in self._devices.values():
             device.send()
         chunks, self.full = self.full, []
-        if everything and self.chunk is not NO_CHUNK:
-            chunks.append(self.chunk)
-            self.chunk = NO_CHUNK
         for chunk in chunks:
             self._pool.submitted(chunk)
+            self._pool.leave(chunk)
+        if everything and self.chunk.bytes != self._begin:
+            self._last_step = self.chunk.bytes - self._begin + sum(chunk.bytes for chunk in chunks)
+            self._pool.submitted(self.chunk)
+            chunks.append(self.chunk)
+            self._begin = self.chunk.bytes
         return chunks

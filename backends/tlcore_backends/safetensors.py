@@ -7,13 +7,15 @@ from typing import Any
 
 from tlcore.names import step_dir
 from tlcore.record import Json, Record, RunInfo, StepSummary
-from tlcore.rendering import compact, quoted, structures_of
+from tlcore.rendering import compact, structures_of
 
 from .places import Limits
 from .run_directory import RunDirectory
 from .shards import Shard
 
 SHARD_BYTES = 512 << 20
+# A shard, and where a tensor begins and ends in its payload.
+_Place = tuple[Shard, int, int]
 
 
 class SafetensorsSink:
@@ -76,32 +78,26 @@ class SafetensorsSink:
         self._shard = None
         self._step = step
         self._sealed: list[Json] = []
-        # What goes into step.json once it is known where each shard's payload begins, in parallel lists:
-        # text, shard, and where in the payload. Lists of text and numbers leave no objects to be traced.
+        # What goes into step.json once it is known where each shard's payload begins: each record's text,
+        # and its shard and place in the payload. Aliases share these, which leaves few objects to be traced.
         self._entries: list[str] = []
-        self._shards: list[Shard] = []
-        self._begins: list[int] = []
-        self._ends: list[int] = []
-        self._by_name: dict[str, int] = {}
+        self._places: list[_Place] = []
+        self._by_name: dict[str, _Place] = {}
 
     def _write_record(self, record: Record) -> None:
-        original = self._by_name.get(record.alias_of) if record.alias_of is not None else None
-        if original is None:
+        place = self._by_name.get(record.alias_of) if record.alias_of is not None else None
+        if place is None:
             if record.alias_of is not None:
                 # Its original was not stored, so this record stands for itself.
                 record = record._replace(alias_of=None)
-            shard, begin = self._append(record)
-            end = begin + record.data.nbytes
+            place = self._append(record)
         else:
             self._note_alias(record)
-            shard, begin, end = self._shards[original], self._begins[original], self._ends[original]
-        self._by_name[record.name] = len(self._entries)
+        self._by_name[record.name] = place
         self._entries.append(record.entry_text())
-        self._shards.append(shard)
-        self._begins.append(begin)
-        self._ends.append(end)
+        self._places.append(place)
 
-    def _append(self, record: Record) -> tuple[Shard, int]:
+    def _append(self, record: Record) -> _Place:
         shard = self._shard or self._open_shard(record.step)
         begin = shard.add(record, self._shard_bytes)
         if begin is None:
@@ -109,7 +105,7 @@ class SafetensorsSink:
             shard = self._open_shard(record.step)
             begin = shard.add(record, self._shard_bytes)
             assert begin is not None, "an empty shard takes any record"
-        return shard, begin
+        return shard, begin, begin + record.data.nbytes
 
     def _note_alias(self, record: Record) -> None:
         shard = self._shard or self._open_shard(record.step)
@@ -118,12 +114,9 @@ class SafetensorsSink:
             self._open_shard(record.step).add_alias(record)
 
     def _entry_texts(self) -> Iterator[str]:
-        tails = {id(shard): f',"shard":{quoted(shard.name)},"offsets":[' for shard in self._shards}
-        for entry, shard, begin, end in zip(
-            self._entries, self._shards, self._begins, self._ends, strict=True
-        ):
+        for entry, (shard, begin, end) in zip(self._entries, self._places, strict=True):
             data_begin = shard.data_begin
-            yield f"{entry}{tails[id(shard)]}{data_begin + begin},{data_begin + end}]}}"
+            yield f'{entry},"shard":{shard.quoted_name},"offsets":[{data_begin + begin},{data_begin + end}]}}'
 
     def _open_shard(self, step: int) -> Shard:
         index = len(self._sealed)

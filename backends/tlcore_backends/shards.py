@@ -53,6 +53,7 @@ class Shard:
 
     def __init__(self, store: Store, name: str, index: int) -> None:
         self.name = name
+        self.quoted_name = quoted(name)
         self.payload_bytes = 0
         self._store = store
         self._reserve = min(_FIRST_RESERVE << min(index, 16), _LARGEST_RESERVE)
@@ -70,9 +71,8 @@ class Shard:
         An empty shard takes any record. The bytes are only noted: call `flush` before they change.
         """
         begin = self.payload_bytes
-        origin = record.origin
         end = begin + record.data.nbytes
-        fragment, dtype = _header_of(origin.dtype, origin.shape)
+        fragment, dtype = _header_of(record.origin.dtype, record.origin.shape)
         entry = f"{quoted(record.name)}:{fragment}[{begin},{end}]}}"
         header = self._header_bytes + len(entry) + 1
         if dtype:

@@ -26,7 +26,7 @@ class Scale:
 
 SCALES = {
     "full": Scale("full", repeats=9, pairs=60, prompt_tokens=256, decode_steps=50),
-    "quick": Scale("quick", repeats=5, pairs=10, prompt_tokens=256, decode_steps=20),
+    "quick": Scale("quick", repeats=5, pairs=10, prompt_tokens=256, decode_steps=50),
     "tiny": Scale("tiny", repeats=2, pairs=2, prompt_tokens=16, decode_steps=3),
 }
 

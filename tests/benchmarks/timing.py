@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import random
 import time
 from collections.abc import Callable, Mapping
@@ -22,13 +23,15 @@ def timed(call: Callable[[], object]) -> float:
 def interleaved(measures: Mapping[str, Measure], repeats: int, warm_up: int = 1) -> Times:
     """Each measure ``repeats`` times, in rounds; the first ``warm_up`` rounds are run and forgotten.
 
-    Every round has another order, so that none always runs in the wake of the same other one.
+    Every round has another order, so that none always runs in the wake of the same other one; what one
+    has written is on the disk before the next begins.
     """
     names = list(measures)
     times: Times = {name: [] for name in names}
     order = random.Random(0)
     for number in range(-warm_up, repeats):
         for name in order.sample(names, len(names)):
+            os.sync()
             seconds = measures[name]()
             if number >= 0:
                 times[name].append(seconds)

@@ -29,8 +29,9 @@ from .subprocesses import print_report
 from .timing import interleaved
 from .workload import OnTensor, hooked
 
-# Saving at once takes so long that a few steps must do.
+# These take so long that a few steps must do.
 _SAVED_STEPS = 4
+_PT_STEPS = 16
 
 
 class Engine:
@@ -108,10 +109,10 @@ def decode(engine: Engine, directory: Path, scale: Scale) -> dict[str, Any]:
         steps = engine.steps(prompts, tokens)[1:]
         return sum(steps) / len(steps)
 
-    def captured(backend: str) -> float:
+    def captured(backend: str, tokens: int = scale.decode_steps + 1) -> float:
         session = engine.session(directory, backend)
         with engine.captured(session):
-            seconds = mean()
+            seconds = mean(tokens)
         begin = time.perf_counter()
         session.flush()
         after.append(time.perf_counter() - begin)
@@ -130,7 +131,7 @@ def decode(engine: Engine, directory: Path, scale: Scale) -> dict[str, Any]:
         "plain": mean,
         "no-op hooks": noop,
         "safetensors": lambda: captured("safetensors"),
-        "pt": lambda: captured("pt"),
+        "pt": lambda: captured("pt", min(_PT_STEPS, scale.decode_steps) + 1),
         "synchronous torch.save": saving,
     }
     return {"times": interleaved(measures, scale.repeats), "flush_s": after}
