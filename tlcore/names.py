@@ -16,6 +16,8 @@ REDACTED = "***"
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\-+=@,()\[\]]")
+# A rank's suffix before the extension or a shard's number; a device's index where it says the same.
+_RANK_OF_FILE = re.compile(r"_rank_(\d+)(?:_\d+)?\.[a-z]+\Z|_[a-z]+_(\d+)\.pt\Z")
 # File systems allow 255 bytes; this leaves room for a rank, a `~2` and an extension.
 _LONGEST = 200
 
@@ -62,6 +64,12 @@ def device_label(device: str, rank: int) -> str:
 def rank_suffix(rank: int) -> str:
     """What rank's own JSON and text files carry: nothing for rank 0, else ``_rank_<r>``."""
     return "" if rank == 0 else f"_rank_{rank}"
+
+
+def rank_of(file: str) -> int:
+    """The rank that wrote a file of a step."""
+    found = _RANK_OF_FILE.search(file)
+    return int(found[1] or found[2]) if found else 0
 
 
 def stem(direction: str, path: Sequence[PathKey], device: str, rank: int) -> str:

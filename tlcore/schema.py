@@ -211,10 +211,6 @@ def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
     if document["spill_dir"] is not None and backend.origin != "built-in":
         problem = f"only the built-in backends can spill, and {name!r} is none of them."
         found.append(ConfigError("$.spill_dir", problem, "Leave the key out."))
-    if document["on_condition"] is not None and document["capture"] == "stats":
-        problem = 'it chooses the tensors to be stored, and with "capture": "stats" none is.'
-        hint = 'Use "capture": "both" for statistics of every tensor and the bytes of these.'
-        found.append(ConfigError("$.on_condition", problem, hint))
     return Config(
         **{
             **document,

@@ -1,8 +1,8 @@
 """Captures an in-process engine once and prints what vLLM compiled or loaded for it as a JSON line.
 
-``python taps_script.py MODEL CONFIG MODE DTYPE``. With the mode ``piecewise`` the model is compiled as on a
-GPU, in pieces around its attention, which vLLM's CPU platform leaves out; ``plain`` is what the CPU platform
-does, ``eager`` does not compile.
+``python taps_script.py MODEL CONFIG MODE DTYPE OPTIONS``, where OPTIONS is a JSON object of further arguments
+for ``LLM``. With the mode ``piecewise`` the model is compiled as on a GPU, in pieces around its attention,
+which vLLM's CPU platform leaves out; ``plain`` is what the CPU platform does, ``eager`` does not compile.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ def compile_piecewise() -> None:
     FixFunctionalizationPass.__call__ = lambda self, graph: None
 
 
-def main(model: str, config: dict[str, Any], mode: str, dtype: str) -> dict[str, Any]:
+def main(
+    model: str, config: dict[str, Any], mode: str, dtype: str, options: dict[str, Any]
+) -> dict[str, Any]:
     """Generate greedily from all prompts."""
     from vllm import LLM, SamplingParams
     from vllm.compilation.counter import compilation_counter as counter
@@ -49,7 +51,12 @@ def main(model: str, config: dict[str, Any], mode: str, dtype: str) -> dict[str,
         enable_prefix_caching=False,
         enforce_eager=mode == "eager",
         intermediate_log_config=config,
+        **options,
     )
+    if mode == "eager" and "pipeline_parallel_size" in options:
+        # vLLM 0.32 makes the later stages' receive buffers in a dummy run, which its CPU worker leaves out
+        # in eager mode.
+        llm.collective_rpc("execute_dummy_batch")
     sampling = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
     outputs = llm.generate(PROMPTS, sampling, use_tqdm=False)
     return {
@@ -62,4 +69,8 @@ def main(model: str, config: dict[str, Any], mode: str, dtype: str) -> dict[str,
 if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    sys.stdout.write(f"REPORT {json.dumps(main(sys.argv[1], json.loads(sys.argv[2]), *sys.argv[3:]))}\n")
+    _model, _config, _mode, _dtype, _options = sys.argv[1:]
+    if json.loads(_options):
+        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+    found = main(_model, json.loads(_config), _mode, _dtype, json.loads(_options))
+    sys.stdout.write(f"REPORT {json.dumps(found)}\n")

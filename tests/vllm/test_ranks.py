@@ -132,3 +132,13 @@ def test_compare_joins_the_parts(single: dict[str, Any], tensor_parallel: dict[s
     for each in found.results:
         # What follows the prompt may be another token.
         assert each.agrees or (each.first_position or 0) >= lengths[str(each.request)], each
+
+
+def test_compare_finds_the_stages_tensors(single: dict[str, Any], pipeline_parallel: dict[str, Any]) -> None:
+    found = tlcore.compare(single["url"], pipeline_parallel["url"], rtol=TOLERANCE, by_norm=True)
+    assert (found.counts["different"], found.counts["unreadable"]) == (0, 0)
+    assert found.counts["close"] + found.counts["bitwise"] > 3 * 250
+    # What one stage sends to the next is no tensor of a single rank; and the layers share one rotary
+    # embedding, of which each stage has its own.
+    only_one_has = {each.module for each in found.results if each.status == "missing"}
+    assert only_one_has == {"model", *(f"model.layers.{i}.self_attn.rotary_emb" for i in (0, 2))}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -10,11 +10,12 @@ import torch
 from ..errors import ReadError
 from ..record import Json
 
+Places = Mapping[int, Json]
 _GROUPS = ("tp", "pcp", "pp", "dp")
 _KEYS = [f"{group}_{what}" for group in _GROUPS for what in ("rank", "size")]
 
 
-def places_of(document: Json) -> Mapping[int, Json]:
+def places_of(document: Json) -> Places:
     """Each rank's place in the groups of ranks, from a ``run.json``; none where it has none.
 
     Raises ReadError when the entry is damaged.
@@ -30,7 +31,7 @@ def places_of(document: Json) -> Mapping[int, Json]:
     return places
 
 
-def group_of(places: Mapping[int, Json], rank: int) -> list[int]:
+def group_of(places: Places, rank: int) -> list[int]:
     """The ranks that share a tensor with ``rank``, in the order in which their parts are joined."""
     own = places.get(rank)
     if own is None:
@@ -41,6 +42,21 @@ def group_of(places: Mapping[int, Json], rank: int) -> list[int]:
         if all(place[f"{group}_rank"] == own[f"{group}_rank"] for group in _GROUPS if group != "tp")
     ]
     return sorted(others, key=lambda other: int(places[other]["tp_rank"]))
+
+
+def is_whole(committed: Collection[int], begun: Collection[int], world_size: int, places: Places) -> bool:
+    """Whether every rank that took part in a step has committed it.
+
+    Data-parallel engines step by themselves: where one of them has begun nothing, it had no such step.
+    """
+    present = {rank for rank in committed if rank < world_size}
+    if len(present) == world_size:
+        return True
+    engines: dict[int, set[int]] = {}
+    for rank, place in places.items():
+        engines.setdefault(int(place["dp_rank"]), set()).add(rank)
+    taking_part = [ranks for ranks in engines.values() if ranks & {*present, *begun}]
+    return len(engines) > 1 and bool(taking_part) and all(ranks <= present for ranks in taking_part)
 
 
 def part_of(sharding: Any, record: Mapping[str, Any]) -> Json | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -13,12 +14,12 @@ from weakref import WeakValueDictionary
 import torch
 
 from ..errors import ReadError, VerifyError
-from ..names import rank_suffix, redact_url, step_dir
+from ..names import rank_of, rank_suffix, redact_url, step_dir
 from ..record import Counts, Json
 from ..statistics import Statistics
 from .documents import LARGEST_JSON, check_run
 from .files import RUN_FILE, MissingError, RunFiles, local_directory, missing, store_at
-from .parts import places_of
+from .parts import Places, is_whole, places_of
 from .request import Request, find_request, known_requests
 from .step import Step, counts_of
 from .verify import verify_step
@@ -149,7 +150,7 @@ class Run(Mapping[int, Step]):
         return int(self.document["world_size"])
 
     @cached_property
-    def ranks(self) -> Mapping[int, Json]:
+    def ranks(self) -> Places:
         """Each rank's place in vLLM's groups: ``tp_rank``, ``tp_size`` and so on for pp, pcp and dp.
 
         Empty for a run that does not say; raises ReadError for one that says nonsense.
@@ -167,24 +168,38 @@ class Run(Mapping[int, Step]):
         """Each step found, with the ranks that have committed it."""
         return _committed_in(self.files.sizes)
 
-    def _ranks_of(self, number: int) -> set[int] | None:
-        """The ranks that have committed a step; None where there is no such step."""
-        if "_committed" not in self.__dict__ and type(number) is int and number >= 0:
-            # Looking at this step alone is enough.
-            found = _committed_in(self.files.sizes_in(step_dir(number)))
-        else:
-            found = self._committed
-        return found.get(number)
+    @cached_property
+    def _whole(self) -> dict[int, bool]:
+        """Whether each step found is committed by every rank that took part in it."""
+        return {
+            number: self._is_whole(number, ranks, self._begun) for number, ranks in self._committed.items()
+        }
+
+    @cached_property
+    def _begun(self) -> Mapping[int, set[int]]:
+        """The ranks that have left a file in each step, where not all have the same steps."""
+        return self._begun_in(self.files.sizes)
+
+    def _is_whole(self, number: int, committed: set[int], begun: Mapping[int, set[int]]) -> bool:
+        return is_whole(committed, begun.get(number, set()), self.world_size, self.ranks)
+
+    def _begun_in(self, names: Iterable[str]) -> dict[int, set[int]]:
+        found: dict[int, set[int]] = defaultdict(set)
+        if any(place["dp_size"] > 1 for place in self.ranks.values()):
+            for name in names:
+                if begin := _STEP_NAME.match(name):
+                    found[int(begin[1])].add(rank_of(name))
+        return found
 
     @property
     def steps(self) -> list[int]:
-        """The steps that every rank has committed, in order."""
-        return [step for step in self._committed if self._whole(step)]
+        """The steps that every rank has committed, in order; of data-parallel engines, those that had it."""
+        return [step for step, whole in self._whole.items() if whole]
 
     @property
     def incomplete_steps(self) -> list[int]:
         """Steps that some rank has begun but not every rank has committed."""
-        return [step for step in self._committed if not self._whole(step)]
+        return [step for step, whole in self._whole.items() if not whole]
 
     @cached_property
     def ledger(self) -> Counts:
@@ -216,13 +231,25 @@ class Run(Mapping[int, Step]):
         """A step, also an incomplete one. Raises MissingError when the run has no such step."""
         step = self._opened.get(number)
         if step is None:
-            ranks = self._ranks_of(number)
-            if ranks is None:
-                held = ", ".join(map(str, self._committed)) or "none"
-                raise MissingError(f"{self.url}: no step {number!r}; it has {held}")
-            step = Step(self.files, number, sorted(ranks), self.world_size, self.ranks)
-            self._opened[number] = step
+            step = self._opened[number] = self._open(number)
         return step
+
+    def _open(self, number: int) -> Step:
+        committed, begun = self._found(number)
+        ranks = committed.get(number)
+        if ranks is None:
+            held = ", ".join(map(str, self._committed)) or "none"
+            raise MissingError(f"{self.url}: no step {number!r}; it has {held}")
+        whole = self._is_whole(number, ranks, begun)
+        return Step(self.files, number, sorted(ranks), whole, self.ranks)
+
+    def _found(self, number: int) -> tuple[Mapping[int, set[int]], Mapping[int, set[int]]]:
+        """The ranks that have committed, and begun, at least the step ``number``."""
+        if "_committed" in self.__dict__ or type(number) is not int or number < 0:
+            return self._committed, self._begun
+        # Looking at this step alone is enough.
+        names = self.files.sizes_in(step_dir(number))
+        return _committed_in(names), self._begun_in(names)
 
     def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
         """The tensor with a logical name such as ``step_0/layers.0/outputs_cpu``, on the CPU.
@@ -298,9 +325,6 @@ class Run(Mapping[int, Step]):
 
     def __repr__(self) -> str:
         return f"<Run {self.url} {self.state}, {len(self.steps)} steps>"
-
-    def _whole(self, number: int) -> bool:
-        return sum(rank < self.world_size for rank in self._committed[number]) == self.world_size
 
     @staticmethod
     def _close_marker(rank: int) -> str:

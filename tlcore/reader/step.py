@@ -18,7 +18,7 @@ from .described import described, statistics_of
 from .documents import check_ledger, is_whole
 from .files import MissingError, RunFiles, missing
 from .loose import loose_records
-from .parts import group_of, joined, joined_shape, part_of
+from .parts import Places, group_of, joined, joined_shape, part_of
 from .payload import Payload, in_memory, open_payload
 from .rebuild import Arguments, rebuild, rebuild_arguments
 
@@ -27,21 +27,19 @@ _TENSOR_FILE = ".pt"
 
 
 class Step(Mapping[str, torch.Tensor]):
-    """One step of a run: a mapping from logical names to tensors, each loaded when asked for."""
+    """One step of a run: a mapping from logical names to tensors, each loaded when asked for.
+
+    ``ranks`` are those that have committed it, ``complete`` says whether these are all that took part.
+    """
 
     def __init__(
-        self, files: RunFiles, number: int, ranks: list[int], world_size: int, places: Mapping[int, Json]
+        self, files: RunFiles, number: int, ranks: list[int], complete: bool, places: Places
     ) -> None:
         self._files = files
-        self._world_size = world_size
         self._places = places
         self.number = number
         self.ranks = ranks
-
-    @property
-    def complete(self) -> bool:
-        """Whether every rank has committed the step."""
-        return sum(rank < self._world_size for rank in self.ranks) == self._world_size
+        self.complete = complete
 
     @cached_property
     def documents(self) -> Mapping[int, Json]:
