@@ -58,7 +58,8 @@ class Shard:
         self._store = store
         self._reserve = min(_FIRST_RESERVE << min(index, 16), _LARGEST_RESERVE)
         self._waiting: list[memoryview] = []
-        self._gathered: list[bytes] = []
+        # Room for the header, then the payload: nothing need be put together when it is published.
+        self._gathered = bytearray()
         self._file: UnfinishedFile | None = None
         self._metadata = ['"format":"pt"', '"tlcore.layout":"1"']
         self._tensors: list[str] = []
@@ -105,12 +106,19 @@ class Shard:
             return
         if self._file is None:
             if not isinstance(self._store, LocalStore) or self.payload_bytes <= _SMALL:
-                self._gathered += map(bytes, waiting)
+                self._gather(waiting)
                 return
             self._file = self._store.begin(self.name, self._reserve)
-            gathered, self._gathered = self._gathered, []
-            self._append(self._file, gathered)
+            if self._gathered:
+                self._append(self._file, [memoryview(self._gathered)[self._reserve :]])
+                self._gathered = bytearray()
         self._append(self._file, waiting)
+
+    def _gather(self, parts: Sequence[memoryview]) -> None:
+        if not self._gathered:
+            self._gathered = bytearray(self._reserve)
+        for part in parts:
+            self._gathered += part
 
     def seal(self) -> int:
         """Publish the shard; returns its size in bytes."""
@@ -118,7 +126,7 @@ class Shard:
         head = self._head()
         self._data_begin = len(head)
         if self._file is None:
-            return self._store.put(self.name, [head, *self._gathered])
+            return self._store.put(self.name, self._whole(head))
         try:
             self._file.publish(head)
         except OSError as error:
@@ -126,9 +134,16 @@ class Shard:
             raise _refused(self._file, error) from error
         return len(head) + self.payload_bytes
 
+    def _whole(self, head: bytes) -> Sequence[Buffer]:
+        whole = memoryview(self._gathered)
+        if self.payload_bytes <= _SMALL:
+            return [head, whole[self._reserve :]]
+        whole[: self._reserve] = head
+        return [whole]
+
     def abandon(self) -> None:
         """Forget an unsealed shard and its file."""
-        self._gathered, self._waiting = [], []
+        self._gathered, self._waiting = bytearray(), []
         if self._file is not None:
             self._file.abandon()
 

@@ -90,6 +90,7 @@ def test_a_silent_server_does_not_hang_anything() -> None:
         assert time.monotonic() - begin < 5
 
 
+@pytest.mark.slow
 def test_a_sink_that_cannot_write_fails_when_it_is_opened() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
@@ -246,3 +247,25 @@ def test_obstore_is_used_only_where_the_options_mean_the_same(
     assert (obstore_options(options) is not None) == usable
     monkeypatch.setenv("AWS_SESSION_TOKEN", "another")
     assert obstore_options(options) is None
+
+
+@pytest.mark.parametrize(
+    ("variable", "endpoint", "usable"),
+    [
+        ("AWS_DEFAULT_REGION", "https://127.0.0.1:9", True),
+        ("AWS_PROFILE", "http://127.0.0.1:9", False),
+        ("AWS_CA_BUNDLE", "http://127.0.0.1:9", True),
+        ("AWS_CA_BUNDLE", "https://127.0.0.1:9", False),
+        ("AWS_CA_BUNDLE", None, False),
+    ],
+)
+def test_obstore_is_used_only_where_the_environment_means_nothing_else(
+    variable: str, endpoint: str | None, usable: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    options: dict[str, Any] = {"key": KEY, "secret": SECRET, "client_kwargs": {"region_name": "eu-west-1"}}
+    if endpoint is not None:
+        options["endpoint_url"] = endpoint
+    monkeypatch.setenv(variable, "other")
+    assert (obstore_options(options) is not None) == usable
