@@ -22,6 +22,7 @@ def run_example(name: str, *arguments: str, timeout: int = 60) -> str:
     return done.stdout
 
 
+@pytest.mark.slow
 def test_a_plain_module_is_captured_and_read_back(tmp_path: Path) -> None:
     text = run_example(
         "plain_module.py", "--output-dir", str(tmp_path), "--match", r"^0\.", "--match", "norm"

@@ -55,7 +55,7 @@ def test_a_sink_that_cannot_open_stops_before_any_hook() -> None:
 
 class SlowSink(MemorySink):
     def write(self, batch: Any) -> None:
-        time.sleep(0.3)
+        time.sleep(0.1)
         super().write(batch)
 
 
