@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import itertools
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Mapping
@@ -236,9 +235,7 @@ class TestObstore(StoreConformance):
     """obstore in the place of s3fs, where the options mean the same to both."""
 
     @pytest.fixture(autouse=True)
-    def place(self, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
-        for name in [name for name in os.environ if name.startswith("AWS_")]:
-            monkeypatch.delenv(name)
+    def place(self, server: Server, no_aws_variables: None) -> None:
         self.server = server
         self.options = {**server.options, "client_kwargs": {"region_name": "us-east-1"}}
 

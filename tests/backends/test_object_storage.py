@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import os
 import socket
 import subprocess
 import sys
@@ -225,6 +224,7 @@ def test_an_upload_that_fails_fails_the_batch(monkeypatch: pytest.MonkeyPatch) -
         sink.write([make_record(f"step_0/m/{i}_cpu", torch.ones(2)) for i in range(40)])
 
 
+@pytest.mark.usefixtures("no_aws_variables")
 @pytest.mark.parametrize(
     ("changed", "usable"),
     [
@@ -240,8 +240,6 @@ def test_an_upload_that_fails_fails_the_batch(monkeypatch: pytest.MonkeyPatch) -
 def test_obstore_is_used_only_where_the_options_mean_the_same(
     changed: dict[str, Any], usable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
     options: dict[str, Any] = {"key": KEY, "secret": SECRET, "endpoint_url": "http://127.0.0.1:9"}
     options |= {"client_kwargs": {"region_name": "eu-west-1"}, **changed}
     assert (obstore_options(options) is not None) == usable
@@ -249,6 +247,7 @@ def test_obstore_is_used_only_where_the_options_mean_the_same(
     assert obstore_options(options) is None
 
 
+@pytest.mark.usefixtures("no_aws_variables")
 @pytest.mark.parametrize(
     ("variable", "endpoint", "usable"),
     [
@@ -262,8 +261,6 @@ def test_obstore_is_used_only_where_the_options_mean_the_same(
 def test_obstore_is_used_only_where_the_environment_means_nothing_else(
     variable: str, endpoint: str | None, usable: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
     options: dict[str, Any] = {"key": KEY, "secret": SECRET, "client_kwargs": {"region_name": "eu-west-1"}}
     if endpoint is not None:
         options["endpoint_url"] = endpoint

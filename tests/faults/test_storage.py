@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -142,16 +141,9 @@ def large() -> nn.Sequential:
     return nn.Sequential(nn.Identity())
 
 
-@pytest.fixture
-def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Variables that would keep obstore out."""
-    for name in [name for name in os.environ if name.startswith("AWS_")]:
-        monkeypatch.delenv(name)
-
-
 @pytest.mark.parametrize("client", scaled(["obstore"], ["obstore", "s3fs"]))
 def test_a_multipart_upload_cut_short_is_never_seen(
-    client: str, weed: Server, proxy: Proxy, large: nn.Sequential, clean_environment: None
+    client: str, weed: Server, proxy: Proxy, large: nn.Sequential, no_aws_variables: None
 ) -> None:
     extra = {"client_kwargs": {"region_name": "us-east-1"}} if client == "obstore" else {}
     megabytes = 12 if client == "obstore" else 104

@@ -13,6 +13,8 @@ from typing import Any
 import torch
 
 REPOSITORY = Path(__file__).parents[2]
+# For engines of several ranks, which would otherwise each take the cores that vLLM sees.
+SEVERAL_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -39,6 +41,14 @@ def report(
     assert lines, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(lines[0].removeprefix("REPORT "))
     return found
+
+
+def prepare_stages(llm: Any) -> None:
+    """Let the later stages of a pipeline make their receive buffers.
+
+    vLLM 0.32 does so in a dummy run, which its CPU worker leaves out in eager mode.
+    """
+    llm.collective_rpc("execute_dummy_batch")
 
 
 def agree(one: torch.Tensor, other: torch.Tensor) -> bool:

@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,14 +20,13 @@ def main(output_dir: str, keywords: dict[str, Any]) -> dict[str, Any]:
 
     import tlcore.vllm
     from tests.models import tiny_llama
+    from tests.vllm.helpers import prepare_stages
 
     llm = LLM(
         str(tiny_llama()), enforce_eager=True, max_model_len=256, enable_prefix_caching=False, **keywords
     )
     if keywords.get("pipeline_parallel_size", 1) > 1:
-        # vLLM 0.32 makes the later stages' receive buffers in a dummy run, which its CPU worker leaves out
-        # in eager mode.
-        llm.collective_rpc("execute_dummy_batch")
+        prepare_stages(llm)
     sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)
     before = llm.generate(PROMPTS, sampling, use_tqdm=False)
     with tlcore.vllm.attach(llm, output_dir=output_dir, log_step_ids=[]) as attached:
@@ -45,5 +43,4 @@ def main(output_dir: str, keywords: dict[str, Any]) -> dict[str, Any]:
 
 if __name__ == "__main__":
     sys.path.insert(0, REPOSITORY)
-    os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     sys.stdout.write(f"REPORT {json.dumps(main(sys.argv[1], json.loads(sys.argv[2])))}\n")

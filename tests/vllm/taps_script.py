@@ -42,6 +42,8 @@ def main(
     from vllm import LLM, SamplingParams
     from vllm.compilation.counter import compilation_counter as counter
 
+    from tests.vllm.helpers import prepare_stages
+
     if mode == "piecewise":
         compile_piecewise()
     llm = LLM(
@@ -54,9 +56,7 @@ def main(
         **options,
     )
     if mode == "eager" and "pipeline_parallel_size" in options:
-        # vLLM 0.32 makes the later stages' receive buffers in a dummy run, which its CPU worker leaves out
-        # in eager mode.
-        llm.collective_rpc("execute_dummy_batch")
+        prepare_stages(llm)
     sampling = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
     outputs = llm.generate(PROMPTS, sampling, use_tqdm=False)
     return {
@@ -70,7 +70,5 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[2]))
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
     _model, _config, _mode, _dtype, _options = sys.argv[1:]
-    if json.loads(_options):
-        os.environ |= {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
     found = main(_model, json.loads(_config), _mode, _dtype, json.loads(_options))
     sys.stdout.write(f"REPORT {json.dumps(found)}\n")

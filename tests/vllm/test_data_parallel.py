@@ -11,10 +11,10 @@ import pytest
 
 import tlcore
 from tests.models import tiny_llama
+from tests.vllm.helpers import SEVERAL_RANKS
 from tests.vllm.server import serving
 
 pytestmark = [pytest.mark.slow, pytest.mark.deep]
-ENVIRONMENT = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
 PROMPTS = {f"R{number}": [10 + number, 20 + 2 * number, *range(3, 3 + number)] for number in range(8)}
 TOKENS = 3
 STOP_SECONDS = 90
@@ -29,7 +29,7 @@ def test_each_request_is_found_whichever_engine_served_it(tmp_path: Path) -> Non
         "max-model-len": 256,
         "intermediate-log-config": {"output_dir": str(tmp_path / "dumps"), "log_step_ids": []},
     }
-    with serving(tmp_path, settings, ENVIRONMENT) as server:
+    with serving(tmp_path, settings, SEVERAL_RANKS) as server:
 
         def ask(name: str) -> int:
             body = {"model": model, "prompt": PROMPTS[name], "max_tokens": TOKENS, "ignore_eos": True}

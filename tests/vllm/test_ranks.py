@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tlcore
-from tests.vllm.helpers import REPOSITORY, report
+from tests.vllm.helpers import REPOSITORY, SEVERAL_RANKS, report
 from tlcore.reader import Request, Run
 
 pytestmark = pytest.mark.slow
@@ -21,7 +21,7 @@ TOLERANCE = 2**-5
 
 
 def _said(output_dir: Path, **keywords: Any) -> dict[str, Any]:
-    return report(SCRIPT, str(output_dir), json.dumps(keywords), timeout=400)
+    return report(SCRIPT, str(output_dir), json.dumps(keywords), timeout=400, environment=SEVERAL_RANKS)
 
 
 @pytest.fixture(scope="module")

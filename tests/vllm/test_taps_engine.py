@@ -12,7 +12,7 @@ import torch
 
 import tlcore
 from tests.models import smollm2, tiny_llama
-from tests.vllm.helpers import REPOSITORY, agree, report
+from tests.vllm.helpers import REPOSITORY, SEVERAL_RANKS, agree, report
 from tests.vllm.taps_script import TOKENS
 
 pytestmark = pytest.mark.slow
@@ -38,7 +38,7 @@ def _captured(
         dtype,
         json.dumps(options or {}),
         timeout=480,
-        environment={"VLLM_CACHE_ROOT": str(cache)},
+        environment={"VLLM_CACHE_ROOT": str(cache), **(SEVERAL_RANKS if options else {})},
     )
     (found,) = map(tlcore.open_run, directory.iterdir())
     assert found.ledger.balanced

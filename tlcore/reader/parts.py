@@ -44,7 +44,9 @@ def group_of(places: Places, rank: int) -> list[int]:
     return sorted(others, key=lambda other: int(places[other]["tp_rank"]))
 
 
-def is_whole(committed: Collection[int], begun: Collection[int], world_size: int, places: Places) -> bool:
+def all_committed(
+    committed: Collection[int], begun: Collection[int], world_size: int, places: Places
+) -> bool:
     """Whether every rank that took part in a step has committed it.
 
     Data-parallel engines step by themselves: where one of them has begun nothing, it had no such step.

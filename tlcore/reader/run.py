@@ -19,7 +19,7 @@ from ..record import Counts, Json
 from ..statistics import Statistics
 from .documents import LARGEST_JSON, check_run
 from .files import RUN_FILE, MissingError, RunFiles, local_directory, missing, store_at
-from .parts import Places, is_whole, places_of
+from .parts import Places, all_committed, places_of
 from .request import Request, find_request, known_requests
 from .step import Step, counts_of
 from .verify import verify_step
@@ -181,7 +181,7 @@ class Run(Mapping[int, Step]):
         return self._begun_in(self.files.sizes)
 
     def _is_whole(self, number: int, committed: set[int], begun: Mapping[int, set[int]]) -> bool:
-        return is_whole(committed, begun.get(number, set()), self.world_size, self.ranks)
+        return all_committed(committed, begun.get(number, set()), self.world_size, self.ranks)
 
     def _begun_in(self, names: Iterable[str]) -> dict[int, set[int]]:
         found: dict[int, set[int]] = defaultdict(set)
