@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import contextlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tlcore.names import step_dir
 from tlcore.record import Json, Record, RunInfo, StepSummary
 from tlcore.rendering import compact, structures_of
 
+from .gathering import GatheringMemory
 from .places import Limits
 from .run_directory import RunDirectory
 from .shards import Shard
+from .stores import LocalStore
+from .uploads import Uploads
 
 SHARD_BYTES = 512 << 20
 # A shard, and where a tensor begins and ends in its payload.
@@ -43,6 +47,9 @@ class SafetensorsSink:
         Raises BackendError when the directory cannot be made or written, or holds something else.
         """
         self._directory = RunDirectory(run, "safetensors", self._storage_options, self._limits)
+        store = self._directory.store
+        self._uploads = None if isinstance(store, LocalStore) else Uploads(store)
+        self._memory = GatheringMemory()
         self._rank = run.rank
         self._shard: Shard | None = None
         self._begin_step(None)
@@ -62,6 +69,8 @@ class SafetensorsSink:
         if step.step != self._step:
             self._begin_step(step.step)
         self._seal()
+        if self._uploads is not None:
+            self._uploads.wait()
         structures = structures_of(step_dir(step.step), step.structures)
         more = {"structures": structures.packed(self._directory.suffix), "shards": compact(self._sealed)}
         self._directory.put_step(step.step, step.to_text(self._entry_texts(), more))
@@ -70,11 +79,18 @@ class SafetensorsSink:
     def close(self) -> None:
         """Rank 0 marks ``run.json`` complete; every other rank leaves its own close marker."""
         self._begin_step(None)
+        if self._uploads is not None:
+            self._uploads.close()
+        self._memory.clear()
         self._directory.close()
 
     def _begin_step(self, step: int | None) -> None:
         if self._shard is not None:
             self._shard.abandon()
+        if self._uploads is not None:
+            # Left of a step that failed; that is why nobody wants them.
+            with contextlib.suppress(Exception):
+                self._uploads.wait()
         self._shard = None
         self._step = step
         self._sealed: list[Json] = []
@@ -121,11 +137,19 @@ class SafetensorsSink:
     def _open_shard(self, step: int) -> Shard:
         index = len(self._sealed)
         name = f"{step_dir(step)}/shard_rank_{self._rank}_{index}.safetensors"
-        self._shard = Shard(self._directory.store, name, index)
+        self._shard = Shard(self._directory.store, name, index, self._memory)
         return self._shard
 
     def _seal(self) -> None:
-        if self._shard is not None:
-            size = self._shard.seal()
-            self._sealed.append({"file": self._shard.name, "bytes": size})
-            self._shard = None
+        if self._shard is None:
+            return
+        if self._uploads is not None:
+            # One shard travels while the next is put together; more would take more memory.
+            self._uploads.wait()
+        size = self._shard.seal(_now if self._uploads is None else self._uploads.run)
+        self._sealed.append({"file": self._shard.name, "bytes": size})
+        self._shard = None
+
+
+def _now(call: Callable[[], None]) -> None:
+    call()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 
 import torch
@@ -12,6 +12,7 @@ from tlcore.protocols import Buffer, Store
 from tlcore.record import Record
 from tlcore.rendering import compact, quoted
 
+from .gathering import Gathered, GatheringMemory
 from .stores import LocalStore, UnfinishedFile
 
 # Only what every reader of the format knows; any other dtype is stored as raw numbers and marked.
@@ -48,18 +49,19 @@ class Shard:
 
     ``index`` counts the shards of a step: each has twice the room for its header that the one before
     had. On the local disk a payload goes straight to the unfinished file, elsewhere (and while it is
-    under 1 MiB) it is gathered in memory. The bytes of a sealed shard are the same either way.
+    under 1 MiB) it is gathered in ``memory``. The bytes of a sealed shard are the same either way.
     """
 
-    def __init__(self, store: Store, name: str, index: int) -> None:
+    def __init__(self, store: Store, name: str, index: int, memory: GatheringMemory) -> None:
         self.name = name
         self.quoted_name = quoted(name)
         self.payload_bytes = 0
         self._store = store
         self._reserve = min(_FIRST_RESERVE << min(index, 16), _LARGEST_RESERVE)
         self._waiting: list[memoryview] = []
+        self._memory = memory
         # Room for the header, then the payload: nothing need be put together when it is published.
-        self._gathered = bytearray()
+        self._gathered: Gathered | None = None
         self._file: UnfinishedFile | None = None
         self._metadata = ['"format":"pt"', '"tlcore.layout":"1"']
         self._tensors: list[str] = []
@@ -109,24 +111,28 @@ class Shard:
                 self._gather(waiting)
                 return
             self._file = self._store.begin(self.name, self._reserve)
-            if self._gathered:
-                self._append(self._file, [memoryview(self._gathered)[self._reserve :]])
-                self._gathered = bytearray()
+            if self._gathered is not None:
+                with self._gathered.view() as whole, whole[self._reserve :] as payload:
+                    self._append(self._file, [payload])
+                self._memory.give(self._gathered)
+                self._gathered = None
         self._append(self._file, waiting)
 
     def _gather(self, parts: Sequence[memoryview]) -> None:
-        if not self._gathered:
-            self._gathered = bytearray(self._reserve)
+        if self._gathered is None:
+            self._gathered = self._memory.take()
+            self._gathered.skip(self._reserve)
         for part in parts:
-            self._gathered += part
+            self._gathered.append(part)
 
-    def seal(self) -> int:
-        """Publish the shard; returns its size in bytes."""
+    def seal(self, run: Callable[[Callable[[], None]], None]) -> int:
+        """Publish the shard; returns its size in bytes. One gathered in memory is sent by ``run``."""
         self.flush()
         head = self._head()
         self._data_begin = len(head)
         if self._file is None:
-            return self._store.put(self.name, self._whole(head))
+            run(lambda: self._send(head))
+            return len(head) + self.payload_bytes
         try:
             self._file.publish(head)
         except OSError as error:
@@ -134,8 +140,16 @@ class Shard:
             raise _refused(self._file, error) from error
         return len(head) + self.payload_bytes
 
-    def _whole(self, head: bytes) -> Sequence[Buffer]:
-        whole = memoryview(self._gathered)
+    def _send(self, head: bytes) -> None:
+        gathered, self._gathered = self._gathered, None
+        if gathered is None:
+            self._store.put(self.name, [head])
+            return
+        self._store.put(self.name, self._whole(gathered, head))
+        self._memory.give(gathered)
+
+    def _whole(self, gathered: Gathered, head: bytes) -> Sequence[Buffer]:
+        whole = gathered.view()
         if self.payload_bytes <= _SMALL:
             return [head, whole[self._reserve :]]
         whole[: self._reserve] = head
@@ -143,7 +157,7 @@ class Shard:
 
     def abandon(self) -> None:
         """Forget an unsealed shard and its file."""
-        self._gathered, self._waiting = bytearray(), []
+        self._gathered, self._waiting = None, []
         if self._file is not None:
             self._file.abandon()
 
