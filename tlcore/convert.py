@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from .errors import ConfigError, ReadError, VerifyError
-from .names import rank_suffix, redact_url
+from .names import is_url, rank_suffix, redact_url
 from .protocols import Sink
 from .reader import MissingError, Run, Step, is_run
 from .reader.bulk import Payload, read_payloads
@@ -20,8 +20,9 @@ from .record import Ledger, Origin, Record, RunInfo, StepSummary
 from .registry import resolve
 from .schema import Config
 
-# Records are handed over in batches, so that a remote place gets many at a time.
-_BATCH_BYTES = 64 << 20
+# Records are handed over in batches: a remote place gets many at a time, the local disk what the cache holds.
+_REMOTE_BATCH_BYTES = 64 << 20
+_LOCAL_BATCH_BYTES = 16 << 20
 _OF_EVERY_STEP = frozenset(
     (
         "layout",
@@ -71,11 +72,12 @@ def _is_taken(url: str, storage_options: Mapping[str, Any] | None) -> bool:
 
 def _convert_rank(source: Run, sink: Sink, url: str, rank: int, on_tensor: Callable[[], None]) -> None:
     sink.open(RunInfo(source.id, url, rank, source.world_size, source.document, Ledger()))
+    batch_bytes = _REMOTE_BATCH_BYTES if is_url(url) else _LOCAL_BATCH_BYTES
     for step in source.values():
         overlap = overlapping(step.documents[rank])
         if overlap is not None:
             raise ReadError(f"{source.url}: {overlap}")
-        for batch in _batches(source, step, rank):
+        for batch in _batches(source, step, rank, batch_bytes):
             sink.write(batch)
             for _ in batch:
                 on_tensor()
@@ -83,8 +85,8 @@ def _convert_rank(source: Run, sink: Sink, url: str, rank: int, on_tensor: Calla
     sink.close()
 
 
-def _batches(source: Run, step: Step, rank: int) -> Iterator[list[Record]]:
-    """The records of a step in the order they were stored, a bounded number of bytes at a time."""
+def _batches(source: Run, step: Step, rank: int, batch_bytes: int) -> Iterator[list[Record]]:
+    """The records of a step in the order they were stored, about ``batch_bytes`` at a time."""
     batch: list[Record] = []
     size = 0
     hashes: dict[str, Any] = {}
@@ -95,7 +97,7 @@ def _batches(source: Run, step: Step, rank: int) -> Iterator[list[Record]]:
         hashes[record.name] = record.hash
         batch.append(record)
         size += record.nbytes
-        if size >= _BATCH_BYTES:
+        if size >= batch_bytes:
             yield batch
             batch, size = [], 0
     if batch:

@@ -120,6 +120,7 @@ def test_a_place_that_cannot_be_opened_is_named(url: str, options: dict[str, Any
     ("url", "package", "extra"),
     [("s3://b/r", "s3fs", "s3"), ("gs://b/r", "gcsfs", "gcs"), ("az://b/r", "adlfs", "azure")],
 )
+@pytest.mark.slow
 def test_a_missing_package_names_the_extra(url: str, package: str, extra: str) -> None:
     program = f"""
 import sys

@@ -226,6 +226,7 @@ def test_the_html_report_is_one_file(model: Any, capture: Capture, tmp_path: Pat
     assert "src=" not in text and "<link" not in text
 
 
+@pytest.mark.slow
 def test_other_executors_and_progress(model: Any, capture: Capture) -> None:
     a, b = capture(model), capture(model, X + 1)
     seen: list[tuple[int, int]] = []
