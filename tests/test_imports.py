@@ -24,6 +24,7 @@ LAYERS: list[set[str]] = [
     {"cutting", "hooks", "reader"},
     {"bracket", "runs"},
     {"convert", "filesystem", "prune", "session"},
+    {"capture_context"},
     {"__main__", "adapters", "cli", "compare_il", "comparison", "testing", "vllm"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

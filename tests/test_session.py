@@ -303,4 +303,4 @@ def test_disabled_means_no_hook_no_file_no_thread(tmp_path: Any) -> None:
         assert hook_count(module) == 0 and threading.active_count() == threads
     assert not (tmp_path / "out").exists()
     with pytest.raises(tlcore.CaptureError, match="enabled"):
-        _ = captured.url
+        _ = captured.session

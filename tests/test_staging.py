@@ -143,6 +143,14 @@ def test_a_tensor_larger_than_the_queue_passes_when_the_queue_is_empty() -> None
     assert pool.in_flight == 0
 
 
+def test_memory_that_the_system_refuses_is_not_counted() -> None:
+    pool = HostPool(1024, "block")
+    stager = Stager(pool, 0.0)
+    with pytest.raises((OSError, MemoryError)):
+        stage(stager, torch.zeros(1, dtype=torch.uint8).expand(1 << 46))
+    assert pool.allocated == 0
+
+
 def test_full_chunks_stay_until_the_pool_runs_out() -> None:
     stager = Stager(HostPool(4096, "block"), 0.0)
     stager._pool.chunk_bytes = 1024

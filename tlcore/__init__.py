@@ -10,13 +10,13 @@ from .adapters.vllm import install_import_hook
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
+    from .capture_context import capture
     from .comparison import compare, stats
     from .errors import BackendError, CaptureError, ConfigError, ReadError, TlcoreError, VerifyError
     from .protocols import Sink, Store
     from .reader import open_run
     from .record import Record, RunInfo, StepSummary
     from .registry import register_sink
-    from .session import capture
 
 # Loaded on first use, so that `tlcore --help` and the vLLM plugin's entry do not import torch.
 _LAZY = {
@@ -33,7 +33,7 @@ _LAZY = {
     "RunInfo": "record",
     "StepSummary": "record",
     "register_sink": "registry",
-    "capture": "session",
+    "capture": "capture_context",
     "compare": "comparison",
     "stats": "comparison",
 }

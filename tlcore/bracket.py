@@ -92,7 +92,7 @@ class Bracket:
         thread = threading.get_ident()
         with self._lock:
             if self._depth and thread != self._owner:
-                log.warning("the model runs in several threads at once; only one of them is captured")
+                self._say_once("the model runs in several threads at once; only one of them is captured")
                 return
             # An interrupt skips the hook that ends a call, so a depth left over is checked, not trusted.
             self._depth = open_calls(module) if self._depth else 1

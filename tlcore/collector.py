@@ -15,11 +15,11 @@ import torch
 
 from . import device_statistics
 from .batch import Batch, Measured
-from .forms import QUEUE_FULL, RUN_FULL, Form, FormTable, Outcome, TensorFilter
+from .forms import FREED, QUEUE_FULL, RUN_FULL, Form, FormTable, Outcome, TensorFilter
 from .host_memory import NO_CHUNK, Chunk
 from .record import Direction
 from .sites import Site
-from .staging import Stager
+from .staging import FreedError, Stager, with_memory
 from .structure import NO_ITEMS, TENSOR, Opaque, Scalar, Sketch, class_name, freeze
 
 log = logging.getLogger("tlcore")
@@ -157,8 +157,9 @@ class Collector:
                     chunk = self._stager.chunk
                     begin = chunk.bytes
                     end = begin + form.nbytes
-                    if end <= chunk.size:
-                        form.move(chunk.address + begin, tensor.data_ptr(), form.nbytes)
+                    source = tensor.data_ptr()
+                    if end <= chunk.size and source:
+                        form.move(chunk.address + begin, source, form.nbytes)
                         chunk.bytes = (end + 63) & -64
                         self._add_form(form)
                         self._add_chunk(chunk)
@@ -188,12 +189,17 @@ class Collector:
         if form.outcome is not None:
             return self.without_copy(form)
         if self._max_run_bytes is not None and self._run_bytes + form.nbytes > self._max_run_bytes:
+            # For good: smaller tensors that still fit would be a choice that nobody made.
+            self._run_bytes = self._max_run_bytes
             return self.without_copy(form.refused(RUN_FULL))
         try:
+            tensor = with_memory(tensor)
             if self._capture != "tensor" and self.measures_itself(tensor):
                 place = self._stage_measured(tensor, form)
             else:
                 place = self._stager.stage(tensor, form)
+        except FreedError:
+            return self.without_copy(form.refused(FREED))
         except Exception as error:
             log.debug("a tensor could not be copied", exc_info=True)
             return self.without_copy(form.refused(Outcome("failed", f"copy raised {type(error).__name__}")))

@@ -179,6 +179,7 @@ class Examiner:
             return form.refused(FINITE, measured)
         limit = self.what.max_run_bytes
         if limit is not None and self._run_bytes + form.nbytes > limit:
+            self._run_bytes = limit
             return form.refused(RUN_FULL, measured)
         self._run_bytes += form.nbytes
         return form.with_statistics() if measured else form

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal
 
 from .errors import ConfigError
@@ -47,6 +47,7 @@ class ModuleFilter:
     """The union of several patterns; None selects every call of every module, no patterns select none."""
 
     def __init__(self, patterns: Sequence[str] | None) -> None:
+        self._patterns = tuple(patterns or ())
         self._parsed: tuple[tuple[re.Pattern[str], int | None], ...] | None = None
         if patterns is not None:
             named = enumerate(patterns)
@@ -60,3 +61,12 @@ class ModuleFilter:
         if None in hits:
             return "all"
         return frozenset(index for index in hits if index is not None) or None
+
+    def silent(self, heard: Mapping[str, bool]) -> list[str]:
+        """The patterns that select modules, but none that was heard; ``heard`` says it of every module."""
+        found = []
+        for text, (regex, _) in zip(self._patterns, self._parsed or (), strict=True):
+            of_these = [was_heard for name, was_heard in heard.items() if regex.search(name)]
+            if of_these and not any(of_these):
+                found.append(text)
+        return found

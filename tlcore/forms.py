@@ -40,6 +40,7 @@ class Outcome(NamedTuple):
 
 QUEUE_FULL = Outcome("dropped", "queue full")
 RUN_FULL = Outcome("skipped", "max_run_bytes reached")
+FREED = Outcome("skipped", "its memory was freed by the model")
 STATISTICS_ONLY = Outcome("skipped", "statistics only")
 FINITE = Outcome("skipped", "no NaN or Inf in it or its call")
 

@@ -44,10 +44,12 @@ class Listener:
     ) -> None:
         self.module = module
         self.owner = _NOBODY
-        self._name = name
+        self.name = name
         self._directory = directory
         self._sites: list[CallSites | None] = []
         self._count = 0
+        # Calls in threads other than the step's, which nobody can put in order.
+        self.elsewhere = 0
         self._wanted = wanted
         self._collector = collector
         self._post = post_inputs
@@ -64,13 +66,20 @@ class Listener:
         This one stays inside that, and passes by for ever.
         """
         wanted, post = self._wanted, self._post
-        return Listener(self._name, self.module, wanted, self._collector, self._directory, post)
+        next_one = Listener(self.name, self.module, wanted, self._collector, self._directory, post)
+        next_one._sites = self._sites
+        return next_one
 
     def begin_step(self, owner: int) -> None:
         """Start counting calls from zero; only ``owner``'s thread is listened to."""
-        self._count = 0
+        self._count = self.elsewhere = 0
         self.owner = owner
         self._open.clear()
+
+    @property
+    def heard(self) -> bool:
+        """Whether any call was captured."""
+        return any(self._sites)
 
     def install(self) -> None:
         """Begin to listen."""
@@ -126,14 +135,18 @@ class Listener:
         """The sites of a call later in the step than any before; None when it is not wanted."""
         call = len(self._sites)
         if self._wanted == "all" or call in self._wanted:
-            self._sites.append(CallSites(self._name, call, self._directory(self._name, call)))
+            self._sites.append(CallSites(self.name, call, self._directory(self.name, call)))
         else:
             self._sites.append(None)
         return self._sites[call]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's ``forward``."""
-        if _is_compiling() or _get_ident() != self.owner:
+        if _is_compiling():
+            return self._forward(*args, **kwargs)
+        if _get_ident() != self.owner:
+            # Seldom, so that it costs nothing to look whether a step is in progress.
+            self.elsewhere += bool(self.owner)
             return self._forward(*args, **kwargs)
         call = self._count
         self._count = call + 1
@@ -159,7 +172,10 @@ class Listener:
 
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook."""
-        if _is_compiling() or _get_ident() != self.owner:
+        if _is_compiling():
+            return
+        if _get_ident() != self.owner:
+            self.elsewhere += bool(self.owner)
             return
         call = self._count
         self._count = call + 1
@@ -258,6 +274,16 @@ class ListenerSet:
     def __init__(self, listeners: Mapping[nn.Module, Listener]) -> None:
         self._listeners = list(listeners.values())
         self._installed = False
+
+    @property
+    def elsewhere(self) -> dict[str, int]:
+        """How many calls of which module the step had in threads other than its own."""
+        return {each.name: each.elsewhere for each in self._listeners if each.elsewhere}
+
+    @property
+    def heard(self) -> dict[str, bool]:
+        """Of each module, whether any call was captured."""
+        return {each.name: each.heard for each in self._listeners}
 
     def install(self) -> None:
         """Listen, unless that is still so from the step before; restart the counters."""

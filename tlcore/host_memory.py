@@ -91,7 +91,8 @@ class HostPool:
         """A chunk of at least ``nbytes`` bytes and the seconds waited; None when the queue stays full.
 
         A chunk beyond the bound is given when nothing is in flight, so that a tensor larger than the
-        whole queue still gets through.
+        whole queue still gets through, and all of one call's arguments or results: they are handed over
+        together, and the model holds them at the same time too.
         """
         size = max(nbytes, self.chunk_bytes)
         begin = time.monotonic()
@@ -113,8 +114,9 @@ class HostPool:
             self._allocated -= self._free.pop().size
         if self._allocated + size > self.limit and self._in_flight:
             return None
+        chunk = Chunk(size, self.pinned)
         self._allocated += size
-        return Chunk(size, self.pinned)
+        return chunk
 
     def has_room(self, nbytes: int) -> bool:
         """Whether a chunk for ``nbytes`` bytes could be had without waiting."""

@@ -66,7 +66,13 @@ class _OpenStep:
 
 
 class Processor:
-    """Turns batches into sink calls, one step after the other; used by one thread at a time."""
+    """Turns batches into sink calls, one step after the other; used by one thread at a time.
+
+    ``catches`` is what may come out of a sink and is booked. In the model's thread Ctrl-C is no fault of the
+    sink's; on a thread of our own there is nobody else whom it could tell.
+    """
+
+    catches: type[BaseException] = Exception
 
     def __init__(
         self, sink: Sink, pool: HostPool, ledger: Ledger, rank: int, examination: Examination | None = None
@@ -91,7 +97,7 @@ class Processor:
             step.error = step.error or self.failing
         try:
             self._store(batch, step)
-        except Exception as error:
+        except self.catches as error:
             step.error = step.error or error
         finally:
             for chunk in batch.memory:
@@ -146,7 +152,7 @@ class Processor:
     def _write(self, step: _OpenStep, records: Sequence[Record]) -> None:
         try:
             self._sink.write(records)
-        except Exception as error:
+        except self.catches as error:
             # The rest of the batch is still booked, as captured and failed.
             step.error = error
             return
@@ -162,7 +168,7 @@ class Processor:
             try:
                 rest = self._examiner.rest(end.step)
                 self._store_examined(rest.batch, step, rest)
-            except Exception as error:
+            except self.catches as error:
                 step.error = step.error or error
         counts = step.counts
         staged = counts.captured - counts.skipped - counts.dropped - counts.failed
@@ -170,7 +176,7 @@ class Processor:
             counts.stored, counts.bytes_stored = step.written, step.bytes_written
             try:
                 self._sink.commit_step(self._summary(end, step))
-            except Exception as error:
+            except self.catches as error:
                 step.error = error
         if step.error is not None:
             counts.stored = counts.bytes_stored = 0
@@ -218,7 +224,7 @@ class Processor:
             self.end_step(StepEnd(number, "", "", None, {}))
         try:
             self._sink.close()
-        except Exception as error:
+        except self.catches as error:
             if self.first_error is None:
                 self.first_error = error
             log.warning("the run could not be closed: %s", error)
@@ -249,6 +255,7 @@ class ThreadPipeline:
     """Runs the processor on one background thread; the order of items is kept."""
 
     def __init__(self, processor: Processor) -> None:
+        processor.catches = BaseException
         self._processor = processor
         self._items: queue.SimpleQueue[Batch | StepEnd | threading.Event | None] = queue.SimpleQueue()
         self._closed_at: float | None = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import inspect
 import os
 import platform
 import socket
@@ -12,6 +13,8 @@ from collections.abc import Mapping
 import torch
 
 from . import __version__, registry
+from .errors import ConfigError
+from .names import is_url
 from .protocols import Sink
 from .record import LAYOUT_VERSION, Json, Ledger, RunInfo, SpillPlace
 from .schema import Config
@@ -64,7 +67,7 @@ def new_run(
         document["config"]["backend"] = backend
     return RunInfo(
         run_id=run_id,
-        url=f"{config.output_dir.rstrip('/')}/{run_id}",
+        url=f"{_place(config.output_dir)}/{run_id}",
         rank=rank,
         world_size=world_size,
         document=document,
@@ -78,9 +81,24 @@ def _spill_place(config: Config, run_id: str) -> SpillPlace | None:
     if config.spill_dir is None:
         return None
     patience_s = min(max(config.block_s / 2, _LEAST_PATIENCE_S), _MOST_PATIENCE_S)
-    return SpillPlace(os.path.join(config.spill_dir, run_id), patience_s)
+    return SpillPlace(os.path.join(_place(config.spill_dir), run_id), patience_s)
+
+
+def _place(directory: str) -> str:
+    """The same place whatever the working directory is later."""
+    if is_url(directory):
+        return directory.rstrip("/")
+    return os.path.abspath(os.path.expanduser(directory)).rstrip("/")
 
 
 def make_sink(config: Config) -> Sink:
-    """The configured backend's sink, not yet opened."""
-    return registry.resolve(config.backend).factory(**config.backend_options)
+    """The configured backend's sink, not yet opened. Raises ConfigError for options that it does not take."""
+    factory = registry.resolve(config.backend).factory
+    try:
+        inspect.signature(factory).bind(**config.backend_options)
+    except TypeError as error:
+        raise ConfigError("$.backend", f"{config.backend!r} does not take these options: {error}.") from None
+    except ValueError:
+        # Some callables, written in C, do not tell their signature.
+        pass
+    return factory(**config.backend_options)

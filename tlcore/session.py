@@ -9,17 +9,15 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
-from types import TracebackType
 from typing import Any
 
 from torch import nn
 
 from . import names
 from .batch import Batch, StepEnd
-from .bracket import Bracket, compiled_meanwhile, refuse_unreachable
 from .collector import Collector
 from .cutting import Cut, CuttingCollector
-from .errors import CaptureError, ConfigError
+from .errors import CaptureError
 from .examiner import Examination
 from .filters import ModuleFilter
 from .forms import TensorFilter
@@ -28,8 +26,8 @@ from .host_memory import HostPool
 from .pipeline import InlinePipeline, Processor, ThreadPipeline
 from .protocols import Sink
 from .record import Counts, Json, RunInfo
-from .runs import make_sink, new_run, now
-from .schema import Config, load_config
+from .runs import make_sink, now
+from .schema import Config
 from .staging import Stager
 from .structure import class_name
 
@@ -58,6 +56,8 @@ class Session:
         self._next_step = 0
         self._step: int | None = None
         self._started = ""
+        self.captured_steps = 0
+        self._said_elsewhere = False
         self._closed = False
         self._lock = threading.RLock()
         self._pool = HostPool(config.queue_bytes, config.on_full)
@@ -147,6 +147,8 @@ class Session:
             if self._step is not None:
                 self.end_step(extra={"error": "the step was cut short"})
             number = self._next_step if step is None else step
+            if number < self._next_step:
+                raise CaptureError(f"step {number} has been; the next one is {self._next_step} or later")
             self._next_step = number + 1
             if not (wanted and self.config.selects_step(number)):
                 return False
@@ -172,11 +174,12 @@ class Session:
             if self._closed or self._step is None or self._hooks is None or self._pipeline is None:
                 return
             number, self._step = self._step, None
+            self.captured_steps += 1
+            details = {**self._calls_elsewhere(self._hooks), **(extra or {})}
             if self.config.selects_step(number + 1):
                 self._hooks.rest()
             else:
                 self._hooks.remove()
-            details = dict(extra or {})
             if error is not None:
                 details["error"] = class_name(error)
             ended = now()
@@ -188,6 +191,33 @@ class Session:
             self._pipeline.submit(end)
             if not self.config.selects_any_after(number):
                 self._give_memory_back()
+
+    def _calls_elsewhere(self, hooks: ListenerSet) -> Json:
+        """What `step.json` says of calls in other threads; the log says it once."""
+        calls = hooks.elsewhere
+        if not calls:
+            return {}
+        if not self._said_elsewhere:
+            self._said_elsewhere = True
+            log.warning(
+                "%d calls in other threads than the step's own are not captured, of %s; step.json counts"
+                " them (calls_in_other_threads)",
+                sum(calls.values()),
+                ", ".join(list(calls)[:3]) + (", ..." if len(calls) > 3 else ""),
+            )
+        return {"calls_in_other_threads": calls}
+
+    def _say_what_was_silent(self, hooks: ListenerSet) -> None:
+        # A rank has not all modules, and a source tells what it missed by itself.
+        if not self.captured_steps or self._source is not None or self.run.world_size > 1:
+            return
+        for text in ModuleFilter(self.config.module_call_match).silent(hooks.heard):
+            log.warning(
+                "module_call_match %r: no call that it selects was made within a captured step, so nothing"
+                " of it is in the run %s",
+                text,
+                self.run.shown_url,
+            )
 
     def _give_memory_back(self) -> None:
         # Before Python finds out that nobody needs the session any more.
@@ -233,6 +263,7 @@ class Session:
         atexit.unregister(self.close)
         if self._hooks is not None:
             self._hooks.remove()
+            self._say_what_was_silent(self._hooks)
         if self._pipeline is not None:
             self._pipeline.close()
         else:
@@ -243,9 +274,15 @@ class Session:
             self.run.shown_url, counts.captured, counts.stored, counts.skipped, counts.dropped, counts.failed,
             dict(sorted(counts.reasons.items())) or "",
         )  # fmt: skip
+        if self.captured_steps and not counts.captured:
+            log.warning(
+                "no tensor was captured in %d steps; device_names or module_call_match leave out everything",
+                self.captured_steps,
+            )
         first = self._processor.first_error if self._processor else None
         if first is not None and self.config.on_error == "raise":
-            raise CaptureError(f"{counts.failed} tensors could not be stored: {first}") from first
+            lost = f"{counts.failed} tensors could not be stored" if counts.failed else "closing failed"
+            raise CaptureError(f"{lost}: {first}") from first
 
     def abandon(self) -> None:
         """Stop capturing without storing anything: what a forked child does with its parent's session.
@@ -271,99 +308,3 @@ def _abandon_all() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_abandon_all)
-
-
-class capture:  # noqa: N801 - a context manager reads like a function
-    """Capture the submodules of a model while the ``with`` block runs; one call of it is one step.
-
-    ``config`` and ``keys`` are the configuration (`tlcore.schema.Config`); ``backend`` may also be an
-    object with the `Sink` protocol. Raises ConfigError, BackendError or CaptureError before the block.
-    """
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: Mapping[str, Any] | str | None = None,
-        *,
-        inline: bool = False,
-        **keys: Any,
-    ) -> None:
-        backend = keys.get("backend")
-        sink = None
-        if backend is not None and not isinstance(backend, (str, Mapping)):
-            if not isinstance(backend, Sink):
-                raise CaptureError(
-                    f"backend={class_name(backend)} lacks open, write, commit_step or close (tlcore.Sink)"
-                )
-            sink = keys.pop("backend")
-        self.config = load_config(config, **keys)
-        if self.config.cuts_rows:
-            problem = "rows, request_ids and sample_rate choose rows of requests, which only vLLM knows."
-            raise ConfigError("$", problem, "Leave them out.")
-        self._model = model
-        self._inline = inline
-        self._sink = sink
-        self._session: Session | None = None
-        self._bracket = Bracket(lambda: self.session.begin_step(), self._end_step)
-        self._entered = False
-
-    @property
-    def session(self) -> Session:
-        """The session behind this capture; CaptureError before the block or when not enabled."""
-        if self._session is None:
-            raise CaptureError("nothing is captured: the capture is not entered, or `enabled` is false")
-        return self._session
-
-    @property
-    def url(self) -> str:
-        """The run's directory, a path or URL that `tlcore.open_run` takes."""
-        return self.session.url
-
-    @property
-    def ledger(self) -> Counts:
-        """What became of every captured tensor; final after the block."""
-        return self.session.ledger
-
-    def __enter__(self) -> capture:
-        if self._entered:
-            raise CaptureError("this capture is active already; make another one to capture the model twice")
-        if not self.config.enabled:
-            return self
-        refuse_unreachable(self._model)
-        backend = class_name(self._sink) if self._sink is not None else None
-        run = new_run(self.config, backend=backend)
-        self._session = Session(self.config, run, self._sink, self._inline)
-        self._session.attach(self._model)
-        self._bracket.install(self._model)
-        self._entered = True
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self._entered = False
-        self._bracket.remove()
-        if self._session is None:
-            return
-        self._say_what_passed_by()
-        try:
-            self._session.close()
-        except CaptureError:
-            # The block's own exception must not be hidden behind ours.
-            if error is None:
-                raise
-            log.warning("the run could not be stored whole", exc_info=True)
-
-    def _end_step(self, error: BaseException | None) -> None:
-        self.session.end_step(error=error)
-
-    def _say_what_passed_by(self) -> None:
-        compiled = compiled_meanwhile(self._model)
-        if compiled is not None:
-            log.warning("%s; what ran compiled is not in the run %s", compiled, self.session.run.shown_url)
-        elif not self._bracket.calls:
-            log.warning(
-                "no call of the model came by, so the run %s has no step; call the very model that is"
-                " captured (a torch.compile'd version of it runs past the capture)",
-                self.session.run.shown_url,
-            )

@@ -14,6 +14,20 @@ from .forms import Form
 from .host_memory import NO_CHUNK, Chunk, HostPool, aligned
 
 
+class FreedError(RuntimeError):
+    """A tensor's memory was given back before it could be copied."""
+
+
+def with_memory(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor``, or what stands for one that has no memory. Raises FreedError where there is nothing."""
+    if not (tensor.is_cpu or tensor.is_cuda) or tensor.numel() == 0 or tensor.data_ptr():
+        return tensor
+    if tensor._is_zerotensor():
+        # Zeros that torch, in its derivatives, never writes down.
+        return torch.zeros_like(tensor)
+    raise FreedError("the tensor's memory was freed")
+
+
 class Stager:
     """Copies tensors into chunks and hands out the filled ones at the caller's boundaries.
 

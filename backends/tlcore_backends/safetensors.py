@@ -115,11 +115,11 @@ class SafetensorsSink:
 
     def _append(self, record: Record) -> _Place:
         shard = self._shard or self._open_shard(record.step)
-        begin = shard.add(record, self._shard_bytes)
+        begin = shard.add(record)
         if begin is None:
             self._seal()
             shard = self._open_shard(record.step)
-            begin = shard.add(record, self._shard_bytes)
+            begin = shard.add(record)
             assert begin is not None, "an empty shard takes any record"
         return shard, begin, begin + record.data.nbytes
 
@@ -137,7 +137,7 @@ class SafetensorsSink:
     def _open_shard(self, step: int) -> Shard:
         index = len(self._sealed)
         name = f"{step_dir(step)}/shard_rank_{self._rank}_{index}.safetensors"
-        self._shard = Shard(self._directory.store, name, index, self._memory)
+        self._shard = Shard(self._directory.store, name, index, self._shard_bytes, self._memory)
         return self._shard
 
     def _seal(self) -> None:

@@ -41,23 +41,29 @@ _ALIGNMENT = 8
 _SMALL = 1 << 20
 _FIRST_RESERVE = 64 << 10
 _LARGEST_RESERVE = 16 << 20
+_RESERVED_SHARE = 16
 _FIXED = len('{"__metadata__":{},}') + _ALIGNMENT
 
 
 class Shard:
     """The shard ``name`` while it is filled; `seal` publishes it, once.
 
-    ``index`` counts the shards of a step: each has twice the room for its header that the one before
-    had. On the local disk a payload goes straight to the unfinished file, elsewhere (and while it is
-    under 1 MiB) it is gathered in ``memory``. The bytes of a sealed shard are the same either way.
+    It is full at ``shard_bytes``, or when its header is. ``index`` counts the shards of a step: each has
+    twice the room for its header that the one before had, up to a part of ``shard_bytes``. On the local
+    disk a payload goes straight to the unfinished file, elsewhere (and while it is under 1 MiB) it is
+    gathered in ``memory``. The bytes of a sealed shard are the same either way.
     """
 
-    def __init__(self, store: Store, name: str, index: int, memory: GatheringMemory) -> None:
+    def __init__(
+        self, store: Store, name: str, index: int, shard_bytes: int, memory: GatheringMemory
+    ) -> None:
         self.name = name
         self.quoted_name = quoted(name)
         self.payload_bytes = 0
         self._store = store
-        self._reserve = min(_FIRST_RESERVE << min(index, 16), _LARGEST_RESERVE)
+        self._shard_bytes = shard_bytes
+        largest = min(max(shard_bytes // _RESERVED_SHARE, _FIRST_RESERVE), _LARGEST_RESERVE)
+        self._reserve = min(_FIRST_RESERVE << min(index, 16), largest)
         self._waiting: list[memoryview] = []
         self._memory = memory
         # Room for the header, then the payload: nothing need be put together when it is published.
@@ -66,9 +72,10 @@ class Shard:
         self._metadata = ['"format":"pt"', '"tlcore.layout":"1"']
         self._tensors: list[str] = []
         self._header_bytes = _FIXED + sum(map(len, self._metadata))
+        self._empty = True
         self._data_begin: int | None = None
 
-    def add(self, record: Record, shard_bytes: int) -> int | None:
+    def add(self, record: Record) -> int | None:
         """Take over a record; returns where its bytes begin in the payload, None when there is no room.
 
         An empty shard takes any record. The bytes are only noted: call `flush` before they change.
@@ -81,8 +88,9 @@ class Shard:
         if dtype:
             mark = f"{quoted(f'tlcore.dtype.{record.name}')}:{dtype}"
             header += len(mark) + 1
-        if begin and (end > shard_bytes or header > self._reserve - _LENGTH_BYTES):
+        if (begin and end > self._shard_bytes) or self._is_full(header):
             return None
+        self._empty = False
         if dtype:
             self._metadata.append(mark)
         self._tensors.append(entry)
@@ -95,11 +103,16 @@ class Shard:
         """Note in the shard's metadata that a name stands for an earlier tensor; False without room."""
         mark = f"{quoted(f'tlcore.alias.{record.name}')}:{quoted(record.alias_of or '')}"
         header = self._header_bytes + len(mark) + 1
-        if self.payload_bytes and header > self._reserve - _LENGTH_BYTES:
+        if self._is_full(header):
             return False
+        self._empty = False
         self._metadata.append(mark)
         self._header_bytes = header
         return True
+
+    def _is_full(self, header_bytes: int) -> bool:
+        # Tensors without elements and further names fill a header too, beside no payload at all.
+        return not self._empty and header_bytes > self._reserve - _LENGTH_BYTES
 
     def flush(self) -> None:
         """Write or copy the bytes of all records added so far."""
@@ -182,6 +195,8 @@ class Shard:
             length = self._reserve - _LENGTH_BYTES
         else:
             length = len(text) + -len(text) % _ALIGNMENT
+        if len(text) > length:
+            raise BackendError(f"{self.name}: {len(text)} bytes of header do not fit into {length}")
         return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length)
 
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+import tlcore
 from tests.backends.raw import committed, step_documents
 from tlcore.errors import BackendError
 from tlcore.record import Record
@@ -99,6 +100,37 @@ def test_a_full_header_closes_the_shard_too(tmp_path: Path) -> None:
     found = committed(open_store(tmp_path / "run"))[0]
     assert all(found[record.name] == i for i, record in enumerate(records))
     assert torch.equal(found[large.name], large.tensor())
+
+
+@pytest.mark.parametrize("kind", ["aliases", "without elements"])
+@pytest.mark.parametrize("remote", [False, True])
+def test_a_header_is_full_beside_no_payload_too(tmp_path: Path, kind: str, remote: bool) -> None:
+    empty = torch.empty(0, 4)
+    first = make_record("step_0/m/0_cpu", empty)
+    many = [
+        make_record(f"step_0/{'n' * 150}/{i}_cpu", empty, alias_of=first.name if kind == "aliases" else None)
+        for i in range(600)
+    ]
+    large = make_record("step_0/m/large_cpu", torch.rand(1 << 19))
+    url = f"memory://{kind.replace(' ', '-')}/run" if remote else str(tmp_path / "run")
+    document = store(SafetensorsSink(), url, [first, *many, large])
+    assert len(document["shards"]) > 1
+    place = open_store(url)
+    assert {e.name: e.size for e in place.list() if e.name.endswith(".safetensors")} == {
+        shard["file"]: shard["bytes"] for shard in document["shards"]
+    }
+    found = committed(place)[0]
+    assert len(found) == len(many) + 2
+    assert torch.equal(found[large.name], large.tensor())
+    assert not tlcore.open_run(url).incomplete_steps
+    assert tlcore.open_run(url).verify() == len(found)
+
+
+def test_small_shards_are_not_mostly_header(tmp_path: Path) -> None:
+    records = [make_record(f"step_0/m/{i}_cpu", torch.rand(300_000)) for i in range(20)]
+    document = store(SafetensorsSink(shard_bytes=1 << 20), tmp_path / "run", records)
+    assert len(document["shards"]) == 20
+    assert sum(shard["bytes"] for shard in document["shards"]) < 1.1 * sum(r.nbytes for r in records)
 
 
 @pytest.mark.parametrize("elements", [3, 1 << 19])

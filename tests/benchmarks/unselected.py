@@ -5,7 +5,7 @@ from __future__ import annotations
 import tempfile
 from typing import Literal
 
-from tlcore.session import capture
+from tlcore.capture_context import capture
 
 from .rows import Row, Scale, at_most
 from .timing import Times, interleaved, ratio, timed

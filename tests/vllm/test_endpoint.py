@@ -15,7 +15,13 @@ import pytest
 import tlcore
 from tests.models import tiny_llama
 from tests.vllm.server import VllmServer, serving
-from tlcore.adapters.vllm.endpoint import ROOT_VARIABLE, EndpointPlugin, ForbiddenError, restricted
+from tlcore.adapters.vllm.endpoint import (
+    ROOT_VARIABLE,
+    SPILL_VARIABLE,
+    EndpointPlugin,
+    ForbiddenError,
+    restricted,
+)
 
 KEY = "not-a-secret"
 METRIC = re.compile(r'^tlcore_(\w+?)(?:_total)?\{rank="0"\} ([0-9.e+]+)$', re.MULTILINE)
@@ -163,6 +169,15 @@ def test_a_place_cannot_be_left(root: Path, monkeypatch: pytest.MonkeyPatch) -> 
     ):
         with pytest.raises(ForbiddenError, match=r"\$\.output_dir"):
             restricted({"output_dir": place})
+
+
+def test_where_blobs_wait_is_the_operators(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SPILL_VARIABLE, raising=False)
+    with pytest.raises(ForbiddenError, match=r"\$\.spill_dir: .*TLCORE_ENDPOINT_SPILL_DIR"):
+        restricted({"spill_dir": str(root / "spill")})
+    assert restricted({"spill_dir": None}).spill_dir is None
+    monkeypatch.setenv(SPILL_VARIABLE, "/var/spill")
+    assert restricted({"backend": "safetensors"}).spill_dir == "/var/spill"
 
 
 def test_code_and_credentials_are_the_operators(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -47,6 +47,17 @@ def capture_of(worker: Any) -> WorkerCapture:
     return found
 
 
+def _log_as_vllm_does() -> None:
+    """Let the engine's warnings look like vLLM's own lines, with level, time and process.
+
+    Unless somebody has said where Python's logs go.
+    """
+    own, vllm = logging.getLogger("tlcore"), logging.getLogger("vllm")
+    if not own.hasHandlers():
+        for handler in vllm.handlers:
+            own.addHandler(handler)
+
+
 def require(part: Any, names: tuple[str, ...], what: str) -> None:
     """Raise CaptureError, naming the vLLM version, where ``part`` lacks one of ``names``."""
     missing = [name for name in names if not hasattr(part, name)]
@@ -75,6 +86,7 @@ class WorkerCapture:
         Raises CaptureError when a run is being captured already, and what a session raises at its start.
         """
         worker = self._worker()
+        _log_as_vllm_does()
         if self._session is not None:
             raise CaptureError(f"a run is being captured already, {self._session.url}; stop it first")
         config = load_config(carrier["config"] if is_carrier(carrier) else carrier)

@@ -2,8 +2,8 @@
 
 ``VLLM_PLUGINS`` must name it. The routes begin with ``/v1``, so vLLM's own API key guards them, and without
 a key they refuse to work. The key is often given to every client of the model; so a client chooses what is
-captured, but only the operator (``TLCORE_ENDPOINT_OUTPUT_DIR``) below which place it is written, and with
-whose code.
+captured, but only the operator (``TLCORE_ENDPOINT_OUTPUT_DIR``, ``TLCORE_ENDPOINT_SPILL_DIR``) below which
+place it is written, where it waits in an outage, and with whose code.
 """
 
 from __future__ import annotations
@@ -14,11 +14,13 @@ import logging
 import os
 import time
 from argparse import Namespace
+from dataclasses import replace
 from typing import Any
 
 from ...errors import BackendError, CaptureError, ConfigError, TlcoreError
 from ...names import is_url
 from ...record import Json
+from ...registry import resolve
 from ...schema import Config, load_config
 from . import ENDPOINT
 from .attach import POLL_S, START, STATUS, STOP, Status, merged, prepare
@@ -26,6 +28,7 @@ from .attach import POLL_S, START, STATUS, STOP, Status, merged, prepare
 log = logging.getLogger("vllm.tlcore")
 PATH = "/v1/tlcore"
 ROOT_VARIABLE = "TLCORE_ENDPOINT_OUTPUT_DIR"
+SPILL_VARIABLE = "TLCORE_ENDPOINT_SPILL_DIR"
 _LARGEST_BODY = 1 << 20
 # Longer than this, a client asks again.
 _STOP_WAIT_S = 30.0
@@ -142,7 +145,7 @@ def _parsed(body: bytes) -> Any:
 
 
 def restricted(given: Any) -> Config:
-    """The configuration that a client gave, if it may be given over HTTP; its place is set when it has none.
+    """The configuration that a client gave, if it may be given over HTTP, with the operator's places.
 
     Raises ConfigError for an invalid one, ForbiddenError for a place, backend or option that only the
     server's operator may choose.
@@ -157,6 +160,8 @@ def restricted(given: Any) -> Config:
         raise ForbiddenError(
             "$.backend: over HTTP a backend is chosen by its registered name, not by an import path"
         )
+    if given.get("spill_dir") is not None:
+        raise ForbiddenError(f"$.spill_dir: over HTTP it is the operator's {SPILL_VARIABLE}")
     config = load_config(given if _names_place(given) else {**given, "output_dir": root})
     if not _lies_below(config.output_dir, root):
         text = f"over HTTP the output must lie below the operator's {ROOT_VARIABLE}"
@@ -164,6 +169,9 @@ def restricted(given: Any) -> Config:
     private = sorted(set(config.backend_options) - config.public_options)
     if private:
         raise ForbiddenError(f"$.backend.{private[0]}: this option may not be given over HTTP")
+    spill_dir = os.environ.get(SPILL_VARIABLE)
+    if spill_dir and resolve(config.backend).origin == "built-in":
+        return replace(config, spill_dir=spill_dir)
     return config
 
 

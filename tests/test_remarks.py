@@ -1,0 +1,151 @@
+"""What a capture says about that which it did not hear or could not use."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tlcore
+from tests.sinks import MemorySink
+from tests.toys import model, run
+from tlcore.errors import CaptureError, ConfigError
+from tlcore.record import Counts
+
+
+class Spread(nn.Module):
+    """Calls its branches in threads of its own, the last part in the caller's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+        self.last = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        def branch(module: nn.Module) -> torch.Tensor:
+            with torch.no_grad():
+                out: torch.Tensor = module(x)
+            return out
+
+        with ThreadPoolExecutor(3) as pool:
+            parts = list(pool.map(branch, self.branches))
+        out: torch.Tensor = self.last(sum(parts))
+        return out
+
+
+def test_calls_in_other_threads_are_counted_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    sink, _ = run(Spread(), steps=3, log_step_ids=[])
+    assert [step.calls for step in sink.steps] == [["last"]] * 3
+    counted = {f"branches.{i}": 1 for i in range(3)}
+    assert [step.extra["calls_in_other_threads"] for step in sink.steps] == [counted] * 3
+    told = [text for text in caplog.messages if "other threads" in text]
+    assert len(told) == 1 and told[0].startswith("3 calls") and "branches.0" in told[0]
+
+
+def test_a_model_in_several_threads_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
+    module = nn.Sequential(nn.Linear(4, 4), _Pause())
+    with (
+        tlcore.capture(module, backend=MemorySink(), log_step_ids=[]),
+        ThreadPoolExecutor(4) as pool,
+        torch.no_grad(),
+    ):
+        list(pool.map(module, [torch.randn(2, 4)] * 40))
+    assert sum("several threads" in text for text in caplog.messages) == 1
+
+
+class _Pause(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        torch.randn(200, 200).mm(torch.randn(200, 200))
+        return x
+
+
+@pytest.mark.parametrize("pattern", ["^1$", "^0$:5"])
+def test_a_pattern_whose_modules_never_ran_is_named(caplog: pytest.LogCaptureFixture, pattern: str) -> None:
+    module = model()
+    module.forward = lambda x: module[2](module[0](x))  # type: ignore[method-assign]
+    run(module, module_call_match=[pattern, "2"])
+    told = [text for text in caplog.messages if "no call that it selects" in text]
+    assert len(told) == 1 and repr(pattern) in told[0]
+
+
+def test_nothing_is_said_of_a_capture_that_heard_everything(caplog: pytest.LogCaptureFixture) -> None:
+    run(model(), steps=2, log_step_ids=[], module_call_match=["0", "1", "2"])
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ({"device_names": ["gpu"]}, "no tensor was captured in 2 steps"),
+        ({"log_step_ids": [7]}, "called 2 times, but no step of log_step_ids came"),
+    ],
+)
+def test_a_run_without_a_tensor_says_why(
+    caplog: pytest.LogCaptureFixture, keys: dict[str, Any], said: str
+) -> None:
+    run(model(), steps=2, **{"log_step_ids": [], **keys})
+    assert any(said in text for text in caplog.messages)
+
+
+def test_a_capture_that_is_not_enabled_has_an_empty_place_and_ledger() -> None:
+    with tlcore.capture(model(), enabled=False) as captured:
+        pass
+    assert (captured.url, captured.ledger) == ("", Counts())
+
+
+def test_a_sinks_class_in_the_place_of_a_sink_is_refused() -> None:
+    with pytest.raises(CaptureError, match="MemorySink is a class; give an instance"):
+        tlcore.capture(model(), backend=MemorySink)
+
+
+class TakesNothing(MemorySink):
+    def __init__(self) -> None:
+        super().__init__()
+
+
+def test_an_option_that_a_sink_does_not_take_is_a_config_error() -> None:
+    backend = {"name": f"{__name__}:TakesNothing", "colour": "red"}
+    with (
+        pytest.raises(ConfigError, match=r"does not take these options: .*'colour'"),
+        tlcore.capture(model(), backend=backend),
+    ):
+        pass
+
+
+@pytest.mark.parametrize("at", ["write", "commit_step", "close"])
+@pytest.mark.parametrize("kind", [SystemExit, KeyboardInterrupt, GeneratorExit])
+def test_whatever_a_sink_raises_is_booked(at: str, kind: type[BaseException]) -> None:
+    class Leaves(MemorySink):
+        def _maybe_fail(self, where: str) -> None:
+            if where == at:
+                raise kind
+
+    def captured() -> None:
+        run(model(), backend=Leaves(), on_error="raise")
+
+    text = "closing failed" if at == "close" else "6 tensors could not be stored"
+    with pytest.raises(CaptureError, match=text):
+        captured()
+
+
+def test_the_run_stays_where_it_is_when_the_working_directory_changes(
+    tmp_path: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    for given, place in (("dumps", tmp_path / "dumps"), ("~/dumps", tmp_path / "home/dumps")):
+        with tlcore.capture(model(), output_dir=given) as captured:
+            assert captured.url == f"{place}/{captured.session.run_id}"
+
+
+def test_a_step_number_comes_once() -> None:
+    with tlcore.capture(model(), backend=MemorySink()) as captured:
+        begin: Callable[[int], object] = captured.session.begin_step
+        begin(5)
+        with pytest.raises(CaptureError, match="step 5 has been; the next one is 6 or later"):
+            begin(5)
