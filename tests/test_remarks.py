@@ -13,7 +13,7 @@ from torch import nn
 
 import tlcore
 from tests.sinks import MemorySink
-from tests.toys import model, run
+from tests.toys import Holder, model, run
 from tlcore.errors import CaptureError, ConfigError
 from tlcore.record import Counts
 
@@ -81,7 +81,7 @@ def test_nothing_is_said_of_a_capture_that_heard_everything(caplog: pytest.LogCa
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ({"device_names": ["gpu"]}, "no tensor was captured in 2 steps"),
+        ({"device_names": ["cuda:3"]}, "no tensor was captured in 2 steps"),
         ({"log_step_ids": [7]}, "called 2 times, but no step of log_step_ids came"),
     ],
 )
@@ -90,6 +90,31 @@ def test_a_run_without_a_tensor_says_why(
 ) -> None:
     run(model(), steps=2, **{"log_step_ids": [], **keys})
     assert any(said in text for text in caplog.messages)
+
+
+@pytest.mark.parametrize("names", [["cpu"], ["cpu:0"], ["cuda:1", "cpu"]])
+def test_devices_are_those_that_torch_means(names: list[str]) -> None:
+    _, captured = run(model(), device_names=names)
+    assert captured.ledger.captured == 6
+
+
+def test_a_device_type_without_an_index_stands_for_all_of_it() -> None:
+    _, captured = run(Holder(_ToMeta()), device_names=["meta"])
+    assert captured.ledger.reasons == {"skipped: meta tensor holds no data": 1}
+
+
+class _ToMeta(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x.to("meta")
+
+
+def test_a_name_of_no_device_is_a_config_error(tmp_path: Any) -> None:
+    with (
+        pytest.raises(ConfigError, match=r"\$\.device_names: 'gpu' is no torch device: .*cuda"),
+        tlcore.capture(model(), device_names=["gpu"], output_dir=str(tmp_path / "out")),
+    ):
+        pass
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_capture_that_is_not_enabled_has_an_empty_place_and_ledger() -> None:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
 import torch
+
+from .errors import ConfigError
 
 # A copy this small is over before another thread could use the interpreter, which is dear to get back.
 _SMALL_BYTES = 256 << 10
@@ -24,11 +26,28 @@ move_small: Move = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, cty
 
 @dataclass(frozen=True, slots=True)
 class TensorFilter:
-    """What decides about one tensor from its metadata; devices are ``str(device)``, sizes elements."""
+    """What decides about one tensor from its metadata; devices as of `known_devices`, sizes in elements."""
 
     devices: frozenset[str]
     max_elements: int | None
     max_run_bytes: int | None
+
+
+def known_devices(names: Iterable[str]) -> frozenset[str]:
+    """The devices as ``str(tensor.device)`` has them; a type alone (``cuda``) stands for all of that type.
+
+    Raises ConfigError for a name that means no device to torch.
+    """
+    return frozenset(map(_known_device, names))
+
+
+def _known_device(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError("$.device_names", f"{name!r} is no torch device: {error}.") from None
+    # Torch takes an index for the CPU, and its tensors have none.
+    return device.type if device.type == "cpu" else str(device)
 
 
 class Outcome(NamedTuple):
@@ -156,7 +175,7 @@ class FormTable:
 
     def _judge(self, tensor: torch.Tensor, device: str, count: int) -> Outcome | None:
         limits = self._filter
-        if limits.devices and device not in limits.devices:
+        if limits.devices and limits.devices.isdisjoint((device, tensor.device.type)):
             return Outcome(None, _OTHER_DEVICE)
         if tensor.layout is not torch.strided:
             return Outcome("skipped", f"unsupported layout {tensor.layout}")

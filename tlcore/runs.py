@@ -67,7 +67,7 @@ def new_run(
         document["config"]["backend"] = backend
     return RunInfo(
         run_id=run_id,
-        url=f"{_place(config.output_dir)}/{run_id}",
+        url=f"{absolute_place(config.output_dir)}/{run_id}",
         rank=rank,
         world_size=world_size,
         document=document,
@@ -81,11 +81,11 @@ def _spill_place(config: Config, run_id: str) -> SpillPlace | None:
     if config.spill_dir is None:
         return None
     patience_s = min(max(config.block_s / 2, _LEAST_PATIENCE_S), _MOST_PATIENCE_S)
-    return SpillPlace(os.path.join(_place(config.spill_dir), run_id), patience_s)
+    return SpillPlace(os.path.join(absolute_place(config.spill_dir), run_id), patience_s)
 
 
-def _place(directory: str) -> str:
-    """The same place whatever the working directory is later."""
+def absolute_place(directory: str) -> str:
+    """A path or URL as one that means the same whatever the working directory is later."""
     if is_url(directory):
         return directory.rstrip("/")
     return os.path.abspath(os.path.expanduser(directory)).rstrip("/")

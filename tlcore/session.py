@@ -20,7 +20,7 @@ from .cutting import Cut, CuttingCollector
 from .errors import CaptureError
 from .examiner import Examination
 from .filters import ModuleFilter
-from .forms import TensorFilter
+from .forms import TensorFilter, known_devices
 from .hooks import Listener, ListenerSet, Source, refuse_compiled
 from .host_memory import HostPool
 from .pipeline import InlinePipeline, Processor, ThreadPipeline
@@ -43,6 +43,7 @@ class Session:
     """
 
     def __init__(self, config: Config, run: RunInfo, sink: Sink | None = None, inline: bool = False) -> None:
+        devices = known_devices(config.device_names)
         self.config = config
         self.run = run
         self._sink = sink if sink is not None else make_sink(config)
@@ -65,7 +66,7 @@ class Session:
         self._examination = Examination.of(config)
         # Where tensors are looked at first, only then is it known which are stored.
         at_once = None if self._examination.needed else config.max_run_bytes
-        tensors = TensorFilter(frozenset(config.device_names), config.max_tensor_size, at_once)
+        tensors = TensorFilter(devices, config.max_tensor_size, at_once)
         self.find_cut: Callable[[], Cut | None] = lambda: None
         self._collector = self._make_collector(tensors)
         atexit.register(self.close)

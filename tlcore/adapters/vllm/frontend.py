@@ -10,9 +10,10 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from ...errors import BackendError, CaptureError, ConfigError
+from ...forms import known_devices
 from ...names import is_url
 from ...registry import resolve
-from ...runs import new_run_id
+from ...runs import absolute_place, new_run_id
 from ...schema import Config, load_config
 from . import ENDPOINT, PLUGIN
 from .carrier import KEY, Carrier, carried, is_carrier
@@ -31,10 +32,11 @@ def check(given: Config | Mapping[str, Any] | str) -> Config:
     if config.enabled:
         backend = resolve(config.backend, portable=True)
         if backend.origin == "built-in" and not is_url(config.output_dir):
-            _probe_directory(config.output_dir, "output_dir")
+            _probe_directory(absolute_place(config.output_dir), "output_dir")
         if config.spill_dir is not None:
-            _probe_directory(config.spill_dir, "spill_dir")
+            _probe_directory(absolute_place(config.spill_dir), "spill_dir")
         _check_workers_load_plugin()
+        known_devices(config.device_names)
     return config
 
 
@@ -53,10 +55,9 @@ def prepare(additional_config: Mapping[str, Any] | None) -> dict[str, Any]:
         return prepared
     document = config.to_json(redact=False)
     # Workers may have another working directory.
-    if not is_url(config.output_dir):
-        document["output_dir"] = os.path.abspath(config.output_dir)
+    document["output_dir"] = absolute_place(config.output_dir)
     if config.spill_dir is not None:
-        document["spill_dir"] = os.path.abspath(config.spill_dir)
+        document["spill_dir"] = absolute_place(config.spill_dir)
     carrier = Carrier(config=document, run_id=new_run_id())
     if is_url(config.output_dir):
         probe(carrier)
