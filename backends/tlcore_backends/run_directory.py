@@ -94,7 +94,14 @@ class RunDirectory:
 
     def _put_run_document(self, state: str, closed: str | None) -> None:
         stated = {"state": state, "closed": closed, "backend": self._backend, "ledger": self._ledger()}
-        self.put(_RUN_FILE, readable({**self.run.document, **stated}))
+        text = readable({**self.run.document, **stated})
+        try:
+            self.put(_RUN_FILE, text)
+        except BackendError:
+            # A full disk has no room for another file, but what became of the run must be told.
+            store = self.store
+            if closed is None or not isinstance(store, LocalStore) or not store.overwrite(_RUN_FILE, text):
+                raise
 
     def _ledger(self) -> Json:
         return self.run.ledger.snapshot().to_json()

@@ -13,7 +13,8 @@ from tlcore.record import Record
 from tlcore.rendering import compact, quoted
 
 from .gathering import Gathered, GatheringMemory
-from .stores import LocalStore, UnfinishedFile
+from .stores import LocalStore
+from .unfinished import UnfinishedFile
 
 # Only what every reader of the format knows; any other dtype is stored as raw numbers and marked.
 _DTYPES: dict[torch.dtype, str] = {

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import io
 import itertools
@@ -17,12 +16,13 @@ from tlcore.errors import BackendError
 from tlcore.protocols import Buffer, Entry
 
 from .trust import check_trusted
-from .writing import write_all
+from .unfinished import UnfinishedFile, remove_quietly, sync_directory
 
 UNFINISHED = ".tmp"
 _UNFINISHED_FILE = re.compile(rf".+\.[0-9a-f]{{8}}-\d+{re.escape(UNFINISHED)}", re.DOTALL)
 _DIRECTORY_MODE = 0o700
-_FILE_MODE = 0o600
+# What st_blocks counts in, whatever the file system's blocks are.
+_BLOCK_BYTES = 512
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP})
 # A long run makes a few directories a step; those it will not use again are forgotten.
 _MOST_KNOWN_DIRECTORIES = 4096
@@ -86,6 +86,25 @@ class LocalStore:
             return self._publish(target, parts)
         except OSError as error:
             raise _refused("write", target, error) from error
+
+    def overwrite(self, name: str, text: str) -> bool:
+        """Whether ``text`` now stands in the room that the file ``name`` has on the disk already.
+
+        Only for when `put` fails: this needs no new room, but a crash in the middle would leave half of it.
+        """
+        data = text.encode("utf-8")
+        try:
+            handle = os.open(self._place(name), os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if len(data) > os.fstat(handle).st_blocks * _BLOCK_BYTES:
+                    return False
+                done = os.pwrite(handle, data, 0) == len(data)
+                os.ftruncate(handle, len(data))
+                return done
+            finally:
+                os.close(handle)
+        except OSError:
+            return False
 
     def begin(self, name: str, reserve: int) -> UnfinishedFile:
         """A file to be written piece by piece behind ``reserve`` bytes, then published as ``name``."""
@@ -203,7 +222,7 @@ class LocalStore:
         try:
             os.mkdir(directory, _DIRECTORY_MODE)
             if self._fsync:
-                _sync_directory(os.path.dirname(directory))
+                sync_directory(os.path.dirname(directory))
         except FileExistsError:
             if not stat.S_ISDIR(os.lstat(directory).st_mode):
                 raise NotADirectoryError(
@@ -233,13 +252,13 @@ class LocalStore:
                 os.link(origin, unfinished, follow_symlinks=False)
                 os.rename(unfinished, place)
                 # Renaming onto another link of the same file does nothing and leaves the old name.
-                _remove_quietly(unfinished)
+                remove_quietly(unfinished)
         except OSError as error:
             if error.errno in _NO_HARD_LINKS:
                 return False
             raise
         if self._fsync:
-            _sync_directory(os.path.dirname(place))
+            sync_directory(os.path.dirname(place))
         return True
 
     def _copy_bytes(self, origin: str, place: str) -> None:
@@ -254,57 +273,6 @@ def unfinished_files(directory: str) -> Iterator[str]:
             path = os.path.join(parent, name)
             if _UNFINISHED_FILE.fullmatch(name) and not os.path.islink(path):
                 yield path
-
-
-class UnfinishedFile:
-    """A file under a temporary name, which gets its real one when it is whole.
-
-    `write` appends, from byte ``reserve`` on; the bytes before are given to `publish`. Raises OSError as
-    the system does; then, or when the file is not wanted any more, call `abandon`.
-    """
-
-    def __init__(self, path: str, target: str, fsync: bool, reserve: int = 0) -> None:
-        self.target = target
-        self._path = path
-        self._fsync = fsync
-        self._handle: int | None = os.open(
-            path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW, _FILE_MODE
-        )
-        if reserve:
-            os.lseek(self._handle, reserve, os.SEEK_SET)
-
-    def write(self, parts: Sequence[Buffer]) -> int:
-        """Append ``parts``; returns how many bytes they were."""
-        return write_all(self._open_handle, parts)
-
-    def publish(self, head: bytes = b"") -> None:
-        """Put ``head`` in the reserved place and give the file its name."""
-        handle = self._open_handle
-        if head:
-            os.lseek(handle, 0, os.SEEK_SET)
-            write_all(handle, [head])
-        if self._fsync:
-            os.fsync(handle)
-        self._close()
-        os.rename(self._path, self.target)
-        if self._fsync:
-            _sync_directory(os.path.dirname(self.target))
-
-    def abandon(self) -> None:
-        """Remove the file; nothing happens to one that was published."""
-        self._close()
-        _remove_quietly(self._path)
-
-    @property
-    def _open_handle(self) -> int:
-        if self._handle is None:
-            raise ValueError(f"{self.target} is closed")
-        return self._handle
-
-    def _close(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            os.close(handle)
 
 
 def _open_regular(path: str, flags: int) -> int:
@@ -366,19 +334,6 @@ def _make_parents(directory: str) -> None:
     except FileExistsError:
         if not os.path.isdir(directory):
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory) from None
-
-
-def _sync_directory(directory: str) -> None:
-    handle = os.open(directory, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
-def _remove_quietly(path: str) -> None:
-    with contextlib.suppress(OSError):
-        os.unlink(path)
 
 
 def _refused(action: str, path: str, error: OSError) -> BackendError:

@@ -19,7 +19,7 @@ import tlcore
 from tests.faults.helpers import SLACK_S, STEP_TENSORS, Outcome, assert_whole, capture, files_below
 from tests.sinks import MemorySink
 from tlcore.__main__ import main
-from tlcore_backends import stores
+from tlcore_backends import unfinished
 
 BLOCK_S = 1.0
 FORMATS = ["pt", "safetensors"]
@@ -106,6 +106,23 @@ def test_a_full_disk(format: str, small_disk: Path) -> None:
 
 
 @pytest.mark.parametrize("format", FORMATS)
+def test_a_run_is_closed_and_its_ledger_told_without_a_byte_of_room(format: str, small_disk: Path) -> None:
+    def fill_whole(run: Path) -> None:
+        with suppress(OSError), (run.parent / "ballast").open("wb", buffering=0) as file:
+            while file.write(bytes(1 << 12)):
+                pass
+
+    config = {"output_dir": str(small_disk / "runs"), "backend": format, "block_s": BLOCK_S}
+    outcome = capture(config, 5, at(2, fill_whole))
+    assert_unhurt(outcome, 5)
+    assert outcome.ledger.failed > 0
+    run = tlcore.open_run(outcome.url)
+    assert run.state == "complete"
+    assert run.ledger == outcome.ledger
+    assert_earlier_steps_are_sound(outcome, run.steps)
+
+
+@pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk_with_room_elsewhere_loses_nothing(
     format: str, small_disk: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -170,7 +187,7 @@ def test_a_broken_disk(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
     def broken(handle: int, parts: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    fault = at(2, lambda run: monkeypatch.setattr(stores, "write_all", broken))
+    fault = at(2, lambda run: monkeypatch.setattr(unfinished, "write_all", broken))
     outcome = capture({"output_dir": str(tmp_path), "backend": format, "block_s": BLOCK_S}, 4, fault)
     monkeypatch.undo()
     assert_unhurt(outcome, 4)
