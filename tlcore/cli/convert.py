@@ -3,20 +3,23 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
 
 from ..convert import convert
 from ..errors import ConfigError
 from ..jsontext import parse_json
 from ..names import redact_url
-from ..reader import open_run
+from ..reader import Run, open_run
 from ..schema import load_config
+from .losses import losses_of
 from .places import add_storage_options, storage_options
 from .tables import printable
 from .verify import progress
 
 HELP = (
     "Write a complete run into another output_dir with another backend, losslessly: converting there and"
-    " back gives the same bytes. The run keeps its id."
+    " back gives the same bytes. The run keeps its id. Incomplete steps are left out, with a note."
 )
 
 
@@ -47,4 +50,16 @@ def run(args: argparse.Namespace) -> int:
         task = bar.add_task("convert", total=source.ledger.stored)
         url = convert(source, config, lambda: bar.advance(task))
     print(printable(redact_url(url)))
+    for note in _notes(source):
+        # Not with the result, which scripts read.
+        print(f"note: {note}", file=sys.stderr)
     return 0
+
+
+def _notes(source: Run) -> Iterator[str]:
+    """What the new run cannot have, since the source lacks it."""
+    if source.incomplete_steps:
+        yield f"not committed, so left out: steps {', '.join(map(str, source.incomplete_steps))}"
+    losses = losses_of(source)
+    if losses:
+        yield losses

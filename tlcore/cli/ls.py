@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ReadError
 from ..reader import Run, RunSummary, Step, is_run, list_runs, open_run
 from ..record import Json
+from .losses import cell, losses_of
 from .places import add_storage_options, storage_options
 from .tables import print_table, printable, size
 
@@ -58,8 +59,13 @@ def _list_runs(runs: list[RunSummary], as_json: bool) -> None:
     elif not runs:
         print("no runs")
     else:
-        rows = ([s.run_id, s.problem or s.state, s.created, s.steps, s.tensors, size(s.bytes)] for s in runs)
-        print_table(["run", "state", "created", "steps", "tensors", "bytes"], rows)
+        columns = ["run", "state", "created", "steps", "tensors", "bytes"]
+        rows = [[s.run_id, s.problem or s.state, s.created, s.steps, s.tensors, size(s.bytes)] for s in runs]
+        lost = [cell(summary) for summary in runs]
+        if any(lost):
+            columns.append("lost at capture")
+            rows = [[*row, shown] for row, shown in zip(rows, lost, strict=True)]
+        print_table(columns, rows)
 
 
 def _list_steps(opened: Run, as_json: bool) -> None:
@@ -71,7 +77,7 @@ def _list_steps(opened: Run, as_json: bool) -> None:
             )
         )
         return
-    print(_headline(opened))
+    print(_headline(opened, losses_of(opened)))
     columns = ["step", "state", "calls", "tensors", "bytes", "ledger"]
     print_table(
         columns, ([s.number, _state(s), len(s.calls), len(s), size(_bytes(s)), _losses(s)] for s in steps)
@@ -85,7 +91,8 @@ def _list_tensors(opened: Run, number: int | None, pattern: re.Pattern[str] | No
         listed = [_described_step(step) | {"call_list": list(_calls(step, pattern))} for step in steps]
         print(json.dumps({"run": _described_run(opened), "steps": listed}, indent=1))
         return
-    print(_headline(opened))
+    # Of a run that is not closed, the ledger is that of all its steps: too many to be read for one.
+    print(_headline(opened, losses_of(opened) if opened.state == "complete" else None))
     rows = [row for step in steps for row in _rows(step, pattern)]
     columns = ["step", "call", "tensor", "dtype", "shape", "device", "bytes", "note"]
     if opened.world_size > 1:
@@ -159,15 +166,20 @@ def _described_step(step: Step) -> Json:
     }
 
 
-def _headline(opened: Run) -> str:
+def _headline(opened: Run, losses: str | None) -> str:
     line = printable(f"run {opened.id}  {opened.state}  {opened.created}")
+    return line + _ranks(opened) + (f"  {losses}" if losses else "")
+
+
+def _ranks(opened: Run) -> str:
+    """How many ranks wrote the run, for the headline; nothing for a single one."""
     if opened.world_size == 1:
-        return line
+        return ""
     place = opened.ranks.get(0, {})
     groups = (("tp", "tensor"), ("pcp", "prefill context"), ("pp", "pipeline"), ("dp", "data"))
     sizes = [(name, place.get(f"{group}_size", 1)) for group, name in groups]
     shown = ", ".join(f"{name} parallel {count}" for name, count in sizes if count > 1)
-    return f"{line}  {opened.world_size} ranks" + (f" ({shown})" if shown else "")
+    return f"  {opened.world_size} ranks" + (f" ({shown})" if shown else "")
 
 
 def _state(step: Step) -> str:

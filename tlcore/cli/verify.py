@@ -8,14 +8,17 @@ import json
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from ..errors import VerifyError
-from ..reader import open_run
+from ..errors import ReadError, VerifyError
+from ..reader import Run, open_run
+from ..record import Json
+from .losses import losses_of
 from .places import add_storage_options, storage_options
 from .tables import printable
 
 HELP = (
     "Read every committed tensor of a run and check its hash, its structures and its shards."
-    " Exit status: 0 all sound, 1 something damaged or missing, 2 the run cannot be read."
+    " It answers for what is stored; what was dropped or failed at capture is told, but changes no status."
+    " Exit status: 0 all that is stored is sound, 1 something damaged or missing, 2 the run cannot be read."
 )
 
 
@@ -38,15 +41,26 @@ def run(args: argparse.Namespace) -> int:
             sound, bad = 0, error.bad
     incomplete = opened.incomplete_steps
     if args.json:
-        result = {"run_id": opened.id, "state": opened.state, "bad": bad, "incomplete_steps": incomplete}
-        print(json.dumps(result | ({} if bad else {"sound": sound}), indent=1))
+        print(json.dumps(_result(opened, bad, incomplete) | ({} if bad else {"sound": sound}), indent=1))
         return 1 if bad else 0
     for line in bad:
         print(printable(line))
     if incomplete:
         print(f"not committed, so not wholly checked: steps {', '.join(map(str, incomplete))}")
-    print(f"run {opened.id}  {opened.state}  " + (f"{len(bad)} damaged" if bad else f"{sound} tensors sound"))
+    losses = losses_of(opened)
+    found = f"{len(bad)} damaged" if bad else f"{sound} tensors sound"
+    print(f"run {opened.id}  {opened.state}  {found}" + (f"  {losses}" if losses else ""))
     return 1 if bad else 0
+
+
+def _result(opened: Run, bad: list[str], incomplete: list[int]) -> Json:
+    try:
+        ledger = opened.ledger.to_json()
+    except ReadError:
+        # Why it cannot be read is one of the problems.
+        ledger = None
+    about = {"run_id": opened.id, "state": opened.state, "ledger": ledger}
+    return about | {"bad": bad, "incomplete_steps": incomplete}
 
 
 def progress() -> Progress:

@@ -60,7 +60,10 @@ def _run_of(files: RunFiles) -> Run:
 
 @dataclass(frozen=True, slots=True)
 class RunSummary:
-    """One run of an ``output_dir``; ``problem`` says why it cannot be read, where it cannot."""
+    """One run of an ``output_dir``; ``problem`` says why it cannot be read, where it cannot.
+
+    ``dropped`` and ``failed`` of the ``captured`` tensors were lost at capture and are not in the run.
+    """
 
     run_id: str
     path: str
@@ -70,6 +73,9 @@ class RunSummary:
     tensors: int
     bytes: int
     problem: str | None = None
+    captured: int = 0
+    dropped: int = 0
+    failed: int = 0
 
 
 def list_runs(output_dir: str | os.PathLike[str], storage_options: Options = None) -> list[RunSummary]:
@@ -98,7 +104,18 @@ def _summary(path: str, files: RunFiles) -> RunSummary:
         counts, steps = run.ledger, len(run.steps)
     except ReadError as error:
         return RunSummary(path.rpartition("/")[2], path, "unreadable", "", 0, 0, 0, str(error))
-    return RunSummary(run.id, path, run.state, run.created, steps, counts.stored, counts.bytes_stored)
+    return RunSummary(
+        run.id,
+        path,
+        run.state,
+        run.created,
+        steps,
+        counts.stored,
+        counts.bytes_stored,
+        captured=counts.captured,
+        dropped=counts.dropped,
+        failed=counts.failed,
+    )
 
 
 def _not_one_run(path: str | os.PathLike[str], storage_options: Options) -> ReadError:
@@ -298,6 +315,7 @@ class Run(Mapping[int, Step]):
     def verify(self, on_tensor: Callable[[], None] = lambda: None) -> int:
         """Check every committed tensor and structure; returns how many tensors are sound.
 
+        It answers for what is stored: what was lost at capture stands in `ledger`.
         ``on_tensor`` is called after each tensor. Raises VerifyError naming each damaged or missing file.
         """
         bad: list[str] = []
@@ -307,6 +325,11 @@ class Run(Mapping[int, Step]):
                 count, problems = verify_step(self.files, step_dir(number), rank, on_tensor)
                 checked += count
                 bad += problems
+        try:
+            _ = self.ledger
+        except ReadError as error:
+            # A damaged step.json, which the ledger of an unfinished run is made from, is among them already.
+            bad += [] if str(error) in bad else [str(error)]
         if bad:
             raise VerifyError(bad)
         return checked
