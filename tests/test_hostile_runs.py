@@ -38,6 +38,7 @@ NAMES = [
     "step_1/a/b",
 ]
 STEERS = "\x1b[2J\x07<script>alert(1)</script>\r\n|`x`[a](javascript:b)"
+NOTHING = {"type": "tuple", "items": []}
 FIFO = in_place_of("step_0/step.json", os.mkfifo)
 
 
@@ -77,6 +78,14 @@ ATTACKS: dict[str, tuple[Edit, str]] = {
     "structure is a list": (in_structure([]), "not a tensor structure"),
     "unknown node": (in_structure({"type": "pickle"}), "not a tensor structure"),
     "items are no list": (in_structure({"type": "list", "items": 3}), "not a tensor structure"),
+    "keywords inside": (
+        in_structure({"type": "tuple", "items": [{**NOTHING, "kwargs": 3}]}),
+        "not a tensor structure",
+    ),
+    "keywords are a list": (
+        in_structure({**NOTHING, "kwargs": {"type": "list", "items": [{"type": "none"}]}}),
+        "",
+    ),
     "fields run code": (
         in_structure({"type": "tuple", "items": [{"type": "none"}], "fields": ["__import__('os')"]}),
         "",

@@ -161,8 +161,6 @@ def check_structure(document: Any, where: str) -> Json:
     if _too_deep(document):
         raise ReadError(f"{where}: not a tensor structure (nested too deep)")
     waiting: list[Any] = [document]
-    if "kwargs" in document:
-        waiting.append(document["kwargs"])
     while waiting:
         node = waiting.pop()
         if not isinstance(node, dict) or not _sound_node(node):
@@ -189,9 +187,11 @@ def _too_deep(value: Any) -> bool:
 
 
 def children(node: Mapping[str, Any]) -> Iterator[Any]:
-    """The nodes directly below a node of a structure."""
+    """The nodes directly below a node of a structure, keyword arguments as one of them."""
     items = node.get("items", ())
     yield from items.values() if isinstance(items, dict) else items
+    if "kwargs" in node:
+        yield node["kwargs"]
 
 
 def _sound_node(node: Json) -> bool:

@@ -84,5 +84,3 @@ def _files_in(node: Json) -> Iterator[str]:
         yield node["file"]
     for child in children(node):
         yield from _files_in(child)
-    if "kwargs" in node:
-        yield from _files_in(node["kwargs"])
