@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict
 from typing import Any
 
@@ -15,7 +15,7 @@ from ..record import Json
 from .places import add_storage_options, storage_options
 from .tables import print_table, printable, size
 
-HELP = "Show a captured tensor (what it is, its statistics, its values), or the structure of a call."
+HELP = "Show a captured tensor (what it is, its statistics, its values), a call, or a structure."
 _DIRECTIONS = ("inputs", "outputs", "post_fwd_inputs")
 
 
@@ -25,8 +25,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "name",
         metavar="NAME",
-        help="a tensor such as step_0/layers.0/outputs_cpu (.pt may follow), or a call such as"
-        " step_0/layers.0; without step_<S>/ it is looked for in the run's first step",
+        help="a tensor such as step_0/layers.0/outputs_cpu (.pt may follow, the device may be left out), a"
+        " call such as step_0/layers.0, or a structure such as step_0/layers.0/outputs.json; without"
+        " step_<S>/ it is looked for in the run's first step",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, without the tensor's values")
     add_storage_options(parser)
@@ -36,10 +37,13 @@ def run(args: argparse.Namespace) -> int:
     """Print the tensor or the call. Raises ReadError when there is no such thing in the run."""
     opened = open_run(args.path, storage_options(args))
     step, rest = _step_and_rest(opened, args.name.rstrip("/"))
+    name = f"step_{step.number}/{rest}"
     if rest in step.calls:
         _show_call(step.call(rest), step, args.json)
+    elif rest.endswith(".json"):
+        _show_structure(opened.files.structure(name), name, args.json)
     else:
-        _show_tensor(step, f"step_{step.number}/{rest}", args.json)
+        _show_tensor(step, name, args.json)
     return 0
 
 
@@ -55,12 +59,19 @@ def _step_and_rest(opened: Run, name: str) -> tuple[Step, str]:
     return opened.step(numbers[0]), name
 
 
-def _show_tensor(step: Step, name: str, as_json: bool) -> None:
+def _show_tensor(step: Step, given: str, as_json: bool) -> None:
+    try:
+        name = step.find(given)
+    except MissingError:
+        unstored = step.unstored(given.removesuffix(".pt"))
+        if unstored is None or "stats" not in unstored:
+            raise
+        _show_statistics(unstored, as_json)
+        return
     tensor = step.tensor(name)
-    plain = name.removesuffix(".pt") if name not in step else name
-    record = step.record(plain) if step.has_record(plain) else None
+    record = step.record(name) if step.has_record(name) else None
     description: Json = {
-        "name": plain,
+        "name": name,
         "dtype": str(tensor.dtype).removeprefix("torch."),
         "shape": list(tensor.shape),
         "device": record["device"] if record else None,
@@ -73,13 +84,27 @@ def _show_tensor(step: Step, name: str, as_json: bool) -> None:
         description["note"] = "the step was not committed"
     else:
         description |= {key: record[key] for key in ("hash", "rank", "part", "alias_of") if key in record}
+    _print_description(description, as_json)
+    if not as_json:
+        # torch leaves out the middle of a large tensor.
+        print(tensor)
+
+
+def _show_statistics(unstored: Json, as_json: bool) -> None:
+    """What was kept in place of a tensor's values."""
+    about = {key: value for key, value in unstored.items() if key not in ("stats", "skipped")}
+    note = f"not stored ({unstored['skipped']}), only its statistics were kept"
+    _print_description({**about, **unstored["stats"], "note": note}, as_json)
+
+
+def _print_description(description: Json, as_json: bool) -> None:
     if as_json:
         print(json.dumps(description, indent=1))
         return
-    shown = {**description, "shape": tuple(tensor.shape), "bytes": size(description["bytes"])}
+    shown = {**description, "shape": tuple(description["shape"])}
+    if "bytes" in shown:
+        shown["bytes"] = size(shown["bytes"])
     print_table(["property", "value"], ((key, _shown(value)) for key, value in shown.items()))
-    # torch leaves out the middle of a large tensor.
-    print(tensor)
 
 
 def _shown(value: Any) -> str:
@@ -98,6 +123,14 @@ def _show_call(call: Call, step: Step, as_json: bool) -> None:
     for direction, node in structures.items():
         for line in _tree(direction, node, 0):
             print(printable(line))
+
+
+def _show_structure(structure: Json, name: str, as_json: bool) -> None:
+    if as_json:
+        print(json.dumps(structure, indent=1))
+        return
+    for line in _tree(name.rpartition("/")[2].removesuffix(".json"), structure, 0):
+        print(printable(line))
 
 
 def _structures(call: Call) -> dict[str, Json]:
@@ -122,10 +155,14 @@ def _tree(label: str, node: Json, depth: int) -> Iterator[str]:
     elif "items" in node:
         name = f" {node['class']}" if "class" in node else ""
         yield f"{indent}{label}: {kind}{name}"
-        items = node["items"]
-        for key, item in items.items() if isinstance(items, dict) else enumerate(items):
+        for key, item in _items(node):
             yield from _tree(str(key), item, depth + 1)
-        for key, item in node.get("kwargs", {}).get("items", {}).items():
+        for key, item in _items(node.get("kwargs", {})):
             yield from _tree(f"{key}=", item, depth + 1)
     else:
         yield f"{indent}{label}: {kind} {node.get('value', node.get('class', ''))}".rstrip()
+
+
+def _items(node: Json) -> Iterable[tuple[Any, Json]]:
+    items = node.get("items", ())
+    return items.items() if isinstance(items, dict) else enumerate(items)

@@ -51,7 +51,7 @@ def _of_rank(step: Step, rank: int) -> Iterator[Json]:
         if name not in structures:
             continue
         where = f"{step_dir(step.number)}/{name.removesuffix('.json')}{rank_suffix(rank)}.json"
-        for path, node in _tensors(structures[name], ()):
+        for path, node in tensors_in(structures[name]):
             if "stats" in node:
                 yield _entry(node, rank, identities[call], direction, path, f"{step}: {where}")
 
@@ -60,7 +60,7 @@ def _entry(
     node: Json, rank: int, identity: _Identity, direction: str, path: tuple[PathKey, ...], where: str
 ) -> Json:
     name = str(node.get("file", node.get("name"))).removesuffix(".pt")
-    if not is_tensor_name(name) or not _sound(node["stats"]):
+    if not is_tensor_name(name) or not is_sound(node["stats"]):
         raise ReadError(f"{where}: damaged statistics")
     return {
         "name": name,
@@ -96,17 +96,25 @@ def _end(call: str) -> Iterator[tuple[str, str]]:
     yield from ((call, direction) for direction in _DIRECTIONS[1:])
 
 
+def tensors_in(structure: Json) -> Iterator[tuple[tuple[PathKey, ...], Json]]:
+    """Every tensor of a checked structure, with the keys that lead to it."""
+    yield from _tensors(structure, ())
+    # Only arguments as a whole have keywords.
+    yield from _tensors(structure.get("kwargs", {}), ())
+
+
 def _tensors(node: Json, path: tuple[PathKey, ...]) -> Iterator[tuple[tuple[PathKey, ...], Json]]:
     if node.get("type") == "tensor":
         yield path, node
         return
     items = node.get("items", ())
     pairs: Any = items.items() if isinstance(items, Mapping) else enumerate(items)
-    for key, child in (*pairs, *node.get("kwargs", {}).get("items", {}).items()):
+    for key, child in pairs:
         yield from _tensors(child, (*path, key))
 
 
-def _sound(stats: Any) -> bool:
+def is_sound(stats: Any) -> bool:
+    """Whether a structure's ``stats`` are all there, and numbers."""
     if not isinstance(stats, dict) or not stats.keys() >= set(KEYS):
         return False
     floats = (stats[key] for key in ("min", "max", "mean", "std", "l2"))

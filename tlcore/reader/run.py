@@ -19,6 +19,7 @@ from ..record import Counts, Json
 from ..statistics import Statistics
 from .documents import LARGEST_JSON, check_run
 from .files import RUN_FILE, MissingError, RunFiles, local_directory, missing, store_at
+from .lookup import without_device
 from .parts import Places, all_committed, places_of
 from .request import Request, find_request, known_requests
 from .step import Step, counts_of
@@ -271,6 +272,7 @@ class Run(Mapping[int, Step]):
     def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
         """The tensor with a logical name such as ``step_0/layers.0/outputs_cpu``, on the CPU.
 
+        The name may leave out the device, and then means rank 0's tensor, whichever device it was on.
         With ``unshard``, a tensor of which each rank holds a part is joined from all of them.
         """
         return self._step_of(name).tensor(name, unshard)
@@ -282,15 +284,16 @@ class Run(Mapping[int, Step]):
         return self.step(int(begin[1]))
 
     def stats(self, name: str) -> Statistics:
-        """The statistics that were captured of the tensor with a logical name.
+        """The statistics that were captured of the tensor with a logical name, with or without the device.
 
         Raises MissingError for a tensor that has none.
         """
         plain = name.removesuffix(".pt")
         known = self._step_of(plain).stats
-        if plain not in known:
-            raise missing("statistics of", plain, self.url, known)
-        return known[plain]
+        meant = [plain] if plain in known else without_device(known).get(plain, ())
+        if len(meant) != 1:
+            raise missing("statistics of", plain, self.url, meant or known)
+        return known[meant[0]]
 
     @cached_property
     def requests(self) -> Mapping[str, str | None]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
@@ -17,6 +17,7 @@ from ..statistics import Statistics
 from .described import described, statistics_of
 from .documents import check_ledger, is_whole
 from .files import MissingError, RunFiles, missing
+from .lookup import not_one, not_stored, unstored, without_device
 from .loose import loose_records
 from .parts import Places, group_of, joined, joined_shape, part_of
 from .payload import Payload, in_memory, open_payload
@@ -190,27 +191,54 @@ class Step(Mapping[str, torch.Tensor]):
         """The statistics that were captured, by logical name."""
         return {entry["name"]: statistics_of(entry) for entry in self.described}
 
+    def find(self, name: str) -> str:
+        """The logical name of the stored tensor that ``name`` means.
+
+        That is ``name`` itself, with or without ``.pt``, or the one tensor of rank 0 whose name is ``name``
+        and its device. Raises MissingError, which says why where the tensor was seen but not stored.
+        """
+        plain = name.removesuffix(_TENSOR_FILE)
+        for exact in (name, plain):
+            if exact in self:
+                return exact
+        meant = self._without_device.get(plain, ())
+        if len(meant) == 1:
+            return meant[0]
+        entry = None if meant else self.unstored(plain)
+        if entry is not None:
+            raise not_stored(entry, self._files.url)
+        raise not_one(plain, meant, self.names, self._files.url)
+
+    @cached_property
+    def _without_device(self) -> Mapping[str, Sequence[str]]:
+        return without_device(self.names)
+
+    def unstored(self, name: str) -> Json | None:
+        """What is known of a tensor that was described but not stored; None for any other.
+
+        It has ``name``, ``dtype``, ``shape``, ``device``, ``skipped`` (the reason), and ``stats`` if kept.
+        """
+        return unstored(self._files, name) if name.startswith(f"{self._directory}/") else None
+
     def record(self, name: str) -> Json:
-        """The record of a tensor. Raises MissingError for an unknown name or an uncommitted tensor."""
-        name = name.removesuffix(_TENSOR_FILE) if name not in self._records else name
-        if name in self._records:
-            return self._records[name]
-        if name in self._loose:
-            raise MissingError(f"{self._files.url}: {name!r} has no record, its step was not committed")
-        raise missing("tensor", name, self._files.url, self.names)
+        """The record of a tensor, by any name that `find` takes. Raises MissingError also if uncommitted."""
+        found = self.find(name)
+        if found in self._records:
+            return self._records[found]
+        raise MissingError(f"{self._files.url}: {found!r} has no record, its step was not committed")
 
     def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
-        """The tensor with a logical name, with or without ``.pt``, on the CPU.
+        """The tensor with a logical name, or any that `find` takes, on the CPU.
 
         With ``unshard``, a tensor of which each rank holds a part is joined from all of them; raises
         MissingError where one of the parts was not stored.
         """
-        plain = name.removesuffix(_TENSOR_FILE)
-        if plain in self._loose:
-            record = self._loose[plain]
+        found = self.find(name)
+        if found in self._loose:
+            record = self._loose[found]
             return self._files.tensor(record["file"]) if "file" in record else self._files.stored(record)
-        record = self.record(name)
-        parts = self.parts(name) if unshard else [record]
+        record = self.record(found)
+        parts = self.parts(found) if unshard else [record]
         tensors = [self._files.stored(each) for each in parts]
         return joined(record["part"], tensors, record["name"]) if len(parts) > 1 else tensors[0]
 
