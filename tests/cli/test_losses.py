@@ -18,7 +18,7 @@ from tlcore.__main__ import main
 from tlcore.reader import list_runs
 from tlcore.record import Counts
 from tlcore.testing import make_record, make_run, make_summary
-from tlcore_backends import stores
+from tlcore_backends import stores, unfinished
 from tlcore_backends.pt import PtSink
 from tlcore_backends.writing import write_all
 
@@ -39,7 +39,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     def fill(captured: tlcore.capture, step: int) -> None:
         if step == 1:
             captured.session.flush()
-            monkeypatch.setattr(stores, "write_all", full)
+            monkeypatch.setattr(unfinished, "write_all", full)
 
     outcome = capture({"output_dir": str(tmp_path / "runs"), "backend": "pt"}, STEPS, fill)
     monkeypatch.undo()
