@@ -168,6 +168,11 @@ def test_nothing_else_is_guessed(key: str, text: Any) -> None:
         ({"output_dir": "s3://"}, "$.output_dir", "names no bucket or directory"),
         ({"backend": "fsspec"}, "$.output_dir", "is no URL"),
         ({"backend": {"name": "fsspec", "url": "/tmp/x"}}, "$.backend.url", "is no URL"),
+        (
+            {"backend": {"name": "fsspec", "url": "s3://a/b"}, "output_dir": "s3://a/c"},
+            "$.backend.url",
+            "different places",
+        ),
         ({"backend": {"options": 1}}, "$.backend", 'the key "name" is missing'),
         ({"backend": object()}, "$.backend", "builtins.object object cannot be used here"),
         ({"backend": {"name": "pt", "level": 3}}, "$.backend.level", "unknown key"),

@@ -141,6 +141,7 @@ def check_config(
     found += problems(document, schema, hidden={"backend"})
     sound = {key: entry["default"] for key, entry in known.items()}
     sound |= {key: item for key, item in document.items() if not _concerns(key, found)}
+    found += _two_places(document)
     found += _bad_patterns("module_call_match", sound["module_call_match"], parse_pattern)
     found += _bad_patterns("request_ids", sound["request_ids"], check_regex)
     try:
@@ -251,6 +252,19 @@ def _normal_place(
         raise ConfigError(path, f"{output_dir + '//'!r} names no bucket or directory.")
     options.setdefault("format", "pt")
     return backend, options, output_dir
+
+
+def _two_places(document: Mapping[str, Any]) -> list[ConfigError]:
+    """The problem of a document that says twice, and differently, where a run goes."""
+    backend = document.get("backend")
+    if not isinstance(backend, dict) or backend.get("name") != "fsspec":
+        return []
+    given = [document.get("output_dir"), backend.get("url")]
+    places = {place.rstrip("/") for place in given if isinstance(place, str)}
+    if len(places) < 2:
+        return []
+    problem = "the URL and $.output_dir name different places."
+    return [ConfigError("$.backend.url", problem, "Leave one of them out.")]
 
 
 def _tuple(patterns: str | list[str] | None) -> tuple[str, ...] | None:
