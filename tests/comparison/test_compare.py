@@ -67,6 +67,7 @@ def test_a_changed_epsilon_is_born_in_its_norm(model: Any, capture: Capture) -> 
     changed = copy.deepcopy(model)
     changed[1].norm.eps = 0.1
     expected = {"step": 0, "module": "1.norm", "call": 0, "direction": "outputs", "born": True}
+    expected |= {"within": None, "within_call": 0}
     assert first(capture(model), capture(changed)) == expected
 
 
@@ -131,6 +132,19 @@ def test_calls_pair_in_order_and_modules_are_renamed(capture: Capture) -> None:
         tlcore.compare(a, b, maps=["layer"])
     with pytest.raises(ConfigError, match="not a regular expression"):
         tlcore.compare(a, b, maps=["(=layer"])
+
+
+def test_a_single_pattern_needs_no_list(model: Any, capture: Capture) -> None:
+    a, b = capture(model), capture(model[:2])
+    found = tlcore.compare(a, b, modules="norm$", maps="^2=1", ignore_missing=True)
+    assert {result.module for result in found.results} == {"0.norm", "1.norm"}
+    assert {tensor.module for tensor in tlcore.stats(a, modules="norm$").tensors} == {
+        "0.norm",
+        "1.norm",
+        "2.norm",
+    }
+    with pytest.raises(ConfigError, match="not a sequence of output positions"):
+        tlcore.compare(a, b, sums="01")  # type: ignore[arg-type]
 
 
 def test_a_split_residual_is_added_up(capture: Capture) -> None:

@@ -63,6 +63,8 @@ def test_nan_and_inf_are_seen_where_they_begin(tmp_path: Path, capsys: pytest.Ca
         "name": "step_1/4/inputs_0_cpu",
         "count": 1,
         "born": False,
+        "within": None,
+        "within_call": 0,
     }
     assert [tensor["values"]["nans"] for tensor in document["tensors"]] == [1, 1]
 

@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ReadError
 from ..names import is_url
 from ..reader import Run, open_run
-from .match import Pair, Rules, compiled_pattern, match, renames
+from .match import Pair, Rules, compiled_patterns, match, positions, renames
 from .measure import Tolerance
 from .results import Comparison, Origin, TensorResult
 from .schedule import in_order
@@ -33,8 +33,8 @@ def compare(
     atol: float | None = None,
     by_norm: bool = False,
     steps: Iterable[int] | None = None,
-    modules: Iterable[str] = (),
-    maps: Iterable[str] = (),
+    modules: str | Iterable[str] = (),
+    maps: str | Iterable[str] = (),
     sums: Iterable[int] = (),
     requests: Mapping[str, str] | None = None,
     ignore_missing: bool = False,
@@ -48,14 +48,14 @@ def compare(
     """Compare two runs, given as paths, URLs or opened runs, tensor by tensor in order of execution.
 
     ``rtol`` and ``atol`` default by dtype, as in `torch.testing.assert_close`; they hold for each value, or
-    with ``by_norm`` for each tensor's norm. ``steps`` and ``modules`` (regular expressions) limit what is
-    compared. ``maps`` are ``REGEX=REPLACEMENT`` texts that turn A's module names into B's. ``sums`` are the
-    output positions of a value that one run keeps in two parts, ``(0, 1)`` for vLLM's hidden state and
-    residual. vLLM runs are compared per request and position; requests are found by their prompts, and
-    ``requests`` maps ids of A to ids of B where that is not enough. ``ignore_missing`` leaves out what
-    only one run has. ``deep`` reads also what equal hashes settle. ``storage_options`` go to the fsspec
-    filesystem of a URL, ``storage_options_b`` to B's where it needs others. Any ``executor`` does the
-    work (by default threads, one a core, more for URLs); in other processes it opens the runs again, so
+    with ``by_norm`` for each tensor's norm. ``steps`` and ``modules`` (regular expressions, or one) limit
+    what is compared. ``maps`` are ``REGEX=REPLACEMENT`` texts, or one, that turn A's module names into B's.
+    ``sums`` are the output positions of a value that one run keeps in two parts, ``(0, 1)`` for vLLM's
+    hidden state and residual. vLLM runs are compared per request and position; requests are found by their
+    prompts, and ``requests`` maps ids of A to ids of B where that is not enough. ``ignore_missing`` leaves
+    out what only one run has. ``deep`` reads also what equal hashes settle. ``storage_options`` go to the
+    fsspec filesystem of a URL, ``storage_options_b`` to B's where it needs others. Any ``executor`` does
+    the work (by default threads, one a core, more for URLs); in other processes it opens the runs again, so
     give them as paths. ``progress`` is called with the number of pairs done and in all.
 
     Raises ReadError when a run cannot be opened or there is nothing to compare, ConfigError for a
@@ -66,9 +66,9 @@ def compare(
     run_a, run_b = _open(a, options_a), _open(b, options_b)
     rules = Rules(
         maps=renames(maps),
-        sums=tuple(sums),
+        sums=positions(sums),
         steps=None if steps is None else frozenset(steps),
-        modules=tuple(compiled_pattern(text, "modules") for text in modules),
+        modules=compiled_patterns(modules, "modules"),
         requests=tuple((requests or {}).items()),
         ignore_missing=ignore_missing,
     )
@@ -81,7 +81,7 @@ def compare(
     task = Task(*places, Tolerance(rtol, atol, by_norm), check_dtype, uuid.uuid4().hex)
     results = _measured(task, (run_a, run_b), matching.pairs, deep, executor, progress)
     pieces = [(pair, each) for pair in matching.pairs for each in pair.pieces]
-    origin = Origin((run_a, run_b), pieces, held)
+    origin = Origin((run_a, run_b), pieces, held, matching.left_out)
     return Comparison(run_a.url, run_b.url, [*results, *matching.missing], matching.notes, origin)
 
 

@@ -54,11 +54,16 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Matching:
-    """All pairs in order of execution in run A, and what cannot be paired."""
+    """All pairs in order of execution in run A, and what cannot be paired.
+
+    ``left_out`` are tensors that exist and are no result: neither run stored them, or only one has them
+    and that is to be ignored.
+    """
 
     pairs: Sequence[Pair]
     missing: Sequence[TensorResult]
     notes: Sequence[str]
+    left_out: Sequence[TensorResult] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,10 +88,10 @@ class Rules:
         return bool(self.maps or self.sums)
 
 
-def renames(texts: Iterable[str]) -> tuple[Rename, ...]:
-    """``REGEX=REPLACEMENT`` texts as patterns. Raises ConfigError for one that is no such thing."""
+def renames(texts: str | Iterable[str]) -> tuple[Rename, ...]:
+    """``REGEX=REPLACEMENT`` texts, or a single one, as patterns. Raises ConfigError for one that is none."""
     found: list[Rename] = []
-    for text in texts:
+    for text in [texts] if isinstance(texts, str) else texts:
         pattern, equals, replacement = text.rpartition("=")
         if not equals:
             raise ConfigError("--map", f"{text!r} is not REGEX=REPLACEMENT")
@@ -100,6 +105,18 @@ def renames(texts: Iterable[str]) -> tuple[Rename, ...]:
             ) from error
         found.append((compiled, replacement))
     return tuple(found)
+
+
+def positions(sums: Iterable[int]) -> tuple[int, ...]:
+    """Output positions to be added. Raises ConfigError for a text, whose characters are none."""
+    if isinstance(sums, str):
+        raise ConfigError("sums", f"{sums!r} is not a sequence of output positions, such as (0, 1)")
+    return tuple(sums)
+
+
+def compiled_patterns(texts: str | Iterable[str], where: str) -> tuple[re.Pattern[str], ...]:
+    """Regular expressions; a single text is one, as in the configuration. Raises ConfigError."""
+    return tuple(compiled_pattern(text, where) for text in ([texts] if isinstance(texts, str) else texts))
 
 
 def compiled_pattern(text: str, where: str) -> re.Pattern[str]:
@@ -121,17 +138,18 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
     steps_a, steps_b = _steps(a, rules), _steps(b, rules)
     per_request = any(step.rows for step in steps_a) and any(step.rows for step in steps_b)
     pairs, absent, notes = (match_requests if per_request else _match_steps)(steps_a, steps_b, rules)
-    lacking, more_notes = one_sided(steps_a, steps_b, rules)
+    lacking, left_out, more_notes = one_sided(steps_a, steps_b, rules)
     absent += lacking
     notes += [*more_notes, *_not_stored("A", steps_a), *_not_stored("B", steps_b)]
     if rules.ignore_missing:
         if absent:
             notes.append(f"{len(absent)} tensors that only one run has were left out")
+        left_out += absent
         absent = []
     if a.state != "complete" or b.state != "complete":
         states = f"A is {a.state}, B is {b.state}"
         notes.append(f"not every run was closed ({states}); only what was committed can be compared")
-    return Matching(pairs, [*missing, *absent], notes)
+    return Matching(pairs, [*missing, *absent], notes, left_out)
 
 
 def _layout(run: Run) -> tuple[int, ...]:

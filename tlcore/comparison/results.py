@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from ..names import PathKey
 from ..reader import Run, Step
 from ..record import Direction, Json
+from .birth import Birth, Entered, Seen, birth, entered_in
 from .frames import data_frame
 from .measure import Measures
 
@@ -63,8 +64,11 @@ class Divergence:
     """Where two runs part: the first tensor, in order of execution, whose values differ.
 
     ``born`` is True where the call's inputs agree and its outputs do not, False where an input already
-    differs (the cause lies outside the captured modules), and None where no input of the call was
-    compared.
+    differs (the cause lies outside the captured modules), and None where that is not known.
+
+    ``within`` is for an input that is the first tensor to differ: the module, and which call of it, in whose
+    own code it was born, between its captured submodules. It is ``""`` for the model, whose inputs are not
+    captured, so that it may come from outside (``born`` is None).
     """
 
     step: int
@@ -73,6 +77,8 @@ class Divergence:
     direction: Direction
     born: bool | None
     result: TensorResult
+    within: str | None = None
+    within_call: int = 0
 
     def to_json(self) -> Json:
         """The divergence as a JSON object."""
@@ -82,6 +88,8 @@ class Divergence:
             "call": self.call,
             "direction": self.direction,
             "born": self.born,
+            "within": self.within,
+            "within_call": self.within_call,
         }
         if self.result.request is not None:
             found |= {"request": self.result.request, "first_position": self.result.first_position}
@@ -90,21 +98,25 @@ class Divergence:
     def __str__(self) -> str:
         call = f" (call {self.call})" if self.call else ""
         request = f", request {self.result.request}" if self.result.request is not None else ""
-        how = {
-            True: "born here: its inputs agree",
-            False: "passed on: an input already differs",
-            None: "its inputs were not compared",
-        }[self.born]
+        if self.direction == "inputs" and self.born is not False:
+            how = Birth(self.born, self.within, self.within_call).between("agree")
+        else:
+            how = {
+                True: "born here: its inputs agree",
+                False: "passed on: an input already differs",
+                None: "its inputs were not compared",
+            }[self.born]
         return f"{self.module}{call}, {self.direction} of step {self.step}{request}; {how}"
 
 
 @dataclass(frozen=True, slots=True)
 class Origin:
-    """The opened runs, and the pair of tensors behind each of the first results."""
+    """The opened runs, the pair of tensors behind each of the first results, and what is no result."""
 
     runs: tuple[Run, Run]
     pairs: Sequence[tuple[Any, Any]]
     steps: Sequence[Step]
+    left_out: Sequence[TensorResult] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,24 +156,43 @@ class Comparison:
         return found
 
     def _first(self, statuses: set[str]) -> Divergence | None:
-        for result in self.results:
+        for place, result in enumerate(self.results):
             if result.status in statuses:
+                left_out = result.direction == "inputs"
+                found = birth(self._seen(statuses, left_out), place, self._entered())
                 return Divergence(
-                    result.step, result.module, result.call, result.direction, self._born(result), result
+                    result.step,
+                    result.module,
+                    result.call,
+                    result.direction,
+                    found.born,
+                    result,
+                    found.within,
+                    found.within_call,
                 )
         return None
 
-    def _born(self, found: TensorResult) -> bool | None:
-        if found.direction == "inputs":
-            return False
-        inputs = [
-            other
-            for other in self.results
-            if other.direction == "inputs" and _call_of(other) == _call_of(found)
+    def _seen(self, statuses: set[str], left_out: bool) -> list[Seen]:
+        """All tensors, perhaps with those that were left out, by whether they have one of the statuses."""
+        more = self.origin.left_out if left_out and self.origin is not None else ()
+        return [
+            Seen(
+                step=each.step,
+                rank=each.rank,
+                request=each.request,
+                module=each.module,
+                call=each.call,
+                direction=each.direction,
+                path=each.path,
+                names=each.names,
+                bad=None if each.status in ("missing", "unreadable") else each.status in statuses,
+                placed=each.status != "missing",
+            )
+            for each in (*self.results, *more)
         ]
-        if not inputs or any(other.status in ("missing", "unreadable") for other in inputs):
-            return None
-        return all(other.agrees for other in inputs)
+
+    def _entered(self) -> Entered:
+        return (lambda *_: ()) if self.origin is None else entered_in(*self.origin.runs)
 
     def to_json(self) -> Json:
         """The whole comparison as a JSON object."""
@@ -198,14 +229,3 @@ class Comparison:
         head = "<tr><th>module</th><th>direction</th><th>status</th><th>max abs</th></tr>"
         table = f"<table>{head}{rows}</table>" if rows else ""
         return f"<p>{'<br>'.join(html.escape(str(self)).splitlines())}</p>{table}"
-
-
-def _call_of(result: TensorResult) -> tuple[object, ...]:
-    return (
-        result.step,
-        result.rank,
-        result.module,
-        result.call,
-        result.request,
-        result.first_position,
-    )

@@ -44,41 +44,45 @@ def _nodes(node: Json, path: tuple[PathKey, ...]) -> Iterator[tuple[tuple[PathKe
 
 def one_sided(
     steps_a: Sequence[Step], steps_b: Sequence[Step], rules: Rules
-) -> tuple[list[TensorResult], list[str]]:
-    """Missing results for what one run skipped and the other lacks, and a note on what both skipped.
+) -> tuple[list[TensorResult], list[TensorResult], list[str]]:
+    """Missing results for what one run skipped and the other lacks, and what both skipped, with a note.
 
     What one run skipped and the other stored is missing anyway, since only one has it.
     """
     by_number = {step.number: step for step in steps_b}
     missing: list[TensorResult] = []
-    both = 0
+    both: list[TensorResult] = []
     for step in steps_a:
         other = by_number.pop(step.number, None)
         mine = skipped(step, rules, True)
         theirs = skipped(other, rules, False) if other is not None else {}
         stored_b = keyed(other, rules, rename=False) if other is not None and mine else {}
         stored_a = keyed(step, rules, rename=True) if theirs else {}
-        both += len(mine.keys() & theirs.keys())
+        both += [_unstored(step.number, key, "neither run stored it") for key in mine if key in theirs]
         missing += _lacking(step.number, "A", mine, {*theirs, *stored_b})
         missing += _lacking(step.number, "B", theirs, {*mine, *stored_a})
     for step in by_number.values():
         missing += _lacking(step.number, "B", skipped(step, rules, False), set())
-    notes = [f"{both} tensors were stored by neither run and cannot be compared"] if both else []
-    return missing, notes
+    notes = [f"{len(both)} tensors were stored by neither run and cannot be compared"] if both else []
+    return missing, both, notes
 
 
 def _lacking(step: int, label: str, found: Mapping[Key, str], others: set[Key]) -> Iterator[TensorResult]:
     for key, reason in found.items():
         if key not in others:
-            rank, module, call, direction, path = key
-            yield TensorResult(
-                "missing",
-                step,
-                rank,
-                module,
-                call,
-                direction,  # type: ignore[arg-type]  # a file name gives it
-                path,
-                (None, None),
-                reason=f"only {label} has it, and did not store it: {reason}",
-            )
+            yield _unstored(step, key, f"only {label} has it, and did not store it: {reason}")
+
+
+def _unstored(step: int, key: Key, reason: str) -> TensorResult:
+    rank, module, call, direction, path = key
+    return TensorResult(
+        "missing",
+        step,
+        rank,
+        module,
+        call,
+        direction,  # type: ignore[arg-type]  # a file name gives it
+        path,
+        (None, None),
+        reason=reason,
+    )

@@ -6,7 +6,7 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from html import escape
 from math import prod
 from typing import Any
@@ -16,9 +16,11 @@ from ..names import PathKey, is_url
 from ..reader import Run, Step, open_run
 from ..reader.statistics import Statistics, summarize_pieces
 from ..record import Direction, Json
+from .birth import Birth, Seen, birth, entered_in
 from .frames import data_frame
-from .match import Rules, compiled_pattern, keyed
+from .match import Rules, compiled_patterns, keyed
 from .measure import CHUNK
+from .skipped import skipped
 
 RunLike = Run | str | os.PathLike[str]
 _REMOTE_WORKERS = 8
@@ -50,22 +52,28 @@ class TensorStatistics:
 class Sighting:
     """Where something was first seen: the tensor, how many of its values, and whether it was born there.
 
-    ``born`` is True where the call's inputs are free of it, None where its inputs were not stored.
+    ``born`` is True where the call's inputs are free of it, None where that is not known. ``within`` is for
+    an input: the module in whose own code it was born, as in `Divergence`.
     """
 
     what: str
     tensor: TensorStatistics
     count: int
     born: bool | None
+    within: str | None = None
+    within_call: int = 0
 
     def __str__(self) -> str:
         tensor = self.tensor
         call = f" (call {tensor.call})" if tensor.call else ""
-        how = {
-            True: "born here: its inputs are free of it",
-            False: "passed on: it comes in from outside",
-            None: "its inputs were not stored",
-        }[self.born]
+        if tensor.direction == "inputs" and self.born is not False:
+            how = Birth(self.born, self.within, self.within_call).between("are free of it")
+        else:
+            how = {
+                True: "born here: its inputs are free of it",
+                False: "passed on: it comes in from outside",
+                None: "its inputs were not stored",
+            }[self.born]
         counted = f"{self.count} of {prod(tensor.shape)} values"
         return (
             f"{self.what} first seen in {tensor.module}{call}, {tensor.direction} of step {tensor.step}"
@@ -75,7 +83,8 @@ class Sighting:
     def to_json(self) -> Json:
         """A JSON object."""
         place = {key: getattr(self.tensor, key) for key in ("step", "module", "call", "direction", "name")}
-        return {**place, "count": self.count, "born": self.born}
+        birth = {"born": self.born, "within": self.within, "within_call": self.within_call}
+        return {**place, "count": self.count, **birth}
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +94,7 @@ class Survey:
     run: str
     tensors: Sequence[TensorStatistics]
     notes: Sequence[str] = ()
+    origin: Run | None = field(default=None, repr=False, compare=False)
 
     @property
     def first_nan(self) -> Sighting | None:
@@ -132,42 +142,65 @@ class Survey:
         return f"<p>{'<br>'.join(map(escape, self.verdict()))}</p>"
 
     def _first(self, what: str, count: Callable[[Statistics], int]) -> Sighting | None:
-        for tensor in self.tensors:
+        for place, tensor in enumerate(self.tensors):
             if tensor.values is not None and count(tensor.values):
-                return Sighting(what, tensor, count(tensor.values), self._born(tensor, count))
+                found = self._birth(place, count)
+                number = count(tensor.values)
+                return Sighting(what, tensor, number, found.born, found.within, found.within_call)
         return None
 
-    def _born(self, found: TensorStatistics, count: Callable[[Statistics], int]) -> bool | None:
-        if found.direction != "outputs":
-            return False
-        call = (found.step, found.rank, found.module, found.call)
-        inputs = [
-            tensor.values
-            for tensor in self.tensors
-            if tensor.direction == "inputs" and (tensor.step, tensor.rank, tensor.module, tensor.call) == call
+    def _birth(self, place: int, count: Callable[[Statistics], int]) -> Birth:
+        try:
+            seen = self._seen(self.tensors[place], count)
+        except ReadError:
+            return Birth(None)
+        return birth(seen, place, (lambda *_: ()) if self.origin is None else entered_in(self.origin))
+
+    def _seen(self, found: TensorStatistics, count: Callable[[Statistics], int]) -> list[Seen]:
+        """All tensors by whether they hold what is counted, then those of the step that were not stored."""
+        seen = [
+            Seen(
+                step=each.step,
+                rank=each.rank,
+                request=None,
+                module=each.module,
+                call=each.call,
+                direction=each.direction,
+                path=each.path,
+                names=(each.name,),
+                bad=None if each.values is None else bool(count(each.values)),
+            )
+            for each in self.tensors
         ]
-        if not inputs or None in inputs:
-            return None
-        return not any(count(values) for values in inputs if values is not None)
+        if self.origin is None or found.direction != "inputs":
+            return seen
+        known = {
+            (each.rank, each.module, each.call, each.direction, each.path)
+            for each in seen
+            if each.step == found.step
+        }
+        unstored = skipped(self.origin.step(found.step), Rules(), rename=False).keys() - known
+        return [*seen, *(Seen(found.step, key[0], None, *key[1:], (None,), None, False) for key in unstored)]
 
 
 def stats(
     run: RunLike,
     *,
     steps: Iterable[int] | None = None,
-    modules: Iterable[str] = (),
+    modules: str | Iterable[str] = (),
     storage_options: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> Survey:
     """The statistics of every tensor of a run, given as a path, URL or opened run.
 
-    ``steps`` and ``modules`` (regular expressions) limit what is read. A tensor that cannot be read has a
-    problem in the place of statistics; statistics that were captured are taken as they are. Raises ReadError
-    when the run cannot be opened or has no such tensor, ConfigError for a pattern that is none.
+    ``steps`` and ``modules`` (regular expressions, or a single one) limit what is read. A tensor that cannot
+    be read has a problem in the place of statistics; statistics that were captured are taken as they are.
+    Raises ReadError when the run cannot be opened or has no such tensor, ConfigError for a pattern that is
+    none.
     """
     opened = run if isinstance(run, Run) else open_run(run, storage_options)
     wanted = None if steps is None else frozenset(steps)
-    rules = Rules(steps=wanted, modules=tuple(compiled_pattern(text, "modules") for text in modules))
+    rules = Rules(steps=wanted, modules=compiled_patterns(modules, "modules"))
     chosen = [opened.step(number) for number in opened.steps if wanted is None or number in wanted]
     measured = opened.config.get("capture", "tensor") != "tensor"
     records = [(step, record) for step in chosen for record in _records(step, rules, measured)]
@@ -181,7 +214,7 @@ def stats(
             if progress is not None:
                 progress(done, len(records))
     unstored = sum(not record.get("stored", True) for _, record in records)
-    return Survey(opened.url, tensors, list(_notes(opened, chosen, wanted, unstored)))
+    return Survey(opened.url, tensors, list(_notes(opened, chosen, wanted, unstored)), opened)
 
 
 def _records(step: Step, rules: Rules, measured: bool) -> list[Json]:
