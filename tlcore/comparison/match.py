@@ -132,6 +132,7 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
     # Imported here, since they build on this module.
     from .requests import match_requests
     from .skipped import one_sided
+    from .values import differing_values
 
     rules = replace(rules, unshard=_layout(a) != _layout(b))
     missing = [*_unusable(a, 0, rules), *_unusable(b, 1, rules)]
@@ -140,6 +141,8 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
     pairs, absent, notes = (match_requests if per_request else _match_steps)(steps_a, steps_b, rules)
     lacking, left_out, more_notes = one_sided(steps_a, steps_b, rules)
     absent += lacking
+    if not per_request:
+        notes += differing_values(steps_a, steps_b, rules)
     notes += [*more_notes, *_not_stored("A", steps_a), *_not_stored("B", steps_b)]
     if rules.ignore_missing:
         if absent:
