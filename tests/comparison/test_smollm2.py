@@ -62,6 +62,23 @@ def test_a_changed_epsilon(model: Any, plain: Path, dump: Callable[[Any], Path])
     assert divergence(plain, changed) == ("model.layers.11.post_attention_layernorm", "outputs", True)
 
 
+def test_a_changed_scale_is_born_in_the_attentions_own_code(
+    model: Any, plain: Path, dump: Callable[[Any], Path]
+) -> None:
+    attention = model.model.layers[9].self_attn
+    before = attention.scaling
+    attention.scaling = before * 2
+    try:
+        changed = dump(model)
+    finally:
+        attention.scaling = before
+    found = tlcore.compare(plain, changed).first_divergence
+    assert found is not None and (found.module, found.direction, found.born, found.within) == (
+        *("model.layers.9.self_attn.o_proj", "inputs"),
+        *(True, "model.layers.9.self_attn"),
+    )
+
+
 def test_a_single_flipped_bit(model: Any, plain: Path, dump: Callable[[Any], Path]) -> None:
     bits = model.model.layers[5].mlp.up_proj.weight.data.view(torch.int32)
     bits[7, 9] ^= 1 << 29
