@@ -67,13 +67,18 @@ class RunDirectory:
 
     def close(self) -> None:
         """Rank 0 marks ``run.json`` complete; every other rank leaves its own close marker."""
-        closed = datetime.now(timezone.utc).isoformat()
+        try:
+            self._put_end(datetime.now(timezone.utc).isoformat())
+        finally:
+            # Also when the end cannot be written: what was spilled before may still be delivered.
+            self.store.close()
+
+    def _put_end(self, closed: str) -> None:
         if self.run.rank == 0:
             self._put_run_document("complete", closed)
         else:
             marker = {"rank": self.run.rank, "closed": closed, "ledger": self._ledger()}
             self.put(f"close{self.suffix}.json", readable(marker))
-        self.store.close()
 
     def _refuse_foreign_directory(self) -> None:
         """Raise BackendError unless the directory is empty or holds (the ranks of) this very run."""

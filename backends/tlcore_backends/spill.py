@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import json
 import logging
 import os
@@ -39,6 +40,7 @@ class SpillStore:
     def __init__(self, store: Store, run: RunInfo, place: SpillPlace) -> None:
         self._store = store
         self._place = place
+        self._fsync = run.fsync
         self._kept = LocalStore(place.directory, run.fsync)
         self._rank = run.rank
         self._run_document: bytes | None = None
@@ -46,12 +48,14 @@ class SpillStore:
         self._pending: dict[str, int] = {}
         self._writing: set[str] = set()
         self._version = 0
-        self._direct = 0
+        # Calls of put and copy that have not returned.
+        self._under_way = 0
         self._spilling = False
         self._used = False
         self._closing = False
         self._problem = ""
         self._changed = threading.Condition()
+        # Set and cleared under the lock: whoever finds it set can rely on it to deliver.
         self._thread: threading.Thread | None = None
 
     @property
@@ -67,22 +71,18 @@ class SpillStore:
             size = self._store.put(name, [data])
             self._run_document = data
             return size
-        if not self._done_there(lambda: self._store.put(name, [data]), len(data)):
-            self._keep(name, lambda: self._kept.put(name, [data]))
+        with self._counted():
+            if not self._done_there(lambda: self._store.put(name, [data]), len(data)):
+                self._keep(name, lambda kept: kept.put(name, [data]))
         return len(data)
 
     def copy(self, source: str, target: str) -> None:
         """Make ``target`` the same blob as ``source``, there or here."""
-        if self._done_there(lambda: self._store.copy(source, target), 0):
-            return
-        with self._changed:
-            here = source in self._pending and source not in self._writing
-            if here:
-                self._version += 1
-                self._kept.copy(source, target)
-                self._pending[target] = self._version
-        if not here:
-            self._keep(target + COPY, lambda: self._kept.put(target + COPY, [source.encode()]))
+        with self._counted():
+            if self._done_there(lambda: self._store.copy(source, target), 0):
+                return
+            if not self._copied_here(source, target):
+                self._keep(target + COPY, lambda kept: kept.put(target + COPY, [source.encode()]))
 
     def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """The bytes of a blob, from the directory while it waits there."""
@@ -101,17 +101,21 @@ class SpillStore:
     def delete(self, name: str) -> None:
         """Remove a blob there and here."""
         with self._changed:
-            self._pending.pop(name, None)
-            self._kept.delete(name)
+            for waiting in (name, name + COPY):
+                self._pending.pop(waiting, None)
+                self._kept.delete(waiting)
         self._store.delete(name)
 
     def close(self) -> None:
         """Try for up to 10 s to deliver what waits, and say what is left."""
         with self._changed:
             self._closing = True
+            if self._spilling:
+                self._start_delivery()
+            thread = self._thread
             self._changed.notify_all()
-        if self._thread is not None:
-            self._thread.join(_LAST_TRY_S)
+        if thread is not None:
+            thread.join(_LAST_TRY_S)
         with self._changed:
             left = len(self._pending)
         if left:
@@ -123,16 +127,26 @@ class SpillStore:
             remove_empty_directories(self._kept.url)
         self._store.close()
 
+    @contextlib.contextmanager
+    def _counted(self) -> Iterator[None]:
+        """Around a whole put or copy: until it returns it may still leave something to be delivered."""
+        with self._changed:
+            self._under_way += 1
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._under_way -= 1
+
     def _done_there(self, call: Callable[[], object], nbytes: int) -> bool:
         """Whether the other store did it; if not, spilling has begun."""
         with self._changed:
             if self._spilling:
+                self._start_delivery()
                 return False
-            self._direct += 1
         patience_s = self._place.patience_s + nbytes / _FAST_BYTES_PER_S
-        future = in_thread(call)
         try:
-            future.result(patience_s)
+            in_thread(call).result(patience_s)
         except concurrent.futures.TimeoutError:
             self._begin(f"no answer within {patience_s:.1f} s")
         except FileNotFoundError:
@@ -142,9 +156,6 @@ class SpillStore:
             self._begin(_told(error))
         else:
             return True
-        finally:
-            with self._changed:
-                self._direct -= 1
         return False
 
     def _begin(self, problem: str) -> None:
@@ -156,35 +167,79 @@ class SpillStore:
             except BackendError as error:
                 raise BackendError(f"{error}; and {self.url} cannot be written: {problem}") from None
             self._spilling = self._used = True
-            if self._thread is None or not self._thread.is_alive():
-                self._thread = threading.Thread(target=self._deliver, name="tlcore-spill", daemon=True)
-                self._thread.start()
+            self._start_delivery()
         log.warning(
             "%s cannot be written now; until it can, everything goes to %s: %s",
             self.url, self._kept.url, problem,
         )  # fmt: skip
 
+    def _start_delivery(self) -> None:
+        """Start the thread unless it runs; the lock is held.
+
+        Where no thread can be had now, the next blob that spills asks again, and so does `close`.
+        """
+        if self._thread is not None and self._thread.is_alive():
+            return
+        thread = threading.Thread(target=self._deliver, name="tlcore-spill", daemon=True)
+        try:
+            thread.start()
+        except RuntimeError:
+            self._problem = "no thread could be started to deliver them"
+        else:
+            self._thread = thread
+
     def _write_notes(self) -> None:
         """Say in the directory where its blobs belong, and make it a run that can be read."""
         note = {"url": self.url, "host": socket.gethostname(), "pid": os.getpid()}
-        self._kept.put(marker_name(self._rank), [json.dumps(note).encode()])
-        if self._run_document is not None:
-            self._kept.put(_PROBE, [self._run_document])
+        self._write_here(lambda kept: kept.put(marker_name(self._rank), [json.dumps(note).encode()]))
+        document = self._run_document
+        if document is not None:
+            self._write_here(lambda kept: kept.put(_PROBE, [document]))
 
-    def _keep(self, name: str, write: Callable[[], object]) -> None:
+    def _write_here(self, write: Callable[[LocalStore], object]) -> None:
+        """Write into the directory, also after somebody else has removed its empty directories."""
+        try:
+            write(self._kept)
+        except BackendError as error:
+            if not isinstance(error.__cause__, FileNotFoundError):
+                raise
+            # Another rank that closed, or `tlcore push`. A new store makes the directories again.
+            self._kept = LocalStore(self._place.directory, self._fsync)
+            write(self._kept)
+
+    def _keep(self, name: str, write: Callable[[LocalStore], object]) -> None:
         with self._changed:
             self._version += 1
+            before = self._pending.get(name)
             self._pending[name] = self._version
             self._writing.add(name)
         try:
-            write()
+            self._write_here(write)
         except BaseException:
             with self._changed:
-                del self._pending[name]
+                if before is None:
+                    self._pending.pop(name, None)
+                else:
+                    # An earlier blob of this name waits as before.
+                    self._pending[name] = before
             raise
         finally:
             with self._changed:
                 self._writing.discard(name)
+
+    def _copied_here(self, source: str, target: str) -> bool:
+        """Make a copy in the directory; False where the source does not wait there."""
+        with self._changed:
+            if source not in self._pending or source in self._writing:
+                return False
+            try:
+                self._write_here(lambda kept: kept.copy(source, target))
+            except FileNotFoundError:
+                # `tlcore push` has delivered it.
+                return False
+            self._version += 1
+            self._pending[target] = self._version
+            return True
 
     def _deliver(self) -> None:
         """The thread: deliver until nothing waits; after a failure pause, longer each time."""
@@ -200,7 +255,7 @@ class SpillStore:
                 pause_s = min(2 * pause_s, _LONGEST_PAUSE_S)
             else:
                 pause_s = 0.1
-            if self._ended() or last:
+            if self._ended(last):
                 return
 
     def _deliver_once(self) -> None:
@@ -215,16 +270,35 @@ class SpillStore:
 
         deliver(self._kept, self._store, versions, delivered)
 
-    def _ended(self) -> bool:
-        """Whether nothing waits any more, so that blobs go straight to the other store again."""
+    def _ended(self, last: bool) -> bool:
+        """Whether the thread ends: nothing waits any more, or it was the ``last`` try.
+
+        Decided under the lock: a blob that spills from now on starts another thread.
+        """
         with self._changed:
-            if self._pending or self._direct:
-                return False
-            self._spilling = False
-            for name in (marker_name(self._rank), *([_PROBE] if self._run_document is not None else [])):
-                self._kept.delete(name)
+            recovered = not self._pending and not self._under_way
+            if recovered:
+                self._spilling = False
+                problem = self._remove_notes()
+            if recovered or last:
+                self._thread = None
+        if not recovered:
+            return last
         log.info("%s can be written again; everything that waited in %s is there", self.url, self._kept.url)
+        if problem is not None:
+            log.warning("files that were delivered are left in %s: %s", self._kept.url, problem)
         return True
+
+    def _remove_notes(self) -> BackendError | None:
+        notes = [marker_name(self._rank)]
+        if self._run_document is not None:
+            notes.append(_PROBE)
+        try:
+            for name in notes:
+                self._kept.delete(name)
+        except BackendError as error:
+            return error
+        return None
 
 
 def _told(error: BaseException) -> str:
