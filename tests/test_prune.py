@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
+from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,8 @@ from tests.toys import model
 from tlcore.__main__ import main
 from tlcore.prune import plan
 
+# No process has such a high id.
+DEAD = 2**22 + 1
 OLD, NEW = "2024-01-01T00:00:00+00:00", "2024-03-01T00:00:00+00:00"
 
 
@@ -57,9 +61,8 @@ def test_by_size_the_oldest_go_first(tmp_path: Path) -> None:
 def test_incomplete_runs_but_never_one_that_may_be_running(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    dead = 2**22 + 1
     complete = captured(tmp_path)
-    crashed = captured(tmp_path, state="running", pid=dead)
+    crashed = captured(tmp_path, state="running", pid=DEAD)
     alive = captured(tmp_path, state="running", pid=os.getpid())
     elsewhere = captured(tmp_path, state="running", host="another-host")
     assert main(["prune", str(tmp_path), "--incomplete", "--yes"]) == 0
@@ -72,6 +75,83 @@ def test_incomplete_runs_but_never_one_that_may_be_running(
     step.write_text(json.dumps({**json.loads(step.read_text()), "ended": OLD}))
     assert main(["prune", str(tmp_path), "--incomplete", "--yes"]) == 0
     assert left(tmp_path) == {complete, alive}
+
+
+def committed(run: Path, step: int, ended: str, rank: int = 0) -> None:
+    """One more step of a run, as a rank commits it."""
+    document = json.loads((run / "step_0/step.json").read_text())
+    directory = run / f"step_{step}"
+    directory.mkdir(exist_ok=True)
+    file = directory / ("step.json" if rank == 0 else f"step_rank_{rank}.json")
+    file.write_text(json.dumps({**document, "step": step, "records": [], "ended": ended}))
+
+
+def ended(run: Path, when: str) -> None:
+    file = run / "step_0/step.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "ended": when}))
+
+
+def now() -> str:
+    return datetime.now(timezone.utc).isoformat()
+
+
+@pytest.mark.parametrize("criterion", [{"incomplete": True}, {"max_total": 0}])
+@pytest.mark.parametrize("state", ["running", "complete"])
+def test_of_several_ranks_a_dead_process_proves_nothing(
+    state: str, criterion: dict[str, Any], tmp_path: Path
+) -> None:
+    run = captured(tmp_path, state=state, pid=DEAD, world_size=2)
+    # Rank 0 stopped long ago, rank 1 is at work.
+    ended(run, OLD)
+    committed(run, 0, now(), rank=1)
+    found = plan(tmp_path, **criterion)
+    assert (found.remove, [each.path for each in found.running]) == ([], [str(run)])
+    committed(run, 0, OLD, rank=1)
+    found = plan(tmp_path, **criterion)
+    assert ([each.path for each in found.remove], found.running) == ([str(run)], [])
+
+
+def test_of_one_rank_a_dead_process_is_enough(tmp_path: Path) -> None:
+    run = captured(tmp_path, now(), state="running", pid=DEAD)
+    assert [each.path for each in plan(tmp_path, incomplete=True).remove] == [str(run)]
+
+
+def test_a_step_that_is_being_written_hides_none_before_it(tmp_path: Path) -> None:
+    run = captured(tmp_path, state="running", host="another-host")
+    (run / "step_1/0").mkdir(parents=True)
+    (run / "step_1/0/inputs.json").write_text("{}")
+    assert plan(tmp_path, incomplete=True).remove == []
+    ended(run, OLD)
+    assert [each.path for each in plan(tmp_path, incomplete=True).remove] == [str(run)]
+
+
+def test_a_damaged_step_hides_none_before_it(tmp_path: Path) -> None:
+    run = captured(tmp_path, state="complete", pid=DEAD, world_size=2)
+    ended(run, OLD)
+    committed(run, 0, now(), rank=1)
+    (run / "step_1").mkdir()
+    (run / "step_1/step.json").write_text("{")
+    assert [each.path for each in plan(tmp_path, incomplete=True).running] == [str(run)]
+
+
+def test_a_run_that_somebody_else_removes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone, crashed = (captured(tmp_path, created, state="running", pid=DEAD) for created in (OLD, NEW))
+
+    def look(path: str, options: Any) -> int:
+        if path == str(gone):
+            shutil.rmtree(gone)
+        return 1
+
+    monkeypatch.setattr("tlcore_backends.cleaning.stored_bytes", look)
+    assert [each.path for each in plan(tmp_path, incomplete=True).remove] == [str(crashed)]
+
+
+def test_ranks_count_their_steps_by_themselves(tmp_path: Path) -> None:
+    run = captured(tmp_path, state="running", pid=DEAD, world_size=2)
+    ended(run, OLD)
+    committed(run, 7, OLD)
+    committed(run, 3, now(), rank=1)
+    assert plan(tmp_path, incomplete=True).remove == []
 
 
 def test_it_asks_first(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -49,9 +50,9 @@ def plan(
 
     ``older_than_s``: created longer ago. ``incomplete``: without an end mark. ``max_total``: of these,
     the oldest, until all runs that are left take at most so many bytes. A run that may still be written
-    is kept: its process lives on this machine, or it runs elsewhere and was active within a day. Runs
-    that cannot be read and symbolic links are left alone. Raises ReadError and BackendError as
-    `list_runs` does.
+    is kept: its process lives on this machine, or nobody here can tell (it runs elsewhere, or has several
+    ranks) and it was active within a day. Runs that cannot be read and symbolic links are left alone.
+    Raises ReadError and BackendError as `list_runs` does.
     """
     backend: Any = import_module("tlcore_backends.cleaning")
     now = datetime.now(timezone.utc)
@@ -70,10 +71,14 @@ def plan(
         if incomplete and summary.state == "complete":
             continue
         candidate = Candidate(summary.path, summary.run_id, summary.state, summary.created, size)
-        if summary.state != "complete" and _may_be_running(open_run(summary.path, storage_options), now):
-            running.append(candidate)
-        else:
-            remove.append(candidate)
+        try:
+            kept = summary.state != "complete" and _may_be_running(
+                open_run(summary.path, storage_options), now
+            )
+        except ReadError:
+            # Somebody else has removed it since it was listed.
+            continue
+        (running if kept else remove).append(candidate)
     return Plan(_oldest(remove, total, max_total), running)
 
 
@@ -96,22 +101,25 @@ def _oldest(candidates: list[Candidate], total: int, max_total: int | None) -> l
 
 def _may_be_running(run: Run, now: datetime) -> bool:
     running = writer_is_running(run.document)
-    if running is not None:
+    # run.json names the process of rank 0 alone: others may write on when it has ended.
+    if running or (running is False and run.world_size == 1):
         return running
     active = _last_activity(run)
     return active is None or (now - active).total_seconds() < QUIET_S
 
 
 def _last_activity(run: Run) -> datetime | None:
-    """When the run's last committed step ended, or else when the run began."""
-    steps = [*run.steps, *run.incomplete_steps]
+    """When the last step that some rank has committed ended, or else when the run began."""
     times = [_time(run.created)]
-    if steps:
-        try:
-            documents = run.step(max(steps)).documents.values()
-        except ReadError:
-            documents = ()  # type: ignore[assignment]
-        times += [_time(str(document.get("ended", ""))) for document in documents]
+    seen: set[int] = set()
+    # Ranks count their steps by themselves, and the newest step may still be on its way.
+    for number in sorted([*run.steps, *run.incomplete_steps], reverse=True):
+        step = run.step(number)
+        if seen.issuperset(step.ranks):
+            continue
+        with contextlib.suppress(ReadError):
+            times += [_time(str(document.get("ended", ""))) for document in step.documents.values()]
+            seen.update(step.ranks)
     known = [time for time in times if time is not None]
     return max(known, default=None)
 
