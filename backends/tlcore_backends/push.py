@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 from collections.abc import Callable, Mapping
@@ -19,13 +20,17 @@ from .stores import LocalStore, unfinished_files
 
 @dataclass(frozen=True, slots=True)
 class SpilledRun:
-    """One run's directory in a ``spill_dir``: where its ``files`` belong, and who put them there."""
+    """One run's directory in a ``spill_dir``: where its ``files`` belong, and who put them there.
+
+    ``notes`` are the ranks' files that say so.
+    """
 
     path: str
     url: str
     files: tuple[str, ...]
     bytes: int
     owner_alive: bool
+    notes: tuple[str, ...]
 
 
 def spilled_runs(directory: str) -> list[SpilledRun]:
@@ -67,9 +72,9 @@ def push(
         raise BackendError(f"{url}: the original of a copy is missing there: {error}") from None
     finally:
         target.close()
-    for entry in source.list():
-        if is_marker(entry.name):
-            source.delete(entry.name)
+    # Not those of ranks that began to spill meanwhile: their files are not among these.
+    for name in run.notes:
+        source.delete(name)
     if not run.owner_alive:
         for path in unfinished_files(run.path):
             os.unlink(path)
@@ -78,13 +83,22 @@ def push(
 
 def _spilled_run(path: str) -> SpilledRun | None:
     store = LocalStore(path)
-    notes = [_note(store, name) for name in sorted(os.listdir(path)) if is_marker(name)]
+    notes: dict[str, dict[str, Any]] = {}
+    # Ranks that are alive may have delivered everything before it is looked at.
+    with contextlib.suppress(FileNotFoundError):
+        for name in sorted(filter(is_marker, os.listdir(path))):
+            with contextlib.suppress(FileNotFoundError):
+                notes[name] = _note(store, name)
     if not notes:
         return None
     entries = [entry for entry in store.list() if not is_marker(entry.name)]
-    files = tuple(entry.name for entry in entries)
     return SpilledRun(
-        path, notes[0]["url"], files, sum(entry.size for entry in entries), any(map(writer_is_running, notes))
+        path=path,
+        url=next(iter(notes.values()))["url"],
+        files=tuple(entry.name for entry in entries),
+        bytes=sum(entry.size for entry in entries),
+        owner_alive=any(map(writer_is_running, notes.values())),
+        notes=tuple(notes),
     )
 
 

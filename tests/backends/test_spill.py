@@ -418,3 +418,36 @@ def test_a_run_whose_end_cannot_be_written_still_closes_its_store(tmp_path: Path
     with pytest.raises(BackendError, match="on purpose"):
         directory.close()
     assert store.closed
+
+
+def test_push_leaves_the_note_of_a_rank_that_spills_meanwhile(tmp_path: Path) -> None:
+    run = tmp_path / "run-1"
+    (run / "step_0").mkdir(parents=True)
+    note = json.dumps({"url": str(tmp_path / "place")})
+    (run / "spill.json").write_text(note)
+    (run / "step_0/0").write_bytes(b"a")
+    (found,) = pushing.spilled_runs(str(tmp_path))
+
+    def spill_too(name: str) -> None:
+        (run / "spill_rank_1.json").write_text(note)
+        (run / "step_0/1").write_bytes(b"b")
+
+    pushing.push(found, on_delivered=spill_too)
+    assert not (run / "spill.json").exists()
+    (found,) = pushing.spilled_runs(str(tmp_path))
+    assert found.files == ("step_0/1",)
+
+
+def test_push_passes_over_what_its_owner_delivers_meanwhile(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "run-1").mkdir()
+    (tmp_path / "run-1/spill.json").write_text(json.dumps({"url": "memory://x"}))
+    original = LocalStore.get
+
+    def too_late(self: LocalStore, name: str, start: int = 0, end: int | None = None) -> bytes:
+        self.delete(name)
+        return original(self, name, start, end)
+
+    monkeypatch.setattr(LocalStore, "get", too_late)
+    assert pushing.spilled_runs(str(tmp_path)) == []
