@@ -119,6 +119,7 @@ class SpillStore:
         with self._changed:
             left = len(self._pending)
         if left:
+            self._release()
             log.warning(
                 "%d files could not be delivered to %s and wait in %s; `tlcore push %s` delivers them: %s",
                 left, self.url, self._kept.url, self._kept.url, self._problem or "no answer in time",
@@ -188,10 +189,17 @@ class SpillStore:
         else:
             self._thread = thread
 
+    def _release(self) -> None:
+        """Say in the directory that this process, which may live on, delivers nothing of it any more."""
+        with contextlib.suppress(BackendError):
+            self._write_marker({"url": self.url})
+
+    def _write_marker(self, note: dict[str, object]) -> None:
+        self._write_here(lambda kept: kept.put(marker_name(self._rank), [json.dumps(note).encode()]))
+
     def _write_notes(self) -> None:
         """Say in the directory where its blobs belong, and make it a run that can be read."""
-        note = {"url": self.url, "host": socket.gethostname(), "pid": os.getpid()}
-        self._write_here(lambda kept: kept.put(marker_name(self._rank), [json.dumps(note).encode()]))
+        self._write_marker({"url": self.url, "host": socket.gethostname(), "pid": os.getpid()})
         document = self._run_document
         if document is not None:
             self._write_here(lambda kept: kept.put(_PROBE, [document]))
