@@ -120,7 +120,7 @@ def test_safetensors_on_the_local_disk(reference: Mapping[str, Any], tmp_path: P
 def test_object_storage(reference: Mapping[str, Any], server: Server, storage_format: str) -> None:
     parent = f"{server.url}/every-backend-{next(_fresh)}"
     backend = {"name": "fsspec", "url": parent, "format": storage_format, "storage_options": server.options}
-    url = capture("unused", backend)
+    url = capture(parent, backend)
     store = open_store(url, server.options)
     assert url.startswith(f"{parent}/")
     assert content(store) == reference
@@ -265,4 +265,4 @@ class TestObstore(StoreConformance):
     def test_runs_are_the_same(self, reference: Mapping[str, Any], storage_format: str) -> None:
         url = f"{self.server.url}/obstore-{next(_fresh)}"
         backend = {"name": "fsspec", "url": url, "format": storage_format, "storage_options": self.options}
-        assert content(open_store(capture("unused", backend), self.options)) == reference
+        assert content(open_store(capture(url, backend), self.options)) == reference

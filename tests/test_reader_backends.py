@@ -110,7 +110,7 @@ def test_object_storage_reads_the_same(
 ) -> None:
     parent = f"{server.url}/reader-{next(_fresh)}"
     backend = {"name": "fsspec", "url": parent, "format": storage_format, "storage_options": server.options}
-    url = capture("unused", backend)
+    url = capture(parent, backend)
     assert content(tlcore.open_run(url, server.options)) == reference
     options = json.dumps(server.options)
     assert main(["ls", parent, "--storage-options", options, "--json"]) == 0

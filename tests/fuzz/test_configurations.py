@@ -106,7 +106,7 @@ def is_valid(document: Any) -> bool:
 
 
 def sound_by_the_schemas(document: dict[str, Any]) -> bool:
-    """What the JSON Schemas and the two rules beyond them say: patterns compile, a place fits its backend."""
+    """What the JSON Schemas and the rules beyond them say: patterns compile, one place, that fits."""
     if not is_valid(document):
         return False
     patterns = document.get("module_call_match") or []
@@ -126,6 +126,8 @@ def sound_by_the_schemas(document: dict[str, Any]) -> bool:
     name = options.pop("name")
     place = options.get("url", document.get("output_dir", "/tmp/vllm_intermediates"))
     if name not in OPTIONS:
+        return False
+    if "url" in options and document.get("output_dir", place).rstrip("/") != str(place).rstrip("/"):
         return False
     if next(Draft202012Validator(OPTIONS[name]).iter_errors(coerce(options, OPTIONS[name])), None):
         return False
