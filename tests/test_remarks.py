@@ -168,6 +168,20 @@ def test_the_run_stays_where_it_is_when_the_working_directory_changes(
             assert captured.url == f"{place}/{captured.session.run_id}"
 
 
+def test_a_session_says_why_steps_fail_and_what_waits() -> None:
+    class Waits(MemorySink):
+        waiting = "3 files wait"
+
+    for sink, waiting, failing in ((Waits(), "3 files wait", False), (MemorySink("write"), None, True)):
+        with tlcore.capture(model(), backend=sink) as captured:
+            captured.session.flush()
+            assert captured.session.failing is None
+            captured._model(torch.randn(2, 4))
+            captured.session.flush()
+            assert (captured.session.failing is not None) == failing
+            assert captured.session.waiting == waiting
+
+
 def test_a_step_number_comes_once() -> None:
     with tlcore.capture(model(), backend=MemorySink()) as captured:
         begin: Callable[[int], object] = captured.session.begin_step

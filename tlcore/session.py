@@ -88,6 +88,17 @@ class Session:
         return self.run.ledger.snapshot()
 
     @property
+    def waiting(self) -> str | None:
+        """What a sink that can wait for its place has not delivered yet, in words (built-in ones can)."""
+        text: str | None = getattr(self._sink, "waiting", None)
+        return text
+
+    @property
+    def failing(self) -> BaseException | None:
+        """Why the last step could not be stored; None once one is stored again."""
+        return self._processor.failing if self._processor is not None else None
+
+    @property
     def queue_bytes(self) -> int:
         """Bytes of memory that hold captured tensors which are not stored yet."""
         return self._pool.in_flight

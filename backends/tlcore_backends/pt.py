@@ -39,6 +39,11 @@ class PtSink:
         self._begin_step(None)
         self._directory.open()
 
+    @property
+    def waiting(self) -> str | None:
+        """What has not reached its place yet, in words; None when everything has."""
+        return self._directory.waiting
+
     def write(self, batch: Sequence[Record]) -> None:
         """Write records of one step; a record that repeats an earlier one becomes another name of it."""
         copies: list[tuple[str, str]] = []

@@ -53,6 +53,11 @@ class RunDirectory:
         if self.run.rank == 0:
             self._put_run_document("running", closed=None)
 
+    @property
+    def waiting(self) -> str | None:
+        """What of the run waits elsewhere to be delivered, in words."""
+        return self.store.waiting if isinstance(self.store, SpillStore) else None
+
     def put_step(self, step: int, text: str) -> None:
         """Write the ``step.json`` that commits a step of this rank."""
         self.put(f"{step_dir(step)}/step{self.suffix}.json", text)

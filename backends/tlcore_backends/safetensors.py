@@ -55,6 +55,11 @@ class SafetensorsSink:
         self._begin_step(None)
         self._directory.open()
 
+    @property
+    def waiting(self) -> str | None:
+        """What has not reached its place yet, in words; None when everything has."""
+        return self._directory.waiting
+
     def write(self, batch: Sequence[Record]) -> None:
         """Append records of one step; one that repeats an earlier record only gets its name noted."""
         for record in batch:

@@ -63,6 +63,14 @@ class SpillStore:
         """The other store's."""
         return self._store.url
 
+    @property
+    def waiting(self) -> str | None:
+        """What has not been delivered yet, and why, in words; None when everything is there."""
+        with self._changed:
+            if not self._pending:
+                return None
+            return f"{len(self._pending)} files wait in {self._kept.url}: {self._problem}"
+
     def put(self, name: str, parts: Sequence[Buffer]) -> int:
         """Publish the concatenation of ``parts``, there or here. Raises BackendError when neither works."""
         # A try that is given up may still read its bytes later, when the caller's memory has others.
@@ -168,6 +176,7 @@ class SpillStore:
             except BackendError as error:
                 raise BackendError(f"{error}; and {self.url} cannot be written: {problem}") from None
             self._spilling = self._used = True
+            self._problem = problem
             self._start_delivery()
         log.warning(
             "%s cannot be written now; until it can, everything goes to %s: %s",

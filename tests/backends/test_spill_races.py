@@ -255,6 +255,7 @@ def test_what_a_closed_run_left_can_be_pushed_while_its_process_lives(tmp_path: 
     store.put("step_0/a", [b"a"])
     (run,) = pushing.spilled_runs(str(tmp_path / "spill"))
     assert run.owner_alive
+    assert store.waiting is not None and store.waiting.startswith("1 files wait in ")
     store.close()
     (run,) = pushing.spilled_runs(str(tmp_path / "spill"))
     assert not run.owner_alive and "step_0/a" in run.files

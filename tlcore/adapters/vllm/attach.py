@@ -26,7 +26,7 @@ class Status:
 
     ``state`` is ``idle`` (nothing yet), ``running``, ``closing`` (stopped, still storing) or ``closed``.
     ``ledger`` is the sum over ``ranks``, each rank's own document; ``problem`` says what could not be
-    stored.
+    stored, ``waiting`` what of it lies in the spill_dir for now.
     """
 
     state: str
@@ -35,6 +35,7 @@ class Status:
     ledger: Counts
     problem: str | None
     ranks: tuple[Json, ...]
+    waiting: str | None = None
 
     def to_json(self) -> Json:
         """The status as JSON data."""
@@ -44,6 +45,7 @@ class Status:
             "url": self.url,
             "ledger": self.ledger.to_json(),
             "problem": self.problem,
+            "waiting": self.waiting,
             "ranks": list(self.ranks),
         }
 
@@ -82,8 +84,19 @@ def merged(answers: Sequence[Json]) -> Status:
     for answer in answers:
         ledger.add(Counts.from_json(answer.get("ledger", {})))
     first = answers[0] if answers else {}
-    problem = next((str(answer["problem"]) for answer in answers if "problem" in answer), None)
-    return Status(state, first.get("run_id"), first.get("url"), ledger, problem, tuple(answers))
+    return Status(
+        state,
+        first.get("run_id"),
+        first.get("url"),
+        ledger,
+        _first(answers, "problem"),
+        tuple(answers),
+        _first(answers, "waiting"),
+    )
+
+
+def _first(answers: Sequence[Json], key: str) -> str | None:
+    return next((str(answer[key]) for answer in answers if key in answer), None)
 
 
 class attach:  # noqa: N801 - a context manager reads like a function
