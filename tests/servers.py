@@ -71,8 +71,8 @@ def seaweedfs(directory: Path) -> Iterator[Server]:
     names += ["filer.port", "filer.port.grpc", "s3.port", "s3.port.grpc"]
     command = [_program("weed"), "server", f"-dir={directory}", "-ip=127.0.0.1", "-ip.bind=127.0.0.1"]
     command += [f"-{name}={port}" for name, port in zip(names, ports, strict=True)]
-    command += ["-s3", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0", "-volume.max=200"]
-    command += ["-master.volumeSizeLimitMB=256", "-volume.preStopSeconds=0"]
+    command += ["-s3", f"-s3.config={identities}", "-s3.port.iceberg=0", "-s3.port.lance=0"]
+    command += ["-volume.max=200", "-master.volumeSizeLimitMB=256", "-volume.preStopSeconds=0"]
     port = ports[names.index("s3.port")]
     options = {"key": _KEY, "secret": _SECRET, "endpoint_url": f"http://127.0.0.1:{port}"}
     wrong = {**options, "secret": "wrong-secret-for-tests"}
