@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Literal
 
 from tlcore.capture_context import capture
@@ -23,9 +25,7 @@ def table(scale: Scale) -> list[Row]:
 
 def _row(kind: Literal["prefill", "decode"], scale: Scale) -> Row:
     work = workload(kind, scale)
-    # That no step came is what is measured.
-    logging.getLogger("tlcore").setLevel(logging.ERROR)
-    with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as directory:
+    with _quiet(), tempfile.TemporaryDirectory(prefix="tlcore-bench-") as directory:
         times: Times = interleaved(
             {
                 "plain": lambda: timed(work.forward),
@@ -42,6 +42,18 @@ def _row(kind: Literal["prefill", "decode"], scale: Scale) -> Row:
         "",
         f"uncaptured/plain {uncaptured:.4f}, null (plain/plain) {null:.4f}",
     )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """That no step came is what is measured, and need not be said."""
+    log = logging.getLogger("tlcore")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 def _uncaptured(work: Workload, directory: str) -> float:
