@@ -34,6 +34,11 @@ class CaptureError(TlcoreError):
     """Capture was asked for something it cannot do, or (``on_error="raise"``) a write failed."""
 
 
+def shareable(error: BaseException) -> str:
+    """What may be logged of an error, or told to a client: only our own quote no secret for certain."""
+    return str(error) if isinstance(error, BackendError) else type(error).__name__
+
+
 class ReadError(TlcoreError):
     """A run, step or tensor cannot be read: missing, incomplete, foreign or damaged."""
 

@@ -50,6 +50,7 @@ class Session:
         self._sink.open(run)
         self._inline = inline
         self._pid = os.getpid()
+        self._selector = ModuleFilter(config.module_call_match)
         self._hooks: ListenerSet | None = None
         self._source: Source | None = None
         self._pipeline: InlinePipeline | ThreadPipeline | None = None
@@ -127,12 +128,11 @@ class Session:
             raise CaptureError("this session has a model already; open another session for a second model")
         refuse_compiled(model)
         elsewhere = () if source is None else source.modules
-        selector = ModuleFilter(self.config.module_call_match)
         modules = {name: module for name, module in model.named_modules() if name}
         directory = functools.partial(_call_directory, frozenset(modules))
         listeners: dict[nn.Module, Listener] = {}
         for name, module in modules.items():
-            wanted = selector.calls(name)
+            wanted = self._selector.calls(name)
             if wanted is not None and module is not model and module not in elsewhere:
                 post_inputs = self.config.log_post_fwd_inputs
                 listeners[module] = Listener(name, module, wanted, self._collector, directory, post_inputs)
@@ -223,7 +223,7 @@ class Session:
         # A rank has not all modules, and a source tells what it missed by itself.
         if not self.captured_steps or self._source is not None or self.run.world_size > 1:
             return
-        for text in ModuleFilter(self.config.module_call_match).silent(hooks.heard):
+        for text in self._selector.silent(hooks.heard):
             log.warning(
                 "module_call_match %r: no call that it selects was made within a captured step, so nothing"
                 " of it is in the run %s",

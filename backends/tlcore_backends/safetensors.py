@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from tlcore.names import step_dir
@@ -15,7 +15,7 @@ from .places import Limits
 from .run_directory import RunDirectory
 from .shards import Shard
 from .stores import LocalStore
-from .uploads import Uploads
+from .uploads import AtOnce, Uploads
 
 SHARD_BYTES = 512 << 20
 # A shard, and where a tensor begins and ends in its payload.
@@ -48,7 +48,7 @@ class SafetensorsSink:
         """
         self._directory = RunDirectory(run, "safetensors", self._storage_options, self._limits)
         store = self._directory.store
-        self._uploads = None if isinstance(store, LocalStore) else Uploads(store)
+        self._uploads = AtOnce() if isinstance(store, LocalStore) else Uploads(store)
         self._memory = GatheringMemory()
         self._rank = run.rank
         self._shard: Shard | None = None
@@ -74,8 +74,7 @@ class SafetensorsSink:
         if step.step != self._step:
             self._begin_step(step.step)
         self._seal()
-        if self._uploads is not None:
-            self._uploads.wait()
+        self._uploads.wait()
         structures = structures_of(step_dir(step.step), step.structures)
         more = {"structures": structures.packed(self._directory.suffix), "shards": compact(self._sealed)}
         self._directory.put_step(step.step, step.to_text(self._entry_texts(), more))
@@ -84,18 +83,16 @@ class SafetensorsSink:
     def close(self) -> None:
         """Rank 0 marks ``run.json`` complete; every other rank leaves its own close marker."""
         self._begin_step(None)
-        if self._uploads is not None:
-            self._uploads.close()
+        self._uploads.close()
         self._memory.clear()
         self._directory.close()
 
     def _begin_step(self, step: int | None) -> None:
         if self._shard is not None:
             self._shard.abandon()
-        if self._uploads is not None:
-            # Left of a step that failed; that is why nobody wants them.
-            with contextlib.suppress(Exception):
-                self._uploads.wait()
+        # Left of a step that failed; that is why nobody wants them.
+        with contextlib.suppress(Exception):
+            self._uploads.wait()
         self._shard = None
         self._step = step
         self._sealed: list[Json] = []
@@ -148,13 +145,8 @@ class SafetensorsSink:
     def _seal(self) -> None:
         if self._shard is None:
             return
-        if self._uploads is not None:
-            # One shard travels while the next is put together; more would take more memory.
-            self._uploads.wait()
-        size = self._shard.seal(_now if self._uploads is None else self._uploads.run)
+        # One shard travels while the next is put together; more would take more memory.
+        self._uploads.wait()
+        size = self._shard.seal(self._uploads.run)
         self._sealed.append({"file": self._shard.name, "bytes": size})
         self._shard = None
-
-
-def _now(call: Callable[[], None]) -> None:
-    call()

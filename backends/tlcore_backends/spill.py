@@ -11,7 +11,7 @@ import socket
 import threading
 from collections.abc import Callable, Iterator, Sequence
 
-from tlcore.errors import BackendError
+from tlcore.errors import BackendError, shareable
 from tlcore.protocols import Buffer, Entry, Store
 from tlcore.record import RunInfo, SpillPlace
 
@@ -319,5 +319,5 @@ class SpillStore:
 
 
 def _told(error: BaseException) -> str:
-    """What may be logged of an error: only our own are known to quote no secret."""
-    return str(error) if isinstance(error, (BackendError, FileNotFoundError)) else type(error).__name__
+    """What may be logged of an error; a missing file is named by our own stores only."""
+    return str(error) if isinstance(error, FileNotFoundError) else shareable(error)

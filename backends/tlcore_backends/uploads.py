@@ -70,6 +70,20 @@ class Uploads:
             _all(calls)
 
 
+class AtOnce:
+    """What stands for `Uploads` where a place answers at once: each call is done where it is asked for."""
+
+    def run(self, call: Callable[[], object]) -> None:
+        """Do the call."""
+        call()
+
+    def wait(self) -> None:
+        """Nothing is ever on its way."""
+
+    def close(self) -> None:
+        """There are no threads."""
+
+
 def _all(calls: Sequence[Callable[[], object]]) -> None:
     for call in calls:
         call()

@@ -12,7 +12,7 @@ from multiprocessing.util import Finalize
 from types import ModuleType
 from typing import Any
 
-from ...errors import BackendError, CaptureError, TlcoreError
+from ...errors import CaptureError, TlcoreError, shareable
 from ...record import LEDGER_COLUMNS, Json, RunInfo
 from ...runs import new_run
 from ...schema import Config, load_config
@@ -250,11 +250,12 @@ class _RunEnd:
         state = "running" if running else "closed" if self._done else "closing"
         session = self._session
         document = {"state": state, "run_id": session.run_id, "url": session.url}
-        problem = self._problem or _told(session.failing)
+        failing, waiting = session.failing, session.waiting
+        problem = self._problem or (None if failing is None else shareable(failing))
         if problem is not None:
             document["problem"] = problem
-        if session.waiting is not None:
-            document["waiting"] = session.waiting
+        if waiting is not None:
+            document["waiting"] = waiting
         return {**document, "ledger": session.ledger.to_json()}
 
     def _close(self) -> None:
@@ -268,13 +269,6 @@ class _RunEnd:
         except Exception as error:
             self._problem = f"the run could not be closed: {type(error).__name__}"
             log.exception("the run %s could not be closed", session.run.shown_url)
-
-
-def _told(error: BaseException | None) -> str | None:
-    """What a client may hear of an error: only our own are known to quote no secret."""
-    if error is None:
-        return None
-    return str(error) if isinstance(error, BackendError) else type(error).__name__
 
 
 def add_methods(module: ModuleType) -> None:
