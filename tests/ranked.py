@@ -10,11 +10,11 @@ import torch
 from torch import nn
 
 import tlcore
-from tlcore.adapters.vllm.rows import external_id
+from tlcore.adapters.vllm.worker.rows import external_id
+from tlcore.config.configuration import load_config
+from tlcore.engine.new_run import new_run, new_run_id
+from tlcore.engine.session import Session
 from tlcore.reader import Run
-from tlcore.runs import new_run, new_run_id
-from tlcore.schema import load_config
-from tlcore.session import Session
 
 Rows = Sequence[tuple[str, int, int]]
 

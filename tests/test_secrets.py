@@ -17,9 +17,9 @@ from torch import nn
 
 import tlcore
 from tests.reading import command
+from tlcore.config.configuration import load_config
+from tlcore.engine.new_run import new_run
 from tlcore.errors import TlcoreError
-from tlcore.runs import new_run
-from tlcore.schema import load_config
 
 SECRETS = {
     "option": "canary-in-an-option",

@@ -9,7 +9,7 @@ from torch import nn
 
 import tlcore
 from tests.sinks import MemorySink
-from tlcore.capture_context import capture
+from tlcore.engine.capture import capture
 
 
 class Shared(nn.Module):

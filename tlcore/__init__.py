@@ -10,8 +10,8 @@ from .adapters.vllm import install_import_hook
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from .capture_context import capture
-    from .comparison import compare, stats
+    from .analysis import compare, stats
+    from .engine.capture import capture
     from .errors import BackendError, CaptureError, ConfigError, ReadError, TlcoreError, VerifyError
     from .protocols import Sink, Store
     from .reader import open_run
@@ -33,9 +33,9 @@ _LAZY = {
     "RunInfo": "record",
     "StepSummary": "record",
     "register_sink": "registry",
-    "capture": "capture_context",
-    "compare": "comparison",
-    "stats": "comparison",
+    "capture": "engine.capture",
+    "compare": "analysis",
+    "stats": "analysis",
 }
 
 __all__ = [

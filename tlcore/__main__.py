@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 
 from . import cli
 from .errors import TlcoreError
-from .names import printable
+from .layout.names import printable
 
 
 def main(argv: Sequence[str] | None = None) -> int:

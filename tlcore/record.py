@@ -13,9 +13,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 
-from .names import PathKey, redact_url
-from .rendering import Json as Json
-from .rendering import compact, quoted
+from .layout.names import PathKey, redact_url
+from .layout.templates import Json as Json
+from .layout.templates import compact, quoted
 
 LAYOUT_VERSION = 1
 Direction = Literal["inputs", "outputs", "post_fwd_inputs"]
@@ -215,7 +215,7 @@ class Ledger:
 
 
 @dataclass(frozen=True, slots=True)
-class SpillPlace:
+class SpillLocation:
     """A local ``directory`` for what the run's own place does not take within ``patience_s`` seconds."""
 
     directory: str
@@ -253,7 +253,7 @@ class RunInfo:
     document: Json
     ledger: Ledger
     fsync: bool = False
-    spill: SpillPlace | None = None
+    spill: SpillLocation | None = None
 
     @property
     def shown_url(self) -> str:

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Literal
 
+from .config.validation import nearest
 from .errors import BackendError, ConfigError
-from .validation import nearest
 
 if TYPE_CHECKING:
     from .protocols import Sink
@@ -22,9 +22,9 @@ ENTRY_POINT_GROUP = "tlcore.backends"
 Origin = Literal["built-in", "registered", "entry point", "import path"]
 
 _BUILT_IN = {
-    "pt": "tlcore_backends.pt:PtSink",
-    "safetensors": "tlcore_backends.safetensors:SafetensorsSink",
-    "fsspec": "tlcore_backends.object_storage:make_sink",
+    "pt": "tlcore_backends.pt.sink:PtSink",
+    "safetensors": "tlcore_backends.safetensors.sink:SafetensorsSink",
+    "fsspec": "tlcore_backends.storage.remote:make_sink",
 }
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
 _registered: dict[str, Backend] = {}

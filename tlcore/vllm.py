@@ -2,6 +2,6 @@
 
 from __future__ import annotations
 
-from .adapters.vllm.attach import Status, attach
+from .adapters.vllm.frontend.attach import Status, attach
 
 __all__ = ["Status", "attach"]

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import xxhash
 
-from tlcore_backends.pt_format import encode
+from tlcore_backends.pt.encode import encode
 
 from .capturing import Memcpy, distinct, raw, write_plainly_s
 from .rows import Row, Scale

@@ -14,10 +14,10 @@ from typing import Any
 import torch
 import xxhash
 
+from tlcore.config.configuration import load_config
+from tlcore.engine.new_run import new_run
+from tlcore.engine.session import Session
 from tlcore.record import Counts
-from tlcore.runs import new_run
-from tlcore.schema import load_config
-from tlcore.session import Session
 
 from .timing import timed
 from .workload import Workload, hooked

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any
 
 import tlcore
-from tlcore.capture_context import capture
+from tlcore.engine.capture import capture
 
 from .rows import Row, Scale, at_most
 from .subprocesses import report

@@ -18,9 +18,9 @@ import torch
 
 from tests.faults.proxy import Proxy
 from tests.servers import BUCKET, Server, seaweedfs
-from tlcore.runs import new_run
-from tlcore.schema import load_config
-from tlcore.session import Session
+from tlcore.config.configuration import load_config
+from tlcore.engine.new_run import new_run
+from tlcore.engine.session import Session
 
 from .capturing import distinct, raw
 from .rows import Limit, Row, Scale, at_least

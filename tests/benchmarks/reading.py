@@ -7,8 +7,8 @@ import tempfile
 from pathlib import Path
 
 import tlcore
-from tlcore.convert import convert
-from tlcore.schema import load_config
+from tlcore.config.configuration import load_config
+from tlcore.runs.convert import convert
 
 from .capturing import capturing
 from .rows import Row, Scale, at_most

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from typing import Any
 
-from tests.vllm.helpers import ENVIRONMENT, REPOSITORY
+from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY
 
 _MARK = "REPORT "
 

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Literal
 
-from tlcore.capture_context import capture
+from tlcore.engine.capture import capture
 
 from .rows import Row, Scale, at_most
 from .timing import Times, interleaved, ratio, timed

@@ -17,11 +17,11 @@ from typing import Any
 import torch
 
 from tests.models import smollm2
-from tlcore.adapters.vllm.hookable import make_hookable
-from tlcore.adapters.vllm.steps import StepBracket
-from tlcore.runs import new_run
-from tlcore.schema import load_config
-from tlcore.session import Session
+from tlcore.adapters.vllm.compiled.hookable import make_hookable
+from tlcore.adapters.vllm.worker.steps import StepWrapper
+from tlcore.config.configuration import load_config
+from tlcore.engine.new_run import new_run
+from tlcore.engine.session import Session
 
 from .capturing import Memcpy
 from .rows import SCALES, Scale
@@ -83,7 +83,7 @@ class Engine:
     def captured(self, session: Session) -> Iterator[None]:
         """Every step is one of the session's, as in a worker with tlcore configured; none is afterwards."""
         with self.hookable():
-            StepBracket(session, self.runner)
+            StepWrapper(session, self.runner)
             try:
                 yield
             finally:

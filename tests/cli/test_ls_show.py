@@ -18,7 +18,7 @@ import tlcore
 from tests.ranked import ranks_run
 from tlcore.__main__ import main
 from tlcore.cli.tables import printable, size
-from tlcore.reader.statistics import summarize
+from tlcore.statistics.stored import summarize
 
 
 @pytest.fixture(scope="module")

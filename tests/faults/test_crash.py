@@ -22,7 +22,7 @@ from tests.faults.proxy import Proxy
 from tests.faults.worker import MODULES
 from tests.servers import Server
 from tlcore.reader import list_runs
-from tlcore_backends import push as pushing
+from tlcore_backends.storage.spill import push as pushing
 
 pytestmark = pytest.mark.slow
 

@@ -13,7 +13,7 @@ from torch import nn
 
 import tlcore
 from tlcore.record import Counts
-from tlcore_backends.stores import LocalStore
+from tlcore_backends.storage.local import LocalStore
 
 
 def fails_in(step: int) -> Any:

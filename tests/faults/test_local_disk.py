@@ -19,7 +19,7 @@ import tlcore
 from tests.faults.helpers import SLACK_S, STEP_TENSORS, Outcome, assert_whole, capture, files_below
 from tests.sinks import MemorySink
 from tlcore.__main__ import main
-from tlcore_backends import unfinished
+from tlcore_backends.storage import atomic_file as unfinished
 
 BLOCK_S = 1.0
 FORMATS = ["pt", "safetensors"]

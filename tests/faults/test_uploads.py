@@ -9,7 +9,7 @@ import pytest
 
 from tests.servers import Server
 from tlcore.__main__ import main
-from tlcore_backends.cleaning import leftovers
+from tlcore_backends.storage.leftovers import leftovers
 
 pytestmark = pytest.mark.slow
 

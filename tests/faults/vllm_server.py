@@ -12,8 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from tests.adapters.vllm.server import serving
 from tests.models import tiny_llama
-from tests.vllm.server import serving
 
 
 @dataclass

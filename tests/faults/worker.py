@@ -20,10 +20,8 @@ import torch
 from torch import nn
 
 import tlcore
-import tlcore_backends.object_storage
 
 # So that even the safetensors and S3 paths are loaded before the first fork.
-import tlcore_backends.safetensors  # noqa: F401
 
 MODULES = 10
 # A child that nobody kills ends by itself.

@@ -14,10 +14,10 @@ from jsonschema import Draft202012Validator
 
 import tlcore_schemas
 from tests.fuzz.settings import cases
+from tlcore.config.configuration import check_config, load_config
+from tlcore.config.validation import coerce
+from tlcore.engine.filters.modules import parse_pattern
 from tlcore.errors import ConfigError
-from tlcore.filters import parse_pattern
-from tlcore.schema import check_config, load_config
-from tlcore.validation import coerce
 
 pytestmark = pytest.mark.slow
 SCHEMA = tlcore_schemas.load("config.v1")

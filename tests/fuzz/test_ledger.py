@@ -20,8 +20,8 @@ from tests.sinks import MemorySink
 from tlcore.errors import BackendError
 from tlcore.protocols import Sink
 from tlcore.record import LEDGER_COLUMNS, Record, RunInfo, StepSummary
-from tlcore_backends.pt import PtSink
-from tlcore_backends.safetensors import SafetensorsSink
+from tlcore_backends.pt.sink import PtSink
+from tlcore_backends.safetensors.sink import SafetensorsSink
 
 pytestmark = pytest.mark.slow
 FAULTS = (

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 
 import tlcore
 from tests.fuzz.settings import cases
-from tests.hostile import sound
+from tests.hostile.files import sound
 from tests.reading import read_all, run_commands
 from tlcore.errors import ReadError, TlcoreError
 from tlcore.reader.documents import check_run, check_step, check_structure, parse

@@ -18,7 +18,7 @@ from tlcore.errors import VerifyError
 from tlcore.reader import MissingError, bulk
 from tlcore.reader.bulk import read_payloads
 from tlcore.reader.files import payload
-from tlcore_backends.stores import LocalStore
+from tlcore_backends.storage.local import LocalStore
 
 
 @pytest.fixture(params=["pt", "safetensors"])

@@ -10,12 +10,12 @@ import torch
 
 import tlcore
 from tests.ranked import Model
-from tlcore.adapters.vllm.world import layout_of
-from tlcore.names import device_label, rank_of
+from tlcore.adapters.vllm.worker.ranks import layout_of
+from tlcore.config.configuration import load_config
+from tlcore.engine.new_run import new_run, new_run_id
+from tlcore.engine.session import Session
+from tlcore.layout.names import device_label, rank_of
 from tlcore.reader import Run
-from tlcore.runs import new_run, new_run_id
-from tlcore.schema import load_config
-from tlcore.session import Session
 
 # Ranks 0 and 1 are the first engine, 2 and 3 the second, which takes two steps more.
 STEPS = {0: 1, 1: 1, 2: 3, 3: 3}

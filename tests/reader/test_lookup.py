@@ -17,8 +17,8 @@ from tests.toys import model
 from tlcore.errors import ReadError
 from tlcore.reader import MissingError, Run
 from tlcore.testing import make_record, make_run, make_summary
-from tlcore_backends.pt import PtSink
-from tlcore_backends.safetensors import SafetensorsSink
+from tlcore_backends.pt.sink import PtSink
+from tlcore_backends.safetensors.sink import SafetensorsSink
 
 SINKS: dict[str, Any] = {"pt": PtSink, "safetensors": SafetensorsSink}
 

@@ -7,8 +7,8 @@ import json
 import sys
 from collections.abc import Sequence
 
+from ..config.configuration import check_config, read_config_file
 from ..errors import ConfigError
-from ..schema import check_config, read_config_file
 
 HELP = "Check a configuration and print it with every key filled in and secrets redacted."
 

@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
 
-from ..comparison import Comparison, compare
-from ..comparison.report import page
-from ..comparison.text import COLUMNS, markdown, rows, shown, verdict
+from ..analysis import Comparison, compare
+from ..analysis.report import page
+from ..analysis.report.text import COLUMNS, markdown, rows, shown, verdict
 from ..errors import BackendError, ConfigError
 from .arguments import numbers, texts
 from .output import progress, write_text
-from .places import add_storage_options, storage_options
+from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable
 
 HELP = (

@@ -6,14 +6,14 @@ import argparse
 import sys
 from collections.abc import Iterator
 
-from ..convert import convert
+from ..config.configuration import load_config
 from ..errors import ConfigError
-from ..jsontext import parse_json
-from ..names import redact_url
+from ..layout.jsontext import parse_json
+from ..layout.names import redact_url
 from ..reader import Run, open_run
-from ..schema import load_config
+from ..runs.convert import convert
 from .losses import losses_of
-from .places import add_storage_options, storage_options
+from .storage_options import add_storage_options, storage_options
 from .tables import printable
 from .verify import progress
 

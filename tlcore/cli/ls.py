@@ -13,7 +13,7 @@ from ..errors import ReadError
 from ..reader import Run, RunSummary, Step, is_run, list_runs, open_run
 from ..record import Json
 from .losses import cell, losses_of
-from .places import add_storage_options, storage_options
+from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable, size
 
 HELP = (

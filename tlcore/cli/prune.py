@@ -9,9 +9,9 @@ from importlib import import_module
 from typing import Any
 
 from ..errors import BackendError, ConfigError
-from ..names import redact_url
-from ..prune import plan, remove
-from .places import add_storage_options, storage_options
+from ..layout.names import redact_url
+from ..runs.prune import plan, remove
+from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable, size
 
 HELP = (
@@ -76,7 +76,7 @@ def _prune_runs(args: argparse.Namespace, options: Any) -> int:
 
 
 def _prune_uploads(args: argparse.Namespace, options: Any) -> int:
-    found = import_module("tlcore_backends.cleaning").leftovers(args.path, options)
+    found = import_module("tlcore_backends.storage.leftovers").leftovers(args.path, options)
     if not found:
         print("no unfinished upload to remove")
         return 0

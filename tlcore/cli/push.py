@@ -7,7 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from ..errors import BackendError
-from .places import add_storage_options, storage_options
+from .storage_options import add_storage_options, storage_options
 from .tables import printable, size
 from .verify import progress
 
@@ -32,7 +32,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Deliver run after run. Raises BackendError when there is no such directory."""
     # Looked up by name, since the engine never imports a backend.
-    backend: Any = import_module("tlcore_backends.push")
+    backend: Any = import_module("tlcore_backends.storage.spill.push")
     options = storage_options(args)
     runs = backend.spilled_runs(args.path)
     waits = False

@@ -10,9 +10,9 @@ from typing import Any
 
 from ..errors import ReadError
 from ..reader import Call, MissingError, Run, Step, open_run
-from ..reader.statistics import summarize
 from ..record import Json
-from .places import add_storage_options, storage_options
+from ..statistics.stored import summarize
+from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable, size
 
 HELP = "Show a captured tensor (what it is, its statistics, its values), a call, or a structure."

@@ -5,11 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 
-from ..comparison.survey import Survey, stats
-from ..comparison.survey_text import COLUMNS, noticeable, rows
+from ..analysis.report.stats_text import COLUMNS, noticeable, rows
+from ..analysis.stats import Survey, stats
 from .arguments import numbers, texts
 from .output import progress, write_text
-from .places import add_storage_options, storage_options
+from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable
 
 HELP = (
@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         )
     if args.html is not None:
         # Imported here, since it needs the extra.
-        from ..comparison.report import survey_page
+        from ..analysis.report import survey_page
 
         write_text(survey_page(survey), args.html)
     if args.json:

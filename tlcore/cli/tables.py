@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from ..names import printable
+from ..layout.names import printable
 
 __all__ = ["print_table", "printable", "size"]
 

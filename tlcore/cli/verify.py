@@ -12,7 +12,7 @@ from ..errors import ReadError, VerifyError
 from ..reader import Run, open_run
 from ..record import Json
 from .losses import losses_of
-from .places import add_storage_options, storage_options
+from .storage_options import add_storage_options, storage_options
 from .tables import printable
 
 HELP = (

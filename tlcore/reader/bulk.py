@@ -21,7 +21,7 @@ import xxhash
 from ..errors import ReadError
 from ..record import Json
 from .files import RunFiles, payload
-from .shards import Slice
+from .slices import Slice
 
 # What one thread takes at a time. A larger tensor is read alone.
 _GROUP_BYTES = 8 << 20
@@ -167,6 +167,6 @@ def _touching(ranges: Sequence[_Range]) -> Iterator[list[_Range]]:
 @cache
 def _payload_in() -> Callable[[torch.dtype, Sequence[int], bytes], memoryview | None]:
     # Looked up by name, since the engine never imports a backend.
-    found: Any = importlib.import_module("tlcore_backends.pt_format").payload_in
+    found: Any = importlib.import_module("tlcore_backends.pt.encode").payload_in
     checked: Callable[[torch.dtype, Sequence[int], bytes], memoryview | None] = found
     return checked

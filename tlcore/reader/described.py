@@ -8,9 +8,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ReadError
-from ..names import PathKey, rank_suffix, step_dir
+from ..layout.names import PathKey, rank_suffix, step_dir
 from ..record import Json
-from ..statistics import KEYS, Statistics
+from ..statistics.summary import KEYS, Statistics
 from .documents import LARGEST_SIZE, is_tensor_name, is_whole
 
 if TYPE_CHECKING:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, NoReturn
 
 from ..errors import ReadError
-from ..names import safe, step_dir
+from ..layout.names import safe, step_dir
 from ..record import LAYOUT_VERSION, LEDGER_COLUMNS, Json
 
 # The step.json of a model with 100 000 captured tensors has about 100 MB and six million values.

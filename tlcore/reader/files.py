@@ -18,16 +18,16 @@ from urllib.parse import unquote, urlsplit
 import torch
 
 from ..errors import BackendError, ReadError
-from ..names import is_url
+from ..layout.names import is_url
 from ..protocols import Store
 from ..record import Json
 from .documents import LARGEST_JSON, check_step, check_structure, parse, too_large
 from .pt_file import PtError, decode
-from .shards import Slice
+from .slices import Slice
 
 RUN_FILE = "run.json"
-_LOCAL_STORE = ("tlcore_backends.stores", "LocalStore")
-_ANY_STORE = ("tlcore_backends.places", "open_store")
+_LOCAL_STORE = ("tlcore_backends.storage.local", "LocalStore")
+_ANY_STORE = ("tlcore_backends.storage.open", "open_store")
 _STRUCTURE = re.compile(
     r"(step_\d+)/(.+/(?:inputs|outputs|post_fwd_inputs)(_rank_[1-9]\d*)?\.json)", re.DOTALL
 )

@@ -6,9 +6,9 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..errors import ReadError
-from ..names import rank_of, rank_suffix, stem
+from ..layout.names import rank_of, rank_suffix, stem
 from ..record import Json
-from ..statistics import KEYS
+from ..statistics.summary import KEYS
 from .described import is_sound, tensors_in
 from .documents import is_tensor_name
 from .files import MissingError, RunFiles, missing

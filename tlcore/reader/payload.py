@@ -13,11 +13,11 @@ import torch
 from ..errors import ReadError
 from ..record import Json
 from .files import RunFiles
-from .shards import Slice
+from .slices import Slice
 
 # One request to a store that is not a local disk.
 _BLOCK_BYTES = 8 << 20
-_PT_HEAD = ("tlcore_backends.pt_format", "head")
+_PT_HEAD = ("tlcore_backends.pt.encode", "head")
 
 
 class Payload(Protocol):

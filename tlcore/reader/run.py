@@ -14,15 +14,15 @@ from weakref import WeakValueDictionary
 import torch
 
 from ..errors import ReadError, VerifyError
-from ..names import rank_of, rank_suffix, redact_url, step_dir
+from ..layout.names import rank_of, rank_suffix, redact_url, step_dir
 from ..record import Counts, Json
-from ..statistics import Statistics
+from ..statistics.summary import Statistics
 from .documents import LARGEST_JSON, check_run
 from .files import RUN_FILE, MissingError, RunFiles, local_directory, missing, store_at
 from .lookup import without_device
-from .parts import Places, all_committed, places_of
 from .request import Request, find_request, known_requests
 from .step import Step, counts_of
+from .unshard import Places, all_committed, places_of
 from .verify import verify_step
 
 Options = Mapping[str, Any] | None

@@ -11,17 +11,17 @@ from urllib.parse import unquote
 import torch
 
 from ..errors import ReadError
-from ..names import rank_suffix, step_dir
+from ..layout.names import rank_suffix, step_dir
 from ..record import Counts, Json
-from ..statistics import Statistics
+from ..statistics.summary import Statistics
 from .described import described, statistics_of
 from .documents import check_ledger, is_whole
 from .files import MissingError, RunFiles, missing
 from .lookup import not_one, not_stored, unstored, without_device
-from .loose import loose_records
-from .parts import Places, group_of, joined, joined_shape, part_of
 from .payload import Payload, in_memory, open_payload
 from .rebuild import Arguments, rebuild, rebuild_arguments
+from .uncommitted import loose_records
+from .unshard import Places, group_of, joined, joined_shape, part_of
 
 _LATER_CALL = re.compile(r"(.+)_([1-9][0-9]*)(?:~2)?")
 _TENSOR_FILE = ".pt"

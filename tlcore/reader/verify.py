@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..errors import ReadError
-from ..names import rank_suffix
+from ..layout.names import rank_suffix
 from ..record import Json
 from .bulk import Payload, read_payloads
 from .documents import LARGEST_JSON, children

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from types import ModuleType
 
-from .importing import when_imported
+from ..patching import when_imported
 
 PLUGIN = "tlcore"
 ENDPOINT = "tlcore.endpoint"
@@ -33,13 +33,13 @@ install_import_hook = register
 
 
 def _patch_arguments(module: ModuleType) -> None:
-    from .arguments import patch_arguments
+    from .frontend.arguments import patch_arguments
 
     patch_arguments(module)
 
 
 def _patch_hash(module: ModuleType) -> None:
-    from .compiled import patch_hash
+    from .compiled.eager_steps import patch_hash
 
     patch_hash(module)
 
@@ -51,6 +51,6 @@ def _patch_registry(module: ModuleType) -> None:
 
 
 def _patch_workers(module: ModuleType) -> None:
-    from .worker import patch_workers
+    from .worker.install import patch_workers
 
     patch_workers(module)

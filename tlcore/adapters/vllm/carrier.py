@@ -40,8 +40,8 @@ def carried(additional_config: Any) -> Any:
 
 
 def _redacted(given: Mapping[str, Any]) -> dict[str, Any]:
+    from ...config.configuration import load_config
     from ...errors import TlcoreError
-    from ...schema import load_config
 
     try:
         shown = load_config(given).to_json(redact=True)

@@ -1,0 +1,103 @@
+"""The ``pt`` backend: the documented tree, one ``.pt`` file a tensor, on the local disk or at a URL."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from tlcore.layout.names import step_dir
+from tlcore.layout.templates import quoted, structures_of
+from tlcore.record import Record, RunInfo, StepSummary
+
+from ..storage.open import Limits
+from ..storage.run_directory import RunDirectory
+from ..storage.uploads import Uploads
+from .encode import encode, file_bytes
+
+
+class PtSink:
+    """Writes each record as ``<logical name>.pt``; identical tensors of a step are copies of one file.
+
+    On the local disk such a copy is a hard link, in object storage the server makes it, and many files
+    travel at once. ``storage_options`` go to the fsspec filesystem when the run lies at a URL,
+    ``limits`` hold for its requests.
+    """
+
+    def __init__(
+        self, storage_options: Mapping[str, Any] | None = None, limits: Limits | None = None
+    ) -> None:
+        self._storage_options = storage_options
+        self._limits = limits
+
+    def open(self, run: RunInfo) -> None:
+        """Make the run's directory and, on rank 0, its ``run.json``.
+
+        Raises BackendError when the directory cannot be made or written, or holds something else.
+        """
+        self._directory = RunDirectory(run, "pt", self._storage_options, self._limits)
+        self._uploads = Uploads(self._directory.store)
+        self._begin_step(None)
+        self._directory.open()
+
+    @property
+    def waiting(self) -> str | None:
+        """What has not reached its place yet, in words; None when everything has."""
+        return self._directory.waiting
+
+    def write(self, batch: Sequence[Record]) -> None:
+        """Write records of one step; a record that repeats an earlier one becomes another name of it."""
+        copies: list[tuple[str, str]] = []
+        try:
+            for record in batch:
+                if record.step != self._step:
+                    self._begin_step(record.step)
+                self._write_record(record, copies)
+        finally:
+            # The records' memory is used again once this returns, so nothing may be on its way then;
+            # and a copy needs its original.
+            self._uploads.wait()
+        for source, target in copies:
+            self._uploads.copy(source, target)
+        self._uploads.wait()
+
+    def commit_step(self, step: StepSummary) -> None:
+        """Write the step's structures, its call order, and last its ``step.json``."""
+        if step.step != self._step:
+            self._begin_step(step.step)
+        directory = step_dir(step.step)
+        structures = structures_of(directory, step.structures)
+        for name in structures:
+            self._put(f"{directory}/{self._directory.ranked(name)}", structures.readable(name))
+        calls = "".join(f"{call}\n" for call in step.calls)
+        self._put(f"{directory}/module_calls{self._directory.suffix}.txt", calls)
+        self._uploads.wait()
+        self._directory.put_step(step.step, step.to_text(self._entries))
+        self._begin_step(None)
+
+    def close(self) -> None:
+        """Rank 0 marks ``run.json`` complete; every other rank leaves its own close marker."""
+        self._uploads.close()
+        self._directory.close()
+
+    def _begin_step(self, step: int | None) -> None:
+        self._step = step
+        self._entries: list[str] = []
+        self._sizes: dict[str, int] = {}
+
+    def _write_record(self, record: Record, copies: list[tuple[str, str]]) -> None:
+        file = f"{record.name}.pt"
+        size = self._sizes.get(record.alias_of) if record.alias_of is not None else None
+        if size is not None:
+            copies.append((f"{record.alias_of}.pt", file))
+        else:
+            # Its original was not stored, so this record stands for itself.
+            record = record._replace(alias_of=None)
+            dtype, shape, data = record.dtype, record.shape, record.data
+            size = file_bytes(dtype, shape)
+            # Encoded where it is written, since its checksum takes longer than the writing.
+            self._uploads.run(lambda: self._directory.store.put(file, encode(dtype, shape, data)))
+        self._sizes[record.name] = size
+        self._entries.append(f'{record.entry_text()},"file":{quoted(file)},"file_bytes":{size}}}')
+
+    def _put(self, name: str, text: str) -> None:
+        self._uploads.put(name, [text.encode("utf-8")])

@@ -1,0 +1,214 @@
+"""One safetensors file, written payload first: the header goes into a place kept free for it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import lru_cache
+
+import torch
+
+from tlcore.errors import BackendError
+from tlcore.layout.templates import compact, quoted
+from tlcore.protocols import Buffer, Store
+from tlcore.record import Record
+
+from ..storage.atomic_file import AtomicFile
+from ..storage.local import LocalStore
+from .shard_buffer import ShardBuffer, ShardBuffers
+
+# Only what every reader of the format knows; any other dtype is stored as raw numbers and marked.
+_DTYPES: dict[torch.dtype, str] = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.float16: "F16",
+    torch.bfloat16: "BF16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint64: "U64",
+    torch.uint32: "U32",
+    torch.uint16: "U16",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+    torch.complex64: "C64",
+}
+# A complex number that the format lacks is two floats in a further dimension.
+_COMPLEX: dict[torch.dtype, str] = {torch.complex128: "F64", torch.complex32: "F16"}
+_LENGTH_BYTES = 8
+_ALIGNMENT = 8
+_SMALL = 1 << 20
+_FIRST_RESERVE = 64 << 10
+_LARGEST_RESERVE = 16 << 20
+_RESERVED_SHARE = 16
+_FIXED = len('{"__metadata__":{},}') + _ALIGNMENT
+
+
+class Shard:
+    """The shard ``name`` while it is filled; `seal` publishes it, once.
+
+    It is full at ``shard_bytes``, or when its header is. ``index`` counts the shards of a step: each has
+    twice the room for its header that the one before had, up to a part of ``shard_bytes``. On the local
+    disk a payload goes straight to the unfinished file, elsewhere (and while it is under 1 MiB) it is
+    gathered in ``memory``. The bytes of a sealed shard are the same either way.
+    """
+
+    def __init__(self, store: Store, name: str, index: int, shard_bytes: int, memory: ShardBuffers) -> None:
+        self.name = name
+        self.quoted_name = quoted(name)
+        self.payload_bytes = 0
+        self._store = store
+        self._shard_bytes = shard_bytes
+        largest = min(max(shard_bytes // _RESERVED_SHARE, _FIRST_RESERVE), _LARGEST_RESERVE)
+        self._reserve = min(_FIRST_RESERVE << min(index, 16), largest)
+        self._waiting: list[memoryview] = []
+        self._memory = memory
+        # Room for the header, then the payload: nothing need be put together when it is published.
+        self._gathered: ShardBuffer | None = None
+        self._file: AtomicFile | None = None
+        self._metadata = ['"format":"pt"', '"tlcore.layout":"1"']
+        self._tensors: list[str] = []
+        self._header_bytes = _FIXED + sum(map(len, self._metadata))
+        self._empty = True
+        self._data_begin: int | None = None
+
+    def add(self, record: Record) -> int | None:
+        """Take over a record; returns where its bytes begin in the payload, None when there is no room.
+
+        An empty shard takes any record. The bytes are only noted: call `flush` before they change.
+        """
+        begin = self.payload_bytes
+        end = begin + record.data.nbytes
+        fragment, dtype = _header_of(record.origin.dtype, record.origin.shape)
+        entry = f"{quoted(record.name)}:{fragment}[{begin},{end}]}}"
+        header = self._header_bytes + len(entry) + 1
+        if dtype:
+            mark = f"{quoted(f'tlcore.dtype.{record.name}')}:{dtype}"
+            header += len(mark) + 1
+        if (begin and end > self._shard_bytes) or self._is_full(header):
+            return None
+        self._empty = False
+        if dtype:
+            self._metadata.append(mark)
+        self._tensors.append(entry)
+        self._header_bytes = header
+        self.payload_bytes = end
+        self._waiting.append(record.data)
+        return begin
+
+    def add_alias(self, record: Record) -> bool:
+        """Note in the shard's metadata that a name stands for an earlier tensor; False without room."""
+        mark = f"{quoted(f'tlcore.alias.{record.name}')}:{quoted(record.alias_of or '')}"
+        header = self._header_bytes + len(mark) + 1
+        if self._is_full(header):
+            return False
+        self._empty = False
+        self._metadata.append(mark)
+        self._header_bytes = header
+        return True
+
+    def _is_full(self, header_bytes: int) -> bool:
+        # Tensors without elements and further names fill a header too, beside no payload at all.
+        return not self._empty and header_bytes > self._reserve - _LENGTH_BYTES
+
+    def flush(self) -> None:
+        """Write or copy the bytes of all records added so far."""
+        waiting, self._waiting = self._waiting, []
+        if not waiting:
+            return
+        if self._file is None:
+            if not isinstance(self._store, LocalStore) or self.payload_bytes <= _SMALL:
+                self._gather(waiting)
+                return
+            self._file = self._store.begin(self.name, self._reserve)
+            if self._gathered is not None:
+                with self._gathered.view() as whole, whole[self._reserve :] as payload:
+                    self._append(self._file, [payload])
+                self._memory.give(self._gathered)
+                self._gathered = None
+        self._append(self._file, waiting)
+
+    def _gather(self, parts: Sequence[memoryview]) -> None:
+        if self._gathered is None:
+            self._gathered = self._memory.take()
+            self._gathered.skip(self._reserve)
+        for part in parts:
+            self._gathered.append(part)
+
+    def seal(self, run: Callable[[Callable[[], None]], None]) -> int:
+        """Publish the shard; returns its size in bytes. One gathered in memory is sent by ``run``."""
+        self.flush()
+        head = self._head()
+        self._data_begin = len(head)
+        if self._file is None:
+            run(lambda: self._send(head))
+            return len(head) + self.payload_bytes
+        try:
+            self._file.publish(head)
+        except OSError as error:
+            self.abandon()
+            raise _refused(self._file, error) from error
+        return len(head) + self.payload_bytes
+
+    def _send(self, head: bytes) -> None:
+        gathered, self._gathered = self._gathered, None
+        if gathered is None:
+            self._store.put(self.name, [head])
+            return
+        self._store.put(self.name, self._whole(gathered, head))
+        self._memory.give(gathered)
+
+    def _whole(self, gathered: ShardBuffer, head: bytes) -> Sequence[Buffer]:
+        whole = gathered.view()
+        if self.payload_bytes <= _SMALL:
+            return [head, whole[self._reserve :]]
+        whole[: self._reserve] = head
+        return [whole]
+
+    def abandon(self) -> None:
+        """Forget an unsealed shard and its file."""
+        self._gathered, self._waiting = None, []
+        if self._file is not None:
+            self._file.abandon()
+
+    @property
+    def data_begin(self) -> int:
+        """Where the payload begins in the sealed file."""
+        if self._data_begin is None:
+            raise ValueError(f"{self.name} is not sealed")
+        return self._data_begin
+
+    def _append(self, file: AtomicFile, parts: Sequence[Buffer]) -> None:
+        try:
+            file.write(parts)
+        except OSError as error:
+            file.abandon()
+            raise _refused(file, error) from error
+
+    def _head(self) -> bytes:
+        metadata = '"__metadata__":{' + ",".join(self._metadata) + "}"
+        text = ("{" + ",".join([metadata, *self._tensors]) + "}").encode("ascii")
+        if self.payload_bytes > _SMALL:
+            length = self._reserve - _LENGTH_BYTES
+        else:
+            length = len(text) + -len(text) % _ALIGNMENT
+        if len(text) > length:
+            raise BackendError(f"{self.name}: {len(text)} bytes of header do not fit into {length}")
+        return length.to_bytes(_LENGTH_BYTES, "little") + text.ljust(length)
+
+
+@lru_cache(maxsize=4096)
+def _header_of(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, str]:
+    """A header entry up to its offsets; and, where the format lacks the dtype, the dtype's name as JSON."""
+    name, extents, mark = _DTYPES.get(dtype), list(shape), ""
+    if name is None:
+        mark = quoted(str(dtype).removeprefix("torch."))
+        name = _COMPLEX.get(dtype, "U8")
+        extents.append(2 if dtype in _COMPLEX else dtype.itemsize)
+    return f'{{"dtype":"{name}","shape":{compact(extents)},"data_offsets":', mark
+
+
+def _refused(file: AtomicFile, error: OSError) -> BackendError:
+    return BackendError(f"cannot write {file.target}: {error.strerror or error}")

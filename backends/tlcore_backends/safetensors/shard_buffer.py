@@ -1,0 +1,91 @@
+"""Memory in which a shard is put together before it travels, used again for the next one."""
+
+from __future__ import annotations
+
+import contextlib
+import mmap
+
+_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
+_FIRST_BYTES = 2 << 20
+# One shard travels while the next is put together.
+_MOST_KEPT = 2
+
+
+class ShardBuffer:
+    """Bytes one after the other in one piece of memory, which grows as they need."""
+
+    def __init__(self) -> None:
+        self.nbytes = 0
+        self._memory = _fresh(_FIRST_BYTES)
+
+    def skip(self, nbytes: int) -> None:
+        """Leave room that is filled later, through `view`."""
+        self._make_room(nbytes)
+        self.nbytes += nbytes
+
+    def append(self, part: memoryview) -> None:
+        """Copy the bytes of ``part`` behind those that are there."""
+        begin, end = self.nbytes, self.nbytes + part.nbytes
+        self._make_room(part.nbytes)
+        with memoryview(self._memory) as memory:
+            memory[begin:end] = part
+        self.nbytes = end
+
+    def view(self) -> memoryview:
+        """All bytes; the memory is in use for as long as this, or anything made from it, lives."""
+        with memoryview(self._memory) as memory:
+            return memory[: self.nbytes]
+
+    @property
+    def in_use(self) -> bool:
+        """Whether anybody holds a view of the memory; where the system cannot tell, somebody may."""
+        try:
+            # Refused while there is a view; changes nothing otherwise.
+            self._memory.resize(len(self._memory))
+        except (BufferError, OSError, SystemError):
+            return True
+        return False
+
+    def _make_room(self, nbytes: int) -> None:
+        needed, size = self.nbytes + nbytes, len(self._memory)
+        if needed <= size:
+            return
+        larger = _fresh(max(needed, 2 * size))
+        with memoryview(larger) as new, self.view() as old:
+            new[: self.nbytes] = old
+        self._memory = larger
+
+
+class ShardBuffers:
+    """Keeps the memory of shards that have been sent: new memory costs more than the copy into it."""
+
+    def __init__(self) -> None:
+        self._free: list[ShardBuffer] = []
+
+    def take(self) -> ShardBuffer:
+        """Memory without bytes in it."""
+        try:
+            gathered = self._free.pop()
+        except IndexError:
+            return ShardBuffer()
+        gathered.nbytes = 0
+        return gathered
+
+    def give(self, gathered: ShardBuffer) -> None:
+        """Take memory back, unless somebody still uses it: an upload that was given up may read on."""
+        if len(self._free) < _MOST_KEPT and not gathered.in_use:
+            self._free.append(gathered)
+
+    def clear(self) -> None:
+        """Keep none."""
+        self._free.clear()
+
+
+def _fresh(nbytes: int) -> mmap.mmap:
+    """Zeros that take up memory only once they are written."""
+    memory = mmap.mmap(-1, nbytes, **_PRIVATE)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        # Fewer page faults; some kernels are built without it and refuse.
+        with contextlib.suppress(OSError):
+            memory.madvise(mmap.MADV_HUGEPAGE)
+    return memory

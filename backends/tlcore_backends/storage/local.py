@@ -1,0 +1,340 @@
+"""Places that keep named bytes: `LocalStore`, a directory on a local or mounted file system."""
+
+from __future__ import annotations
+
+import errno
+import io
+import itertools
+import os
+import re
+import secrets
+import stat
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from tlcore.errors import BackendError
+from tlcore.protocols import Buffer, Entry
+
+from .atomic_file import AtomicFile, remove_quietly, sync_directory
+from .trust import check_trusted
+
+UNFINISHED = ".tmp"
+_UNFINISHED_FILE = re.compile(rf".+\.[0-9a-f]{{8}}-\d+{re.escape(UNFINISHED)}", re.DOTALL)
+_DIRECTORY_MODE = 0o700
+# What st_blocks counts in, whatever the file system's blocks are.
+_BLOCK_BYTES = 512
+_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP})
+# A long run makes a few directories a step; those it will not use again are forgotten.
+_MOST_KNOWN_DIRECTORIES = 4096
+_BAD_NAME = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
+
+
+def check_name(name: str) -> str:
+    """``name`` itself, if it is relative and cannot leave the root it is joined to.
+
+    Raises BackendError for an absolute name, an empty, ``.`` or ``..`` component, a NUL, or a name that
+    ends like an unfinished file.
+    """
+    if _BAD_NAME.search(name) or name.endswith(UNFINISHED):
+        raise BackendError(f"{name!r} is not a valid name: it must be a relative path without '..'")
+    return name
+
+
+class LocalStore:
+    """Blobs as files under the directory ``root``, which is made (mode 0700) at the first write.
+
+    A blob is written to ``<name>.<unique>.tmp`` beside its place, then renamed. With ``fsync`` it is on
+    the disk, with its directory, before `put` returns.
+    """
+
+    def __init__(self, root: str | os.PathLike[str], fsync: bool = False) -> None:
+        self.root = Path(os.path.abspath(root))
+        self._root = str(self.root)
+        self._fsync = fsync
+        self._known_directories: set[str] = set()
+        self._real_directories: dict[str, str] = {}
+        self._token = secrets.token_hex(4)
+        self._counter = itertools.count()
+
+    @property
+    def url(self) -> str:
+        """The root as an absolute path."""
+        return self._root
+
+    def prepare(self) -> None:
+        """Make the root, or accept an existing one that only this user can write.
+
+        Raises BackendError when it cannot be made, is a symbolic link or no directory, belongs to
+        somebody else, can be written by others, or lies where others could replace it.
+        """
+        try:
+            make_parent(self._root)
+            self._make_directory(self._root)
+            status = os.lstat(self._root)
+        except OSError as error:
+            raise _refused("make the run directory", self._root, error) from error
+        if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise BackendError(
+                f"{self.root}: other users can write this directory; choose another output_dir, or remove it"
+            )
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> int:
+        """Publish the concatenation of ``parts`` as ``name``; returns its size in bytes."""
+        target = self._place(name)
+        try:
+            self._ensure_parent(target)
+            return self._publish(target, parts)
+        except OSError as error:
+            raise _refused("write", target, error) from error
+
+    def overwrite(self, name: str, text: str) -> bool:
+        """Whether ``text`` now stands in the room that the file ``name`` has on the disk already.
+
+        Only for when `put` fails: this needs no new room, but a crash in the middle would leave half of it.
+        """
+        data = text.encode("utf-8")
+        try:
+            handle = os.open(self._place(name), os.O_WRONLY | os.O_NOFOLLOW | os.O_CLOEXEC)
+            try:
+                if len(data) > os.fstat(handle).st_blocks * _BLOCK_BYTES:
+                    return False
+                done = os.pwrite(handle, data, 0) == len(data)
+                os.ftruncate(handle, len(data))
+                return done
+            finally:
+                os.close(handle)
+        except OSError:
+            return False
+
+    def begin(self, name: str, reserve: int) -> AtomicFile:
+        """A file to be written piece by piece behind ``reserve`` bytes, then published as ``name``."""
+        target = self._place(name)
+        try:
+            self._ensure_parent(target)
+            return AtomicFile(self._unfinished(target), target, self._fsync, reserve)
+        except OSError as error:
+            raise _refused("write", target, error) from error
+
+    def copy(self, source: str, target: str) -> None:
+        """Make ``target`` a hard link to ``source``, or a real copy where links are refused."""
+        origin, place = self._place(source), self._place(target)
+        if not os.path.lexists(origin):
+            raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), origin)
+        try:
+            self._ensure_parent(place)
+            if not self._link(origin, place):
+                self._copy_bytes(origin, place)
+        except OSError as error:
+            raise _refused("copy", place, error) from error
+
+    def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes ``[start, end)`` of a blob; a symbolic link that leaves the root is refused."""
+        try:
+            # Straight to the system: a file object would cost as much again as reading a small file.
+            handle = _open_regular(self._resolved(self._place(name)), os.O_RDONLY | os.O_CLOEXEC)
+            try:
+                size = os.fstat(handle).st_size
+                return _read_all(handle, start, max(0, min(size, size if end is None else end) - start))
+            finally:
+                os.close(handle)
+        except FileNotFoundError:
+            raise
+        except OSError as error:
+            raise _refused("read", self._place(name), error) from error
+
+    def open_file(self, name: str) -> io.FileIO:
+        """The blob as a file open for reading; a symbolic link that leaves the root is refused.
+
+        Raises OSError as the system does.
+        """
+        return open(self._resolved(self._place(name)), "rb", buffering=0, opener=_open_regular)
+
+    def identity(self, name: str) -> tuple[int, ...] | None:
+        """Equal for names that are hard links to one file, as it is now; None for a missing name."""
+        try:
+            state = os.lstat(self._place(name))
+        except OSError:
+            return None
+        return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All finished files whose name starts with ``prefix``; symbolic links are not followed."""
+        directory = prefix.rpartition("/")[0]
+        start = self._place(directory) if directory else self._root
+        for entry in _walk(start):
+            name = entry.path[len(self._root) + 1 :]
+            if name.startswith(prefix) and not name.endswith(UNFINISHED):
+                try:
+                    yield Entry(name, entry.stat(follow_symlinks=False).st_size)
+                except FileNotFoundError:
+                    continue
+
+    def delete(self, name: str) -> None:
+        """Remove a blob; a missing one is not an error."""
+        place = self._place(name)
+        try:
+            os.unlink(place)
+        except FileNotFoundError:
+            return
+        except OSError as error:
+            raise _refused("delete", place, error) from error
+
+    def close(self) -> None:
+        """Nothing is held open between calls."""
+
+    def _place(self, name: str) -> str:
+        return f"{self._root}/{check_name(name)}"
+
+    def _resolved(self, place: str) -> str:
+        """The file behind ``place``. Raises BackendError where symbolic links lead out of the root."""
+        directory, _, base = place.rpartition("/")
+        real = self._real_directories.get(directory)
+        if real is None:
+            if len(self._real_directories) > _MOST_KNOWN_DIRECTORIES:
+                self._real_directories.clear()
+            real = self._real_directories[directory] = self._inside(directory)
+        # Resolving every directory on the way again would cost more than reading a small file.
+        return self._inside(place) if os.path.islink(place) else f"{real}/{base}"
+
+    def _inside(self, place: str) -> str:
+        real, real_root = os.path.realpath(place), os.path.realpath(self._root)
+        if os.path.commonpath([real, real_root]) != real_root:
+            raise BackendError(f"{place}: leads out of {self._root} through a symbolic link")
+        return real
+
+    def _unfinished(self, target: str) -> str:
+        return f"{target}.{self._token}-{next(self._counter)}{UNFINISHED}"
+
+    def _ensure_parent(self, target: str) -> None:
+        if self._root not in self._known_directories:
+            self.prepare()
+        if len(self._known_directories) > _MOST_KNOWN_DIRECTORIES:
+            self._known_directories = {self._root}
+        known, missing = self._known_directories, []
+        directory = os.path.dirname(target)
+        while directory not in known:
+            missing.append(directory)
+            directory = os.path.dirname(directory)
+        for directory in reversed(missing):
+            self._make_directory(directory)
+
+    def _make_directory(self, directory: str) -> None:
+        try:
+            os.mkdir(directory, _DIRECTORY_MODE)
+            if self._fsync:
+                sync_directory(os.path.dirname(directory))
+        except FileExistsError:
+            if not stat.S_ISDIR(os.lstat(directory).st_mode):
+                raise NotADirectoryError(
+                    errno.ENOTDIR,
+                    "a symbolic link or a file is in the way",
+                    str(directory),
+                ) from None
+        self._known_directories.add(directory)
+
+    def _publish(self, target: str, parts: Sequence[Buffer]) -> int:
+        file = AtomicFile(self._unfinished(target), target, self._fsync)
+        try:
+            size = file.write(parts)
+            file.publish()
+        except BaseException:
+            file.abandon()
+            raise
+        return size
+
+    def _link(self, origin: str, place: str) -> bool:
+        """Whether ``place`` now is a hard link to ``origin``; False where the file system refuses."""
+        try:
+            try:
+                os.link(origin, place, follow_symlinks=False)
+            except FileExistsError:
+                unfinished = self._unfinished(place)
+                os.link(origin, unfinished, follow_symlinks=False)
+                os.rename(unfinished, place)
+                # Renaming onto another link of the same file does nothing and leaves the old name.
+                remove_quietly(unfinished)
+        except OSError as error:
+            if error.errno in _NO_HARD_LINKS:
+                return False
+            raise
+        if self._fsync:
+            sync_directory(os.path.dirname(place))
+        return True
+
+    def _copy_bytes(self, origin: str, place: str) -> None:
+        with open(origin, "rb") as file:
+            self._publish(place, [file.read()])
+
+
+def unfinished_files(directory: str) -> Iterator[str]:
+    """Paths of the files below a directory that some `LocalStore` has begun and not finished."""
+    for parent, _, names in os.walk(directory):
+        for name in names:
+            path = os.path.join(parent, name)
+            if _UNFINISHED_FILE.fullmatch(name) and not os.path.islink(path):
+                yield path
+
+
+def _open_regular(path: str, flags: int) -> int:
+    """A handle of a regular file; a pipe or device, which could block or never end, is refused."""
+    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
+    if stat.S_ISREG(os.fstat(handle).st_mode):
+        return handle
+    os.close(handle)
+    raise OSError(errno.EINVAL, "not a regular file", path)
+
+
+def _read_all(handle: int, start: int, count: int) -> bytes:
+    """The ``count`` bytes from ``start`` on, or fewer at the file's end; a large file is not copied twice."""
+    data = os.pread(handle, count, start)
+    if len(data) == count or not data:
+        return data
+    # The system reads at most 2 GiB at a time.
+    parts, done = [data], len(data)
+    while done < count and (more := os.pread(handle, count - done, start + done)):
+        parts.append(more)
+        done += len(more)
+    return b"".join(parts)
+
+
+def _walk(directory: str) -> Iterator[os.DirEntry[str]]:
+    """Every regular file below ``directory``; a directory that is missing or vanishes has none."""
+    waiting = [directory]
+    while waiting:
+        directory = waiting.pop()
+        try:
+            with os.scandir(directory) as entries:
+                found = list(entries)
+        except (FileNotFoundError, NotADirectoryError):
+            continue
+        except OSError as error:
+            raise _refused("list", directory, error) from error
+        yield from (entry for entry in found if entry.is_file(follow_symlinks=False))
+        waiting += (entry.path for entry in found if entry.is_dir(follow_symlinks=False))
+
+
+def make_parent(path: str) -> None:
+    """Make the directory that ``path`` lies in, with mode 0700, unless others could replace it.
+
+    Raises BackendError or OSError.
+    """
+    parent = os.path.dirname(os.path.abspath(path))
+    check_trusted(parent)
+    _make_parents(parent)
+    check_trusted(parent)
+
+
+def _make_parents(directory: str) -> None:
+    """Make ``directory`` and its missing parents, each with mode 0700; existing ones are left alone."""
+    if os.path.isdir(directory):
+        return
+    _make_parents(os.path.dirname(directory))
+    try:
+        os.mkdir(directory, _DIRECTORY_MODE)
+    except FileExistsError:
+        if not os.path.isdir(directory):
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory) from None
+
+
+def _refused(action: str, path: str, error: OSError) -> BackendError:
+    return BackendError(f"cannot {action} {path}: {error.strerror or error}")

@@ -1,0 +1,173 @@
+"""The ``fsspec`` backend: any format over any fsspec protocol, with our own deadline and retries."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
+
+from tlcore.errors import BackendError
+from tlcore.protocols import Buffer, Entry, Sink
+
+from ..pt.sink import PtSink
+from ..safetensors.sink import SHARD_BYTES, SafetensorsSink
+from .filesystems import open_filesystem
+from .local import UNFINISHED, check_name
+from .open import ATTEMPTS, DEADLINE_S, Limits
+from .redaction import Redactor
+from .retries import DeadlineError, RemoteCalls, is_about_credentials
+
+# How much a blob of unknown size may hold when its deadline is worked out.
+_UNKNOWN_BYTES = 512 << 20
+
+
+def make_sink(
+    format: Literal["pt", "safetensors"] = "pt",
+    storage_options: Mapping[str, Any] | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    deadline_s: float = DEADLINE_S,
+    attempts: int = ATTEMPTS,
+) -> Sink:
+    """The sink of ``backend: "fsspec"``; where it writes is the run's URL."""
+    limits = Limits(deadline_s, attempts)
+    if format == "safetensors":
+        return SafetensorsSink(shard_bytes, storage_options, limits)
+    return PtSink(storage_options, limits)
+
+
+class FsspecStore:
+    """Blobs under ``url`` in any storage that fsspec reaches (``s3://``, ``gs://``, ``az://``, ...).
+
+    A blob is published by one complete upload, in several parts when it is large; a filesystem that
+    shows half-written files gets a ``.tmp`` name and a rename. ``deadline_s`` and ``attempts`` are as in
+    `RemoteCalls`. Raises BackendError for an unknown protocol, a missing package or unusable options.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        storage_options: Mapping[str, Any] | None = None,
+        deadline_s: float = DEADLINE_S,
+        attempts: int = ATTEMPTS,
+    ) -> None:
+        options = dict(storage_options or {})
+        self._redactor = Redactor(url, options)
+        self._filesystem, self._root = open_filesystem(url, options, self._redactor)
+        self._calls = RemoteCalls(self._filesystem, deadline_s, attempts)
+        # The others want bytes: a copy of what may be half a gigabyte.
+        self._takes_buffers = type(self._filesystem).__module__.startswith("obstore.")
+        # Object stores and the memory filesystem show an upload only when it is whole.
+        self._renames = not self._filesystem.async_impl and not url.startswith("memory:")
+
+    @property
+    def url(self) -> str:
+        """The root's URL without credentials."""
+        return self._redactor.url
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> int:
+        """Upload the concatenation of ``parts`` as ``name``; returns its size in bytes."""
+        place = self._place(name)
+        data = self._joined(parts)
+        size = memoryview(data).nbytes
+        try:
+            if self._renames:
+                self._calls.run("makedirs", place.rpartition("/")[0], exist_ok=True)
+                self._calls.run("pipe_file", place + UNFINISHED, data, moved_bytes=size)
+                self._calls.run("mv", place + UNFINISHED, place)
+            else:
+                self._calls.run("pipe_file", place, data, moved_bytes=size)
+        except FileNotFoundError as error:
+            raise self._refused("write", name, error, "the bucket or container must exist") from None
+        except Exception as error:
+            raise self._refused("write", name, error) from None
+        return size
+
+    def copy(self, source: str, target: str) -> None:
+        """Make ``target`` the same blob as ``source``, by the server's own copy where it has one."""
+        origin, place = self._place(source), self._place(target)
+        try:
+            if self._renames:
+                self._calls.run("makedirs", place.rpartition("/")[0], exist_ok=True)
+            self._calls.run("cp_file", origin, place, moved_bytes=_UNKNOWN_BYTES)
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.url}/{source}") from None
+        except NotImplementedError:
+            self.put(target, [self.get(source)])
+        except Exception as error:
+            raise self._refused("copy", target, error) from None
+
+    def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes ``[start, end)`` of a blob, by one ranged request."""
+        place = self._place(name)
+        if end is not None and end <= start:
+            return b""
+        moved = _UNKNOWN_BYTES if end is None else end - start
+        limits = {} if start == 0 and end is None else {"start": start, "end": end}
+        try:
+            data: bytes = self._calls.run("cat_file", place, moved_bytes=moved, **limits)
+        except NotImplementedError:
+            # obstore wants both ends of a range.
+            size = self._size(name)
+            return self.get(name, start, size) if start < size else b""
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.url}/{name}") from None
+        except Exception as error:
+            raise self._refused("read", name, error) from None
+        return data
+
+    def _size(self, name: str) -> int:
+        try:
+            return int(self._calls.run("info", self._place(name))["size"])
+        except FileNotFoundError:
+            raise FileNotFoundError(f"{self.url}/{name}") from None
+        except Exception as error:
+            raise self._refused("read", name, error) from None
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """All blobs whose name starts with ``prefix``."""
+        directory = prefix.rpartition("/")[0]
+        start = self._place(directory) if directory else self._root
+        self._filesystem.invalidate_cache()
+        try:
+            found: dict[str, Any] = self._calls.run("find", start, detail=True)
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise self._refused("list", prefix, error) from None
+        for path, info in found.items():
+            name = path[len(self._root) + 1 :]
+            if (
+                path.startswith(f"{self._root}/")
+                and name.startswith(prefix)
+                and not name.endswith(UNFINISHED)
+            ):
+                yield Entry(name, int(info["size"]))
+
+    def delete(self, name: str) -> None:
+        """Remove a blob; a missing one is not an error."""
+        place = self._place(name)
+        try:
+            self._calls.run("rm_file", place)
+        except FileNotFoundError:
+            return
+        except Exception as error:
+            raise self._refused("delete", name, error) from None
+
+    def close(self) -> None:
+        """The connections end with the filesystem object, which nobody else has."""
+
+    def _joined(self, parts: Sequence[Buffer]) -> Buffer:
+        if len(parts) == 1 and (self._takes_buffers or isinstance(parts[0], bytes)):
+            return parts[0]
+        return b"".join(parts)
+
+    def _place(self, name: str) -> str:
+        return f"{self._root}/{check_name(name)}"
+
+    def _refused(self, action: str, name: str, error: BaseException, advice: str = "") -> BackendError:
+        if isinstance(error, BackendError):
+            return error
+        if is_about_credentials(error):
+            advice = "check the credentials in storage_options and what they may do"
+        answer = str(error) if isinstance(error, DeadlineError) else f"{type(error).__name__}: {error}"
+        text = f"cannot {action} {self.url}/{name}: {self._redactor.clean(answer)}"
+        return BackendError(f"{text} ({advice})" if advice else text)

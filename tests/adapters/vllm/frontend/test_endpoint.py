@@ -1,0 +1,205 @@
+"""Capture controlled over HTTP on a running server, behind its API key, and what Prometheus sees of it."""
+
+from __future__ import annotations
+
+import re
+import signal
+import time
+from argparse import Namespace
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import tlcore
+from tests.adapters.vllm.server import VllmServer, serving
+from tests.models import tiny_llama
+from tlcore.adapters.vllm.frontend.endpoint import (
+    ROOT_VARIABLE,
+    SPILL_VARIABLE,
+    EndpointPlugin,
+    ForbiddenError,
+    restricted,
+)
+
+KEY = "not-a-secret"
+METRIC = re.compile(r'^tlcore_(\w+?)(?:_total)?\{rank="0"\} ([0-9.e+]+)$', re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("captured")
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory, output_dir: Path) -> Iterator[VllmServer]:
+    settings = {
+        "model": str(tiny_llama()),
+        "served-model-name": "tiny",
+        "enforce-eager": True,
+        "max-model-len": 256,
+        "api-key": KEY,
+    }
+    environment = {"VLLM_PLUGINS": "tlcore,tlcore.endpoint", ROOT_VARIABLE: str(output_dir)}
+    with serving(tmp_path_factory.mktemp("server"), settings, environment) as running:
+        yield running
+
+
+def _complete(server: VllmServer, request_id: str, tokens: int = 3) -> None:
+    prompt = {"model": "tiny", "prompt": "the quick brown fox", "max_tokens": tokens, "ignore_eos": True}
+    status, answer = server.ask("/v1/completions", prompt, KEY, X_Request_Id=request_id)
+    assert status == 200, answer
+
+
+def _metrics(server: VllmServer) -> dict[str, float]:
+    return {name: float(value) for name, value in METRIC.findall(server.text("/metrics"))}
+
+
+def _eventually(server: VllmServer, name: str, value: float) -> dict[str, float]:
+    deadline = time.monotonic() + 10
+    while (found := _metrics(server)).get(name) != value:
+        assert time.monotonic() < deadline, found
+        time.sleep(0.1)
+    return found
+
+
+@pytest.mark.slow
+def test_a_server_is_captured_from_start_to_stop(server: VllmServer, output_dir: Path) -> None:
+    _complete(server, "BEFORE")
+    assert server.ask("/v1/tlcore/status", key=KEY)[1]["state"] == "idle"
+
+    status, started = server.ask("/v1/tlcore/start", {"log_step_ids": [0, 2], "backend": "safetensors"}, KEY)
+    assert (status, started["state"]) == (200, "running"), started
+    assert Path(started["url"]).parent == output_dir
+    _complete(server, "AAA")
+    status, second = server.ask("/v1/tlcore/start", {}, KEY)
+    assert status == 409 and started["url"] in second["error"]["message"]
+
+    status, stopped = server.ask("/v1/tlcore/stop", b"", KEY)
+    assert (status, stopped["state"], stopped["problem"]) == (200, "closed", None)
+    run = tlcore.open_run(started["url"])
+    assert (run.state, run.steps) == ("complete", [0, 2])
+    assert stopped["ledger"] == run.ledger.to_json() and run.ledger.stored > 100
+    request = run.request("AAA")
+    rows = request["model.layers.3.mlp/outputs_cpu"]
+    assert request.positions("model.layers.3.mlp/outputs_cpu") == [*range(rows.shape[0] - 1), rows.shape[0]]
+    assert server.ask("/v1/tlcore/status", key=KEY)[1] == stopped
+
+
+@pytest.mark.slow
+def test_prometheus_counts_over_all_captures(server: VllmServer) -> None:
+    before = _eventually(server, "running", 0)
+    assert server.ask("/v1/tlcore/start", {"module_call_match": "mlp$"}, KEY)[0] == 200
+    assert _eventually(server, "running", 1)["captured_tensors"] == before["captured_tensors"]
+    _complete(server, "BBB")
+    _, stopped = server.ask("/v1/tlcore/stop", b"", KEY)
+    ledger = stopped["ledger"]
+    assert ledger["captured"] == ledger["stored"] == 8
+    found = _eventually(server, "running", 0)
+    assert found["stored_tensors"] == before["stored_tensors"] + 8
+    assert found["captured_bytes"] == before["captured_bytes"] + ledger["bytes_captured"]
+    assert found["stored_bytes"] == before["stored_bytes"] + ledger["bytes_stored"]
+    assert (found["dropped_tensors"], found["failed_tensors"], found["queue_bytes"]) == (0, 0, 0)
+    assert found["blocked_seconds"] >= 0
+    assert "vllm:num_requests_running" in server.text("/metrics")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("body", "status", "message"),
+    [
+        ({"log_step_ids": "first"}, 400, r"\$\.log_step_ids"),
+        (b"{", 400, "not JSON"),
+        ([], 400, "JSON object"),
+        ({"output_dir": "/tmp/elsewhere"}, 403, "below the operator's"),
+        ({"backend": "tests.sinks:MemorySink"}, 403, "not by an import path"),
+    ],
+)
+def test_what_may_not_be_started_is_refused(server: VllmServer, body: Any, status: int, message: str) -> None:
+    found, answer = server.ask("/v1/tlcore/start", body, KEY)
+    assert found == status and re.search(message, answer["error"]["message"]), answer
+    assert server.ask("/v1/tlcore/status", key=KEY)[1]["state"] != "running"
+
+
+@pytest.mark.slow
+def test_without_the_key_nothing_is_answered(server: VllmServer) -> None:
+    for key in (None, "wrong"):
+        assert server.ask("/v1/tlcore/status", key=key)[0] == 401
+        assert server.ask("/v1/tlcore/start", {}, key)[0] == 401
+
+
+@pytest.mark.slow
+def test_sigterm_completes_a_run_that_nobody_stopped(server: VllmServer) -> None:
+    """The last test of this server: it ends it."""
+    _, started = server.ask("/v1/tlcore/start", {}, KEY)
+    _complete(server, "CCC")
+    server.process.send_signal(signal.SIGTERM)
+    server.process.wait(60)
+    run = tlcore.open_run(started["url"])
+    assert (run.state, run.steps) == ("complete", [0]), server.log.read_text()
+
+
+@pytest.fixture
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv(ROOT_VARIABLE, str(tmp_path / "root"))
+    (tmp_path / "root").mkdir()
+    return tmp_path / "root"
+
+
+def test_a_place_is_given_where_none_is_asked_for(root: Path) -> None:
+    assert restricted({}).output_dir == str(root)
+    assert restricted({"output_dir": str(root / "x")}).output_dir == str(root / "x")
+
+
+def test_a_place_cannot_be_left(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (root / "link").symlink_to(root.parent)
+    outside = [f"{root}/../x", f"{root}-other", str(root / "link"), "s3://bucket/x", f"file://{root}"]
+    for place in outside:
+        with pytest.raises(ForbiddenError, match=r"\$\.output_dir"):
+            restricted({"output_dir": place})
+    monkeypatch.setenv(ROOT_VARIABLE, "s3://bucket/runs")
+    assert restricted({"backend": "safetensors"}).output_dir == "s3://bucket/runs"
+    for place in (
+        "s3://bucket/runs/../x",
+        "s3://bucket/runs2",
+        "s3://bucket",
+        str(root),
+        "s3://bucket/runs/%2e",
+    ):
+        with pytest.raises(ForbiddenError, match=r"\$\.output_dir"):
+            restricted({"output_dir": place})
+
+
+def test_where_blobs_wait_is_the_operators(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(SPILL_VARIABLE, raising=False)
+    with pytest.raises(ForbiddenError, match=r"\$\.spill_dir: .*TLCORE_ENDPOINT_SPILL_DIR"):
+        restricted({"spill_dir": str(root / "spill")})
+    assert restricted({"spill_dir": None}).spill_dir is None
+    monkeypatch.setenv(SPILL_VARIABLE, "/var/spill")
+    assert restricted({"backend": "safetensors"}).spill_dir == "/var/spill"
+
+
+def test_code_and_credentials_are_the_operators(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ForbiddenError, match="import path"):
+        restricted({"backend": {"name": "os:system"}})
+    monkeypatch.setenv(ROOT_VARIABLE, "s3://bucket/runs")
+    backend = {"name": "fsspec", "url": "s3://bucket/runs/a", "storage_options": {"endpoint_url": "http://x"}}
+    with pytest.raises(ForbiddenError, match=r"\$\.backend\.storage_options"):
+        restricted({"backend": backend})
+
+
+@pytest.mark.slow
+def test_a_server_without_a_key_or_an_engine_refuses() -> None:
+    import asyncio
+
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    for key, engine_problem in (([], "no API key"), (["key"], "no engine")):
+        app, plugin = FastAPI(), EndpointPlugin()
+        plugin.attach_router(app)
+        asyncio.run(plugin.init_state(None, app.state, Namespace(api_key=key)))
+        answer = TestClient(app).get("/v1/tlcore/status")
+        assert engine_problem in answer.json()["error"]["message"]
+        assert answer.status_code == (409 if key else 403)

@@ -1,0 +1,65 @@
+"""What the vLLM tests share: the environment of their processes, and how to run one."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+REPOSITORY = Path(__file__).parents[3]
+# For engines of several ranks, which would otherwise each take the cores that vLLM sees.
+SEVERAL_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def run(
+    *arguments: str, timeout: float = 240, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run Python with ``arguments`` in the repository's root; ``environment`` goes over the usual one."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=REPOSITORY,
+        env={**ENVIRONMENT, **(environment or {})},
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+    )
+
+
+def report(
+    script: str, *arguments: str, timeout: float = 240, environment: Mapping[str, str] | None = None
+) -> dict[str, Any]:
+    """Run a script that prints ``REPORT`` and one JSON object; returns the object."""
+    done = run(script, *arguments, timeout=timeout, environment=environment)
+    lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
+    assert lines, done.stdout + done.stderr
+    found: dict[str, Any] = json.loads(lines[0].removeprefix("REPORT "))
+    return found
+
+
+def prepare_stages(llm: Any) -> None:
+    """Let the later stages of a pipeline make their receive buffers.
+
+    vLLM 0.32 does so in a dummy run, which its CPU worker leaves out in eager mode.
+    """
+    llm.collective_rpc("execute_dummy_batch")
+
+
+def agree(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two results of the same computation by different kernels agree.
+
+    Each side rounds in every kernel, bfloat16 by up to 2**-9 and float32 by 2**-24 of the value; the norm of
+    the difference is what adds up over the layers.
+    """
+    if one.shape != other.shape or one.dtype != other.dtype:
+        return False
+    if not one.is_floating_point():
+        return torch.equal(one, other)
+    tolerance = 2**-14 if one.dtype == torch.float32 else 2**-6
+    return float((one.float() - other.float()).norm()) <= tolerance * float(other.float().norm())

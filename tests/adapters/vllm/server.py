@@ -1,0 +1,99 @@
+"""An OpenAI-compatible vLLM server for tests, on loopback, ended by the process id."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY
+
+START_SECONDS = 180
+
+
+@dataclass(frozen=True)
+class VllmServer:
+    """A running server: its address, its process, and the file with its log."""
+
+    url: str
+    process: subprocess.Popen[bytes]
+    log: Path
+
+    def ask(
+        self, path: str, body: Any = None, key: str | None = None, **headers: str
+    ) -> tuple[int, dict[str, Any]]:
+        """The status and the JSON answer of a request; a POST where there is a ``body``."""
+        data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
+        sent = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
+        if key is not None:
+            sent["Authorization"] = f"Bearer {key}"
+        try:
+            with urllib.request.urlopen(
+                urllib.request.Request(self.url + path, data, sent), timeout=60
+            ) as answer:
+                return answer.status, json.load(answer)
+        except urllib.error.HTTPError as error:
+            return error.code, json.loads(error.read())
+
+    def text(self, path: str) -> str:
+        """The text at a path."""
+        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+            return str(answer.read().decode())
+
+
+@contextmanager
+def serving(
+    directory: Path, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None
+) -> Iterator[VllmServer]:
+    """A server with these settings (names of flags without dashes), ready to answer."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = int(listener.getsockname()[1])
+    # JSON is YAML.
+    config = directory / "server.yaml"
+    config.write_text(json.dumps({"host": "127.0.0.1", "port": port, **settings}))
+    log = directory / "server.log"
+    command = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--config", str(config))
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command,
+            cwd=REPOSITORY,
+            env={**ENVIRONMENT, **(environment or {})},
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+        )
+        server = VllmServer(f"http://127.0.0.1:{port}", process, log)
+        try:
+            _wait_until_ready(server)
+            yield server
+        finally:
+            # Its engine and workers are its own session's; they must not outlive it.
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+
+
+def _wait_until_ready(server: VllmServer) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline:
+        assert server.process.poll() is None, server.log.read_text()
+        try:
+            with urllib.request.urlopen(f"{server.url}/health", timeout=5):
+                return
+        except (urllib.error.URLError, OSError):
+            time.sleep(0.5)
+    pytest.fail(f"the server did not start:\n{server.log.read_text()}")

@@ -1,0 +1,41 @@
+"""The documented commands of the example, as they stand, in vLLM's usual spawned processes."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+import tlcore
+from tests.adapters.vllm.helpers import run
+from tests.models import smollm2
+
+pytestmark = pytest.mark.slow
+EXAMPLE = "./examples/offline_inference/llm_engine_example.py"
+
+
+def _example(**config: object) -> str:
+    flags = ("--model", str(smollm2()), "--enforce-eager", "--intermediate-log-config", json.dumps(config))
+    done = run(EXAMPLE, *flags)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "request-0: 'The capital of France is' ->" in done.stdout
+    return done.stdout + done.stderr
+
+
+def test_two_runs_lie_side_by_side(tmp_path: Path) -> None:
+    output = _example(enabled=True, output_dir=str(tmp_path))
+    (first,) = tmp_path.iterdir()
+    assert str(first) in output
+    before = {path: path.stat().st_mtime_ns for path in first.rglob("*")}
+    _example(enabled=True, output_dir=str(tmp_path), module_call_match=r"layers\.0\.")
+    assert {path: path.stat().st_mtime_ns for path in first.rglob("*")} == before
+
+    everything, layer = sorted(map(tlcore.open_run, tmp_path.iterdir()), key=lambda each: each.created)
+    assert (everything.id, everything.state, layer.state) == (first.name, "complete", "complete")
+    assert everything.steps == layer.steps == [0]
+    calls = everything.step(0).calls
+    assert {"model", "model.embed_tokens", "model.layers.29.mlp", "logits_processor"} <= set(calls)
+    assert layer.step(0).calls == [each for each in calls if "layers.0." in each]
+    assert everything.ledger.balanced and everything.ledger.stored == everything.ledger.captured > 1000
+    assert (everything.step(0).rows or [{}])[0]["external_request_id"] == "request-0"

@@ -1,0 +1,63 @@
+"""Kinds of models: a mixture of experts and an embedding model, eager and compiled."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tlcore
+from tests.adapters.vllm.helpers import REPOSITORY, report
+from tests.adapters.vllm.models_script import TOKENS
+from tests.models import minilm, tiny_moe
+
+pytestmark = pytest.mark.slow
+SCRIPT = str(REPOSITORY / "tests" / "vllm" / "models_script.py")
+
+
+def _asked(model: Path, task: str, mode: str, output_dir: Path) -> tuple[dict[str, Any], tlcore.Run]:
+    # vLLM's setting for tests: traced as ever, but not compiled to machine code.
+    made = report(SCRIPT, str(model), task, mode, str(output_dir), environment={"VLLM_CPU_CI_ENV": "1"})
+    run = tlcore.open_run(made["url"])
+    assert run.state == "complete"
+    assert run.ledger.balanced and run.ledger.stored == run.ledger.captured
+    assert run.verify() > 0
+    return made, run
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_a_mixture_of_experts(mode: str, tmp_path: Path) -> None:
+    made, run = _asked(tiny_moe(), "generate", mode, tmp_path)
+    assert made["after"] == made["plain"]
+    if mode == "eager":
+        assert made["captured"] == made["plain"]
+    assert run.steps == list(range(TOKENS))
+    for layer in ("model.layers.0", "model.layers.1"):
+        moe = f"{layer}.block_sparse_moe"
+        assert {layer, moe, f"{moe}.gate", f"{moe}.experts"} <= set(run.step(0).calls)
+        scores = run.tensor(f"step_0/{moe}.gate/outputs_0_cpu")
+        rows = run.tensor("step_0/model.embed_tokens/inputs_0_cpu").shape[0]
+        assert scores.shape == (rows, 4)
+
+
+@pytest.mark.parametrize("mode", ["eager", "compiled"])
+def test_an_embedding_model(mode: str, tmp_path: Path) -> None:
+    made, run = _asked(minilm(), "embed", mode, tmp_path)
+    assert made["after"] == made["plain"]
+    if mode == "eager":
+        assert made["captured"] == made["plain"]
+    torch.testing.assert_close(torch.tensor(made["captured"]), torch.tensor(made["plain"]), rtol=0, atol=5e-3)
+    assert len(run.ledger.reasons) == 0
+    calls = run.step(0).calls
+    assert any(call.endswith("encoder.layer.5") for call in calls) and any("pooler" in call for call in calls)
+    # The embedding is the normalized mean over a prompt's rows of the last layer.
+    (step,) = (run.step(number) for number in run.steps)
+    last = next(call for call in calls if call.endswith("encoder.layer.5"))
+    hidden = run.tensor(f"step_0/{last}/outputs_cpu").float()
+    assert step.rows is not None
+    for row, embedding in zip(step.rows, made["captured"], strict=True):
+        mean = hidden[row["first_row"] :][: row["rows"]].mean(0)
+        similarity = torch.cosine_similarity(mean, torch.tensor(embedding), dim=0)
+        assert float(similarity) > 0.999

@@ -1,0 +1,144 @@
+"""Engines of two ranks, tensor and pipeline parallel, held against one of a single rank."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+import tlcore
+from tests.adapters.vllm.helpers import REPOSITORY, SEVERAL_RANKS, report
+from tlcore.reader import Request, Run
+
+pytestmark = pytest.mark.slow
+SCRIPT = str(REPOSITORY / "tests" / "vllm" / "ranks_script.py")
+# The engines compute in bfloat16, and a sum over two ranks rounds once more than one over a single rank.
+TOLERANCE = 2**-5
+
+
+def _said(output_dir: Path, **keywords: Any) -> dict[str, Any]:
+    return report(SCRIPT, str(output_dir), json.dumps(keywords), timeout=400, environment=SEVERAL_RANKS)
+
+
+@pytest.fixture(scope="module")
+def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _said(tmp_path_factory.mktemp("single"))
+
+
+@pytest.fixture(scope="module")
+def tensor_parallel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _said(tmp_path_factory.mktemp("tensor"), tensor_parallel_size=2)
+
+
+@pytest.fixture(scope="module")
+def pipeline_parallel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return _said(tmp_path_factory.mktemp("pipeline"), pipeline_parallel_size=2)
+
+
+def _requests(said: Mapping[str, Any]) -> list[tuple[Request, int]]:
+    """Each request with the length of its prompt: what follows may differ by rounding."""
+    run = tlcore.open_run(said["url"])
+    return [(run.request(each), n) for each, n in zip(said["requests"], said["prompt_lengths"], strict=True)]
+
+
+def _error(one: Request, other: Request, name: str, prompt: int, other_name: str | None = None) -> float:
+    """The relative error of a joined tensor over the prompt's positions; infinite for another shape."""
+    there = other_name or name
+    shared = [p for p in one.positions(name) if p < prompt and p in other.positions(there)]
+    a, b = one.tensor(name, unshard=True), other.tensor(there, unshard=True)
+    a = a[[one.positions(name).index(p) for p in shared]].float()
+    b = b[[other.positions(there).index(p) for p in shared]].float()
+    if a.shape != b.shape or not shared:
+        return float("inf")
+    return float((a - b).norm() / a.norm().clamp(min=1e-9))
+
+
+def _one_directory(said: Mapping[str, Any]) -> Run:
+    (directory,) = Path(said["url"]).parent.iterdir()
+    assert str(directory) == said["url"]
+    run = tlcore.open_run(directory)
+    assert (run.state, run.world_size, said["status"]["state"]) == ("complete", 2, "closed")
+    assert [each["rank"] for each in said["status"]["ranks"]] == [0, 1]
+    assert said["status"]["ledger"] == run.ledger.to_json()
+    assert run.verify() == run.ledger.stored == run.ledger.captured > 300
+    assert said["unchanged"]
+    return run
+
+
+def test_tensor_parallel_ranks_share_a_run(tensor_parallel: dict[str, Any]) -> None:
+    run = _one_directory(tensor_parallel)
+    places = [
+        (place["rank"], place["tp_rank"], place["tp_size"], place["pp_size"]) for place in run.ranks.values()
+    ]
+    assert places == [(0, 0, 2, 1), (1, 1, 2, 1)]
+    step = run.step(0)
+    own = [name for name in step.names if step.record(name)["rank"] == 0]
+    assert sorted(f"{name}_rank_1" for name in own) == sorted(set(step.names) - set(own))
+    local = step.tensor("step_0/model.layers.0.self_attn.qkv_proj/outputs_0_cpu")
+    whole = step.tensor("step_0/model.layers.0.self_attn.qkv_proj/outputs_0_cpu", unshard=True)
+    assert (local.shape[1], whole.shape[1]) == (128, 256)
+
+
+def test_joined_tensors_are_those_of_a_single_rank(
+    single: dict[str, Any], tensor_parallel: dict[str, Any]
+) -> None:
+    parts = 0
+    for (one, prompt), (two, _) in zip(_requests(single), _requests(tensor_parallel), strict=True):
+        assert set(one.names) <= set(two.names) and len(one.names) > 150
+        worst = {name: _error(one, two, name, prompt) for name in one.names}
+        assert max(worst.values()) < TOLERANCE, max(worst, key=lambda name: worst[name])
+        parts += sum(two.tensor(name).shape != one.tensor(name).shape for name in one.names)
+    # Projections, rotary embeddings, attention and activations: inputs, outputs or both, in four layers.
+    assert parts >= 3 * 4 * 14
+
+
+def test_parts_joined_in_a_wrong_order_would_be_found(
+    single: dict[str, Any], tensor_parallel: dict[str, Any]
+) -> None:
+    (one, prompt), (two, _) = _requests(single)[0], _requests(tensor_parallel)[0]
+    for module in ("self_attn.qkv_proj/outputs_0", "mlp.act_fn/outputs", "mlp.down_proj/inputs_0"):
+        name = f"model.layers.1.{module}_cpu"
+        mine = one.tensor(name)[:prompt].float()
+        first, second = two.tensor(name)[:prompt].float(), two.tensor(f"{name}_rank_1")[:prompt].float()
+        swapped = torch.cat([second, first], 1)
+        assert float((mine - swapped).norm() / mine.norm()) > 10 * TOLERANCE
+
+
+def test_pipeline_stages_share_a_run(single: dict[str, Any], pipeline_parallel: dict[str, Any]) -> None:
+    run = _one_directory(pipeline_parallel)
+    assert [(place["pp_rank"], place["pp_size"], place["tp_size"]) for place in run.ranks.values()] == [
+        (0, 2, 1),
+        (1, 2, 1),
+    ]
+    ranks = {record["module"]: record["rank"] for record in run.step(0).records}
+    assert [ranks[f"model.layers.{i}.mlp"] for i in range(4)] == [0, 0, 1, 1]
+    assert (ranks["model.embed_tokens"], ranks["model.norm"], ranks["logits_processor"]) == (0, 1, 1)
+    for (one, prompt), (two, _) in zip(_requests(single), _requests(pipeline_parallel), strict=True):
+        for layer in range(4):
+            name = f"model.layers.{layer}.mlp/outputs_cpu"
+            there = name if layer < 2 else f"{name}_rank_1"
+            assert _error(one, two, name, prompt, there) < TOLERANCE
+
+
+def test_compare_joins_the_parts(single: dict[str, Any], tensor_parallel: dict[str, Any]) -> None:
+    found = tlcore.compare(single["url"], tensor_parallel["url"], rtol=TOLERANCE, by_norm=True)
+    assert (found.counts["missing"], found.counts["unreadable"]) == (0, 0)
+    assert found.counts["close"] + found.counts["bitwise"] > 3 * 150
+    lengths = dict(zip(single["requests"], single["prompt_lengths"], strict=True))
+    for each in found.results:
+        # What follows the prompt may be another token.
+        assert each.agrees or (each.first_position or 0) >= lengths[str(each.request)], each
+
+
+def test_compare_finds_the_stages_tensors(single: dict[str, Any], pipeline_parallel: dict[str, Any]) -> None:
+    found = tlcore.compare(single["url"], pipeline_parallel["url"], rtol=TOLERANCE, by_norm=True)
+    assert (found.counts["different"], found.counts["unreadable"]) == (0, 0)
+    assert found.counts["close"] + found.counts["bitwise"] > 3 * 250
+    # What one stage sends to the next is no tensor of a single rank; and the layers share one rotary
+    # embedding, of which each stage has its own.
+    only_one_has = {each.module for each in found.results if each.status == "missing"}
+    assert only_one_has == {"model", *(f"model.layers.{i}.self_attn.rotary_emb" for i in (0, 2))}

@@ -1,0 +1,92 @@
+"""`rows`, `request_ids` and `sample_rate` on a runner of the first version: what is stored, and its rows."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from tests.adapters.vllm.worker.test_steps import Runner, scheduled
+from tests.sinks import MemorySink
+from tlcore.adapters.vllm.worker.request_sampler import RequestSampler
+from tlcore.adapters.vllm.worker.rows import RowReader
+from tlcore.adapters.vllm.worker.steps import StepWrapper
+from tlcore.config.configuration import load_config
+from tlcore.engine.new_run import new_run
+from tlcore.engine.session import Session
+
+
+def _step(runner: Runner, sink: MemorySink, **keys: Any) -> None:
+    """One step of b (1 token at position 4) and a (3 tokens from position 0), in this order."""
+    config = load_config({"log_step_ids": [], "output_dir": "unused", **keys})
+    session = Session(config, new_run(config), sink, inline=True)
+    session.attach(runner.model)
+    StepWrapper(session, runner)
+    runner.execute_model(scheduled(a=3, b=1))
+    runner.sample_tokens(None)
+    session.close()
+    assert session.ledger.balanced
+
+
+def _rows(sink: MemorySink) -> list[tuple[Any, ...]]:
+    (step,) = sink.steps
+    keys = ("request_id", "first_row", "rows", "first_position")
+    return [tuple(row[key] for key in keys) for row in step.rows or ()]
+
+
+@pytest.mark.parametrize(
+    ("keys", "rows", "kept"),
+    [
+        ({"rows": "last"}, [("b", 0, 1, 4), ("a", 1, 1, 2)], [0, 3]),
+        ({"request_ids": "^a$"}, [("a", 0, 3, 0)], [1, 2, 3]),
+        ({"request_ids": ["^a$"], "rows": "last"}, [("a", 0, 1, 2)], [3]),
+        ({"request_ids": ["a", "b"]}, [("b", 0, 1, 4), ("a", 1, 3, 0)], [0, 1, 2, 3]),
+    ],
+)
+def test_chosen_rows_are_stored_with_what_they_are(
+    keys: dict[str, Any], rows: list[Any], kept: list[int]
+) -> None:
+    runner, sink = Runner(), MemorySink()
+    runner.input = torch.arange(8.0).view(4, 2)
+    _step(runner, sink, **keys)
+    assert _rows(sink) == rows
+    assert torch.equal(sink.tensors["step_0/0/inputs_0_cpu"], runner.input[kept])
+
+
+def test_a_step_without_a_chosen_request_is_counted_but_not_captured() -> None:
+    runner, sink = Runner(), MemorySink()
+    _step(runner, sink, request_ids="nobody")
+    assert sink.steps == [] and sink.tensors == {}
+
+
+def test_rows_that_are_not_known_for_certain_are_not_stored() -> None:
+    runner, sink = Runner(), MemorySink()
+    runner.positions.zero_()
+    _step(runner, sink, rows="last")
+    (step,) = sink.steps
+    assert sink.tensors == {} and step.rows is None
+    assert "positions" in step.extra["rows_unavailable"]
+    assert step.counts.skipped == step.counts.captured == 2
+
+
+def test_a_sample_is_the_same_in_every_run_and_about_as_large_as_asked() -> None:
+    def chosen(rate: float, seed: int, suffix: str) -> list[int]:
+        config = load_config({"sample_rate": rate, "sample_seed": seed})
+        selection = RequestSampler(config, RowReader(Runner()))
+        return [i for i in range(2000) if selection.chooses(f"cmpl-{i}-0-{suffix}")]
+
+    quarter = chosen(0.25, 0, "0123abcd")
+    assert quarter == chosen(0.25, 0, "89abcdef")
+    assert 400 < len(quarter) < 600
+    assert set(quarter) < set(chosen(0.5, 0, "0123abcd"))
+    assert quarter != chosen(0.25, 1, "0123abcd")
+    assert (len(chosen(0, 0, "0123abcd")), len(chosen(1, 0, "0123abcd"))) == (0, 2000)
+
+
+def test_numbers_of_the_runner_may_be_of_numpy() -> None:
+    runner, sink = Runner(), MemorySink()
+    runner.input_batch.num_computed_tokens_cpu = np.array([4, 0, 9], dtype=np.int32)
+    _step(runner, sink, rows="last")
+    assert _rows(sink)[1][3] == 2

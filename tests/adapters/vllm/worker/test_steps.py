@@ -1,0 +1,207 @@
+"""The bracket around a runner's methods and the rows it reads, on runners of the two known shapes."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from tests.sinks import MemorySink
+from tlcore.adapters.vllm.compiled.hookable import make_hookable
+from tlcore.adapters.vllm.worker.rows import RowError, RowReader, external_id
+from tlcore.adapters.vllm.worker.steps import StepWrapper
+from tlcore.config.configuration import load_config
+from tlcore.engine.new_run import new_run
+from tlcore.engine.session import Session
+
+PARALLEL = SimpleNamespace(parallel_config=SimpleNamespace(prefill_context_parallel_size=1))
+
+
+def scheduled(**counts: int) -> Any:
+    return SimpleNamespace(num_scheduled_tokens=counts, total_num_scheduled_tokens=sum(counts.values()))
+
+
+class Runner:
+    """A runner of the first version: what it holds after ``execute_model``, and one linear layer."""
+
+    def __init__(self, final: bool = False) -> None:
+        self.model = nn.Sequential(nn.Linear(2, 2))
+        self.final = final
+        self.vllm_config = PARALLEL
+        self.input_batch = SimpleNamespace(req_ids=["b", "a"], num_computed_tokens_cpu=np.array([4, 0, 9]))
+        self.query_start_loc = SimpleNamespace(np=np.array([0, 1, 4, 4]))
+        self.positions = torch.tensor([4, 0, 1, 2, 0, 0])
+        self.input: torch.Tensor | None = None
+        self.fail: BaseException | None = None
+
+    def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
+        with torch.no_grad():
+            tokens = max(1, scheduler_output.total_num_scheduled_tokens)
+            self.model(torch.ones(tokens, 2) if self.input is None else self.input)
+        if self.fail is not None:
+            raise self.fail
+        return "final" if self.final else None
+
+    def sample_tokens(self, grammar_output: Any) -> str:
+        return "sampled"
+
+
+def _bracketed(runner: Runner, sink: MemorySink) -> tuple[Session, StepWrapper]:
+    config = load_config({"log_step_ids": [], "output_dir": "unused"})
+    session = Session(config, new_run(config), sink, inline=True)
+    session.attach(runner.model)
+    return session, StepWrapper(session, runner)
+
+
+def test_a_step_ends_with_its_sampling() -> None:
+    runner, sink = Runner(), MemorySink()
+    session, _ = _bracketed(runner, sink)
+    assert runner.execute_model(scheduled(a=3, b=1)) is None
+    assert sink.steps == []
+    assert runner.sample_tokens(None) == "sampled"
+    session.close()
+    (step,) = sink.steps
+    assert list(step.rows or ()) == [
+        {"request_id": "b", "external_request_id": None, "first_row": 0, "rows": 1, "first_position": 4},
+        {"request_id": "a", "external_request_id": None, "first_row": 1, "rows": 3, "first_position": 0},
+    ]
+    assert step.extra == {}
+
+
+def test_a_step_with_a_final_output_ends_at_once() -> None:
+    runner, sink = Runner(final=True), MemorySink()
+    session, _ = _bracketed(runner, sink)
+    assert runner.execute_model(scheduled(a=3, b=1)) == "final"
+    session.flush()
+    assert [step.step for step in sink.steps] == [0]
+
+
+def test_warm_up_dummies_and_empty_batches_are_no_steps() -> None:
+    runner, sink = Runner(final=True), MemorySink()
+    session, bracket = _bracketed(runner, sink)
+    bracket.warm_up(lambda: runner.execute_model(scheduled(a=3, b=1)))()
+    runner.execute_model(scheduled())
+    session.close()
+    assert sink.steps == []
+
+
+def test_an_exception_ends_the_step_and_passes_unchanged() -> None:
+    runner, sink = Runner(), MemorySink()
+    session, _ = _bracketed(runner, sink)
+    runner.fail = RuntimeError("the model broke")
+    with pytest.raises(RuntimeError) as caught:
+        runner.execute_model(scheduled(a=3, b=1))
+    assert caught.value is runner.fail
+    runner.fail = None
+    runner.execute_model(scheduled(a=3, b=1))
+    runner.sample_tokens(None)
+    session.close()
+    first, second = sink.steps
+    assert first.extra["error"].endswith("RuntimeError")
+    assert "error" not in second.extra
+
+
+def test_a_fault_of_capture_never_reaches_the_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    runner = Runner()
+    session, _ = _bracketed(runner, MemorySink())
+    for method in ("begin_step", "end_step"):
+        monkeypatch.setattr(session, method, lambda *args, **kwargs: 1 / 0)
+        runner.execute_model(scheduled(a=3, b=1))
+        assert runner.sample_tokens(None) == "sampled"
+        monkeypatch.undo()
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda runner: runner.positions.zero_(), "positions"),
+        (lambda runner: runner.query_start_loc.np.__setitem__(1, 2), "query_start_loc"),
+        (lambda runner: runner.input_batch.num_computed_tokens_cpu.fill(0), "computed tokens"),
+        (lambda runner: delattr(runner, "positions"), "the model runner is unknown"),
+        (lambda runner: setattr(runner.input_batch, "req_ids", ["a", "c"]), "the model runner is unknown"),
+    ],
+)
+def test_rows_that_contradict_each_other_are_not_guessed(spoil: Any, reason: str) -> None:
+    runner, sink = Runner(), MemorySink()
+    session, _ = _bracketed(runner, sink)
+    spoil(runner)
+    runner.execute_model(scheduled(a=3, b=1))
+    runner.sample_tokens(None)
+    session.close()
+    (step,) = sink.steps
+    assert step.rows is None
+    assert reason in step.extra["rows_unavailable"]
+
+
+class SecondRunner:
+    """A runner of the second version: its batch is the return value of ``prepare_inputs``."""
+
+    vllm_config = PARALLEL
+
+    def prepare_inputs(self, request_tokens: int) -> Any:
+        return SimpleNamespace(
+            req_ids=["x-0123abcd", "y-0123abcd"],
+            num_scheduled_tokens=np.array([1, request_tokens]),
+            num_tokens=4,
+            num_tokens_after_padding=8,
+            query_start_loc_np=np.array([0, 1, 4, 4]),
+            positions=torch.tensor([7, 2, 3, 4, 0, 0, 0, 0]),
+        )
+
+
+def test_rows_of_the_second_runner_come_from_its_batch() -> None:
+    runner = SecondRunner()
+    reader = RowReader(runner)
+    with pytest.raises(RowError, match="no batch"):
+        reader.rows(None)
+    runner.prepare_inputs(3)
+    rows, padding = reader.rows(None)
+    found = [(row["external_request_id"], row["first_row"], row["first_position"]) for row in rows]
+    assert (found, padding) == ([("x", 0, 7), ("y", 1, 2)], 4)
+    runner.prepare_inputs(2)
+    with pytest.raises(RowError, match="sum"):
+        reader.rows(None)
+
+
+@pytest.mark.parametrize(
+    ("internal", "external"),
+    [
+        ("cmpl-AAA-0-a063df33", "cmpl-AAA-0"),
+        ("0-a063df33", "0"),
+        ("1_cmpl-AAA-a063df33", None),
+        ("AAA", None),
+    ],
+)
+def test_external_request_ids(internal: str, external: str | None) -> None:
+    assert external_id(internal) == external
+
+
+class Compilable(nn.Module):
+    """Calls its forward directly, as classes made for compilation do."""
+
+    def __init__(self, do_not_compile: bool) -> None:
+        super().__init__()
+        self.do_not_compile = do_not_compile
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.forward(*args, **kwargs)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+def test_hooks_run_on_a_compilable_module() -> None:
+    model = nn.Sequential(Compilable(True), Compilable(True))
+    make_hookable(model)
+    first, second = model
+    assert type(first) is type(second) is not Compilable
+    assert isinstance(first, Compilable)
+    assert (type(first).__name__, type(first).__qualname__) == ("Compilable", "Compilable")
+    seen: list[torch.Tensor] = []
+    first.register_forward_hook(lambda module, args, output: seen.append(output))
+    assert torch.equal(model(torch.zeros(1)), torch.full((1,), 2.0))
+    assert len(seen) == 1

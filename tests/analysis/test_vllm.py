@@ -1,0 +1,104 @@
+"""Real vLLM runs of SmolLM2-135M, against each other per request and against Hugging Face's model."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+import tlcore
+from tests.adapters.vllm.engine_script import PROMPTS
+from tests.adapters.vllm.helpers import REPOSITORY, run
+from tests.analysis.vllm_script import ALONE
+from tests.models import smollm2
+from tlcore.__main__ import main
+
+pytestmark = pytest.mark.slow
+SCRIPT = str(REPOSITORY / "tests" / "comparison" / "vllm_script.py")
+
+
+def _served(directory: Path, order: list[int], max_num_seqs: int) -> str:
+    done = run(SCRIPT, str(smollm2()), str(directory), json.dumps(order), str(max_num_seqs))
+    assert done.returncode == 0, done.stdout + done.stderr
+    (run_directory,) = directory.iterdir()
+    return str(run_directory)
+
+
+@pytest.fixture(scope="module")
+def ordered(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _served(tmp_path_factory.mktemp("ordered") / "dumps", list(range(8)), 8)
+
+
+@pytest.fixture(scope="module")
+def reordered(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _served(tmp_path_factory.mktemp("reordered") / "dumps", [5, 2, 7, 0, 3, 6, 1, 4], 3)
+
+
+@pytest.fixture(scope="module")
+def transformers_run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=torch.bfloat16).eval()
+    tokens = AutoTokenizer.from_pretrained(smollm2())(ALONE, return_tensors="pt").input_ids
+    out = str(tmp_path_factory.mktemp("transformers"))
+    with torch.inference_mode(), tlcore.capture(model, output_dir=out) as captured:
+        model(tokens)
+    return captured.url
+
+
+def test_eight_prompts_in_other_orders_and_batches_compare_per_request(ordered: str, reordered: str) -> None:
+    a, b = tlcore.open_run(ordered), tlcore.open_run(reordered)
+    # The same prompts under other ids, in other steps and other rows.
+    assert max(len(step.rows or ()) for step in a.values()) == 8
+    assert max(len(step.rows or ()) for step in b.values()) == 3
+    assert len(b.steps) > len(a.steps)
+    found = tlcore.compare(a, b, by_norm=True)
+    assert found.equal, str(found)
+    assert found.counts["missing"] == 0
+    assert len({result.request for result in found.results}) == len(PROMPTS) + 1
+    assert not [note for note in found.notes if "request" in note]
+    # Every position of every request: the prompt's and those of the two tokens fed back.
+    layer = [r for r in found.results if r.module == "model.layers.29" and r.direction == "outputs"]
+    rows = {(row["request_id"]): 0 for step in a.values() for row in step.rows or ()}
+    assert len({r.request for r in layer if r.path == (0,)}) == len(rows)
+
+
+def test_ids_alone_would_mistake_one_request_for_another(ordered: str, reordered: str) -> None:
+    ids = [{row["external_request_id"] for s in tlcore.open_run(r).values() for row in s.rows or ()}
+           for r in (ordered, reordered)]  # fmt: skip
+    assert ids[0] == ids[1]
+    swapped = tlcore.compare(ordered, reordered, requests={"1": "1"}, by_norm=True)
+    assert not swapped.equal
+    first = swapped.first_divergence
+    assert first is not None and first.result.request == "1" and first.module == "model.embed_tokens"
+
+
+def test_vllm_against_transformers_layer_by_layer(
+    ordered: str, transformers_run: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["compare", ordered, transformers_run, "--steps", "0", "--sum", "hidden,residual", "--by-norm"]
+    command += ["--modules", r"embed_tokens$,layers\.\d+$", "--ignore-missing", "--format", "json"]
+    assert main(command) == 0
+    report = json.loads(capsys.readouterr().out)
+    errors = {
+        (result["module"], result["direction"]): result["measures"]["rel_l2"] for result in report["results"]
+    }
+    # Layer by layer: both what goes in (hidden and residual are two inputs in vLLM) and what comes out.
+    for layer in range(30):
+        for direction in ("inputs", "outputs"):
+            assert errors[f"model.layers.{layer}", direction] <= 1.6e-2
+    assert errors["model.embed_tokens", "outputs"] == 0
+    assert errors["model.layers.29", "outputs"] > 0
+
+
+def test_vllm_against_transformers_needs_the_sum(ordered: str, transformers_run: str) -> None:
+    layer = [r"layers\.20$"]
+    bridged = {"steps": [0], "modules": layer, "by_norm": True, "ignore_missing": True}
+    assert tlcore.compare(ordered, transformers_run, sums=[0, 1], **bridged).equal  # type: ignore[arg-type]
+    # The hidden state alone is far off.
+    alone = tlcore.compare(ordered, transformers_run, maps=["x=x"], **bridged)  # type: ignore[arg-type]
+    assert not alone.equal or not [r for r in alone.results if r.direction == "outputs"]
+    strict = tlcore.compare(ordered, transformers_run, steps=[0], modules=layer, sums=[0, 1])
+    assert strict.counts["missing"] > 0 and not strict.equal

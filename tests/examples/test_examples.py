@@ -1,0 +1,52 @@
+"""Every example runs as it stands, in a process of its own."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import tlcore
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+def run_example(name: str, *arguments: str, timeout: int = 60) -> str:
+    """What an example prints; it must end well."""
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.mark.slow
+def test_a_plain_module_is_captured_and_read_back(tmp_path: Path) -> None:
+    text = run_example(
+        "plain_module.py", "--output-dir", str(tmp_path), "--match", r"^0\.", "--match", "norm"
+    )
+    assert "captured 16 = stored 16 + skipped 0 + dropped 0 + failed 0" in text
+    (run,) = tmp_path.iterdir()
+    assert f"run: {run}" in text
+    text = run_example("read_run.py", str(run))
+    assert f"{run.name} is complete; steps [0, 1]" in text
+    assert "16 tensors have the hash that was recorded" in text
+    assert "  0.down (call 0): inputs [torch.Size([3, 64])]" in text
+    assert "step_0/1.norm/outputs_cpu: torch.float32 (3, 16) mean" in text
+
+
+@pytest.mark.slow
+def test_the_demo_shows_a_real_model(tmp_path: Path) -> None:
+    for _ in range(2):
+        text = run_example("demo.py", "--output-dir", str(tmp_path), timeout=600)
+        assert "'The capital of France is' -> ' Paris" in text
+        assert "step_0/module_calls.txt" in text
+        assert "outputs_0_cpu" in text
+        assert "l2" in text
+    runs = [tlcore.open_run(tmp_path / name) for name in os.listdir(tmp_path)]
+    assert len(runs) == 2
+    for run in runs:
+        assert (run.state, run.steps) == ("complete", [0])
+        assert "model.layers.0" in run.step(0).calls

@@ -1,0 +1,60 @@
+"""The fsspec filesystem ``tlcore``: any run as the tree that the ``pt`` backend writes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import fsspec
+import pytest
+import torch
+
+import tlcore
+from tests.runs.test_convert import capture, converted, files, two_ranks
+from tlcore.runs.filesystem import RunFileSystem
+from tlcore_backends.pt.sink import PtSink
+from tlcore_backends.safetensors.sink import SafetensorsSink
+
+
+def shown(run: str | Path) -> dict[str, bytes]:
+    """Every file that the filesystem shows, whole; its stated size must be true."""
+    filesystem = RunFileSystem(str(run))
+    found = filesystem.find("", detail=True)
+    contents = {name: filesystem.cat_file(name) for name in found}
+    assert {name: info["size"] for name, info in found.items()} == {n: len(d) for n, d in contents.items()}
+    return contents
+
+
+@pytest.mark.parametrize("backend", ["pt", "safetensors"])
+def test_a_run_looks_as_pt_writes_it(
+    tmp_path: Path, backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = capture(tmp_path / "a", backend)
+    assert shown(source) == files(converted(source, tmp_path / "b", "pt", capsys))
+
+
+def test_two_ranks_and_every_dtype(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    source = two_ranks(tmp_path / "a" / "run-1", SafetensorsSink)
+    assert shown(source) == files(converted(source, tmp_path / "b", "pt", capsys))
+    plain = two_ranks(tmp_path / "c" / "run-1", PtSink)
+    assert shown(plain) == files(plain)
+
+
+def test_torch_loads_through_it(tmp_path: Path) -> None:
+    source = capture(tmp_path, "safetensors")
+    filesystem = fsspec.filesystem("tlcore", run=str(source))
+    assert isinstance(filesystem, RunFileSystem)
+    stems = ["inputs", "inputs_0_cpu", "outputs", "outputs_cpu", "post_fwd_inputs", "post_fwd_inputs_0_cpu"]
+    names = [f"step_0/linear/{stem}{'.pt' if 'cpu' in stem else '.json'}" for stem in stems]
+    assert sorted(filesystem.ls("step_0/linear", detail=False)) == sorted(names)
+    with filesystem.open("tlcore://step_0/linear/outputs_cpu.pt") as file:
+        loaded = torch.load(file, weights_only=True)
+    assert torch.equal(loaded, tlcore.open_run(source).tensor("step_0/linear/outputs_cpu"))
+    assert filesystem.cat("step_0/module_calls.txt") == b"linear\nrelu\nrelu_1\n"
+    assert filesystem.isdir("step_0") and not filesystem.exists("step_9")
+    for path in ("missing", "step_0/missing.pt"):
+        with pytest.raises(FileNotFoundError):
+            filesystem.open(path)
+        with pytest.raises(FileNotFoundError):
+            filesystem.ls(path)
+    with pytest.raises(NotImplementedError):
+        filesystem.open("new", "wb")

@@ -1,0 +1,154 @@
+"""The front-end process: checks a configuration before any model is loaded, and starts the run."""
+
+from __future__ import annotations
+
+import importlib
+import os
+import tempfile
+from collections.abc import Mapping
+from importlib.metadata import entry_points
+from typing import Any
+
+from ....config.configuration import Config, load_config
+from ....engine.filters.tensors import known_devices
+from ....engine.new_run import absolute_location, new_run_id
+from ....errors import BackendError, CaptureError, ConfigError
+from ....layout.names import is_url
+from ....registry import resolve
+from .. import ENDPOINT, PLUGIN
+from ..carrier import KEY, Carrier, carried, is_carrier
+from .probe import probe
+from .shutdown import give_workers_time
+
+_GROUP = "vllm.general_plugins"
+
+
+def check(given: Config | Mapping[str, Any] | str) -> Config:
+    """The configuration, valid and usable here: its backend loads in workers, its place can be written.
+
+    Raises ConfigError or BackendError. A disabled one is only validated.
+    """
+    config = load_config(given)
+    if config.enabled:
+        backend = resolve(config.backend, portable=True)
+        if backend.origin == "built-in" and not is_url(config.output_dir):
+            _probe_directory(absolute_location(config.output_dir), "output_dir")
+        if config.spill_dir is not None:
+            _probe_directory(absolute_location(config.spill_dir), "spill_dir")
+        _check_workers_load_plugin()
+        known_devices(config.device_names)
+    return config
+
+
+def prepare(additional_config: Mapping[str, Any] | None) -> dict[str, Any]:
+    """``additional_config`` with its configuration checked and given a run id, or taken out if disabled.
+
+    A carrier made earlier stays as it is. Raises ConfigError or BackendError.
+    """
+    prepared = dict(additional_config or {})
+    given = prepared.get(KEY)
+    if given is None or is_carrier(given):
+        return prepared
+    config = check(given)
+    if not config.enabled:
+        del prepared[KEY]
+        return prepared
+    document = config.to_json(redact=False)
+    # Workers may have another working directory.
+    document["output_dir"] = absolute_location(config.output_dir)
+    if config.spill_dir is not None:
+        document["spill_dir"] = absolute_location(config.spill_dir)
+    carrier = Carrier(config=document, run_id=new_run_id())
+    if is_url(config.output_dir):
+        probe(carrier)
+    prepared[KEY] = carrier
+    return prepared
+
+
+def check_engine_config(vllm_config: Any) -> None:
+    """Stop an engine that cannot be captured, and complete the carrier.
+
+    Raises ConfigError, or CaptureError naming the vLLM version when its configuration is unknown.
+    """
+    carrier = carried(vllm_config.additional_config)
+    if carrier is None:
+        return
+    check_engine(vllm_config)
+    carrier["world_size"] = world_size(vllm_config)
+    give_workers_time()
+
+
+def check_engine(vllm_config: Any) -> None:
+    """Stop a capture of an engine in which no single step can run eagerly, or with microbatches.
+
+    Raises as `check_engine_config` does.
+    """
+    compilation = vllm_config.compilation_config
+    for name in ("mode", "cudagraph_mode"):
+        if not hasattr(compilation, name):
+            raise unknown_vllm(f"its compilation config has no {name!r}")
+    if mode_name(compilation.mode) == "STOCK_TORCH_COMPILE":
+        problem = "with compilation mode 1 (STOCK_TORCH_COMPILE) no single step can run eagerly."
+        raise ConfigError("$", problem, "Leave the mode to vLLM, or pass --enforce-eager.")
+    if getattr(vllm_config.parallel_config, "use_ubatching", False):
+        raise ConfigError("$", "intermediate logging does not work with microbatches (--enable-dbo).")
+
+
+def compiles(vllm_config: Any) -> bool:
+    """Whether the engine compiles its model or uses CUDA graphs."""
+    compilation = vllm_config.compilation_config
+    return mode_name(compilation.mode) != "NONE" or mode_name(compilation.cudagraph_mode) != "NONE"
+
+
+def serves_endpoint() -> bool:
+    """Whether ``VLLM_PLUGINS`` names the plugin by which a server's capture is started later."""
+    return ENDPOINT in [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
+
+
+def world_size(vllm_config: Any) -> int:
+    """How many ranks write into one run."""
+    parallel = vllm_config.parallel_config
+    return int(parallel.world_size * parallel.data_parallel_size)
+
+
+def unknown_vllm(problem: str) -> CaptureError:
+    """The error for a vLLM whose internals are not the ones that this adapter knows."""
+    import vllm
+
+    version = getattr(vllm, "__version__", "(unknown)")
+    return CaptureError(
+        f"this version of tlcore does not know vLLM {version}: {problem}. Nothing can be captured; "
+        "take out --intermediate-log-config, or use a vLLM release that tlcore supports."
+    )
+
+
+def mode_name(mode: Any) -> str:
+    """The name of a compilation or CUDA graph mode, whether vLLM holds it as an enum or as text."""
+    return str(getattr(mode, "name", mode))
+
+
+def _probe_directory(path: str, key: str) -> None:
+    # Looked up by name, since the engine never imports a backend.
+    make_parent = importlib.import_module("tlcore_backends.storage.local").make_parent
+    try:
+        make_parent(os.path.join(path, "run"))
+        os.rmdir(tempfile.mkdtemp(prefix=".tlcore-probe-", dir=path))
+    except BackendError as error:
+        raise BackendError(f"$.{key}: {error}") from None
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise BackendError(
+            f"$.{key}: {path!r} cannot be written: {reason}. "
+            "Give a directory in which this user may create directories."
+        ) from None
+
+
+def _check_workers_load_plugin() -> None:
+    """Workers learn about capture from the plugin alone: without it they would silently store nothing."""
+    allowed = os.environ.get("VLLM_PLUGINS")
+    if allowed is not None and PLUGIN not in [name.strip() for name in allowed.split(",")]:
+        problem = f"VLLM_PLUGINS={allowed!r} keeps vLLM's workers from loading the plugin {PLUGIN!r}."
+        raise ConfigError("$", problem, f"Add {PLUGIN} to VLLM_PLUGINS, or unset it.")
+    if not any(point.name == PLUGIN for point in entry_points(group=_GROUP)):
+        problem = "tlcore can be imported but is not installed, so vLLM's workers do not load it."
+        raise ConfigError("$", problem, "Install it into this environment with pip.")

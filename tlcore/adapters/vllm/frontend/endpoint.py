@@ -1,0 +1,192 @@
+"""Start, stop and look at a capture over HTTP: a plugin of vLLM's server, off unless it is asked for.
+
+``VLLM_PLUGINS`` must name it. The routes begin with ``/v1``, so vLLM's own API key guards them, and without
+a key they refuse to work. The key is often given to every client of the model; so a client chooses what is
+captured, but only the operator (``TLCORE_ENDPOINT_OUTPUT_DIR``, ``TLCORE_ENDPOINT_SPILL_DIR``) below which
+place it is written, where it waits in an outage, and with whose code.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import time
+from argparse import Namespace
+from dataclasses import replace
+from typing import Any
+
+from ....config.configuration import Config, load_config
+from ....errors import BackendError, CaptureError, ConfigError, TlcoreError
+from ....layout.names import is_url
+from ....record import Json
+from ....registry import resolve
+from .. import ENDPOINT
+from .attach import POLL_S, START, STATUS, STOP, Status, merged, prepare
+
+log = logging.getLogger("vllm.tlcore")
+PATH = "/v1/tlcore"
+ROOT_VARIABLE = "TLCORE_ENDPOINT_OUTPUT_DIR"
+SPILL_VARIABLE = "TLCORE_ENDPOINT_SPILL_DIR"
+_LARGEST_BODY = 1 << 20
+# Longer than this, a client asks again.
+_STOP_WAIT_S = 30.0
+
+
+class EndpointPlugin:
+    """What vLLM's entry-point group ``vllm.endpoint_plugins`` asks for."""
+
+    name = ENDPOINT
+    required_tasks = None
+
+    def __init__(self) -> None:
+        self._engine: Any = None
+        self._guarded = False
+        self._lock = asyncio.Lock()
+
+    def attach_router(self, app: Any) -> None:
+        """Add the routes ``/v1/tlcore/start``, ``stop`` and ``status`` to the server."""
+        app.add_api_route(f"{PATH}/start", self._answering(self._start), methods=["POST"])
+        app.add_api_route(f"{PATH}/stop", self._answering(self._stop), methods=["POST"])
+        app.add_api_route(f"{PATH}/status", self._answering(self._status), methods=["GET"])
+
+    async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
+        """Learn the engine, which a server that only renders prompts lacks, and whether there is a key."""
+        from vllm import envs
+
+        self._engine = engine_client
+        self._guarded = any(key for key in (getattr(args, "api_key", None) or [envs.VLLM_API_KEY]))
+        if not self._guarded:
+            log.warning("%s refuses to work: the server has no API key (--api-key)", PATH)
+
+    def _answering(self, act: Any) -> Any:
+        """A route's handler: what ``act`` returns as JSON, or its error with the status that fits."""
+        from fastapi import Request
+        from fastapi.responses import JSONResponse
+
+        async def handler(request: Any) -> Any:
+            try:
+                self._check_usable()
+                status: Status = await act(request)
+            except TlcoreError as error:
+                return JSONResponse(_described(error), status_code=_code(error))
+            return JSONResponse(status.to_json())
+
+        # FastAPI reads what to pass from the annotations, which are not strings here.
+        handler.__annotations__ = {"request": Request}
+        return handler
+
+    def _check_usable(self) -> None:
+        if not self._guarded:
+            raise ForbiddenError(
+                "the server has no API key; start it with --api-key to control capture over HTTP"
+            )
+        if self._engine is None:
+            raise CaptureError("this server has no engine, so there is nothing to capture")
+
+    async def _start(self, request: Any) -> Status:
+        config = restricted(_parsed(await request.body()))
+        async with self._lock:
+            running = merged(await self._call(STATUS))
+            if running.state == "running":
+                raise CaptureError(f"a run is being captured already, {running.url}; stop it first")
+            # It may try out object storage, which takes time.
+            carrier = await asyncio.to_thread(prepare, config, self._engine.vllm_config)
+            try:
+                return merged(await self._call(START, dict(carrier)))
+            except TlcoreError:
+                # Some ranks may have started, and a run of only some of them is worth nothing.
+                await self._call(STOP)
+                raise
+
+    async def _stop(self, request: Any) -> Status:
+        async with self._lock:
+            merged(await self._call(STOP))
+        deadline = time.monotonic() + _STOP_WAIT_S
+        while (status := merged(await self._call(STATUS))).state == "closing":
+            if time.monotonic() > deadline:
+                break
+            await asyncio.sleep(POLL_S)
+        return status
+
+    async def _status(self, request: Any) -> Status:
+        return merged(await self._call(STATUS))
+
+    async def _call(self, method: str, *args: Any) -> list[Json]:
+        answers: list[Json] = await self._engine.collective_rpc(method, args=args)
+        return answers
+
+
+class ForbiddenError(CaptureError):
+    """The server's operator has not allowed what was asked for."""
+
+
+def _code(error: TlcoreError) -> int:
+    if isinstance(error, ForbiddenError):
+        return 403
+    if isinstance(error, ConfigError):
+        return 400
+    return 502 if isinstance(error, BackendError) else 409
+
+
+def _described(error: TlcoreError) -> Json:
+    """An error in the form of the OpenAI API."""
+    return {"error": {"message": str(error), "type": type(error).__name__, "code": _code(error)}}
+
+
+def _parsed(body: bytes) -> Any:
+    if len(body) > _LARGEST_BODY:
+        raise ConfigError("$", f"the configuration is larger than {_LARGEST_BODY} bytes.")
+    try:
+        return json.loads(body) if body.strip() else {}
+    except (ValueError, RecursionError):
+        raise ConfigError("$", "the request's body is not JSON.", "Send a configuration object.") from None
+
+
+def restricted(given: Any) -> Config:
+    """The configuration that a client gave, if it may be given over HTTP, with the operator's places.
+
+    Raises ConfigError for an invalid one, ForbiddenError for a place, backend or option that only the
+    server's operator may choose.
+    """
+    if not isinstance(given, dict):
+        raise ConfigError("$", "the configuration must be a JSON object.")
+    root = os.environ.get(ROOT_VARIABLE) or load_config({}).output_dir
+    backend = given.get("backend")
+    name = backend.get("name") if isinstance(backend, dict) else backend
+    # Before it is resolved, since that may already import it.
+    if ":" in str(name):
+        raise ForbiddenError(
+            "$.backend: over HTTP a backend is chosen by its registered name, not by an import path"
+        )
+    if given.get("spill_dir") is not None:
+        raise ForbiddenError(f"$.spill_dir: over HTTP it is the operator's {SPILL_VARIABLE}")
+    config = load_config(given if _names_place(given) else {**given, "output_dir": root})
+    if not _lies_below(config.output_dir, root):
+        text = f"over HTTP the output must lie below the operator's {ROOT_VARIABLE}"
+        raise ForbiddenError(f"$.output_dir: {text}")
+    private = sorted(set(config.backend_options) - config.public_options)
+    if private:
+        raise ForbiddenError(f"$.backend.{private[0]}: this option may not be given over HTTP")
+    spill_dir = os.environ.get(SPILL_VARIABLE)
+    if spill_dir and resolve(config.backend).origin == "built-in":
+        return replace(config, spill_dir=spill_dir)
+    return config
+
+
+def _names_place(given: dict[str, Any]) -> bool:
+    backend = given.get("backend")
+    return "output_dir" in given or (isinstance(backend, dict) and "url" in backend)
+
+
+def _lies_below(place: str, root: str) -> bool:
+    if is_url(place) != is_url(root):
+        return False
+    if is_url(place):
+        # No protocol's client is trusted to leave "..", queries or fragments alone.
+        if ".." in place.split("/") or any(mark in place for mark in "?#@%\\"):
+            return False
+        return place == root.rstrip("/") or place.startswith(f"{root.rstrip('/')}/")
+    real, base = (os.path.realpath(path) for path in (place, root))
+    return os.path.commonpath([real, base]) == base

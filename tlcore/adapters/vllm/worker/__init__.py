@@ -1,0 +1,1 @@
+"""vLLM's worker processes. Private."""

@@ -1,0 +1,167 @@
+"""Which rows of a step's tensors belong to which request: read from the model runner, never guessed."""
+
+from __future__ import annotations
+
+import os
+import re
+from array import array
+from collections.abc import Sequence
+from itertools import accumulate
+from typing import Any
+
+import torch
+import xxhash
+
+from ....record import Json
+
+_RANDOM_SUFFIX = re.compile(r"(.+)-[0-9a-f]{8}\Z", re.DOTALL)
+_SAMPLE_PREFIX = re.compile(r"\d+_")
+
+
+class RowError(Exception):
+    """The rows cannot be had for this step; the message says why."""
+
+
+class RowReader:
+    """Reads a step's rows from a vLLM model runner.
+
+    ``rows`` is to be called between the step's ``execute_model`` and ``sample_tokens``.
+    """
+
+    def __init__(self, runner: Any) -> None:
+        self._runner = runner
+        self._batch: Any = None
+        self._known: dict[str, Json] = {}
+        self._second_version = not hasattr(runner, "input_batch") and hasattr(runner, "prepare_inputs")
+        if self._second_version:
+            self._watch_batches(runner)
+
+    def _watch_batches(self, runner: Any) -> None:
+        """The second model runner keeps its batch in a local variable: catch it where it is made."""
+        original = runner.prepare_inputs
+
+        def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
+            self._batch = original(*args, **kwargs)
+            return self._batch
+
+        runner.prepare_inputs = prepare_inputs
+
+    def forget(self) -> None:
+        """Forget the requests noted so far, some of which may end unseen."""
+        self._known.clear()
+
+    def begin_step(self, scheduler_output: Any) -> None:
+        """Drop the batch of the step before, and note where new requests begin, and their prompts.
+
+        To be called for every step, captured or not: later nothing tells how much of a request vLLM took
+        from its prefix cache.
+        """
+        self._batch = None
+        for request in getattr(scheduler_output, "finished_req_ids", ()):
+            self._known.pop(request, None)
+        for new in getattr(scheduler_output, "scheduled_new_reqs", ()):
+            self._known[new.req_id] = {"cached": int(new.num_computed_tokens), **_prompt(new)}
+
+    def rows(self, scheduler_output: Any) -> tuple[list[Json], int]:
+        """The rows, in the batch's order, and how many padding rows follow them.
+
+        Raises RowError when the runner does not hold them in a known form, or its own figures
+        contradict each other.
+        """
+        try:
+            parallel = self._runner.vllm_config.parallel_config
+            if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
+                raise RowError("prefill context parallelism splits requests over ranks")
+            version = self._of_second_version if self._second_version else self._of_first_version
+            rows, padded = version(scheduler_output)
+            for row in rows:
+                row.update(self._known.get(row["request_id"], {}))
+            return rows, padded
+        except (AttributeError, KeyError, TypeError, IndexError) as error:
+            raise RowError(f"the model runner is unknown: {type(error).__name__}: {error}") from error
+
+    def _of_first_version(self, scheduler_output: Any) -> tuple[list[Json], int]:
+        runner = self._runner
+        ids = list(runner.input_batch.req_ids)
+        counts = [int(scheduler_output.num_scheduled_tokens[each]) for each in ids]
+        total = int(scheduler_output.total_num_scheduled_tokens)
+        rows = _rows(ids, counts, total, _integers(runner.query_start_loc), _tensor(runner.positions))
+        if getattr(runner, "speculative_config", None) is None:
+            # With speculation the host's count is only an upper bound.
+            computed = [int(each) for each in runner.input_batch.num_computed_tokens_cpu[: len(ids)]]
+            _agree("positions and computed tokens", [row["first_position"] for row in rows], computed)
+        hidden = getattr(getattr(runner, "execute_model_state", None), "hidden_states", None)
+        padded = hidden.shape[0] - total if isinstance(hidden, torch.Tensor) else 0
+        return rows, max(0, padded)
+
+    def _of_second_version(self, scheduler_output: Any) -> tuple[list[Json], int]:
+        batch = self._batch
+        if batch is None:
+            raise RowError("the model runner prepared no batch")
+        counts = [int(each) for each in batch.num_scheduled_tokens]
+        total = int(batch.num_tokens)
+        starts = _integers(batch.query_start_loc_np)
+        rows = _rows(list(batch.req_ids), counts, total, starts, batch.positions)
+        return rows, max(0, int(batch.num_tokens_after_padding) - total)
+
+
+def _rows(
+    ids: Sequence[str], counts: Sequence[int], total: int, starts: Sequence[int], positions: torch.Tensor
+) -> list[Json]:
+    """Rows from the batch's request ids and token counts, held against what the model was given."""
+    firsts = [0, *accumulate(counts)]
+    _agree("scheduled tokens and their sum", [firsts[-1]], [total])
+    _agree("token counts and query_start_loc", firsts, list(starts[: len(ids) + 1]))
+    if min(counts, default=1) < 1:
+        raise RowError("a request of the batch has no tokens")
+    lasts = [end - 1 for end in firsts[1:]]
+    edges = torch.tensor([*firsts[:-1], *lasts], device=positions.device)
+    found: list[int] = positions[edges].tolist()
+    begin, end = found[: len(ids)], found[len(ids) :]
+    _agree("positions within a request", [b + n - 1 for b, n in zip(begin, counts, strict=True)], end)
+    return [
+        {
+            "request_id": request,
+            "external_request_id": external_id(request),
+            "first_row": first,
+            "rows": count,
+            "first_position": position,
+        }
+        for request, first, count, position in zip(ids, firsts[:-1], counts, begin, strict=True)
+    ]
+
+
+def _prompt(request: Any) -> Json:
+    """The hash of a new request's prompt, by which other runs know it; nothing for one made of embeddings."""
+    ids = getattr(request, "prompt_token_ids", None)
+    if not ids or getattr(request, "prompt_embeds", None) is not None:
+        return {}
+    return {"prompt_hash": f"xxh3-128:{xxhash.xxh3_128_hexdigest(array('q', ids).tobytes())}"}
+
+
+def _agree(what: str, one: list[int], other: list[int]) -> None:
+    if one != other:
+        raise RowError(f"{what} disagree")
+
+
+def _integers(values: Any) -> list[int]:
+    """The integers of a numpy array, or of a buffer that has one beside its device tensor."""
+    return [int(each) for each in getattr(values, "np", values)]
+
+
+def _tensor(values: Any) -> torch.Tensor:
+    """A tensor, or the device tensor of a buffer pair."""
+    tensor: torch.Tensor = values if isinstance(values, torch.Tensor) else values.gpu
+    return tensor
+
+
+def external_id(request_id: str) -> str | None:
+    """The id that the client gave, where vLLM's internal one lets it be told for certain.
+
+    vLLM appends ``-`` and eight random hex digits; of a request with several samples each child also
+    gets ``<n>_`` in front, which a client's own id may begin with as well: then None.
+    """
+    if os.environ.get("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "0") not in ("", "0"):
+        return None if _SAMPLE_PREFIX.match(request_id) else request_id
+    found = _RANDOM_SUFFIX.match(request_id)
+    return found[1] if found and not _SAMPLE_PREFIX.match(request_id) else None

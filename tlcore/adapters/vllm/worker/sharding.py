@@ -1,0 +1,159 @@
+"""Which tensors of a tensor-parallel model are only a rank's part, told from the types of its layers.
+
+A part is described by ``dim`` (the dimension along which the ranks' parts are joined; negative ones
+count from the end), ``parts`` (the sizes along it of what is joined separately, such as a merged gate
+and up projection; without it the whole), ``copies`` (for each of the parts how many ranks in a row hold
+the same) or, instead of all these, by ``sum`` where the ranks' tensors are to be added.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from ....record import Json
+
+_FIRST_OUTPUT = ("", "0")
+
+
+def sharding_of(model: nn.Module, rank: int, size: int) -> Json | None:
+    """What ``step.json`` says of a rank's sharded tensors; None where there are none.
+
+    ``tensors`` maps a module's name to ``inputs`` and ``outputs``, and these a tensor's position or
+    keyword (empty for a result that is a tensor) to the description of its part.
+    """
+    if size == 1:
+        return None
+    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+    from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
+
+    found: dict[str, Json] = {}
+    for name, module in model.named_modules():
+        described: Json = {}
+        if isinstance(module, ColumnParallelLinear):
+            described = _column(module)
+        elif isinstance(module, RowParallelLinear):
+            described = _row(module)
+        elif isinstance(module, VocabParallelEmbedding):
+            described = _embedding(module)
+        elif isinstance(module, Attention):
+            described = _attention(model, name)
+        if described:
+            found[name] = described
+        found |= _between(module, name)
+    return {"tp_rank": rank, "tp_size": size, "tensors": found}
+
+
+def _column(layer: Any) -> Json:
+    if layer.tp_size == 1 or layer.gather_output:
+        return {}
+    parts = [int(each) for each in layer.output_partition_sizes]
+    part: Json = {"dim": -1}
+    if len(parts) > 1:
+        part["parts"] = parts
+    copies = int(getattr(layer, "num_kv_head_replicas", 1))
+    if copies > 1:
+        # Query, key, value; with further parts their owners are not known here.
+        part["copies"] = [1, copies, copies] if len(parts) == 3 else None
+    return {"outputs": dict.fromkeys(_FIRST_OUTPUT, part)}
+
+
+def _row(layer: Any) -> Json:
+    if layer.tp_size == 1:
+        return {}
+    described: Json = {}
+    if layer.input_is_parallel:
+        described["inputs"] = {key: {"dim": -1} for key in ("0", "input_")}
+    if not layer.reduce_results:
+        described["outputs"] = {key: {"sum": True} for key in _FIRST_OUTPUT}
+    return described
+
+
+def _embedding(layer: Any) -> Json:
+    """Each rank looks up its own part of the vocabulary, and the results are added."""
+    if layer.tp_size == 1 or getattr(layer, "reduce_results", True):
+        return {}
+    return {"outputs": {"": {"sum": True}}}
+
+
+def _attention(model: nn.Module, name: str) -> Json:
+    """A rank has its own heads; key and value heads fewer than ranks are held by several."""
+    projection = _qkv(_parent(model, name))
+    if projection is None:
+        return {}
+    query, key = _heads(1), _heads(projection.num_kv_head_replicas)
+    inputs = {"0": query, "query": query, "1": key, "key": key, "2": key, "value": key}
+    return {"inputs": inputs, "outputs": {"": query}}
+
+
+def _between(parent: nn.Module, name: str) -> dict[str, Json]:
+    """What lies between a column- and a row-parallel layer of one parent, and works on the ranks' parts."""
+    children = dict(parent.named_children())
+    projection = _qkv(parent)
+    prefix = f"{name}." if name else ""
+    found: dict[str, Json] = {}
+    for child, module in children.items():
+        described = _rotary(module, projection) if projection is not None else _activation(module, children)
+        if projection is not None and child in ("q_norm", "k_norm"):
+            described = _head_norm(module, projection, child)
+        if described:
+            found[prefix + child] = described
+    return found
+
+
+def _rotary(module: nn.Module, projection: Any) -> Json:
+    from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
+
+    if not isinstance(module, RotaryEmbeddingBase):
+        return {}
+    query, key = _heads(1), _heads(projection.num_kv_head_replicas)
+    inputs = {"1": query, "query": query, "2": key, "key": key}
+    return {"inputs": inputs, "outputs": {"0": query, "1": key}}
+
+
+def _head_norm(module: Any, projection: Any, child: str) -> Json:
+    """A norm of each head (tokens, heads, head size); one over all heads is not told apart from others."""
+    weight = getattr(module, "weight", None)
+    if weight is None or weight.shape[-1] != projection.head_size:
+        return {}
+    part: Json = {"dim": 1}
+    if child == "k_norm" and projection.num_kv_head_replicas > 1:
+        part["copies"] = [projection.num_kv_head_replicas]
+    return {"inputs": {"0": part, "x": part}, "outputs": {"": part}}
+
+
+def _activation(module: nn.Module, siblings: dict[str, nn.Module]) -> Json:
+    from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
+
+    before = [each for each in siblings.values() if isinstance(each, ColumnParallelLinear)]
+    after = [each for each in siblings.values() if isinstance(each, RowParallelLinear)]
+    if len(before) != 1 or len(after) != 1 or not _is_activation(module):
+        return {}
+    column: Any = before[0]
+    if column.tp_size == 1 or column.gather_output or not getattr(after[0], "input_is_parallel", False):
+        return {}
+    inside = _column(column)["outputs"]["0"]
+    return {"inputs": {"0": inside, "x": inside}, "outputs": {"": {"dim": -1}}}
+
+
+def _is_activation(module: nn.Module) -> bool:
+    home = type(module).__module__
+    return home.startswith(("vllm.model_executor.layers.activation", "torch.nn.modules.activation"))
+
+
+def _heads(copies: int) -> Json:
+    return {"dim": 1} if copies == 1 else {"dim": 1, "copies": [copies]}
+
+
+def _qkv(parent: nn.Module) -> Any:
+    """The query, key and value projection among a module's children."""
+    from vllm.model_executor.layers.linear import QKVParallelLinear
+
+    found = [each for each in parent.children() if isinstance(each, QKVParallelLinear) and each.tp_size > 1]
+    return found[0] if len(found) == 1 else None
+
+
+def _parent(model: nn.Module, name: str) -> nn.Module:
+    return model.get_submodule(name.rpartition(".")[0])

@@ -1,0 +1,21 @@
+"""Comparing two runs: which tensors differ, by how much, and where in the execution it begins."""
+
+from __future__ import annotations
+
+from .compare import compare
+from .measure import Measures, Tolerance
+from .results import Comparison, Divergence, TensorResult
+from .stats import Sighting, Survey, TensorStatistics, stats
+
+__all__ = [
+    "Comparison",
+    "Divergence",
+    "Measures",
+    "Sighting",
+    "Survey",
+    "TensorResult",
+    "TensorStatistics",
+    "Tolerance",
+    "compare",
+    "stats",
+]

@@ -1,0 +1,120 @@
+"""`compare`: pairs the tensors of two runs and measures them in parallel, one pair a worker."""
+
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any
+
+from ..errors import ReadError
+from ..layout.names import is_url
+from ..reader import Run, open_run
+from .matching.match import Pair, Rules, compiled_patterns, match, positions, renames
+from .measure import Tolerance
+from .results import Comparison, Origin, TensorResult
+from .schedule import in_order
+from .work import Task, place_of, share, unshare
+
+RunLike = Run | str | os.PathLike[str]
+Progress = Callable[[int, int], None]
+# A remote read mostly waits, so that more of them than there are cores keep the cores busy.
+_REMOTE_WORKERS = 8
+
+
+def compare(
+    a: RunLike,
+    b: RunLike,
+    *,
+    rtol: float | None = None,
+    atol: float | None = None,
+    by_norm: bool = False,
+    steps: Iterable[int] | None = None,
+    modules: str | Iterable[str] = (),
+    maps: str | Iterable[str] = (),
+    sums: Iterable[int] = (),
+    requests: Mapping[str, str] | None = None,
+    ignore_missing: bool = False,
+    check_dtype: bool = False,
+    deep: bool = False,
+    storage_options: Mapping[str, Any] | None = None,
+    storage_options_b: Mapping[str, Any] | None = None,
+    executor: Executor | None = None,
+    progress: Progress | None = None,
+) -> Comparison:
+    """Compare two runs, given as paths, URLs or opened runs, tensor by tensor in order of execution.
+
+    ``rtol`` and ``atol`` default by dtype, as in `torch.testing.assert_close`; they hold for each value, or
+    with ``by_norm`` for each tensor's norm. ``steps`` and ``modules`` (regular expressions, or one) limit
+    what is compared. ``maps`` are ``REGEX=REPLACEMENT`` texts, or one, that turn A's module names into B's.
+    ``sums`` are the output positions of a value that one run keeps in two parts, ``(0, 1)`` for vLLM's
+    hidden state and residual. vLLM runs are compared per request and position; requests are found by their
+    prompts, and ``requests`` maps ids of A to ids of B where that is not enough. ``ignore_missing`` leaves
+    out what only one run has. ``deep`` reads also what equal hashes settle. ``storage_options`` go to the
+    fsspec filesystem of a URL, ``storage_options_b`` to B's where it needs others. Any ``executor`` does
+    the work (by default threads, one a core, more for URLs); in other processes it opens the runs again, so
+    give them as paths. ``progress`` is called with the number of pairs done and in all.
+
+    Raises ReadError when a run cannot be opened or there is nothing to compare, ConfigError for a
+    pattern or a request that is none, BackendError when a URL cannot be opened.
+    """
+    options_a = dict(storage_options or {})
+    options_b = options_a if storage_options_b is None else dict(storage_options_b)
+    run_a, run_b = _open(a, options_a), _open(b, options_b)
+    rules = Rules(
+        maps=renames(maps),
+        sums=positions(sums),
+        steps=None if steps is None else frozenset(steps),
+        modules=compiled_patterns(modules, "modules"),
+        requests=tuple((requests or {}).items()),
+        ignore_missing=ignore_missing,
+    )
+    # A run lets go of steps that nobody holds; their records would be read again for every pair.
+    held = [run.step(number) for run in (run_a, run_b) for number in run.steps]
+    matching = match(run_a, run_b, rules)
+    if not matching.pairs and not matching.missing:
+        raise ReadError(f"{run_a.url} and {run_b.url}: no tensor to compare")
+    places = place_of(_path(a), options_a), place_of(_path(b), options_b)
+    task = Task(*places, Tolerance(rtol, atol, by_norm), check_dtype, uuid.uuid4().hex)
+    results = _measured(task, (run_a, run_b), matching.pairs, deep, executor, progress)
+    pieces = [(pair, each) for pair in matching.pairs for each in pair.pieces]
+    origin = Origin((run_a, run_b), pieces, held, matching.left_out)
+    return Comparison(run_a.url, run_b.url, [*results, *matching.missing], matching.notes, origin)
+
+
+def _measured(
+    task: Task,
+    runs: tuple[Run, Run],
+    pairs: Sequence[Pair],
+    deep: bool,
+    executor: Executor | None,
+    progress: Progress | None,
+) -> list[TensorResult]:
+    own = ThreadPoolExecutor(_workers(*runs)) if executor is None else nullcontext(executor)
+    results: list[TensorResult] = []
+    share(task, *runs)
+    try:
+        with own as pool:
+            for done, found in enumerate(in_order(pool, task, pairs, runs, deep), 1):
+                results += found
+                if progress is not None:
+                    progress(done, len(pairs))
+    finally:
+        unshare(task)
+    return results
+
+
+def _open(run: RunLike, options: Mapping[str, Any]) -> Run:
+    return run if isinstance(run, Run) else open_run(run, options or None)
+
+
+def _path(run: RunLike) -> Run | Path | str:
+    return run if isinstance(run, Run) else os.fspath(run)
+
+
+def _workers(*runs: Run) -> int:
+    cores = os.cpu_count() or 1
+    return max(cores, _REMOTE_WORKERS) if any(is_url(run.url) for run in runs) else cores

@@ -1,0 +1,1 @@
+"""Which tensor of one run belongs to which of another. Private."""

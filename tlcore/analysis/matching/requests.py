@@ -1,0 +1,150 @@
+"""Pairing of vLLM runs per request and token position, since batches differ from run to run."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from types import NoneType
+
+from ...errors import ReadError
+from ...reader import Step
+from ...record import Json
+from ..results import TensorResult
+from .bridge import Plan, bridge
+from .match import Key, Pair, Piece, Rules, Source, absent, keyed
+from .prompts import pair_requests
+
+_LARGEST = 1 << 50
+
+
+@dataclass(frozen=True, slots=True)
+class _Span:
+    """The rows ``begin`` to ``begin + count`` of a source, which are positions ``first`` onwards."""
+
+    source: Source
+    request: str
+    begin: int
+    count: int
+    first: int
+
+
+def match_requests(
+    steps_a: Sequence[Step], steps_b: Sequence[Step], rules: Rules
+) -> tuple[list[Pair], list[TensorResult], list[str]]:
+    """Pair every request's rows of every tensor by position, whichever steps they were computed in."""
+    for step in (*steps_a, *steps_b):
+        if not all(map(_is_row, step.rows or ())):
+            raise ReadError(f"{step!r}: damaged rows in its step.json")
+    unaligned: list[str] = []
+    labels_a, labels_b, notes = pair_requests(steps_a, steps_b, rules.requests)
+    keyed_a = [(step, keyed(step, rules, rename=True)) for step in steps_a]
+    keyed_b = [(step, keyed(step, rules, rename=False)) for step in steps_b]
+    plans = bridge(_merged(keyed_a), _merged(keyed_b), rules.sums) if rules.bridges else (Plan(), Plan())
+    mine = _spans(keyed_a, plans[0], labels_a, unaligned)
+    theirs = _spans(keyed_b, plans[1], labels_b, unaligned)
+    grouped: dict[tuple[Key, int, str, int, str], Pair] = {}
+    missing: list[TensorResult] = []
+    for identity, spans in mine.items():
+        key, request = identity
+        for span in spans:
+            others = list(_overlaps(span, theirs.get(identity, [])))
+            if sum(count for _, _, count in others) < span.count:
+                missing.append(absent(key, span.source, 0, request))
+            for other, first, count in others:
+                place = (
+                    key,
+                    span.source.step,
+                    span.source.names[0],
+                    other.source.step,
+                    other.source.names[0],
+                )
+                pair = grouped.get(place, Pair(key, span.source, other.source, ()))
+                pieces = (_piece(span, first, count), _piece(other, first, count))
+                grouped[place] = Pair(key, pair.a, pair.b, (*pair.pieces, pieces))
+    for identity, spans in theirs.items():
+        key, request = identity
+        for span in spans:
+            if sum(count for _, _, count in _overlaps(span, mine.get(identity, []))) < span.count:
+                missing.append(absent(key, span.source, 1, request))
+    order = {id(source): place for place, source in enumerate(_in_order(mine))}
+    pairs = sorted(grouped.values(), key=lambda pair: (pair.a.step, order[id(pair.a)]))
+    return pairs, missing, [*notes, *_notes(unaligned)]
+
+
+def _in_order(spans: dict[tuple[Key, str], list[_Span]]) -> list[Source]:
+    return list({id(span.source): span.source for each in spans.values() for span in each}.values())
+
+
+def _notes(unaligned: Sequence[str]) -> list[str]:
+    if not unaligned:
+        return []
+    shown = ", ".join(unaligned[:3])
+    return [f"{len(unaligned)} tensors have no row per token and were not compared, such as {shown}"]
+
+
+def _merged(steps: Sequence[tuple[Step, dict[Key, Source]]]) -> dict[Key, Source]:
+    """Each key that any step has, with the tensor of the first."""
+    merged: dict[Key, Source] = {}
+    for _, found in steps:
+        merged = {**found, **merged}
+    return merged
+
+
+def _spans(
+    steps: Sequence[tuple[Step, dict[Key, Source]]],
+    plan: Plan,
+    labels: Mapping[str, str],
+    unaligned: list[str],
+) -> dict[tuple[Key, str], list[_Span]]:
+    """The rows of each request in each tensor, over all steps."""
+    found: dict[tuple[Key, str], list[_Span]] = defaultdict(list)
+    for step, tensors in steps:
+        rows = step.rows or []
+        for key, source in plan.apply(tensors).items():
+            spans = list(_rows_of(source, rows, labels))
+            if not spans:
+                unaligned.append(source.names[0])
+            for span in spans:
+                found[key, span.request].append(span)
+    return found
+
+
+def _is_row(row: Json) -> bool:
+    numbers = [row.get(key) for key in ("first_row", "rows", "first_position")]
+    named = isinstance(row.get("request_id"), str)
+    named &= all(
+        isinstance(row.get(key, ""), (str, NoneType)) for key in ("external_request_id", "prompt_hash")
+    )
+    return named and all(type(number) is int and 0 <= number < _LARGEST for number in numbers)
+
+
+def _rows_of(source: Source, rows: Sequence[Json], labels: Mapping[str, str]) -> Iterator[_Span]:
+    shape = source.records[0]["shape"]
+    total = max((row["first_row"] + row["rows"] for row in rows), default=0)
+    if not shape or not rows:
+        return
+    per_request = shape[0] == len(rows) and shape[0] < total
+    if shape[0] < total and not per_request:
+        return
+    for place, row in enumerate(rows):
+        request = labels[str(row["request_id"])]
+        if per_request:
+            # Only the last token's row is kept, such as of logits.
+            yield _Span(source, request, place, 1, row["first_position"] + row["rows"] - 1)
+        else:
+            yield _Span(source, request, row["first_row"], row["rows"], row["first_position"])
+
+
+def _overlaps(span: _Span, others: Sequence[_Span]) -> Iterator[tuple[_Span, int, int]]:
+    """Spans with positions in common: (other, first common position, how many)."""
+    for other in others:
+        first = max(span.first, other.first)
+        count = min(span.first + span.count, other.first + other.count) - first
+        if count > 0:
+            yield other, first, count
+
+
+def _piece(span: _Span, first: int, count: int) -> Piece:
+    begin = span.begin + first - span.first
+    return Piece(span.request, (begin, begin + count), first)

@@ -1,0 +1,88 @@
+"""Tensors that a run describes and does not hold: they exist, so they must not pass for equal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from ...layout.names import PathKey
+from ...reader import Step
+from ...record import Json
+from ..results import TensorResult
+from .match import Key, Rules, keyed, renamed
+
+
+def skipped(step: Step, rules: Rules, rename: bool) -> dict[Key, str]:
+    """A step's described tensors that were not stored, with the reason."""
+    if not any((step.ledger.skipped, step.ledger.dropped, step.ledger.failed)):
+        return {}
+    found: dict[Key, str] = {}
+    calls = renamed(rules, rename)
+    for rank in step.ranks:
+        for name, structure in step.structures(rank).items():
+            directory, _, file = name.rpartition("/")
+            call = step.call(directory, rank)
+            module, index = calls.of(rank, call.module, call.index)
+            if rules.modules and not any(pattern.search(module) for pattern in rules.modules):
+                continue
+            direction = file.removesuffix(".json")
+            for path, reason in _nodes(structure, ()):
+                found[step.replica(rank) if rules.unshard else rank, module, index, direction, path] = reason
+    return found
+
+
+def _nodes(node: Json, path: tuple[PathKey, ...]) -> Iterator[tuple[tuple[PathKey, ...], str]]:
+    if node.get("type") == "tensor":
+        if "skipped" in node:
+            yield path, str(node["skipped"])
+        return
+    items = node.get("items", ())
+    pairs: Any = items.items() if isinstance(items, Mapping) else enumerate(items)
+    for key, child in (*pairs, *node.get("kwargs", {}).get("items", {}).items()):
+        yield from _nodes(child, (*path, key))
+
+
+def one_sided(
+    steps_a: Sequence[Step], steps_b: Sequence[Step], rules: Rules
+) -> tuple[list[TensorResult], list[TensorResult], list[str]]:
+    """Missing results for what one run skipped and the other lacks, and what both skipped, with a note.
+
+    What one run skipped and the other stored is missing anyway, since only one has it.
+    """
+    by_number = {step.number: step for step in steps_b}
+    missing: list[TensorResult] = []
+    both: list[TensorResult] = []
+    for step in steps_a:
+        other = by_number.pop(step.number, None)
+        mine = skipped(step, rules, True)
+        theirs = skipped(other, rules, False) if other is not None else {}
+        stored_b = keyed(other, rules, rename=False) if other is not None and mine else {}
+        stored_a = keyed(step, rules, rename=True) if theirs else {}
+        both += [_unstored(step.number, key, "neither run stored it") for key in mine if key in theirs]
+        missing += _lacking(step.number, "A", mine, {*theirs, *stored_b})
+        missing += _lacking(step.number, "B", theirs, {*mine, *stored_a})
+    for step in by_number.values():
+        missing += _lacking(step.number, "B", skipped(step, rules, False), set())
+    notes = [f"{len(both)} tensors were stored by neither run and cannot be compared"] if both else []
+    return missing, both, notes
+
+
+def _lacking(step: int, label: str, found: Mapping[Key, str], others: set[Key]) -> Iterator[TensorResult]:
+    for key, reason in found.items():
+        if key not in others:
+            yield _unstored(step, key, f"only {label} has it, and did not store it: {reason}")
+
+
+def _unstored(step: int, key: Key, reason: str) -> TensorResult:
+    rank, module, call, direction, path = key
+    return TensorResult(
+        "missing",
+        step,
+        rank,
+        module,
+        call,
+        direction,  # type: ignore[arg-type]  # a file name gives it
+        path,
+        (None, None),
+        reason=reason,
+    )

@@ -1,0 +1,231 @@
+"""What a comparison found: one result a tensor, and the verdict over all of them."""
+
+from __future__ import annotations
+
+import html
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, Literal, get_args
+
+from ..layout.names import PathKey
+from ..reader import Run, Step
+from ..record import Direction, Json
+from .frames import data_frame
+from .measure import Measures
+from .origin import Birth, Entered, Seen, birth, entered_in
+
+Status = Literal["bitwise", "close", "different", "missing", "unreadable"]
+_DIFFER = frozenset({"different", "missing", "unreadable"})
+
+
+@dataclass(frozen=True, slots=True)
+class TensorResult:
+    """One tensor of one run against its counterpart; of vLLM runs, the rows of one request.
+
+    ``step`` and ``module`` are those of run A where it has the tensor, else those of B. ``reason`` says
+    in words what is wrong, ``first_position`` is the token position of the first row compared.
+    """
+
+    status: Status
+    step: int
+    rank: int
+    module: str
+    call: int
+    direction: Direction
+    path: tuple[PathKey, ...]
+    names: tuple[str | None, str | None]
+    dtypes: tuple[str | None, str | None] = (None, None)
+    shapes: tuple[tuple[int, ...] | None, tuple[int, ...] | None] = (None, None)
+    measures: Measures | None = None
+    reason: str | None = None
+    request: str | None = None
+    first_position: int | None = None
+
+    @property
+    def agrees(self) -> bool:
+        """Whether both runs have the tensor and its values agree within the tolerance."""
+        return self.status not in _DIFFER
+
+    def to_json(self) -> Json:
+        """A JSON object; numbers that JSON lacks become text."""
+        document = asdict(self)
+        if self.measures is not None:
+            document["measures"] = {key: _number(value) for key, value in document["measures"].items()}
+        return document
+
+
+def _number(value: Any) -> Any:
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+@dataclass(frozen=True, slots=True)
+class Divergence:
+    """Where two runs part: the first tensor, in order of execution, whose values differ.
+
+    ``born`` is True where the call's inputs agree and its outputs do not, False where an input already
+    differs (the cause lies outside the captured modules), and None where that is not known.
+
+    ``within`` is for an input that is the first tensor to differ: the module, and which call of it, in whose
+    own code it was born, between its captured submodules. It is ``""`` for the model, whose inputs are not
+    captured, so that it may come from outside (``born`` is None).
+    """
+
+    step: int
+    module: str
+    call: int
+    direction: Direction
+    born: bool | None
+    result: TensorResult
+    within: str | None = None
+    within_call: int = 0
+
+    def to_json(self) -> Json:
+        """The divergence as a JSON object."""
+        found: Json = {
+            "step": self.step,
+            "module": self.module,
+            "call": self.call,
+            "direction": self.direction,
+            "born": self.born,
+            "within": self.within,
+            "within_call": self.within_call,
+        }
+        if self.result.request is not None:
+            found |= {"request": self.result.request, "first_position": self.result.first_position}
+        return found
+
+    def __str__(self) -> str:
+        call = f" (call {self.call})" if self.call else ""
+        request = f", request {self.result.request}" if self.result.request is not None else ""
+        if self.direction == "inputs" and self.born is not False:
+            how = Birth(self.born, self.within, self.within_call).between("agree")
+        else:
+            how = {
+                True: "born here: its inputs agree",
+                False: "passed on: an input already differs",
+                None: "its inputs were not compared",
+            }[self.born]
+        return f"{self.module}{call}, {self.direction} of step {self.step}{request}; {how}"
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """The opened runs, the pair of tensors behind each of the first results, and what is no result."""
+
+    runs: tuple[Run, Run]
+    pairs: Sequence[tuple[Any, Any]]
+    steps: Sequence[Step]
+    left_out: Sequence[TensorResult] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """The result of `tlcore.compare`: every tensor in order of execution, then what only one run has.
+
+    ``notes`` are facts to know that are no difference, such as tensors that both runs skipped.
+    """
+
+    a: str
+    b: str
+    results: Sequence[TensorResult]
+    notes: Sequence[str] = ()
+    origin: Origin | None = field(default=None, repr=False, compare=False)
+
+    @property
+    def equal(self) -> bool:
+        """Whether every tensor is in both runs and agrees within the tolerance."""
+        return all(result.agrees for result in self.results)
+
+    @property
+    def first_divergence(self) -> Divergence | None:
+        """The first tensor in order of execution whose values or shapes differ beyond the tolerance."""
+        return self._first({"different"})
+
+    @property
+    def first_difference(self) -> Divergence | None:
+        """The first tensor in order of execution that differs in any bit or in dtype."""
+        return self._first({"close", "different"})
+
+    @property
+    def counts(self) -> dict[Status, int]:
+        """How many results there are of each status."""
+        found: dict[Status, int] = dict.fromkeys(get_args(Status), 0)
+        for result in self.results:
+            found[result.status] += 1
+        return found
+
+    def _first(self, statuses: set[str]) -> Divergence | None:
+        for place, result in enumerate(self.results):
+            if result.status in statuses:
+                left_out = result.direction == "inputs"
+                found = birth(self._seen(statuses, left_out), place, self._entered())
+                return Divergence(
+                    result.step,
+                    result.module,
+                    result.call,
+                    result.direction,
+                    found.born,
+                    result,
+                    found.within,
+                    found.within_call,
+                )
+        return None
+
+    def _seen(self, statuses: set[str], left_out: bool) -> list[Seen]:
+        """All tensors, perhaps with those that were left out, by whether they have one of the statuses."""
+        more = self.origin.left_out if left_out and self.origin is not None else ()
+        return [
+            Seen(
+                step=each.step,
+                rank=each.rank,
+                request=each.request,
+                module=each.module,
+                call=each.call,
+                direction=each.direction,
+                path=each.path,
+                names=each.names,
+                bad=None if each.status in ("missing", "unreadable") else each.status in statuses,
+                placed=each.status != "missing",
+            )
+            for each in (*self.results, *more)
+        ]
+
+    def _entered(self) -> Entered:
+        return (lambda *_: ()) if self.origin is None else entered_in(*self.origin.runs)
+
+    def to_json(self) -> Json:
+        """The whole comparison as a JSON object."""
+        first = self.first_divergence
+        difference = self.first_difference
+        return {
+            "a": self.a,
+            "b": self.b,
+            "equal": self.equal,
+            "first_divergence": first.to_json() if first else None,
+            "first_difference": difference.to_json() if difference else None,
+            "counts": self.counts,
+            "notes": list(self.notes),
+            "results": [result.to_json() for result in self.results],
+        }
+
+    def to_pandas(self) -> Any:
+        """A `pandas.DataFrame` with one row a tensor. Raises ImportError without pandas."""
+        return data_frame((result.to_json() for result in self.results), "measures")
+
+    def __str__(self) -> str:
+        counted = ", ".join(f"{count} {status}" for status, count in self.counts.items() if count)
+        first = self.first_divergence
+        verdict = "equal" if self.equal else f"first divergence: {first}" if first else "tensors are missing"
+        return f"{verdict}\n{counted}"
+
+    def _repr_html_(self) -> str:
+        worst = [result for result in self.results if not result.agrees][:20]
+        rows = "".join(
+            f"<tr><td>{html.escape(result.module)}</td><td>{result.direction}</td><td>{result.status}</td>"
+            f"<td>{'' if result.measures is None else f'{result.measures.max_abs:.3g}'}</td></tr>"
+            for result in worst
+        )
+        head = "<tr><th>module</th><th>direction</th><th>status</th><th>max abs</th></tr>"
+        table = f"<table>{head}{rows}</table>" if rows else ""
+        return f"<p>{'<br>'.join(html.escape(str(self)).splitlines())}</p>{table}"

@@ -1,0 +1,185 @@
+"""The comparison of a few pairs of tensors: the unit of work that a thread, process or cluster does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
+from math import prod
+from pathlib import Path
+
+import torch
+
+from ..errors import ReadError
+from ..reader import Payload, Run, open_run
+from ..record import Json
+from .matching.match import Pair, Piece, Source
+from .measure import CHUNK, EXACT, Sums, Tolerance
+from .results import Status, TensorResult
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a run lies, and how to open it from anywhere. The options may be secrets: no log shows them."""
+
+    path: str
+    options: dict[str, object] | None = field(default=None, repr=False, hash=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Task:
+    """Where the runs lie and how to compare; ``token`` sets one comparison's open runs apart."""
+
+    a: Place
+    b: Place
+    tolerance: Tolerance
+    check_dtype: bool
+    token: str
+
+
+_SHARED: dict[tuple[str, str], Run] = {}
+
+
+def share(task: Task, a: Run, b: Run) -> None:
+    """Let this process's workers use runs that are open already, until `unshare`."""
+    _SHARED[task.token, "a"], _SHARED[task.token, "b"] = a, b
+
+
+def unshare(task: Task) -> None:
+    """Forget the runs of `share`."""
+    for side in "ab":
+        _SHARED.pop((task.token, side), None)
+
+
+def _opened(task: Task, side: str) -> Run:
+    run = _SHARED.get((task.token, side))
+    return _reopened(task.token, task.a if side == "a" else task.b) if run is None else run
+
+
+@lru_cache(maxsize=4)
+def _reopened(token: str, place: Place) -> Run:
+    """The run in another process than the one that compares."""
+    return open_run(place.path, place.options)
+
+
+def compare_pairs(task: Task, pairs: Sequence[Pair]) -> list[list[TensorResult]]:
+    """The results for each pair's pieces. A tensor that cannot be read gives a result that says so."""
+    # Held, since a run lets go of steps that nobody holds.
+    held = {(side, source.step) for pair in pairs for side, source in (("a", pair.a), ("b", pair.b))}
+    steps = []
+    with suppress(ReadError):
+        steps += [_opened(task, side).step(number) for side, number in held]
+    results = [compare_pair(task, pair) for pair in pairs]
+    steps.clear()
+    return results
+
+
+def compare_pair(task: Task, pair: Pair) -> list[TensorResult]:
+    """The results for a pair's pieces."""
+    try:
+        with ExitStack() as stack:
+            x = Operand(_opened(task, "a"), pair.a, stack)
+            y = Operand(_opened(task, "b"), pair.b, stack)
+            return [_compared(task, pair, pieces, x, y) for pieces in pair.pieces]
+    except ReadError as error:
+        return [result_of(pair, pieces, "unreadable", reason=str(error)) for pieces in pair.pieces]
+
+
+class Operand:
+    """One side of a pair: a stored tensor, or the sum of several in float32."""
+
+    def __init__(self, run: Run, source: Source, stack: ExitStack) -> None:
+        step = run.step(source.step)
+        self._payloads: list[Payload] = []
+        for name in source.names:
+            payload = step.payload(name, source.unshard)
+            stack.callback(payload.close)
+            self._payloads.append(payload)
+        first = self._payloads[0]
+        self.shape = first.shape
+        # In float32, since the model adds the residual there before it rounds.
+        self.dtype = first.dtype if len(self._payloads) == 1 else torch.float32
+        if any(payload.shape != self.shape for payload in self._payloads):
+            raise ReadError(f"{source.names} cannot be added, their shapes differ")
+
+    def read(self, begin: int, end: int) -> torch.Tensor:
+        """The flat values ``[begin, end)``, valid until the next call."""
+        values = self._payloads[0].read(begin, end)
+        if len(self._payloads) > 1:
+            values = values.float()
+            for payload in self._payloads[1:]:
+                values = values + payload.read(begin, end).float()
+        return values
+
+    def cut(self, piece: Piece) -> tuple[int, tuple[int, ...]]:
+        """Where a piece begins, in values, and its shape."""
+        if piece.rows is None:
+            return 0, self.shape
+        begin, end = piece.rows
+        if not self.shape or end > self.shape[0]:
+            raise ReadError(f"rows {begin} to {end} are not in a tensor of shape {self.shape}")
+        return begin * prod(self.shape[1:]), (end - begin, *self.shape[1:])
+
+
+def chunks(x: Operand, y: Operand, pieces: tuple[Piece, Piece], add: Callable[..., None]) -> None:
+    """Call ``add`` with the values of two pieces of one size, a chunk at a time."""
+    (begin_x, shape), (begin_y, _) = x.cut(pieces[0]), y.cut(pieces[1])
+    total = prod(shape)
+    for begin in range(0, total, CHUNK):
+        end = min(begin + CHUNK, total)
+        add(x.read(begin_x + begin, begin_x + end), y.read(begin_y + begin, begin_y + end))
+
+
+def _compared(task: Task, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y: Operand) -> TensorResult:
+    shapes = x.cut(pieces[0])[1], y.cut(pieces[1])[1]
+    if without_batch(shapes[0]) != without_batch(shapes[1]) or abs(len(shapes[0]) - len(shapes[1])) > 1:
+        return result_of(pair, pieces, "different", reason=f"shapes {shapes[0]} and {shapes[1]} differ")
+    if len(shapes[0]) == len(shapes[1]) and shapes[0] != shapes[1]:
+        return result_of(pair, pieces, "different", reason=f"shapes {shapes[0]} and {shapes[1]} differ")
+    if task.check_dtype and x.dtype != y.dtype:
+        return result_of(pair, pieces, "different", reason=f"dtypes {x.dtype} and {y.dtype} differ")
+    sums = Sums(task.tolerance, x.dtype, y.dtype)
+    chunks(x, y, pieces, sums.add)
+    measures = sums.measures()
+    status: Status = "bitwise" if measures.bitwise else "close" if measures.agrees else "different"
+    return replace(result_of(pair, pieces, status), measures=measures)
+
+
+def without_batch(shape: Sequence[int]) -> tuple[int, ...]:
+    """A shape without a batch dimension of one, as Hugging Face has it beside vLLM."""
+    return tuple(shape[1:]) if len(shape) > 1 and shape[0] == 1 else tuple(shape)
+
+
+def result_of(
+    pair: Pair, pieces: tuple[Piece, Piece], status: Status, reason: str | None = None
+) -> TensorResult:
+    """A result for one piece of a pair, without measures unless it is bitwise equal."""
+    rank, module, call, _, path = pair.key
+    a, b = pair.a.records[0], pair.b.records[0]
+    return TensorResult(
+        status=status,
+        step=pair.a.step,
+        rank=rank,
+        module=module,
+        call=call,
+        direction=a["direction"],
+        path=path,
+        names=(pair.a.names[0], pair.b.names[0]),
+        dtypes=(a["dtype"], b["dtype"]),
+        shapes=(_shape(a), _shape(b)),
+        measures=EXACT if status == "bitwise" else None,
+        reason=reason,
+        request=pieces[0].request,
+        first_position=pieces[0].first_position,
+    )
+
+
+def _shape(record: Json) -> tuple[int, ...]:
+    return tuple(record["shape"])
+
+
+def place_of(run: Run | Path | str, options: dict[str, object]) -> Place:
+    """How another process opens the run."""
+    path = run.url if isinstance(run, Run) else str(run)
+    return Place(path, options or None)

@@ -1,0 +1,280 @@
+"""The configuration: one frozen object, read from JSON or keywords and checked by the JSON Schema."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, fields
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+from ..engine.filters.modules import check_regex, parse_pattern
+from ..errors import ConfigError
+from ..layout.jsontext import parse_json
+from ..layout.names import REDACTED, is_url, redact_url
+from ..registry import Backend, resolve
+from .validation import coerce, plain, problems, unknown_key
+
+
+@dataclass(frozen=True, repr=False)
+class Config:
+    """A valid configuration in its normal form; made by `load_config`, described in the JSON Schema."""
+
+    enabled: bool
+    output_dir: str
+    module_call_match: tuple[str, ...] | None
+    log_step_ids: tuple[int, ...]
+    max_tensor_size: int | None
+    device_names: tuple[str, ...]
+    log_post_fwd_inputs: bool
+    backend: str
+    compiled: Literal["eager-steps", "taps"]
+    rows: Literal["all", "last"]
+    request_ids: tuple[str, ...] | None
+    sample_rate: float
+    sample_seed: int
+    capture: Literal["tensor", "stats", "both"]
+    on_condition: Literal["nonfinite"] | None
+    max_run_bytes: int | None
+    queue_bytes: int
+    on_full: Literal["block", "drop"]
+    block_s: float
+    fsync: bool
+    on_error: Literal["warn", "raise"]
+    spill_dir: str | None
+    backend_options: dict[str, Any] = field(default_factory=dict, hash=False)
+    # Names of the options whose value may be shown; a backend's schema marks the others writeOnly.
+    public_options: frozenset[str] = field(default=frozenset(), compare=False)
+
+    def __repr__(self) -> str:
+        return f"Config({json.dumps(self.to_json(redact=True))})"
+
+    def to_json(self, redact: bool) -> dict[str, Any]:
+        """The configuration as JSON data with every key; without ``redact`` it loads back to an equal one.
+
+        With ``redact``, every secret is replaced: credentials in URLs, and all backend options save
+        those that the backend's schema declares public.
+        """
+        document: dict[str, Any] = {}
+        for item in fields(self):
+            if item.name not in ("backend_options", "public_options"):
+                value = getattr(self, item.name)
+                document[item.name] = list(value) if isinstance(value, tuple) else value
+        options = json.loads(json.dumps(self.backend_options))
+        if redact:
+            document["output_dir"] = redact_url(self.output_dir)
+            options = {key: self._redacted(key, value) for key, value in options.items()}
+        if options:
+            document["backend"] = {"name": self.backend, **options}
+        return document
+
+    @property
+    def cuts_rows(self) -> bool:
+        """Whether rows of tensors are left out, which takes knowing whose they are."""
+        return self.rows != "all" or self.request_ids is not None or self.sample_rate < 1
+
+    def selects_step(self, step: int) -> bool:
+        """Whether step ``step`` (0-based) is to be captured."""
+        return self.enabled and (not self._steps or step in self._steps)
+
+    def selects_any_after(self, step: int) -> bool:
+        """Whether any step later than ``step`` (0-based) is to be captured."""
+        return self.enabled and (not self._steps or max(self._steps) > step)
+
+    @cached_property
+    def _steps(self) -> frozenset[int]:
+        return frozenset(self.log_step_ids)
+
+    def _redacted(self, key: str, value: Any) -> Any:
+        if key not in self.public_options or isinstance(value, (dict, list)):
+            return dict.fromkeys(value, REDACTED) if isinstance(value, dict) else REDACTED
+        return redact_url(value) if isinstance(value, str) else value
+
+
+def load_config(value: Config | Mapping[str, Any] | str | None = None, **keys: Any) -> Config:
+    """The configuration of a JSON text, a mapping or another configuration, with ``keys`` over it.
+
+    Strings are read as JSON where the schema asks for something else, as they come from command
+    lines. Raises ConfigError with the first problem; `check_config` lists them all.
+    """
+    config, found = check_config(value, **keys)
+    if config is None:
+        raise found[0]
+    return config
+
+
+def load_config_file(path: str | os.PathLike[str]) -> Config:
+    """The configuration in a JSON file. Raises ConfigError when it cannot be read or is not valid."""
+    return load_config(read_config_file(path))
+
+
+def read_config_file(path: str | os.PathLike[str]) -> str:
+    """The text of a configuration file. Raises ConfigError when it cannot be read."""
+    try:
+        return Path(path).read_text(encoding="utf-8-sig")
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise ConfigError(
+            "$", f"the configuration file {os.fspath(path)!r} cannot be read: {reason}."
+        ) from None
+    except ValueError:
+        raise ConfigError("$", f"the configuration file {os.fspath(path)!r} is not UTF-8 text.") from None
+
+
+def check_config(
+    value: Config | Mapping[str, Any] | str | None = None, **keys: Any
+) -> tuple[Config | None, list[ConfigError]]:
+    """The configuration and no problems, or None and every problem found."""
+    import tlcore_schemas
+
+    schema = tlcore_schemas.load("config.v1")
+    known = schema["properties"]
+    try:
+        given = {**_as_mapping(value), **keys}
+        found = [_unknown(key, schema) for key in given if key not in known]
+        document = coerce(_plain({key: item for key, item in given.items() if key in known}), schema)
+    except ConfigError as error:
+        return None, [error]
+    found += problems(document, schema, hidden={"backend"})
+    sound = {key: entry["default"] for key, entry in known.items()}
+    sound |= {key: item for key, item in document.items() if not _concerns(key, found)}
+    found += _two_places(document)
+    found += _bad_patterns("module_call_match", sound["module_call_match"], parse_pattern)
+    found += _bad_patterns("request_ids", sound["request_ids"], check_regex)
+    try:
+        config = _normal_form(sound, found)
+    except ConfigError as error:
+        found.append(error)
+    return (None, found) if found else (config, [])
+
+
+def _as_mapping(value: Config | Mapping[str, Any] | str | None) -> Mapping[str, Any]:
+    if value is None:
+        return {}
+    if isinstance(value, Config):
+        return value.to_json(redact=False)
+    document = parse_json(value) if isinstance(value, str) else value
+    if not isinstance(document, Mapping):
+        raise ConfigError("$", 'the configuration must be a JSON object, such as {"enabled": true}.')
+    return document
+
+
+def _plain(document: dict[str, Any]) -> Any:
+    try:
+        return plain(document)
+    except ConfigError as error:
+        if error.path != "$.backend":
+            raise
+        hint = "Give a name, an import path pkg.mod:Sink, or an object with a name and options."
+        raise ConfigError(error.path, error.problem, hint) from None
+
+
+def _unknown(key: Any, schema: Mapping[str, Any]) -> ConfigError:
+    if not isinstance(key, str):
+        return ConfigError("$", f"keys must be strings, not {type(key).__name__}.")
+    return unknown_key((), key, list(schema["properties"]))
+
+
+def _concerns(key: str, found: list[ConfigError]) -> bool:
+    return any(re.match(re.escape(f"$.{key}") + r"(?![A-Za-z0-9_])", error.path) for error in found)
+
+
+def _bad_patterns(
+    key: str, patterns: str | list[str] | None, check: Callable[[str, str], object]
+) -> list[ConfigError]:
+    found = []
+    for i, text in enumerate([patterns] if isinstance(patterns, str) else patterns or []):
+        try:
+            check(text, f"$.{key}" + ("" if isinstance(patterns, str) else f"[{i}]"))
+        except ConfigError as error:
+            found.append(error)
+    return found
+
+
+def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
+    """The object for a sound document; problems of the backend and its place are added to ``found``."""
+    given = document["backend"]
+    options = dict(given) if isinstance(given, dict) else {"name": given}
+    name = options.pop("name")
+    backend = resolve(name)
+    if backend.options_schema is not None:
+        options = coerce(options, backend.options_schema)
+        found += problems(options, backend.options_schema, ("backend",), hidden=None)
+    output_dir = document["output_dir"]
+    if backend.origin == "built-in" and not _concerns("backend", found):
+        try:
+            backend, options, output_dir = _normal_place(backend, options, output_dir)
+        except ConfigError as error:
+            found.append(error)
+    if document["spill_dir"] is not None and backend.origin != "built-in":
+        problem = f"only the built-in backends can spill, and {name!r} is none of them."
+        found.append(ConfigError("$.spill_dir", problem, "Leave the key out."))
+    return Config(
+        **{
+            **document,
+            "output_dir": output_dir,
+            "module_call_match": _tuple(document["module_call_match"]),
+            "request_ids": _tuple(document["request_ids"]),
+            "log_step_ids": tuple(document["log_step_ids"]),
+            "device_names": tuple(document["device_names"]),
+            "backend": backend.name,
+            "backend_options": options,
+            "public_options": _public(backend),
+        }
+    )
+
+
+def _normal_place(
+    backend: Backend, options: dict[str, Any], output_dir: str
+) -> tuple[Backend, dict[str, Any], str]:
+    """The one form of the three spellings of object storage; a local place is left as it is.
+
+    That form is the backend ``fsspec`` with its ``format``, and the URL in ``output_dir``.
+    """
+    options = dict(options)
+    place = "url" if "url" in options else None
+    if backend.name == "fsspec":
+        output_dir = options.pop("url", output_dir)
+    elif is_url(output_dir):
+        options = {"format": backend.name, **options}
+        backend = resolve("fsspec")
+    else:
+        return backend, options, output_dir
+    path = "$.backend.url" if place else "$.output_dir"
+    if not is_url(output_dir):
+        problem = f"{output_dir!r} is no URL, and the backend fsspec writes to one (s3://bucket/prefix)."
+        raise ConfigError(path, problem, 'For a local directory the backend is "pt" or "safetensors".')
+    output_dir = output_dir.rstrip("/")
+    if not is_url(output_dir):
+        raise ConfigError(path, f"{output_dir + '//'!r} names no bucket or directory.")
+    options.setdefault("format", "pt")
+    return backend, options, output_dir
+
+
+def _two_places(document: Mapping[str, Any]) -> list[ConfigError]:
+    """The problem of a document that says twice, and differently, where a run goes."""
+    backend = document.get("backend")
+    if not isinstance(backend, dict) or backend.get("name") != "fsspec":
+        return []
+    given = [document.get("output_dir"), backend.get("url")]
+    places = {place.rstrip("/") for place in given if isinstance(place, str)}
+    if len(places) < 2:
+        return []
+    problem = "the URL and $.output_dir name different places."
+    return [ConfigError("$.backend.url", problem, "Leave one of them out.")]
+
+
+def _tuple(patterns: str | list[str] | None) -> tuple[str, ...] | None:
+    if patterns is None:
+        return None
+    return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _public(backend: Backend) -> frozenset[str]:
+    declared = (backend.options_schema or {}).get("properties", {})
+    return frozenset(
+        key for key, entry in declared.items() if isinstance(entry, dict) and not entry.get("writeOnly")
+    )

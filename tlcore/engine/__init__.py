@@ -1,0 +1,1 @@
+"""Capture, from a module's call to the sink. Private."""

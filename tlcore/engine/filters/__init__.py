@@ -1,0 +1,1 @@
+"""What is captured, decided from names and metadata. Private."""

@@ -1,0 +1,200 @@
+"""What the filters say about a tensor, decided once for all tensors of one dtype, shape and device."""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import torch
+
+from ...errors import ConfigError
+
+# A copy this small is over before another thread could use the interpreter, which is dear to get back.
+_SMALL_BYTES = 256 << 10
+_LONGEST_TABLE = 4096
+_OTHER_DEVICE = "device not in device_names"
+
+Move = Callable[[int, int, int], object]
+move_large: Move = ctypes.memmove
+_address = ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
+# The same function, called without giving up the interpreter's lock.
+move_small: Move = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_address)
+
+
+@dataclass(frozen=True, slots=True)
+class TensorFilter:
+    """What decides about one tensor from its metadata; devices as of `known_devices`, sizes in elements."""
+
+    devices: frozenset[str]
+    max_elements: int | None
+    max_run_bytes: int | None
+
+
+def known_devices(names: Iterable[str]) -> frozenset[str]:
+    """The devices as ``str(tensor.device)`` has them; a type alone (``cuda``) stands for all of that type.
+
+    Raises ConfigError for a name that means no device to torch.
+    """
+    return frozenset(map(_known_device, names))
+
+
+def _known_device(name: str) -> str:
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise ConfigError("$.device_names", f"{name!r} is no torch device: {error}.") from None
+    # Torch takes an index for the CPU, and its tensors have none.
+    return device.type if device.type == "cpu" else str(device)
+
+
+class Outcome(NamedTuple):
+    """Why a tensor is not stored: the ledger's column and the reason; no column for a rejected one."""
+
+    column: Literal["skipped", "dropped", "failed"] | None
+    reason: str
+
+
+QUEUE_FULL = Outcome("dropped", "queue full")
+RUN_FULL = Outcome("skipped", "max_run_bytes reached")
+FREED = Outcome("skipped", "its memory was freed by the model")
+STATISTICS_ONLY = Outcome("skipped", "statistics only")
+FINITE = Outcome("skipped", "no NaN or Inf in it or its call")
+
+
+class TensorSpec:
+    """All tensors of one dtype, shape (elements) and device; ``outcome`` is None where they are stored.
+
+    ``kind`` is equal for specs of equal dtype and shape. ``plain`` says that a contiguous tensor's bytes
+    need nothing but ``move(target, source, nbytes)``. Of a tensor that is ``measured`` statistics are kept.
+    """
+
+    __slots__ = (
+        "_variants",
+        "device",
+        "dtype",
+        "kind",
+        "measured",
+        "move",
+        "nbytes",
+        "outcome",
+        "plain",
+        "shape",
+    )
+
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        device: str,
+        nbytes: int,
+        kind: int,
+        outcome: Outcome | None,
+        plain: bool = False,
+        measured: bool = False,
+    ) -> None:
+        self.dtype = dtype
+        self.shape = shape
+        self.device = device
+        self.nbytes = nbytes
+        self.kind = kind
+        self.outcome = outcome
+        self.plain = plain
+        self.move = move_small if nbytes < _SMALL_BYTES else move_large
+        self.measured = measured
+        self._variants: dict[tuple[Outcome | None, bool], TensorSpec] = {}
+
+    def refused(self, outcome: Outcome, measured: bool = False) -> TensorSpec:
+        """The same form for a tensor that is not stored after all."""
+        return self if self.outcome is not None else self._variant(outcome, measured)
+
+    def with_statistics(self) -> TensorSpec:
+        """The same form for a tensor that is stored with its statistics."""
+        return self if self.outcome is not None else self._variant(None, True)
+
+    def _variant(self, outcome: Outcome | None, measured: bool) -> TensorSpec:
+        known = self._variants.get((outcome, measured))
+        if known is None:
+            known = TensorSpec(
+                self.dtype, self.shape, self.device, self.nbytes, self.kind, outcome, False, measured
+            )
+            self._variants[outcome, measured] = known
+        return known
+
+
+class TensorSpecs:
+    """Every form met so far; bounded, since shapes may go on changing for ever."""
+
+    def __init__(self, tensors: TensorFilter) -> None:
+        self.on_cpu: dict[tuple[torch.dtype, tuple[int, ...]], TensorSpec] = {}
+        self._filter = tensors
+        self._known: dict[tuple[object, ...], TensorSpec] = {}
+        self._kinds: dict[tuple[torch.dtype, tuple[int, ...]], int] = {}
+        self._numbers = itertools.count()
+
+    def find(self, tensor: torch.Tensor) -> TensorSpec:
+        """The form of any tensor; raises what torch raises for one that hides its metadata."""
+        outcome = _unsupported_class(tensor)
+        shape = () if tensor.is_nested else tuple(tensor.shape)
+        key = (tensor.dtype, shape, tensor.device, tensor.layout, outcome)
+        spec = self._known.get(key)
+        if spec is None:
+            if len(self._known) >= _LONGEST_TABLE:
+                self._clear()
+            spec = self._known[key] = self._make(tensor, shape, outcome)
+            if spec.plain:
+                self.on_cpu[spec.dtype, spec.shape] = spec
+        return spec
+
+    def of_vector(self, vector: torch.Tensor) -> TensorSpec:
+        """The form of a vector of ours, to which no filter applies."""
+        key = ("vector", vector.numel(), vector.device)
+        spec = self._known.get(key)
+        if spec is None:
+            shape, device = tuple(vector.shape), str(vector.device)
+            spec = TensorSpec(vector.dtype, shape, device, vector.nbytes, next(self._numbers), None)
+            self._known[key] = spec
+        return spec
+
+    def _clear(self) -> None:
+        # Numbers of kinds are never used again, so what older specs say of equality stays true.
+        self._known.clear()
+        self._kinds.clear()
+        self.on_cpu.clear()
+
+    def _make(self, tensor: torch.Tensor, shape: tuple[int, ...], outcome: Outcome | None) -> TensorSpec:
+        dtype, device = tensor.dtype, str(tensor.device)
+        count = 0 if tensor.is_nested else tensor.numel()
+        outcome = self._judge(tensor, device, count) or outcome
+        kind = self._kinds.setdefault((dtype, shape), next(self._numbers))
+        # A limit on the run's bytes must be looked at for each tensor.
+        plain = outcome is None and tensor.is_cpu and not dtype.is_complex and not self._filter.max_run_bytes
+        return TensorSpec(dtype, shape, device, count * dtype.itemsize, kind, outcome, plain)
+
+    def _judge(self, tensor: torch.Tensor, device: str, count: int) -> Outcome | None:
+        limits = self._filter
+        if limits.devices and limits.devices.isdisjoint((device, tensor.device.type)):
+            return Outcome(None, _OTHER_DEVICE)
+        if tensor.layout is not torch.strided:
+            return Outcome("skipped", f"unsupported layout {tensor.layout}")
+        if tensor.is_quantized:
+            return Outcome("skipped", "unsupported quantized dtype")
+        if tensor.is_meta:
+            return Outcome("skipped", "meta tensor holds no data")
+        if limits.max_elements is not None and count > limits.max_elements:
+            return Outcome("skipped", "larger than max_tensor_size")
+        return None
+
+
+def _unsupported_class(tensor: torch.Tensor) -> Outcome | None:
+    """Why a tensor that is not a plain `torch.Tensor` has no bytes of its own to store, or None."""
+    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        return Outcome("skipped", "inside a torch.func transform")
+    if tensor.is_nested:
+        return Outcome("skipped", "unsupported nested tensor")
+    cls = type(tensor)
+    if cls.__torch_dispatch__ is not torch.Tensor.__torch_dispatch__:
+        return Outcome("skipped", f"unsupported tensor class {cls.__name__}")
+    return None

@@ -1,0 +1,1 @@
+"""Hearing a model's calls. Private."""

@@ -1,0 +1,271 @@
+"""What a step's calls leave behind: sides, specs and copies, in a few flat lists.
+
+This runs inside the model's forward pass, where each microsecond counts a thousand times a step. So
+nothing is built here that could be built later: a call leaves a reference to its side, a tensor one to
+its form, and a copy. Flat lists of shared objects also give Python's garbage collector nothing to do.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+
+from ...layout.structure import NO_ITEMS, TENSOR, Opaque, Scalar, TreeSpec, class_name, flatten
+from ...record import Direction
+from ...statistics import device as device_statistics
+from ..batch import Batch, Measured
+from ..calls import CallSide
+from ..filters.tensors import FREED, QUEUE_FULL, RUN_FULL, Outcome, TensorFilter, TensorSpec, TensorSpecs
+from ..staging.host_memory import NO_CHUNK, Chunk
+from ..staging.stager import FreedError, Stager, with_memory
+
+log = logging.getLogger("tlcore")
+# A call whose structure keeps changing must not fill the memory.
+_MOST_STRUCTURES = 64
+_Tensor = torch.Tensor
+_Sites = dict[TreeSpec, CallSide]
+# A tensor's form, and where its copy lies.
+Taken = tuple[TensorSpec, Chunk, int]
+
+
+class Call:
+    """One call of a module in a step: its three sides, each with a side for every structure it has had.
+
+    Arguments are found by the tree spec of the positional ones, or by a pair with that of the keywords.
+    """
+
+    __slots__ = ("call", "directory", "inputs", "module", "outputs", "post_fwd_inputs")
+
+    def __init__(self, module: str, call: int, directory: str) -> None:
+        self.module = module
+        self.call = call
+        self.directory = directory
+        self.inputs: _Sites = {}
+        self.outputs: _Sites = {}
+        self.post_fwd_inputs: _Sites = {}
+
+    def add(
+        self,
+        known: _Sites,
+        key: TreeSpec,
+        direction: Direction,
+        treespec: TreeSpec,
+        keywords: TreeSpec | None,
+    ) -> CallSide:
+        """The side for a structure that this side has not had before."""
+        if len(known) >= _MOST_STRUCTURES:
+            known.clear()
+        side = known[key] = self.side(direction, treespec, keywords)
+        return side
+
+    def side(self, direction: Direction, treespec: TreeSpec, keywords: TreeSpec | None = None) -> CallSide:
+        """A side of this call."""
+        return CallSide(self.module, self.call, self.directory, direction, treespec, keywords)
+
+
+class Collector:
+    """Gathers a step's calls and hands them over as batches; takes the leaves of their structures."""
+
+    def __init__(
+        self,
+        stager: Stager,
+        tensors: TensorFilter,
+        submit: Callable[[Batch], None],
+        capture: Literal["tensor", "stats", "both"] = "tensor",
+    ) -> None:
+        self._stager = stager
+        self._capture = capture
+        self._forms = TensorSpecs(tensors)
+        self._on_cpu = self._forms.on_cpu
+        self._max_run_bytes = tensors.max_run_bytes
+        self._run_bytes = 0
+        self._submit = submit
+        self._use(Batch(0))
+
+    def begin_step(self, step: int) -> None:
+        """Begin a step, and forget the one before."""
+        self._use(Batch(step))
+        self._stager.begin_step()
+
+    def end_step(self) -> None:
+        """Hand over what is left of the step."""
+        self._hand_over(everything=True)
+
+    def _use(self, batch: Batch) -> None:
+        self._batch = batch
+        self._add_site = batch.sides.append
+        self._add_form = batch.specs.append
+        self._add_chunk = batch.chunks.append
+        self._add_offset = batch.offsets.append
+
+    def inputs(self, sides: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call begins: capture its positional and keyword arguments."""
+        self._arguments(sides, sides.inputs, "inputs", args, kwargs)
+
+    def post_fwd_inputs(self, sides: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A call is over: capture its arguments as they stand now."""
+        self._arguments(sides, sides.post_fwd_inputs, "post_fwd_inputs", args, kwargs)
+
+    def _arguments(
+        self,
+        sides: Call,
+        known: _Sites,
+        direction: Direction,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> None:
+        try:
+            key = treespec = flatten(args, self)
+            keywords = NO_ITEMS
+            if kwargs:
+                keywords = flatten(kwargs, self)
+                key = (treespec, keywords)
+            side = known.get(key)
+            if side is None:
+                side = sides.add(known, key, direction, treespec, keywords)
+            self._add_site(side)
+            if self._stager.full:
+                self.hand_over_if_needed()
+        except Exception as error:
+            self._broken(sides, direction, error)
+
+    def outputs(self, sides: Call, output: Any) -> None:
+        """A call has returned: capture what."""
+        try:
+            if type(output) is _Tensor:
+                self.tensor(output)
+                treespec: TreeSpec = TENSOR
+            else:
+                treespec = flatten(output, self)
+            side = sides.outputs.get(treespec)
+            if side is None:
+                side = sides.add(sides.outputs, treespec, "outputs", treespec, None)
+            self._add_site(side)
+            if self._stager.full:
+                self.hand_over_if_needed()
+        except Exception as error:
+            self._broken(sides, "outputs", error)
+
+    def raised(self, sides: Call, error: BaseException) -> None:
+        """Note that the call raised instead of returning."""
+        self._add_site(sides.side("outputs", Opaque(f"raised {class_name(error)}")))
+
+    def tensor(self, tensor: torch.Tensor) -> None:
+        """Take one tensor of the structure being frozen: its form, and its copy if it is to be stored."""
+        if type(tensor) is _Tensor and tensor.is_cpu:
+            try:
+                spec = self._on_cpu.get((tensor.dtype, tensor.shape))
+                if spec is not None and tensor.is_contiguous() and not tensor.is_neg():
+                    chunk = self._stager.chunk
+                    begin = chunk.bytes
+                    end = begin + spec.nbytes
+                    source = tensor.data_ptr()
+                    if end <= chunk.size and source:
+                        spec.move(chunk.address + begin, source, spec.nbytes)
+                        chunk.bytes = (end + 63) & -64
+                        self._add_form(spec)
+                        self._add_chunk(chunk)
+                        self._add_offset(begin)
+                        return
+            except RuntimeError:
+                # A tensor that hides its metadata or its memory: the long way finds out what it is.
+                pass
+        self._add(self._taken(tensor))
+
+    def _add(self, taken: Taken) -> None:
+        spec, chunk, offset = taken
+        self._add_form(spec)
+        self._add_chunk(chunk)
+        self._add_offset(offset)
+
+    def scalar(self, value: Scalar) -> None:
+        """Take one number or string of the structure being frozen."""
+        self._batch.scalars.append(value)
+
+    def take(self, tensor: torch.Tensor) -> Taken:
+        """Copy one tensor, if it is to be stored, for a side that is added later."""
+        return self._taken(tensor)
+
+    def _taken(self, tensor: torch.Tensor) -> Taken:
+        spec = self._forms.find(tensor)
+        if spec.outcome is not None:
+            return self.without_copy(spec)
+        if self._max_run_bytes is not None and self._run_bytes + spec.nbytes > self._max_run_bytes:
+            # For good: smaller tensors that still fit would be a choice that nobody made.
+            self._run_bytes = self._max_run_bytes
+            return self.without_copy(spec.refused(RUN_FULL))
+        try:
+            tensor = with_memory(tensor)
+            if self._capture != "tensor" and self.measures_itself(tensor):
+                place = self._stage_measured(tensor, spec)
+            else:
+                place = self._stager.stage(tensor, spec)
+        except FreedError:
+            return self.without_copy(spec.refused(FREED))
+        except Exception as error:
+            log.debug("a tensor could not be copied", exc_info=True)
+            return self.without_copy(spec.refused(Outcome("failed", f"copy raised {type(error).__name__}")))
+        if place is None:
+            return self.without_copy(spec.refused(QUEUE_FULL))
+        self._run_bytes += spec.nbytes
+        return spec, *place
+
+    def measures_itself(self, tensor: torch.Tensor) -> bool:
+        """Whether the tensor's device computes its statistics."""
+        return tensor.is_cuda
+
+    def _stage_measured(self, tensor: torch.Tensor, spec: TensorSpec) -> tuple[Chunk, int] | None:
+        """Stage the statistics that the device computes, and the tensor only if it may be stored."""
+        vector = device_statistics.measure(tensor)
+        staged = self._stager.stage(vector, self._forms.of_vector(vector))
+        place = (NO_CHUNK, 0) if self._capture == "stats" else self._stager.stage(tensor, spec)
+        if staged is None or place is None:
+            return None
+        return Measured(place[0], *staged), place[1]
+
+    def without_copy(self, spec: TensorSpec) -> Taken:
+        """What stands for a tensor of which there is no copy, as its form's outcome says."""
+        return spec, NO_CHUNK, 0
+
+    def add(
+        self,
+        sides: Call,
+        direction: Direction,
+        treespec: TreeSpec,
+        keywords: TreeSpec | None,
+        tensors: Sequence[Taken],
+        scalars: Sequence[Scalar],
+    ) -> None:
+        """Add one side of a call whose tensors were taken before."""
+        for taken in tensors:
+            self._add(taken)
+        self._batch.scalars.extend(scalars)
+        known: _Sites = getattr(sides, direction)
+        key = treespec if keywords in (None, NO_ITEMS) else (treespec, keywords)
+        self._add_site(known.get(key) or sides.add(known, key, direction, treespec, keywords))
+
+    def hand_over_if_needed(self) -> None:
+        """Give full memory to the pipeline; not while a tensor is taken whose side is not added yet."""
+        if self._stager.must_hand_over:
+            self._hand_over(everything=False)
+
+    def _broken(self, sides: Call, direction: Direction, error: Exception) -> None:
+        """Book a side that could not be captured; what was copied of it stays accounted for."""
+        name = type(error).__name__
+        log.warning("%s of %s could not be captured: %s: %s", direction, sides.module, name, error)
+        batch = self._batch
+        tensors = sum(side.tensors for side in batch.sides)
+        del batch.scalars[sum(side.scalars for side in batch.sides) :]
+        outcome = Outcome("failed", f"capture raised {name}")
+        batch.specs[tensors:] = [spec.refused(outcome) for spec in batch.specs[tensors:]]
+        self._add_site(sides.side(direction, ("list", (TENSOR,) * (len(batch.specs) - tensors))))
+
+    def _hand_over(self, everything: bool) -> None:
+        batch = self._batch
+        batch.memory = self._stager.take(everything)
+        self._use(Batch(batch.step))
+        if batch.sides or batch.memory:
+            self._submit(batch)

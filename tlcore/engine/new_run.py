@@ -1,0 +1,104 @@
+"""A new run: its id, where it will lie, and what its ``run.json`` says."""
+
+from __future__ import annotations
+
+import datetime
+import inspect
+import os
+import platform
+import socket
+import time
+from collections.abc import Mapping
+
+import torch
+
+from .. import __version__, registry
+from ..config.configuration import Config
+from ..errors import ConfigError
+from ..layout.names import is_url
+from ..protocols import Sink
+from ..record import LAYOUT_VERSION, Json, Ledger, RunInfo, SpillLocation
+
+# Spilling must begin before a step gives up waiting for the queue.
+_LEAST_PATIENCE_S, _MOST_PATIENCE_S = 0.5, 5.0
+
+
+def new_run_id() -> str:
+    """A UUIDv7 (RFC 9562): its first 48 bits are milliseconds, so run directories sort by time."""
+    value = (time.time_ns() // 1_000_000) << 80 | int.from_bytes(os.urandom(10), "big")
+    value = value & ~(0xF << 76) & ~(0x3 << 62) | 0x7 << 76 | 0x2 << 62
+    text = f"{value:032x}"
+    return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
+
+
+def now() -> str:
+    """The wall-clock time in UTC, ISO 8601 with microseconds."""
+    return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="microseconds")
+
+
+def new_run(
+    config: Config,
+    rank: int = 0,
+    world_size: int = 1,
+    run_id: str | None = None,
+    extra_versions: Mapping[str, str] | None = None,
+    backend: str | None = None,
+) -> RunInfo:
+    """Describe a run: where it will lie, and the content of its ``run.json``."""
+    run_id = run_id or new_run_id()
+    versions = {
+        "tlcore": __version__,
+        "torch": str(torch.__version__),
+        "python": platform.python_version(),
+        **(extra_versions or {}),
+    }
+    document: Json = {
+        "layout": LAYOUT_VERSION,
+        "run_id": run_id,
+        "created": now(),
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "world_size": world_size,
+        "config": config.to_json(redact=True),
+        "backend": backend or config.backend,
+        "versions": versions,
+    }
+    if backend is not None:
+        document["config"]["backend"] = backend
+    return RunInfo(
+        run_id=run_id,
+        url=f"{absolute_location(config.output_dir)}/{run_id}",
+        rank=rank,
+        world_size=world_size,
+        document=document,
+        ledger=Ledger(),
+        fsync=config.fsync,
+        spill=_spill_place(config, run_id),
+    )
+
+
+def _spill_place(config: Config, run_id: str) -> SpillLocation | None:
+    if config.spill_dir is None:
+        return None
+    patience_s = min(max(config.block_s / 2, _LEAST_PATIENCE_S), _MOST_PATIENCE_S)
+    return SpillLocation(os.path.join(absolute_location(config.spill_dir), run_id), patience_s)
+
+
+def absolute_location(directory: str) -> str:
+    """A path or URL as one that means the same whatever the working directory is later."""
+    if is_url(directory):
+        return directory.rstrip("/")
+    return os.path.abspath(os.path.expanduser(directory)).rstrip("/")
+
+
+def make_sink(config: Config) -> Sink:
+    """The configured backend's sink, not yet opened. Raises ConfigError for options that it does not take."""
+    factory = registry.resolve(config.backend).factory
+    try:
+        inspect.signature(factory).bind(**config.backend_options)
+    except TypeError as error:
+        raise ConfigError("$.backend", f"{config.backend!r} does not take these options: {error}.") from None
+    except ValueError:
+        # Some callables, written in C, do not tell their signature.
+        pass
+    return factory(**config.backend_options)

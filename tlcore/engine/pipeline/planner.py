@@ -1,0 +1,91 @@
+"""What becomes of a batch: every name, text and count of it, worked out once for batches that are alike.
+
+A model that decodes sends the same batch each step but for the bytes. A plan is all that can be said of
+it without looking at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Hashable, Sequence
+from typing import NamedTuple
+
+from ...layout.structure import Scalar
+from ...layout.templates import Templates
+from ...record import Counts, Origin
+from ..calls import CallSide
+from ..filters.tensors import TensorSpec
+
+# Batches of a busy server are seldom alike; these few serve a steady one, and others for a moment.
+_REMEMBERED = 8
+
+
+class Planned(NamedTuple):
+    """A tensor to be stored: its place in the batch, and its name without the step's directory."""
+
+    place: int
+    tail: str
+    origin: Origin
+    kind: int
+    nbytes: int
+
+
+class Plan(NamedTuple):
+    """A batch's tensors to be stored, structure documents, calls in order of entry, and ledger.
+
+    ``bare`` are the names of the documents without a stored tensor; they come last, sorted, as for a reader
+    who knows the order of the stored tensors only.
+    """
+
+    stored: tuple[Planned, ...]
+    templates: Templates
+    bare: frozenset[str]
+    calls: tuple[str, ...]
+    counts: Counts
+
+
+class Planner:
+    """The plans of the last few kinds of batches that a rank has sent."""
+
+    def __init__(self, rank: int) -> None:
+        self._rank = rank
+        self._known: dict[Hashable, Plan] = {}
+
+    def plan(self, sides: Sequence[CallSide], specs: Sequence[TensorSpec], scalars: Sequence[Scalar]) -> Plan:
+        """The plan of the batch with these sides, tensors and scalars."""
+        # 1, 1.0 and True are equal, but not the same in JSON.
+        key = (tuple(sides), tuple(specs), repr(scalars))
+        plan = self._known.get(key)
+        if plan is None:
+            if len(self._known) >= _REMEMBERED:
+                self._known.clear()
+            plan = self._known[key] = self._make(sides, specs, scalars)
+        return plan
+
+    def _make(
+        self, sides: Sequence[CallSide], specs: Sequence[TensorSpec], scalars: Sequence[Scalar]
+    ) -> Plan:
+        stored: list[Planned] = []
+        filled: set[str] = set()
+        templates, counts = Templates(), Counts()
+        place = scalar = 0
+        for side in sides:
+            own = specs[place : place + side.tensors]
+            scene = side.scene(own, scalars[scalar : scalar + side.scalars], self._rank)
+            if scene.stored:
+                filled.add(side.file)
+            for index, tail, origin, kind in scene.stored:
+                stored.append(Planned(place + index, tail, origin, kind, own[index].nbytes))
+            templates[side.file] = scene.template
+            counts.add(scene.counts)
+            place, scalar = place + side.tensors, scalar + side.scalars
+        calls = tuple(side.directory for side in sides if side.direction == "inputs")
+        bare = frozenset(templates.keys() - filled)
+        return Plan(tuple(stored), with_bare_last(templates, bare), bare, calls, counts)
+
+
+def with_bare_last(templates: Templates, bare: Collection[str]) -> Templates:
+    """The templates, those named in ``bare`` sorted behind all others."""
+    if not bare:
+        return templates
+    first = {name: template for name, template in templates.items() if name not in bare}
+    return Templates(first | {name: templates[name] for name in sorted(bare)})

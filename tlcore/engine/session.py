@@ -1,0 +1,322 @@
+"""A capture session: one run, one sink, and the steps of the models attached to it."""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import logging
+import os
+import threading
+import weakref
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from ..config.configuration import Config
+from ..errors import CaptureError
+from ..layout import names
+from ..layout.structure import class_name
+from ..protocols import Sink
+from ..record import Counts, Json, RunInfo
+from .batch import Batch, StepEnd
+from .filters.modules import ModuleFilter
+from .filters.tensors import TensorFilter, known_devices
+from .hooks.collector import Collector
+from .hooks.listening import Listener, ListenerSet, Source, refuse_compiled
+from .hooks.row_filter import Cut, CuttingCollector
+from .new_run import make_sink, now
+from .pipeline.inspector import Inspection
+from .pipeline.processor import InlineExecutor, Processor, ThreadExecutor
+from .staging.host_memory import HostPool
+from .staging.stager import Stager
+
+log = logging.getLogger("tlcore")
+
+
+class Session:
+    """Captures the selected steps of one model into one run.
+
+    ``find_cut`` says which rows of a step's tensors are kept, where the configuration asks for a choice.
+    Opening the sink is the first thing that happens: BackendError says that the place cannot be
+    written before any hook exists. ``inline`` stores in the model's thread, for debugging.
+    """
+
+    def __init__(self, config: Config, run: RunInfo, sink: Sink | None = None, inline: bool = False) -> None:
+        devices = known_devices(config.device_names)
+        self.config = config
+        self.run = run
+        self._sink = sink if sink is not None else make_sink(config)
+        self._sink.open(run)
+        self._inline = inline
+        self._pid = os.getpid()
+        self._selector = ModuleFilter(config.module_call_match)
+        self._hooks: ListenerSet | None = None
+        self._source: Source | None = None
+        self._pipeline: InlineExecutor | ThreadExecutor | None = None
+        self._processor: Processor | None = None
+        self._next_step = 0
+        self._step: int | None = None
+        self._started = ""
+        self.captured_steps = 0
+        self._said_elsewhere = False
+        self._closed = False
+        self._lock = threading.RLock()
+        self._pool = HostPool(config.queue_bytes, config.on_full)
+        self._stager = Stager(self._pool, config.block_s)
+        self._examination = Inspection.of(config)
+        # Where tensors are looked at first, only then is it known which are stored.
+        at_once = None if self._examination.needed else config.max_run_bytes
+        tensors = TensorFilter(devices, config.max_tensor_size, at_once)
+        self.find_cut: Callable[[], Cut | None] = lambda: None
+        self._collector = self._make_collector(tensors)
+        atexit.register(self.close)
+        _live.add(self)
+
+    @property
+    def url(self) -> str:
+        """The run's directory, a path or URL that `tlcore.open_run` takes."""
+        return self.run.url
+
+    @property
+    def run_id(self) -> str:
+        """The run's UUIDv7."""
+        return self.run.run_id
+
+    @property
+    def ledger(self) -> Counts:
+        """What became of every captured tensor, up to the last step that was committed or failed."""
+        return self.run.ledger.snapshot()
+
+    @property
+    def waiting(self) -> str | None:
+        """What a sink that can wait for its place has not delivered yet, in words (built-in ones can)."""
+        text: str | None = getattr(self._sink, "waiting", None)
+        return text
+
+    @property
+    def failing(self) -> BaseException | None:
+        """Why the last step could not be stored; None once one is stored again."""
+        return self._processor.failing if self._processor is not None else None
+
+    @property
+    def queue_bytes(self) -> int:
+        """Bytes of memory that hold captured tensors which are not stored yet."""
+        return self._pool.in_flight
+
+    @property
+    def blocked_s(self) -> float:
+        """Seconds for which the model has waited for room in the queue."""
+        return self._pool.waited
+
+    def _make_collector(self, tensors: TensorFilter) -> Collector:
+        given = (self._stager, tensors, self._submit, self.config.capture)
+        if not self.config.cuts_rows:
+            return Collector(*given)
+        collector = CuttingCollector(*given)
+        collector.find_cut = lambda: self.find_cut()
+        return collector
+
+    def attach(self, model: nn.Module, source: Source | None = None) -> None:
+        """Plan the hooks for a model's submodules; the model itself is only the step's bracket.
+
+        ``source`` captures its modules by itself.
+
+        Raises CaptureError for a compiled model, or when another model is attached already.
+        """
+        if self._pipeline is not None:
+            raise CaptureError("this session has a model already; open another session for a second model")
+        refuse_compiled(model)
+        elsewhere = () if source is None else source.modules
+        modules = {name: module for name, module in model.named_modules() if name}
+        directory = functools.partial(_call_directory, frozenset(modules))
+        listeners: dict[nn.Module, Listener] = {}
+        for name, module in modules.items():
+            wanted = self._selector.calls(name)
+            if wanted is not None and module is not model and module not in elsewhere:
+                post_inputs = self.config.log_post_fwd_inputs
+                listeners[module] = Listener(name, module, wanted, self._collector, directory, post_inputs)
+        if not listeners and not elsewhere:
+            log.warning(
+                "no module of %s matches module_call_match; nothing will be stored", class_name(model)
+            )
+        self._hooks = ListenerSet(listeners)
+        self._source = source
+        for device in {parameter.device for parameter in model.parameters()}:
+            self._stager.reserve(device)
+        self._processor = Processor(self._sink, self._pool, self.run.ledger, self.run.rank, self._examination)
+        self._pipeline = (InlineExecutor if self._inline else ThreadExecutor)(self._processor)
+
+    def begin_step(self, step: int | None = None, wanted: bool = True) -> bool:
+        """Start a step (the next number when None); True when it is captured, its hooks alive now.
+
+        A step that is not ``wanted`` is only counted. Where the configuration cuts rows, ``find_cut`` is
+        asked within the step what to keep.
+        """
+        with self._lock:
+            if self._closed or self._hooks is None:
+                return False
+            if self._step is not None:
+                self.end_step(extra={"error": "the step was cut short"})
+            number = self._next_step if step is None else step
+            if number < self._next_step:
+                raise CaptureError(f"step {number} has been; the next one is {self._next_step} or later")
+            self._next_step = number + 1
+            if not (wanted and self.config.selects_step(number)):
+                return False
+            self._step = number
+            self._started = now()
+            self._collector.begin_step(number)
+            self._hooks.install()
+            if self._source is not None:
+                self._source.begin_step(self._collector)
+            return True
+
+    def end_step(
+        self,
+        rows: Sequence[Json] | None = None,
+        extra: Mapping[str, Any] | None = None,
+        error: BaseException | None = None,
+    ) -> None:
+        """End the step that `begin_step` started and hand it over to be committed.
+
+        ``error`` is what ended the step early, if anything: what was captured until then is kept.
+        """
+        with self._lock:
+            if self._closed or self._step is None or self._hooks is None or self._pipeline is None:
+                return
+            number, self._step = self._step, None
+            self.captured_steps += 1
+            details = {**self._calls_elsewhere(self._hooks), **(extra or {})}
+            if self.config.selects_step(number + 1):
+                self._hooks.rest()
+            else:
+                self._hooks.remove()
+            if error is not None:
+                details["error"] = class_name(error)
+            ended = now()
+            problem = None if self._source is None else self._source.end_step()
+            if problem is not None:
+                details.setdefault("error", problem)
+            self._collector.end_step()
+            end = StepEnd(number, self._started, ended, rows, details)
+            self._pipeline.submit(end)
+            if not self.config.selects_any_after(number):
+                self._give_memory_back()
+
+    def _calls_elsewhere(self, hooks: ListenerSet) -> Json:
+        """What `step.json` says of calls in other threads; the log says it once."""
+        calls = hooks.elsewhere
+        if not calls:
+            return {}
+        if not self._said_elsewhere:
+            self._said_elsewhere = True
+            log.warning(
+                "%d calls in other threads than the step's own are not captured, of %s; step.json counts"
+                " them (calls_in_other_threads)",
+                sum(calls.values()),
+                ", ".join(list(calls)[:3]) + (", ..." if len(calls) > 3 else ""),
+            )
+        return {"calls_in_other_threads": calls}
+
+    def _say_what_was_silent(self, hooks: ListenerSet) -> None:
+        # A rank has not all modules, and a source tells what it missed by itself.
+        if not self.captured_steps or self._source is not None or self.run.world_size > 1:
+            return
+        for text in self._selector.silent(hooks.heard):
+            log.warning(
+                "module_call_match %r: no call that it selects was made within a captured step, so nothing"
+                " of it is in the run %s",
+                text,
+                self.run.shown_url,
+            )
+
+    def _give_memory_back(self) -> None:
+        # Before Python finds out that nobody needs the session any more.
+        self._pool.retire()
+        self._stager.leave()
+
+    def _submit(self, batch: Batch) -> None:
+        if self._pipeline is not None:
+            self._pipeline.submit(batch)
+
+    def step_aside(self) -> None:
+        """Take the hooks away until the next selected step; for whoever compiles between two steps."""
+        with self._lock:
+            if self._step is None and self._hooks is not None:
+                self._hooks.remove()
+
+    def flush(self) -> None:
+        """Wait until every step that has ended is stored or booked as failed."""
+        if self._pipeline is not None and not self._closed:
+            self._pipeline.flush()
+
+    def detach(self) -> None:
+        """Stop capturing and take the hooks away; what is queued is stored by `close`. Safe to repeat."""
+        with self._lock:
+            self.end_step(extra={"error": "the session was closed in the step"})
+            if self._hooks is not None:
+                self._hooks.remove()
+                self._hooks = None
+
+    def close(self) -> None:
+        """End the run: finish what is queued, write ``run.json``, log the ledger. Safe to repeat.
+
+        Raises CaptureError when something could not be stored and ``on_error`` is ``"raise"``.
+        """
+        if os.getpid() != self._pid:
+            return
+        with self._lock:
+            if self._closed:
+                return
+            self.end_step(extra={"error": "the session was closed in the step"})
+            self._closed = True
+            self._give_memory_back()
+        atexit.unregister(self.close)
+        if self._hooks is not None:
+            self._hooks.remove()
+            self._say_what_was_silent(self._hooks)
+        if self._pipeline is not None:
+            self._pipeline.close()
+        else:
+            self._sink.close()
+        counts = self.ledger
+        log.info(
+            "run %s: captured %d = stored %d + skipped %d + dropped %d + failed %d %s",
+            self.run.shown_url, counts.captured, counts.stored, counts.skipped, counts.dropped, counts.failed,
+            dict(sorted(counts.reasons.items())) or "",
+        )  # fmt: skip
+        if self.captured_steps and not counts.captured:
+            log.warning(
+                "no tensor was captured in %d steps; device_names or module_call_match leave out everything",
+                self.captured_steps,
+            )
+        first = self._processor.first_error if self._processor else None
+        if first is not None and self.config.on_error == "raise":
+            lost = f"{counts.failed} tensors could not be stored" if counts.failed else "closing failed"
+            raise CaptureError(f"{lost}: {first}") from first
+
+    def abandon(self) -> None:
+        """Stop capturing without storing anything: what a forked child does with its parent's session.
+
+        The pipeline's thread does not exist there, and the run belongs to the parent.
+        """
+        self._closed = True
+        if self._hooks is not None:
+            self._hooks.remove()
+
+
+def _call_directory(module_names: frozenset[str], module: str, call: int) -> str:
+    return names.call_dir(module, call, module_names)
+
+
+_live: weakref.WeakSet[Session] = weakref.WeakSet()
+
+
+def _abandon_all() -> None:
+    for session in list(_live):
+        session.abandon()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_abandon_all)

@@ -1,0 +1,1 @@
+"""The staged copy of a tensor. Private."""

@@ -1,0 +1,1 @@
+"""Whole runs: rewritten, shown as a file system, removed. Private."""

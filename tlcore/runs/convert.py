@@ -1,0 +1,153 @@
+"""Rewriting a stored run into another backend, without loss: there and back gives the same bytes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from ..config.configuration import Config
+from ..errors import ConfigError, ReadError, VerifyError
+from ..layout.names import is_url, rank_suffix, redact_url
+from ..protocols import Sink
+from ..reader import MissingError, Run, Step, is_run
+from ..reader.bulk import Payload, read_payloads
+from ..reader.files import RUN_FILE, store_at
+from ..reader.shard_check import overlapping
+from ..reader.step import counts_of
+from ..record import Ledger, Origin, Record, RunInfo, StepSummary
+from ..registry import resolve
+
+# Records are handed over in batches: a remote place gets many at a time, the local disk what the cache holds.
+_REMOTE_BATCH_BYTES = 64 << 20
+_LOCAL_BATCH_BYTES = 16 << 20
+_OF_EVERY_STEP = frozenset(
+    (
+        "layout",
+        "step",
+        "rank",
+        "started",
+        "ended",
+        "ledger",
+        "calls",
+        "records",
+        "rows",
+        "structures",
+        "shards",
+    )
+)
+
+
+def convert(source: Run, config: Config, on_tensor: Callable[[], None] = lambda: None) -> str:
+    """Write ``source`` into ``config.output_dir`` with ``config.backend``; returns the new run's URL.
+
+    The run keeps its id. ``on_tensor`` is called after each tensor, whose hash is checked on the way.
+    What fails half-way reads as an incomplete run. Raises ReadError for a run that is not complete or a
+    place that already holds it, VerifyError for damage, ConfigError for a backend that is not built in,
+    BackendError when the place cannot be written.
+    """
+    if resolve(config.backend).origin != "built-in":
+        raise ConfigError("$.backend", f"convert writes built-in backends only, not {config.backend!r}.")
+    if source.state != "complete":
+        raise ReadError(f"{source.url}: the run is not complete, so it cannot be converted")
+    url = f"{config.output_dir.rstrip('/')}/{source.id}"
+    storage_options = config.backend_options.get("storage_options")
+    if _is_taken(url, storage_options):
+        raise ReadError(f"{redact_url(url)}: already holds a run; convert into another directory")
+    for rank in reversed(range(source.world_size)):
+        sink = resolve(config.backend).factory(**config.backend_options)
+        _convert_rank(source, sink, url, rank, on_tensor)
+    _restore_documents(source, url, storage_options)
+    return url
+
+
+def _is_taken(url: str, storage_options: Mapping[str, Any] | None) -> bool:
+    try:
+        return is_run(url, storage_options)
+    except MissingError:
+        return False
+
+
+def _convert_rank(source: Run, sink: Sink, url: str, rank: int, on_tensor: Callable[[], None]) -> None:
+    sink.open(RunInfo(source.id, url, rank, source.world_size, source.document, Ledger()))
+    batch_bytes = _REMOTE_BATCH_BYTES if is_url(url) else _LOCAL_BATCH_BYTES
+    for step in source.values():
+        overlap = overlapping(step.documents[rank])
+        if overlap is not None:
+            raise ReadError(f"{source.url}: {overlap}")
+        for batch in _batches(source, step, rank, batch_bytes):
+            sink.write(batch)
+            for _ in batch:
+                on_tensor()
+        sink.commit_step(summary_of(step, rank))
+    sink.close()
+
+
+def _batches(source: Run, step: Step, rank: int, batch_bytes: int) -> Iterator[list[Record]]:
+    """The records of a step in the order they were stored, about ``batch_bytes`` at a time."""
+    batch: list[Record] = []
+    size = 0
+    hashes: dict[str, Any] = {}
+    for stored in read_payloads(source.files, step.documents[rank]["records"], keep=True):
+        record = _record(step, rank, stored)
+        if record.alias_of is not None and hashes.get(record.alias_of) != record.hash:
+            raise ReadError(f"step {step.number}: {record.name} is no alias of {record.alias_of!r}")
+        hashes[record.name] = record.hash
+        batch.append(record)
+        size += record.nbytes
+        if size >= batch_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _record(step: Step, rank: int, stored: Payload) -> Record:
+    entry = stored.record
+    if stored.problem is not None:
+        raise ReadError(stored.problem)
+    if entry["hash"] != f"xxh3-128:{stored.digest}":
+        raise VerifyError([f"{entry['name']}: xxh3-128:{stored.digest}, step.json says {entry['hash']}"])
+    origin = Origin(
+        rank,
+        entry["module"],
+        entry["call"],
+        entry["direction"],
+        tuple(entry["path"]),
+        getattr(torch, entry["dtype"]),
+        tuple(entry["shape"]),
+        entry["device"],
+    )
+    return Record(entry["name"], step.number, origin, stored.data, stored.digest, entry.get("alias_of"))
+
+
+def summary_of(step: Step, rank: int) -> StepSummary:
+    """All of a rank's step that is not tensor bytes, as the capture handed it over."""
+    document = step.documents[rank]
+    return StepSummary(
+        step=step.number,
+        rank=rank,
+        calls=document["calls"],
+        structures=step.structures(rank),
+        counts=counts_of(document, f"step {step.number}"),
+        started=str(document.get("started", "")),
+        ended=str(document.get("ended", "")),
+        rows=document.get("rows"),
+        extra={key: value for key, value in document.items() if key not in _OF_EVERY_STEP},
+    )
+
+
+def _restore_documents(source: Run, url: str, storage_options: Mapping[str, Any] | None) -> None:
+    """Put back what the sinks cannot know: when the run was closed, and with which ledger."""
+    store = store_at(url, storage_options)
+    for rank in range(1, source.world_size):
+        marker = f"close{rank_suffix(rank)}.json"
+        store.put(marker, [_text(source.json(marker))])
+    written = json.loads(store.get(RUN_FILE))
+    store.put(RUN_FILE, [_text({**source.document, "backend": written["backend"]})])
+
+
+def _text(document: Any) -> bytes:
+    return (json.dumps(document, indent=1) + "\n").encode()
