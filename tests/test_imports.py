@@ -1,4 +1,4 @@
-"""The direction of imports, read from the syntax tree: lower layers never import higher ones."""
+"""The direction of imports, read from the syntax tree: no room imports one above it, and none in a circle."""
 
 from __future__ import annotations
 
@@ -9,26 +9,43 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-LAYERS: list[set[str]] = [
-    {"errors"},
-    {"names", "rendering"},
-    {"record"},
-    {"protocols"},
-    {"filters", "fingerprint", "forms", "jsontext", "registry", "schema", "statistics"}
-    | {"structure", "validation"},
-    {"device_statistics", "host_memory", "host_statistics", "sites"},
-    {"batch", "device_staging", "plans"},
-    {"examiner", "staging"},
-    {"pipeline"},
-    {"collector"},
-    {"cutting", "hooks", "reader"},
-    {"bracket", "runs"},
-    {"convert", "filesystem", "prune", "session"},
-    {"capture_context"},
-    {"__main__", "adapters", "cli", "compare_il", "comparison", "testing", "vllm"},
+FOLDERS = {"tlcore": ROOT / "tlcore", "tlcore_backends": ROOT / "backends" / "tlcore_backends"}
+FOLDERS["tlcore_schemas"] = ROOT / "schemas" / "tlcore_schemas"
+
+# A lower line never imports a higher one.
+ORDER: list[set[str]] = [
+    {"tlcore.hotpath", "tlcore.errors", "tlcore.locations", "tlcore._version", "tlcore_schemas"},
+    {"tlcore.layout"},
+    {"tlcore.statistics", "tlcore.ledger"},
+    {"tlcore.record"},
+    {"tlcore.protocols"},
+    {"tlcore.registry", "tlcore.config.validation"},
+    {"tlcore.config", "tlcore.reader", "tlcore_backends"},
+    {"tlcore.engine", "tlcore.analysis", "tlcore.runs"},
+    {"tlcore.adapters", "tlcore.viewer", "tlcore.cli", "tlcore.testing"},
+    {"tlcore", "tlcore.__main__", "tlcore.vllm", "tlcore.compare_il"},
 ]
-LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
-FOR_BACKENDS = {"errors", "names", "record", "rendering", "protocols"}
+ENGINE: list[set[str]] = [
+    {"filters"},
+    {"staging"},
+    {"calls", "batch"},
+    {"hooks", "pipeline"},
+    {"new_run"},
+    {"session"},
+    {"capture"},
+]
+VLLM: list[set[str]] = [{"internals", "carrier", "metrics"}, {"compiled", "frontend"}, {"worker"}]
+
+
+def level(name: str, order: list[set[str]], prefix: str = "") -> int | None:
+    """The line of the order that a dotted name belongs to; the most exact entry wins."""
+    parts = name.split(".")
+    for end in range(len(parts), 0, -1):
+        entry = ".".join(parts[:end])
+        for number, names in enumerate(order):
+            if entry in {prefix + each for each in names}:
+                return number
+    return None
 
 
 def imports(file: Path, package: str) -> Iterator[str]:
@@ -43,69 +60,120 @@ def imports(file: Path, package: str) -> Iterator[str]:
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-def sources(folder: Path) -> list[tuple[Path, str]]:
-    """Each Python file below a folder, with the dotted name of the package it is in."""
-    return [
-        (file, ".".join(file.relative_to(folder.parent).parent.parts))
-        for file in sorted(folder.rglob("*.py"))
+def sources() -> dict[str, tuple[Path, bool]]:
+    """Every module of ours by its dotted name: its file, and whether it is a package."""
+    found = {}
+    for top, folder in FOLDERS.items():
+        for file in sorted(folder.rglob("*.py")):
+            parts = [top, *file.relative_to(folder).with_suffix("").parts]
+            package = parts[-1] == "__init__"
+            found[".".join(parts[:-1] if package else parts)] = (file, package)
+    return found
+
+
+SOURCES = sources()
+
+
+def targets(module: str) -> set[str]:
+    """The modules of ours that a module imports."""
+    file, is_package = SOURCES[module]
+    found = set()
+    for name in imports(file, module if is_package else module.rpartition(".")[0]):
+        parts = name.split(".")
+        while parts and ".".join(parts) not in SOURCES:
+            parts.pop()
+        if parts:
+            found.add(".".join(parts))
+    return found - {module}
+
+
+EDGES = {module: targets(module) for module in SOURCES}
+
+
+def assert_downwards(order: list[set[str]], prefix: str = "") -> None:
+    for module, imported in EDGES.items():
+        own = level(module, order, prefix)
+        for target in imported:
+            other = level(target, order, prefix)
+            if own is not None and other is not None:
+                assert other <= own, f"{module} imports {target} from a higher room"
+
+
+def test_every_module_has_its_line_in_the_order() -> None:
+    beside = [
+        module
+        for module in SOURCES
+        if module.startswith("tlcore.") and level(module, [*ORDER[:-1], ORDER[-1] - {"tlcore"}]) is None
     ]
+    assert beside == []
 
 
-def test_every_module_of_the_engine_has_a_layer() -> None:
-    modules = {
-        path.stem
-        for path in (ROOT / "tlcore").iterdir()
-        if path.suffix == ".py" or (path / "__init__.py").exists()
-    }
-    assert modules - {"__init__"} <= set(LEVEL)
+def test_imports_point_downwards() -> None:
+    assert_downwards(ORDER)
 
 
-@pytest.mark.parametrize("layer", sorted(set(LEVEL)))
-def test_the_engine_imports_downwards(layer: str) -> None:
-    for file, package in sources(ROOT / "tlcore"):
-        parts = file.relative_to(ROOT / "tlcore").with_suffix("").parts
-        if parts[0] != layer:
-            continue
-        for name in imports(file, package):
-            top, _, rest = name.partition(".")
-            target = rest.partition(".")[0]
-            assert top != "tlcore_backends", f"{file} imports {name}: backends are found by name"
-            if top == "tlcore" and target in LEVEL and target != layer:
-                assert LEVEL[target] <= LEVEL[layer], f"{file} imports {name} from a higher layer"
+def test_inside_the_engine_imports_point_downwards() -> None:
+    assert_downwards(ENGINE, "tlcore.engine.")
 
 
-def test_modules_of_one_layer_do_not_import_each_other_in_a_circle() -> None:
-    edges: dict[str, set[str]] = {name: set() for name in LEVEL}
-    for file, package in sources(ROOT / "tlcore"):
-        own = file.relative_to(ROOT / "tlcore").with_suffix("").parts[0]
-        targets = {name.split(".")[1] for name in imports(file, package) if name.startswith("tlcore.")}
-        edges.setdefault(own, set()).update((targets & set(LEVEL)) - {own})
-    while leaves := {name for name, targets in edges.items() if not targets}:
-        edges = {name: targets - leaves for name, targets in edges.items() if name not in leaves}
+def test_inside_the_vllm_adapter_imports_point_downwards() -> None:
+    assert_downwards(VLLM, "tlcore.adapters.vllm.")
+
+
+def test_modules_do_not_import_each_other_in_a_circle() -> None:
+    # The public door names everything for type checkers, and loads it on first use.
+    edges = {name: found - {"tlcore"} for name, found in EDGES.items() if name != "tlcore"}
+    while leaves := {name for name, found in edges.items() if not found}:
+        edges = {name: found - leaves for name, found in edges.items() if name not in leaves}
     assert edges == {}
 
 
-def test_backends_import_only_the_contracts() -> None:
-    for file, package in sources(ROOT / "backends" / "tlcore_backends"):
-        for name in imports(file, package):
-            if name.split(".")[0] == "tlcore":
-                assert name.split(".")[1] in FOR_BACKENDS, f"{file} imports {name}"
+@pytest.mark.parametrize("folder", ["tlcore.engine", "tlcore.adapters.vllm", "tlcore.analysis"])
+def test_folders_do_not_import_each_other_in_a_circle(folder: str) -> None:
+    depth = folder.count(".") + 2
+    edges: dict[str, set[str]] = {}
+    for module, imported in EDGES.items():
+        if module.startswith(f"{folder}."):
+            room = ".".join(module.split(".")[:depth])
+            rooms = {".".join(each.split(".")[:depth]) for each in imported if each.startswith(f"{folder}.")}
+            edges.setdefault(room, set()).update(rooms - {room})
+    while leaves := {name for name, found in edges.items() if not found & edges.keys()}:
+        edges = {name: found - leaves for name, found in edges.items() if name not in leaves}
+    assert edges == {}
+
+
+def test_hooks_and_pipeline_never_import_each_other() -> None:
+    for one, other in (("hooks", "pipeline"), ("pipeline", "hooks")):
+        for module, imported in EDGES.items():
+            if module.startswith(f"tlcore.engine.{one}"):
+                assert not [name for name in imported if name.startswith(f"tlcore.engine.{other}")], module
+
+
+def test_the_hot_path_imports_nothing_of_ours() -> None:
+    for module, imported in EDGES.items():
+        if module.startswith("tlcore.hotpath"):
+            assert not [name for name in imported if not name.startswith("tlcore.hotpath")], module
+
+
+def test_the_engine_and_the_reader_name_no_backend() -> None:
+    for module, imported in EDGES.items():
+        if module.startswith(("tlcore.engine", "tlcore.reader")):
+            assert not [name for name in imported if name.startswith("tlcore_backends")], module
+
+
+def test_no_public_name_is_a_module() -> None:
+    for name in ("capture", "compare", "stats", "open_run", "register_sink"):
+        assert f"tlcore.{name}" not in SOURCES
 
 
 def test_schemas_import_nothing_of_ours() -> None:
-    for file, package in sources(ROOT / "schemas" / "tlcore_schemas"):
-        assert not [
-            name for name in imports(file, package) if name.startswith(("tlcore.", "tlcore_backends"))
-        ]
+    for module, imported in EDGES.items():
+        if module.startswith("tlcore_schemas"):
+            assert not [name for name in imported if not name.startswith("tlcore_schemas")], module
 
 
 def test_only_the_vllm_adapter_imports_vllm() -> None:
-    for folder in (
-        ROOT / "tlcore",
-        ROOT / "backends" / "tlcore_backends",
-        ROOT / "schemas" / "tlcore_schemas",
-    ):
-        for file, package in sources(folder):
-            if ROOT / "tlcore" / "adapters" / "vllm" in file.parents:
-                continue
-            assert not [name for name in imports(file, package) if name.split(".")[0] == "vllm"], file
+    for module, (file, is_package) in SOURCES.items():
+        if not module.startswith("tlcore.adapters.vllm"):
+            package = module if is_package else module.rpartition(".")[0]
+            assert not [name for name in imports(file, package) if name.split(".")[0] == "vllm"], module

@@ -5,9 +5,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from ._version import __version__
 from .adapters.vllm import install_import_hook
-
-__version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from .analysis import compare, stats

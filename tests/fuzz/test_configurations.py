@@ -15,8 +15,8 @@ from jsonschema import Draft202012Validator
 import tlcore_schemas
 from tests.fuzz.settings import cases
 from tlcore.config.configuration import check_config, load_config
+from tlcore.config.patterns import parse_pattern
 from tlcore.config.validation import coerce
-from tlcore.engine.filters.modules import parse_pattern
 from tlcore.errors import ConfigError
 
 pytestmark = pytest.mark.slow

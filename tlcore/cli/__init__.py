@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
 
-from .. import __version__
+from .._version import __version__
 
 # Each module has HELP, configure(parser) and run(args). The text here keeps `--help` from loading them.
 COMMANDS = {

@@ -11,11 +11,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
-from ..engine.filters.modules import check_regex, parse_pattern
 from ..errors import ConfigError
 from ..layout.jsontext import parse_json
 from ..layout.names import REDACTED, is_url, redact_url
 from ..registry import Backend, resolve
+from .patterns import check_regex, parse_pattern
 from .validation import coerce, plain, problems, unknown_key
 
 

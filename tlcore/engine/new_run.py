@@ -12,7 +12,8 @@ from collections.abc import Mapping
 
 import torch
 
-from .. import __version__, registry
+from .. import registry
+from .._version import __version__
 from ..config.configuration import Config
 from ..errors import ConfigError
 from ..layout.names import is_url

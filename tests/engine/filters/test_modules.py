@@ -8,7 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tlcore.engine.filters.modules import ModuleFilter, parse_pattern
+from tlcore.config.patterns import parse_pattern
+from tlcore.engine.filters.modules import ModuleFilter
 from tlcore.errors import ConfigError
 
 NAMES = st.from_regex(r"[a-z]{1,5}(\.[a-z0-9_]{1,5}){0,3}", fullmatch=True)

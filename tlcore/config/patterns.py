@@ -1,0 +1,39 @@
+"""The patterns of a configuration: regular expressions, some with the index of a call behind them."""
+
+from __future__ import annotations
+
+import re
+
+from ..errors import ConfigError
+
+# A colon after an even number of backslashes is not escaped.
+_CALL_INDEX = re.compile(r"(?<!\\)(?P<slashes>(?:\\\\)*):(?P<index>[0-9]+)\Z")
+
+
+def parse_pattern(text: str, path: str = "$.module_call_match") -> tuple[re.Pattern[str], int | None]:
+    r"""Split a pattern into its regular expression and its call index (None = every call).
+
+    A trailing ``:3`` is a call index; ``\:3``, ``(?:3)`` and ``[:3]`` are not. Raises ConfigError at
+    ``path`` with the regex engine's message and position.
+    """
+    whole = check_regex(text, path)
+    found = _CALL_INDEX.search(text)
+    if found is None:
+        return whole, None
+    try:
+        index = int(found["index"])
+    except ValueError as error:
+        raise ConfigError(path, f"the pattern is too large to use: {error}.") from None
+    return check_regex(text[: found.end("slashes")], path), index
+
+
+def check_regex(text: str, path: str) -> re.Pattern[str]:
+    """A regular expression. Raises ConfigError at ``path`` with the regex engine's message and position."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        where = "" if error.pos is None else f" at position {error.pos}"
+        problem = f"{text!r} is not a regular expression: {error.msg}{where}."
+        raise ConfigError(path, problem, "See Python's re module for the syntax.") from None
+    except (OverflowError, RecursionError, ValueError) as error:
+        raise ConfigError(path, f"the pattern is too large to use: {error}.") from None
