@@ -13,7 +13,9 @@ from typing import Any
 from ..errors import ReadError
 from ..layout.names import is_url
 from ..reader import Run, open_run
-from .matching.match import Pair, Rules, compiled_patterns, match, positions, renames
+from .matching.match import match
+from .matching.pairs import Pair
+from .matching.rules import Rules, compiled_patterns, positions, renames
 from .measure import Tolerance
 from .results import Comparison, Origin, TensorResult
 from .schedule import in_order

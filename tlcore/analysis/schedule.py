@@ -9,7 +9,7 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 
 from ..reader import Run
-from .matching.match import Pair, Source
+from .matching.pairs import Located, Pair
 from .results import TensorResult
 from .work import Task, compare_pairs, result_of
 
@@ -125,7 +125,7 @@ def _identity(pair: Pair, runs: tuple[Run, Run]) -> Identity | None:
     return (len(pair.a.records), described, rows)
 
 
-def _held(run: Run, source: Source) -> bool:
+def _held(run: Run, source: Located) -> bool:
     step = run.step(source.step)
     return all(step.holds(name) for name in source.names)
 

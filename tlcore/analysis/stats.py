@@ -17,7 +17,8 @@ from ..reader import Run, Step, open_run
 from ..record import Direction, Json
 from ..statistics.stored import Statistics, summarize_pieces
 from .frames import data_frame
-from .matching.match import Rules, compiled_patterns, keyed
+from .matching.keyed import keyed
+from .matching.rules import Rules, compiled_patterns
 from .matching.unstored import skipped
 from .measure import CHUNK
 from .origin import Birth, Seen, birth, entered_in

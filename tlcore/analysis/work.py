@@ -14,7 +14,7 @@ import torch
 from ..errors import ReadError
 from ..reader import Payload, Run, open_run
 from ..record import Json
-from .matching.match import Pair, Piece, Source
+from .matching.pairs import Located, Pair, Piece
 from .measure import CHUNK, EXACT, Sums, Tolerance
 from .results import Status, TensorResult
 
@@ -89,7 +89,7 @@ def compare_pair(task: Task, pair: Pair) -> list[TensorResult]:
 class Operand:
     """One side of a pair: a stored tensor, or the sum of several in float32."""
 
-    def __init__(self, run: Run, source: Source, stack: ExitStack) -> None:
+    def __init__(self, run: Run, source: Located, stack: ExitStack) -> None:
         step = run.step(source.step)
         self._payloads: list[Payload] = []
         for name in source.names:

@@ -12,9 +12,6 @@ from types import ModuleType
 
 from ..patching import when_imported
 
-PLUGIN = "tlcore"
-ENDPOINT = "tlcore.endpoint"
-
 
 def register() -> None:
     """Make vLLM accept the configuration and its workers follow it. Safe to repeat."""

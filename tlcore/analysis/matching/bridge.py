@@ -11,7 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
-from .match import Key, Source
+from .pairs import Key, Located
+from .rules import Rules
 
 Call = tuple[int, str, int, str]
 Kind = tuple[bool, int]
@@ -27,11 +28,11 @@ class Plan:
     renames: dict[Key, Key] = field(default_factory=dict)
     dropped: set[Key] = field(default_factory=set)
 
-    def apply(self, found: Mapping[Key, Source]) -> dict[Key, Source]:
+    def apply(self, found: Mapping[Key, Located]) -> dict[Key, Located]:
         """A step's tensors under their new keys, in the old order."""
         goals = {parts[0]: goal for goal, parts in self.sums.items()}
         used = {part for parts in self.sums.values() for part in parts}
-        result: dict[Key, Source] = {}
+        result: dict[Key, Located] = {}
         for key, source in found.items():
             parts = self.sums.get(goals[key], ()) if key in goals else ()
             if parts and all(part in found for part in parts):
@@ -41,8 +42,18 @@ class Plan:
         return result
 
 
+def bridged(
+    mine: dict[Key, Located], theirs: dict[Key, Located], rules: Rules
+) -> tuple[dict[Key, Located], dict[Key, Located]]:
+    """Both sides' tensors with split ones added and differing paths made equal, if the rules ask for it."""
+    if not rules.bridges:
+        return mine, theirs
+    plan_a, plan_b = bridge(mine, theirs, rules.sums)
+    return plan_a.apply(mine), plan_b.apply(theirs)
+
+
 def bridge(
-    mine: Mapping[Key, Source], theirs: Mapping[Key, Source], sums: Sequence[int]
+    mine: Mapping[Key, Located], theirs: Mapping[Key, Located], sums: Sequence[int]
 ) -> tuple[Plan, Plan]:
     """How A's and B's tensors of each call correspond where their paths or parts differ.
 
@@ -59,7 +70,7 @@ def bridge(
     return plans
 
 
-def _by_call(found: Mapping[Key, Source]) -> dict[Call, dict[Key, Kind]]:
+def _by_call(found: Mapping[Key, Located]) -> dict[Call, dict[Key, Kind]]:
     calls: dict[Call, dict[Key, Kind]] = defaultdict(dict)
     for key, source in found.items():
         record = source.records[0]
@@ -121,7 +132,7 @@ def _hidden(plan: Plan, side: Mapping[Key, Kind], goals: set[Key]) -> list[Key]:
     return [key for key in side if key in goals and key in moved and key not in used]
 
 
-def _added(sources: Sequence[Source]) -> Source:
+def _added(sources: Sequence[Located]) -> Located:
     names = tuple(name for source in sources for name in source.names)
     records = tuple(record for source in sources for record in source.records)
-    return Source(sources[0].step, names, records, sources[0].unshard)
+    return Located(sources[0].step, names, records, sources[0].unshard)

@@ -12,8 +12,10 @@ from ...reader import Step
 from ...record import Json
 from ..results import TensorResult
 from .bridge import Plan, bridge
-from .match import Key, Pair, Piece, Rules, Source, absent, keyed
+from .keyed import keyed
+from .pairs import Key, Located, Pair, Piece, absent
 from .prompts import pair_requests
+from .rules import Rules
 
 _LARGEST = 1 << 50
 
@@ -22,7 +24,7 @@ _LARGEST = 1 << 50
 class _Span:
     """The rows ``begin`` to ``begin + count`` of a source, which are positions ``first`` onwards."""
 
-    source: Source
+    source: Located
     request: str
     begin: int
     count: int
@@ -72,7 +74,7 @@ def match_requests(
     return pairs, missing, [*notes, *_notes(unaligned)]
 
 
-def _in_order(spans: dict[tuple[Key, str], list[_Span]]) -> list[Source]:
+def _in_order(spans: dict[tuple[Key, str], list[_Span]]) -> list[Located]:
     return list({id(span.source): span.source for each in spans.values() for span in each}.values())
 
 
@@ -83,16 +85,16 @@ def _notes(unaligned: Sequence[str]) -> list[str]:
     return [f"{len(unaligned)} tensors have no row per token and were not compared, such as {shown}"]
 
 
-def _merged(steps: Sequence[tuple[Step, dict[Key, Source]]]) -> dict[Key, Source]:
+def _merged(steps: Sequence[tuple[Step, dict[Key, Located]]]) -> dict[Key, Located]:
     """Each key that any step has, with the tensor of the first."""
-    merged: dict[Key, Source] = {}
+    merged: dict[Key, Located] = {}
     for _, found in steps:
         merged = {**found, **merged}
     return merged
 
 
 def _spans(
-    steps: Sequence[tuple[Step, dict[Key, Source]]],
+    steps: Sequence[tuple[Step, dict[Key, Located]]],
     plan: Plan,
     labels: Mapping[str, str],
     unaligned: list[str],
@@ -119,7 +121,7 @@ def _is_row(row: Json) -> bool:
     return named and all(type(number) is int and 0 <= number < _LARGEST for number in numbers)
 
 
-def _rows_of(source: Source, rows: Sequence[Json], labels: Mapping[str, str]) -> Iterator[_Span]:
+def _rows_of(source: Located, rows: Sequence[Json], labels: Mapping[str, str]) -> Iterator[_Span]:
     shape = source.records[0]["shape"]
     total = max((row["first_row"] + row["rows"] for row in rows), default=0)
     if not shape or not rows:

@@ -8,7 +8,7 @@ from typing import Any
 from ...layout.names import PathKey
 from ...reader import Step
 from ...record import Json
-from .match import Rules
+from .rules import Rules
 
 _LONGEST = 40
 _TENSOR = "tensor"

@@ -9,7 +9,9 @@ from ...layout.names import PathKey
 from ...reader import Step
 from ...record import Json
 from ..results import TensorResult
-from .match import Key, Rules, keyed, renamed
+from .keyed import keyed, renamed
+from .pairs import Key
+from .rules import Rules
 
 
 def skipped(step: Step, rules: Rules, rename: bool) -> dict[Key, str]:

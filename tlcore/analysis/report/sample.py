@@ -12,7 +12,7 @@ import numpy.typing as npt
 import torch
 
 from ...reader import Run
-from ..matching.match import Pair, Piece
+from ..matching.pairs import Pair, Piece
 from ..work import Operand, chunks
 
 Array = npt.NDArray[Any]

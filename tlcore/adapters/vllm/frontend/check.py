@@ -15,8 +15,8 @@ from ....engine.new_run import absolute_location, new_run_id
 from ....errors import BackendError, CaptureError, ConfigError
 from ....layout.names import is_url
 from ....registry import resolve
-from .. import ENDPOINT, PLUGIN
 from ..carrier import KEY, Carrier, carried, is_carrier
+from ..plugins import ENDPOINT, PLUGIN
 from .probe import probe
 from .shutdown import give_workers_time
 

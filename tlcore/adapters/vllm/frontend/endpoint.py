@@ -22,7 +22,7 @@ from ....errors import BackendError, CaptureError, ConfigError, TlcoreError
 from ....layout.names import is_url
 from ....record import Json
 from ....registry import resolve
-from .. import ENDPOINT
+from ..plugins import ENDPOINT
 from .attach import POLL_S, START, STATUS, STOP, Status, merged, prepare
 
 log = logging.getLogger("vllm.tlcore")

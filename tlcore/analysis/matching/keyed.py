@@ -1,0 +1,65 @@
+"""A step's tensors by what they are: rank, module, call, direction and path."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+
+from ...reader import Step
+from ...record import Json
+from .pairs import Key, Located
+from .rules import Rename, Rules
+
+
+def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Located]:
+    """A step's tensors by what they are, in order of execution (ranks side by side).
+
+    Records stand in ``step.json`` in the order in which they came about: inputs at entry, outputs at
+    return, so a child's output before its parent's.
+    """
+    calls = renamed(rules, rename)
+    found: dict[Key, Located] = {}
+    for rank, record in _ordered(step, rules.unshard):
+        module, call = calls.of(rank, str(record["module"]), int(record["call"]))
+        if rules.modules and not any(pattern.search(module) for pattern in rules.modules):
+            continue
+        key = (rank, module, call, str(record["direction"]), tuple(record["path"]))
+        found[key] = Located(step.number, (str(record["name"]),), (record,), rules.unshard)
+    return found
+
+
+def _ordered(step: Step, unshard: bool) -> Iterator[tuple[int, Json]]:
+    """A step's records with their rank, or with the replica that they belong to."""
+    if unshard:
+        yield from ((step.replica(record["rank"]), record) for record in step.wholes)
+        return
+    place: dict[int, int] = defaultdict(int)
+    ordered: list[tuple[int, int, Json]] = []
+    for record in step.records:
+        rank = int(record["rank"])
+        ordered.append((place[rank], rank, record))
+        place[rank] += 1
+    yield from (entry[1:] for entry in sorted(ordered, key=lambda entry: entry[:2]))
+
+
+def renamed(rules: Rules, rename: bool) -> Calls:
+    """The names that a step's modules go by, with A's (``rename``) turned into B's."""
+    return Calls(rules.maps if rename else ())
+
+
+class Calls:
+    """Renames modules; calls of several modules that get one name are numbered in call order."""
+
+    def __init__(self, maps: Sequence[Rename]) -> None:
+        self._maps = maps
+        self._seen: dict[tuple[int, str], dict[tuple[str, int], int]] = defaultdict(dict)
+
+    def of(self, rank: int, module: str, call: int) -> tuple[str, int]:
+        """The module and call that one counts as."""
+        name = module
+        for pattern, replacement in self._maps:
+            name = pattern.sub(replacement, name)
+        calls = self._seen[rank, name]
+        if all(other == module for other, _ in calls):
+            return name, calls.setdefault((module, call), call)
+        return name, calls.setdefault((module, call), max(calls.values()) + 1)

@@ -1,0 +1,80 @@
+"""Pairs of tensors, or of their rows, that belong together, and what has no partner."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ...layout.names import PathKey
+from ...record import Json
+from ..results import TensorResult
+
+Key = tuple[int, str, int, str, tuple[PathKey, ...]]
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Rows of a tensor that belong to one request, or a whole tensor (``request`` is None)."""
+
+    request: str | None
+    rows: tuple[int, int] | None
+    first_position: int | None
+
+
+WHOLE = Piece(None, None, None)
+
+
+@dataclass(frozen=True, slots=True)
+class Located:
+    """Where one side of a pair lies: a step and one tensor in it, or two tensors to be added.
+
+    With ``unshard`` each name stands for the tensor that the ranks' parts make up.
+    """
+
+    step: int
+    names: tuple[str, ...]
+    records: tuple[Json, ...]
+    unshard: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """Two tensors to be compared, whole or piece by piece (of A, of B)."""
+
+    key: Key
+    a: Located
+    b: Located
+    pieces: tuple[tuple[Piece, Piece], ...] = ((WHOLE, WHOLE),)
+
+
+@dataclass(frozen=True, slots=True)
+class Matching:
+    """All pairs in order of execution in run A, and what cannot be paired.
+
+    ``left_out`` are tensors that exist and are no result: neither run stored them, or only one has them
+    and that is to be ignored.
+    """
+
+    pairs: Sequence[Pair]
+    missing: Sequence[TensorResult]
+    notes: Sequence[str]
+    left_out: Sequence[TensorResult] = ()
+
+
+def absent(key: Key, source: Located, side: int, request: str | None = None) -> TensorResult:
+    """The result for a tensor that only one side (0: A, 1: B) has."""
+    rank, module, call, _, path = key
+    name = source.names[0]
+    record = source.records[0]
+    return TensorResult(
+        status="missing",
+        step=source.step,
+        rank=rank,
+        module=module,
+        call=call,
+        direction=record["direction"],
+        path=path,
+        names=(None, name) if side else (name, None),
+        reason=f"only {'AB'[side]} has it",
+        request=request,
+    )

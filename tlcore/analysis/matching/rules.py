@@ -1,0 +1,72 @@
+"""What is paired and how: the rules of a comparison, read from what the user gave."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+from ...errors import ConfigError
+
+Rename = tuple[re.Pattern[str], str]
+
+
+@dataclass(frozen=True, slots=True)
+class Rules:
+    """What to pair and how: ``maps`` rename A's modules to B's, ``sums`` are output positions to add.
+
+    ``steps`` and ``modules`` limit the comparison (None: all); ``requests`` maps A's request ids to B's.
+    ``unshard`` compares the model's tensors, whichever ranks hold them, instead of each rank's own.
+    """
+
+    maps: tuple[Rename, ...] = ()
+    sums: tuple[int, ...] = ()
+    steps: frozenset[int] | None = None
+    modules: tuple[re.Pattern[str], ...] = ()
+    requests: tuple[tuple[str, str], ...] = ()
+    ignore_missing: bool = False
+    unshard: bool = False
+
+    @property
+    def bridges(self) -> bool:
+        """Whether two implementations are compared, whose calls take and return different structures."""
+        return bool(self.maps or self.sums)
+
+
+def renames(texts: str | Iterable[str]) -> tuple[Rename, ...]:
+    """``REGEX=REPLACEMENT`` texts, or a single one, as patterns. Raises ConfigError for one that is none."""
+    found: list[Rename] = []
+    for text in [texts] if isinstance(texts, str) else texts:
+        pattern, equals, replacement = text.rpartition("=")
+        if not equals:
+            raise ConfigError("--map", f"{text!r} is not REGEX=REPLACEMENT")
+        compiled = compiled_pattern(pattern, "--map")
+        try:
+            compiled.sub(replacement, "")
+            re.compile(f"{pattern}|").sub(replacement, "")
+        except (re.error, IndexError) as error:
+            raise ConfigError(
+                "--map", f"{replacement!r} is not a replacement for {pattern!r}: {error}"
+            ) from error
+        found.append((compiled, replacement))
+    return tuple(found)
+
+
+def positions(sums: Iterable[int]) -> tuple[int, ...]:
+    """Output positions to be added. Raises ConfigError for a text, whose characters are none."""
+    if isinstance(sums, str):
+        raise ConfigError("sums", f"{sums!r} is not a sequence of output positions, such as (0, 1)")
+    return tuple(sums)
+
+
+def compiled_patterns(texts: str | Iterable[str], where: str) -> tuple[re.Pattern[str], ...]:
+    """Regular expressions; a single text is one, as in the configuration. Raises ConfigError."""
+    return tuple(compiled_pattern(text, where) for text in ([texts] if isinstance(texts, str) else texts))
+
+
+def compiled_pattern(text: str, where: str) -> re.Pattern[str]:
+    """A regular expression. Raises ConfigError, naming ``where`` it was given, when it is none."""
+    try:
+        return re.compile(text)
+    except re.error as error:
+        raise ConfigError(where, f"{text!r} is not a regular expression: {error}") from error
