@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import suppress
 
 import pytest
 import torch
 
+from tests.amx import with_amx
+from tests.amx.sitecustomize import permit_amx
 from tests.deep import DEEP
 from tests.servers import SERVERS, Server
+from tests.waiting import tails, time_limit
+
+# For engines in this process, and in every one that it starts.
+permit_amx()
+os.environ["PYTHONPATH"] = with_amx(os.environ.get("PYTHONPATH"))
 
 # The tests that need a device run where there is little beside torch.
 with suppress(ImportError):
@@ -28,6 +35,43 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="runs in `make test-deep`"))
         if item.get_closest_marker("gpu") and not torch.cuda.is_available():
             item.add_marker(pytest.mark.skip(reason="needs a CUDA device"))
+
+
+def _seconds(item: pytest.Item) -> float:
+    """How long one phase of a test may take at the very most, on the slowest machine."""
+    if item.get_closest_marker("deep") or DEEP:
+        return 7200
+    return 1200 if item.get_closest_marker("slow") else 300
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_setup(item: pytest.Item) -> Generator[None, None, None]:
+    """No fixture waits for ever."""
+    with time_limit(_seconds(item), f"the setup of {item.name}"):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item: pytest.Item) -> Generator[None, None, None]:
+    """No test waits for ever."""
+    with time_limit(_seconds(item), item.name):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Generator[None, None, None]:
+    """No fixture waits for ever to end."""
+    with time_limit(_seconds(item), f"the end of {item.name}"):
+        return (yield)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """A test that failed shows what the servers said that it leaned on."""
+    report = yield
+    if report.failed:
+        report.sections += tails()
+    return report
 
 
 @pytest.fixture

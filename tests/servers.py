@@ -155,7 +155,7 @@ def install_azurite() -> Path:
                 str(made),
                 _AZURITE,
             ]
-            subprocess.run(command, check=True)
+            subprocess.run(command, check=True, timeout=1800)
             with suppress(OSError):  # Another process may have been first.
                 made.rename(target)
         finally:
@@ -185,7 +185,7 @@ def _running(command: list[str], directory: Path, server: Server, **environment:
             process.wait(10)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            process.wait(30)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], server: Server, log: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
-from .adapters.vllm.frontend.attach import Status, attach
+from .adapters.vllm.frontend.attach import attach
+from .adapters.vllm.status import Status
 
 __all__ = ["Status", "attach"]

@@ -163,7 +163,7 @@ print(run.url)
 def test_a_session_left_open_is_stored_when_the_process_ends(server: Server) -> None:
     options = {"name": "fsspec", "url": f"{server.url}/left-open", "storage_options": server.options}
     command = [sys.executable, "-c", LEFT_OPEN, json.dumps({"backend": options})]
-    ended = subprocess.run(command, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 0, ended.stderr
     found = content(open_store(ended.stdout.strip(), server.options), rows=False)
     assert found["state"] == "complete"

@@ -18,6 +18,7 @@ from torch import nn
 import tlcore
 from tests.sinks import MemorySink
 from tests.toys import Holder, hook_count, model
+from tests.waiting import join
 from tlcore.engine.new_run import new_run_id
 from tlcore.engine.pipeline import processor as pipeline
 
@@ -115,7 +116,7 @@ def test_another_thread_is_not_mixed_in(caplog: pytest.LogCaptureFixture) -> Non
         entered.wait(30)
         module(torch.ones(1))
         go_on.set()
-        other.join()
+        join(other)
     assert len(sink.steps) == 1
     assert sink.tensors["step_0/inner/outputs_cpu"].item() == 0
     assert "several threads" in caplog.text

@@ -125,7 +125,9 @@ def test_show_of_a_call(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_terminal_gets_a_drawn_table(run: Path) -> None:
     parent, child = pty.openpty()
     command = [sys.executable, "-m", "tlcore", "ls", str(run)]
-    subprocess.run(command, stdout=child, check=True, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"})
+    subprocess.run(
+        command, stdout=child, check=True, env={**os.environ, "TERM": "xterm", "COLUMNS": "120"}, timeout=120
+    )
     os.close(child)
     shown = os.read(parent, 1 << 16).decode()
     os.close(parent)

@@ -15,7 +15,7 @@ from tlcore.__main__ import main
 
 def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tlcore", *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False)
+    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=120)
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
@@ -25,7 +25,9 @@ def test_help_and_version_do_not_import_torch(flag: str) -> None:
         f"try: main([{flag!r}])\nexcept SystemExit as end: assert end.code == 0\n"
         "assert not {'torch', 'jsonschema', 'rich', 'numpy'} & set(sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=120
+    )
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -83,5 +85,5 @@ def test_an_error_is_one_line_and_exit_status_2(tmp_path: Path, capsys: pytest.C
 
 def test_a_reader_that_goes_away_is_no_error() -> None:
     command = f"{sys.executable} -m tlcore check-config '{{}}' | true; exit ${{PIPESTATUS[0]}}"
-    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False)
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True, check=False, timeout=120)
     assert (done.returncode, done.stderr) == (0, "")

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import tlcore
+from tests.amx import with_amx
 from tests.compat.engine_script import TOKENS
 from tests.compat.environments import RELEASES, REPOSITORY, python_of
 from tests.models import tiny_llama
@@ -24,6 +25,7 @@ ENVIRONMENT = {
     "VLLM_CPU_KVCACHE_SPACE": "1",
     "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
     "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": with_amx(None),
 }
 
 

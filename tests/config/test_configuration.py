@@ -348,7 +348,9 @@ def test_loading_a_configuration_does_not_import_torch() -> None:
         "import sys; from tlcore.config.configuration import load_config; load_config();"
         " print('torch' in sys.modules)"
     )
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
+    )
     assert done.stdout.strip() == "False"
 
 

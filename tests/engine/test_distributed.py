@@ -95,7 +95,7 @@ def run_two(mode: str, place: Path) -> list[dict[str, object]]:
     finally:
         for process in processes:
             process.kill()
-            process.wait()
+            process.wait(30)
     return found
 
 

@@ -16,6 +16,7 @@ from torch import nn
 import tlcore
 from tests.sinks import MemorySink
 from tests.toys import hook_count
+from tests.waiting import join
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 CALLS = ["0", "1", "2", "2.0"]
@@ -362,8 +363,7 @@ def test_many_threads_at_once_give_their_own_results(caplog: pytest.LogCaptureFi
         threads = [threading.Thread(target=work, args=(number,)) for number in range(8)]
         for thread in threads:
             thread.start()
-        for thread in threads:
-            thread.join()
+        join(threads)
     assert wrong == []
     assert capture.ledger.balanced and capture.ledger.failed == 0
     assert 1 <= len(sink.steps) <= 320

@@ -41,7 +41,7 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Path:
     target = tmp_path_factory.mktemp("site")
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--no-build-isolation"]
     command += ["--no-index", "--disable-pip-version-check", "--target", str(target), str(EXAMPLE)]
-    subprocess.run(command, check=True)
+    subprocess.run(command, check=True, timeout=120)
     return target
 
 
@@ -50,7 +50,7 @@ def python(installed: Path, *arguments: str) -> str:
     paths = (installed, ROOT, ROOT / "backends", ROOT / "schemas")
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(map(str, paths))}
     command = [sys.executable, *arguments]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, check=False, timeout=120)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     return ended.stdout
 

@@ -103,4 +103,4 @@ def workers(log: Path) -> Iterator[Workers]:
             yield Workers(process, errors)
         finally:
             process.kill()
-            process.communicate()
+            process.communicate(timeout=30)

@@ -238,4 +238,4 @@ def proxy_to(port: int) -> Iterator[Proxy]:
         proxy.released.set()
         proxy.shutdown()
         proxy.server_close()
-        thread.join()
+        thread.join(30)

@@ -77,11 +77,12 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         ["mount", "-t", "tmpfs", "-o", "size=1m,mode=700", "tmpfs", str(place)],
         capture_output=True,
         check=False,
+        timeout=120,
     )
     if mounted.returncode != 0:
         pytest.skip("needs the right to mount a tmpfs; test_a_file_size_limit covers the same path")
     yield place
-    subprocess.run(["umount", "-l", str(place)], check=True)
+    subprocess.run(["umount", "-l", str(place)], check=True, timeout=120)
 
 
 def fill(run: Path) -> None:
@@ -209,7 +210,7 @@ def test_a_sink_whose_every_call_fails_in_turn() -> None:
 def test_a_read_only_remount(format: str, small_disk: Path) -> None:
     def remount(how: str) -> None:
         # A mount point of its own, whatever the writer holds open at the moment.
-        subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True)
+        subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True, timeout=120)
 
     keys = {"output_dir": str(small_disk / "runs"), "backend": format, "block_s": BLOCK_S}
     outcome = capture(keys, 4, at(2, lambda run: remount("ro")))

@@ -18,6 +18,7 @@ from tests.deep import DEEP, scaled
 from tests.faults.helpers import Usage, files_below, usage_of
 from tests.faults.test_crash import assert_whole_file
 from tests.faults.vllm_server import Served, served
+from tests.waiting import join, wait_until
 
 pytestmark = pytest.mark.slow
 
@@ -38,11 +39,6 @@ def tokens_captured(run: tlcore.Run) -> dict[str, int]:
         for row in run.step(number).rows or ():
             total[row["request_id"]] = total.get(row["request_id"], 0) + row["rows"]
     return total
-
-
-def stop(server: Served, how: signal.Signals) -> None:
-    server.process.send_signal(how)
-    server.process.wait(STOP_S)
 
 
 def rounds_of_requests(server: Served) -> tuple[list[dict[str, Any] | None], Usage, Usage]:
@@ -78,8 +74,8 @@ def test_many_requests_at_once_and_an_interrupt_at_the_end(tmp_path: Path) -> No
     """SIGINT, as Ctrl-C sends it; the ledger is exact and the processes have not grown."""
     with served(tmp_path, CONFIG) as server:
         answers, settled, last = rounds_of_requests(server)
-        stop(server, signal.SIGINT)
-        log = server.log.read_text()
+        server.server.end(signal.SIGINT)
+        log = server.server.log.read_text()
     assert None not in answers
     assert last.handles == settled.handles and last.threads == settled.threads
     # The queue's memory is taken at its first use, and vLLM grows by itself in so many requests.
@@ -108,12 +104,12 @@ def test_a_process_of_the_engine_killed_at_a_random_moment(number: int, tmp_path
         victim = server.process_id(title)
         load = threading.Thread(target=server.many, args=(16, 16, 100))
         load.start()
-        while not list(server.directory.glob("step_*/step.json")):
-            time.sleep(0.01)
+        wait_until(lambda: tlcore.open_run(server.directory).steps, "a step is stored")
         time.sleep(chosen.uniform(0.0, 1.5))
+        server.server.watched.may_end = True
         os.kill(victim, signal.SIGKILL)
-        server.process.wait(STOP_S)
-        load.join(STOP_S)
+        server.server.process.wait(STOP_S)
+        join(load)
     run = tlcore.open_run(server.directory)
     # A worker whose engine core has died ends by itself, and may still close its run.
     assert run.state == "incomplete" or title == "VLLM::EngineCore"
@@ -136,11 +132,10 @@ def test_told_to_end_in_the_middle_of_requests(how: signal.Signals, tmp_path: Pa
     with served(tmp_path, CONFIG) as server:
         load = threading.Thread(target=server.many, args=(16, 16, 200))
         load.start()
-        while len(list(server.directory.glob("step_*/step.json"))) < 3:
-            time.sleep(0.01)
-        stop(server, how)
-        load.join(STOP_S)
-        log = server.log.read_text()
+        wait_until(lambda: len(tlcore.open_run(server.directory).steps) > 2, "three steps are stored")
+        server.server.end(how)
+        join(load)
+        log = server.server.log.read_text()
     run = tlcore.open_run(server.directory)
     assert run.state == "complete", log[-3000:]
     assert run.incomplete_steps == []

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import concurrent.futures
 import json
-import subprocess
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -12,22 +11,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from tests.adapters.vllm.server import serving
+from tests.adapters.vllm.server import VllmServer, serving
 from tests.models import tiny_llama
 
 
 @dataclass
 class Served:
-    """A running server: its URL, its process, where it logs, the run's directory."""
+    """A running server, and the run's directory."""
 
-    url: str
-    process: subprocess.Popen[bytes]
-    log: Path
+    server: VllmServer
     directory: Path
 
     def process_id(self, title: str) -> int:
         """The id of the server's process that calls itself ``VLLM::EngineCore`` or ``VLLM::Worker``."""
-        found = {_title(pid): pid for pid in _descendants(self.process.pid)}
+        found = {title(pid): pid for pid in descendants(self.server.process.pid)}
         matching = [pid for text, pid in found.items() if title in text]
         assert len(matching) == 1, found
         return matching[0]
@@ -36,7 +33,9 @@ class Served:
         """One greedy completion; raises OSError when the server does not answer."""
         body = {"model": str(tiny_llama()), "prompt": prompt, "max_tokens": tokens, "ignore_eos": True}
         headers = {"Content-Type": "application/json"}
-        request = urllib.request.Request(f"{self.url}/v1/completions", json.dumps(body).encode(), headers)
+        request = urllib.request.Request(
+            f"{self.server.url}/v1/completions", json.dumps(body).encode(), headers
+        )
         with urllib.request.urlopen(request, timeout=120) as answer:
             result: dict[str, Any] = json.load(answer)
         return result
@@ -54,14 +53,14 @@ class Served:
             return list(pool.map(one, range(count)))
 
 
-def _descendants(pid: int) -> Iterator[int]:
+def descendants(pid: int) -> Iterator[int]:
     for children in Path(f"/proc/{pid}/task").glob("*/children"):
         for child in map(int, children.read_text().split()):
             yield child
-            yield from _descendants(child)
+            yield from descendants(child)
 
 
-def _title(pid: int) -> str:
+def title(pid: int) -> str:
     """A process's name for itself; nothing for one that has gone."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
@@ -82,4 +81,4 @@ def served(directory: Path, config: dict[str, Any]) -> Iterator[Served]:
     }
     with serving(directory, settings) as server:
         (run,) = (directory / "dumps").iterdir()
-        yield Served(server.url, server.process, server.log, run)
+        yield Served(server, run)

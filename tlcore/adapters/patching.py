@@ -15,14 +15,15 @@ Patch = Callable[[ModuleType], None]
 def when_imported(name: str, patch: Patch) -> None:
     """Call ``patch(module)`` once the module is executed: now, or when its import ends.
 
-    ``patch`` must be safe to repeat. A module in the midst of its import is patched at its first use
-    afterwards, so that whoever gets hold of one of its attributes then gets it patched.
+    ``patch`` must be safe to repeat; a module may have several. A module in the midst of its import is
+    patched at its first use afterwards, so that whoever gets hold of one of its attributes then gets it
+    patched.
     """
     module = sys.modules.get(name)
     if module is None:
         _finder.wait_for(name, patch)
     elif _is_executing(module):
-        module.__dict__.setdefault(_PENDING, patch)
+        module.__dict__.setdefault(_PENDING, []).append(patch)
         module.__class__ = _PatchedOnFirstUse
     else:
         patch(module)
@@ -42,8 +43,7 @@ class _PatchedOnFirstUse(ModuleType):
         namespace = ModuleType.__getattribute__(self, "__dict__")
         if not getattr(namespace["__spec__"], "_initializing", False):
             object.__setattr__(self, "__class__", ModuleType)
-            patch = namespace.pop(_PENDING, None)
-            if patch is not None:
+            for patch in namespace.pop(_PENDING, ()):
                 patch(self)
         return ModuleType.__getattribute__(self, name)
 
@@ -51,9 +51,9 @@ class _PatchedOnFirstUse(ModuleType):
 class _PatchingLoader(Loader):
     """Loads a module as its own loader does, then patches it."""
 
-    def __init__(self, loader: Loader, patch: Patch) -> None:
+    def __init__(self, loader: Loader, patches: list[Patch]) -> None:
         self._loader = loader
-        self._patch = patch
+        self._patches = patches
 
     def create_module(self, spec: ModuleSpec) -> ModuleType | None:
         return self._loader.create_module(spec)
@@ -64,30 +64,33 @@ class _PatchingLoader(Loader):
         if module.__spec__ is not None:
             module.__spec__.loader = self._loader
         self._loader.exec_module(module)
-        self._patch(module)
+        for patch in self._patches:
+            patch(module)
 
 
 class _Finder(MetaPathFinder):
     """Finds the awaited modules with the other finders, and swaps in a loader that patches."""
 
     def __init__(self) -> None:
-        self._waiting: dict[str, Patch] = {}
+        self._waiting: dict[str, list[Patch]] = {}
 
     def wait_for(self, name: str, patch: Patch) -> None:
-        self._waiting[name] = patch
+        patches = self._waiting.setdefault(name, [])
+        if patch not in patches:
+            patches.append(patch)
         if self not in sys.meta_path:
             sys.meta_path.insert(0, self)
 
     def find_spec(
         self, fullname: str, path: Sequence[str] | None, target: ModuleType | None = None
     ) -> ModuleSpec | None:
-        patch = self._waiting.get(fullname)
-        if patch is None:
+        patches = self._waiting.get(fullname)
+        if patches is None:
             return None
         for finder in sys.meta_path:
             spec = finder.find_spec(fullname, path, target) if finder is not self else None
             if spec is not None and spec.loader is not None:
-                spec.loader = _PatchingLoader(spec.loader, patch)
+                spec.loader = _PatchingLoader(spec.loader, patches)
                 return spec
         return None
 

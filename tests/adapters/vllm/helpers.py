@@ -12,10 +12,17 @@ from typing import Any
 
 import torch
 
+from tests.amx import with_amx
+
 REPOSITORY = Path(__file__).parents[3]
 # For engines of several ranks, which would otherwise each take the cores that vLLM sees.
 SEVERAL_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
-ENVIRONMENT = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "HF_HUB_OFFLINE": "1"}
+ENVIRONMENT = {
+    **os.environ,
+    "VLLM_CPU_KVCACHE_SPACE": "1",
+    "HF_HUB_OFFLINE": "1",
+    "PYTHONPATH": with_amx(os.environ.get("PYTHONPATH")),
+}
 
 
 def run(

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator, Mapping
@@ -17,9 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-
 from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY
+from tests.waiting import Watched, wait_until, watched
 
 START_SECONDS = 180
 
@@ -31,6 +29,7 @@ class VllmServer:
     url: str
     process: subprocess.Popen[bytes]
     log: Path
+    watched: Watched
 
     def ask(
         self, path: str, body: Any = None, key: str | None = None, **headers: str
@@ -47,6 +46,18 @@ class VllmServer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
             return error.code, json.loads(error.read())
+
+    def ready(self) -> bool:
+        """Whether it answers by now."""
+        with suppress(OSError), urllib.request.urlopen(f"{self.url}/health", timeout=5):
+            return True
+        return False
+
+    def end(self, how: signal.Signals = signal.SIGTERM, within_s: float = 90) -> None:
+        """Ask it to end, and return once it has."""
+        self.watched.may_end = True
+        self.process.send_signal(how)
+        self.process.wait(within_s)
 
     def text(self, path: str) -> str:
         """The text at a path."""
@@ -76,24 +87,13 @@ def serving(
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-        server = VllmServer(f"http://127.0.0.1:{port}", process, log)
         try:
-            _wait_until_ready(server)
-            yield server
+            with watched("the vLLM server", process, log) as entry:
+                server = VllmServer(f"http://127.0.0.1:{port}", process, log, entry)
+                wait_until(server.ready, "the server answers", START_SECONDS)
+                yield server
         finally:
             # Its engine and workers are its own session's; they must not outlive it.
             with suppress(ProcessLookupError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
-
-
-def _wait_until_ready(server: VllmServer) -> None:
-    deadline = time.monotonic() + START_SECONDS
-    while time.monotonic() < deadline:
-        assert server.process.poll() is None, server.log.read_text()
-        try:
-            with urllib.request.urlopen(f"{server.url}/health", timeout=5):
-                return
-        except (urllib.error.URLError, OSError):
-            time.sleep(0.5)
-    pytest.fail(f"the server did not start:\n{server.log.read_text()}")
+            process.wait(60)

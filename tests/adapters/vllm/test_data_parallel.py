@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import signal
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -17,7 +16,6 @@ from tests.models import tiny_llama
 pytestmark = [pytest.mark.slow, pytest.mark.deep]
 PROMPTS = {f"R{number}": [10 + number, 20 + 2 * number, *range(3, 3 + number)] for number in range(8)}
 TOKENS = 3
-STOP_SECONDS = 90
 
 
 def test_each_request_is_found_whichever_engine_served_it(tmp_path: Path) -> None:
@@ -37,8 +35,7 @@ def test_each_request_is_found_whichever_engine_served_it(tmp_path: Path) -> Non
 
         with ThreadPoolExecutor(len(PROMPTS)) as pool:
             assert list(pool.map(ask, PROMPTS)) == [200] * len(PROMPTS)
-        server.process.send_signal(signal.SIGTERM)
-        server.process.wait(STOP_SECONDS)
+        server.end()
 
     (directory,) = (tmp_path / "dumps").iterdir()
     run = tlcore.open_run(directory)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import subprocess
+import sys
 import time
 from pathlib import Path
 from types import ModuleType
@@ -12,7 +14,9 @@ from typing import Any
 import pytest
 
 from tests.adapters.vllm.helpers import run
-from tlcore.adapters.vllm.metrics import METRICS, VARIABLE, Publisher, patch_registry, read_figures
+from tests.waiting import wait_until
+from tlcore.adapters.vllm.metrics import METRICS, patch_registry, read_figures
+from tlcore.adapters.vllm.reports import VARIABLE, Publisher
 
 FIGURES = dict.fromkeys(METRICS, 1.0)
 
@@ -26,38 +30,57 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_figures_are_published_while_they_change_and_at_the_end(directory: Path) -> None:
     figures = dict(FIGURES)
     publisher = Publisher(3, lambda: dict(figures))
-    deadline = time.monotonic() + 10
-    while not read_figures(str(directory)):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
+    wait_until(read_figures, "the figures are published", 10)
     assert os.stat(directory).st_mode & 0o777 == 0o700
     figures["stored_tensors"] = 5.0
     publisher.close()
     figures["stored_tensors"] = 6.0
     publisher.close()
-    assert read_figures(str(directory)) == {3: {**FIGURES, "stored_tensors": 5.0}}
+    assert read_figures() == {3: {**FIGURES, "stored_tensors": 5.0}}
     assert [path.suffix for path in directory.iterdir()] == [".json"]
 
 
 def test_a_ranks_processes_are_added_up_and_damaged_files_left_out(directory: Path) -> None:
     directory.mkdir()
     for name, text in {
-        "1_0.json": json.dumps({"rank": 0, **FIGURES}),
-        "2_0.json": json.dumps({"rank": 0, **FIGURES}),
-        "3_1.json": json.dumps({"rank": 1, **FIGURES}),
+        f"{os.getpid()}_0.json": json.dumps({"rank": 0, **FIGURES}),
+        f"{os.getppid()}_0.json": json.dumps({"rank": 0, **FIGURES}),
+        f"{os.getpid()}_1.json": json.dumps({"rank": 1, **FIGURES}),
         "4_1.json": "{",
         "5_1.json": json.dumps({"rank": 1}),
+        "x_1.json": json.dumps({"rank": 1, **FIGURES}),
     }.items():
         (directory / name).write_text(text)
-    assert read_figures(str(directory)) == {0: {**dict.fromkeys(METRICS, 2.0)}, 1: FIGURES}
+    assert read_figures() == {0: {**dict.fromkeys(METRICS, 2.0)}, 1: FIGURES}
+
+
+def test_a_process_that_has_died_still_counts_but_does_nothing(directory: Path) -> None:
+    directory.mkdir()
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait(60)
+    (directory / f"{gone.pid}_0.json").write_text(json.dumps({"rank": 0, **FIGURES}))
+    found = read_figures()[0]
+    assert {name for name, value in found.items() if value == 0} == {"queue_bytes", "running"}
+
+
+def test_another_run_is_published_at_once(directory: Path) -> None:
+    figures = dict(FIGURES)
+    publisher = Publisher(0, lambda: dict(figures))
+    wait_until(read_figures, "the figures are published", 10)
+    begin = time.monotonic()
+    figures["running"] = 2.0
+    publisher.publish_soon()
+    wait_until(lambda: read_figures()[0]["running"] == 2.0, "they are published again", 10)
+    assert time.monotonic() - begin < 0.8
+    publisher.close()
 
 
 def test_a_directory_that_is_a_link_is_not_read(directory: Path, tmp_path: Path) -> None:
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "1_0.json").write_text(json.dumps({"rank": 0, **FIGURES}))
+    assert read_figures() == {}
     directory.symlink_to(tmp_path / "other")
-    assert read_figures(str(directory)) == {}
-    assert read_figures(str(tmp_path / "nothing")) == {}
+    assert read_figures() == {}
 
 
 @pytest.mark.parametrize("several_processes", [False, True])
@@ -77,11 +100,35 @@ def test_vllms_registry_shows_them_in_either_mode(directory: Path, several_proce
     assert "# TYPE tlcore_queue_bytes gauge" in text
 
 
+def _scraped(directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rank: int) -> str:
+    """What a server shows that lets prometheus-fastapi-instrumentator build the registry of each scrape."""
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+    from prometheus_client import CollectorRegistry
+    from prometheus_fastapi_instrumentator import Instrumentator
+
+    (tmp_path / "shared").mkdir()
+    monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "shared"))
+    directory.mkdir()
+    (directory / f"{os.getpid()}_{rank}.json").write_text(json.dumps({"rank": rank, **FIGURES}))
+    app = FastAPI()
+    Instrumentator(registry=CollectorRegistry()).instrument(app).expose(app)
+    return TestClient(app).get("/metrics").text
+
+
+def test_one_of_several_api_servers_shows_them_too(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    patch_registry(ModuleType("vllm.v1.metrics.prometheus"))
+    text = _scraped(directory, tmp_path, monkeypatch, 5)
+    assert text.count('tlcore_stored_tensors_total{rank="5"} 1.0') == 1
+
+
 def test_the_front_end_removes_the_directory_that_it_shared() -> None:
     done = run(
         "-c",
         "import os, sys\n"
-        "from tlcore.adapters.vllm import metrics\n"
+        "from tlcore.adapters.vllm import reports as metrics\n"
         "os.environ.pop(metrics.VARIABLE, None)\n"
         "metrics.share_directory(); metrics.share_directory()\n"
         "path = os.environ[metrics.VARIABLE]\n"

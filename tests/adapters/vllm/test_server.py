@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import signal
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -12,9 +10,9 @@ import pytest
 import tlcore
 from tests.adapters.vllm.server import VllmServer, serving
 from tests.models import smollm2
+from tests.waiting import wait_until
 
 pytestmark = pytest.mark.slow
-STOP_SECONDS = 60
 
 
 @pytest.fixture
@@ -42,14 +40,10 @@ def test_a_completion_is_captured_and_sigterm_completes_the_run(served: VllmServ
     prompt = {"model": str(smollm2()), "prompt": "Water boils at", "max_tokens": 5, "temperature": 0}
     status, answer = served.ask("/v1/completions", prompt, X_Request_Id="AAA")
     assert status == 200 and len(answer["choices"][0]["text"]) > 0
-    deadline = time.monotonic() + STOP_SECONDS
-    while not (directory / "step_2" / "step.json").exists():
-        assert time.monotonic() < deadline, "the steps are not stored while the server runs"
-        time.sleep(0.1)
+    wait_until((directory / "step_2" / "step.json").exists, "the steps are stored while the server runs")
     assert tlcore.open_run(directory).state == "incomplete"
 
-    served.process.send_signal(signal.SIGTERM)
-    served.process.wait(STOP_SECONDS)
+    served.end()
     run = tlcore.open_run(directory)
     assert run.state == "complete", served.log.read_text()
     assert run.steps == [0, 2]

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.waiting import join
 from tlcore.errors import BackendError
 from tlcore.protocols import Entry
 from tlcore_backends.storage.local import LocalStore
@@ -66,7 +67,7 @@ def test_a_short_write_is_continued(store: LocalStore) -> None:
     big = os.urandom(1 << 20)
     write_all(handle, [big, b"end"])
     os.close(handle)
-    reader.join()
+    join(reader)
     assert read == [big + b"end"]
 
 
@@ -197,8 +198,7 @@ def test_threads_can_write_at_once(store: LocalStore) -> None:
     threads = [threading.Thread(target=write, args=(n,)) for n in range(4)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    join(threads)
     assert len(list(store.list("step_"))) == 160
     assert len(set(store.get("contested"))) == 1
     assert len(store.get("contested")) == 1000

@@ -54,7 +54,7 @@ def busy() -> Iterator[BusyServer]:
     thread.start()
     yield server
     server.shutdown()
-    thread.join()
+    thread.join(30)
     server.server_close()
 
 
@@ -128,7 +128,9 @@ sys.modules[{package!r}] = None
 from tlcore_backends.storage.remote import FsspecStore
 FsspecStore({url!r})
 """
-    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, check=False, timeout=120
+    )
     assert f"BackendError: {url}: a package for" in ended.stderr
     assert f"pip install 'tlcore[{extra}]'" in ended.stderr
 

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from tests.waiting import join
 from tlcore.engine.filters.tensors import TensorFilter, TensorSpec, TensorSpecs
 from tlcore.engine.staging.host_memory import Chunk, HostPool
 from tlcore.engine.staging.stager import Stager
@@ -129,7 +130,7 @@ def test_a_blocked_copy_goes_on_when_memory_comes_back() -> None:
     timer = threading.Timer(0.2, pool.release, take(stager))
     timer.start()
     staged(stager, torch.ones(1024, dtype=torch.uint8))
-    timer.join()
+    join(timer)
     assert stager.waited >= 0.1
 
 

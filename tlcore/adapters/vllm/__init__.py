@@ -19,6 +19,8 @@ def register() -> None:
     when_imported("vllm.v1.worker.worker_base", _patch_workers)
     when_imported("vllm.config.vllm", _patch_hash)
     when_imported("vllm.v1.metrics.prometheus", _patch_registry)
+    when_imported("vllm.v1.executor.multiproc_executor", _patch_executor)
+    when_imported("vllm.v1.engine.utils", _patch_engines)
 
 
 def platform() -> None:
@@ -45,6 +47,18 @@ def _patch_registry(module: ModuleType) -> None:
     from .metrics import patch_registry
 
     patch_registry(module)
+
+
+def _patch_executor(module: ModuleType) -> None:
+    from .deaths import patch_executor
+
+    patch_executor(module)
+
+
+def _patch_engines(module: ModuleType) -> None:
+    from .deaths import patch_engines
+
+    patch_engines(module)
 
 
 def _patch_workers(module: ModuleType) -> None:

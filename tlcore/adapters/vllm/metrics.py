@@ -1,32 +1,17 @@
-"""Prometheus metrics beside vLLM's own: workers leave their figures in files, the front end shows them.
-
-vLLM's workers are other processes, and asking them would wait for the step that runs. A directory in the
-temporary directory costs neither a connection nor a lock; its name travels by environment variable.
-"""
+"""Prometheus metrics beside vLLM's own: the front end shows what the workers publish."""
 
 from __future__ import annotations
 
-import atexit
 import contextlib
 import functools
-import json
-import os
-import shutil
-import stat
-import tempfile
-import threading
-import uuid
 from collections import defaultdict
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 from ...record import Json
+from .reports import read_reports
 
-VARIABLE = "TLCORE_METRICS_DIR"
-# As often as the quickest scrapers look.
-_EVERY_S = 1.0
 _MARK = "__tlcore__"
 
 # Name, help, whether it is a counter.
@@ -44,85 +29,19 @@ METRICS = {
 }
 
 
-def share_directory() -> None:
-    """Choose the directory for this front end and the workers that it will start. Safe to repeat.
+def read_figures() -> dict[int, Json]:
+    """The figures of each rank, added up over its processes.
 
-    It is made by the first worker that captures, and removed when this process ends.
+    What a process that has died was doing, it does no more; what it counted stays counted.
     """
-    if VARIABLE in os.environ:
-        return
-    path = os.path.join(tempfile.gettempdir(), f"tlcore-metrics-{uuid.uuid4().hex}")
-    os.environ[VARIABLE] = path
-    atexit.register(_remove, path, os.getpid())
-
-
-def _remove(path: str, owner: int) -> None:
-    # A forked child has its parent's exit handlers.
-    if os.getpid() == owner:
-        shutil.rmtree(path, ignore_errors=True)
-
-
-class Publisher:
-    """Writes a rank's figures into the shared directory, each second while they change."""
-
-    def __init__(self, rank: int, figures: Callable[[], Json]) -> None:
-        directory = os.environ.get(VARIABLE)
-        self._path = Path(directory, f"{os.getpid()}_{rank}.json") if directory else None
-        self._rank = rank
-        self._figures = figures
-        self._last: Json = {}
-        self._ended = threading.Event()
-        if self._path is not None:
-            os.makedirs(self._path.parent, mode=0o700, exist_ok=True)
-            threading.Thread(target=self._run, name="tlcore-metrics", daemon=True).start()
-
-    def close(self) -> None:
-        """Write the last figures and end. Safe to repeat."""
-        if not self._ended.is_set():
-            self._ended.set()
-            self._publish()
-
-    def _run(self) -> None:
-        self._publish()
-        while not self._ended.wait(_EVERY_S):
-            self._publish()
-
-    def _publish(self) -> None:
-        figures = self._figures()
-        if self._path is None or figures == self._last:
-            return
-        try:
-            part = self._path.with_suffix(f".{threading.get_ident()}.tmp")
-            part.write_text(json.dumps({"rank": self._rank, **figures}))
-            part.rename(self._path)
-            self._last = figures
-        except OSError:
-            # The front end may have ended and removed the directory; nobody looks then.
-            return
-
-
-def read_figures(directory: str) -> dict[int, Json]:
-    """The figures of each rank, added up over its processes; those of other users' files are left out."""
     found: dict[int, Json] = defaultdict(lambda: dict.fromkeys(METRICS, 0))
-    try:
-        paths = [*Path(directory).glob("*.json")] if _is_ours(directory) else []
-    except OSError:
-        return {}
-    for path in paths:
-        try:
-            document = json.loads(path.read_text())
-            figures = {name: float(document[name]) for name in METRICS}
-        except (OSError, ValueError, KeyError, TypeError):
-            continue
-        own = found[int(document["rank"])]
-        for name, value in figures.items():
-            own[name] += value
+    for report in read_reports():
+        with contextlib.suppress(KeyError, TypeError, ValueError):
+            figures = {name: float(report.document[name]) for name in METRICS}
+            alive, own = report.alive, found[report.rank]
+            for name, value in figures.items():
+                own[name] += value if alive or METRICS[name][1] else 0
     return dict(sorted(found.items()))
-
-
-def _is_ours(directory: str) -> bool:
-    status = os.lstat(directory)
-    return stat.S_ISDIR(status.st_mode) and (not hasattr(os, "getuid") or status.st_uid == os.getuid())
 
 
 class CaptureCollector:
@@ -132,8 +51,7 @@ class CaptureCollector:
         """The metrics of all ranks as they stand."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
-        directory = os.environ.get(VARIABLE)
-        ranks = read_figures(directory) if directory else {}
+        ranks = read_figures()
         for name, (text, counts) in METRICS.items():
             kind = CounterMetricFamily if counts else GaugeMetricFamily
             family = kind(f"tlcore_{name}", f"tlcore: {text}", labels=["rank"])
@@ -150,18 +68,43 @@ _collector = CaptureCollector()
 
 
 def patch_registry(module: ModuleType) -> None:
-    """Have vLLM's Prometheus registry show the metrics too. Safe to repeat."""
-    original = getattr(module, "get_prometheus_registry", None)
-    if original is None or hasattr(original, _MARK):
-        return
+    """Have every registry that vLLM's server shows have the metrics too. Safe to repeat.
 
+    With several API servers a registry is made anew for each scrape, by more than one library; all of them
+    give it prometheus_client's collector of many processes.
+    """
+    from prometheus_client.multiprocess import MultiProcessCollector
+
+    original = getattr(module, "get_prometheus_registry", None)
+    if original is not None and not hasattr(original, _MARK):
+        module.__dict__["get_prometheus_registry"] = _with_ours(original)
+    if not hasattr(MultiProcessCollector.__init__, _MARK):
+        setattr(MultiProcessCollector, "__init__", _joined(MultiProcessCollector.__init__))  # noqa: B010
+
+
+def _with_ours(original: Callable[[], Any]) -> Callable[[], Any]:
     @functools.wraps(original)
     def get_prometheus_registry() -> Any:
         registry = original()
-        # Outside multiprocess mode the registry is a global one and may have them already.
-        with contextlib.suppress(ValueError):
-            registry.register(_collector)
+        _register(registry)
         return registry
 
     get_prometheus_registry.__dict__[_MARK] = True
-    module.__dict__["get_prometheus_registry"] = get_prometheus_registry
+    return get_prometheus_registry
+
+
+def _joined(original: Callable[..., None]) -> Callable[..., None]:
+    @functools.wraps(original)
+    def init(self: Any, registry: Any, *args: Any, **kwargs: Any) -> None:
+        original(self, registry, *args, **kwargs)
+        if registry:
+            _register(registry)
+
+    init.__dict__[_MARK] = True
+    return init
+
+
+def _register(registry: Any) -> None:
+    # A registry that lives on has them already.
+    with contextlib.suppress(ValueError):
+        registry.register(_collector)

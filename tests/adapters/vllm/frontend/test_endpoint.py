@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import signal
 import time
 from argparse import Namespace
 from collections.abc import Iterator
@@ -134,8 +133,7 @@ def test_sigterm_completes_a_run_that_nobody_stopped(server: VllmServer) -> None
     """The last test of this server: it ends it."""
     _, started = server.ask("/v1/tlcore/start", {}, KEY)
     _complete(server, "CCC")
-    server.process.send_signal(signal.SIGTERM)
-    server.process.wait(60)
+    server.end()
     run = tlcore.open_run(started["url"])
     assert (run.state, run.steps) == ("complete", [0]), server.log.read_text()
 

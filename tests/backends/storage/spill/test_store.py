@@ -13,6 +13,7 @@ import pytest
 import torch
 
 import tlcore
+from tests.waiting import join
 from tlcore.config.configuration import load_config
 from tlcore.errors import BackendError, ConfigError
 from tlcore.record import SpillLocation
@@ -133,8 +134,7 @@ def test_many_threads_and_a_place_that_fails_every_other_time(tmp_path: Path) ->
     threads = [threading.Thread(target=work, args=(n,)) for n in range(8)]
     for thread in threads:
         thread.start()
-    for thread in threads:
-        thread.join()
+    join(threads)
     waiting = {run.path: run for run in pushing.spilled_runs(str(tmp_path / "spill"))}
     store.close()
     left = {

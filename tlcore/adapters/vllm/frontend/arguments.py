@@ -15,7 +15,7 @@ from ....config.configuration import read_config_file
 from ....errors import ConfigError, TlcoreError
 from ....layout.jsontext import parse_json
 from ..carrier import KEY, GivenConfig, is_carrier
-from ..metrics import share_directory
+from ..reports import share_directory
 from . import check as frontend
 from .shutdown import give_workers_time
 

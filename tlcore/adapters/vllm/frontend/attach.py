@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
+import logging
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+import weakref
+from collections.abc import Mapping
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -13,41 +17,14 @@ from ....config.configuration import Config
 from ....errors import CaptureError, ConfigError
 from ....record import Counts, Json
 from ..carrier import KEY, Carrier
+from ..deaths import remains
+from ..status import POLL_S, START, STATUS, STOP, Status, merged
 from . import check as frontend
 
-START, STOP, STATUS = "tlcore_start", "tlcore_stop", "tlcore_status"
-POLL_S = 0.05
+log = logging.getLogger("vllm.tlcore")
 _CLOSE_S = 600.0
-
-
-@dataclass(frozen=True, slots=True)
-class Status:
-    """What an engine captures, or captured last.
-
-    ``state`` is ``idle`` (nothing yet), ``running``, ``closing`` (stopped, still storing) or ``closed``.
-    ``ledger`` is the sum over ``ranks``, each rank's own document; ``problem`` says what could not be
-    stored, ``waiting`` what of it lies in the spill_dir for now.
-    """
-
-    state: str
-    run_id: str | None
-    url: str | None
-    ledger: Counts
-    problem: str | None
-    ranks: tuple[Json, ...]
-    waiting: str | None = None
-
-    def to_json(self) -> Json:
-        """The status as JSON data."""
-        return {
-            "state": self.state,
-            "run_id": self.run_id,
-            "url": self.url,
-            "ledger": self.ledger.to_json(),
-            "problem": self.problem,
-            "waiting": self.waiting,
-            "ranks": list(self.ranks),
-        }
+# How often it is seen whether an engine that does not answer is alive.
+_LOOK_S = 0.2
 
 
 def prepare(config: Config | Mapping[str, Any] | str | None, vllm_config: Any) -> Carrier:
@@ -68,37 +45,6 @@ def prepare(config: Config | Mapping[str, Any] | str | None, vllm_config: Any) -
     return carrier
 
 
-def merged(answers: Sequence[Json]) -> Status:
-    """One status from the answers of all ranks.
-
-    Raises CaptureError (or the ConfigError or BackendError of a worker) when a rank refused.
-    """
-    for answer in answers:
-        if answer["state"] == "refused":
-            kind = getattr(errors, str(answer.get("error")), CaptureError)
-            text = f"rank {answer['rank']}: {answer['problem']}"
-            raise (CaptureError if kind is ConfigError else kind)(text)
-    states = [str(answer["state"]) for answer in answers]
-    state = next((each for each in ("running", "closing", "closed") if each in states), "idle")
-    ledger = Counts()
-    for answer in answers:
-        ledger.add(Counts.from_json(answer.get("ledger", {})))
-    first = answers[0] if answers else {}
-    return Status(
-        state,
-        first.get("run_id"),
-        first.get("url"),
-        ledger,
-        _first(answers, "problem"),
-        tuple(answers),
-        _first(answers, "waiting"),
-    )
-
-
-def _first(answers: Sequence[Json], key: str) -> str | None:
-    return next((str(answer[key]) for answer in answers if key in answer), None)
-
-
 class attach:  # noqa: N801 - a context manager reads like a function
     """Captures a running engine from here on, until the ``with`` block ends or `detach` is called.
 
@@ -110,10 +56,15 @@ class attach:  # noqa: N801 - a context manager reads like a function
 
     def __init__(self, llm: Any, config: Config | Mapping[str, Any] | str | None = None, **keys: Any) -> None:
         engine = getattr(llm, "llm_engine", llm)
-        self._call: Callable[..., list[Json]] = engine.collective_rpc
-        self._vllm_config = engine.vllm_config
+        if inspect.iscoroutinefunction(getattr(type(engine), "collective_rpc", None)):
+            raise CaptureError(
+                "an asynchronous engine cannot be attached to; control its server's capture over HTTP"
+            )
+        # An engine ends when its owner lets go of it, and with it the processes that it started.
+        self._engine = weakref.ref(engine)
         self._attached = False
-        self._start(config, keys)
+        self._last: Status | None = None
+        self._send(prepare(_with_keys(config, keys), engine.vllm_config))
 
     @property
     def url(self) -> str:
@@ -126,18 +77,32 @@ class attach:  # noqa: N801 - a context manager reads like a function
         return self.status().ledger
 
     def status(self) -> Status:
-        """What the workers say now. Raises CaptureError when one of them has another run by now."""
-        status = merged(self._call(STATUS))
-        if status.url != self._url:
-            raise CaptureError(f"the engine captures another run by now, {status.url}, not {self._url}")
+        """What the workers say now of this run; once it has ended, what they said last.
+
+        Of an engine that has ended or died, what its workers left: the state is then ``closed``, or ``lost``
+        with a ``problem`` that says of what they died and what is left of the run.
+        """
+        if self._last is not None:
+            return self._last
+        try:
+            status = merged(self._ask(STATUS, self._run_id))
+        except _SilentError as silence:
+            status = self._remains(silence)
+        if status.state in ("closed", "lost"):
+            self._last = status
+        if status.run_id is None:
+            raise CaptureError(f"the engine has captured so much since that it has forgotten {self._url}")
         return status
 
     def change(self, config: Config | Mapping[str, Any] | str | None = None, **keys: Any) -> None:
         """End this run and start another with a new configuration; its steps count from 0 again.
 
-        When the new configuration is refused, this run goes on.
+        When the new configuration is refused, this run goes on. Raises CaptureError when the engine is gone.
         """
-        carrier = prepare(_with_keys(config, keys), self._vllm_config)
+        engine = self._engine()
+        if engine is None:
+            raise CaptureError(f"the engine has ended, so nothing can follow the run {self._url}")
+        carrier = prepare(_with_keys(config, keys), engine.vllm_config)
         self.detach()
         self._send(carrier)
 
@@ -149,33 +114,59 @@ class attach:  # noqa: N801 - a context manager reads like a function
         if not self._attached:
             return self.status()
         self._attached = False
-        merged(self._call(STOP))
+        try:
+            merged(self._ask(STOP, self._run_id))
+        except _SilentError:
+            log.debug("the engine does not answer", exc_info=True)
         deadline = time.monotonic() + _CLOSE_S
-        while (status := self.status()).state == "closing":
+        while (status := self.status()).state in ("closing", "running"):
             if time.monotonic() > deadline:
                 raise CaptureError(f"the run {self._url} is not stored after {_CLOSE_S:.0f} s")
             time.sleep(POLL_S)
         if status.problem is not None and self._raises:
             raise CaptureError(status.problem)
+        if status.state == "lost":
+            log.warning("the run %s was not captured whole: %s", self._run_id, status.problem)
         return status
 
-    def _start(self, config: Any, keys: dict[str, Any]) -> None:
-        self._send(prepare(_with_keys(config, keys), self._vllm_config))
-
     def _send(self, carrier: Carrier) -> None:
+        self._run_id = str(carrier["run_id"])
         try:
-            status = merged(self._call(START, args=(dict(carrier),)))
+            status = merged(self._ask(START, dict(carrier)))
+        except _SilentError as silence:
+            raise CaptureError(f"the engine has ended: {silence}") from silence
         except errors.TlcoreError:
             # Some ranks may have started, and a run of only some of them is worth nothing.
-            self._stop_run(carrier["run_id"])
+            self._ask(STOP, self._run_id)
             raise
-        self._url, self._attached = str(status.url), True
+        self._url, self._attached, self._last = str(status.url), True, None
         self._raises = carrier["config"]["on_error"] == "raise"
 
-    def _stop_run(self, run_id: str) -> None:
-        answers = self._call(STATUS)
-        if any(answer.get("run_id") == run_id for answer in answers):
-            self._call(STOP)
+    def _ask(self, method: str, *arguments: Any) -> list[Json]:
+        """The answers of all workers. Raises _SilentError where there is no engine any more."""
+        engine = self._engine()
+        if engine is None:
+            raise _SilentError("nobody holds the engine any more")
+        resources = getattr(getattr(engine, "engine_core", None), "resources", None)
+        if not hasattr(resources, "engine_dead"):
+            # In this process, whose thread runs the steps too.
+            try:
+                return list(engine.collective_rpc(method, args=arguments))
+            except Exception as error:
+                # The executor of several workers, one of which may have died.
+                left = remains(self._run_id)
+                if left is None or left.state != "lost":
+                    raise
+                raise _SilentError("the engine has died") from error
+        return _patiently(engine, method, arguments, resources)
+
+    def _remains(self, silence: _SilentError) -> Status:
+        status = remains(self._run_id)
+        if status is not None:
+            # As it was given: a worker's file shows it without secrets.
+            return replace(status, url=self._url)
+        problem = f"the engine has ended, and its workers left no word of the run: {silence}"
+        return Status("lost", self._run_id, self._url, Counts(), problem, ())
 
     def __enter__(self) -> attach:
         return self
@@ -189,6 +180,35 @@ class attach:  # noqa: N801 - a context manager reads like a function
             # The block's own exception must not be hidden behind ours.
             if error is None:
                 raise
+
+
+class _SilentError(Exception):
+    """The engine has ended or died, so it does not answer."""
+
+
+def _patiently(engine: Any, method: str, arguments: tuple[Any, ...], resources: Any) -> list[Json]:
+    """Ask an engine in another process, which may die meanwhile: vLLM would then wait for ever."""
+    answers: list[Json] = []
+    failures: list[BaseException] = []
+
+    def ask() -> None:
+        try:
+            answers.extend(engine.collective_rpc(method, args=arguments))
+        except BaseException as error:
+            failures.append(error)
+
+    thread = threading.Thread(target=ask, name="tlcore-ask", daemon=True)
+    thread.start()
+    while thread.is_alive():
+        dead = resources.engine_dead
+        thread.join(_LOOK_S)
+        if dead and thread.is_alive():
+            raise _SilentError("the engine has died")
+    if failures:
+        if resources.engine_dead or type(failures[0]).__name__ == "EngineDeadError":
+            raise _SilentError("the engine has died") from failures[0]
+        raise failures[0]
+    return answers
 
 
 def _with_keys(config: Config | Mapping[str, Any] | str | None, keys: dict[str, Any]) -> Any:

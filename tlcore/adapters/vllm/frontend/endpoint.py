@@ -22,8 +22,11 @@ from ....errors import BackendError, CaptureError, ConfigError, TlcoreError
 from ....layout.names import is_url
 from ....record import Json
 from ....registry import resolve
+from ..carrier import Carrier
+from ..engines import DeadEngineError, Engines
+from ..status import POLL_S, START, STATUS, STOP, Status, merged
+from .attach import prepare
 from ..plugins import ENDPOINT
-from .attach import POLL_S, START, STATUS, STOP, Status, merged, prepare
 
 log = logging.getLogger("vllm.tlcore")
 PATH = "/v1/tlcore"
@@ -88,34 +91,60 @@ class EndpointPlugin:
     async def _start(self, request: Any) -> Status:
         config = restricted(_parsed(await request.body()))
         async with self._lock:
-            running = merged(await self._call(STATUS))
+            running = await self._ask(STATUS)
             if running.state == "running":
                 raise CaptureError(f"a run is being captured already, {running.url}; stop it first")
             # It may try out object storage, which takes time.
             carrier = await asyncio.to_thread(prepare, config, self._engine.vllm_config)
-            try:
-                return merged(await self._call(START, dict(carrier)))
-            except TlcoreError:
-                # Some ranks may have started, and a run of only some of them is worth nothing.
-                await self._call(STOP)
-                raise
+            return await self._begin(carrier)
+
+    async def _begin(self, carrier: Carrier) -> Status:
+        """Start the run in every engine; of several that ask at once, the first engine's choice is theirs."""
+        run_id = str(carrier["run_id"])
+        engines = Engines(self._engine)
+        try:
+            status = merged(await engines.ask(START, dict(carrier), engines=engines.all[:1]))
+            if len(engines.all) > 1:
+                merged(await engines.ask(START, dict(carrier), engines=engines.all[1:]))
+                status = await self._ask(STATUS, run_id)
+                if any(answer["state"] != "running" for answer in status.ranks):
+                    raise CaptureError("the run was stopped by another request before every engine had begun")
+        except TlcoreError:
+            # Some ranks may have started, and a run of only some of them is worth nothing; another's goes on.
+            await engines.ask(STOP, run_id)
+            raise
+        return status
 
     async def _stop(self, request: Any) -> Status:
-        async with self._lock:
-            merged(await self._call(STOP))
+        given = _parsed(await request.body())
+        run_id = given.get("run_id") if isinstance(given, dict) else None
+        if run_id is None:
+            run_id = (await self._ask(STATUS)).run_id
+        if run_id is None:
+            return await self._ask(STATUS)
+        await self._ask(STOP, str(run_id))
         deadline = time.monotonic() + _STOP_WAIT_S
-        while (status := merged(await self._call(STATUS))).state == "closing":
+        while (status := await self._ask(STATUS, str(run_id))).state == "closing":
             if time.monotonic() > deadline:
                 break
             await asyncio.sleep(POLL_S)
-        return status
+        return _known(status, str(run_id))
 
     async def _status(self, request: Any) -> Status:
-        return merged(await self._call(STATUS))
+        run_id = request.query_params.get("run_id")
+        if run_id is None:
+            return await self._ask(STATUS)
+        return _known(await self._ask(STATUS, run_id), run_id)
 
-    async def _call(self, method: str, *args: Any) -> list[Json]:
-        answers: list[Json] = await self._engine.collective_rpc(method, args=args)
-        return answers
+    async def _ask(self, method: str, *args: Any) -> Status:
+        engines = Engines(self._engine)
+        return merged(await engines.ask(method, *args), engines.ranks)
+
+
+def _known(status: Status, run_id: str) -> Status:
+    if status.run_id is None:
+        raise CaptureError(f"the engine knows no run {run_id}")
+    return status
 
 
 class ForbiddenError(CaptureError):
@@ -125,6 +154,8 @@ class ForbiddenError(CaptureError):
 def _code(error: TlcoreError) -> int:
     if isinstance(error, ForbiddenError):
         return 403
+    if isinstance(error, DeadEngineError):
+        return 503
     if isinstance(error, ConfigError):
         return 400
     return 502 if isinstance(error, BackendError) else 409

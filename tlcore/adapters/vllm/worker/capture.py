@@ -15,14 +15,16 @@ from typing import Any
 from ....config.configuration import Config, load_config
 from ....engine.new_run import new_run
 from ....engine.session import Session
-from ....errors import CaptureError, TlcoreError, shareable
-from ....record import LEDGER_COLUMNS, Json, RunInfo
+from ....errors import CaptureError, TlcoreError
+from ....layout.names import redact_url
+from ....record import Json, RunInfo
 from ..carrier import is_carrier
 from ..compiled.eager_steps import TAPS, EagerSteps
 from ..compiled.hookable import make_hookable
 from ..compiled.taps import tap_model
 from ..frontend.check import compiles, unknown_vllm
-from ..metrics import Publisher
+from ..reports import Publisher
+from ..run_end import Runs
 from .ranks import check_place, layout_of
 from .sharding import sharding_of
 from .steps import StepWrapper
@@ -71,13 +73,11 @@ class WorkerCapture:
     def __init__(self, worker: Any) -> None:
         # Weakly, since a worker that is just forgotten must still end its run.
         self._worker: Callable[[], Any] = weakref.ref(worker)
-        self._rank = int(worker.rank)
+        self._rank = global_rank(worker)
         self._session: Session | None = None
-        self._end: _RunEnd | None = None
+        self._runs = Runs()
         self._bracket: StepWrapper | None = None
         self._publisher: Publisher | None = None
-        # Of runs that ended, since Prometheus expects counters to grow.
-        self._before: dict[str, float] = {}
         self._watch_the_end(worker)
 
     def start(self, carrier: Any) -> Session:
@@ -106,46 +106,64 @@ class WorkerCapture:
         except BaseException:
             session.close()
             raise
-        if self._end is not None:
-            self._before = _sum(self._before, self._end.figures())
-        self._session, self._end = session, _RunEnd(session)
+        self._runs.add(session)
+        self._session = session
         if self._publisher is None:
-            self._publisher = Publisher(session.run.rank, self._figures)
+            self._publisher = Publisher(self._rank, self._figures)
+        self._publisher.publish_soon()
         self._bracket.session = session
         log.info("intermediate tensors go to %s", session.run.shown_url)
         return session
 
-    def stop(self) -> None:
-        """End the capture: the next step runs without hooks. What is queued is stored in the background."""
-        if self._session is None or self._end is None or self._bracket is None:
+    def stop(self, run_id: str | None = None) -> None:
+        """End the capture: the next step runs without hooks. What is queued is stored in the background.
+
+        With a ``run_id``, only if it is that run: another's goes on.
+        """
+        end = self._runs.last
+        if self._session is None or end is None or self._bracket is None:
+            return
+        if run_id is not None and run_id != self._session.run_id:
             return
         self._bracket.session = None
         self._session.detach()
-        threading.Thread(target=self._end, name="tlcore-close").start()
+        threading.Thread(target=end, name="tlcore-close").start()
         self._session = None
 
-    def status(self) -> Json:
-        """What this rank captures or captured last, as JSON data: ``state``, ``url`` and the ledger."""
-        if self._end is None:
-            return {"rank": self._rank, "state": "idle"}
-        return {"rank": self._rank, **self._end.status(running=self._session is not None)}
+    def status(self, run_id: str | None = None) -> Json:
+        """What this rank captures or captured last, as JSON data: ``state``, ``url`` and the ledger.
+
+        With a ``run_id``, what became of that run, if it is one of the last; else the state is ``unknown``.
+        """
+        end = self._runs.last if run_id is None else self._runs.find(run_id)
+        if end is None:
+            state = {"state": "idle"} if run_id is None else {"state": "unknown", "run_id": run_id}
+            return {"rank": self._rank, **state}
+        session = self._session
+        running = session is not None and session.run_id == end.run_id
+        return {"rank": self._rank, **end.status(running)}
 
     def finish(self) -> None:
         """End the capture, and return when everything is stored; what a shutdown does."""
         if self._bracket is not None:
             self._bracket.session = None
         self._session = None
-        if self._end is not None:
-            self._end()
+        end = self._runs.last
+        if end is not None:
+            end()
         if self._publisher is not None:
             self._publisher.close()
+        # Whoever still knows this capture must not keep the model alive.
+        self._bracket = None
 
     def _figures(self) -> Json:
         """The metrics of this rank: counters over all runs, and what the last one is doing."""
-        end = self._end
-        figures = self._before if end is None else _sum(self._before, end.figures())
-        queue = end.queue_bytes if end is not None else 0
-        return {**figures, "queue_bytes": queue, "running": int(self._session is not None)}
+        running = int(self._session is not None)
+        status = self.status()
+        if "url" in status:
+            status["url"] = redact_url(status["url"])
+        state = {"queue_bytes": self._runs.queue_bytes, "running": running, "status": status}
+        return {**self._runs.figures(), **state}
 
     def _bracketed(self, worker: Any) -> StepWrapper:
         runner = worker.model_runner
@@ -180,8 +198,10 @@ def _sharding(worker: Any) -> Json:
     return {} if found is None else {"sharding": found}
 
 
-def _sum(one: Mapping[str, float], other: Mapping[str, float]) -> dict[str, float]:
-    return {name: one.get(name, 0) + value for name, value in other.items()}
+def global_rank(worker: Any) -> int:
+    """The worker's rank among those of all data-parallel engines."""
+    parallel = worker.vllm_config.parallel_config
+    return int(getattr(parallel, "data_parallel_index", 0) * parallel.world_size + worker.rank)
 
 
 def _eager_steps(worker: Any) -> EagerSteps | None:
@@ -192,9 +212,7 @@ def _eager_steps(worker: Any) -> EagerSteps | None:
 def _run(worker: Any, config: Config, carrier: Mapping[str, Any]) -> RunInfo:
     import vllm
 
-    parallel = worker.vllm_config.parallel_config
-    replica = getattr(parallel, "data_parallel_index", 0)
-    rank = replica * parallel.world_size + worker.rank
+    parallel, rank = worker.vllm_config.parallel_config, global_rank(worker)
     world_size = carrier.get("world_size") or parallel.world_size
     if world_size > 1 and not carrier:
         raise unknown_vllm("the run id did not come from the front end, and the ranks cannot agree on one")
@@ -215,64 +233,8 @@ def _after(first: Callable[[], None], original: Callable[..., Any]) -> Callable[
     return wrapped
 
 
-class _RunEnd:
-    """Closes a session once, whoever asks first; its errors are logged, since shutdown must go on."""
-
-    def __init__(self, session: Session) -> None:
-        self._session = session
-        self._lock = threading.Lock()
-        self._done = False
-        self._problem: str | None = None
-
-    def __call__(self) -> None:
-        with self._lock:
-            if not self._done:
-                self._close()
-                self._done = True
-
-    @property
-    def queue_bytes(self) -> int:
-        """Bytes that wait to be stored."""
-        return 0 if self._done else self._session.queue_bytes
-
-    def figures(self) -> dict[str, float]:
-        """The session's counters, by the names of their metrics."""
-        session = self._session
-        counts = session.ledger
-        return {
-            **{f"{name}_tensors": getattr(counts, name) for name in LEDGER_COLUMNS},
-            "captured_bytes": counts.bytes_captured,
-            "stored_bytes": counts.bytes_stored,
-            "blocked_seconds": session.blocked_s,
-        }
-
-    def status(self, running: bool) -> Json:
-        state = "running" if running else "closed" if self._done else "closing"
-        session = self._session
-        document = {"state": state, "run_id": session.run_id, "url": session.url}
-        failing, waiting = session.failing, session.waiting
-        problem = self._problem or (None if failing is None else shareable(failing))
-        if problem is not None:
-            document["problem"] = problem
-        if waiting is not None:
-            document["waiting"] = waiting
-        return {**document, "ledger": session.ledger.to_json()}
-
-    def _close(self) -> None:
-        session = self._session
-        try:
-            session.close()
-            log.info("intermediate tensors in %s: %s", session.run.shown_url, session.ledger.to_json())
-        except TlcoreError as error:
-            self._problem = str(error)
-            log.error("the run %s could not be stored whole: %s", session.run.shown_url, error)
-        except Exception as error:
-            self._problem = f"the run could not be closed: {type(error).__name__}"
-            log.exception("the run %s could not be closed", session.run.shown_url)
-
-
 def add_methods(module: ModuleType) -> None:
-    """Give every worker the methods that `remote.Remote` calls in it. Safe to repeat."""
+    """Give every worker the methods that the front end calls in it. Safe to repeat."""
     module.WorkerBase.tlcore_start = _start
     module.WorkerBase.tlcore_stop = _stop
     module.WorkerBase.tlcore_status = _status
@@ -282,26 +244,30 @@ def add_methods(module: ModuleType) -> None:
 
 
 def _start(worker: Any, carrier: Json) -> Json:
+    def start(capture: WorkerCapture) -> Json:
+        capture.start(carrier)
+        return capture.status()
+
+    return _answer(worker, start)
+
+
+def _stop(worker: Any, run_id: str | None = None) -> Json:
+    def stop(capture: WorkerCapture) -> Json:
+        capture.stop(run_id)
+        return capture.status(run_id)
+
+    return _answer(worker, stop)
+
+
+def _status(worker: Any, run_id: str | None = None) -> Json:
+    return _answer(worker, lambda capture: capture.status(run_id))
+
+
+def _answer(worker: Any, act: Callable[[WorkerCapture], Json]) -> Json:
     try:
-        capture_of(worker).start(carrier)
+        return act(capture_of(worker))
     except Exception as error:
-        log.debug("the capture could not be started", exc_info=True)
+        log.debug("a remote call was refused", exc_info=True)
         kind = type(error).__name__ if isinstance(error, TlcoreError) else CaptureError.__name__
         text = str(error) if isinstance(error, TlcoreError) else f"{type(error).__name__}: {error}"
-        return {"rank": int(worker.rank), "state": "refused", "error": kind, "problem": text}
-    return _status(worker)
-
-
-def _stop(worker: Any) -> Json:
-    try:
-        capture_of(worker).stop()
-        return _status(worker)
-    except Exception as error:
-        return {"rank": int(worker.rank), "state": "refused", "problem": f"{type(error).__name__}: {error}"}
-
-
-def _status(worker: Any) -> Json:
-    try:
-        return capture_of(worker).status()
-    except Exception as error:
-        return {"rank": int(worker.rank), "state": "refused", "problem": f"{type(error).__name__}: {error}"}
+        return {"rank": global_rank(worker), "state": "refused", "error": kind, "problem": text}
