@@ -3,6 +3,6 @@
 from __future__ import annotations
 
 from .adapters.vllm.frontend.attach import attach
-from .adapters.vllm.status import Status
+from .adapters.vllm.frontend.status import Status
 
 __all__ = ["Status", "attach"]

@@ -24,7 +24,7 @@ class Served:
 
     def process_id(self, title: str) -> int:
         """The id of the server's process that calls itself ``VLLM::EngineCore`` or ``VLLM::Worker``."""
-        found = {title(pid): pid for pid in descendants(self.server.process.pid)}
+        found = {title_of(pid): pid for pid in descendants(self.server.process.pid)}
         matching = [pid for text, pid in found.items() if title in text]
         assert len(matching) == 1, found
         return matching[0]
@@ -60,7 +60,7 @@ def descendants(pid: int) -> Iterator[int]:
             yield from descendants(child)
 
 
-def title(pid: int) -> str:
+def title_of(pid: int) -> str:
     """A process's name for itself; nothing for one that has gone."""
     with suppress(OSError):
         return Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")

@@ -18,9 +18,9 @@ REPOSITORY = str(Path(__file__).parents[3])
 
 def processes() -> dict[int, str]:
     """The engines and workers that run below this process, by their titles."""
-    from tests.faults.vllm_server import descendants, title
+    from tests.faults.vllm_server import descendants, title_of
 
-    titles = {pid: title(pid) for pid in descendants(os.getpid())}
+    titles = {pid: title_of(pid) for pid in descendants(os.getpid())}
     return {pid: text for pid, text in titles.items() if "VLLM::" in text}
 
 

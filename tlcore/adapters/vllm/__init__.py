@@ -50,13 +50,13 @@ def _patch_registry(module: ModuleType) -> None:
 
 
 def _patch_executor(module: ModuleType) -> None:
-    from .deaths import patch_executor
+    from .frontend.deaths import patch_executor
 
     patch_executor(module)
 
 
 def _patch_engines(module: ModuleType) -> None:
-    from .deaths import patch_engines
+    from .frontend.deaths import patch_engines
 
     patch_engines(module)
 

@@ -17,9 +17,9 @@ from ....config.configuration import Config
 from ....errors import CaptureError, ConfigError
 from ....record import Counts, Json
 from ..carrier import KEY, Carrier
-from ..deaths import remains
-from ..status import POLL_S, START, STATUS, STOP, Status, merged
 from . import check as frontend
+from .deaths import remains
+from .status import POLL_S, START, STATUS, STOP, Status, merged
 
 log = logging.getLogger("vllm.tlcore")
 _CLOSE_S = 600.0

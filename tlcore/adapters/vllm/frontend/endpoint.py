@@ -23,10 +23,10 @@ from ....layout.names import is_url
 from ....record import Json
 from ....registry import resolve
 from ..carrier import Carrier
-from ..engines import DeadEngineError, Engines
-from ..status import POLL_S, START, STATUS, STOP, Status, merged
-from .attach import prepare
 from ..plugins import ENDPOINT
+from .attach import prepare
+from .engines import DeadEngineError, Engines
+from .status import POLL_S, START, STATUS, STOP, Status, merged
 
 log = logging.getLogger("vllm.tlcore")
 PATH = "/v1/tlcore"

@@ -24,8 +24,8 @@ from ..compiled.hookable import make_hookable
 from ..compiled.taps import tap_model
 from ..frontend.check import compiles, unknown_vllm
 from ..reports import Publisher
-from ..run_end import Runs
 from .ranks import check_place, layout_of
+from .run_end import Runs
 from .sharding import sharding_of
 from .steps import StepWrapper
 

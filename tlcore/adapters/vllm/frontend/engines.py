@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from typing import Any
 
-from ...errors import CaptureError
-from ...record import Json
-from .frontend.check import unknown_vllm
+from ....errors import CaptureError
+from ....record import Json
+from .check import unknown_vllm
 
 # How often it is seen whether an engine that does not answer is alive.
 _LOOK_S = 0.5

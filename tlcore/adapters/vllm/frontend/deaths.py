@@ -14,9 +14,9 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from ...layout.names import is_url
-from ...record import Counts, Json
-from .reports import Report, leave_notice, read_notices, read_reports
+from ....layout.names import is_url
+from ....record import Counts, Json
+from ..reports import Report, leave_notice, read_notices, read_reports
 from .status import Status, merged
 
 log = logging.getLogger("vllm.tlcore")
@@ -108,7 +108,7 @@ def committed(url: str) -> tuple[int, Counts] | None:
 
     A run elsewhere is not asked for: a process that ends must not wait for a network.
     """
-    from ...reader import open_run
+    from ....reader import open_run
 
     if is_url(url):
         return None

@@ -18,7 +18,7 @@ from torch import nn
 
 import tlcore
 from tests.waiting import wait_until
-from tlcore.adapters.vllm.deaths import patch_engines, patch_executor, remains, tell_of_deaths
+from tlcore.adapters.vllm.frontend.deaths import patch_engines, patch_executor, remains, tell_of_deaths
 from tlcore.adapters.vllm.reports import VARIABLE, Publisher, read_reports
 
 FORK = multiprocessing.get_context("fork")

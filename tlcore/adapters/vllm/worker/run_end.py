@@ -6,9 +6,9 @@ import logging
 import threading
 from collections.abc import Mapping
 
-from ...engine.session import Session
-from ...errors import TlcoreError, shareable
-from ...record import LEDGER_COLUMNS, Json
+from ....engine.session import Session
+from ....errors import TlcoreError, shareable
+from ....record import LEDGER_COLUMNS, Json
 
 log = logging.getLogger("vllm.tlcore")
 _REMEMBERED = 16

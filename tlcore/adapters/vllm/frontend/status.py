@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ... import errors
-from ...errors import CaptureError, ConfigError
-from ...record import Counts, Json
+from .... import errors
+from ....errors import CaptureError, ConfigError
+from ....record import Counts, Json
 
 START, STOP, STATUS = "tlcore_start", "tlcore_stop", "tlcore_status"
 POLL_S = 0.05
