@@ -16,7 +16,7 @@ from tests.models import smollm2
 from tlcore.__main__ import main
 
 pytestmark = pytest.mark.slow
-SCRIPT = str(REPOSITORY / "tests" / "comparison" / "vllm_script.py")
+SCRIPT = str(REPOSITORY / "tests" / "analysis" / "vllm_script.py")
 
 
 def _served(directory: Path, order: list[int], max_num_seqs: int) -> str:

@@ -14,7 +14,7 @@ from tests.adapters.vllm.helpers import REPOSITORY, report
 from tests.models import smollm2
 
 pytestmark = pytest.mark.slow
-SCRIPT = str(REPOSITORY / "tests" / "vllm" / "engine_script.py")
+SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "engine_script.py")
 
 
 @pytest.fixture(scope="module")

@@ -11,7 +11,7 @@ import tlcore
 from tests.adapters.vllm.helpers import REPOSITORY, report
 
 pytestmark = pytest.mark.slow
-SCRIPT = str(REPOSITORY / "tests" / "vllm" / "lives_script.py")
+SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "lives_script.py")
 
 
 @pytest.fixture(scope="module")

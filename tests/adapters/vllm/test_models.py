@@ -14,7 +14,7 @@ from tests.adapters.vllm.models_script import TOKENS
 from tests.models import minilm, tiny_moe
 
 pytestmark = pytest.mark.slow
-SCRIPT = str(REPOSITORY / "tests" / "vllm" / "models_script.py")
+SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "models_script.py")
 
 
 def _asked(model: Path, task: str, mode: str, output_dir: Path) -> tuple[dict[str, Any], tlcore.Run]:

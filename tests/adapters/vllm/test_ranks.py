@@ -15,7 +15,7 @@ from tests.adapters.vllm.helpers import REPOSITORY, SEVERAL_RANKS, report
 from tlcore.reader import Request, Run
 
 pytestmark = pytest.mark.slow
-SCRIPT = str(REPOSITORY / "tests" / "vllm" / "ranks_script.py")
+SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "ranks_script.py")
 # The engines compute in bfloat16, and a sum over two ranks rounds once more than one over a single rank.
 TOLERANCE = 2**-5
 

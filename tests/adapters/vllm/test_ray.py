@@ -13,7 +13,7 @@ import tlcore
 from tests.adapters.vllm.helpers import REPOSITORY, report
 
 pytestmark = [pytest.mark.slow, pytest.mark.deep]
-SCRIPT = str(REPOSITORY / "tests" / "vllm" / "ray_script.py")
+SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "ray_script.py")
 ENTRY_POINTS = "[vllm.platform_plugins]\nray_cpu = tests.adapters.vllm.ray_platform:platform\n"
 
 

@@ -15,7 +15,7 @@ from tests.adapters.vllm.helpers import REPOSITORY, report
 from tlcore.reader import Gap, Request, Run
 
 pytestmark = pytest.mark.slow
-SCRIPT = str(REPOSITORY / "tests" / "vllm" / "requests_script.py")
+SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "requests_script.py")
 TOKENS = "model.embed_tokens/inputs_0_cpu"
 # Products in bfloat16 are summed in another order for another batch, and the model has four layers.
 TOLERANCE = 2**-5

@@ -11,7 +11,7 @@ import tlcore
 from tests.adapters.vllm.helpers import REPOSITORY, report
 
 pytestmark = pytest.mark.slow
-SCRIPT = str(REPOSITORY / "tests" / "vllm" / "running_script.py")
+SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "running_script.py")
 
 
 @pytest.fixture(scope="module")

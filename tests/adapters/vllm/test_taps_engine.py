@@ -16,7 +16,7 @@ from tests.adapters.vllm.taps_script import TOKENS
 from tests.models import smollm2, tiny_llama
 
 pytestmark = pytest.mark.slow
-SCRIPT = str(REPOSITORY / "tests" / "vllm" / "taps_script.py")
+SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "taps_script.py")
 
 
 def _captured(

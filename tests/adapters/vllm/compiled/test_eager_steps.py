@@ -15,7 +15,7 @@ from tests.adapters.vllm.helpers import REPOSITORY, agree, run
 from tests.models import tiny_llama
 
 pytestmark = pytest.mark.slow
-SCRIPTS = REPOSITORY / "tests" / "vllm"
+SCRIPTS = REPOSITORY / "tests" / "adapters" / "vllm"
 EAGER = """
 import sys
 from vllm import LLM, SamplingParams
