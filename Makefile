@@ -77,6 +77,8 @@ $(VENV)/.bench: tests/requirements/bench.txt $(VENV)/.installed
 	$(pip) install --no-deps -r tests/requirements/bench.txt
 	touch $@
 
-$(VENV)/.installed: pyproject.toml $(VENV)/.requirements
+extension := $(wildcard tlcore/hotpath/*.[ch])
+
+$(VENV)/.installed: pyproject.toml $(extension) $(VENV)/.requirements
 	$(pip) install --no-deps --no-build-isolation --editable .
 	touch $@

@@ -67,6 +67,15 @@ def install(python: Path, *what: str | Path) -> None:
     run(*pip, "install", "--no-deps", "--no-index", *what, cwd=python.parent)
 
 
+def copy_of_the_tree(tree: Path) -> Path:
+    """What an installation is made from, in a place of its own and without an extension built before."""
+    for folder in PACKAGES.values():
+        shutil.copytree(ROOT / folder, tree / folder, ignore=shutil.ignore_patterns("*.so", "__pycache__"))
+    for name in ("pyproject.toml", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, tree / name)
+    return tree
+
+
 def source_files() -> set[str]:
     """What an installation must contain, as names in a wheel."""
     names = set()
@@ -91,6 +100,27 @@ def test_the_wheel_has_the_sources_the_licence_and_nothing_else(built: dict[str,
 
 def test_the_sdist_makes_the_same_wheel(built: dict[str, Path]) -> None:
     assert contents(built["wheel"]) == contents(built["wheel from sdist"])
+
+
+def test_the_wheel_has_the_extension_for_any_python_from_3_11_on(
+    built: dict[str, Path], fresh: Path, tmp_path: Path
+) -> None:
+    assert "-cp311-abi3-linux_" in built["wheel"].name
+    install(fresh, built["wheel"])
+    assert run(fresh.with_name("tlcore"), "--version", cwd=tmp_path).splitlines()[1] == "C extension"
+
+
+def test_without_a_compiler_the_wheel_is_pure_python_and_works(
+    fresh: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tree = copy_of_the_tree(tmp_path / "tree")
+    monkeypatch.setenv("CC", "/nowhere/cc")
+    run(sys.executable, "-m", "build", "--no-isolation", "--wheel", "--outdir", tmp_path, tree, cwd=tmp_path)
+    (wheel,) = tmp_path.glob("*.whl")
+    assert wheel.name.endswith("-py3-none-any.whl")
+    install(fresh, wheel)
+    shown = run(fresh.with_name("tlcore"), "--version", cwd=tmp_path)
+    assert "Python only: the C extension is not used, since it is not built" in shown
 
 
 def test_the_sdist_has_what_a_packager_needs(built: dict[str, Path]) -> None:
@@ -132,12 +162,9 @@ def test_an_installation_has_the_command_and_the_plugins(built: dict[str, Path],
 
 
 def test_an_editable_installation_follows_the_sources(fresh: Path, tmp_path: Path) -> None:
-    tree = tmp_path / "tree"
-    for folder in PACKAGES.values():
-        shutil.copytree(ROOT / folder, tree / folder)
-    for name in ("pyproject.toml", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, tree / name)
+    tree = copy_of_the_tree(tmp_path / "tree")
     install(fresh, "--no-build-isolation", "--editable", tree)
+    assert run(fresh.with_name("tlcore"), "--version", cwd=tmp_path).splitlines()[1] == "C extension"
     code = (
         "import tlcore, tlcore_backends, tlcore_schemas\n"
         "print(tlcore.__file__, tlcore_schemas.load('run.v1')['title'])"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -11,11 +12,15 @@ import pytest
 
 import tlcore
 from tlcore.__main__ import main
+from tlcore.hotpath.native import in_use
 
 
-def run(*args: str, stdin: str = "") -> subprocess.CompletedProcess[str]:
+def run(*args: str, stdin: str = "", **variables: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "tlcore", *args]
-    return subprocess.run(command, input=stdin, capture_output=True, text=True, check=False, timeout=120)
+    environment = {**os.environ, **variables}
+    return subprocess.run(
+        command, input=stdin, env=environment, capture_output=True, text=True, check=False, timeout=120
+    )
 
 
 @pytest.mark.parametrize("flag", ["--help", "--version"])
@@ -34,7 +39,9 @@ def test_help_and_version_do_not_import_torch(flag: str) -> None:
 def test_help_lists_the_commands_and_version_is_the_package_s() -> None:
     done = run("--help")
     assert all(name in done.stdout for name in ("ls", "show", "check-config"))
-    assert run("--version").stdout == f"tlcore {tlcore.__version__}\n"
+    version, half = run("--version").stdout.splitlines()
+    assert version == f"tlcore {tlcore.__version__}" and half == in_use()
+    assert "TLCORE_NO_EXTENSIONS is set" in run("--version", TLCORE_NO_EXTENSIONS="1").stdout
 
 
 def test_a_command_is_required_and_must_exist() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import sys
 from collections.abc import Sequence
 from importlib import import_module
 from typing import Any
@@ -26,11 +27,27 @@ COMMANDS = {
 def parser() -> argparse.ArgumentParser:
     """The parser of the whole command line; a parsed command has ``run`` set."""
     top = argparse.ArgumentParser(prog="tlcore", description="Look at captured tensors.")
-    top.add_argument("--version", action="version", version=f"tlcore {__version__}")
+    top.add_argument(
+        "--version", action=_Version, help="show the version, and which half of the hot path runs"
+    )
     commands = top.add_subparsers(metavar="COMMAND", required=True, parser_class=_LazyParser)
     for name, (module, summary) in COMMANDS.items():
         commands.add_parser(name, module=module, help=summary)
     return top
+
+
+class _Version(argparse.Action):
+    """Prints the version; what is asked for it is loaded only then."""
+
+    def __init__(self, option_strings: Sequence[str], dest: str, help: str | None = None) -> None:  # noqa: A002
+        super().__init__(option_strings, argparse.SUPPRESS, nargs=0, help=help)
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        """Print it and exit."""
+        from ..hotpath.native import in_use
+
+        sys.stdout.write(f"tlcore {__version__}\n{in_use()}\n")
+        parser.exit()
 
 
 class _LazyParser(argparse.ArgumentParser):

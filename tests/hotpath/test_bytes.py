@@ -1,0 +1,188 @@
+"""Hashing, copying, writing and reading many pieces: the C half and the Python half do the same."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tests.hotpath.halves import native
+from tlcore.hotpath import copying, hashing, reading
+
+TWINS: dict[str, Callable[..., Any]] = {
+    "hex_digests": hashing._hex_digests,
+    "gather": copying._gather,
+    "write_all": copying._write_all,
+    "read_files": reading._read_files,
+    "identities": reading._identities,
+}
+
+
+@pytest.fixture(params=["C", "Python"])
+def half(request: pytest.FixtureRequest) -> Callable[[str], Callable[..., Any]]:
+    """A function of one half, by name."""
+    if request.param == "Python":
+        return TWINS.__getitem__
+    module = native()
+    return lambda name: getattr(module, name)
+
+
+Half = Callable[[str], Callable[..., Any]]
+
+
+def both(name: str, *args: Any) -> list[tuple[str, Any]]:
+    """What each half returns or raises."""
+    found: list[tuple[str, Any]] = []
+    for function in (getattr(native(), name), TWINS[name]):
+        try:
+            found.append(("returned", function(*args)))
+        except (ValueError, TypeError, OSError, BufferError) as error:
+            found.append((type(error).__name__, None))
+    return found
+
+
+@given(st.lists(st.binary(max_size=2000), max_size=20))
+def test_hashes_are_those_of_the_library(parts: list[bytes]) -> None:
+    expected = [xxhash.xxh3_128_hexdigest(part) for part in parts]
+    assert both("hex_digests", parts) == [("returned", expected)] * 2
+
+
+@given(st.lists(st.tuples(st.integers(-5, 70), st.binary(max_size=40)), max_size=8), st.integers(0, 64))
+def test_gathering_is_the_same_and_copies_nothing_when_it_refuses(
+    pieces: list[tuple[int, bytes]], size: int
+) -> None:
+    targets = [bytearray(size), bytearray(size)]
+    raised = []
+    for function, target in zip((native().gather, TWINS["gather"]), targets, strict=True):
+        try:
+            function(target, [offset for offset, _ in pieces], [part for _, part in pieces])
+            raised.append("")
+        except ValueError as error:
+            raised.append(str(error))
+    assert targets[0] == targets[1] and raised[0] == raised[1]
+    assert not raised[0] or targets[0] == bytearray(size)
+
+
+@pytest.mark.parametrize("offset", [2**63, -(2**63) - 1, 2**200, -1, 1])
+def test_hostile_offsets_are_refused(half: Half, offset: int) -> None:
+    with pytest.raises(ValueError, match="offset of a part"):
+        half("gather")(bytearray(8), [offset], [b"12345678"])
+
+
+@pytest.mark.parametrize("size", [2**63, 2**200, -1, 65])
+def test_hostile_sizes_of_files_are_refused(half: Half, size: int) -> None:
+    with pytest.raises(ValueError, match="bytes of a file"):
+        half("read_files")(bytearray(64), ["/dev/null"], [size])
+
+
+def test_what_is_no_memory_or_not_of_one_length_is_refused(half: Half) -> None:
+    with pytest.raises(TypeError):
+        half("hex_digests")([b"a", "text"])
+    with pytest.raises(TypeError):
+        half("gather")(b"12345678", [0], [b"1"])
+    with pytest.raises(ValueError, match="as many"):
+        half("gather")(bytearray(8), [], [b"1"])
+    with pytest.raises(ValueError, match="as many"):
+        half("read_files")(bytearray(8), ["a"], [])
+
+
+def test_writing_takes_any_number_of_parts_of_any_size(half: Half, tmp_path: Path) -> None:
+    parts: list[Any] = [bytes([number % 251]) * (number % 7) for number in range(5000)]
+    parts += [os.urandom((3 << 20) + 1), b"", memoryview(bytearray(b"end"))]
+    with (tmp_path / "file").open("wb") as file:
+        assert half("write_all")(file.fileno(), parts) == sum(len(part) for part in parts)
+        assert half("write_all")(file.fileno(), []) == 0
+    assert (tmp_path / "file").read_bytes() == b"".join(parts)
+
+
+def test_writing_to_what_takes_little_at_a_time_waits_and_ends(half: Half) -> None:
+    reader, writer = os.pipe()
+    found = bytearray()
+
+    def read() -> None:
+        while piece := os.read(reader, 7000):
+            found.extend(piece)
+
+    thread = threading.Thread(target=read)
+    thread.start()
+    sent = os.urandom(300_000)
+    half("write_all")(writer, [sent[:100], sent[100:250_000], sent[250_000:]])
+    os.close(writer)
+    thread.join(20)
+    os.close(reader)
+    assert bytes(found) == sent
+
+
+def test_a_signal_ends_a_write_that_waits(half: Half) -> None:
+    reader, writer = os.pipe()
+
+    class EnoughError(Exception):
+        pass
+
+    def ring(*_: object) -> None:
+        raise EnoughError
+
+    before = signal.signal(signal.SIGALRM, ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        with pytest.raises(EnoughError):
+            half("write_all")(writer, [bytes(1 << 20)])
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+        os.close(reader)
+        os.close(writer)
+
+
+def test_an_error_of_the_system_is_raised(half: Half) -> None:
+    with pytest.raises(OSError, match="Bad file descriptor"):
+        half("write_all")(-1, [b"1"])
+
+
+def test_reading_gives_whole_regular_files_and_says_of_all_others_that_it_did_not(
+    half: Half, tmp_path: Path
+) -> None:
+    (tmp_path / "a").write_bytes(b"first")
+    (tmp_path / "b").write_bytes(b"second" * 30)
+    (tmp_path / "empty").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "a")
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    names = ["a", "b", "empty", "link", "folder", "pipe", "missing", "a", "a"]
+    sizes = [5, 180, 0, 5, 0, 0, 3, 5, 4]
+    target = bytearray(b"?" * 800)
+    found = half("read_files")(target, [str(tmp_path / name) for name in names], sizes)
+    # What could not be read leaves its room free.
+    assert found == [0, 64, 256, -1, -1, -1, -1, 384, -1]
+    assert target[:5] == b"first" and target[64:244] == b"second" * 30 and target[384:389] == b"first"
+
+
+def test_identities_tell_hard_links_from_other_files(half: Half, tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(b"first")
+    (tmp_path / "c").write_bytes(b"first")
+    os.link(tmp_path / "a", tmp_path / "b")
+    one, same, other, none = half("identities")([str(tmp_path / name) for name in ("a", "b", "c", "no")])
+    state = os.lstat(tmp_path / "a")
+    assert one == same == (state.st_dev, state.st_ino, 5, state.st_mtime_ns)
+    assert other != one and none is None
+
+
+@settings(max_examples=30)
+@given(st.lists(st.integers(0, 300), max_size=6), st.integers(0, 900))
+def test_reading_lays_files_out_alike(
+    tmp_path_factory: pytest.TempPathFactory, sizes: list[int], room: int
+) -> None:
+    folder = tmp_path_factory.mktemp("files")
+    for number, size in enumerate(sizes):
+        (folder / str(number)).write_bytes(os.urandom(size))
+    paths = [str(folder / str(number)) for number in range(len(sizes))]
+    one, other = both("read_files", bytearray(room), paths, sizes)
+    assert one == other

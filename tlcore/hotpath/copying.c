@@ -1,0 +1,209 @@
+/* Copying and writing many pieces of memory in one call. */
+#include "native.h"
+
+#include <errno.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+/* Larger writes make Linux look for larger pieces of free memory: on ext4 they took ten times as long. */
+#define WRITE_BYTES (1 << 20)
+#define WRITE_PARTS 1024
+
+Py_ssize_t tlcore_size(PyObject *number, Py_ssize_t most, const char *what)
+{
+    Py_ssize_t size = PyNumber_AsSsize_t(number, PyExc_OverflowError);
+    if (size == -1 && PyErr_Occurred()) {
+        if (!PyErr_ExceptionMatches(PyExc_OverflowError))
+            return -1;
+        PyErr_Clear();
+    }
+    if (size < 0 || size > most) {
+        PyErr_Format(PyExc_ValueError, "%s: %R is not in [0, %zd]", what, number, most);
+        return -1;
+    }
+    return size;
+}
+
+typedef struct {
+    PyObject *parts;
+    Py_buffer *views;
+    Py_ssize_t count;
+    Py_ssize_t bytes;
+} pieces;
+
+static void release_pieces(pieces *all)
+{
+    for (Py_ssize_t i = 0; i < all->count; i++)
+        PyBuffer_Release(&all->views[i]);
+    PyMem_Free(all->views);
+    Py_CLEAR(all->parts);
+}
+
+/* The parts' memory, held until `release_pieces`; -1 with an exception set and nothing held. */
+static int take_pieces(PyObject *sequence, pieces *all)
+{
+    memset(all, 0, sizeof *all);
+    all->parts = PySequence_Tuple(sequence);
+    if (all->parts == NULL)
+        return -1;
+    Py_ssize_t count = PyTuple_Size(all->parts);
+    all->views = PyMem_Calloc((size_t)count + 1, sizeof *all->views);
+    if (all->views == NULL) {
+        PyErr_NoMemory();
+        release_pieces(all);
+        return -1;
+    }
+    for (; all->count < count; all->count++) {
+        Py_buffer *view = &all->views[all->count];
+        if (PyObject_GetBuffer(PyTuple_GetItem(all->parts, all->count), view, PyBUF_SIMPLE)) {
+            release_pieces(all);
+            return -1;
+        }
+        all->bytes += view->len;
+    }
+    return 0;
+}
+
+static void copy_pieces(char *target, const Py_ssize_t *offsets, const pieces *all)
+{
+    for (Py_ssize_t i = 0; i < all->count; i++)
+        if (all->views[i].len)
+            memmove(target + offsets[i], all->views[i].buf, (size_t)all->views[i].len);
+}
+
+/* Where each piece goes, checked; NULL with an exception set. */
+static Py_ssize_t *checked_offsets(PyObject *sequence, const pieces *all, Py_ssize_t room)
+{
+    if (PySequence_Size(sequence) != all->count) {
+        if (!PyErr_Occurred())
+            PyErr_Format(PyExc_ValueError, "%zd parts need as many offsets", all->count);
+        return NULL;
+    }
+    Py_ssize_t *offsets = PyMem_Calloc((size_t)all->count + 1, sizeof *offsets);
+    if (offsets == NULL)
+        return (Py_ssize_t *)PyErr_NoMemory();
+    for (Py_ssize_t i = 0; i < all->count; i++) {
+        PyObject *number = PySequence_GetItem(sequence, i);
+        Py_ssize_t most = room - all->views[i].len;
+        offsets[i] = number == NULL ? -1 : tlcore_size(number, most, "offset of a part");
+        Py_XDECREF(number);
+        if (offsets[i] < 0) {
+            PyMem_Free(offsets);
+            return NULL;
+        }
+    }
+    return offsets;
+}
+
+static PyObject *gather(PyObject *module, PyObject *args)
+{
+    (void)module;
+    Py_buffer target;
+    PyObject *where, *parts;
+    pieces all;
+    if (!PyArg_ParseTuple(args, "w*OO:gather", &target, &where, &parts))
+        return NULL;
+    if (take_pieces(parts, &all)) {
+        PyBuffer_Release(&target);
+        return NULL;
+    }
+    Py_ssize_t *offsets = checked_offsets(where, &all, target.len);
+    PyObject *done = offsets == NULL ? NULL : Py_None;
+    if (offsets != NULL && all.bytes < TLCORE_SMALL_BYTES) {
+        copy_pieces(target.buf, offsets, &all);
+    } else if (offsets != NULL) {
+        Py_BEGIN_ALLOW_THREADS;
+        copy_pieces(target.buf, offsets, &all);
+        Py_END_ALLOW_THREADS;
+    }
+    PyMem_Free(offsets);
+    release_pieces(&all);
+    PyBuffer_Release(&target);
+    Py_XINCREF(done);
+    return done;
+}
+
+/* Fill `group` from the pieces behind (`piece`, `done`), at most WRITE_BYTES; how many parts it has. */
+static int next_group(const pieces *all, Py_ssize_t piece, Py_ssize_t done, struct iovec *group,
+                      Py_ssize_t *bytes)
+{
+    int parts = 0;
+    Py_ssize_t room = WRITE_BYTES;
+    for (; piece < all->count && parts < WRITE_PARTS && room; piece++, done = 0) {
+        Py_ssize_t size = all->views[piece].len - done;
+        if (size <= 0)
+            continue;
+        group[parts].iov_base = (char *)all->views[piece].buf + done;
+        group[parts].iov_len = (size_t)(size < room ? size : room);
+        room -= (Py_ssize_t)group[parts++].iov_len;
+    }
+    *bytes = WRITE_BYTES - room;
+    return parts;
+}
+
+/* Move (`piece`, `done`) behind the bytes just written. */
+static void pass_over(const pieces *all, Py_ssize_t written, Py_ssize_t *piece, Py_ssize_t *done)
+{
+    while (*piece < all->count && *done + written >= all->views[*piece].len) {
+        written -= all->views[*piece].len - *done;
+        ++*piece;
+        *done = 0;
+    }
+    *done += written;
+}
+
+/* Write what is left of the pieces; 0 or the system's error, EINTR also where it took less than it was given. */
+static int write_pieces(int handle, const pieces *all, Py_ssize_t *piece, Py_ssize_t *done)
+{
+    struct iovec group[WRITE_PARTS];
+    Py_ssize_t bytes;
+    int parts;
+    while ((parts = next_group(all, *piece, *done, group, &bytes))) {
+        ssize_t written = writev(handle, group, parts);
+        if (written < 0)
+            return errno;
+        pass_over(all, written, piece, done);
+        if (written < bytes)
+            return EINTR;
+    }
+    return 0;
+}
+
+static PyObject *write_all(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int handle, error, stopped = 0;
+    PyObject *parts;
+    pieces all;
+    Py_ssize_t piece = 0, done = 0;
+    if (!PyArg_ParseTuple(args, "iO:write_all", &handle, &parts) || take_pieces(parts, &all))
+        return NULL;
+    do {
+        Py_BEGIN_ALLOW_THREADS;
+        error = write_pieces(handle, &all, &piece, &done);
+        Py_END_ALLOW_THREADS;
+        /* A signal's handler may want to end this; a signal also cuts a write short. */
+        stopped = error == EINTR && PyErr_CheckSignals();
+    } while (error == EINTR && !stopped);
+    Py_ssize_t bytes = all.bytes;
+    release_pieces(&all);
+    if (stopped)
+        return NULL;
+    if (error) {
+        errno = error;
+        return PyErr_SetFromErrno(PyExc_OSError);
+    }
+    return PyLong_FromSsize_t(bytes);
+}
+
+static PyMethodDef functions[] = {
+    {"gather", gather, METH_VARARGS, "Copy each part to its offset in a buffer."},
+    {"write_all", write_all, METH_VARARGS, "Write every part in order; returns the bytes written."},
+    {NULL, NULL, 0, NULL},
+};
+
+int tlcore_add_copying(PyObject *module)
+{
+    return PyModule_AddFunctions(module, functions);
+}

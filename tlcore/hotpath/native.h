@@ -1,0 +1,36 @@
+/* What the parts of the extension share.
+ *
+ * Everything here has a twin in Python in the file of the same name, which is the reference: where the two
+ * differ, this is wrong. Only the limited API of CPython 3.11 is used, and no header but its own: torch's
+ * tensors are looked at through DLPack's exchange functions, XXH3 is called by its address.
+ */
+#ifndef TLCORE_NATIVE_H
+#define TLCORE_NATIVE_H
+
+#define PY_SSIZE_T_CLEAN
+#include <Python.h>
+#include <stdint.h>
+
+/* Counts up whenever a function changes what it takes or gives; `native.py` refuses any other. */
+#define TLCORE_INTERFACE 1
+
+/* Shorter work than this is over before another thread could use the interpreter, which is dear to get back. */
+#define TLCORE_SMALL_BYTES (256 << 10)
+
+/* A digest as text, with the byte that ends it. */
+#define TLCORE_HEX_CHARS 33
+
+/* XXH3-128 of some bytes, as lower-case hex. Needs no interpreter; `tlcore_can_hash` must have said yes. */
+void tlcore_hex_digest(const void *data, size_t size, char *hex);
+int tlcore_can_hash(void);
+
+/* An int that must lie in [0, most]; -1 with ValueError (or TypeError) set where it does not. */
+Py_ssize_t tlcore_size(PyObject *number, Py_ssize_t most, const char *what);
+
+/* Each adds a part's functions and types to the module; -1 with an exception set. */
+int tlcore_add_hashing(PyObject *module);
+int tlcore_add_copying(PyObject *module);
+int tlcore_add_reading(PyObject *module);
+int tlcore_add_pytree(PyObject *module);
+
+#endif

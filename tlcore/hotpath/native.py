@@ -1,0 +1,77 @@
+"""Finding the C extension, and saying why it is not used where it is not.
+
+``TLCORE_NO_EXTENSIONS=1`` leaves it out. Whatever is not right with it (an older Python, no compiler when
+tlcore was installed, an extension of other sources) leaves the work to the Python twins, which do the same.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import os
+import sys
+import sysconfig
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import xxhash
+
+if TYPE_CHECKING:
+    from . import _native
+
+SWITCH = "TLCORE_NO_EXTENSIONS"
+_INTERFACE = 1
+_TRIED = bytes(range(256)) * 3
+
+
+class Loaded(NamedTuple):
+    """The extension and whether it can hash; or None and the reason why it is not used."""
+
+    module: Any
+    hashes: bool
+    reason: str
+
+
+def _load() -> Loaded:
+    if os.environ.get(SWITCH, "") not in ("", "0"):
+        return Loaded(None, False, f"{SWITCH} is set")
+    if sysconfig.get_config_var("Py_GIL_DISABLED"):
+        return Loaded(None, False, "it does not support free-threaded Python")
+    if sys.version_info < (3, 11):
+        return Loaded(None, False, "it needs Python 3.11")
+    try:
+        module = importlib.import_module(f"{__package__}._native")
+    except ImportError as error:
+        return Loaded(None, False, f"it is not built ({error})")
+    found = getattr(module, "INTERFACE", None)
+    if found != _INTERFACE:
+        return Loaded(None, False, f"it was built from other sources (interface {found}, not {_INTERFACE})")
+    return Loaded(module, _can_hash(module), "")
+
+
+def _can_hash(module: Any) -> bool:
+    """Give the extension the xxhash library's function, and see that known hashes come out."""
+    try:
+        library = ctypes.CDLL(importlib.import_module("xxhash._xxhash").__file__)
+        module.use_xxh3(ctypes.cast(library.XXH3_128bits, ctypes.c_void_p).value or 0)
+        known = [xxhash.xxh3_128_hexdigest(part) for part in (b"", _TRIED)]
+        if module.hex_digests([b"", _TRIED]) == known:
+            return True
+    except (ImportError, OSError, AttributeError, RuntimeError, TypeError):
+        pass
+    module.use_xxh3(0)
+    return False
+
+
+_loaded = _load()
+# What the twins use: the module, or None. Typed as if it were always there; they ask first.
+extension: Any = _loaded.module
+if TYPE_CHECKING:
+    extension = _native
+can_hash = _loaded.hashes
+
+
+def in_use() -> str:
+    """Which half runs, in words, for ``tlcore --version``."""
+    if extension is None:
+        return f"Python only: the C extension is not used, since {_loaded.reason}"
+    return "C extension" if can_hash else "C extension, hashing in Python: xxhash exports no XXH3_128bits"

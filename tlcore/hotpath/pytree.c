@@ -1,0 +1,374 @@
+/* Walking structures: the common case of plain containers, scalars and CPU tensors.
+ *
+ * The sketch of a value is the one that `flatten` in Python makes, and the leaves are taken in the same order.
+ * Whatever is not common is handed to Python, one value at a time, so that Python says what it means.
+ */
+#include "pytree.h"
+
+#include <string.h>
+#include <structmember.h>
+
+static PyTypeObject *memory_type, *walker_type;
+static PyObject *tensor_word, *scalar_word, *none_word, *tuple_word, *list_word, *dict_word, *no_items;
+
+/* --- one tensor --- */
+
+static int append_number(PyObject *list, Py_ssize_t number)
+{
+    PyObject *item = PyLong_FromSsize_t(number);
+    int failed = item == NULL || PyList_Append(list, item);
+    Py_XDECREF(item);
+    return failed ? -1 : 0;
+}
+
+static void copy(char *target, const void *source, Py_ssize_t bytes)
+{
+    if (bytes < TLCORE_SMALL_BYTES) {
+        memcpy(target, source, (size_t)bytes);
+        return;
+    }
+    Py_BEGIN_ALLOW_THREADS;
+    memcpy(target, source, (size_t)bytes);
+    Py_END_ALLOW_THREADS;
+}
+
+/* 1 where the tensor was taken, 0 where it must go the long way, -1 with an exception set. */
+static int take_plain(walker_object *walker, PyObject *tensor)
+{
+    dlpack_tensor view;
+    memory_object *memory = (memory_object *)walker->memory;
+    if (memory == NULL || !tlcore_look(tensor, &view))
+        return 0;
+    const known_spec *known = tlcore_find(&walker->known, tensor, &view);
+    if (known == NULL)
+        return 0;
+    Py_ssize_t begin = memory->bytes, bytes = known->nbytes;
+    if (begin < 0 || memory->size < begin || memory->size - begin < bytes)
+        return 0;
+    /* Noted before the bytes are copied: without the lock, others may run. */
+    PyObject *spec = Py_NewRef(known->spec), *held = Py_NewRef(walker->memory);
+    memory->bytes = begin + ((bytes + 63) & ~(Py_ssize_t)63);
+    int failed = PyList_Append(walker->specs, spec) || PyList_Append(walker->memories, held) ||
+                 append_number(walker->offsets, begin);
+    if (!failed && bytes)
+        copy((char *)memory->address + begin, view.data, bytes);
+    Py_DECREF(spec);
+    Py_DECREF(held);
+    return failed ? -1 : 1;
+}
+
+/* -1 with an exception set. */
+static int take_tensor(walker_object *walker, PyObject *tensor)
+{
+    int taken = tlcore_can_look() && tlcore_is_tensor(tensor) ? take_plain(walker, tensor) : 0;
+    if (taken)
+        return taken < 0 ? -1 : 0;
+    PyObject *done = PyObject_CallFunctionObjArgs(walker->tensor, tensor, NULL);
+    Py_XDECREF(done);
+    return done == NULL ? -1 : 0;
+}
+
+/* --- structures --- */
+
+static PyObject *other(walker_object *walker, PyObject *value, const containers *seen)
+{
+    PyObject *ids = PyTuple_New(seen->depth);
+    for (int i = 0; ids != NULL && i < seen->depth; i++) {
+        PyObject *id = PyLong_FromVoidPtr((void *)seen->inside[i]);
+        if (id == NULL)
+            Py_CLEAR(ids);
+        else
+            PyTuple_SetItem(ids, i, id);
+    }
+    if (ids == NULL)
+        return NULL;
+    PyObject *sketch = PyObject_CallFunctionObjArgs(walker->other, value, ids, NULL);
+    Py_DECREF(ids);
+    return sketch;
+}
+
+static PyObject *flatten_tuple(walker_object *walker, PyObject *value, containers *seen)
+{
+    Py_ssize_t count = PyTuple_Size(value);
+    PyObject *items = PyTuple_New(count);
+    for (Py_ssize_t i = 0; items != NULL && i < count; i++) {
+        PyObject *item = tlcore_flatten(walker, PyTuple_GetItem(value, i), seen);
+        if (item == NULL)
+            Py_CLEAR(items);
+        else
+            PyTuple_SetItem(items, i, item);
+    }
+    return items;
+}
+
+static PyObject *flatten_list(walker_object *walker, PyObject *value, containers *seen)
+{
+    PyObject *list = PyList_New(0);
+    /* What is called on the way may shorten or lengthen it. */
+    for (Py_ssize_t i = 0; list != NULL && i < PyList_Size(value); i++) {
+        PyObject *held = Py_NewRef(PyList_GetItem(value, i));
+        PyObject *item = tlcore_flatten(walker, held, seen);
+        if (item == NULL || PyList_Append(list, item))
+            Py_CLEAR(list);
+        Py_XDECREF(item);
+        Py_DECREF(held);
+    }
+    PyObject *items = list == NULL ? NULL : PyList_AsTuple(list);
+    Py_XDECREF(list);
+    return items;
+}
+
+static int all_plain_text(PyObject *keys)
+{
+    for (Py_ssize_t i = 0; i < PyTuple_Size(keys); i++)
+        if (!PyUnicode_CheckExact(PyTuple_GetItem(keys, i)))
+            return 0;
+    return 1;
+}
+
+static PyObject *flatten_dict(walker_object *walker, PyObject *value, containers *seen)
+{
+    PyObject *key_list = PyDict_Keys(value), *value_list = PyDict_Values(value), *sketch = NULL, *items = NULL;
+    PyObject *keys = key_list == NULL ? NULL : PyList_AsTuple(key_list);
+    PyObject *values = value_list == NULL ? NULL : PyList_AsTuple(value_list);
+    if (keys != NULL && values != NULL) {
+        if (!all_plain_text(keys)) {
+            seen->depth--;
+            sketch = other(walker, value, seen);
+            seen->depth++;
+        } else if ((items = flatten_tuple(walker, values, seen)) != NULL) {
+            sketch = PyTuple_Pack(3, dict_word, keys, items);
+        }
+    }
+    Py_XDECREF(key_list);
+    Py_XDECREF(value_list);
+    Py_XDECREF(keys);
+    Py_XDECREF(values);
+    Py_XDECREF(items);
+    return sketch;
+}
+
+static int contains(const containers *seen, const PyObject *value)
+{
+    for (int i = 0; i < seen->depth; i++)
+        if (seen->inside[i] == value)
+            return 1;
+    return 0;
+}
+
+static PyObject *flatten_container(walker_object *walker, PyObject *value, containers *seen)
+{
+    if (seen->depth >= TLCORE_DEEPEST || contains(seen, value))
+        return other(walker, value, seen);
+    seen->inside[seen->depth++] = value;
+    PyObject *sketch = NULL, *items;
+    if (PyDict_CheckExact(value)) {
+        sketch = flatten_dict(walker, value, seen);
+    } else {
+        int is_tuple = PyTuple_CheckExact(value);
+        items = is_tuple ? flatten_tuple(walker, value, seen) : flatten_list(walker, value, seen);
+        if (items != NULL)
+            sketch = PyTuple_Pack(2, is_tuple ? tuple_word : list_word, items);
+        Py_XDECREF(items);
+    }
+    seen->depth--;
+    return sketch;
+}
+
+PyObject *tlcore_flatten(walker_object *walker, PyObject *value, containers *seen)
+{
+    if (tlcore_is_some_tensor(value))
+        return take_tensor(walker, value) ? NULL : Py_NewRef(tensor_word);
+    if (value == Py_None)
+        return Py_NewRef(none_word);
+    if (PyLong_CheckExact(value) || PyFloat_CheckExact(value) || PyBool_Check(value) ||
+        PyUnicode_CheckExact(value))
+        return PyList_Append(walker->scalars, value) ? NULL : Py_NewRef(scalar_word);
+    if (PyTuple_CheckExact(value) || PyList_CheckExact(value))
+        return flatten_container(walker, value, seen);
+    if (PyDict_CheckExact(value))
+        return PyDict_Size(value) == 0 ? Py_NewRef(no_items) : flatten_container(walker, value, seen);
+    return other(walker, value, seen);
+}
+
+/* --- the types --- */
+
+static PyMemberDef memory_members[] = {
+    {"address", T_PYSSIZET, offsetof(memory_object, address), 0, "Where it begins."},
+    {"size", T_PYSSIZET, offsetof(memory_object, size), 0, "Its size in bytes."},
+    {"bytes", T_PYSSIZET, offsetof(memory_object, bytes), 0, "How many are filled, from the front."},
+    {NULL, 0, 0, 0, NULL},
+};
+
+static PyType_Slot memory_slots[] = {
+    {Py_tp_members, memory_members},
+    {Py_tp_doc, "Memory that is filled from the front."},
+    {0, NULL},
+};
+
+static PyType_Spec memory_spec = {
+    .name = "tlcore.hotpath._native.Memory",
+    .basicsize = sizeof(memory_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_BASETYPE,
+    .slots = memory_slots,
+};
+
+static int set_object(PyObject **place, PyObject *value)
+{
+    PyObject *before = *place;
+    *place = Py_XNewRef(value);
+    Py_XDECREF(before);
+    return 0;
+}
+
+static int walker_init(PyObject *self, PyObject *args, PyObject *kwargs)
+{
+    walker_object *walker = (walker_object *)self;
+    static char *names[] = {"tensor", "other", NULL};
+    PyObject *tensor, *otherwise;
+    if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:Walker", names, &tensor, &otherwise))
+        return -1;
+    set_object(&walker->tensor, tensor);
+    return set_object(&walker->other, otherwise);
+}
+
+static int walker_traverse(PyObject *self, visitproc visit, void *arg)
+{
+    walker_object *walker = (walker_object *)self;
+    Py_VISIT(Py_TYPE(self));
+    Py_VISIT(walker->tensor);
+    Py_VISIT(walker->other);
+    Py_VISIT(walker->memory);
+    Py_VISIT(walker->specs);
+    Py_VISIT(walker->memories);
+    Py_VISIT(walker->offsets);
+    Py_VISIT(walker->scalars);
+    return tlcore_traverse(&walker->known, visit, arg);
+}
+
+static int walker_clear(PyObject *self)
+{
+    walker_object *walker = (walker_object *)self;
+    Py_CLEAR(walker->tensor);
+    Py_CLEAR(walker->other);
+    Py_CLEAR(walker->memory);
+    Py_CLEAR(walker->specs);
+    Py_CLEAR(walker->memories);
+    Py_CLEAR(walker->offsets);
+    Py_CLEAR(walker->scalars);
+    tlcore_forget(&walker->known);
+    return 0;
+}
+
+static void walker_free(PyObject *self)
+{
+    PyTypeObject *type = Py_TYPE(self);
+    PyObject_GC_UnTrack(self);
+    walker_clear(self);
+    ((freefunc)PyType_GetSlot(type, Py_tp_free))(self);
+    Py_DECREF(type);
+}
+
+int tlcore_is_walker(PyObject *object)
+{
+    return Py_TYPE(object) == walker_type && ((walker_object *)object)->scalars != NULL &&
+           ((walker_object *)object)->other != NULL;
+}
+
+static PyObject *walker_use(PyObject *self, PyObject *args)
+{
+    walker_object *walker = (walker_object *)self;
+    PyObject *specs, *memories, *offsets, *scalars;
+    if (!PyArg_ParseTuple(args, "O!O!O!O!:use", &PyList_Type, &specs, &PyList_Type, &memories, &PyList_Type,
+                          &offsets, &PyList_Type, &scalars))
+        return NULL;
+    set_object(&walker->specs, specs);
+    set_object(&walker->memories, memories);
+    set_object(&walker->offsets, offsets);
+    set_object(&walker->scalars, scalars);
+    Py_RETURN_NONE;
+}
+
+static PyObject *walker_fill(PyObject *self, PyObject *memory)
+{
+    if (memory != Py_None && !PyType_IsSubtype(Py_TYPE(memory), memory_type))
+        return PyErr_Format(PyExc_TypeError, "%R is no Memory", memory);
+    set_object(&((walker_object *)self)->memory, memory == Py_None ? NULL : memory);
+    Py_RETURN_NONE;
+}
+
+static PyObject *walker_know(PyObject *self, PyObject *args)
+{
+    PyObject *tensor, *spec;
+    Py_ssize_t nbytes;
+    if (!PyArg_ParseTuple(args, "OOn:know", &tensor, &spec, &nbytes))
+        return NULL;
+    if (tlcore_know(&((walker_object *)self)->known, tensor, spec, nbytes))
+        return NULL;
+    Py_RETURN_NONE;
+}
+
+static PyObject *walker_forget(PyObject *self, PyObject *nothing)
+{
+    (void)nothing;
+    tlcore_forget(&((walker_object *)self)->known);
+    Py_RETURN_NONE;
+}
+
+static PyObject *walker_flatten(PyObject *self, PyObject *value)
+{
+    containers seen = {.depth = 0};
+    if (!tlcore_is_walker(self))
+        return PyErr_Format(PyExc_RuntimeError, "call use() first");
+    return tlcore_flatten((walker_object *)self, value, &seen);
+}
+
+static PyMethodDef walker_methods[] = {
+    {"use", walker_use, METH_VARARGS, "Fill these lists: specs, memories, offsets, scalars."},
+    {"fill", walker_fill, METH_O, "Copy into this memory, None for none."},
+    {"know", walker_know, METH_VARARGS, "Plain tensors of this one's dtype and shape have this spec."},
+    {"forget", walker_forget, METH_NOARGS, "Know nothing."},
+    {"flatten", walker_flatten, METH_O, "The sketch of a value, whose leaves are taken."},
+    {NULL, NULL, 0, NULL},
+};
+
+static PyType_Slot walker_slots[] = {
+    {Py_tp_new, PyType_GenericNew},  {Py_tp_init, walker_init},   {Py_tp_dealloc, walker_free},
+    {Py_tp_traverse, walker_traverse}, {Py_tp_clear, walker_clear}, {Py_tp_methods, walker_methods},
+    {0, NULL},
+};
+
+static PyType_Spec walker_spec = {
+    .name = "tlcore.hotpath._native.Walker",
+    .basicsize = sizeof(walker_object),
+    .flags = Py_TPFLAGS_DEFAULT | Py_TPFLAGS_HAVE_GC,
+    .slots = walker_slots,
+};
+
+static int make_words(void)
+{
+    tensor_word = PyUnicode_InternFromString("tensor");
+    scalar_word = PyUnicode_InternFromString("scalar");
+    none_word = PyUnicode_InternFromString("none");
+    tuple_word = PyUnicode_InternFromString("tuple");
+    list_word = PyUnicode_InternFromString("list");
+    dict_word = PyUnicode_InternFromString("dict");
+    if (!tensor_word || !scalar_word || !none_word || !tuple_word || !list_word || !dict_word)
+        return -1;
+    no_items = Py_BuildValue("(O()())", dict_word);
+    return no_items == NULL ? -1 : 0;
+}
+
+int tlcore_add_pytree(PyObject *module)
+{
+    if (make_words())
+        return -1;
+    memory_type = (PyTypeObject *)PyType_FromSpec(&memory_spec);
+    walker_type = (PyTypeObject *)PyType_FromSpec(&walker_spec);
+    if (memory_type == NULL || walker_type == NULL)
+        return -1;
+    return PyModule_AddObjectRef(module, "Memory", (PyObject *)memory_type) ||
+                   PyModule_AddObjectRef(module, "Walker", (PyObject *)walker_type)
+               ? -1
+               : 0;
+}

@@ -1,0 +1,35 @@
+/* Walking a call's arguments and results. */
+#ifndef TLCORE_PYTREE_H
+#define TLCORE_PYTREE_H
+
+#include "looking.h"
+
+#define TLCORE_DEEPEST 64
+
+/* Memory that is filled from the front; the base of Python's chunks. */
+typedef struct {
+    PyObject_HEAD
+    Py_ssize_t address, size, bytes;
+} memory_object;
+
+/* Takes the leaves of structures: tensors into memory and lists, the rest by calling Python. */
+typedef struct {
+    PyObject_HEAD
+    PyObject *tensor; /* tensor(value): the long way for one tensor */
+    PyObject *other;  /* other(value, seen) -> sketch: the long way for a value */
+    PyObject *memory; /* being filled; NULL until there is one */
+    PyObject *specs, *memories, *offsets, *scalars; /* lists of the batch */
+    spec_table known;
+} walker_object;
+
+/* The sketch of a value whose leaves are taken; NULL with an exception set. `seen` are the containers around it. */
+typedef struct {
+    const PyObject *inside[TLCORE_DEEPEST];
+    int depth;
+} containers;
+
+PyObject *tlcore_flatten(walker_object *walker, PyObject *value, containers *seen);
+/* Whether the object is a walker with lists to fill. */
+int tlcore_is_walker(PyObject *object);
+
+#endif

@@ -1,0 +1,194 @@
+/* Reading many small files in one call, without the interpreter's lock. */
+#include "native.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <sys/stat.h>
+#include <unistd.h>
+
+/* Where a file begins in the buffer: a multiple of this, so that any dtype can be looked at in place. */
+#define ALIGNMENT 64
+#define NOT_READ (-1)
+
+typedef struct {
+    const char *path; /* borrowed from `owner` */
+    Py_ssize_t bytes;
+    Py_ssize_t offset;
+    PyObject *owner;
+} file_job;
+
+/* All bytes of a regular file that has exactly `bytes` of them; 0 where it is anything else. */
+static int read_whole(const char *path, char *target, Py_ssize_t bytes)
+{
+    struct stat state;
+    /* A link may lead out of the run, and a pipe would never end: both are left to the careful way. */
+    int handle = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    if (handle < 0)
+        return 0;
+    Py_ssize_t done = -1;
+    if (fstat(handle, &state) == 0 && S_ISREG(state.st_mode) && state.st_size == bytes) {
+        done = 0;
+        while (done < bytes) {
+            ssize_t count = read(handle, target + done, (size_t)(bytes - done));
+            if (count < 0 && errno == EINTR)
+                continue;
+            if (count <= 0)
+                break;
+            done += count;
+        }
+    }
+    close(handle);
+    return done == bytes;
+}
+
+static void read_jobs(file_job *jobs, Py_ssize_t count, char *target)
+{
+    for (Py_ssize_t i = 0; i < count; i++)
+        if (!read_whole(jobs[i].path, target + jobs[i].offset, jobs[i].bytes))
+            jobs[i].offset = NOT_READ;
+}
+
+/* One job from a (path, bytes) pair, and where the next one begins; -1 with an exception set. */
+static Py_ssize_t take_job(PyObject *paths, PyObject *sizes, Py_ssize_t i, Py_ssize_t begin, Py_ssize_t room,
+                           file_job *job)
+{
+    PyObject *path = PySequence_GetItem(paths, i);
+    if (path == NULL)
+        return -1;
+    int converted = PyUnicode_FSConverter(path, &job->owner);
+    Py_DECREF(path);
+    PyObject *size = converted ? PySequence_GetItem(sizes, i) : NULL;
+    if (size == NULL)
+        return -1;
+    job->path = PyBytes_AsString(job->owner);
+    job->bytes = tlcore_size(size, room - begin, "bytes of a file, in the buffer's rest");
+    Py_DECREF(size);
+    if (job->bytes < 0)
+        return -1;
+    job->offset = begin;
+    /* `begin` is at most the size of a buffer that exists, so this cannot overflow. */
+    Py_ssize_t end = (begin + job->bytes + ALIGNMENT - 1) & ~(Py_ssize_t)(ALIGNMENT - 1);
+    return end < room ? end : room;
+}
+
+static PyObject *offsets_of(const file_job *jobs, Py_ssize_t count)
+{
+    PyObject *list = PyList_New(count);
+    for (Py_ssize_t i = 0; list != NULL && i < count; i++) {
+        PyObject *number = PyLong_FromSsize_t(jobs[i].offset);
+        if (number == NULL)
+            Py_CLEAR(list);
+        else
+            PyList_SetItem(list, i, number);
+    }
+    return list;
+}
+
+static PyObject *run_jobs(PyObject *paths, PyObject *sizes, Py_buffer *target)
+{
+    Py_ssize_t count = PyTuple_Size(paths), begin = 0, taken = 0;
+    if (PyTuple_Size(sizes) != count)
+        return PyErr_Format(PyExc_ValueError, "%zd paths need as many sizes", count);
+    file_job *jobs = PyMem_Calloc((size_t)count + 1, sizeof *jobs);
+    if (jobs == NULL)
+        return PyErr_NoMemory();
+    PyObject *found = NULL;
+    for (; taken < count && begin >= 0; taken++)
+        begin = take_job(paths, sizes, taken, begin, target->len, &jobs[taken]);
+    if (begin >= 0) {
+        Py_BEGIN_ALLOW_THREADS;
+        read_jobs(jobs, count, target->buf);
+        Py_END_ALLOW_THREADS;
+        found = offsets_of(jobs, count);
+    }
+    for (Py_ssize_t i = 0; i < taken; i++)
+        Py_XDECREF(jobs[i].owner);
+    PyMem_Free(jobs);
+    return found;
+}
+
+static PyObject *read_files(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *paths, *sizes, *found = NULL;
+    Py_buffer target;
+    if (!PyArg_ParseTuple(args, "w*OO:read_files", &target, &paths, &sizes))
+        return NULL;
+    paths = PySequence_Tuple(paths);
+    sizes = paths == NULL ? NULL : PySequence_Tuple(sizes);
+    if (sizes != NULL)
+        found = run_jobs(paths, sizes, &target);
+    Py_XDECREF(paths);
+    Py_XDECREF(sizes);
+    PyBuffer_Release(&target);
+    return found;
+}
+
+typedef struct {
+    struct stat state;
+    int found;
+} identity;
+
+static PyObject *identity_of(const identity *one)
+{
+    if (!one->found)
+        return Py_NewRef(Py_None);
+    const struct stat *state = &one->state;
+    long long modified = (long long)state->st_mtim.tv_sec * 1000000000LL + state->st_mtim.tv_nsec;
+    return Py_BuildValue("KKLL", (unsigned long long)state->st_dev, (unsigned long long)state->st_ino,
+                         (long long)state->st_size, modified);
+}
+
+static PyObject *look_up(PyObject *paths)
+{
+    Py_ssize_t count = PyTuple_Size(paths), taken = 0;
+    PyObject **owners = PyMem_Calloc((size_t)count + 1, sizeof *owners);
+    identity *all = PyMem_Calloc((size_t)count + 1, sizeof *all);
+    PyObject *list = NULL;
+    if (owners == NULL || all == NULL)
+        PyErr_NoMemory();
+    else
+        while (taken < count && PyUnicode_FSConverter(PyTuple_GetItem(paths, taken), &owners[taken]))
+            taken++;
+    if (!PyErr_Occurred()) {
+        Py_BEGIN_ALLOW_THREADS;
+        for (Py_ssize_t i = 0; i < count; i++)
+            all[i].found = lstat(PyBytes_AsString(owners[i]), &all[i].state) == 0;
+        Py_END_ALLOW_THREADS;
+        list = PyList_New(count);
+    }
+    for (Py_ssize_t i = 0; list != NULL && i < count; i++) {
+        PyObject *item = identity_of(&all[i]);
+        if (item == NULL)
+            Py_CLEAR(list);
+        else
+            PyList_SetItem(list, i, item);
+    }
+    for (Py_ssize_t i = 0; i < taken; i++)
+        Py_XDECREF(owners[i]);
+    PyMem_Free(owners);
+    PyMem_Free(all);
+    return list;
+}
+
+static PyObject *identities(PyObject *module, PyObject *paths)
+{
+    (void)module;
+    PyObject *items = PySequence_Tuple(paths);
+    PyObject *found = items == NULL ? NULL : look_up(items);
+    Py_XDECREF(items);
+    return found;
+}
+
+static PyMethodDef functions[] = {
+    {"read_files", read_files, METH_VARARGS,
+     "Read whole regular files into a buffer, one after the other; where each begins, -1 if it was not read."},
+    {"identities", identities, METH_O,
+     "Device, inode, size and time of change (ns) of each path itself; None where there is nothing."},
+    {NULL, NULL, 0, NULL},
+};
+
+int tlcore_add_reading(PyObject *module)
+{
+    return PyModule_AddFunctions(module, functions);
+}
