@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from tests.hotpath.halves import native
 from tlcore.hotpath.looking import can_look
-from tlcore.layout.structure import freeze
+from tlcore.layout.structure import flatten
 
 Point = collections.namedtuple("Point", "x y")
 
@@ -73,7 +73,7 @@ class Walk:
         self.scalars.append(value)
 
     def other(self, value: Any, seen: tuple[int, ...]) -> Hashable:
-        return freeze(value, self, seen)
+        return flatten(value, self, seen)
 
     @property
     def taken(self) -> list[tuple[Any, ...]]:
@@ -127,7 +127,7 @@ def test_both_halves_see_the_same(values: list[Any]) -> None:
     walk, leaves = Walk(), Leaves()
     # Twice, since what is seen for the first time takes the long way.
     for value in values * 2:
-        assert walk.walker.flatten(value) == freeze(value, leaves)
+        assert walk.walker.flatten(value) == flatten(value, leaves)
     assert walk.taken == leaves.taken
     assert list(map(repr, walk.scalars)) == list(map(repr, leaves.scalars))
 
@@ -248,7 +248,7 @@ def test_a_cycle_and_the_deepest_nesting_end() -> None:
     for _ in range(70):
         deep = [deep]
     for value in (cycle, deep):
-        assert walk.walker.flatten(value) == freeze(value, leaves)
+        assert walk.walker.flatten(value) == flatten(value, leaves)
 
 
 def test_what_python_raises_comes_out_and_nothing_is_lost() -> None:

@@ -1,1 +1,1 @@
-"""Private: what is done once a call or once a byte, in C where the extension is there, else in Python."""
+"""What runs once a call or once a byte. Private; imports nothing of tlcore."""
