@@ -26,6 +26,20 @@ class Block(nn.Module):
         return out
 
 
+class Stack(nn.Module):
+    """Blocks one after another."""
+
+    def __init__(self, width: int, depth: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block(width) for _ in range(depth))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Pass ``x`` (batch, width) through all of them."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
 def main(argv: Sequence[str] | None = None) -> str:
     """Capture two forward passes; returns the run's directory."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -34,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> str:
     args = parser.parse_args(argv)
 
     torch.manual_seed(0)
-    model = nn.Sequential(Block(16), Block(16))
+    model = Stack(16, 2)
     with tlcore.capture(
         model, output_dir=args.output_dir, module_call_match=args.match, log_step_ids=[]
     ) as capture:

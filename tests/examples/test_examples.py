@@ -25,7 +25,7 @@ def run_example(name: str, *arguments: str, timeout: int = 60) -> str:
 @pytest.mark.slow
 def test_a_plain_module_is_captured_and_read_back(tmp_path: Path) -> None:
     text = run_example(
-        "plain_module.py", "--output-dir", str(tmp_path), "--match", r"^0\.", "--match", "norm"
+        "plain_module.py", "--output-dir", str(tmp_path), "--match", r"^layers\.0\.", "--match", "norm"
     )
     assert "captured 16 = stored 16 + skipped 0 + dropped 0 + failed 0" in text
     (run,) = tmp_path.iterdir()
@@ -33,8 +33,8 @@ def test_a_plain_module_is_captured_and_read_back(tmp_path: Path) -> None:
     text = run_example("read_run.py", str(run))
     assert f"{run.name} is complete; steps [0, 1]" in text
     assert "16 tensors have the hash that was recorded" in text
-    assert "  0.down (call 0): inputs [torch.Size([3, 64])]" in text
-    assert "step_0/1.norm/outputs_cpu: torch.float32 (3, 16) mean" in text
+    assert "  layers.0.down (call 0): inputs [torch.Size([3, 64])]" in text
+    assert "step_0/layers.1.norm/outputs_cpu: torch.float32 (3, 16) mean" in text
 
 
 @pytest.mark.slow
