@@ -10,7 +10,7 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
-from ..errors import ReadError
+from ..errors import ConfigError, ReadError
 from ..layout.names import is_url
 from ..reader import Run, open_run
 from .matching.match import match
@@ -61,7 +61,7 @@ def compare(
     give them as paths. ``progress`` is called with the number of pairs done and in all.
 
     Raises ReadError when a run cannot be opened or there is nothing to compare, ConfigError for a
-    pattern or a request that is none, BackendError when a URL cannot be opened.
+    pattern, tolerance or request that is none, BackendError when a URL cannot be opened.
     """
     options_a = dict(storage_options or {})
     options_b = options_a if storage_options_b is None else dict(storage_options_b)
@@ -74,17 +74,36 @@ def compare(
         requests=tuple((requests or {}).items()),
         ignore_missing=ignore_missing,
     )
+    tolerance = _tolerance(rtol, atol, by_norm)
+    _check_steps(rules, run_a, run_b)
     # A run lets go of steps that nobody holds; their records would be read again for every pair.
     held = [run.step(number) for run in (run_a, run_b) for number in run.steps]
     matching = match(run_a, run_b, rules)
     if not matching.pairs and not matching.missing:
-        raise ReadError(f"{run_a.url} and {run_b.url}: no tensor to compare")
+        limits = " in the modules asked for" if rules.modules else ""
+        raise ReadError(f"{run_a.url} and {run_b.url}: no tensor to compare{limits}")
     places = place_of(_path(a), options_a), place_of(_path(b), options_b)
-    task = Task(*places, Tolerance(rtol, atol, by_norm), check_dtype, uuid.uuid4().hex)
+    task = Task(*places, tolerance, check_dtype, uuid.uuid4().hex)
     results = _measured(task, (run_a, run_b), matching.pairs, deep, executor, progress)
     pieces = [(pair, each) for pair in matching.pairs for each in pair.pieces]
     origin = Origin((run_a, run_b), pieces, held, matching.left_out)
     return Comparison(run_a.url, run_b.url, [*results, *matching.missing], matching.notes, origin)
+
+
+def _tolerance(rtol: float | None, atol: float | None, by_norm: bool) -> Tolerance:
+    for where, given in (("rtol", rtol), ("atol", atol)):
+        if given is not None and not given >= 0:
+            raise ConfigError(where, f"{given} is not a tolerance, which is a number >= 0")
+    return Tolerance(rtol, atol, by_norm)
+
+
+def _check_steps(rules: Rules, a: Run, b: Run) -> None:
+    """Raises ReadError when neither run has any of the steps that were asked for."""
+    held = [[*run.steps, *run.incomplete_steps] for run in (a, b)]
+    if rules.steps and rules.steps.isdisjoint(held[0] + held[1]):
+        asked, has = (", ".join(map(str, each)) for each in (sorted(rules.steps), sorted(held[0])))
+        other = ", ".join(map(str, sorted(held[1])))
+        raise ReadError(f"neither run has step {asked}; A has {has or 'none'}, B has {other or 'none'}")
 
 
 def _measured(

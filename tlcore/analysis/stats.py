@@ -206,7 +206,9 @@ def stats(
     measured = opened.config.get("capture", "tensor") != "tensor"
     records = [(step, record) for step in chosen for record in _records(step, rules, measured)]
     if not records:
-        raise ReadError(f"{opened.url}: no tensor to look at")
+        held = ", ".join(map(str, opened.steps)) or "none"
+        limits = " in the modules asked for" if rules.modules else ""
+        raise ReadError(f"{opened.url}: no tensor to look at{limits}; its whole steps are {held}")
     cores = os.cpu_count() or 1
     tensors = []
     with ThreadPoolExecutor(max(cores, _REMOTE_WORKERS) if is_url(opened.url) else cores) as pool:

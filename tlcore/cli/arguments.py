@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
+
 
 def numbers(text: str) -> list[int]:
     """Comma-separated integers."""
-    return [int(part) for part in text.split(",")]
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise ArgumentTypeError(f"{text!r} is no list of whole numbers, such as 0,1") from None
 
 
 def texts(text: str) -> list[str]:

@@ -141,7 +141,11 @@ def _print(comparison: Comparison, verbose: bool) -> None:
 
 
 def _positions(text: str) -> list[int]:
-    return [_SUM_NAMES[part] if part in _SUM_NAMES else int(part) for part in texts(text)]
+    try:
+        return [_SUM_NAMES[part] if part in _SUM_NAMES else int(part) for part in texts(text)]
+    except ValueError:
+        advice = "give the names hidden,residual or output positions such as 0,1"
+        raise argparse.ArgumentTypeError(f"{text!r} is no list of parts: {advice}") from None
 
 
 def _request(text: str) -> tuple[str, str]:

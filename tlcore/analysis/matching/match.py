@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
+from ...errors import ConfigError
 from ...reader import Run, Step
 from ..results import TensorResult
 from .bridge import bridged
@@ -22,6 +23,9 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
     missing = [*_unusable(a, 0, rules), *_unusable(b, 1, rules)]
     steps_a, steps_b = _steps(a, rules), _steps(b, rules)
     per_request = any(step.rows for step in steps_a) and any(step.rows for step in steps_b)
+    if rules.requests and not per_request:
+        problem = "there are none to pair: not both runs have rows of requests, as vLLM's do"
+        raise ConfigError("requests", problem)
     pairs, absent, notes = (match_requests if per_request else _match_steps)(steps_a, steps_b, rules)
     lacking, left_out, more_notes = one_sided(steps_a, steps_b, rules)
     absent += lacking

@@ -53,10 +53,12 @@ def renames(texts: str | Iterable[str]) -> tuple[Rename, ...]:
 
 
 def positions(sums: Iterable[int]) -> tuple[int, ...]:
-    """Output positions to be added. Raises ConfigError for a text, whose characters are none."""
-    if isinstance(sums, str):
-        raise ConfigError("sums", f"{sums!r} is not a sequence of output positions, such as (0, 1)")
-    return tuple(sums)
+    """Output positions to be added. Raises ConfigError for a text, whose characters are none, or for one."""
+    found = () if isinstance(sums, str) else tuple(sums)
+    if isinstance(sums, str) or len(found) == 1:
+        text = f"{found or sums!r} is not a sequence of output positions to add, such as (0, 1)"
+        raise ConfigError("sums", text)
+    return found
 
 
 def compiled_patterns(texts: str | Iterable[str], where: str) -> tuple[re.Pattern[str], ...]:
