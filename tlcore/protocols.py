@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from .record import Record, RunInfo, StepSummary
@@ -29,11 +29,35 @@ class Sink(Protocol):
         ...
 
     def commit_step(self, step: StepSummary) -> None:
-        """Publish the step; returns when it is durable."""
+        """Accept the step. On return it is durable, unless the sink `SupportsLateCommit`."""
         ...
 
     def close(self) -> None:
         """Finish the run; ``run.ledger`` is final."""
+        ...
+
+
+StepStored = Callable[[int, BaseException | None], None]
+
+
+@runtime_checkable
+class SupportsLateCommit(Protocol):
+    """A sink that makes many steps durable together: its `commit_step` returns when a step is accepted.
+
+    The ledger counts such a step as stored, or as failed, when the sink says so. A sink without these
+    methods has made each step durable when `commit_step` returns.
+    """
+
+    def tell_stored(self, stored: StepStored) -> None:
+        """Called once, before the first `Sink.write`.
+
+        ``stored(step, error)`` is to be called for each step that was accepted, in any thread: with None
+        once it is durable, else with what prevented it; for all of them before `Sink.close` returns.
+        """
+        ...
+
+    def flush(self) -> None:
+        """Return when every step accepted so far is durable or has failed."""
         ...
 
 

@@ -7,7 +7,7 @@ import os
 import socket
 import threading
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple
 
@@ -237,13 +237,19 @@ def writer_is_running(document: Mapping[str, Any]) -> bool | None:
     return True
 
 
+def _hold_nothing(nbytes: int) -> None:
+    """What a sink tells where no queue is before it."""
+
+
 @dataclass(frozen=True, slots=True)
 class RunInfo:
     """What a sink learns when it is opened.
 
     ``url`` is the run's own directory (``<output_dir>/<run id>``), a local path or an fsspec URL.
     ``document`` is the redacted content of ``run.json`` without its ``state``. ``ledger`` is live: at
-    `Sink.close` it holds the run's final counts. ``spill`` is set where ``spill_dir`` is.
+    `Sink.close` it holds the run's final counts. ``spill`` is set where ``spill_dir`` is. ``queue_bytes``
+    bounds all memory that holds captured tensors; a sink that keeps bytes beyond `Sink.write` tells
+    ``hold`` how many more (or fewer, negative) it has now, and the queue then takes no more than the rest.
     """
 
     run_id: str
@@ -254,6 +260,8 @@ class RunInfo:
     ledger: Ledger
     fsync: bool = False
     spill: SpillLocation | None = None
+    queue_bytes: int | None = None
+    hold: Callable[[int], None] = field(default=_hold_nothing, repr=False, compare=False)
 
     @property
     def shown_url(self) -> str:

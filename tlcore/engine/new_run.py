@@ -75,6 +75,7 @@ def new_run(
         ledger=Ledger(),
         fsync=config.fsync,
         spill=_spill_place(config, run_id),
+        queue_bytes=config.queue_bytes,
     )
 
 

@@ -9,6 +9,7 @@ import os
 import threading
 import weakref
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from torch import nn
@@ -45,7 +46,8 @@ class Session:
     def __init__(self, config: Config, run: RunInfo, sink: Sink | None = None, inline: bool = False) -> None:
         devices = known_devices(config.device_names)
         self.config = config
-        self.run = run
+        self._pool = HostPool(config.queue_bytes, config.on_full)
+        self.run = run = replace(run, hold=self._pool.hold)
         self._sink = sink if sink is not None else make_sink(config)
         self._sink.open(run)
         self._inline = inline
@@ -62,7 +64,6 @@ class Session:
         self._said_elsewhere = False
         self._closed = False
         self._lock = threading.RLock()
-        self._pool = HostPool(config.queue_bytes, config.on_full)
         self._stager = Stager(self._pool, config.block_s)
         self._examination = Inspection.of(config)
         # Where tensors are looked at first, only then is it known which are stored.
@@ -202,6 +203,8 @@ class Session:
             end = StepEnd(number, self._started, ended, rows, details)
             self._pipeline.submit(end)
             if not self.config.selects_any_after(number):
+                # Nothing more comes that could be stored together with what is there.
+                self._pipeline.settle()
                 self._give_memory_back()
 
     def _calls_elsewhere(self, hooks: ListenerSet) -> Json:

@@ -13,12 +13,12 @@ import xxhash
 
 from ...layout import names
 from ...layout.templates import Structures, Templates
-from ...protocols import Sink
+from ...protocols import Sink, SupportsLateCommit
 from ...record import Counts, Ledger, Record, StepSummary
 from ..batch import Batch, StepEnd
 from ..calls import count_forms
-from ..filters.tensors import STATISTICS_ONLY
 from ..staging.host_memory import HostPool
+from .booking import Booking
 from .inspector import Inspected, Inspection, Inspector
 from .planner import Plan, Planned, Planner, with_bare_last
 
@@ -28,9 +28,6 @@ _AT_ONCE = 256
 # While every step fails, at most so many items wait, and a close goes on trying for so long.
 _MOST_WAITING = 2000
 _CLOSE_S = 60.0
-# Two faults nearer to each other than this are told as one.
-_QUIET_S = 60.0
-_DESCRIBED = f"{STATISTICS_ONLY.column}: {STATISTICS_ONLY.reason}"
 
 
 @dataclass(slots=True)
@@ -81,14 +78,23 @@ class Processor:
         self._inspector = Inspector(examination) if examination is not None and needed else None
         self._sink = sink
         self._pool = pool
-        self._ledger = ledger
+        self._booking = Booking(ledger)
+        self._late = sink if isinstance(sink, SupportsLateCommit) else None
+        if self._late is not None:
+            self._late.tell_stored(self._booking.decide)
         self._rank = rank
         self._plans = Planner(rank)
         self._steps: dict[int, _OpenStep] = {}
-        self._told = -_QUIET_S
-        self.first_error: BaseException | None = None
-        # Why the last step failed; None once a step's tensors are stored again.
-        self.failing: BaseException | None = None
+
+    @property
+    def first_error(self) -> BaseException | None:
+        """Why a step could not be stored for the first time."""
+        return self._booking.first_error
+
+    @property
+    def failing(self) -> BaseException | None:
+        """Why the last step failed; None once a step's tensors are stored again."""
+        return self._booking.failing
 
     def batch(self, batch: Batch, give_up: bool = False) -> None:
         """Name, hash and write a batch, then give its memory back; ``give_up`` fails its step untried."""
@@ -170,26 +176,21 @@ class Processor:
                 self._store_examined(rest.batch, step, rest)
             except self.catches as error:
                 step.error = step.error or error
-        counts = step.counts
-        staged = counts.captured - counts.skipped - counts.dropped - counts.failed
+        counts, accepted = step.counts, False
         if step.error is None:
             counts.stored, counts.bytes_stored = step.written, step.bytes_written
+            if self._late is not None:
+                # It may be told as stored before it is said to be accepted.
+                self._booking.accept(end.step, counts)
+                accepted = True
             try:
                 self._sink.commit_step(self._summary(end, step))
             except self.catches as error:
                 step.error = error
-        if step.error is not None:
-            counts.stored = counts.bytes_stored = 0
-            # Statistics that nobody can read are lost, like the bytes of a tensor.
-            described = counts.reasons.pop(_DESCRIBED, 0)
-            counts.skipped -= described
-            staged += described
-            counts.failed += staged
-            counts.reasons[f"failed: {type(step.error).__name__}"] += staged
-            self._failed(end.step, step.error)
-        elif step.written or _DESCRIBED in counts.reasons:
-            self.failing = None
-        self._ledger.add(counts)
+        if not accepted:
+            self._booking.book(end.step, counts, step.error)
+        elif step.error is not None:
+            self._booking.decide(end.step, step.error)
 
     def _summary(self, end: StepEnd, step: _OpenStep) -> StepSummary:
         return StepSummary(
@@ -204,18 +205,14 @@ class Processor:
             extra=end.extra,
         )
 
-    def _failed(self, number: int, error: BaseException) -> None:
-        first, self.failing = self.failing is None, error
-        self.first_error = self.first_error or error
-        now = time.monotonic()
-        if first and now - self._told >= _QUIET_S:
-            log.warning(
-                "step %d could not be stored and counts as failed; further failures are only counted: %s",
-                number,
-                error,
-            )
-        if first:
-            self._told = now
+    def flush(self) -> None:
+        """Return when every step that ended is stored or booked as failed."""
+        if self._late is None:
+            return
+        try:
+            self._late.flush()
+        except self.catches as error:
+            log.warning("what was captured could not be flushed: %s", error)
 
     def close(self) -> None:
         """Close the sink; steps still open count as failed."""
@@ -225,9 +222,9 @@ class Processor:
         try:
             self._sink.close()
         except self.catches as error:
-            if self.first_error is None:
-                self.first_error = error
+            self._booking.first_error = self._booking.first_error or error
             log.warning("the run could not be closed: %s", error)
+        self._booking.close()
 
 
 class InlineExecutor:
@@ -244,7 +241,10 @@ class InlineExecutor:
             self._processor.end_step(item)
 
     def flush(self) -> None:
-        """Nothing is ever pending."""
+        """Have the sink store what it has accepted."""
+        self._processor.flush()
+
+    settle = flush
 
     def close(self) -> None:
         """Close the processor."""
@@ -274,6 +274,10 @@ class ThreadExecutor:
             if not self._thread.is_alive():
                 return
 
+    def settle(self) -> None:
+        """Have everything submitted so far stored soon; does not wait."""
+        self._items.put(threading.Event())
+
     def close(self) -> None:
         """Finish everything submitted, close the processor, end the thread.
 
@@ -286,6 +290,7 @@ class ThreadExecutor:
     def _run(self) -> None:
         while (item := self._items.get()) is not None:
             if isinstance(item, threading.Event):
+                self._processor.flush()
                 item.set()
             elif isinstance(item, Batch):
                 self._processor.batch(item, self._hopeless)

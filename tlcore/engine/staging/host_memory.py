@@ -83,6 +83,8 @@ class HostPool:
         self._free: list[Chunk] = []
         self._allocated = 0
         self._in_flight = 0
+        # What a sink keeps beside the pool's chunks.
+        self._held = 0
         self._recycles = True
         self._changed = threading.Condition()
         self.chunk_bytes = max(1, min(CHUNK_BYTES, limit))
@@ -110,18 +112,29 @@ class HostPool:
         for index, chunk in enumerate(self._free):
             if chunk.size >= nbytes:
                 return self._free.pop(index)
-        while self._free and self._allocated + size > self.limit:
+        while self._free and self._taken + size > self.limit:
             self._allocated -= self._free.pop().size
-        if self._allocated + size > self.limit and self._in_flight:
+        if self._taken + size > self.limit and self._in_flight:
             return None
         chunk = Chunk(size, self.pinned)
         self._allocated += size
         return chunk
 
+    @property
+    def _taken(self) -> int:
+        return self._allocated + self._held
+
+    def hold(self, nbytes: int) -> None:
+        """Count ``nbytes`` more (or fewer) that a sink keeps of what it was given."""
+        with self._changed:
+            self._held += nbytes
+            if nbytes < 0:
+                self._changed.notify_all()
+
     def has_room(self, nbytes: int) -> bool:
         """Whether a chunk for ``nbytes`` bytes could be had without waiting."""
         with self._changed:
-            fits = self._allocated + max(nbytes, self.chunk_bytes) <= self.limit
+            fits = self._taken + max(nbytes, self.chunk_bytes) <= self.limit
             return fits or any(chunk.size >= nbytes for chunk in self._free)
 
     def submitted(self, chunk: Chunk) -> None:
@@ -160,7 +173,7 @@ class HostPool:
         chunk.bytes = 0
         chunk.written = None
         chunk.filling = True
-        if self._allocated > self.limit or not self._recycles:
+        if self._taken > self.limit or not self._recycles:
             self._allocated -= chunk.size
         else:
             self._free.append(chunk)
@@ -180,9 +193,9 @@ class HostPool:
 
     @property
     def in_flight(self) -> int:
-        """Bytes of chunks handed to the pipeline and not yet released."""
+        """Bytes of chunks handed to the pipeline and not yet released, and what the sink keeps."""
         with self._changed:
-            return self._in_flight
+            return self._in_flight + self._held
 
 
 def aligned(offset: int) -> int:
