@@ -37,6 +37,8 @@ class VllmServer:
         """The status and the JSON answer of a request; a POST where there is a ``body``."""
         data = None if body is None else body if isinstance(body, bytes) else json.dumps(body).encode()
         sent = {"Content-Type": "application/json", **{k.replace("_", "-"): v for k, v in headers.items()}}
+        # A new connection each time, for whichever API server takes it.
+        sent["Connection"] = "close"
         if key is not None:
             sent["Authorization"] = f"Bearer {key}"
         try:
@@ -77,7 +79,11 @@ def serving(
     config = directory / "server.yaml"
     config.write_text(json.dumps({"host": "127.0.0.1", "port": port, **settings}))
     log = directory / "server.log"
-    command = (sys.executable, "-m", "vllm.entrypoints.openai.api_server", "--config", str(config))
+    several = "api-server-count" in settings
+    program = (
+        ("tests.adapters.vllm.serve_command", "serve") if several else ("vllm.entrypoints.openai.api_server",)
+    )
+    command = (sys.executable, "-m", *program, "--config", str(config))
     with log.open("wb") as output:
         process = subprocess.Popen(
             command,

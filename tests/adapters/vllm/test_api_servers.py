@@ -1,0 +1,101 @@
+"""Two API servers before two engines: whichever answers speaks for all, and of several starts one wins."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+
+import tlcore
+from tests.adapters.vllm.helpers import SEVERAL_RANKS
+from tests.adapters.vllm.server import VllmServer, serving
+from tests.models import tiny_llama
+from tests.waiting import wait_until
+from tlcore.adapters.vllm.frontend.endpoint import ROOT_VARIABLE
+
+pytestmark = pytest.mark.slow
+KEY = "not-a-secret"
+REQUESTS = 8
+METRIC = re.compile(r'^tlcore_captured_tensors_total\{rank="(\d)"\} ([0-9.e+]+)$', re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
+    settings = {
+        "model": str(tiny_llama()),
+        "served-model-name": "tiny",
+        "enforce-eager": True,
+        "max-model-len": 256,
+        "api-key": KEY,
+        "api-server-count": 2,
+        "data-parallel-size": 2,
+    }
+    environment = {
+        **SEVERAL_RANKS,
+        "VLLM_PLUGINS": "tlcore,tlcore.endpoint",
+        ROOT_VARIABLE: str(tmp_path_factory.mktemp("captured")),
+    }
+    with serving(tmp_path_factory.mktemp("server"), settings, environment) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[ThreadPoolExecutor]:
+    with ThreadPoolExecutor(REQUESTS) as made:
+        yield made
+
+
+def _start(server: VllmServer) -> tuple[int, dict[str, Any]]:
+    return server.ask("/v1/tlcore/start", {"log_step_ids": [], "module_call_match": "mlp$"}, KEY)
+
+
+def _states(server: VllmServer) -> set[tuple[int, str, str]]:
+    answers = [server.ask("/v1/tlcore/status", key=KEY) for _ in range(8)]
+    return {(status, answer["state"], answer["url"]) for status, answer in answers}
+
+
+def test_of_several_starts_at_once_exactly_one_wins_and_runs_on(
+    server: VllmServer, pool: ThreadPoolExecutor
+) -> None:
+    for _ in range(3):
+        answers = list(pool.map(lambda _: _start(server), range(4)))
+        (won,) = (answer for status, answer in answers if status == 200)
+        assert [status for status, _ in answers if status != 200] == [409] * 3, answers
+        assert [rank["state"] for rank in won["ranks"]] == ["running"] * 2
+        assert _states(server) == {(200, "running", won["url"])}
+
+        status, refused = server.ask("/v1/tlcore/stop", {"run_id": "another"}, KEY)
+        assert status == 409 and "no run another" in refused["error"]["message"]
+        assert _states(server) == {(200, "running", won["url"])}
+        status, stopped = server.ask("/v1/tlcore/stop", {"run_id": won["run_id"]}, KEY)
+        assert (status, stopped["state"], stopped["url"]) == (200, "closed", won["url"])
+    path = f"/v1/tlcore/status?run_id={won['run_id']}"
+    assert server.ask(path, key=KEY) == (200, stopped)
+
+
+def test_ledger_and_metrics_speak_for_all_engines(server: VllmServer, pool: ThreadPoolExecutor) -> None:
+    status, started = _start(server)
+    assert status == 200 and [rank["rank"] for rank in started["ranks"]] == [0, 1], started
+
+    def ask(number: int) -> int:
+        body = {"model": "tiny", "prompt": [9, 8, 10 + number], "max_tokens": 3, "ignore_eos": True}
+        return server.ask("/v1/completions", body, KEY, X_Request_Id=f"R{number}")[0]
+
+    assert list(pool.map(ask, range(REQUESTS))) == [200] * REQUESTS
+    status, stopped = server.ask("/v1/tlcore/stop", b"", KEY)
+    assert (status, stopped["state"], stopped["problem"]) == (200, "closed", None)
+    run = tlcore.open_run(stopped["url"])
+    assert (run.state, len(run.requests)) == ("complete", REQUESTS)
+    assert stopped["ledger"] == run.ledger.to_json() and run.ledger.stored == run.verify() > 0
+    by_rank = {rank["rank"]: rank["ledger"]["captured"] for rank in stopped["ranks"]}
+    assert sorted(by_rank) == [0, 1] and min(by_rank.values()) > 0
+
+    def shown() -> list[dict[int, float]]:
+        texts = [server.text("/metrics") for _ in range(6)]
+        return [{int(rank): float(value) for rank, value in METRIC.findall(text)} for text in texts]
+
+    wait_until(lambda: shown() == [by_rank] * 6, "each API server shows both ranks' tensors", 20)
+    assert "vllm:num_requests_running" in server.text("/metrics")
