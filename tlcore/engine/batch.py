@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..layout.rows import accept
 from ..layout.structure import Scalar
 from ..record import Json
 from .calls import CallSide
@@ -48,13 +49,21 @@ class Batch:
 
 @dataclass(frozen=True, slots=True)
 class StepEnd:
-    """A step's end: everything that is not in its batches."""
+    """A step's end: everything that is not in its batches.
+
+    ``kept_drafts`` says how many draft tokens of which request were kept, and may wait for a device.
+    """
 
     step: int
     started: str
     ended: str
     rows: Sequence[Json] | None
     extra: Mapping[str, Any]
+    kept_drafts: Callable[[], Mapping[str, int]] | None = None
+
+    def settle(self) -> None:
+        """Note in the rows how many of them are of tokens that stayed in their requests."""
+        accept(self.rows or (), self.extra, {} if self.kept_drafts is None else self.kept_drafts())
 
 
 @dataclass(slots=True)

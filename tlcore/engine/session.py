@@ -22,10 +22,12 @@ from ..protocols import Sink
 from ..record import Counts, Json, RunInfo
 from .batch import Batch, StepEnd
 from .filters.modules import ModuleFilter
+from .filters.requests import request_filter
+from .filters.rows import StepRows
 from .filters.tensors import TensorFilter, known_devices
 from .hooks.collector import Collector
 from .hooks.listening import Listener, ListenerSet, Source, refuse_compiled
-from .hooks.row_filter import Cut, CuttingCollector
+from .hooks.row_filter import CuttingCollector
 from .new_run import make_sink, now
 from .pipeline.inspector import Inspection
 from .pipeline.processor import InlineExecutor, Processor, ThreadExecutor
@@ -38,7 +40,8 @@ log = logging.getLogger("tlcore")
 class Session:
     """Captures the selected steps of one model into one run.
 
-    ``find_cut`` says which rows of a step's tensors are kept, where the configuration asks for a choice.
+    ``rows`` is to be told which rows a step's tensors have, where that is known; without it nothing is stored
+    where the configuration asks for a choice.
     Opening the sink is the first thing that happens: BackendError says that the place cannot be
     written before any hook exists. ``inline`` stores in the model's thread, for debugging.
     """
@@ -54,6 +57,7 @@ class Session:
         self._pid = os.getpid()
         self._selector = ModuleFilter(config.module_call_match)
         self._hooks: ListenerSet | None = None
+        self._draft: ListenerSet | None = None
         self._source: Source | None = None
         self._pipeline: InlineExecutor | ThreadExecutor | None = None
         self._processor: Processor | None = None
@@ -69,8 +73,10 @@ class Session:
         # Where tensors are looked at first, only then is it known which are stored.
         at_once = None if self._examination.needed else config.max_run_bytes
         tensors = TensorFilter(devices, config.max_tensor_size, at_once)
-        self.find_cut: Callable[[], Cut | None] = lambda: None
+        self.rows = StepRows(request_filter(config), config.rows == "last")
         self._collector = self._make_collector(tensors)
+        self._collector.before_hand_over = self.rows.note
+        self.rows.calls_begun = self._collector.calls_begun
         atexit.register(self.close)
         _live.add(self)
 
@@ -114,14 +120,18 @@ class Session:
         given = (self._stager, tensors, self._submit, self.config.capture)
         if not self.config.cuts_rows:
             return Collector(*given)
-        collector = CuttingCollector(*given)
-        collector.find_cut = lambda: self.find_cut()
-        return collector
+        return CuttingCollector(self.rows, *given)
 
-    def attach(self, model: nn.Module, source: Source | None = None) -> None:
+    def attach(
+        self,
+        model: nn.Module,
+        source: Source | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
+    ) -> None:
         """Plan the hooks for a model's submodules; the model itself is only the step's bracket.
 
-        ``source`` captures its modules by itself.
+        ``source`` captures its modules by itself. ``modules`` are the submodules by the names that they
+        are to go by, where these are not those of ``named_modules``.
 
         Raises CaptureError for a compiled model, or when another model is attached already.
         """
@@ -129,14 +139,12 @@ class Session:
             raise CaptureError("this session has a model already; open another session for a second model")
         refuse_compiled(model)
         elsewhere = () if source is None else source.modules
-        modules = {name: module for name, module in model.named_modules() if name}
-        directory = functools.partial(_call_directory, frozenset(modules))
-        listeners: dict[nn.Module, Listener] = {}
-        for name, module in modules.items():
-            wanted = self._selector.calls(name)
-            if wanted is not None and module is not model and module not in elsewhere:
-                post_inputs = self.config.log_post_fwd_inputs
-                listeners[module] = Listener(name, module, wanted, self._collector, directory, post_inputs)
+        if modules is None:
+            modules = {name: module for name, module in model.named_modules() if name}
+        listeners = self._listeners(
+            {name: each for name, each in modules.items() if each is not model and each not in elsewhere},
+            frozenset(modules),
+        )
         if not listeners and not elsewhere:
             log.warning(
                 "no module of %s matches module_call_match; nothing will be stored", class_name(model)
@@ -148,11 +156,38 @@ class Session:
         self._processor = Processor(self._sink, self._pool, self.run.ledger, self.run.rank, self._examination)
         self._pipeline = (InlineExecutor if self._inline else ThreadExecutor)(self._processor)
 
+    def _listeners(
+        self, modules: Mapping[str, nn.Module], names_used: frozenset[str]
+    ) -> dict[nn.Module, Listener]:
+        directory = functools.partial(_call_directory, names_used)
+        post_inputs = self.config.log_post_fwd_inputs
+        found: dict[nn.Module, Listener] = {}
+        for name, module in modules.items():
+            wanted = self._selector.calls(name)
+            if wanted is not None:
+                found[module] = Listener(name, module, wanted, self._collector, directory, post_inputs)
+        return found
+
+    def attach_draft(self, model: nn.Module) -> None:
+        """Also listen to the modules of a model that proposes what the attached one verifies, in its `turn`.
+
+        They go by their names behind ``draft.``, those, too, that both models share.
+        """
+        modules = {f"draft.{name}": module for name, module in model.named_modules() if name}
+        self._draft = ListenerSet(self._listeners(modules, frozenset(modules)))
+
+    def turn(self, draft: bool) -> None:
+        """Within a step: listen to the draft model's calls from now on, or again to the attached model's."""
+        if self._step is None or self._hooks is None or self._draft is None:
+            return
+        listening, resting = (self._draft, self._hooks) if draft else (self._hooks, self._draft)
+        resting.rest()
+        listening.resume()
+
     def begin_step(self, step: int | None = None, wanted: bool = True) -> bool:
         """Start a step (the next number when None); True when it is captured, its hooks alive now.
 
-        A step that is not ``wanted`` is only counted. Where the configuration cuts rows, ``find_cut`` is
-        asked within the step what to keep.
+        A step that is not ``wanted`` is only counted.
         """
         with self._lock:
             if self._closed or self._hooks is None:
@@ -168,7 +203,12 @@ class Session:
             self._step = number
             self._started = now()
             self._collector.begin_step(number)
+            self.rows.begin_step()
             self._hooks.install()
+            if self._draft is not None:
+                # Around the attached model's listeners on modules that both share.
+                self._draft.install()
+                self._draft.rest()
             if self._source is not None:
                 self._source.begin_step(self._collector)
             return True
@@ -178,10 +218,13 @@ class Session:
         rows: Sequence[Json] | None = None,
         extra: Mapping[str, Any] | None = None,
         error: BaseException | None = None,
+        kept_drafts: Callable[[], Mapping[str, int]] | None = None,
     ) -> None:
         """End the step that `begin_step` started and hand it over to be committed.
 
-        ``error`` is what ended the step early, if anything: what was captured until then is kept.
+        ``rows`` are those of the step where ``self.rows`` was not told of them. ``error`` is what ended
+        the step early, if anything: what was captured until then is kept. ``kept_drafts`` says, once it
+        is asked in the pipeline's thread, how many of which request's draft tokens were kept.
         """
         with self._lock:
             if self._closed or self._step is None or self._hooks is None or self._pipeline is None:
@@ -191,21 +234,33 @@ class Session:
             details = {**self._calls_elsewhere(self._hooks), **(extra or {})}
             if self.config.selects_step(number + 1):
                 self._hooks.rest()
+                if self._draft is not None:
+                    self._draft.rest()
             else:
-                self._hooks.remove()
+                self._remove_listeners()
             if error is not None:
                 details["error"] = class_name(error)
             ended = now()
+            self.rows.resume_main()
             problem = None if self._source is None else self._source.end_step()
             if problem is not None:
                 details.setdefault("error", problem)
+            told = self.rows.document()
             self._collector.end_step()
-            end = StepEnd(number, self._started, ended, rows, details)
+            end = StepEnd(
+                number, self._started, ended, told.pop("rows", rows), {**told, **details}, kept_drafts
+            )
             self._pipeline.submit(end)
             if not self.config.selects_any_after(number):
                 # Nothing more comes that could be stored together with what is there.
                 self._pipeline.settle()
                 self._give_memory_back()
+
+    def _remove_listeners(self) -> None:
+        if self._draft is not None:
+            self._draft.remove()
+        if self._hooks is not None:
+            self._hooks.remove()
 
     def _calls_elsewhere(self, hooks: ListenerSet) -> Json:
         """What `step.json` says of calls in other threads; the log says it once."""
@@ -246,8 +301,8 @@ class Session:
     def step_aside(self) -> None:
         """Take the hooks away until the next selected step; for whoever compiles between two steps."""
         with self._lock:
-            if self._step is None and self._hooks is not None:
-                self._hooks.remove()
+            if self._step is None:
+                self._remove_listeners()
 
     def flush(self) -> None:
         """Wait until every step that has ended is stored or booked as failed."""
@@ -258,9 +313,8 @@ class Session:
         """Stop capturing and take the hooks away; what is queued is stored by `close`. Safe to repeat."""
         with self._lock:
             self.end_step(extra={"error": "the session was closed in the step"})
-            if self._hooks is not None:
-                self._hooks.remove()
-                self._hooks = None
+            self._remove_listeners()
+            self._hooks = self._draft = None
 
     def close(self) -> None:
         """End the run: finish what is queued, write ``run.json``, log the ledger. Safe to repeat.
@@ -276,8 +330,8 @@ class Session:
             self._closed = True
             self._give_memory_back()
         atexit.unregister(self.close)
+        self._remove_listeners()
         if self._hooks is not None:
-            self._hooks.remove()
             self._say_what_was_silent(self._hooks)
         if self._pipeline is not None:
             self._pipeline.close()
@@ -305,8 +359,7 @@ class Session:
         The pipeline's thread does not exist there, and the run belongs to the parent.
         """
         self._closed = True
-        if self._hooks is not None:
-            self._hooks.remove()
+        self._remove_listeners()
 
 
 def _call_directory(module_names: frozenset[str], module: str, call: int) -> str:

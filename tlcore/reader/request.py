@@ -10,8 +10,8 @@ from typing import NamedTuple
 import torch
 
 from ..errors import ReadError
+from ..layout.rows import Span
 from .files import MissingError, missing
-from .rows import Span, spans
 from .step import Step
 
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")
@@ -33,14 +33,15 @@ class _Place(NamedTuple):
     step: Step
     name: str
     span: Span
+    first: int
 
 
 class Request(Mapping[str, torch.Tensor]):
     """A request: a mapping from logical names without their step to tensors, a row for each position.
 
     The rows come in the order of `positions`. Of a position that was computed several times, as after a
-    preemption, the last computation counts: the tokens that follow were made from it. Tensors that have
-    a row for each request instead, such as logits, have one row for each step.
+    preemption, the last computation counts: the tokens that follow were made from it. Rows of draft tokens
+    that were rejected are left out, and so is what is not known to be this request's.
     """
 
     def __init__(self, run_url: str, request_id: str, external_id: str | None, steps: Sequence[Step]) -> None:
@@ -65,11 +66,10 @@ class Request(Mapping[str, torch.Tensor]):
             self._cached, *(int(row.get("cached", 0)) for rows in own.values() for row in rows)
         )
         for record in step.records:
-            document = step.documents[record["rank"]]
-            for span in spans(record, document.get("rows", ()), int(document.get("padded_rows", 0))):
-                if span.row["request_id"] == self.request_id:
+            for span in map(Span.kept, step.row_spans(record)):
+                if span.row["request_id"] == self.request_id and span.length and span.first is not None:
                     tail = str(record["name"]).partition("/")[2]
-                    self._places[tail].append(_Place(step, record["name"], span))
+                    self._places[tail].append(_Place(step, record["name"], span, span.first))
 
     @property
     def names(self) -> list[str]:
@@ -84,7 +84,7 @@ class Request(Mapping[str, torch.Tensor]):
         """Positions of a tensor that were computed and captured more than once."""
         times: dict[int, int] = defaultdict(int)
         for place in self._of(name):
-            for position in range(place.span.first, place.span.first + place.span.length):
+            for position in range(place.first, place.first + place.span.length):
                 times[position] += 1
         return sorted(position for position, count in times.items() if count > 1)
 
@@ -127,7 +127,7 @@ class Request(Mapping[str, torch.Tensor]):
         newest: dict[int, tuple[_Place, int]] = {}
         for place in self._of(name):
             for offset in range(place.span.length):
-                newest[place.span.first + offset] = (place, place.span.begin + offset)
+                newest[place.first + offset] = (place, place.span.begin + offset)
         return newest
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -12,6 +12,7 @@ import torch
 
 from ..errors import ReadError
 from ..layout.names import rank_suffix, step_dir
+from ..layout.rows import CallRows, Span
 from ..record import Counts, Json
 from ..statistics.summary import Statistics
 from .described import described, statistics_of
@@ -107,6 +108,33 @@ class Step(Mapping[str, torch.Tensor]):
             if "rows" in document:
                 return list(document["rows"])
         return None
+
+    def row_spans(self, record: Json) -> tuple[Span, ...]:
+        """Whose the rows of a record's tensor are; nothing where that is not known. Raises ReadError.
+
+        The rows of rejected draft tokens are among them: `Span.kept` leaves them out.
+        """
+        return self._call_rows[record["rank"]].spans(record)
+
+    @cached_property
+    def _call_rows(self) -> Mapping[int, CallRows]:
+        """The row sets of each rank's calls.
+
+        Only a pipeline's last stage hears which draft tokens were kept.
+        """
+        accepted: dict[int, dict[str, int]] = {}
+        for rank, document in self.documents.items():
+            known = accepted.setdefault(self.replica(rank), {})
+            for row in document.get("rows", ()):
+                if "accepted" in row:
+                    known[row["request_id"]] = row["accepted"]
+        try:
+            return {
+                rank: CallRows(document, accepted[self.replica(rank)])
+                for rank, document in self.documents.items()
+            }
+        except ValueError as error:
+            raise ReadError(f"{self._files.url}: damaged rows in step.json: {error}") from None
 
     @property
     def ledger(self) -> Counts:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from types import NoneType
 
 from ...errors import ReadError
+from ...layout.rows import Span
 from ...reader import Step
 from ...record import Json
 from ..results import TensorResult
@@ -102,9 +103,8 @@ def _spans(
     """The rows of each request in each tensor, over all steps."""
     found: dict[tuple[Key, str], list[_Span]] = defaultdict(list)
     for step, tensors in steps:
-        rows = step.rows or []
         for key, source in plan.apply(tensors).items():
-            spans = list(_rows_of(source, rows, labels))
+            spans = list(_rows_of(source, step, labels))
             if not spans:
                 unaligned.append(source.names[0])
             for span in spans:
@@ -121,21 +121,11 @@ def _is_row(row: Json) -> bool:
     return named and all(type(number) is int and 0 <= number < _LARGEST for number in numbers)
 
 
-def _rows_of(source: Located, rows: Sequence[Json], labels: Mapping[str, str]) -> Iterator[_Span]:
-    shape = source.records[0]["shape"]
-    total = max((row["first_row"] + row["rows"] for row in rows), default=0)
-    if not shape or not rows:
-        return
-    per_request = shape[0] == len(rows) and shape[0] < total
-    if shape[0] < total and not per_request:
-        return
-    for place, row in enumerate(rows):
-        request = labels[str(row["request_id"])]
-        if per_request:
-            # Only the last token's row is kept, such as of logits.
-            yield _Span(source, request, place, 1, row["first_position"] + row["rows"] - 1)
-        else:
-            yield _Span(source, request, row["first_row"], row["rows"], row["first_position"])
+def _rows_of(source: Located, step: Step, labels: Mapping[str, str]) -> Iterator[_Span]:
+    for span in map(Span.kept, step.row_spans(source.records[0])):
+        if span.length and span.first is not None:
+            request = labels[str(span.row["request_id"])]
+            yield _Span(source, request, span.begin, span.length, span.first)
 
 
 def _overlaps(span: _Span, others: Sequence[_Span]) -> Iterator[tuple[_Span, int, int]]:

@@ -83,12 +83,22 @@ class Collector:
         self._max_run_bytes = tensors.max_run_bytes
         self._run_bytes = 0
         self._submit = submit
+        # Told before calls go out of sight.
+        self.before_hand_over: Callable[[], object] | None = None
+        self._noted = 0
         self._use(Batch(0))
 
     def begin_step(self, step: int) -> None:
         """Begin a step, and forget the one before."""
+        self._noted = 0
         self._use(Batch(step))
         self._stager.begin_step()
+
+    def calls_begun(self) -> list[str]:
+        """The directories of the calls that began since this was asked last."""
+        sides, first = self._batch.sides, self._noted
+        self._noted = len(sides)
+        return [side.directory for side in sides[first:] if side.direction == "inputs"]
 
     def end_step(self) -> None:
         """Hand over what is left of the step."""
@@ -264,8 +274,11 @@ class Collector:
         self._add_site(sides.side(direction, ("list", (TENSOR,) * (len(batch.specs) - tensors))))
 
     def _hand_over(self, everything: bool) -> None:
+        if self.before_hand_over is not None:
+            self.before_hand_over()
         batch = self._batch
         batch.memory = self._stager.take(everything)
+        self._noted = 0
         self._use(Batch(batch.step))
         if batch.sides or batch.memory:
             self._submit(batch)

@@ -299,6 +299,12 @@ class ListenerSet:
         for listener in self._listeners:
             listener.begin_step(owner)
 
+    def resume(self) -> None:
+        """Go on listening in a step after a rest; calls are counted on."""
+        owner = _get_ident()
+        for listener in self._listeners:
+            listener.owner = owner
+
     def rest(self) -> None:
         """Stay for the next step, but pass over calls outside a step."""
         for listener in self._listeners:

@@ -193,6 +193,7 @@ class Processor:
             self._booking.decide(end.step, step.error)
 
     def _summary(self, end: StepEnd, step: _OpenStep) -> StepSummary:
+        end.settle()
         return StepSummary(
             step=end.step,
             rank=self._rank,

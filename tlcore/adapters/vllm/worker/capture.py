@@ -12,6 +12,8 @@ from multiprocessing.util import Finalize
 from types import ModuleType
 from typing import Any
 
+from torch import nn
+
 from ....config.configuration import Config, load_config
 from ....engine.new_run import new_run
 from ....engine.session import Session
@@ -99,7 +101,8 @@ class WorkerCapture:
             if tapped:
                 self._tap_before_warm_up(worker, session, carrier)
             else:
-                session.attach(model)
+                session.attach(model, modules=plain_names(model))
+            self._attach_draft(worker.model_runner, session)
             if self._bracket is None:
                 self._bracket = self._bracketed(worker)
             self._bracket.eager = None if tapped else eager
@@ -114,6 +117,14 @@ class WorkerCapture:
         self._bracket.session = session
         log.info("intermediate tensors go to %s", session.run.shown_url)
         return session
+
+    def _attach_draft(self, runner: Any, session: Session) -> None:
+        draft = runner.get_draft_model() if hasattr(runner, "get_draft_model") else None
+        if draft is None:
+            draft = getattr(getattr(runner, "drafter", None), "model", None)
+        if isinstance(draft, nn.Module):
+            make_hookable(draft)
+            session.attach_draft(draft)
 
     def stop(self, run_id: str | None = None) -> None:
         """End the capture: the next step runs without hooks. What is queued is stored in the background.
@@ -189,6 +200,19 @@ class WorkerCapture:
         weakref.finalize(worker, self.finish)
         if parent_process() is not None:
             Finalize(worker, self.finish, exitpriority=_FIRST)
+
+
+def plain_names(model: nn.Module) -> dict[str, nn.Module]:
+    """A model's submodules by name; a layer that has got adapters goes by its own, and has no inner one."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        parts = name.split(".")
+        if "base_layer" not in parts:
+            found[name] = module
+        elif parts[-1] != "base_layer":
+            found.setdefault(".".join(part for part in parts if part != "base_layer"), module)
+    found.pop("", None)
+    return found
 
 
 def _sharding(worker: Any) -> Json:

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import os
 import re
-from array import array
 from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
 import torch
-import xxhash
 
 from ....record import Json
+from .identity import identity
 
 _RANDOM_SUFFIX = re.compile(r"(.+)-[0-9a-f]{8}\Z", re.DOTALL)
 _SAMPLE_PREFIX = re.compile(r"\d+_")
@@ -25,26 +24,18 @@ class RowError(Exception):
 class RowReader:
     """Reads a step's rows from a vLLM model runner.
 
-    ``rows`` is to be called between the step's ``execute_model`` and ``sample_tokens``.
+    ``rows`` is to be called when the step's inputs are prepared.
     """
 
     def __init__(self, runner: Any) -> None:
         self._runner = runner
         self._batch: Any = None
         self._known: dict[str, Json] = {}
-        self._second_version = not hasattr(runner, "input_batch") and hasattr(runner, "prepare_inputs")
-        if self._second_version:
-            self._watch_batches(runner)
+        self.second_version = not hasattr(runner, "input_batch") and hasattr(runner, "prepare_inputs")
 
-    def _watch_batches(self, runner: Any) -> None:
-        """The second model runner keeps its batch in a local variable: catch it where it is made."""
-        original = runner.prepare_inputs
-
-        def prepare_inputs(*args: Any, **kwargs: Any) -> Any:
-            self._batch = original(*args, **kwargs)
-            return self._batch
-
-        runner.prepare_inputs = prepare_inputs
+    def prepared(self, batch: Any) -> None:
+        """Keep the batch that the second model runner has made; it keeps it in a local variable."""
+        self._batch = batch
 
     def forget(self) -> None:
         """Forget the requests noted so far, some of which may end unseen."""
@@ -60,10 +51,14 @@ class RowReader:
         for request in getattr(scheduler_output, "finished_req_ids", ()):
             self._known.pop(request, None)
         for new in getattr(scheduler_output, "scheduled_new_reqs", ()):
-            self._known[new.req_id] = {"cached": int(new.num_computed_tokens), **_prompt(new)}
+            self._known[new.req_id] = {"cached": int(new.num_computed_tokens), **identity(new)}
 
-    def rows(self, scheduler_output: Any) -> tuple[list[Json], int]:
-        """The rows, in the batch's order, and how many padding rows follow them.
+    def known(self, request_id: str) -> Json:
+        """What is known of a request besides its rows."""
+        return {"external_request_id": external_id(request_id)}
+
+    def rows(self, scheduler_output: Any) -> list[Json]:
+        """The rows, in the batch's order; with speculation, how many of them are ``drafts`` (the last ones).
 
         Raises RowError when the runner does not hold them in a known form, or its own figures
         contradict each other.
@@ -72,15 +67,19 @@ class RowReader:
             parallel = self._runner.vllm_config.parallel_config
             if getattr(parallel, "prefill_context_parallel_size", 1) > 1:
                 raise RowError("prefill context parallelism splits requests over ranks")
-            version = self._of_second_version if self._second_version else self._of_first_version
-            rows, padded = version(scheduler_output)
+            version = self._of_second_version if self.second_version else self._of_first_version
+            rows = version(scheduler_output)
             for row in rows:
                 row.update(self._known.get(row["request_id"], {}))
-            return rows, padded
+            if getattr(self._runner, "speculative_config", None) is not None:
+                drafts = scheduler_output.scheduled_spec_decode_tokens
+                for row in rows:
+                    row["drafts"] = min(len(drafts.get(row["request_id"], ())), row["rows"] - 1)
+            return rows
         except (AttributeError, KeyError, TypeError, IndexError) as error:
             raise RowError(f"the model runner is unknown: {type(error).__name__}: {error}") from error
 
-    def _of_first_version(self, scheduler_output: Any) -> tuple[list[Json], int]:
+    def _of_first_version(self, scheduler_output: Any) -> list[Json]:
         runner = self._runner
         ids = list(runner.input_batch.req_ids)
         counts = [int(scheduler_output.num_scheduled_tokens[each]) for each in ids]
@@ -90,19 +89,15 @@ class RowReader:
             # With speculation the host's count is only an upper bound.
             computed = [int(each) for each in runner.input_batch.num_computed_tokens_cpu[: len(ids)]]
             _agree("positions and computed tokens", [row["first_position"] for row in rows], computed)
-        hidden = getattr(getattr(runner, "execute_model_state", None), "hidden_states", None)
-        padded = hidden.shape[0] - total if isinstance(hidden, torch.Tensor) else 0
-        return rows, max(0, padded)
+        return rows
 
-    def _of_second_version(self, scheduler_output: Any) -> tuple[list[Json], int]:
+    def _of_second_version(self, scheduler_output: Any) -> list[Json]:
         batch = self._batch
         if batch is None:
             raise RowError("the model runner prepared no batch")
         counts = [int(each) for each in batch.num_scheduled_tokens]
-        total = int(batch.num_tokens)
         starts = _integers(batch.query_start_loc_np)
-        rows = _rows(list(batch.req_ids), counts, total, starts, batch.positions)
-        return rows, max(0, int(batch.num_tokens_after_padding) - total)
+        return _rows(list(batch.req_ids), counts, int(batch.num_tokens), starts, batch.positions)
 
 
 def _rows(
@@ -129,14 +124,6 @@ def _rows(
         }
         for request, first, count, position in zip(ids, firsts[:-1], counts, begin, strict=True)
     ]
-
-
-def _prompt(request: Any) -> Json:
-    """The hash of a new request's prompt, by which other runs know it; nothing for one made of embeddings."""
-    ids = getattr(request, "prompt_token_ids", None)
-    if not ids or getattr(request, "prompt_embeds", None) is not None:
-        return {}
-    return {"prompt_hash": f"xxh3-128:{xxhash.xxh3_128_hexdigest(array('q', ids).tobytes())}"}
 
 
 def _agree(what: str, one: list[int], other: list[int]) -> None:

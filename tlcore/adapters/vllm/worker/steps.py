@@ -8,11 +8,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
-from ....engine.hooks.row_filter import Cut
 from ....engine.session import Session
-from ....record import Json
+from ....layout.rows import NO_ROWS
 from ..compiled.eager_steps import EagerSteps
-from .request_sampler import RequestSampler
+from .accepted import kept_drafts
+from .draft_scopes import DraftScopes
+from .row_scopes import RowScopes
 from .rows import RowError, RowReader
 
 log = logging.getLogger("vllm.tlcore")
@@ -39,11 +40,12 @@ class StepWrapper:
         self.details = dict(details or {})
         self.eager: EagerSteps | None = None
         self._reader = RowReader(runner)
-        self._selection: RequestSampler | None = None
+        self._runner = runner
+        self._scopes = RowScopes(runner, self._reader)
+        DraftScopes(self._scopes, runner, self._draft)
         self.session = session
         self._warming = 0
         self._open = False
-        self._rows: list[Json] | None = None
         self._extra: dict[str, Any] = {}
         self._warned: set[str] = set()
         runner.execute_model = self._wrap_execute(runner.execute_model)
@@ -60,8 +62,6 @@ class StepWrapper:
     def session(self, session: Session | None) -> None:
         self._session = session
         self._reader.forget()
-        chooses = session is not None and session.config.cuts_rows
-        self._selection = RequestSampler(session.config, self._reader) if session and chooses else None
 
     def warm_up(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a worker's method in which no step is real."""
@@ -91,9 +91,9 @@ class StepWrapper:
             except BaseException as error:
                 self._end(error)
                 raise
-            self._read_rows(scheduler_output)
+            self._pass_is_over()
             if output is not None:
-                self._end()
+                self._end(output=output)
             return output
 
         return execute_model
@@ -102,17 +102,18 @@ class StepWrapper:
         @functools.wraps(original)
         def last(*args: Any, **kwargs: Any) -> Any:
             try:
-                output = original(*args, **kwargs)
+                with self._eagerly(draft=True):
+                    output = original(*args, **kwargs)
             except BaseException as error:
                 self._end(error)
                 raise
-            self._end()
+            self._end(output=output)
             return output
 
         return last
 
     def _begin(self, scheduler_output: Any) -> None:
-        self._rows, self._extra = None, dict(self.details)
+        self._extra = dict(self.details)
         try:
             self._reader.begin_step(scheduler_output)
             self._open = self._session_begins(scheduler_output)
@@ -121,57 +122,49 @@ class StepWrapper:
             self._warn("a step could not be begun", error)
 
     def _session_begins(self, scheduler_output: Any) -> bool:
-        session, selection = self.session, self._selection
+        session = self.session
         if session is None:
             return False
-        if selection is None:
-            return session.begin_step()
-        session.find_cut = functools.partial(self._cut, selection, scheduler_output)
-        return session.begin_step(wanted=selection.wants(scheduler_output))
+        chooses = session.rows.chooses
+        wanted = chooses is None or any(map(chooses, scheduler_output.num_scheduled_tokens))
+        begun = session.begin_step(wanted=wanted)
+        if begun:
+            self._scopes.begin(session.rows, scheduler_output)
+        return begun
 
-    def _cut(self, selection: RequestSampler, scheduler_output: Any) -> Cut | None:
-        try:
-            return selection.cut(scheduler_output)
-        except Exception as error:
-            self._warn(
-                "a step's tensors are not stored, since the rows of chosen requests are not known", error
-            )
-            return None
+    def _draft(self, begins: bool) -> None:
+        """The draft model's turn begins, or is over."""
+        if self._open and self.session is not None:
+            self.session.turn(begins)
 
     @contextmanager
-    def _eagerly(self) -> Iterator[None]:
-        """Where the model is compiled, let a captured step run its Python code."""
+    def _eagerly(self, draft: bool = False) -> Iterator[None]:
+        """Where the model, or its ``draft`` model, is compiled, let a captured step run its Python code."""
         if self.eager is None or not self._open:
             yield
             return
         with self.eager.step():
             yield
-        if not self.eager.ran:
+        if not (draft or self.eager.ran):
             self._extra["not_captured"] = "the step did not run eagerly"
             log.error("a selected step ran compiled, and nothing of it is captured")
 
-    def _read_rows(self, scheduler_output: Any) -> None:
-        if not self._open:
-            return
-        try:
-            self._rows, padded = self._reader.rows(scheduler_output)
-            if self._selection is not None:
-                self._rows = self._selection.rows
-            elif padded:
-                self._extra["padded_rows"] = padded
-        except Exception as error:
-            reason = str(error) if isinstance(error, RowError) else f"{type(error).__name__}: {error}"
-            self._extra["rows_unavailable"] = reason
-            self._warn("request rows are not available", error)
+    def _pass_is_over(self) -> None:
+        self._scopes.enter(NO_ROWS)
+        problem = self._scopes.problem
+        if self._open and problem is not None:
+            self._extra["rows_unavailable"] = problem
 
-    def _end(self, error: BaseException | None = None) -> None:
+    def _end(self, error: BaseException | None = None, output: Any = None) -> None:
         if not self._open or self.session is None:
             return
         self._open = False
         try:
-            self.session.end_step(rows=self._rows, extra=self._extra, error=error)
+            kept = None if error is not None else kept_drafts(self._runner, self._scopes.rows or (), output)
+            self.session.end_step(extra=self._extra, error=error, kept_drafts=kept)
         except Exception as failure:
             self._warn("a step could not be ended", failure)
+        self._scopes.end()
 
     def _warn(self, what: str, error: Exception) -> None:
         if what not in self._warned:

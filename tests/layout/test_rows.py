@@ -1,0 +1,141 @@
+"""Whose row is whose: one rule, which gives nobody what it does not know."""
+
+from __future__ import annotations
+
+import random
+from typing import Any
+
+import pytest
+
+from tlcore.layout.rows import CallRows, RowSet, is_whole_numbers, row_set_of
+
+
+def _rows(*counts: int, first: int = 0, **more: Any) -> list[dict[str, Any]]:
+    """Requests a, b, c, ... with so many rows each."""
+    begins = [sum(counts[:i]) for i in range(len(counts))]
+    return [
+        {"request_id": "abcdefgh"[i], "first_row": begin, "rows": count, "first_position": first, **more}
+        for i, (begin, count) in enumerate(zip(begins, counts, strict=True))
+    ]
+
+
+def _record(name: str, *shape: int, dtype: str = "float32") -> dict[str, Any]:
+    return {"name": f"step_0/{name}/outputs_cpu", "shape": list(shape), "dtype": dtype}
+
+
+TOKENS = RowSet("tokens", _rows(2, 1, 3), padded=2)
+
+
+@pytest.mark.parametrize("shape", [(6,), (6, 4), (8, 4)])
+def test_rows_of_a_length_that_the_call_has(shape: tuple[int, ...]) -> None:
+    assert row_set_of(shape, False, [TOKENS]) is TOKENS
+
+
+@pytest.mark.parametrize(
+    ("shape", "whole"),
+    [((), False), ((3, 4), False), ((7, 4), False), ((1, 6), False), ((4, 6), False), ((6, 6), True)],
+    ids=["scalar", "one for each request", "between", "axes in another order", "transposed", "positions"],
+)
+def test_nothing_is_guessed_from_another_length(shape: tuple[int, ...], whole: bool) -> None:
+    assert row_set_of(shape, whole, [TOKENS]) is None
+
+
+def test_the_length_chooses_among_the_sets_of_one_call_only() -> None:
+    items, tokens = RowSet("items", _rows(1, 1)), RowSet("item_tokens", _rows(4, 9))
+    assert row_set_of((2, 3, 8, 8), False, [items, tokens]) is items
+    assert row_set_of((13, 5), False, [items, tokens]) is tokens
+    assert row_set_of((6, 5), False, [items, tokens]) is None
+
+
+def test_two_sets_of_one_length_that_differ_are_not_certain() -> None:
+    one, other = RowSet("item_tokens", _rows(4, 9)), RowSet("item_parts", _rows(9, 4))
+    assert row_set_of((13, 5), False, [one, other]) is None
+    assert row_set_of((13, 5), False, [one, RowSet("again", _rows(4, 9))]) is one
+
+
+def test_listed_calls_have_their_own_rows_and_all_others_those_of_the_step() -> None:
+    document = {
+        "rows": _rows(2, 1, 3),
+        "call_rows": [
+            {"calls": ["logits"], "sets": [{"kind": "sampled", "rows": _rows(1, 1, 1, first=5)}]},
+            {"calls": ["logits_1"], "sets": [{"kind": "prompt", "rows": _rows(2)}]},
+            {"calls": ["encoder"], "sets": []},
+        ],
+    }
+    rows = CallRows(document)
+    assert [(s.row["request_id"], s.begin, s.length, s.first) for s in rows.spans(_record("layer", 6, 4))] == [
+        ("a", 0, 2, 0),
+        ("b", 2, 1, 0),
+        ("c", 3, 3, 0),
+    ]
+    assert [(s.begin, s.first) for s in rows.spans(_record("logits", 3, 9))] == [(0, 5), (1, 5), (2, 5)]
+    assert [(s.row["request_id"], s.length) for s in rows.spans(_record("logits_1", 2, 9))] == [("a", 2)]
+    # A length that another call's tensors have tells nothing.
+    assert rows.spans(_record("logits_1", 3, 9)) == ()
+    assert rows.spans(_record("encoder", 6, 4)) == ()
+    assert rows.spans(_record("layer", 3, 4)) == ()
+
+
+def test_rows_of_rejected_tokens_are_nobodys() -> None:
+    rows = _rows(4, 2)
+    rows[0]["accepted"], rows[1]["accepted"] = 2, 2
+    spans = [span.kept() for span in CallRows({"rows": rows}).spans(_record("layer", 6, 4))]
+    assert [(span.begin, span.length) for span in spans] == [(0, 2), (4, 2)]
+
+
+def test_drafts_that_nobody_decided_on_are_nobodys_and_another_rank_may_know() -> None:
+    rows = _rows(4)
+    rows[0]["drafts"] = 3
+    (span,) = CallRows({"rows": rows}).spans(_record("layer", 4, 4))
+    assert span.kept().length == 1
+    (span,) = CallRows({"rows": rows}, {"a": 3}).spans(_record("layer", 4, 4))
+    assert span.kept().length == 3
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        {"first_row": 1},
+        {"first_row": -1},
+        {"rows": "2"},
+        {"rows": True},
+        {"first_position": -3},
+        {"accepted": "all"},
+        {"drafts": -1},
+        {"request_id": None},
+    ],
+)
+def test_damaged_rows_are_refused(damage: dict[str, Any]) -> None:
+    (row,) = _rows(2)
+    with pytest.raises(ValueError, match="request_id"):
+        CallRows({"rows": [{**row, **damage}]})
+    with pytest.raises(ValueError, match="request_id"):
+        CallRows({"call_rows": [{"calls": ["x"], "sets": [{"kind": "tokens", "rows": [{**row, **damage}]}]}]})
+
+
+@pytest.mark.parametrize(
+    "call_rows",
+    [[{"calls": ["x"]}], [{"sets": []}], ["x"], "x", [{"calls": ["x"], "sets": [{"rows": []}]}], {"x": 1}],
+)
+def test_damaged_call_rows_are_refused(call_rows: Any) -> None:
+    with pytest.raises(ValueError, match="."):
+        CallRows({"call_rows": call_rows})
+
+
+def test_whole_numbers() -> None:
+    assert is_whole_numbers("torch.int64") and is_whole_numbers("uint8") and is_whole_numbers("bool")
+    assert not is_whole_numbers("float32") and not is_whole_numbers("torch.bfloat16")
+
+
+def test_every_row_of_a_random_batch_is_found_once() -> None:
+    chance = random.Random(5)
+    for _ in range(200):
+        counts = [chance.randint(1, 9) for _ in range(chance.randint(1, 8))]
+        rows, padded = _rows(*counts), chance.randint(0, 3)
+        total = sum(counts)
+        owners = {}
+        for span in CallRows({"rows": rows, "padded_rows": padded}).spans(_record("m", total + padded, 2)):
+            for i in range(span.length):
+                assert owners.setdefault(span.begin + i, (span.row["request_id"], i)) == (span.row["request_id"], i)
+        expected = [("abcdefgh"[k], i) for k, count in enumerate(counts) for i in range(count)]
+        assert [owners.get(row) for row in range(total)] == expected and len(owners) == total

@@ -1,0 +1,61 @@
+"""Who a request is, so that other runs know it again: everything that its states depend on."""
+
+from __future__ import annotations
+
+import logging
+from array import array
+from typing import Any
+
+import torch
+import xxhash
+
+from ....record import Json
+
+log = logging.getLogger("vllm.tlcore")
+
+
+def identity(request: Any) -> Json:
+    """``prompt_hash`` and ``adapter`` of a new request of the scheduler's; nothing where it cannot be told.
+
+    The hash is of the prompt's token ids, or embeddings; where there are any, also of the adapter's name,
+    of what images and other items are in the prompt, and of the salt that keeps the prefix cache's users
+    apart.
+    """
+    try:
+        lora = getattr(request, "lora_request", None)
+        adapter = None if lora is None else str(lora.lora_name)
+        hashed = _hash(request, adapter)
+    except Exception:
+        log.debug("the prompt of a request could not be hashed", exc_info=True)
+        return {}
+    found: Json = {} if hashed is None else {"prompt_hash": f"xxh3-128:{hashed}"}
+    return found if adapter is None else {**found, "adapter": adapter}
+
+
+def _hash(request: Any, adapter: str | None) -> str | None:
+    ids = getattr(request, "prompt_token_ids", None)
+    embeds = getattr(request, "prompt_embeds", None)
+    if not ids and embeds is None:
+        return None
+    state = xxhash.xxh3_128()
+    if ids:
+        state.update(array("q", ids).tobytes())
+    if embeds is not None:
+        state.update(f"embeddings {embeds.dtype} {tuple(embeds.shape)}".encode())
+        state.update(embeds.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        state.update(repr(getattr(request, "prompt_is_token_ids", None)).encode())
+    more = {
+        "adapter": adapter,
+        "items": [_item(feature) for feature in getattr(request, "mm_features", None) or ()] or None,
+        "salt": getattr(request, "cache_salt", None),
+    }
+    for key, value in more.items():
+        if value is not None:
+            state.update(f"{key} {value!r}".encode())
+    return state.hexdigest()
+
+
+def _item(feature: Any) -> tuple[str, int, int]:
+    where = feature.mm_position
+    name = getattr(feature, "mm_hash", None) or feature.identifier
+    return str(name), int(where.offset), int(where.length)

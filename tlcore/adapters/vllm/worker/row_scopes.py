@@ -1,0 +1,315 @@
+"""Which rows the running part of a step has, told from the methods of the model runner that run it.
+
+The target model's pass has a row for each scheduled token, its logits one for each position that is
+sampled from, the logits of ``prompt_logprobs`` those of one request's prompt, an encoder works on items
+(images) of single requests. Where a vLLM release has none of these methods, the rows of what they call
+stay unknown.
+"""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from ....engine.filters.rows import StepRows
+from ....layout.rows import NO_ROWS, Row, RowSet
+from ....record import Json
+from .items import item_sets
+from .rows import RowError, RowReader
+
+log = logging.getLogger("vllm.tlcore")
+Sets = Sequence[RowSet]
+# Their poolers give each request's tokens apart.
+_TOKENWISE = frozenset({"token_embed", "token_classify", "plugin"})
+
+
+class RowScopes:
+    """Tells a step's `StepRows` which rows come next; nothing of it can break a step."""
+
+    def __init__(self, runner: Any, reader: RowReader) -> None:
+        self._runner = runner
+        self._reader = reader
+        self._step: StepRows | None = None
+        self._scheduled: Any = None
+        self.rows: list[Json] | None = None
+        self.problem: str | None = None
+        self._warned: set[str] = set()
+        self.wrap(runner, "_prepare_inputs", after=self._prepared)
+        self.wrap(runner, "_preprocess", self._preprocess)
+        self.wrap(runner, "_execute_mm_encoder", _nothing)
+        self.wrap(runner, "_model_forward", self._forward, self._sampled_next)
+        self.wrap(runner, "_pool", self._pool)
+        self._wrap_items(runner)
+        self._wrap_prompt_logits(runner)
+        if reader.second_version:
+            self._wrap_second_version(runner)
+
+    def begin(self, step: StepRows, scheduler_output: Any) -> None:
+        """A captured step begins."""
+        self._step, self._scheduled = step, scheduler_output
+        self.rows = self.problem = None
+        step.batch(list(scheduler_output.num_scheduled_tokens))
+
+    def end(self) -> None:
+        """The step is over."""
+        self._step = None
+
+    def enter(self, sets: Sets, main: bool = False) -> None:
+        """What is called from now on has these rows."""
+        if self._step is not None:
+            self._step.enter(sets, main)
+
+    # What the wrapped methods mean
+
+    def _prepared(self, output: Any, *args: Any, **kwargs: Any) -> None:
+        scheduled = kwargs.get("scheduler_output", args[0] if args else self._scheduled)
+        try:
+            self.rows = self._reader.rows(scheduled)
+        except RowError as error:
+            self.problem = str(error)
+            raise
+
+    def _wrap_second_version(self, runner: Any) -> None:
+        """The second model runner has fewer methods to go by; what they do not tell stays unknown."""
+        self.wrap(runner, "prepare_inputs", after=self._batch_ready)
+        self.wrap(getattr(runner, "model_state", None), "get_mm_embeddings", _nothing)
+        self.wrap(runner, "sample", self._sample)
+        for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
+            self.wrap(getattr(runner, "prompt_logprobs_worker", None), name, _nothing)
+        self.wrap(getattr(runner, "speculator", None), "propose", _nothing)
+
+    def _batch_ready(self, batch: Any, *args: Any, **kwargs: Any) -> None:
+        self._reader.prepared(batch)
+        self._prepared(batch, self._scheduled)
+        if self.rows is not None:
+            padded = max(0, int(batch.num_tokens_after_padding) - int(batch.num_tokens))
+            self.enter([RowSet("tokens", self.rows, padded)], main=True)
+
+    def _sample(self, hidden: Any, batch: Any, *args: Any, **kwargs: Any) -> Sets:
+        if self.rows is None:
+            return NO_ROWS
+        logits = sampled(self.rows)
+        return [logits] if logits.length == len(batch.logits_indices) else NO_ROWS
+
+    def _forward(self, *args: Any, **kwargs: Any) -> Sets:
+        positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
+        if self.rows is None or positions is None:
+            return NO_ROWS
+        tokens = RowSet("tokens", self.rows)
+        padded = max(0, int(positions.shape[-1]) - tokens.length)
+        self.enter([RowSet("tokens", self.rows, padded)], main=True)
+        return self._current()
+
+    def _sampled_next(self, output: Any, *args: Any, **kwargs: Any) -> None:
+        # Only the logits are computed after the pass.
+        self.enter(NO_ROWS if self.rows is None else [sampled(self.rows)])
+
+    def _preprocess(self, *args: Any, **kwargs: Any) -> Sets:
+        """The tokens that are embedded apart from the model's pass."""
+        if self.rows is None:
+            return NO_ROWS
+        if not getattr(self._runner, "supports_mm_inputs", False) and getattr(
+            self._runner, "enable_prompt_embeds", False
+        ):
+            total = sum(row["rows"] for row in self.rows)
+            return [RowSet("tokens", _where(self.rows, self._runner.is_token_ids.np[:total].tolist()))]
+        return [RowSet("tokens", self.rows)]
+
+    def _pool(self, *args: Any, **kwargs: Any) -> Sets:
+        if self.rows is None:
+            return NO_ROWS
+        tasks = {params.task for params in self._runner.input_batch.pooling_params.values()}
+        sets = [RowSet("tokens", self.rows)]
+        if len(tasks) == 1 and not tasks & _TOKENWISE:
+            sets.append(_lasts(self.rows))
+        return sets
+
+    def _wrap_items(self, runner: Any) -> None:
+        """vLLM times each call of an encoder, and says so of which items it is."""
+        original = getattr(runner, "timed_encoder_operation", None)
+        if original is None:
+            return
+
+        @contextmanager
+        def timed(should_time: bool, refs: Any, first: int, count: int, *more: Any) -> Iterator[Any]:
+            with original(should_time, refs, first, count, *more) as given:
+                if self._step is None:
+                    yield given
+                    return
+                with self._in(lambda: item_sets(runner, refs[first : first + count], self._reader.known)):
+                    yield given
+
+        runner.timed_encoder_operation = timed
+
+    def _wrap_prompt_logits(self, runner: Any) -> None:
+        original = getattr(runner, "_get_prompt_logprobs_dict", None)
+        if original is None:
+            return
+
+        @functools.wraps(original)
+        def prompt_logits(hidden: Any, *args: Any, **kwargs: Any) -> Any:
+            if self._step is None or not getattr(runner, "num_prompt_logprobs", True):
+                return original(hidden, *args, **kwargs)
+            with (
+                self._in(lambda: NO_ROWS),
+                _watched(runner.get_model(), "compute_logits", self._logits_of(hidden)),
+            ):
+                return original(hidden, *args, **kwargs)
+
+        runner._get_prompt_logprobs_dict = prompt_logits
+
+    def _logits_of(self, hidden: torch.Tensor) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+        """Logits of a part of the step's hidden states belong to the request whose rows that part is."""
+
+        def watch(compute: Callable[..., Any]) -> Callable[..., Any]:
+            def compute_logits(states: Any, *args: Any, **kwargs: Any) -> Any:
+                with self._in(lambda: self._part_of(hidden, states)):
+                    return compute(states, *args, **kwargs)
+
+            return compute_logits
+
+        return watch
+
+    def _part_of(self, hidden: torch.Tensor, states: torch.Tensor) -> Sets:
+        if self.rows is None or hidden.untyped_storage().data_ptr() != states.untyped_storage().data_ptr():
+            return NO_ROWS
+        first, rest = divmod(int(states.storage_offset() - hidden.storage_offset()), hidden.stride(0))
+        count = int(states.shape[0])
+        for row in self.rows:
+            skipped = first - row["first_row"]
+            if rest == 0 and skipped >= 0 and skipped + count <= row["rows"]:
+                position = row["first_position"] + skipped
+                return [RowSet("prompt", [rows_of(row, 0, count, position)])]
+        return NO_ROWS
+
+    # Wrapping
+
+    def wrap(
+        self,
+        owner: Any,
+        name: str,
+        before: Callable[..., Sets] | None = None,
+        after: Callable[..., None] | None = None,
+        on: Callable[[bool], None] | None = None,
+    ) -> None:
+        """Let a method tell of rows: ``before`` says those of what it calls, ``after`` hears its result.
+
+        ``on`` hears True when it begins and False when it is over. A method that is not there tells nothing.
+        """
+        original = getattr(owner, name, None)
+        if original is None:
+            return
+
+        @functools.wraps(original)
+        def wrapped(*args: Any, **kwargs: Any) -> Any:
+            if self._step is None:
+                return original(*args, **kwargs)
+            if before is None:
+                output = original(*args, **kwargs)
+            else:
+                with self._in(lambda: before(*args, **kwargs), on):
+                    output = original(*args, **kwargs)
+            if after is not None:
+                self._guarded(lambda: after(output, *args, **kwargs))
+            return output
+
+        setattr(owner, name, wrapped)
+
+    @contextmanager
+    def _in(self, sets: Callable[[], Sets], on: Callable[[bool], None] | None = None) -> Iterator[None]:
+        """What is called in the block has these rows; afterwards those from before."""
+        before = self._current()
+        self.enter(NO_ROWS)
+        self._guarded(lambda: self.enter(sets()))
+        if on is not None:
+            on(True)
+        try:
+            yield
+        finally:
+            if on is not None:
+                on(False)
+            self.enter(before)
+
+    def _current(self) -> Sets:
+        return NO_ROWS if self._step is None else self._step.sets
+
+    def _guarded(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self.warn("the rows of some tensors are not known", error)
+
+    def warn(self, what: str, error: Exception) -> None:
+        """Log a problem the first time."""
+        if what not in self._warned:
+            self._warned.add(what)
+            log.warning("%s (said once): %s", what, error, exc_info=not isinstance(error, RowError))
+
+
+def sampled(rows: Sequence[Row]) -> RowSet:
+    """The rows that tokens are sampled from: each request's last, and those of its draft tokens but one."""
+    found: list[Json] = []
+    first = 0
+    for row in rows:
+        count = 1 + int(row.get("drafts", 0))
+        skipped = row["rows"] - count
+        found.append(rows_of(row, first, count, row["first_position"] + skipped, drafts=row.get("drafts")))
+        first += count
+    return RowSet("sampled", found)
+
+
+def _lasts(rows: Sequence[Row]) -> RowSet:
+    ends = [row["first_position"] + row["rows"] - 1 for row in rows]
+    return RowSet(
+        "requests", [rows_of(row, i, 1, end) for i, (row, end) in enumerate(zip(rows, ends, strict=True))]
+    )
+
+
+def rows_of(row: Row, first: int, count: int, position: int, **more: int | None) -> Json:
+    """Some other rows of a row's request."""
+    known = {key: row[key] for key in ("request_id", "external_request_id") if key in row}
+    more = {key: value for key, value in more.items() if value is not None}
+    return {**known, "first_row": first, "rows": count, "first_position": position, **more}
+
+
+def _where(rows: Sequence[Row], chosen: Sequence[bool]) -> list[Json]:
+    """The rows that are chosen, one after the other: an entry for each run of them."""
+    found: list[Json] = []
+    first = 0
+    for row in rows:
+        begin = row["first_row"]
+        for place in range(begin, begin + row["rows"]):
+            if not chosen[place]:
+                continue
+            if found and place > begin and chosen[place - 1]:
+                found[-1]["rows"] += 1
+            else:
+                found.append(rows_of(row, first, 1, row["first_position"] + place - begin))
+            first += 1
+    return found
+
+
+def _nothing(*args: Any, **kwargs: Any) -> Sets:
+    return NO_ROWS
+
+
+@contextmanager
+def _watched(
+    owner: Any, name: str, watch: Callable[[Callable[..., Any]], Callable[..., Any]]
+) -> Iterator[None]:
+    """Let a method of one object go through ``watch`` in the block."""
+    own = vars(owner)
+    before = own.get(name)
+    own[name] = watch(getattr(owner, name))
+    try:
+        yield
+    finally:
+        if before is None:
+            del own[name]
+        else:
+            own[name] = before

@@ -1,0 +1,179 @@
+"""Whose rows the tensors of the running step's calls have, told by whoever runs it, and which are kept."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+from ...layout.rows import NO_ROWS, RowSet, Span, row_set_of
+from ...record import Json
+from .tensors import Outcome
+
+ROWS_UNKNOWN = Outcome("skipped", "rows of the requests unknown")
+
+Chooses = Callable[[str], bool]
+
+
+@dataclass
+class _Part:
+    """Calls of a step, one after the other, whose tensors have the same row sets."""
+
+    sets: tuple[RowSet, ...]
+    calls: list[str] = field(default_factory=list)
+    kept: dict[int, _Kept] = field(default_factory=dict)
+
+
+class StepRows:
+    """The row sets of a step's calls, as they come to be known while it runs.
+
+    ``chooses`` says of a request id whether its rows are stored (None: all are), ``last`` keeps of each
+    request only the row of its last token, or those of the tokens that may be it while drafts are not
+    decided on.
+    """
+
+    def __init__(self, chooses: Chooses | None = None, last: bool = False) -> None:
+        self._chooses = chooses
+        self._last = last
+        self.calls_begun: Callable[[], list[str]] = list
+        self.begin_step()
+
+    def begin_step(self) -> None:
+        """Forget the step before; nothing is known yet of the rows of this one."""
+        self._main: _Part | None = None
+        self._part = _Part(NO_ROWS)
+        self._parts = [self._part]
+        self._everyone = self._chooses is None
+        self.told = False
+
+    @property
+    def chooses(self) -> Chooses | None:
+        """Whether a request's rows are stored, by its id; None where every request's are."""
+        return self._chooses
+
+    @property
+    def sets(self) -> tuple[RowSet, ...]:
+        """The row sets of the calls that begin now."""
+        return self._part.sets
+
+    def batch(self, requests: Sequence[str]) -> None:
+        """Say which requests the step runs. Where all of them are chosen, every tensor may be stored."""
+        self.told = True
+        self._everyone = self._chooses is None or all(map(self._chooses, requests))
+
+    def enter(self, sets: Sequence[RowSet], main: bool = False) -> None:
+        """From now on calls have these row sets. ``main`` ones are those of the step, and named once."""
+        self.note()
+        if main and self._main is None:
+            self._main = self._part = _Part(tuple(sets))
+            return
+        for part in (self._main, *self._parts):
+            # Those from before an interruption go on.
+            if part is not None and part.sets is sets:
+                self._part = part
+                return
+        self._part = _Part(tuple(sets))
+        self._parts.append(self._part)
+
+    def resume_main(self) -> None:
+        """Go on with the row sets of the step itself, for what is told after its end."""
+        if self._main is not None:
+            self.enter(self._main.sets)
+
+    def note(self) -> None:
+        """Remember which calls began since the row sets were entered."""
+        self._part.calls += self.calls_begun()
+
+    def cut(self, tensor: torch.Tensor) -> torch.Tensor | None:
+        """The tensor's rows that are kept, the tensor itself where all are; None if it must not be stored."""
+        found = None
+        plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
+        if plain and self.told:
+            whole_numbers = not (tensor.is_floating_point() or tensor.is_complex())
+            found = row_set_of(tensor.shape, whole_numbers, self._part.sets)
+        if found is None:
+            return tensor if self._everyone and self.told else None
+        return self._kept(self._part, found).of(tensor)
+
+    def _kept(self, part: _Part, rows: RowSet) -> _Kept:
+        kept = part.kept.get(id(rows))
+        if kept is None:
+            kept = part.kept[id(rows)] = _Kept(rows, self._chosen_of)
+        return kept
+
+    def _chosen_of(self, span: Span) -> tuple[int, int] | None:
+        """Which rows of a span are kept: the first, and how many."""
+        if self._chooses is not None and not self._chooses(str(span.row["request_id"])):
+            return None
+        if not self._last:
+            return span.begin, span.length
+        count = min(span.length, 1 + int(span.row.get("drafts", 0)))
+        return span.begin + span.length - count, count
+
+    def document(self) -> Json:
+        """The keys of ``step.json`` that say whose rows are whose, in what is stored."""
+        self.note()
+        found: Json = {}
+        if self._main is not None:
+            (rows,) = self._main.sets
+            found["rows"], padded = self._stored(self._main, rows)
+            if padded:
+                found["padded_rows"] = padded
+        listed = [part for part in self._parts if part.calls]
+        if self.told:
+            found["call_rows"] = [
+                {
+                    "calls": list(dict.fromkeys(part.calls)),
+                    "sets": [self._described(part, each) for each in part.sets],
+                }
+                for part in listed
+            ]
+        return found
+
+    def _described(self, part: _Part, rows: RowSet) -> Json:
+        entries, padded = self._stored(part, rows)
+        return {"kind": rows.kind, "rows": entries} | ({"padded_rows": padded} if padded else {})
+
+    def _stored(self, part: _Part, rows: RowSet) -> tuple[list[Json], int]:
+        if self._chooses is None and not self._last:
+            return [dict(row) for row in rows.rows], rows.padded
+        return self._kept(part, rows).rows, 0
+
+
+class _Kept:
+    """The rows of one set that are kept, in ascending order, as a range where they are one."""
+
+    def __init__(self, rows: RowSet, chosen: Callable[[Span], tuple[int, int] | None]) -> None:
+        self.rows: list[Json] = []
+        places: list[int] = []
+        for span in rows.spans:
+            found = chosen(span)
+            if found is None:
+                continue
+            begin, count = found
+            self.rows.append(_moved(span, begin - span.begin, count, len(places)))
+            places += range(begin, begin + count)
+        self._places = places
+        self._first = places[0] if places else 0
+        self._one_range = places == list(range(self._first, self._first + len(places)))
+        self._on: dict[torch.device, torch.Tensor] = {}
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        if self._one_range:
+            return tensor[self._first : self._first + len(self._places)]
+        index = self._on.get(tensor.device)
+        if index is None:
+            index = self._on[tensor.device] = torch.tensor(self._places, device=tensor.device)
+        return tensor.index_select(0, index)
+
+
+def _moved(span: Span, skipped: int, count: int, first_row: int) -> Json:
+    """A span's row without its first ``skipped`` ones, of which ``count`` stay, from ``first_row`` on."""
+    row: dict[str, Any] = {**span.row, "first_row": first_row, "rows": count}
+    if span.first is not None:
+        row["first_position"] = span.first + skipped
+    if "accepted" in row:
+        row["accepted"] = min(count, max(0, row["accepted"] - skipped))
+    return row
