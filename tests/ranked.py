@@ -62,7 +62,10 @@ def requests_run(
     cached: Mapping[str, int] | None = None,
     backend: str = "pt",
 ) -> Run:
-    """A run with these rows in its steps; ``tensors`` gives a step's tensors from its number and rows."""
+    """A run with these rows in its steps; ``tensors`` gives a step's tensors from its number and rows.
+
+    What is called ``logits`` has a row for each request's last token.
+    """
     config = load_config(output_dir=str(path), log_step_ids=[], backend=backend)
     session = Session(config, new_run(config))
     model: Model | None = None
@@ -74,7 +77,12 @@ def requests_run(
             session.attach(model)
         session.begin_step()
         model(found)
-        session.end_step(rows=listed)
+        lasts = [
+            {**row, "first_row": i, "rows": 1, "first_position": row["first_position"] + row["rows"] - 1}
+            for i, row in enumerate(listed)
+        ]
+        logits = {"calls": ["logits"], "sets": [{"kind": "sampled", "rows": lasts}]}
+        session.end_step(rows=listed, extra={"call_rows": [logits]})
     session.close()
     return tlcore.open_run(session.url)
 

@@ -9,10 +9,9 @@ from typing import Any
 import pytest
 import torch
 
-from tests.ranked import Rows, json_rows, requests_run
+from tests.ranked import Rows, requests_run
 from tlcore.errors import ReadError
 from tlcore.reader import Gap, MissingError, Run
-from tlcore.reader.rows import spans
 
 A, B = "AAA-0123abcd", "BBB-89abcdef"
 # Chunked prefill of A beside decoding of B, then both decode, the other way round in the batch.
@@ -100,23 +99,3 @@ def test_a_run_without_rows_says_so(tmp_path: Path) -> None:
     run: Run = requests_run(tmp_path, [[]], lambda step, rows: {"layer": torch.ones(2)})
     with pytest.raises(MissingError, match="no step has the rows of requests"):
         run.request("AAA")
-
-
-def test_padding_and_other_first_dimensions_are_no_rows() -> None:
-    rows = json_rows([(A, 2, 0), (B, 3, 4)])
-
-    def found(shape: list[int], padded: int = 0, dtype: str = "bfloat16") -> list[tuple[Any, ...]]:
-        return [span[1:] for span in spans({"shape": shape, "dtype": dtype}, rows, padded)]
-
-    assert found([5, 8]) == found([8, 8], padded=3) == [(0, 2, 0), (2, 3, 4)]
-    assert found([2, 8]) == found([2, 5]) == [(0, 1, 1), (1, 1, 6)]
-    assert found([]) == found([6, 8]) == found([4]) == found([2, 5], dtype="int64") == []
-
-
-@pytest.mark.parametrize(
-    "change", [{"first_row": 1}, {"first_position": -5}, {"rows": "2"}, {"request_id": 1}]
-)
-def test_damaged_rows_are_named(change: dict[str, Any]) -> None:
-    row = {**json_rows([(A, 2, 0)])[0], **change}
-    with pytest.raises(ReadError, match="damaged rows"):
-        list(spans({"shape": [2, 8], "dtype": "float32"}, [row]))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import nn
@@ -9,44 +11,104 @@ from torch import nn
 import tlcore
 from tests.sinks import MemorySink
 from tlcore.config.configuration import load_config
-from tlcore.engine.hooks.row_filter import Cut
+from tlcore.engine.filters.rows import StepRows
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
+from tlcore.layout.rows import RowSet, accept
 
-# Three requests of 2, 1 and 3 tokens, of which the first and the last are kept, and 2 rows of padding.
-CUT = Cut([(0, 2), (3, 3)], 6, 2, [0, 2], 3)
+
+def _rows(*counts: int) -> list[dict[str, Any]]:
+    """Requests a, b, c, ... with so many rows each."""
+    begins = [sum(counts[:i]) for i in range(len(counts))]
+    return [
+        {"request_id": "abcdefgh"[i], "first_row": begin, "rows": count, "first_position": 10 * i}
+        for i, (begin, count) in enumerate(zip(begins, counts, strict=True))
+    ]
+
+
+def _told(*counts: int, kept: str = "ac", last: bool = False, padded: int = 0) -> StepRows:
+    """Three requests of so many tokens, of which some are kept."""
+    rows = StepRows(lambda request: request in kept, last)
+    rows.batch("abc")
+    rows.enter([RowSet("tokens", _rows(*counts), padded)], main=True)
+    return rows
 
 
 @pytest.mark.parametrize("length", [6, 8])
 def test_token_rows_are_kept_and_padding_left_out(length: int) -> None:
     tensor = torch.arange(length * 2.0).view(length, 2)
-    assert torch.equal(CUT(tensor), tensor[[0, 1, 3, 4, 5]])
-
-
-def test_rows_of_requests_are_kept() -> None:
-    assert CUT(torch.tensor([[1.0] * 6, [2.0] * 6, [3.0] * 6]))[:, 0].tolist() == [1, 3]
+    kept = _told(2, 1, 3, padded=2).cut(tensor)
+    assert kept is not None and torch.equal(kept, tensor[[0, 1, 3, 4, 5]])
 
 
 def test_neighbouring_rows_are_not_copied() -> None:
     tensor = torch.arange(12.0).view(6, 2)
-    kept = Cut([(1, 2), (3, 1)], 6, 0, [1], 3)(tensor)
-    assert kept.tolist() == tensor[1:4].tolist()
+    kept = _told(1, 2, 3, kept="bc").cut(tensor)
+    assert kept is not None and kept.tolist() == tensor[1:].tolist()
     assert kept.data_ptr() == tensor[1].data_ptr()
 
 
-@pytest.mark.parametrize(
-    "tensor",
-    [
-        torch.ones(7, 2),
-        torch.tensor(1.0),
-        torch.zeros(3, 6, dtype=torch.int64),
-        torch.ones(6, 2).to_sparse(),
-        nn.Parameter(torch.ones(6, 2)),
-    ],
-    ids=["other length", "scalar", "multimodal positions", "sparse", "parameter"],
-)
-def test_other_tensors_stay_whole(tensor: torch.Tensor) -> None:
-    assert CUT(tensor) is tensor
+UNKNOWN = [
+    torch.ones(7, 2),
+    torch.ones(3, 6),
+    torch.tensor(1.0),
+    torch.zeros(6, 6, dtype=torch.int64),
+    torch.ones(6, 2).to_sparse(),
+    nn.Parameter(torch.ones(6, 2)),
+]
+NAMES = ["other length", "a row for each request", "scalar", "positions", "sparse", "parameter"]
+
+
+@pytest.mark.parametrize("tensor", UNKNOWN, ids=NAMES)
+def test_what_is_not_known_is_stored_only_where_nobody_is_left_out(tensor: torch.Tensor) -> None:
+    assert _told(2, 1, 3).cut(tensor) is None
+    assert _told(2, 1, 3, kept="abc").cut(tensor) is tensor
+    all_last = StepRows(None, last=True)
+    all_last.batch("abc")
+    assert all_last.cut(tensor) is tensor
+
+
+def test_rows_are_those_of_the_call_that_runs() -> None:
+    rows = _told(2, 1, 3, kept="bc")
+    calls = iter([["layer"], ["logits"], ["logits_1"], [], ["layer_1"], []])
+    rows.calls_begun = lambda: next(calls)
+    tensor = torch.arange(3.0)
+    rows.enter([RowSet("sampled", _rows(1, 1, 1))])
+    kept = rows.cut(tensor)
+    assert kept is not None and kept.tolist() == [1, 2]
+    rows.enter([RowSet("prompt", _rows(3))])
+    kept = rows.cut(tensor)
+    assert kept is not None and kept.tolist() == []
+    rows.enter([])
+    assert rows.cut(tensor) is None
+    rows.resume_main()
+    kept = rows.cut(torch.arange(6.0))
+    assert kept is not None and kept.tolist() == [2, 3, 4, 5]
+    document = rows.document()
+    assert [(row["request_id"], row["first_row"], row["rows"]) for row in document["rows"]] == [
+        ("b", 0, 1),
+        ("c", 1, 3),
+    ]
+    assert [
+        (entry["calls"], [len(each["rows"]) for each in entry["sets"]]) for entry in document["call_rows"]
+    ] == [
+        (["logits"], [2]),
+        (["logits_1"], [0]),
+    ]
+
+
+def test_of_drafts_all_that_may_be_the_last_are_kept() -> None:
+    entries = _rows(5, 2)
+    entries[0]["drafts"], entries[1]["drafts"] = 3, 0
+    rows = StepRows(None, last=True)
+    rows.batch("ab")
+    rows.enter([RowSet("tokens", entries)], main=True)
+    kept = rows.cut(torch.arange(7.0))
+    assert kept is not None and kept.tolist() == [1, 2, 3, 4, 6]
+    document = rows.document()
+    accept(document["rows"], document, {"a": 2})
+    keys = ("first_row", "rows", "first_position", "accepted")
+    assert [tuple(row[key] for key in keys) for row in document["rows"]] == [(0, 4, 1, 3), (4, 1, 11, 1)]
 
 
 def _session(sink: MemorySink) -> tuple[Session, nn.Module]:
@@ -60,17 +122,20 @@ def _session(sink: MemorySink) -> tuple[Session, nn.Module]:
 def test_only_kept_rows_are_captured() -> None:
     sink = MemorySink()
     session, model = _session(sink)
-    for cut in (Cut([(5, 1)], 6, 0, [2], 3), Cut([(0, 1)], 4, 0, [0], 3)):
-        session.find_cut = lambda cut=cut: cut  # type: ignore[misc]
+    for entries, tokens, row in ((_rows(1, 5)[::-1], 6, 5), (_rows(1, 3), 4, 0)):
+        for first, entry in zip((0, entries[0]["rows"]), entries, strict=True):
+            entry["first_row"] = first
         session.begin_step()
-        x = torch.randn(6, 2) if not sink.steps else torch.randn(4, 2)
+        session.rows.batch("ab")
+        session.rows.enter([RowSet("tokens", entries)], main=True)
+        x = torch.randn(tokens, 2)
         with torch.inference_mode():
             y = model(x)
         session.end_step()
-        row = 5 if len(sink.steps) == 1 else 0
         step = f"step_{len(sink.steps) - 1}"
         assert torch.equal(sink.tensors[f"{step}/0/inputs_0_cpu"], x[row : row + 1])
         assert torch.equal(sink.tensors[f"{step}/0/outputs_cpu"], y[row : row + 1])
+        assert [entry["request_id"] for entry in sink.steps[-1].rows or ()] == ["a"]
     session.close()
     assert session.ledger.bytes_captured == session.ledger.bytes_stored == 2 * 2 * 2 * 4
 
@@ -89,7 +154,6 @@ def test_without_rows_nothing_is_stored_and_everything_accounted_for() -> None:
 def test_a_step_that_is_not_wanted_is_only_counted() -> None:
     sink = MemorySink()
     session, model = _session(sink)
-    session.find_cut = lambda: CUT
     assert not session.begin_step(wanted=False)
     model(torch.ones(6, 2))
     session.end_step()

@@ -38,10 +38,19 @@ class Runner:
         self.input: torch.Tensor | None = None
         self.fail: BaseException | None = None
 
+    def _prepare_inputs(self, scheduler_output: Any, counts: Any) -> None:
+        """Here the inputs are what they are from the beginning."""
+
+    def _model_forward(self, input_ids: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        output: torch.Tensor = self.model(input_ids)
+        return output
+
     def execute_model(self, scheduler_output: Any, intermediate_tensors: Any = None) -> Any:
         with torch.no_grad():
             tokens = max(1, scheduler_output.total_num_scheduled_tokens)
-            self.model(torch.ones(tokens, 2) if self.input is None else self.input)
+            self._prepare_inputs(scheduler_output, None)
+            given = torch.ones(tokens, 2) if self.input is None else self.input
+            self._model_forward(given, positions=torch.zeros(len(given)))
         if self.fail is not None:
             raise self.fail
         return "final" if self.final else None
@@ -69,7 +78,7 @@ def test_a_step_ends_with_its_sampling() -> None:
         {"request_id": "b", "external_request_id": None, "first_row": 0, "rows": 1, "first_position": 4},
         {"request_id": "a", "external_request_id": None, "first_row": 1, "rows": 3, "first_position": 0},
     ]
-    assert step.extra == {}
+    assert step.extra == {"call_rows": []}
 
 
 def test_a_step_with_a_final_output_ends_at_once() -> None:
@@ -158,11 +167,11 @@ def test_rows_of_the_second_runner_come_from_its_batch() -> None:
     reader = RowReader(runner)
     with pytest.raises(RowError, match="no batch"):
         reader.rows(None)
-    runner.prepare_inputs(3)
-    rows, padding = reader.rows(None)
+    reader.prepared(runner.prepare_inputs(3))
+    rows = reader.rows(None)
     found = [(row["external_request_id"], row["first_row"], row["first_position"]) for row in rows]
-    assert (found, padding) == ([("x", 0, 7), ("y", 1, 2)], 4)
-    runner.prepare_inputs(2)
+    assert found == [("x", 0, 7), ("y", 1, 2)]
+    reader.prepared(runner.prepare_inputs(2))
     with pytest.raises(RowError, match="sum"):
         reader.rows(None)
 

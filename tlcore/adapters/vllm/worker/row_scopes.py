@@ -53,7 +53,6 @@ class RowScopes:
         """A captured step begins."""
         self._step, self._scheduled = step, scheduler_output
         self.rows = self.problem = None
-        step.batch(list(scheduler_output.num_scheduled_tokens))
 
     def end(self) -> None:
         """The step is over."""
@@ -69,10 +68,12 @@ class RowScopes:
     def _prepared(self, output: Any, *args: Any, **kwargs: Any) -> None:
         scheduled = kwargs.get("scheduler_output", args[0] if args else self._scheduled)
         try:
-            self.rows = self._reader.rows(scheduled)
+            rows = self.rows = self._reader.rows(scheduled)
         except RowError as error:
             self.problem = str(error)
             raise
+        if self._step is not None:
+            self._step.batch([row["request_id"] for row in rows])
 
     def _wrap_second_version(self, runner: Any) -> None:
         """The second model runner has fewer methods to go by; what they do not tell stays unknown."""

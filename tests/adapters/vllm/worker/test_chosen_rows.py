@@ -10,10 +10,9 @@ import torch
 
 from tests.adapters.vllm.worker.test_steps import Runner, scheduled
 from tests.sinks import MemorySink
-from tlcore.adapters.vllm.worker.request_sampler import RequestSampler
-from tlcore.adapters.vllm.worker.rows import RowReader
 from tlcore.adapters.vllm.worker.steps import StepWrapper
 from tlcore.config.configuration import load_config
+from tlcore.engine.filters.requests import request_filter
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
 
@@ -74,8 +73,8 @@ def test_rows_that_are_not_known_for_certain_are_not_stored() -> None:
 def test_a_sample_is_the_same_in_every_run_and_about_as_large_as_asked() -> None:
     def chosen(rate: float, seed: int, suffix: str) -> list[int]:
         config = load_config({"sample_rate": rate, "sample_seed": seed})
-        selection = RequestSampler(config, RowReader(Runner()))
-        return [i for i in range(2000) if selection.chooses(f"cmpl-{i}-0-{suffix}")]
+        chooses = request_filter(config) or (lambda request: True)
+        return [i for i in range(2000) if chooses(f"cmpl-{i}-0-{suffix}")]
 
     quarter = chosen(0.25, 0, "0123abcd")
     assert quarter == chosen(0.25, 0, "89abcdef")
