@@ -135,7 +135,7 @@ def test_every_row_of_a_random_batch_is_found_once() -> None:
         counts = [chance.randint(1, 9) for _ in range(chance.randint(1, 8))]
         rows, padded = _rows(*counts), chance.randint(0, 3)
         total = sum(counts)
-        owners = {}
+        owners: dict[int, tuple[str, int]] = {}
         for span in CallRows({"rows": rows, "padded_rows": padded}).spans(_record("m", total + padded, 2)):
             for i in range(span.length):
                 assert owners.setdefault(span.begin + i, (span.row["request_id"], i)) == (
