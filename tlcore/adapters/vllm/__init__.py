@@ -21,6 +21,7 @@ def register() -> None:
     when_imported("vllm.v1.metrics.prometheus", _patch_registry)
     when_imported("vllm.v1.executor.multiproc_executor", _patch_executor)
     when_imported("vllm.v1.engine.utils", _patch_engines)
+    when_imported("vllm.v1.core.sched.output", _patch_requests)
 
 
 def platform() -> None:
@@ -59,6 +60,12 @@ def _patch_engines(module: ModuleType) -> None:
     from .frontend.deaths import patch_engines
 
     patch_engines(module)
+
+
+def _patch_requests(module: ModuleType) -> None:
+    from .worker.identity import patch_requests
+
+    patch_requests(module)
 
 
 def _patch_workers(module: ModuleType) -> None:

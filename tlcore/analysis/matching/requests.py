@@ -46,13 +46,14 @@ def match_requests(
     plans = bridge(_merged(keyed_a), _merged(keyed_b), rules.sums) if rules.bridges else (Plan(), Plan())
     mine = _spans(keyed_a, plans[0], labels_a, unaligned)
     theirs = _spans(keyed_b, plans[1], labels_b, unaligned)
+    cached = _Cached("A", steps_a, labels_a), _Cached("B", steps_b, labels_b)
     grouped: dict[tuple[Key, int, str, int, str], Pair] = {}
     missing: list[TensorResult] = []
     for identity, spans in mine.items():
         key, request = identity
         for span in spans:
             others = list(_overlaps(span, theirs.get(identity, [])))
-            if sum(count for _, _, count in others) < span.count:
+            if cached[1].lacks(span, others):
                 missing.append(absent(key, span.source, 0, request))
             for other, first, count in others:
                 place = (
@@ -68,11 +69,47 @@ def match_requests(
     for identity, spans in theirs.items():
         key, request = identity
         for span in spans:
-            if sum(count for _, _, count in _overlaps(span, mine.get(identity, []))) < span.count:
+            if cached[0].lacks(span, list(_overlaps(span, mine.get(identity, [])))):
                 missing.append(absent(key, span.source, 1, request))
     order = {id(source): place for place, source in enumerate(_in_order(mine))}
     pairs = sorted(grouped.values(), key=lambda pair: (pair.a.step, order[id(pair.a)]))
-    return pairs, missing, [*notes, *_notes(unaligned)]
+    return pairs, missing, [*notes, *_notes(unaligned), *cached[0].notes(), *cached[1].notes()]
+
+
+class _Cached:
+    """What a run took from vLLM's prefix cache instead of computing it: leading positions of requests."""
+
+    def __init__(self, run: str, steps: Sequence[Step], labels: Mapping[str, str]) -> None:
+        self._run = run
+        self._ends: dict[str, int] = defaultdict(int)
+        self._used: set[str] = set()
+        for row in (row for step in steps for row in step.rows or ()):
+            label, end = labels[str(row["request_id"])], row.get("cached", 0)
+            if type(end) is int:
+                self._ends[label] = max(self._ends[label], end)
+
+    def lacks(self, span: _Span, here: Sequence[tuple[_Span, int, int]]) -> bool:
+        """Whether this run, which has the positions ``here`` of the other's span, should have more of it."""
+        expected, end = span.first, span.first + span.count
+        cached = self._ends[span.request]
+        gaps = []
+        for first, count in sorted((first, count) for _, first, count in here):
+            if first > expected:
+                gaps.append(first)
+            expected = max(expected, first + count)
+        if expected < end:
+            gaps.append(end)
+        if gaps and gaps[-1] <= cached:
+            self._used.add(span.request)
+        return bool(gaps) and gaps[-1] > cached
+
+    def notes(self) -> list[str]:
+        """What to know of positions that this run has not computed."""
+        if not self._used:
+            return []
+        positions = sum(self._ends[request] for request in self._used)
+        where = f"{positions} leading positions of {len(self._used)} requests"
+        return [f"{self._run} took {where} from its prefix cache and has no values of them"]
 
 
 def _in_order(spans: dict[tuple[Key, str], list[_Span]]) -> list[Located]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from array import array
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -12,6 +13,25 @@ import xxhash
 from ....record import Json
 
 log = logging.getLogger("vllm.tlcore")
+_MARK = "__tlcore__"
+
+
+def patch_requests(module: ModuleType) -> None:
+    """Let the scheduler tell its workers a new request's ``cache_salt``, too. Safe to repeat."""
+    cls = module.NewRequestData
+    original = cls.from_request
+    if hasattr(original, _MARK):
+        return
+
+    def from_request(kind: Any, request: Any, *args: Any, **kwargs: Any) -> Any:
+        made = original.__func__(kind, request, *args, **kwargs)
+        salt = getattr(request, "cache_salt", None)
+        if salt is not None:
+            made.cache_salt = salt
+        return made
+
+    from_request.__dict__[_MARK] = True
+    cls.from_request = classmethod(from_request)
 
 
 def identity(request: Any) -> Json:
