@@ -1,7 +1,7 @@
 """Runs requests through an engine whose batches are hard to tell apart, and prints a JSON line.
 
-``python rows_script.py OUTPUT_DIR WAY``: ways are `WAYS`. Each captures a run of all rows, one of each request's
-last row, and one of a single request.
+``python rows_script.py OUTPUT_DIR WAY``: `ways` are known. Each captures a run of all rows, one of each
+request's last row, and one of a single request.
 """
 
 from __future__ import annotations
@@ -45,7 +45,8 @@ def main(output_dir: str, way: str) -> dict[str, Any]:
     prompts = [prompt + prompt[-4:] * 2 for prompt in prompts]
     lengths = [14, 20, 8, 18, 3, 11]
     report: dict[str, Any] = {"prompts": prompts}
-    for name, keys in (("all", {}), ("last", {"rows": "last"}), ("one", {"request_ids": "^(?:1|9|17)-"})):
+    runs: list[tuple[str, dict[str, Any]]] = [("all", {}), ("last", {"rows": "last"}), ("one", {})]
+    for name, keys in runs:
         if name == "one":
             # Requests are numbered through.
             keys = {"request_ids": f"^{int(report['last']['ids'][-1]) + 2}-"}
@@ -84,5 +85,6 @@ if __name__ == "__main__":
     sys.path.insert(0, str(Path(__file__).parents[3]))
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    print("\nREPORT " + json.dumps(main(*sys.argv[1:])), flush=True)
+    sys.stdout.write("\nREPORT " + json.dumps(main(*sys.argv[1:])) + "\n")
+    sys.stdout.flush()
     os._exit(0)
