@@ -1,35 +1,12 @@
-"""Where tensors are captured: one side of one module call, and how it is named and described."""
+"""One call of a module in a step, and each of its sides: where its tensors were captured."""
 
 from __future__ import annotations
 
-import math
-from collections import Counter
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from ..layout.structure import TreeSpec, count_leaves
+from ..record import Direction
 
-from ..layout import names
-from ..layout.names import PathKey
-from ..layout.structure import Scalar, TreeSpec, count_leaves, describe
-from ..layout.templates import HOLE, STEP_DIR, Template
-from ..record import Counts, Direction, Json, Origin
-from ..statistics.summary import KEYS
-from .filters.tensors import TensorSpec
-
-# Shapes change from step to step in a busy server; more than these are described anew.
-_REMEMBERED = 8
-
-
-class Scene(NamedTuple):
-    """What a side looks like with certain tensors in it, ready for any step.
-
-    ``stored`` has, for each tensor to be stored, its position among the side's tensors, its name
-    without the step's directory, its origin and its form's kind. ``counts`` books all of the side's
-    tensors but the stored ones' success.
-    """
-
-    stored: tuple[tuple[int, str, Origin, int], ...]
-    template: Template
-    counts: Counts
+# A call whose structure keeps changing must not fill the memory.
+_MOST_STRUCTURES = 64
 
 
 class CallSide:
@@ -40,16 +17,15 @@ class CallSide:
     """
 
     __slots__ = (
-        "_keywords",
-        "_scenes",
-        "_sketch",
         "call",
         "direction",
         "directory",
         "file",
+        "keywords",
         "module",
         "scalars",
         "tensors",
+        "treespec",
     )
 
     def __init__(
@@ -69,74 +45,43 @@ class CallSide:
         self.tensors = sum(tensors for tensors, _ in both)
         self.scalars = sum(scalars for _, scalars in both)
         self.directory = directory
-        self._sketch = treespec
-        self._keywords = keywords
-        self._scenes: dict[Any, Scene] = {}
-
-    def scene(self, specs: Sequence[TensorSpec], scalars: Sequence[Scalar], rank: int) -> Scene:
-        """The scene with these tensors and scalars, in order."""
-        # 1, 1.0 and True are equal, but not the same in JSON.
-        key = (tuple(specs), repr(scalars)) if scalars else tuple(specs)
-        scene = self._scenes.get(key)
-        if scene is None:
-            if len(self._scenes) >= _REMEMBERED:
-                self._scenes.clear()
-            scene = self._scenes[key] = self._describe(specs, scalars, rank)
-        return scene
-
-    def _describe(self, specs: Sequence[TensorSpec], scalars: Sequence[Scalar], rank: int) -> Scene:
-        pending = iter(enumerate(specs))
-        taken: set[str] = set()
-        stored: list[tuple[int, str, Origin, int]] = []
-
-        def tensor(path: tuple[PathKey, ...]) -> Json:
-            index, spec = next(pending)
-            document = _describe_form(spec)
-            if spec.outcome is not None:
-                document["skipped"] = spec.outcome.reason
-            if spec.outcome is not None and not spec.measured:
-                return document
-            stem = names.unique(names.stem(self.direction, path, spec.device, rank), taken)
-            name = f"/{self.directory}/{stem}"
-            if spec.outcome is None:
-                document["file"] = f"{STEP_DIR}{name}.pt"
-                stored.append((index, name, self._origin(spec, path, rank), spec.kind))
-            else:
-                document["name"] = f"{STEP_DIR}{name}"
-            if spec.measured:
-                document["stats"] = dict.fromkeys(KEYS, HOLE)
-            return document
-
-        values = iter(scalars)
-        document = describe(self._sketch, (), tensor, values)
-        if self._keywords is not None:
-            document["kwargs"] = describe(self._keywords, (), tensor, values)
-        return Scene(tuple(stored), Template(document), count_forms(specs))
-
-    def _origin(self, spec: TensorSpec, path: tuple[PathKey, ...], rank: int) -> Origin:
-        return Origin(rank, self.module, self.call, self.direction, path, spec.dtype, spec.shape, spec.device)
+        self.treespec = treespec
+        self.keywords = keywords
 
 
-def _describe_form(spec: TensorSpec) -> Json:
-    return {
-        "type": "tensor",
-        "shape": list(spec.shape),
-        "dtype": str(spec.dtype),
-        "numel": math.prod(spec.shape),
-        "device": spec.device,
-    }
+Sides = dict[TreeSpec, CallSide]
 
 
-def count_forms(specs: Sequence[TensorSpec]) -> Counts:
-    """The ledger of tensors with these specs, without the stored ones' success."""
-    counts = Counts(reasons=Counter())
-    for spec in specs:
-        outcome = spec.outcome
-        if outcome is not None and outcome.column is None:
-            continue
-        counts.captured += 1
-        counts.bytes_captured += spec.nbytes
-        if outcome is not None and outcome.column is not None:
-            setattr(counts, outcome.column, getattr(counts, outcome.column) + 1)
-            counts.reasons[f"{outcome.column}: {outcome.reason}"] += 1
-    return counts
+class Call:
+    """One call of a module in a step: its three sides, each with a side for every structure it has had.
+
+    Arguments are found by the tree spec of the positional ones, or by a pair with that of the keywords.
+    """
+
+    __slots__ = ("call", "directory", "inputs", "module", "outputs", "post_fwd_inputs")
+
+    def __init__(self, module: str, call: int, directory: str) -> None:
+        self.module = module
+        self.call = call
+        self.directory = directory
+        self.inputs: Sides = {}
+        self.outputs: Sides = {}
+        self.post_fwd_inputs: Sides = {}
+
+    def add(
+        self,
+        known: Sides,
+        key: TreeSpec,
+        direction: Direction,
+        treespec: TreeSpec,
+        keywords: TreeSpec | None,
+    ) -> CallSide:
+        """The side for a structure that this side has not had before."""
+        if len(known) >= _MOST_STRUCTURES:
+            known.clear()
+        side = known[key] = self.side(direction, treespec, keywords)
+        return side
+
+    def side(self, direction: Direction, treespec: TreeSpec, keywords: TreeSpec | None = None) -> CallSide:
+        """A side of this call."""
+        return CallSide(self.module, self.call, self.directory, direction, treespec, keywords)

@@ -29,8 +29,9 @@ from .hooks.collector import Collector
 from .hooks.listening import Listener, ListenerSet, Source, refuse_compiled
 from .hooks.row_filter import CuttingCollector
 from .new_run import make_sink, now
+from .pipeline.executors import InlineExecutor, ThreadExecutor
 from .pipeline.inspector import Inspection
-from .pipeline.processor import InlineExecutor, Processor, ThreadExecutor
+from .pipeline.processor import Processor
 from .staging.host_memory import HostPool
 from .staging.stager import Stager
 

@@ -17,53 +17,15 @@ from ...layout.structure import NO_ITEMS, TENSOR, Opaque, Scalar, TreeSpec, clas
 from ...record import Direction
 from ...statistics import device as device_statistics
 from ..batch import Batch, Measured
-from ..calls import CallSide
+from ..calls import Call, Sides
 from ..filters.tensors import FREED, QUEUE_FULL, RUN_FULL, Outcome, TensorFilter, TensorSpec, TensorSpecs
 from ..staging.host_memory import NO_CHUNK, Chunk
 from ..staging.stager import FreedError, Stager, with_memory
 
 log = logging.getLogger("tlcore")
-# A call whose structure keeps changing must not fill the memory.
-_MOST_STRUCTURES = 64
 _Tensor = torch.Tensor
-_Sites = dict[TreeSpec, CallSide]
 # A tensor's form, and where its copy lies.
 Taken = tuple[TensorSpec, Chunk, int]
-
-
-class Call:
-    """One call of a module in a step: its three sides, each with a side for every structure it has had.
-
-    Arguments are found by the tree spec of the positional ones, or by a pair with that of the keywords.
-    """
-
-    __slots__ = ("call", "directory", "inputs", "module", "outputs", "post_fwd_inputs")
-
-    def __init__(self, module: str, call: int, directory: str) -> None:
-        self.module = module
-        self.call = call
-        self.directory = directory
-        self.inputs: _Sites = {}
-        self.outputs: _Sites = {}
-        self.post_fwd_inputs: _Sites = {}
-
-    def add(
-        self,
-        known: _Sites,
-        key: TreeSpec,
-        direction: Direction,
-        treespec: TreeSpec,
-        keywords: TreeSpec | None,
-    ) -> CallSide:
-        """The side for a structure that this side has not had before."""
-        if len(known) >= _MOST_STRUCTURES:
-            known.clear()
-        side = known[key] = self.side(direction, treespec, keywords)
-        return side
-
-    def side(self, direction: Direction, treespec: TreeSpec, keywords: TreeSpec | None = None) -> CallSide:
-        """A side of this call."""
-        return CallSide(self.module, self.call, self.directory, direction, treespec, keywords)
 
 
 class Collector:
@@ -122,7 +84,7 @@ class Collector:
     def _arguments(
         self,
         sides: Call,
-        known: _Sites,
+        known: Sides,
         direction: Direction,
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
@@ -253,7 +215,7 @@ class Collector:
         for taken in tensors:
             self._add(taken)
         self._batch.scalars.extend(scalars)
-        known: _Sites = getattr(sides, direction)
+        known: Sides = getattr(sides, direction)
         key = treespec if keywords in (None, NO_ITEMS) else (treespec, keywords)
         self._add_site(known.get(key) or sides.add(known, key, direction, treespec, keywords))
 

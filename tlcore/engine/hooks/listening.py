@@ -19,7 +19,8 @@ from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import CaptureError
-from .collector import Call, Collector
+from ..calls import Call
+from .collector import Collector
 
 _NOBODY = 0
 _CALL_CODE = nn.Module._call_impl.__code__

@@ -14,9 +14,12 @@ from ...layout.templates import Templates
 from ...record import Counts, Origin
 from ..calls import CallSide
 from ..filters.tensors import TensorSpec
+from .describing import Described, describe_side
 
 # Batches of a busy server are seldom alike; these few serve a steady one, and others for a moment.
 _REMEMBERED = 8
+# Shapes change from step to step in a busy server; these are some steps' worth of a large model's calls.
+_MOST_SIDES = 1 << 14
 
 
 class Planned(NamedTuple):
@@ -49,6 +52,7 @@ class Planner:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._known: dict[Hashable, Plan] = {}
+        self._sides: dict[Hashable, Described] = {}
 
     def plan(self, sides: Sequence[CallSide], specs: Sequence[TensorSpec], scalars: Sequence[Scalar]) -> Plan:
         """The plan of the batch with these sides, tensors and scalars."""
@@ -61,6 +65,15 @@ class Planner:
             plan = self._known[key] = self._make(sides, specs, scalars)
         return plan
 
+    def _side(self, side: CallSide, specs: Sequence[TensorSpec], scalars: Sequence[Scalar]) -> Described:
+        key = (side, tuple(specs), repr(scalars) if scalars else "")
+        described = self._sides.get(key)
+        if described is None:
+            if len(self._sides) >= _MOST_SIDES:
+                self._sides.clear()
+            described = self._sides[key] = describe_side(side, specs, scalars, self._rank)
+        return described
+
     def _make(
         self, sides: Sequence[CallSide], specs: Sequence[TensorSpec], scalars: Sequence[Scalar]
     ) -> Plan:
@@ -70,13 +83,13 @@ class Planner:
         place = scalar = 0
         for side in sides:
             own = specs[place : place + side.tensors]
-            scene = side.scene(own, scalars[scalar : scalar + side.scalars], self._rank)
-            if scene.stored:
+            described = self._side(side, own, scalars[scalar : scalar + side.scalars])
+            if described.stored:
                 filled.add(side.file)
-            for index, tail, origin, kind in scene.stored:
+            for index, tail, origin, kind in described.stored:
                 stored.append(Planned(place + index, tail, origin, kind, own[index].nbytes))
-            templates[side.file] = scene.template
-            counts.add(scene.counts)
+            templates[side.file] = described.template
+            counts.add(described.counts)
             place, scalar = place + side.tensors, scalar + side.scalars
         calls = tuple(side.directory for side in sides if side.direction == "inputs")
         bare = frozenset(templates.keys() - filled)

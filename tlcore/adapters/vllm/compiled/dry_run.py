@@ -15,9 +15,9 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from ....engine.calls import Call
 from ....engine.filters.modules import ModuleFilter
 from ....engine.filters.tensors import Outcome, TensorSpec
-from ....engine.hooks.collector import Call
 from ....layout.names import call_dir
 from ....layout.structure import NO_ITEMS, Scalar, TreeSpec, flatten
 from ....record import Direction

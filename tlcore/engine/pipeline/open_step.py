@@ -1,0 +1,42 @@
+"""What the pipeline gathers of a step until it is committed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from ...layout.templates import Templates
+from ...record import Counts
+from .inspector import Inspected
+from .planner import Plan, with_bare_last
+
+
+@dataclass(slots=True)
+class OpenStep:
+    """What the pipeline gathers of a step until it is committed.
+
+    ``first`` has the name under which each kind of tensor with certain bytes was stored first. ``values``
+    has what the templates leave open.
+    """
+
+    counts: Counts = field(default_factory=Counts)
+    calls: list[str] = field(default_factory=list)
+    templates: Templates = field(default_factory=Templates)
+    bare: frozenset[str] = frozenset()
+    values: dict[str, list[str]] = field(default_factory=dict)
+    first: dict[tuple[str, int], str] = field(default_factory=dict)
+    written: int = 0
+    bytes_written: int = 0
+    error: BaseException | None = None
+
+    def add(self, plan: Plan, examined: Inspected | None) -> None:
+        """Take over all that a batch's plan says."""
+        self.counts.add(plan.counts)
+        self.calls += plan.calls if examined is None else examined.calls
+        if examined is not None:
+            self.values.update(examined.values)
+        # Most steps are one batch, whose texts are then joined only once.
+        if not self.templates:
+            self.templates, self.bare = plan.templates, plan.bare
+        elif plan.templates:
+            self.bare |= plan.bare
+            self.templates = with_bare_last(Templates(self.templates | plan.templates), self.bare)
