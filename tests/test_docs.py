@@ -100,6 +100,13 @@ def test_every_command_and_key_in_the_text_is_known(page: Path) -> None:
             _check_command(next(iter(commands(span))))
 
 
+@pytest.mark.parametrize("page", PAGES, ids=IDS)
+def test_every_path_in_the_text_exists(page: Path) -> None:
+    for span in SPAN.findall(page.read_text(encoding="utf-8")):
+        if re.fullmatch(r"(tlcore|backends|schemas|tests|examples)/[\w/.]*", span):
+            assert (ROOT / span).exists(), f"{page}: {span}"
+
+
 def test_a_word_that_means_nothing_is_noticed(tmp_path: Path) -> None:
     page = tmp_path / "page.md"
     for first in ("```", "```python never", "```bash"):
