@@ -9,13 +9,15 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
-import torch
-
+from .layout.dtypes import name_of
 from .layout.names import PathKey, redact_url
 from .layout.templates import Json as Json
 from .layout.templates import compact, quoted
+
+if TYPE_CHECKING:
+    import torch
 
 LAYOUT_VERSION = 1
 Direction = Literal["inputs", "outputs", "post_fwd_inputs"]
@@ -48,7 +50,7 @@ class Origin:
             "call": self.call,
             "direction": self.direction,
             "path": list(self.path),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": name_of(self.dtype),
             "shape": list(self.shape),
             "device": self.device,
             "bytes": math.prod(self.shape) * self.dtype.itemsize,
@@ -139,6 +141,8 @@ def tensor_from_bytes(
 
     Raises ValueError when the sizes disagree.
     """
+    import torch
+
     count = 1
     for extent in shape:
         count *= extent

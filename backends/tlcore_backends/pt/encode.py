@@ -16,11 +16,13 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
+from tlcore.layout.dtypes import item_size, name_of
 from tlcore.protocols import Buffer
+
+if TYPE_CHECKING:
+    import torch
 
 _ALIGNMENT = 64
 _PREFIX = "archive/"
@@ -29,46 +31,47 @@ _ID_ENTRY = ".data/serialization_id"
 _ID_NAMES = "15728199511854643026"
 _UTF8_FLAG, _DESCRIPTOR_FLAG = 0x0800, 0x0008
 _ZIP64_LIMIT = 0xFFFFFFFF
-_TYPED_STORAGE: dict[torch.dtype, type] = {
-    torch.float64: torch.DoubleStorage,
-    torch.float32: torch.FloatStorage,
-    torch.float16: torch.HalfStorage,
-    torch.bfloat16: torch.BFloat16Storage,
-    torch.int64: torch.LongStorage,
-    torch.int32: torch.IntStorage,
-    torch.int16: torch.ShortStorage,
-    torch.int8: torch.CharStorage,
-    torch.uint8: torch.ByteStorage,
-    torch.bool: torch.BoolStorage,
-    torch.complex128: torch.ComplexDoubleStorage,
-    torch.complex64: torch.ComplexFloatStorage,
+# Dtypes that have a storage class of their own in torch, with its name.
+STORAGES = {
+    "float64": "DoubleStorage",
+    "float32": "FloatStorage",
+    "float16": "HalfStorage",
+    "bfloat16": "BFloat16Storage",
+    "int64": "LongStorage",
+    "int32": "IntStorage",
+    "int16": "ShortStorage",
+    "int8": "CharStorage",
+    "uint8": "ByteStorage",
+    "bool": "BoolStorage",
+    "complex128": "ComplexDoubleStorage",
+    "complex64": "ComplexFloatStorage",
 }
 
 
-def encode(dtype: torch.dtype, shape: Sequence[int], data: memoryview) -> list[Buffer]:
+def encode(dtype: torch.dtype | str, shape: Sequence[int], data: memoryview) -> list[Buffer]:
     """The buffers of a ``.pt`` file holding ``data``: what precedes it, ``data`` itself, what follows.
 
     ``data`` is the C-contiguous little-endian payload of a tensor of ``dtype`` and ``shape``. Raises
     ValueError when the sizes disagree.
     """
-    frame = _frame(dtype, tuple(shape))
+    frame = _frame(name_of(dtype), tuple(shape))
     if data.nbytes != frame.payload_bytes:
         raise ValueError(f"{data.nbytes} bytes do not make a {dtype} tensor of shape {tuple(shape)}")
     return [frame.head, data, frame.tail(zlib.crc32(data))]
 
 
-def file_bytes(dtype: torch.dtype, shape: Sequence[int]) -> int:
+def file_bytes(dtype: torch.dtype | str, shape: Sequence[int]) -> int:
     """The size in bytes of the ``.pt`` file of a tensor of ``dtype`` and ``shape``."""
-    frame = _frame(dtype, tuple(shape))
+    frame = _frame(name_of(dtype), tuple(shape))
     return len(frame.head) + frame.payload_bytes + len(frame.after)
 
 
-def payload_in(dtype: torch.dtype, shape: Sequence[int], data: bytes) -> memoryview | None:
+def payload_in(dtype: torch.dtype | str, shape: Sequence[int], data: bytes) -> memoryview | None:
     """The payload in a file that is, around it, exactly what `encode` writes; None for any other file.
 
     Whether the checksums belong to the payload is left to whoever knows its hash.
     """
-    frame = _frame(dtype, tuple(shape))
+    frame = _frame(name_of(dtype), tuple(shape))
     begin = len(frame.head)
     end = begin + frame.payload_bytes
     tail = data[end:]
@@ -78,9 +81,9 @@ def payload_in(dtype: torch.dtype, shape: Sequence[int], data: bytes) -> memoryv
     return memoryview(data)[begin:end] if frame.tail(checksum) == tail else None
 
 
-def head(dtype: torch.dtype, shape: Sequence[int]) -> bytes:
+def head(dtype: torch.dtype | str, shape: Sequence[int]) -> bytes:
     """What precedes the payload in a ``.pt`` file of this dtype and shape."""
-    return _frame(dtype, tuple(shape)).head
+    return _frame(name_of(dtype), tuple(shape)).head
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,14 +116,14 @@ _VERSION = ("version", b"3\n")
 
 
 @lru_cache(maxsize=1024)
-def _frame(dtype: torch.dtype, shape: tuple[int, ...]) -> _Frame:
+def _frame(dtype: str, shape: tuple[int, ...]) -> _Frame:
     before_payload = [
         ("data.pkl", _pickled_tensor(dtype, shape)),
         (".format_version", b"1"),
         (".storage_alignment", str(_ALIGNMENT).encode()),
         ("byteorder", sys.byteorder.encode()),
     ]
-    payload_bytes = _count(shape) * dtype.itemsize
+    payload_bytes = _count(shape) * _width(dtype)
     archive, folded = _Archive(), 0
     for name, content in before_payload:
         archive.add(name, content)
@@ -260,40 +263,71 @@ class _Archive:
         self.content += entry.name + extra
 
 
+class _Name(NamedTuple):
+    """A class or function that the pickle names; neither is looked up, so that torch need not be there."""
+
+    module: str
+    name: str
+
+    def __call__(self) -> None:
+        """Only what can be called may be named as a function."""
+        raise NotImplementedError
+
+
 class _Rebuild:
     """Stands for the tensor in the pickle: a call of torch's rebuild function on a named storage."""
 
-    def __init__(self, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
-        storage = _TYPED_STORAGE.get(dtype)
+    def __init__(self, dtype: str, shape: tuple[int, ...]) -> None:
+        storage = STORAGES.get(dtype)
         # A typed storage counts elements, an untyped one counts bytes and needs the dtype beside it.
-        count = _count(shape) * (1 if storage else dtype.itemsize)
-        self._function: Any = torch._utils._rebuild_tensor_v2 if storage else torch._utils._rebuild_tensor_v3
+        count = _count(shape) * (1 if storage else _width(dtype))
+        self._function = _Name("torch._utils", "_rebuild_tensor_v2" if storage else "_rebuild_tensor_v3")
         no_hooks: OrderedDict[str, Any] = OrderedDict()
         self._arguments = (
-            _Storage(storage or torch.UntypedStorage, count),
+            _Storage(_Name("torch", storage) if storage else _UNTYPED, count),
             *(0, shape, _contiguous_strides(shape), False, no_hooks),
-            *(() if storage else (dtype,)),
+            *(() if storage else (_Name("torch", dtype),)),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:
         return self._function, self._arguments
 
 
+_UNTYPED = _Name("torch.storage", "UntypedStorage")
+
+
 @dataclass(frozen=True, slots=True)
 class _Storage:
-    kind: type
+    kind: _Name
     count: int
 
 
-class _Pickler(pickle.Pickler):
+# The one that is written in Python can be taught to write a name.
+_PythonPickler: Any = pickle._Pickler
+
+
+class _Pickler(_PythonPickler):  # type: ignore[misc]  # its base is private
     def persistent_id(self, obj: object) -> tuple[Any, ...] | None:
         return ("storage", obj.kind, "0", "cpu", obj.count) if isinstance(obj, _Storage) else None
 
+    def _save_name(self, name: _Name) -> None:
+        self.write(pickle.GLOBAL + f"{name.module}\n{name.name}\n".encode())
+        self.memoize(name)
 
-def _pickled_tensor(dtype: torch.dtype, shape: tuple[int, ...]) -> bytes:
+    dispatch = {**_PythonPickler.dispatch, _Name: _save_name}  # noqa: RUF012
+
+
+def _pickled_tensor(dtype: str, shape: tuple[int, ...]) -> bytes:
     buffer = io.BytesIO()
     _Pickler(buffer, protocol=2).dump(_Rebuild(dtype, shape))
     return buffer.getvalue()
+
+
+def _width(dtype: str) -> int:
+    width = item_size(dtype)
+    if width is None:
+        raise ValueError(f"there is no dtype {dtype!r}")
+    return width
 
 
 def _contiguous_strides(shape: tuple[int, ...]) -> tuple[int, ...]:

@@ -117,7 +117,7 @@ def test_the_archive_is_sound_for_other_zip_readers() -> None:
 
 def test_a_payload_above_four_gibibytes_uses_zip64() -> None:
     size = (1 << 32) + 100
-    frame = pt_format._frame(torch.uint8, (size,))
+    frame = pt_format._frame("uint8", (size,))
     tail = frame.tail(0xA92A4CE5)
     # What torch.save writes for this many zero bytes, recorded once: the file has 4294968989 bytes.
     assert len(frame.head) + size + len(tail) == 4294968989
