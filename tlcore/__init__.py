@@ -12,10 +12,11 @@ if TYPE_CHECKING:
     from .analysis import compare, stats
     from .engine.capture import capture
     from .errors import BackendError, CaptureError, ConfigError, ReadError, TlcoreError, VerifyError
-    from .protocols import Sink, Store
+    from .protocols import Backend, Sink, Source, Store
     from .reader import open_run
     from .record import Record, RunInfo, StepSummary
-    from .registry import register_sink
+    from .registry import register_backend, register_sink, register_store
+    from .storage import Location
 
 # Loaded on first use, so that `tlcore --help` and the vLLM plugin's entry do not import torch.
 _LAZY = {
@@ -25,26 +26,34 @@ _LAZY = {
     "ReadError": "errors",
     "TlcoreError": "errors",
     "VerifyError": "errors",
+    "Backend": "protocols",
+    "Location": "storage",
     "Sink": "protocols",
+    "Source": "protocols",
     "Store": "protocols",
     "open_run": "reader",
     "Record": "record",
     "RunInfo": "record",
     "StepSummary": "record",
+    "register_backend": "registry",
     "register_sink": "registry",
+    "register_store": "registry",
     "capture": "engine.capture",
     "compare": "analysis",
     "stats": "analysis",
 }
 
 __all__ = [
+    "Backend",
     "BackendError",
     "CaptureError",
     "ConfigError",
+    "Location",
     "ReadError",
     "Record",
     "RunInfo",
     "Sink",
+    "Source",
     "StepSummary",
     "Store",
     "TlcoreError",
@@ -53,7 +62,9 @@ __all__ = [
     "capture",
     "compare",
     "open_run",
+    "register_backend",
     "register_sink",
+    "register_store",
     "stats",
 ]
 

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import difflib
+from collections.abc import Iterable, Sequence
+from itertools import islice
+
+# Looking for a name that was meant takes long among very many.
+_MOST_COMPARED, _LONGEST_NAME = 5000, 500
 
 
 class TlcoreError(Exception):
@@ -43,6 +48,14 @@ class ReadError(TlcoreError):
     """A run, step or tensor cannot be read: missing, incomplete, foreign or damaged."""
 
 
+class MissingError(ReadError, KeyError):
+    """A run, step, call, tensor or file that is not there; also a KeyError, as mappings promise."""
+
+    def __str__(self) -> str:
+        # KeyError would show the message in quotes, with its line ends escaped.
+        return str(self.args[0])
+
+
 class VerifyError(ReadError):
     """Stored bytes do not have the hash that ``step.json`` gives; ``bad`` names each one."""
 
@@ -54,3 +67,16 @@ class VerifyError(ReadError):
 
     def __reduce__(self) -> tuple[type[VerifyError], tuple[list[str]]]:
         return (type(self), (self.bad,))
+
+
+def nearest(name: str, known: Iterable[str], most: int = 1) -> list[str]:
+    """Those of the ``known`` names that may have been meant, the nearest first."""
+    few = list(islice(known, _MOST_COMPARED))
+    return difflib.get_close_matches(name[:_LONGEST_NAME], few, n=most, cutoff=0.5)
+
+
+def missing(what: str, name: object, where: str, known: Iterable[str]) -> MissingError:
+    """The error for a name that is not there, with the nearest ones that are."""
+    near = nearest(str(name), known, 3)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+    return MissingError(f"{where}: no {what} {str(name)!r}{hint}")

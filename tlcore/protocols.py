@@ -1,27 +1,55 @@
-"""The contracts a backend fulfils: a `Sink` (a format) over a `Store` (a place)."""
+"""The contracts of a backend: a `Sink` writes a format, a `Source` reads it, both over a `Store`.
+
+An author of a backend needs nothing but this module, `tlcore.record` and `tlcore.errors`. The contract of
+stores stands in `tlcore.storage` and can be had here too. What a sink or source can do beyond its protocol
+it says by having the methods of one named ``Supports...``.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from .record import Record, RunInfo, StepSummary
-
-Buffer = bytes | bytearray | memoryview
+from .record import Json, Record, RunInfo, StepSummary
+from .storage import Appending as Appending
+from .storage import Buffer as Buffer
+from .storage import Entry as Entry
+from .storage import Level as Level
+from .storage import Location as Location
+from .storage import RetryPolicy as RetryPolicy
+from .storage import Store as Store
+from .storage import SupportsAppend as SupportsAppend
+from .storage import SupportsFiles as SupportsFiles
+from .storage import SupportsLevels as SupportsLevels
+from .storage import SupportsOverwrite as SupportsOverwrite
+from .storage import SupportsPrepare as SupportsPrepare
+from .storage import SupportsRemoval as SupportsRemoval
+from .storage import SupportsUsage as SupportsUsage
+from .storage import SupportsWaiting as SupportsWaiting
 
 
 @runtime_checkable
 class Sink(Protocol):
-    """Turns records into something durable. Built by ``factory(**options)``, used by one thread.
+    """Turns records into something durable. Made by ``factory(**options)``, used by one thread at a time.
 
-    The calls come in the order ``open``, then for each step any number of ``write`` and one
-    ``commit_step``, then ``close``. A step that fails is abandoned: no ``commit_step`` follows, and
-    the next ``write`` belongs to a later step. An exception from any call is booked in the ledger and
-    never reaches the model.
+    The order of calls:
+
+    1. The engine opens the run's store and writes ``run.json`` into it (rank 0; a place that cannot be
+       written is found out here). `open` follows.
+    2. For each step any number of `write`, then one `commit_step`. A step that fails is abandoned: no
+       `commit_step` follows, and the next `write` belongs to a later step.
+    3. `close`. Then the engine writes the end mark (rank 0 into ``run.json``, any other rank
+       ``close_rank_<r>.json``) and closes the store.
+
+    An exception from any call but `open` is booked in the ledger and never reaches the model.
     """
 
     def open(self, run: RunInfo) -> None:
-        """Prepare the place (write ``run.json``); raises BackendError when it cannot be written."""
+        """Prepare for the run. ``run.store`` is its directory or URL, opened, for a sink that wants it.
+
+        Raises BackendError when the place cannot be written.
+        """
         ...
 
     def write(self, batch: Sequence[Record]) -> None:
@@ -29,11 +57,14 @@ class Sink(Protocol):
         ...
 
     def commit_step(self, step: StepSummary) -> None:
-        """Accept the step. On return it is durable, unless the sink `SupportsLateCommit`."""
+        """Accept the step: from now on it is read back, whole.
+
+        On return it is durable, unless the sink `SupportsLateCommit`.
+        """
         ...
 
     def close(self) -> None:
-        """Finish the run; ``run.ledger`` is final."""
+        """Finish; ``run.ledger`` is final. What is not committed is gone. ``run.store`` stays open."""
         ...
 
 
@@ -61,46 +92,226 @@ class SupportsLateCommit(Protocol):
         ...
 
 
-class Entry(NamedTuple):
-    """One stored blob: its name relative to the store's root, and its size in bytes."""
+class StepRanks(NamedTuple):
+    """The ranks that have committed a step, and those that have left something of it uncommitted."""
 
-    name: str
-    size: int
+    committed: frozenset[int]
+    begun: frozenset[int] = frozenset()
 
 
-class Store(Protocol):
-    """Named blobs under one root (a run's directory). Names are relative, ``/``-separated.
+@runtime_checkable
+class Source(Protocol):
+    """Reads back what the sink of the same backend wrote. Made by ``factory(store, run)``.
 
-    Publication is atomic: a reader sees a whole blob or none. Methods raise FileNotFoundError for a
-    missing name and BackendError (redacted) for everything a place can refuse. Safe to call from
-    several threads.
+    ``store`` is the run's directory or URL and ``run`` the content of its ``run.json``. Making it is cheap:
+    nothing but what a first look needs is read. It shows the run as it was when it was first looked at
+    (`SupportsRefresh` looks anew). Called from several threads at once.
+
+    A run may come from anybody. The reader checks every document and record that it is given before it
+    uses them; a source checks what it uses itself (places, offsets, sizes). It raises ReadError, or
+    `MissingError` for what is not there, and says where.
     """
 
     @property
-    def url(self) -> str:
-        """The root, redacted, for messages."""
+    def steps(self) -> Mapping[int, StepRanks]:
+        """Each step of which something is there. May be a lazy mapping: one step is often asked for alone."""
         ...
 
-    def put(self, name: str, parts: Sequence[Buffer]) -> int:
-        """Publish the concatenation of ``parts``; returns its size once it is stored."""
+    def document(self, step: int, rank: int) -> Json:
+        """What a rank has committed: the document of `StepSummary.to_json`, with all its records.
+
+        Each record has the keys of `Record.describe`, and any further ones by which `read` finds its
+        bytes. The structures stand under ``structures`` by name (`StepSummary.structures`), unless the
+        source `SupportsStructures`.
+        """
         ...
 
-    def copy(self, source: str, target: str) -> None:
-        """Make ``target`` the same blob as ``source`` in the cheapest way (hard link, server copy)."""
+    def read(self, record: Mapping[str, Any], begin: int = 0, end: int | None = None) -> Buffer:
+        """The bytes ``[begin, end)`` of a tensor, C-contiguous and little-endian; all of them by default.
+
+        ``record`` is one of `document` (checked: name, dtype, shape, bytes) or of `remains`.
+        """
         ...
 
-    def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
-        """The bytes ``[start, end)`` of a blob, all of it by default."""
-        ...
+    def remains(self, step: int) -> Mapping[str, Json]:
+        """The whole tensors, by logical name, that ranks left of a step without committing it.
 
-    def list(self, prefix: str = "") -> Iterator[Entry]:
-        """All blobs whose name starts with ``prefix``, in any order; unfinished ones are not listed."""
-        ...
-
-    def delete(self, name: str) -> None:
-        """Remove a blob; a missing one is not an error."""
+        Each is a record with at least ``name``, ``dtype`` and ``shape``; a lazy mapping may find them out
+        when asked. Names that a committed rank lists too are left to the reader. Empty where nothing is left.
+        """
         ...
 
     def close(self) -> None:
-        """Release connections and handles."""
+        """Release handles; ``store`` is its owner's."""
         ...
+
+
+@runtime_checkable
+class SupportsStructures(Protocol):
+    """A source that keeps structures beside the step's document, and reads each when it is asked for."""
+
+    def structure_names(self, step: int, rank: int) -> Collection[str]:
+        """``<call>/<inputs|outputs|post_fwd_inputs>.json`` for each one, also of an uncommitted step."""
+        ...
+
+    def structure(self, step: int, rank: int, name: str) -> Any:
+        """One of these documents. Raises MissingError or ReadError."""
+        ...
+
+
+@runtime_checkable
+class SupportsReadMany(Protocol):
+    """A source that reads many tensors faster together than one by one (ranges that touch, one request)."""
+
+    def read_many(self, records: Sequence[Mapping[str, Any]]) -> Sequence[Buffer | Exception]:
+        """The bytes of each record in order, or why they cannot be read (ReadError); does not raise.
+
+        The records may be of several steps and ranks. Called with about 8 MiB at a time, by several threads.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsIdentity(Protocol):
+    """A source that knows which records share stored bytes, so that these are read and hashed once."""
+
+    def identity(self, record: Mapping[str, Any]) -> Hashable | None:
+        """Equal for records whose tensor is the very same stored bytes; None where that is not known."""
+        ...
+
+
+@runtime_checkable
+class SupportsSizes(Protocol):
+    """A source that can tell without reading it whether a tensor is there."""
+
+    def holds(self, record: Mapping[str, Any]) -> bool:
+        """Whether the record's bytes are there, in the size that its document says."""
+        ...
+
+    def misfit(self, record: Mapping[str, Any]) -> str | None:
+        """What is wrong with the size of the file that holds just this record, if anything is."""
+        ...
+
+    def advise(self, record: Mapping[str, Any]) -> None:
+        """The record's bytes will be read soon. Never raises."""
+        ...
+
+
+class ByteStream(Protocol):
+    """The bytes of one tensor, read in any order."""
+
+    def readinto(self, begin: int, target: memoryview) -> int:
+        """Fill ``target`` with the bytes from ``begin`` on; returns how many there were. Raises ReadError."""
+        ...
+
+    def close(self) -> None:
+        """Release the handle."""
+        ...
+
+
+@runtime_checkable
+class SupportsStreams(Protocol):
+    """A source that can read a tensor piece by piece at less cost than one `Source.read` for each."""
+
+    def stream(self, record: Mapping[str, Any]) -> ByteStream:
+        """Open a record's bytes. Raises MissingError or ReadError, also when they are fewer than it says."""
+        ...
+
+
+@runtime_checkable
+class SupportsCheck(Protocol):
+    """A source whose format has more to be wrong than tensors' hashes (sizes, headers, overlaps)."""
+
+    def problems(self, step: int, rank: int, document: Json, thorough: bool = True) -> Iterator[str]:
+        """A line for each thing that is wrong with what a rank stored of a step.
+
+        Without ``thorough`` only what can be seen in the document itself.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsRefresh(Protocol):
+    """A source that can look again at a run that is still written."""
+
+    def refresh(self) -> None:
+        """See what was committed since; what was seen before stays."""
+        ...
+
+
+@runtime_checkable
+class SupportsLedger(Protocol):
+    """A source that knows a rank's ledger without opening its steps."""
+
+    def ledger(self, rank: int) -> Json | None:
+        """The ledger of all that a rank has committed, as `Counts.to_json` gives it; None if not known."""
+        ...
+
+
+@runtime_checkable
+class SupportsFileTree(Protocol):
+    """A source whose run lies there as the documented tree of files already (the ``pt`` backend)."""
+
+    def tree(self) -> Mapping[str, int]:
+        """Every file of the run and its size in bytes."""
+        ...
+
+    def file(self, name: str) -> bytes:
+        """The bytes of a file. Raises MissingError or ReadError."""
+        ...
+
+
+class ArrayRows(NamedTuple):
+    """What one step has of a whole array: the rows ``[begin, end)``, of which ``record`` is the tensor."""
+
+    step: int
+    begin: int
+    end: int
+    record: Json
+
+
+class Array(NamedTuple):
+    """One captured tensor over many steps, as one array: its rows in the order of the steps.
+
+    ``key`` is the logical name without the step (``layers.0/outputs_cpu``). ``shape`` is that of the whole
+    array; a step's tensor is ``rows`` of it (one row for a 0-d tensor, whose shape is then the rest).
+    """
+
+    key: str
+    rank: int
+    dtype: str
+    shape: tuple[int, ...]
+    rows: Sequence[ArrayRows]
+
+
+@runtime_checkable
+class SupportsArrays(Protocol):
+    """A source in whose format the same tensor of many steps lies in one piece."""
+
+    def arrays(self, rank: int, keys: Collection[str] | None = None) -> Iterator[Array]:
+        """The arrays of a rank in the order of the steps (several for one key where its form changed)."""
+        ...
+
+    def read_array(self, array: Array, begin: int = 0, end: int | None = None) -> Buffer:
+        """The bytes of rows ``[begin, end)`` of an array."""
+        ...
+
+
+SinkFactory = Callable[..., Sink]
+SourceFactory = Callable[[Store, Json], Source]
+LocationOf = Callable[[Mapping[str, Any], str], Location | str]
+
+
+@dataclass(frozen=True, slots=True)
+class Backend:
+    """A format: how it is written, how it is read, and where its runs' documents lie.
+
+    ``sink(**options)`` makes a `Sink`; ``source(store, run)`` a `Source` (without it runs can be listed
+    but not read). ``location(options, output_dir)`` says in which directory or at which URL runs lie, by
+    default in ``output_dir``. ``options_schema`` is the JSON Schema of the options; None accepts any.
+    """
+
+    sink: SinkFactory
+    source: SourceFactory | None = None
+    location: LocationOf | None = None
+    options_schema: Mapping[str, Any] | None = None

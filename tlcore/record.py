@@ -15,6 +15,7 @@ from .layout.dtypes import name_of
 from .layout.names import PathKey, redact_url
 from .layout.templates import Json as Json
 from .layout.templates import compact, quoted
+from .storage import Store
 
 if TYPE_CHECKING:
     import torch
@@ -254,6 +255,7 @@ class RunInfo:
     `Sink.close` it holds the run's final counts. ``spill`` is set where ``spill_dir`` is. ``queue_bytes``
     bounds all memory that holds captured tensors; a sink that keeps bytes beyond `Sink.write` tells
     ``hold`` how many more (or fewer, negative) it has now, and the queue then takes no more than the rest.
+    ``store`` is the directory or URL, opened by whoever writes ``run.json``, who closes it too.
     """
 
     run_id: str
@@ -266,6 +268,7 @@ class RunInfo:
     spill: SpillLocation | None = None
     queue_bytes: int | None = None
     hold: Callable[[int], None] = field(default=_hold_nothing, repr=False, compare=False)
+    store: Store | None = field(default=None, repr=False, compare=False)
 
     @property
     def shown_url(self) -> str:

@@ -18,8 +18,8 @@ from tests.analysis.emitting import emitted
 from tests.servers import Server
 from tlcore.__main__ import main
 from tlcore.analysis.measure import CHUNK
-from tlcore.reader import payload
-from tlcore.reader.files import RunFiles
+from tlcore.reader import tensor_stream
+from tlcore.reader.stored import Stored
 
 X = torch.randn(300, 1000, generator=torch.Generator().manual_seed(0))
 VALUES = {
@@ -43,12 +43,12 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The names of the files that tensors are read from."""
     seen: list[str] = []
 
-    def spied(files: RunFiles, record: Any, size: Any) -> Any:
+    def spied(stored: Stored, record: Any) -> Any:
         seen.append(record["name"])
-        return original(files, record, size)
+        return original(stored, record)
 
-    original = payload.open_payload
-    monkeypatch.setattr("tlcore.reader.step.open_payload", spied)
+    original = tensor_stream.open_stream
+    monkeypatch.setattr("tlcore.reader.step.open_stream", spied)
     return seen
 
 

@@ -11,12 +11,13 @@ import pytest
 from tests.backends.raw import committed
 from tlcore.errors import BackendError
 from tlcore.protocols import Sink, Store
+from tlcore.registry import open_store
 from tlcore.testing import FailingStore, MemoryStore, SinkConformance, SlowStore, StoreConformance, Tensors
+from tlcore_backends.fsspec import make_sink
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.safetensors.sink import SafetensorsSink
 from tlcore_backends.storage.local import LocalStore
-from tlcore_backends.storage.open import open_store
-from tlcore_backends.storage.remote import FsspecStore, make_sink
+from tlcore_backends.storage.remote import FsspecStore
 
 _fresh = itertools.count()
 

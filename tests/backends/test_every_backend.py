@@ -23,9 +23,10 @@ from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
 from tlcore.errors import BackendError
 from tlcore.protocols import Sink, Store
+from tlcore.registry import open_store
 from tlcore.testing import SinkConformance, StoreConformance, Tensors
-from tlcore_backends.storage.open import open_store
-from tlcore_backends.storage.remote import FsspecStore, make_sink
+from tlcore_backends.fsspec import make_sink
+from tlcore_backends.storage.remote import FsspecStore
 
 pytestmark = pytest.mark.slow
 STEPS = 3

@@ -17,7 +17,7 @@ from tests.reading import command
 from tlcore.__main__ import main
 from tlcore.reader import list_runs
 from tlcore.record import Counts
-from tlcore.testing import make_record, make_run, make_summary
+from tlcore.testing import RunWriter, make_record, make_run, make_summary
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.storage import atomic_file as unfinished
 from tlcore_backends.storage import local as stores
@@ -53,8 +53,7 @@ def closed_run(place: Path, **counts: int) -> Path:
     """A run with one stored tensor, and a ledger that holds ``counts`` beside it."""
     directory = place / "run"
     info = make_run(directory)
-    sink = PtSink()
-    sink.open(info)
+    sink = RunWriter(PtSink(), run=info, backend="pt")
     record = make_record("step_0/a/outputs_cpu", torch.ones(2))
     sink.write([record])
     sink.commit_step(make_summary(0, [record]))

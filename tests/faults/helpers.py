@@ -119,7 +119,7 @@ def files_below(directory: str | Path) -> dict[str, bytes]:
 
 def remote_files(run: tlcore.Run) -> dict[str, bytes]:
     """Every file of a run, wherever it lies."""
-    return {name: run.files.read(name) for name in run.files.sizes}
+    return {name: run.stored.files.read(name) for name in run.stored.files.sizes}
 
 
 def assert_whole(outcome: Outcome, run: tlcore.Run, steps: int) -> None:

@@ -47,8 +47,8 @@ def assert_crashed_well(death: Death, options: dict[str, Any] | None = None) -> 
     assert run.state == "incomplete"
     assert set(death.stored) <= set(run.steps), "a step that was said to be stored is gone"
     assert run.verify() == len(run.steps) * STEP_TENSORS
-    for name in run.files.sizes:
-        assert_whole_file(name, run.files.read(name))
+    for name in run.stored.files.sizes:
+        assert_whole_file(name, run.stored.files.read(name))
     for number in run.incomplete_steps:
         assert_readable(run, number)
     assert run.ledger.balanced

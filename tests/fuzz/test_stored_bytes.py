@@ -21,8 +21,9 @@ from tests.fuzz.settings import cases
 from tests.hostile.files import sound
 from tests.reading import read_all, run_commands
 from tlcore.errors import ReadError, TlcoreError
-from tlcore.reader.documents import check_run, check_step, check_structure, parse
-from tlcore.reader.pt_file import PtError, decode
+from tlcore.layout.run_files import parse
+from tlcore.reader.documents import check_run, check_step, check_structure
+from tlcore_backends.pt.decode import PtError, decode
 
 pytestmark = pytest.mark.slow
 __all__ = ["sound"]

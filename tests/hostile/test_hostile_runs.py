@@ -113,7 +113,7 @@ ATTACKS: dict[str, tuple[Edit, str]] = {
     ),
     "a date that steers a terminal": (in_run(created=STEERS), ""),
     "shards is a number": (in_step(shards=3), "list of shards"),
-    "shards of numbers": (in_step(shards=[3, {}, {"file": 3}]), "another size"),
+    "shards of numbers": (in_step(shards=[3, {}, {"file": 3}]), "list of shards"),
     "run file is an array": (as_text("run.json", "[]"), "not written by tlcore"),
     "not UTF-8": (in_place_of("run.json", lambda path: path.write_bytes(b'{"layout": "\xff"}')), "not JSON"),
     "huge number": (as_text("run.json", '{"layout": ' + "9" * 5000 + "}"), "not JSON"),

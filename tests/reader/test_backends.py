@@ -21,9 +21,9 @@ from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
 from tlcore.errors import ReadError, VerifyError
 from tlcore.reader import Run
-from tlcore.testing import every_dtype, make_record, make_run, make_summary
+from tlcore.registry import open_store
+from tlcore.testing import RunWriter, every_dtype, make_record, make_run, make_summary
 from tlcore_backends.safetensors.sink import SafetensorsSink
-from tlcore_backends.storage.open import open_store
 from tlcore_backends.storage.remote import FsspecStore
 
 _fresh = itertools.count()
@@ -158,8 +158,7 @@ def test_every_dtype_comes_back_from_a_shard(tmp_path: Path) -> None:
     tensors = {f"step_0/m/{name}_cpu": tensor for name, tensor in every_dtype().items()}
     tensors["step_0/m/empty_cpu"] = torch.empty(0, 3)
     records = [make_record(name, tensor) for name, tensor in tensors.items()]
-    sink = SafetensorsSink()
-    sink.open(make_run(tmp_path / "run"))
+    sink = RunWriter(SafetensorsSink(), run=make_run(tmp_path / "run"), backend="safetensors")
     sink.write(records)
     sink.commit_step(make_summary(0, records))
     sink.close()

@@ -17,7 +17,7 @@ import tlcore
 from tlcore.errors import VerifyError
 from tlcore.reader import MissingError, bulk
 from tlcore.reader.bulk import read_payloads
-from tlcore.reader.files import payload
+from tlcore.reader.stored import payload
 from tlcore_backends.storage.local import LocalStore
 
 
@@ -34,13 +34,13 @@ def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 def _check(run: tlcore.Run) -> None:
     for step in run.values():
-        found = list(read_payloads(run.files, step.records, keep=True))
+        found = list(read_payloads(run.stored, step.records, keep=True))
         assert [each.record["name"] for each in found] == step.names
         for each in found:
             assert each.problem is None
             assert each.record["hash"] == f"xxh3-128:{each.digest}"
             assert bytes(each.data) == bytes(payload(step.tensor(each.record["name"])))
-        hashes = list(read_payloads(run.files, step.records, keep=False))
+        hashes = list(read_payloads(run.stored, step.records, keep=False))
         assert [each.digest for each in hashes] == [each.digest for each in found]
         assert not any(len(each.data) for each in hashes)
 
@@ -77,7 +77,7 @@ def test_shared_bytes_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) 
         return data
 
     monkeypatch.setattr(LocalStore, "get", counted)
-    list(read_payloads(opened.files, records, keep=False))
+    list(read_payloads(opened.stored, records, keep=False))
     own = [int(record.get("file_bytes") or record["bytes"]) for record in records if "alias_of" not in record]
     assert len(own) < len(records)
     assert read == sum(own)

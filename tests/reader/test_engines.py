@@ -67,7 +67,7 @@ def test_a_step_that_the_other_engine_began_is_incomplete(path: Path, left: str)
 def test_without_data_parallel_engines_every_rank_takes_part(path: Path) -> None:
     run = tlcore.open_run(path)
     places = layout_of(SimpleNamespace(tensor_parallel_size=4), len(STEPS))
-    assert Run(run.files, {**run.document, "ranks": places}).incomplete_steps == [1, 2]
+    assert Run(run.stored.store, {**run.document, "ranks": places}).incomplete_steps == [1, 2]
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from tests.reading import command
 from tests.toys import model
 from tlcore.errors import ReadError
 from tlcore.reader import MissingError, Run
-from tlcore.testing import make_record, make_run, make_summary
+from tlcore.testing import RunWriter, make_record, make_summary
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.safetensors.sink import SafetensorsSink
 
@@ -28,8 +28,7 @@ def run_with(place: Path, stems: list[str], backend: str = "pt") -> Run:
     records = [
         make_record(f"step_0/m/{stem}", torch.full((2,), float(value))) for value, stem in enumerate(stems)
     ]
-    sink = SINKS[backend]()
-    sink.open(make_run(place / "run"))
+    sink = RunWriter(SINKS[backend](), place / "run", backend)
     sink.write(records)
     sink.commit_step(make_summary(0, records))
     sink.close()

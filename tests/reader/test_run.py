@@ -19,6 +19,7 @@ from tlcore.errors import BackendError, ReadError, VerifyError
 from tlcore.reader import Arguments, MissingError, OpaqueObject, Skipped, list_runs
 from tlcore.reader.rebuild import rebuild, rebuild_arguments
 from tlcore.record import Counts, Json, Ledger, RunInfo, StepSummary
+from tlcore.testing import RunWriter
 from tlcore_backends.pt.sink import PtSink
 
 Written = tuple[Path, list[torch.Tensor]]
@@ -223,8 +224,7 @@ def write_rank(path: Path, rank: int, close: bool = True) -> None:
     from tests.backends.pt.test_sink import make_record, make_run
 
     run: RunInfo = replace(make_run(path, rank, world_size=2), ledger=Ledger())
-    sink = PtSink()
-    sink.open(run)
+    sink = RunWriter(PtSink(), run=run, backend="pt")
     label = "" if rank == 0 else "_rank_1"
     name = f"step_0/a/outputs_cpu{label}"
     sink.write([make_record(name, torch.full((2,), float(rank)), rank)])

@@ -10,7 +10,7 @@ import torch
 
 import tlcore
 from tlcore.record import Counts, Record
-from tlcore.testing import every_dtype, make_record, make_run, make_summary
+from tlcore.testing import RunWriter, every_dtype, make_record, make_run, make_summary
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.safetensors.sink import SafetensorsSink
 
@@ -18,11 +18,11 @@ SINKS: dict[str, Any] = {"pt": PtSink, "safetensors": SafetensorsSink}
 
 
 def write_rank(
-    sink: Any, directory: Path, rank: int, steps: int, failed: int = 0, close: bool = True
+    backend: str, directory: Path, rank: int, steps: int, failed: int = 0, close: bool = True
 ) -> None:
     """A rank that stores two tensors a step, then counts ``failed`` ones that never were."""
     run = make_run(directory, rank, world_size=2)
-    sink.open(run)
+    sink = RunWriter(SINKS[backend](), run=run, backend=backend)
     label = "" if rank == 0 else "_rank_1"
     for step in range(steps):
         records = [make_record(f"step_{step}/{m}/outputs_cpu{label}", torch.ones(2), rank) for m in "ab"]
@@ -38,8 +38,8 @@ def write_rank(
 
 @pytest.mark.parametrize("backend", SINKS)
 def test_the_ledger_is_the_sum_over_all_ranks(backend: str, tmp_path: Path) -> None:
-    write_rank(SINKS[backend](), tmp_path / "run", 0, steps=2, failed=3)
-    write_rank(SINKS[backend](), tmp_path / "run", 1, steps=2, failed=1)
+    write_rank(backend, tmp_path / "run", 0, steps=2, failed=3)
+    write_rank(backend, tmp_path / "run", 1, steps=2, failed=1)
     ledger = tlcore.open_run(tmp_path / "run").ledger
     assert (ledger.captured, ledger.stored, ledger.failed) == (12, 8, 4)
     assert ledger.reasons == {"failed: OSError": 4}
@@ -52,7 +52,7 @@ def test_a_rank_that_crashed_counts_with_its_steps_and_the_other_in_full(
     crashed: int, backend: str, tmp_path: Path
 ) -> None:
     for rank in (0, 1):
-        write_rank(SINKS[backend](), tmp_path / "run", rank, steps=2, failed=3, close=rank != crashed)
+        write_rank(backend, tmp_path / "run", rank, steps=2, failed=3, close=rank != crashed)
     run = tlcore.open_run(tmp_path / "run")
     assert run.state == "incomplete"
     assert (run.ledger.captured, run.ledger.stored, run.ledger.failed) == (11, 8, 3)
@@ -60,8 +60,7 @@ def test_a_rank_that_crashed_counts_with_its_steps_and_the_other_in_full(
 
 def cut_off(tmp_path: Path, records: list[Record], shard_bytes: int = 1 << 20) -> tlcore.Run:
     """A safetensors run whose step has its shards but no ``step.json``."""
-    sink = SafetensorsSink(shard_bytes)
-    sink.open(make_run(tmp_path / "run"))
+    sink = RunWriter(SafetensorsSink(shard_bytes), run=make_run(tmp_path / "run"), backend="safetensors")
     sink.write(records)
     sink.commit_step(make_summary(0, records))
     (tmp_path / "run/step_0/step.json").unlink()

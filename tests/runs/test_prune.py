@@ -142,7 +142,7 @@ def test_a_run_that_somebody_else_removes_meanwhile(tmp_path: Path, monkeypatch:
             shutil.rmtree(gone)
         return 1
 
-    monkeypatch.setattr("tlcore_backends.storage.leftovers.stored_bytes", look)
+    monkeypatch.setattr("tlcore.runs.prune.stored_bytes", look)
     assert [each.path for each in plan(tmp_path, incomplete=True).remove] == [str(crashed)]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
@@ -139,9 +138,7 @@ def _equal(pair: Pair) -> bool:
 
 def _read_ahead(pairs: Sequence[Pair], runs: tuple[Run, Run]) -> None:
     """Ask the system to fetch local files before a worker comes to them."""
-    if not hasattr(os, "posix_fadvise"):
-        return
     for pair in pairs:
         for run, source in zip(runs, (pair.a, pair.b), strict=True):
             for record in source.records:
-                run.files.advise(record)
+                run.stored.advise(record)

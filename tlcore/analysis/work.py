@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 
 from ..errors import ReadError
-from ..reader import Payload, Run, open_run
+from ..reader import Run, TensorStream, open_run
 from ..record import Json
 from .matching.pairs import Located, Pair, Piece
 from .measure import CHUNK, EXACT, Sums, Tolerance
@@ -91,7 +91,7 @@ class Operand:
 
     def __init__(self, run: Run, source: Located, stack: ExitStack) -> None:
         step = run.step(source.step)
-        self._payloads: list[Payload] = []
+        self._payloads: list[TensorStream] = []
         for name in source.names:
             payload = step.payload(name, source.unshard)
             stack.callback(payload.close)

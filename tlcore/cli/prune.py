@@ -5,8 +5,9 @@ from __future__ import annotations
 import argparse
 import re
 import sys
-from importlib import import_module
 from typing import Any
+
+from tlcore_backends.storage.leftovers import leftovers
 
 from ..errors import BackendError, ConfigError
 from ..layout.names import redact_url
@@ -76,7 +77,7 @@ def _prune_runs(args: argparse.Namespace, options: Any) -> int:
 
 
 def _prune_uploads(args: argparse.Namespace, options: Any) -> int:
-    found = import_module("tlcore_backends.storage.leftovers").leftovers(args.path, options)
+    found = leftovers(args.path, options)
     if not found:
         print("no unfinished upload to remove")
         return 0

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from importlib import import_module
 from typing import Any
+
+from tlcore_backends.storage.spill.push import SpilledRun, push, spilled_runs
 
 from ..errors import BackendError
 from .storage_options import add_storage_options, storage_options
@@ -31,10 +32,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Deliver run after run. Raises BackendError when there is no such directory."""
-    # Looked up by name, since the engine never imports a backend.
-    backend: Any = import_module("tlcore_backends.storage.spill.push")
     options = storage_options(args)
-    runs = backend.spilled_runs(args.path)
+    runs = spilled_runs(args.path)
     waits = False
     for spilled in runs:
         if spilled.owner_alive and not args.force:
@@ -44,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
             waits = True
             continue
         try:
-            _push(backend, spilled, options, args.to)
+            _push(spilled, options, args.to)
         except BackendError as error:
             print(printable(f"{spilled.path}: not delivered: {error}"))
             waits = True
@@ -56,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     return 1 if waits else 0
 
 
-def _push(backend: Any, spilled: Any, options: Any, to: str | None) -> None:
+def _push(spilled: SpilledRun, options: Any, to: str | None) -> None:
     with progress() as bar:
         task = bar.add_task("push", total=len(spilled.files))
-        backend.push(spilled, options, to, lambda name: bar.advance(task))
+        push(spilled, options, to, lambda name: bar.advance(task))

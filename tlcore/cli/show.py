@@ -41,10 +41,17 @@ def run(args: argparse.Namespace) -> int:
     if rest in step.calls:
         _show_call(step.call(rest), step, args.json)
     elif rest.endswith(".json"):
-        _show_structure(opened.files.structure(name), name, args.json)
+        _show_structure(_structure(opened, name), name, args.json)
     else:
         _show_tensor(step, name, args.json)
     return 0
+
+
+def _structure(opened: Run, name: str) -> Json:
+    found = opened.json(name)
+    if not isinstance(found, dict) or "type" not in found:
+        raise ReadError(f"{opened.url}/{name}: not a tensor structure")
+    return found
 
 
 def _step_and_rest(opened: Run, name: str) -> tuple[Step, str]:

@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ..errors import ConfigError
 from ..layout.jsontext import parse_json
 from ..layout.names import REDACTED, is_url, redact_url
-from ..registry import Backend, resolve
+from ..registry import NamedBackend, resolve
 from .patterns import check_regex, parse_pattern
 from .validation import coerce, plain, problems, unknown_key
 
@@ -228,8 +228,8 @@ def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
 
 
 def _normal_place(
-    backend: Backend, options: dict[str, Any], output_dir: str
-) -> tuple[Backend, dict[str, Any], str]:
+    backend: NamedBackend, options: dict[str, Any], output_dir: str
+) -> tuple[NamedBackend, dict[str, Any], str]:
     """The one form of the three spellings of object storage; a local place is left as it is.
 
     That form is the backend ``fsspec`` with its ``format``, and the URL in ``output_dir``.
@@ -273,7 +273,7 @@ def _tuple(patterns: str | list[str] | None) -> tuple[str, ...] | None:
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
 
 
-def _public(backend: Backend) -> frozenset[str]:
+def _public(backend: NamedBackend) -> frozenset[str]:
     declared = (backend.options_schema or {}).get("properties", {})
     return frozenset(
         key for key, entry in declared.items() if isinstance(entry, dict) and not entry.get("writeOnly")

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import difflib
 import json
 import math
 import os
 from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
-from ..errors import ConfigError
+from ..errors import ConfigError, nearest
 from ..layout.jsontext import parse_json
 
 Schema = Mapping[str, Any]
@@ -161,7 +160,7 @@ def _explain(error: Any, parts: tuple[PathPart, ...], secret: bool) -> list[Conf
     shown = noun(error.instance) if secret else show(error.instance)
     near = error.validator == "enum" and isinstance(error.instance, str)
     hint = (
-        nearest(error.instance, [each for each in error.validator_value if isinstance(each, str)])
+        did_you_mean(error.instance, [each for each in error.validator_value if isinstance(each, str)])
         if near
         else None
     )
@@ -170,15 +169,15 @@ def _explain(error: Any, parts: tuple[PathPart, ...], secret: bool) -> list[Conf
 
 def unknown_key(parts: tuple[PathPart, ...], key: str, known: Sequence[str]) -> ConfigError:
     """The error for a key that does not exist, with the nearest one that does."""
-    hint = nearest(key, known)
+    hint = did_you_mean(key, known)
     if hint is None:
         hint = f"Valid keys: {', '.join(known)}." if known else "No keys are allowed here."
     return ConfigError(json_path((*parts, key)), "unknown key.", hint)
 
 
-def nearest(word: str, known: Sequence[str]) -> str | None:
+def did_you_mean(word: str, known: Sequence[str]) -> str | None:
     """``Did you mean "..."?``, or None when nothing is close."""
-    close = difflib.get_close_matches(word.lower(), known, n=1, cutoff=0.5)
+    close = nearest(word.lower(), known)
     return f'Did you mean "{close[0]}"?' if close else None
 
 

@@ -19,6 +19,8 @@ from ..errors import ConfigError
 from ..layout.names import is_url
 from ..protocols import Sink
 from ..record import LAYOUT_VERSION, Json, Ledger, RunInfo, SpillLocation
+from ..storage import Location
+from .run_documents import RunDocuments
 
 # Spilling must begin before a step gives up waiting for the queue.
 _LEAST_PATIENCE_S, _MOST_PATIENCE_S = 0.5, 5.0
@@ -61,14 +63,14 @@ def new_run(
         "pid": os.getpid(),
         "world_size": world_size,
         "config": config.to_json(redact=True),
-        "backend": backend or config.backend,
+        "backend": backend or registry.resolve(config.backend).written_as(config.backend_options),
         "versions": versions,
     }
     if backend is not None:
         document["config"]["backend"] = backend
     return RunInfo(
         run_id=run_id,
-        url=f"{absolute_location(config.output_dir)}/{run_id}",
+        url=f"{absolute_location(location_of(config).url)}/{run_id}",
         rank=rank,
         world_size=world_size,
         document=document,
@@ -77,6 +79,11 @@ def new_run(
         spill=_spill_place(config, run_id),
         queue_bytes=config.queue_bytes,
     )
+
+
+def location_of(config: Config) -> Location:
+    """Where the configured backend's runs lie, and how that is reached. Raises ConfigError."""
+    return registry.resolve(config.backend).located(config.backend_options, config.output_dir)
 
 
 def _spill_place(config: Config, run_id: str) -> SpillLocation | None:
@@ -91,6 +98,22 @@ def absolute_location(directory: str) -> str:
     if is_url(directory):
         return directory.rstrip("/")
     return os.path.abspath(os.path.expanduser(directory)).rstrip("/")
+
+
+def open_run(config: Config, run: RunInfo, sink: Sink | None = None) -> tuple[RunDocuments, Sink]:
+    """A new run's ``run.json`` written, and its sink (``sink``, or the configured backend's) opened.
+
+    Raises BackendError when the place cannot be written, ConfigError for options that the sink does not take.
+    """
+    sink = sink if sink is not None else make_sink(config)
+    documents = RunDocuments(run, location_of(config))
+    documents.open()
+    try:
+        sink.open(documents.run)
+    except BaseException:
+        documents.abandon()
+        raise
+    return documents, sink
 
 
 def make_sink(config: Config) -> Sink:

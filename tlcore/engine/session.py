@@ -20,6 +20,7 @@ from ..layout import names
 from ..layout.structure import class_name
 from ..protocols import Sink
 from ..record import Counts, Json, RunInfo
+from ..storage import SupportsWaiting
 from .batch import Batch, StepEnd
 from .filters.modules import ModuleFilter
 from .filters.requests import request_filter
@@ -28,10 +29,11 @@ from .filters.tensors import TensorFilter, known_devices
 from .hooks.collector import Collector
 from .hooks.listening import Listener, ListenerSet, Source, refuse_compiled
 from .hooks.row_filter import CuttingCollector
-from .new_run import make_sink, now
+from .new_run import now, open_run
 from .pipeline.executors import InlineExecutor, ThreadExecutor
 from .pipeline.inspector import Inspection
 from .pipeline.processor import Processor
+from .run_documents import close_run
 from .staging.host_memory import HostPool
 from .staging.stager import Stager
 
@@ -51,9 +53,8 @@ class Session:
         devices = known_devices(config.device_names)
         self.config = config
         self._pool = HostPool(config.queue_bytes, config.on_full)
-        self.run = run = replace(run, hold=self._pool.hold)
-        self._sink = sink if sink is not None else make_sink(config)
-        self._sink.open(run)
+        self._documents, self._sink = open_run(config, replace(run, hold=self._pool.hold), sink)
+        self.run = run = self._documents.run
         self._inline = inline
         self._pid = os.getpid()
         self._selector = ModuleFilter(config.module_call_match)
@@ -98,9 +99,9 @@ class Session:
 
     @property
     def waiting(self) -> str | None:
-        """What a sink that can wait for its place has not delivered yet, in words (built-in ones can)."""
-        text: str | None = getattr(self._sink, "waiting", None)
-        return text
+        """What a ``spill_dir``, or a sink that waits, has not delivered to its place yet, in words."""
+        waiting = self._sink.waiting if isinstance(self._sink, SupportsWaiting) else None
+        return waiting or self._documents.waiting
 
     @property
     def failing(self) -> BaseException | None:
@@ -154,7 +155,9 @@ class Session:
         self._source = source
         for device in {parameter.device for parameter in model.parameters()}:
             self._stager.reserve(device)
-        self._processor = Processor(self._sink, self._pool, self.run.ledger, self.run.rank, self._examination)
+        self._processor = Processor(
+            self._sink, self._pool, self.run.ledger, self.run.rank, self._examination, self._close_run
+        )
         self._pipeline = (InlineExecutor if self._inline else ThreadExecutor)(self._processor)
 
     def _listeners(
@@ -290,6 +293,9 @@ class Session:
                 self.run.shown_url,
             )
 
+    def _close_run(self) -> None:
+        close_run(self._sink, self._documents)
+
     def _give_memory_back(self) -> None:
         # Before Python finds out that nobody needs the session any more.
         self._pool.retire()
@@ -337,7 +343,7 @@ class Session:
         if self._pipeline is not None:
             self._pipeline.close()
         else:
-            self._sink.close()
+            self._close_run()
         counts = self.ledger
         log.info(
             "run %s: captured %d = stored %d + skipped %d + dropped %d + failed %d %s",

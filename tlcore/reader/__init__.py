@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from .files import MissingError
-from .payload import Payload
+from ..errors import MissingError
 from .rebuild import Arguments, OpaqueObject, Skipped
 from .request import Gap, Request
 from .run import Run, RunSummary, is_run, list_runs, open_run
 from .step import Call, Step
+from .tensor_stream import TensorStream
 
 __all__ = [
     "Arguments",
@@ -15,12 +15,12 @@ __all__ = [
     "Gap",
     "MissingError",
     "OpaqueObject",
-    "Payload",
     "Request",
     "Run",
     "RunSummary",
     "Skipped",
     "Step",
+    "TensorStream",
     "is_run",
     "list_runs",
     "open_run",

@@ -8,10 +8,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ReadError
+from ..layout.checks import LARGEST_SIZE, is_whole
 from ..layout.names import PathKey, rank_suffix, step_dir
 from ..record import Json
 from ..statistics.summary import KEYS, Statistics
-from .documents import LARGEST_SIZE, is_tensor_name, is_whole
+from .documents import is_tensor_name
 
 if TYPE_CHECKING:
     from .step import Step

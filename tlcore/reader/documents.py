@@ -6,22 +6,16 @@ is a number that fits, and nothing is nested deeper than a capture writes.
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NoReturn
+from typing import Any
 
 from ..errors import ReadError
+from ..layout.checks import LARGEST_SIZE, is_shape, is_whole
 from ..layout.names import safe, step_dir
 from ..record import LAYOUT_VERSION, LEDGER_COLUMNS, Json
 
-# The step.json of a model with 100 000 captured tensors has about 100 MB and six million values.
-LARGEST_JSON = 256 << 20
-MOST_VALUES = 16_000_000
-# A file or shard larger than this (1 PiB) does not exist; a larger number is damage.
-LARGEST_SIZE = 1 << 50
 MOST_RANKS = 1 << 20
-_MOST_DIMENSIONS = 64
 _DEEPEST = 300
 _MOST_FIELDS = 4096
 
@@ -31,29 +25,6 @@ _NAME = re.compile(rf"(step_[0-9]+)/({_PART})/({_PART})")
 _STRUCTURE_NAME = re.compile(rf"{_PART}/(?:inputs|outputs|post_fwd_inputs)(?:_rank_[1-9][0-9]*)?\.json")
 _DIRECTIONS = ("inputs", "outputs", "post_fwd_inputs")
 _SCALARS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "str": (str,)}
-
-
-def parse(data: bytes, where: str) -> Any:
-    """The value of a JSON file. Raises ReadError, naming ``where``, when it is none or too large."""
-    if len(data) > LARGEST_JSON:
-        raise too_large(where)
-    if data.count(b",") + data.count(b"[") + data.count(b"{") > MOST_VALUES:
-        raise ReadError(f"{where}: holds more than {MOST_VALUES} values")
-    try:
-        return json.loads(data, parse_constant=_no_number)
-    except RecursionError:
-        raise ReadError(f"{where}: damaged, not JSON (nested too deep)") from None
-    except ValueError as error:
-        raise ReadError(f"{where}: damaged, not JSON ({error})") from None
-
-
-def too_large(where: str) -> ReadError:
-    """The error for a JSON file larger than `LARGEST_JSON`."""
-    return ReadError(f"{where}: larger than any file of this kind ({LARGEST_JSON >> 20} MiB)")
-
-
-def _no_number(text: str) -> NoReturn:
-    raise ValueError(f"{text} is no JSON number")
 
 
 def check_layout(document: Any, where: str) -> Json:
@@ -112,12 +83,17 @@ def check_step(document: Any, where: str, number: int) -> Json:
     rows = step.get("rows", [])
     if not isinstance(rows, list) or not all(isinstance(row, dict) for row in rows):
         raise ReadError(f"{where}: damaged rows")
-    if not isinstance(step.get("shards", []), list):
+    shards = step.get("shards", [])
+    if not isinstance(shards, list) or not all(map(_is_shard, shards)):
         raise ReadError(f"{where}: damaged list of shards")
     if _too_deep([value for key, value in step.items() if key not in ("calls", "records", "structures")]):
         raise ReadError(f"{where}: damaged, nested too deep")
     check_ledger(step, where)
     return step
+
+
+def _is_shard(shard: Any) -> bool:
+    return isinstance(shard, dict) and isinstance(shard.get("file"), str) and is_whole(shard.get("bytes"))
 
 
 def record_problem(record: Any, number: int) -> str | None:
@@ -233,19 +209,8 @@ def _is_float(value: Any) -> bool:
     return type(value) is float or (type(value) is int and abs(value) <= LARGEST_SIZE)
 
 
-def is_shape(value: Any) -> bool:
-    """Whether a JSON value is a shape that a tensor can have."""
-    fits = isinstance(value, list) and len(value) <= _MOST_DIMENSIONS
-    return fits and all(is_whole(extent, 0, LARGEST_SIZE) for extent in value)
-
-
 def _is_path(value: Any) -> bool:
     return isinstance(value, list) and all(type(key) in (int, str) for key in value)
-
-
-def is_whole(value: Any, least: int = 0, most: int = 1 << 63) -> bool:
-    """Whether a JSON value is an integer from ``least`` to ``most``; true and false are none."""
-    return type(value) is int and least <= value <= most
 
 
 def _is_text(value: Any) -> bool:

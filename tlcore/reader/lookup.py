@@ -5,13 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from ..errors import ReadError
-from ..layout.names import rank_of, rank_suffix, stem
+from ..errors import MissingError, ReadError, missing
+from ..layout.names import rank_of, stem
 from ..record import Json
 from ..statistics.summary import KEYS
 from .described import is_sound, tensors_in
 from .documents import is_tensor_name
-from .files import MissingError, RunFiles, missing
+from .stored import Stored
 
 # What rank 0 puts at the end of a tensor's name: its device, with the rank where the index says another one.
 _DEVICE = re.compile(r"(.+?)_[a-z]+(?:_0|_[1-9][0-9]*_rank_0)?(?:~[0-9]+)?")
@@ -39,7 +39,7 @@ def not_one(name: str, meant: Sequence[str], names: Sequence[str], where: str) -
     return missing("tensor", name, where, own or names)
 
 
-def unstored(files: RunFiles, name: str) -> Json | None:
+def unstored(stored: Stored, name: str) -> Json | None:
     """What the structure of its call says of a tensor that was not stored, None where it says nothing.
 
     ``name`` may leave out the device. The entry has the full ``name``, the reason why it was ``skipped``,
@@ -47,7 +47,7 @@ def unstored(files: RunFiles, name: str) -> Json | None:
     structure.
     """
     found = [
-        entry for rank in sorted({0, rank_of(f"{name}.pt")}) for entry in _unstored_by(files, name, rank)
+        entry for rank in sorted({0, rank_of(f"{name}.pt")}) for entry in _unstored_by(stored, name, rank)
     ]
     exact = [entry for entry in found if entry["name"] == name]
     if not exact:
@@ -56,16 +56,17 @@ def unstored(files: RunFiles, name: str) -> Json | None:
     return exact[0] if len(exact) == 1 else None
 
 
-def _unstored_by(files: RunFiles, name: str, rank: int) -> Iterator[Json]:
+def _unstored_by(stored: Stored, name: str, rank: int) -> Iterator[Json]:
     """The tensors that a rank described and did not store, of the call and direction that a name says."""
     if not is_tensor_name(name):
         return
     call, _, last = name.rpartition("/")
     direction = _DIRECTION.fullmatch(last)
-    file = f"{call}/{direction[1] if direction else ''}{rank_suffix(rank)}.json"
-    if direction is None or not files.holds(file):
+    step, _, directory = call.partition("/")
+    number, file = int(step.removeprefix("step_")), f"{directory}/{direction[1] if direction else ''}.json"
+    if direction is None or file not in stored.structure_names(number, rank):
         return
-    for path, node in tensors_in(files.structure(file)):
+    for path, node in tensors_in(stored.structure(number, rank, file)):
         if "file" in node:
             continue
         own = node.get("name", f"{call}/{stem(direction[1], path, node['device'], rank)}")
@@ -73,7 +74,7 @@ def _unstored_by(files: RunFiles, name: str, rank: int) -> Iterator[Json]:
         entry |= {"shape": node["shape"], "device": node["device"]}
         if "stats" in node:
             if not is_sound(node["stats"]):
-                raise ReadError(f"{files.url}/{file}: damaged statistics")
+                raise ReadError(f"{stored.url}/{step}/{file}: damaged statistics")
             entry["stats"] = {key: node["stats"][key] for key in KEYS}
         yield entry
 

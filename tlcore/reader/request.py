@@ -9,9 +9,8 @@ from typing import NamedTuple
 
 import torch
 
-from ..errors import ReadError
+from ..errors import MissingError, ReadError, missing
 from ..layout.rows import Span
-from .files import MissingError, missing
 from .step import Step
 
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -13,21 +12,29 @@ from weakref import WeakValueDictionary
 
 import torch
 
-from ..errors import ReadError, VerifyError
-from ..layout.names import rank_of, rank_suffix, redact_url, step_dir
+from ..errors import BackendError, MissingError, ReadError, VerifyError, missing
+from ..layout.names import rank_suffix, redact_url
+from ..layout.run_files import LARGEST_JSON, RUN_FILE, RunFiles
+from ..protocols import StepRanks
 from ..record import Counts, Json
 from ..statistics.summary import Statistics
-from .documents import LARGEST_JSON, check_run
-from .files import RUN_FILE, MissingError, RunFiles, local_directory, missing, store_at
+from ..storage import Store, SupportsLevels
+from .documents import check_run
 from .lookup import without_device
+from .opening import Below, local_directory, open_existing
 from .request import Request, find_request, known_requests
 from .step import Step, counts_of
+from .stored import Stored
 from .unshard import Places, all_committed, places_of
 from .verify import verify_step
 
 Options = Mapping[str, Any] | None
 
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]*)/")
+_RUN_BELOW = re.compile(r"[^/]+/run\.json")
+_STRUCTURE = re.compile(
+    r"step_(\d+)/(.+/(?:inputs|outputs|post_fwd_inputs))(?:_rank_([1-9]\d*))?\.json", re.DOTALL
+)
 _CLOSE_MARKER = re.compile(r"close_rank_([1-9][0-9]*)\.json")
 _STEP_FILE = re.compile(r"step_(0|[1-9][0-9]*)/step(?:_rank_([1-9][0-9]*))?\.json")
 
@@ -38,16 +45,16 @@ def open_run(path: str | os.PathLike[str], storage_options: Options = None) -> R
     ``storage_options`` go to the URL's fsspec filesystem. Raises ReadError when there is nothing,
     something else, several runs, or a newer layout; BackendError when the URL cannot be opened.
     """
-    files = RunFiles(store_at(path, storage_options))
+    store = open_existing(path, storage_options)
     try:
-        return _run_of(files)
+        return _run_of(store)
     except MissingError:
         raise _not_one_run(path, storage_options) from None
 
 
 def is_run(path: str | os.PathLike[str], storage_options: Options = None) -> bool:
     """Whether a path or URL has a ``run.json``. Raises as `open_run` does when it cannot be looked at."""
-    files = RunFiles(store_at(path, storage_options))
+    files = RunFiles(open_existing(path, storage_options))
     try:
         files.read(RUN_FILE, 0, LARGEST_JSON + 1)
     except MissingError:
@@ -55,8 +62,9 @@ def is_run(path: str | os.PathLike[str], storage_options: Options = None) -> boo
     return True
 
 
-def _run_of(files: RunFiles) -> Run:
-    return Run(files, check_run(files.json(RUN_FILE), f"{files.url}/{RUN_FILE}"))
+def _run_of(store: Store) -> Run:
+    files = RunFiles(store)
+    return Run(store, check_run(files.json(RUN_FILE), f"{files.url}/{RUN_FILE}"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,32 +95,45 @@ def list_runs(output_dir: str | os.PathLike[str], storage_options: Options = Non
     directory = local_directory(output_dir)
     if directory is not None:
         children = sorted(child for child in directory.iterdir() if (child / RUN_FILE).is_file())
-        runs = [_summary(str(child), RunFiles(store_at(child))) for child in children]
+        runs = [_summary(str(child), open_existing(child)) for child in children]
     else:
-        runs = _runs_in(RunFiles(store_at(output_dir, storage_options)))
+        runs = _runs_in(open_existing(output_dir, storage_options))
     return sorted(runs, key=lambda run: (run.created, run.run_id))
 
 
-def _runs_in(files: RunFiles) -> list[RunSummary]:
-    """The runs directly below a remote directory."""
-    names = sorted(name.partition("/")[0] for name in files.sizes if re.fullmatch(r"[^/]+/run\.json", name))
-    return [_summary(f"{files.url}/{name}", RunFiles(files.store, f"{name}/")) for name in names]
-
-
-def _summary(path: str, files: RunFiles) -> RunSummary:
+def _runs_in(store: Store) -> list[RunSummary]:
+    """The runs directly below a remote directory, found without listing what they hold where that can be."""
     try:
-        run = _run_of(files)
-        counts, steps = run.ledger, len(run.steps)
+        if isinstance(store, SupportsLevels):
+            names = {name.rpartition("/")[2] for name in store.level().directories}
+        else:
+            listed = (entry.name for entry in store.list())
+            names = {name.partition("/")[0] for name in listed if _RUN_BELOW.fullmatch(name)}
+    except (BackendError, OSError) as error:
+        raise ReadError(str(error)) from error
+    stores = [Below(store, name) for name in sorted(names)]
+    return [_summary(below.url, below) for below in stores if RUN_FILE in RunFiles(below).top]
+
+
+def _summary(path: str, store: Store) -> RunSummary:
+    run_id, state, created, counts = path.rpartition("/")[2], "unreadable", "", Counts()
+    steps, problem = 0, None
+    try:
+        run = _run_of(store)
+        run_id, state, created = run.id, run.state, run.created
+        counts = run.ledger
+        steps = len(run.steps)
     except ReadError as error:
-        return RunSummary(path.rpartition("/")[2], path, "unreadable", "", 0, 0, 0, str(error))
+        problem = str(error)
     return RunSummary(
-        run.id,
+        run_id,
         path,
-        run.state,
-        run.created,
+        state,
+        created,
         steps,
         counts.stored,
         counts.bytes_stored,
+        problem,
         captured=counts.captured,
         dropped=counts.dropped,
         failed=counts.failed,
@@ -136,8 +157,8 @@ class Run(Mapping[int, Step]):
     A snapshot: what a running capture adds later is seen by opening the run again.
     """
 
-    def __init__(self, files: RunFiles, document: Json) -> None:
-        self.files = files
+    def __init__(self, store: Store, document: Json) -> None:
+        self.stored = Stored(store, document)
         # A step that nobody looks at any more is let go, however many there are.
         self._opened: WeakValueDictionary[int, Step] = WeakValueDictionary()
         self.document = document
@@ -145,7 +166,7 @@ class Run(Mapping[int, Step]):
     @property
     def url(self) -> str:
         """The run's directory."""
-        return self.files.url
+        return self.stored.url
 
     @property
     def id(self) -> str:
@@ -178,36 +199,23 @@ class Run(Mapping[int, Step]):
     @cached_property
     def state(self) -> str:
         """``"complete"`` once every rank has closed the run, else ``"incomplete"`` (running or crashed)."""
-        closed = all(self._close_marker(rank) in self.files.sizes for rank in range(1, self.world_size))
+        closed = all(rank in self._closed for rank in range(1, self.world_size))
         return "complete" if self.document["state"] == "complete" and closed else "incomplete"
 
     @cached_property
-    def _committed(self) -> dict[int, set[int]]:
-        """Each step found, with the ranks that have committed it."""
-        return _committed_in(self.files.sizes)
+    def _closed(self) -> frozenset[int]:
+        """The ranks other than 0 that have left a close marker."""
+        names = self.stored.files.top if self.world_size > 1 else ()
+        return frozenset(int(found[1]) for name in names if (found := _CLOSE_MARKER.fullmatch(name)))
 
     @cached_property
     def _whole(self) -> dict[int, bool]:
-        """Whether each step found is committed by every rank that took part in it."""
-        return {
-            number: self._is_whole(number, ranks, self._begun) for number, ranks in self._committed.items()
-        }
+        """Whether each step found is committed by every rank that took part in it, in order."""
+        steps = self.stored.steps
+        return {number: self._is_whole(steps[number]) for number in self.stored.numbers()}
 
-    @cached_property
-    def _begun(self) -> Mapping[int, set[int]]:
-        """The ranks that have left a file in each step, where not all have the same steps."""
-        return self._begun_in(self.files.sizes)
-
-    def _is_whole(self, number: int, committed: set[int], begun: Mapping[int, set[int]]) -> bool:
-        return all_committed(committed, begun.get(number, set()), self.world_size, self.ranks)
-
-    def _begun_in(self, names: Iterable[str]) -> dict[int, set[int]]:
-        found: dict[int, set[int]] = defaultdict(set)
-        if any(place["dp_size"] > 1 for place in self.ranks.values()):
-            for name in names:
-                if begin := _STEP_NAME.match(name):
-                    found[int(begin[1])].add(rank_of(name))
-        return found
+    def _is_whole(self, ranks: StepRanks) -> bool:
+        return all_committed(ranks.committed, ranks.begun, self.world_size, self.ranks)
 
     @property
     def steps(self) -> list[int]:
@@ -227,8 +235,10 @@ class Run(Mapping[int, Step]):
         """
         total = Counts()
         # Only ranks that left something: how many there should be is whatever the run says.
-        closed = {int(found[1]) for name in self.files.sizes if (found := _CLOSE_MARKER.fullmatch(name))}
-        for rank in sorted({0}.union(closed, *self._committed.values())):
+        ranks = {0}.union(self._closed)
+        if self.state != "complete":
+            ranks |= {rank for each in self.stored.steps.values() for rank in each.committed}
+        for rank in sorted(ranks):
             if rank < self.world_size:
                 total.add(self._ledger_of(rank))
         return total
@@ -236,12 +246,15 @@ class Run(Mapping[int, Step]):
     def _ledger_of(self, rank: int) -> Counts:
         if rank == 0 and self.document["state"] == "complete":
             return counts_of(self.document, f"{self.url}/{RUN_FILE}")
-        marker = self._close_marker(rank)
-        if rank > 0 and marker in self.files.sizes:
-            return counts_of(self.files.json(marker), f"{self.url}/{marker}")
+        if rank in self._closed:
+            marker = f"close{rank_suffix(rank)}.json"
+            return counts_of(self.stored.files.json(marker), f"{self.url}/{marker}")
+        known = self.stored.ledger(rank)
+        if known is not None:
+            return counts_of({"ledger": known}, f"{self.url}: rank {rank}")
         total = Counts()
-        for number, ranks in self._committed.items():
-            if rank in ranks:
+        for number in self.stored.numbers():
+            if rank in self.stored.steps[number].committed:
                 total.add(counts_of(self.step(number).documents[rank], f"{self.url}: step {number}"))
         return total
 
@@ -253,21 +266,11 @@ class Run(Mapping[int, Step]):
         return step
 
     def _open(self, number: int) -> Step:
-        committed, begun = self._found(number)
-        ranks = committed.get(number)
+        ranks = self.stored.step_ranks(number) if type(number) is int else None
         if ranks is None:
-            held = ", ".join(map(str, self._committed)) or "none"
+            held = ", ".join(map(str, self._whole)) or "none"
             raise MissingError(f"{self.url}: no step {number!r}; it has {held}")
-        whole = self._is_whole(number, ranks, begun)
-        return Step(self.files, number, sorted(ranks), whole, self.ranks)
-
-    def _found(self, number: int) -> tuple[Mapping[int, set[int]], Mapping[int, set[int]]]:
-        """The ranks that have committed, and begun, at least the step ``number``."""
-        if "_committed" in self.__dict__ or type(number) is not int or number < 0:
-            return self._committed, self._begun
-        # Looking at this step alone is enough.
-        names = self.files.sizes_in(step_dir(number))
-        return _committed_in(names), self._begun_in(names)
+        return Step(self.stored, number, sorted(ranks.committed), self._is_whole(ranks), self.ranks)
 
     def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
         """The tensor with a logical name such as ``step_0/layers.0/outputs_cpu``, on the CPU.
@@ -312,8 +315,23 @@ class Run(Mapping[int, Step]):
         return Request(self.url, full, self.requests[full], steps)
 
     def json(self, name: str) -> Any:
-        """The value of one of the run's JSON files, such as ``step_0/layers.0/outputs.json``."""
-        return self.files.json(name)
+        """The value of one of the run's JSON documents, such as ``step_0/layers.0/outputs.json``.
+
+        They have these names whatever the backend. Raises MissingError or ReadError.
+        """
+        if found := _STRUCTURE.fullmatch(name):
+            return self.stored.structure(int(found[1]), int(found[3] or 0), f"{found[2]}.json")
+        if found := _STEP_FILE.fullmatch(name):
+            return self.stored.document(int(found[1]), int(found[2] or 0))
+        return self.stored.files.json(name)
+
+    def refresh(self) -> None:
+        """See what was committed since the run was opened; steps that are held stay as they are."""
+        self.document = _run_of(self.stored.store).document
+        self.stored.refresh()
+        self._opened.clear()
+        for name in ("state", "ledger", "requests", "_closed", "_whole"):
+            self.__dict__.pop(name, None)
 
     def verify(self, on_tensor: Callable[[], None] = lambda: None) -> int:
         """Check every committed tensor and structure; returns how many tensors are sound.
@@ -323,9 +341,9 @@ class Run(Mapping[int, Step]):
         """
         bad: list[str] = []
         checked = 0
-        for number, ranks in self._committed.items():
-            for rank in sorted(ranks):
-                count, problems = verify_step(self.files, step_dir(number), rank, on_tensor)
+        for number in self.stored.numbers():
+            for rank in sorted(self.stored.steps[number].committed):
+                count, problems = verify_step(self.stored, number, rank, on_tensor)
                 checked += count
                 bad += problems
         try:
@@ -351,18 +369,3 @@ class Run(Mapping[int, Step]):
 
     def __repr__(self) -> str:
         return f"<Run {self.url} {self.state}, {len(self.steps)} steps>"
-
-    @staticmethod
-    def _close_marker(rank: int) -> str:
-        return f"close{rank_suffix(rank)}.json"
-
-
-def _committed_in(names: Iterable[str]) -> dict[int, set[int]]:
-    """Each step that has a file, with the ranks whose ``step.json`` is there."""
-    found: dict[int, set[int]] = {}
-    for name in names:
-        if begin := _STEP_NAME.match(name):
-            ranks = found.setdefault(int(begin[1]), set())
-            if marker := _STEP_FILE.fullmatch(name):
-                ranks.add(int(marker[2] or 0))
-    return dict(sorted(found.items()))

@@ -3,25 +3,24 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 from urllib.parse import unquote
 
 import torch
 
-from ..errors import ReadError
+from ..errors import MissingError, ReadError, missing
 from ..layout.names import rank_suffix, step_dir
 from ..layout.rows import CallRows, Span
 from ..record import Counts, Json
 from ..statistics.summary import Statistics
 from .described import described, statistics_of
-from .documents import check_ledger, is_whole
-from .files import MissingError, RunFiles, missing
+from .documents import check_ledger, is_tensor_name
 from .lookup import not_one, not_stored, unstored, without_device
-from .payload import Payload, in_memory, open_payload
 from .rebuild import Arguments, rebuild, rebuild_arguments
-from .uncommitted import loose_records
+from .stored import Stored
+from .tensor_stream import TensorStream, in_memory, open_stream
 from .unshard import Places, group_of, joined, joined_shape, part_of
 
 _LATER_CALL = re.compile(r"(.+)_([1-9][0-9]*)(?:~2)?")
@@ -34,10 +33,8 @@ class Step(Mapping[str, torch.Tensor]):
     ``ranks`` are those that have committed it, ``complete`` says whether these are all that took part.
     """
 
-    def __init__(
-        self, files: RunFiles, number: int, ranks: list[int], complete: bool, places: Places
-    ) -> None:
-        self._files = files
+    def __init__(self, stored: Stored, number: int, ranks: list[int], complete: bool, places: Places) -> None:
+        self._stored = stored
         self._places = places
         self.number = number
         self.ranks = ranks
@@ -46,10 +43,7 @@ class Step(Mapping[str, torch.Tensor]):
     @cached_property
     def documents(self) -> Mapping[int, Json]:
         """The ``step.json`` of each rank that has committed."""
-        return {
-            rank: self._files.step_document(f"{self._directory}/step{rank_suffix(rank)}.json")
-            for rank in self.ranks
-        }
+        return {rank: self._stored.document(self.number, rank) for rank in self.ranks}
 
     @property
     def calls(self) -> list[str]:
@@ -81,12 +75,18 @@ class Step(Mapping[str, torch.Tensor]):
         return found
 
     @cached_property
-    def _loose(self) -> dict[str, Json]:
-        """Where whole tensors lie that no committed rank lists, by logical name."""
-        if self.complete:
-            return {}
-        found = loose_records(self._files, self._directory)
-        return {name: record for name, record in found.items() if name not in self._records}
+    def _remains(self) -> Mapping[str, Json]:
+        """The records of whole tensors that were left without being committed, by logical name."""
+        return {} if self.complete else self._stored.remains(self.number)
+
+    @cached_property
+    def _loose(self) -> dict[str, None]:
+        """The names of whole tensors that no committed rank lists."""
+        found = self._remains
+        return {name: None for name in found if self._is_own(name) and name not in self._records}
+
+    def _is_own(self, name: str) -> bool:
+        return is_tensor_name(name) and name.startswith(f"{self._directory}/")
 
     @property
     def records(self) -> list[Json]:
@@ -141,7 +141,7 @@ class Step(Mapping[str, torch.Tensor]):
         """The step's ledger, summed over ranks."""
         total = Counts()
         for document in self.documents.values():
-            total.add(counts_of(document, self._files.url))
+            total.add(counts_of(document, self._stored.url))
         return total
 
     def has_record(self, name: str) -> bool:
@@ -149,11 +149,10 @@ class Step(Mapping[str, torch.Tensor]):
         return name in self._records
 
     def holds(self, name: str) -> bool:
-        """Whether the tensor's file or shard is there, in the size that ``step.json`` says."""
-        file, size = self._place(self.record(name))
-        return size is not None and self._files.size(file) == size
+        """Whether the tensor's bytes are there, as far as can be seen without reading them."""
+        return self._stored.holds(self.record(name))
 
-    def payload(self, name: str, unshard: bool = False) -> Payload:
+    def payload(self, name: str, unshard: bool = False) -> TensorStream:
         """The tensor's values, to be read piece by piece. Raises MissingError or ReadError.
 
         With ``unshard``, a tensor of which each rank holds a part is joined first.
@@ -161,7 +160,7 @@ class Step(Mapping[str, torch.Tensor]):
         record = self.record(name)
         if unshard and "part" in record:
             return in_memory(self.tensor(name, unshard=True))
-        return open_payload(self._files, record, self._place(record)[1])
+        return open_stream(self._stored, record)
 
     def replica(self, rank: int) -> int:
         """Which of the model's data-parallel replicas a rank belongs to."""
@@ -188,22 +187,6 @@ class Step(Mapping[str, torch.Tensor]):
 
     def _stage(self, rank: int) -> tuple[int, int]:
         return int(self._places.get(rank, {}).get("pp_rank", 0)), rank
-
-    def _place(self, record: Json) -> tuple[str, int | None]:
-        """The file that holds a tensor, and the size that it must have where ``step.json`` tells."""
-        if isinstance(record.get("file"), str):
-            return record["file"], record.get("file_bytes")
-        shard = str(record.get("shard"))
-        return shard, self._shard_sizes.get(shard)
-
-    @cached_property
-    def _shard_sizes(self) -> dict[str, int]:
-        shards = [shard for document in self.documents.values() for shard in document.get("shards", [])]
-        return {
-            str(shard["file"]): shard["bytes"]
-            for shard in shards
-            if isinstance(shard, dict) and is_whole(shard.get("bytes")) and "file" in shard
-        }
 
     @cached_property
     def described(self) -> list[Json]:
@@ -234,8 +217,8 @@ class Step(Mapping[str, torch.Tensor]):
             return meant[0]
         entry = None if meant else self.unstored(plain)
         if entry is not None:
-            raise not_stored(entry, self._files.url)
-        raise not_one(plain, meant, self.names, self._files.url)
+            raise not_stored(entry, self._stored.url)
+        raise not_one(plain, meant, self.names, self._stored.url)
 
     @cached_property
     def _without_device(self) -> Mapping[str, Sequence[str]]:
@@ -246,14 +229,14 @@ class Step(Mapping[str, torch.Tensor]):
 
         It has ``name``, ``dtype``, ``shape``, ``device``, ``skipped`` (the reason), and ``stats`` if kept.
         """
-        return unstored(self._files, name) if name.startswith(f"{self._directory}/") else None
+        return unstored(self._stored, name) if name.startswith(f"{self._directory}/") else None
 
     def record(self, name: str) -> Json:
         """The record of a tensor, by any name that `find` takes. Raises MissingError also if uncommitted."""
         found = self.find(name)
         if found in self._records:
             return self._records[found]
-        raise MissingError(f"{self._files.url}: {found!r} has no record, its step was not committed")
+        raise MissingError(f"{self._stored.url}: {found!r} has no record, its step was not committed")
 
     def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
         """The tensor with a logical name, or any that `find` takes, on the CPU.
@@ -262,12 +245,11 @@ class Step(Mapping[str, torch.Tensor]):
         MissingError where one of the parts was not stored.
         """
         found = self.find(name)
-        if found in self._loose:
-            record = self._loose[found]
-            return self._files.tensor(record["file"]) if "file" in record else self._files.stored(record)
+        if found not in self._records:
+            return self._stored.tensor(self._remains[found])
         record = self.record(found)
         parts = self.parts(found) if unshard else [record]
-        tensors = [self._files.stored(each) for each in parts]
+        tensors = [self._stored.tensor(each) for each in parts]
         return joined(record["part"], tensors, record["name"]) if len(parts) > 1 else tensors[0]
 
     def parts(self, name: str) -> list[Json]:
@@ -280,33 +262,28 @@ class Step(Mapping[str, torch.Tensor]):
         absent = [str(rank) for rank in group if rank not in held]
         if absent:
             text = f"{record['name']}: the part of rank {', '.join(absent)} was not stored"
-            raise MissingError(f"{self._files.url}: {text}")
+            raise MissingError(f"{self._stored.url}: {text}")
         return [held[rank] for rank in group]
 
     def call(self, directory: str, rank: int = 0) -> Call:
         """One call by its directory, such as ``layers.0_1``. Raises MissingError for an unknown one."""
         if directory not in self.calls:
-            raise missing("call", directory, f"{self._files.url}/{self._directory}", self.calls)
-        return Call(self, self._files, directory, rank)
+            raise missing("call", directory, f"{self._stored.url}/{self._directory}", self.calls)
+        return Call(self, self._stored, directory, rank)
 
     def structures(self, rank: int) -> dict[str, Json]:
         """A rank's structures by names that leave out the rank, such as ``layers.0/inputs.json``.
 
         They come in the order of the records, so that every format gives the same order.
         """
-        begin, suffix = f"{self._directory}/", rank_suffix(rank)
-        packed = self.documents[rank].get("structures")
-        names = packed if packed is not None else _below(begin, self._files.sizes_in(self._directory))
-        own = re.compile(rf"(.+/(?:inputs|outputs|post_fwd_inputs)){suffix}\.json", re.DOTALL)
-        found = {f"{match[1]}.json" for name in names if (match := own.fullmatch(name))}
+        found = set(self._stored.structure_names(self.number, rank))
         ordered = dict.fromkeys(
             f"{str(record['name']).partition('/')[2].rpartition('/')[0]}/{record.get('direction')}.json"
             for record in self.documents[rank]["records"]
         )
         order = [name for name in ordered if name in found]
         order += sorted(found - ordered.keys())
-        ranked = [f"{begin}{name.removesuffix('.json')}{suffix}.json" for name in order]
-        return dict(zip(order, self._files.structures(ranked), strict=True))
+        return dict(zip(order, self._stored.structures(self.number, rank, order), strict=True))
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensor(name)
@@ -323,7 +300,7 @@ class Step(Mapping[str, torch.Tensor]):
 
     def __repr__(self) -> str:
         state = "" if self.complete else ", incomplete"
-        return f"<Step {self.number} of {self._files.url}: {len(self)} tensors{state}>"
+        return f"<Step {self.number} of {self._stored.url}: {len(self)} tensors{state}>"
 
     @property
     def _directory(self) -> str:
@@ -333,9 +310,9 @@ class Step(Mapping[str, torch.Tensor]):
 class Call:
     """One call of a module in a step: its arguments and its result, rebuilt with tensors."""
 
-    def __init__(self, step: Step, files: RunFiles, directory: str, rank: int) -> None:
+    def __init__(self, step: Step, stored: Stored, directory: str, rank: int) -> None:
         self._step = step
-        self._files = files
+        self._stored = stored
         self.directory = directory
         self.rank = rank
 
@@ -381,11 +358,12 @@ class Call:
 
         Raises MissingError when it was not captured.
         """
-        name = f"{step_dir(self._step.number)}/{self.directory}/{direction}{rank_suffix(self.rank)}.json"
-        if not self._files.holds(name):
-            why = "it was not captured" if self._step.complete else "the step was not committed"
-            raise MissingError(f"{self._files.url}: no {name!r}; {why}")
-        return self._files.structure(name)
+        step, name = self._step, f"{self.directory}/{direction}.json"
+        if name not in self._stored.structure_names(step.number, self.rank):
+            why = "it was not captured" if step.complete else "the step was not committed"
+            ranked = f"{step_dir(step.number)}/{self.directory}/{direction}{rank_suffix(self.rank)}.json"
+            raise MissingError(f"{self._stored.url}: no {ranked!r}; {why}")
+        return self._stored.structure(step.number, self.rank, name)
 
     def __repr__(self) -> str:
         return f"<Call {self.directory} of step {self._step.number}>"
@@ -399,10 +377,6 @@ def _as_whole(record: Json) -> Json:
 
 def _origin(record: Json) -> tuple[Any, ...]:
     return (record["module"], record["call"], record["direction"], *record["path"])
-
-
-def _below(directory: str, names: Iterable[str]) -> list[str]:
-    return [name.removeprefix(directory) for name in names if name.startswith(directory)]
 
 
 def _directory_of(name: str) -> str:

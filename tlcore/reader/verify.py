@@ -5,77 +5,62 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from ..errors import ReadError
-from ..layout.names import rank_suffix
+from ..layout.names import rank_suffix, step_dir
 from ..record import Json
 from .bulk import Payload, read_payloads
-from .documents import LARGEST_JSON, children
-from .files import RunFiles
-from .shard_check import shard_problems
+from .documents import children
+from .stored import Stored
 
 _HASH = "xxh3-128:"
 
 
-def verify_step(
-    files: RunFiles, step: str, rank: int, on_tensor: Callable[[], None]
-) -> tuple[int, list[str]]:
+def verify_step(stored: Stored, step: int, rank: int, on_tensor: Callable[[], None]) -> tuple[int, list[str]]:
     """How many tensors of a rank's step are sound, and a line for each problem.
 
-    ``step`` is the step's directory; ``on_tensor`` is called after each tensor. Every tensor is read and
-    hashed; the structures must be there, be JSON, and refer to stored tensors; shards must have their
-    size; ``module_calls.txt`` must agree with ``step.json``.
+    ``on_tensor`` is called after each tensor. Every tensor is read and hashed; the structures must be
+    there, be JSON, and refer to stored tensors; what else a format can check, its source does.
     """
-    suffix = rank_suffix(rank)
     try:
-        document = files.step_document(f"{step}/step{suffix}.json")
+        document = stored.document(step, rank)
     except ReadError as error:
         return 0, [str(error)]
     sound, bad = 0, []
-    for stored in read_payloads(files, document["records"], keep=False):
-        problem = _tensor_problem(files, stored)
+    for payload in read_payloads(stored, document["records"], keep=False):
+        problem = _tensor_problem(stored, payload)
         sound += problem is None
         if problem is not None:
             bad.append(problem)
         on_tensor()
-    bad += shard_problems(files, document)
-    bad += _structure_problems(files, step, suffix, document)
+    bad += stored.problems(step, rank)
+    bad += _structure_problems(stored, step, rank, document)
     return sound, bad
 
 
-def _tensor_problem(files: RunFiles, stored: Payload) -> str | None:
-    record = stored.record
+def _tensor_problem(stored: Stored, payload: Payload) -> str | None:
+    record = payload.record
     name, stated = str(record.get("file", record["name"])), record["hash"]
     if not stated.startswith(_HASH):
         return f"{name}: unknown hash {stated!r}"
-    size = files.size(name)
-    if "file" in record and size is not None and size != record.get("file_bytes"):
-        return f"{name}: {size} bytes, step.json says {record.get('file_bytes')}"
-    found = _HASH + stored.digest
-    return stored.problem or (None if found == stated else f"{name}: {found}, step.json says {stated}")
+    found = _HASH + payload.digest
+    wrong = stored.misfit(record) or payload.problem
+    return wrong or (None if found == stated else f"{name}: {found}, step.json says {stated}")
 
 
-def _structure_problems(files: RunFiles, step: str, suffix: str, document: Json) -> Iterator[str]:
-    records = [record for record in document["records"] if isinstance(record, dict)]
-    stored = {f"{record.get('name')}.pt" for record in records}
+def _structure_problems(stored: Stored, step: int, rank: int, document: Json) -> Iterator[str]:
+    records = document["records"]
+    files = {f"{record['name']}.pt" for record in records}
     needed = {
-        f"{str(record.get('name')).rpartition('/')[0]}/{record.get('direction')}{suffix}.json"
+        f"{str(record['name']).partition('/')[2].rpartition('/')[0]}/{record['direction']}.json"
         for record in records
     }
     for name in sorted(needed):
         try:
-            dangling = [file for file in _files_in(files.structure(name)) if file not in stored]
+            dangling = [file for file in _files_in(stored.structure(step, rank, name)) if file not in files]
         except ReadError as error:
             yield str(error)
         else:
-            yield from (f"{name}: refers to {file}, which is not in step.json" for file in dangling)
-    if "structures" in document:
-        return
-    try:
-        calls = files.read(f"{step}/module_calls{suffix}.txt", 0, LARGEST_JSON).decode().splitlines()
-    except (ReadError, UnicodeDecodeError) as error:
-        yield str(error)
-    else:
-        if calls != document["calls"]:
-            yield f"{step}/module_calls{suffix}.txt: differs from step.json"
+            shown = f"{step_dir(step)}/{name.removesuffix('.json')}{rank_suffix(rank)}.json"
+            yield from (f"{shown}: refers to {file}, which is not in step.json" for file in dangling)
 
 
 def _files_in(node: Json) -> Iterator[str]:

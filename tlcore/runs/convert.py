@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -9,16 +10,18 @@ from typing import Any
 import torch
 
 from ..config.configuration import Config
+from ..engine.new_run import absolute_location, make_sink
+from ..engine.run_documents import RunDocuments, close_run
 from ..errors import ConfigError, ReadError, VerifyError
 from ..layout.names import is_url, rank_suffix, redact_url
+from ..layout.run_files import RUN_FILE
 from ..protocols import Sink
 from ..reader import MissingError, Run, Step, is_run
 from ..reader.bulk import Payload, read_payloads
-from ..reader.files import RUN_FILE, store_at
-from ..reader.shard_check import overlapping
 from ..reader.step import counts_of
-from ..record import Ledger, Origin, Record, RunInfo, StepSummary
-from ..registry import resolve
+from ..record import Json, Ledger, Origin, Record, RunInfo, StepSummary
+from ..registry import open_store, resolve
+from ..storage import Location
 
 # Records are handed over in batches: a remote place gets many at a time, the local disk what the cache holds.
 _REMOTE_BATCH_BYTES = 64 << 20
@@ -45,21 +48,24 @@ def convert(source: Run, config: Config, on_tensor: Callable[[], None] = lambda:
 
     The run keeps its id. ``on_tensor`` is called after each tensor, whose hash is checked on the way.
     What fails half-way reads as an incomplete run. Raises ReadError for a run that is not complete or a
-    place that already holds it, VerifyError for damage, ConfigError for a backend that is not built in,
+    place that already holds it, VerifyError for damage, ConfigError for a backend without a reader,
     BackendError when the place cannot be written.
     """
-    if resolve(config.backend).origin != "built-in":
-        raise ConfigError("$.backend", f"convert writes built-in backends only, not {config.backend!r}.")
     if source.state != "complete":
         raise ReadError(f"{source.url}: the run is not complete, so it cannot be converted")
-    url = f"{config.output_dir.rstrip('/')}/{source.id}"
-    storage_options = config.backend_options.get("storage_options")
-    if _is_taken(url, storage_options):
+    backend = resolve(config.backend)
+    if backend.written_as(config.backend_options) == backend.name and backend.source is None:
+        problem = f"{backend.name!r} has no reader, so what convert wrote could not be read."
+        raise ConfigError("$.backend", problem, "Register it with a source.")
+    location = backend.located(config.backend_options, config.output_dir)
+    url = f"{absolute_location(location.url).rstrip('/')}/{source.id}"
+    if _is_taken(url, location.storage_options):
         raise ReadError(f"{redact_url(url)}: already holds a run; convert into another directory")
+    document = {**source.document, "backend": backend.written_as(config.backend_options)}
     for rank in reversed(range(source.world_size)):
-        sink = resolve(config.backend).factory(**config.backend_options)
-        _convert_rank(source, sink, url, rank, on_tensor)
-    _restore_documents(source, url, storage_options)
+        run = RunInfo(source.id, url, rank, source.world_size, document, Ledger())
+        _convert_rank(source, make_sink(config), RunDocuments(run, location), on_tensor)
+    _restore_documents(source, url, location, document)
     return url
 
 
@@ -70,19 +76,22 @@ def _is_taken(url: str, storage_options: Mapping[str, Any] | None) -> bool:
         return False
 
 
-def _convert_rank(source: Run, sink: Sink, url: str, rank: int, on_tensor: Callable[[], None]) -> None:
-    sink.open(RunInfo(source.id, url, rank, source.world_size, source.document, Ledger()))
-    batch_bytes = _REMOTE_BATCH_BYTES if is_url(url) else _LOCAL_BATCH_BYTES
+def _convert_rank(source: Run, sink: Sink, documents: RunDocuments, on_tensor: Callable[[], None]) -> None:
+    documents.open()
+    run = documents.run
+    sink.open(run)
+    batch_bytes = _REMOTE_BATCH_BYTES if is_url(run.url) else _LOCAL_BATCH_BYTES
     for step in source.values():
-        overlap = overlapping(step.documents[rank])
-        if overlap is not None:
-            raise ReadError(f"{source.url}: {overlap}")
-        for batch in _batches(source, step, rank, batch_bytes):
+        if run.rank not in step.ranks:
+            continue
+        for problem in source.stored.problems(step.number, run.rank, thorough=False):
+            raise ReadError(f"{source.url}: {problem}")
+        for batch in _batches(source, step, run.rank, batch_bytes):
             sink.write(batch)
             for _ in batch:
                 on_tensor()
-        sink.commit_step(summary_of(step, rank))
-    sink.close()
+        sink.commit_step(summary_of(step, run.rank))
+    close_run(sink, documents)
 
 
 def _batches(source: Run, step: Step, rank: int, batch_bytes: int) -> Iterator[list[Record]]:
@@ -90,7 +99,7 @@ def _batches(source: Run, step: Step, rank: int, batch_bytes: int) -> Iterator[l
     batch: list[Record] = []
     size = 0
     hashes: dict[str, Any] = {}
-    for stored in read_payloads(source.files, step.documents[rank]["records"], keep=True):
+    for stored in read_payloads(source.stored, step.documents[rank]["records"], keep=True):
         record = _record(step, rank, stored)
         if record.alias_of is not None and hashes.get(record.alias_of) != record.hash:
             raise ReadError(f"step {step.number}: {record.name} is no alias of {record.alias_of!r}")
@@ -139,14 +148,14 @@ def summary_of(step: Step, rank: int) -> StepSummary:
     )
 
 
-def _restore_documents(source: Run, url: str, storage_options: Mapping[str, Any] | None) -> None:
-    """Put back what the sinks cannot know: when the run was closed, and with which ledger."""
-    store = store_at(url, storage_options)
+def _restore_documents(source: Run, url: str, location: Location, document: Json) -> None:
+    """Put back what a new run cannot know: when the source was closed, and with which ledger."""
+    store = open_store(dataclasses.replace(location, url=url))
     for rank in range(1, source.world_size):
         marker = f"close{rank_suffix(rank)}.json"
         store.put(marker, [_text(source.json(marker))])
-    written = json.loads(store.get(RUN_FILE))
-    store.put(RUN_FILE, [_text({**source.document, "backend": written["backend"]})])
+    store.put(RUN_FILE, [_text(document)])
+    store.close()
 
 
 def _text(document: Any) -> bytes:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import io
 import json
 from collections.abc import Callable, Iterator, Mapping
@@ -12,14 +11,20 @@ from typing import Any, ClassVar
 import torch
 from fsspec import AbstractFileSystem
 
+from tlcore_backends.pt.encode import encode, file_bytes
+
 from ..layout.names import rank_suffix, step_dir
+from ..layout.run_files import RUN_FILE
+from ..protocols import SupportsFileTree
 from ..reader import Step, open_run
-from ..reader.files import RUN_FILE, payload
-from ..reader.slices import Slice
+from ..reader.stored import kind, payload
 from ..record import Json
 from .convert import summary_of
 
 _Render = Callable[[], bytes]
+_OF_EVERY_RECORD = frozenset(
+    ("name", "module", "call", "direction", "path", "dtype", "shape", "device", "bytes", "hash", "alias_of")
+)
 
 
 class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships no types
@@ -40,12 +45,15 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
         self._run = opened
         self._sizes: dict[str, int | _Render] = {}
         self._renders: dict[str, _Render] = {}
-        if opened.document.get("backend") != "safetensors":
-            self._sizes |= opened.files.sizes
+        self._read: Callable[[str], bytes] = opened.stored.files.read
+        source = opened.stored.source
+        if isinstance(source, SupportsFileTree):
+            self._sizes |= source.tree()
+            self._read = source.file
             return
-        for name in opened.files.sizes:
-            if "/" not in name:
-                self._add(name, partial(opened.files.read, name))
+        for name in opened.stored.files.top:
+            if name.endswith(".json"):
+                self._add(name, partial(opened.stored.files.read, name))
         self._add(RUN_FILE, lambda: _readable({**opened.document, "backend": "pt"}))
         for step in opened.values():
             for rank in step.ranks:
@@ -80,7 +88,7 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
         if path not in self._sizes:
             raise FileNotFoundError(f"{self._run.url}: {path}")
         render = self._renders.get(path)
-        data = self._run.files.read(path) if render is None else render()
+        data = self._read(path) if render is None else render()
         return data[start:end]
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
@@ -115,20 +123,19 @@ def _step_json(step: Step, rank: int) -> bytes:
 
 def _in_files(records: list[Json]) -> Iterator[Json]:
     for record in records:
-        entry = {key: value for key, value in record.items() if key not in ("shard", "offsets")}
+        # What else a record has is where the bytes lie in its own format.
+        entry = {key: value for key, value in record.items() if key in _OF_EVERY_RECORD}
         yield {**entry, "file": f"{record['name']}.pt", "file_bytes": _size(record)}
 
 
 def _size(record: Json) -> int:
     """How many bytes a record's ``.pt`` file has. Raises ReadError for a record that makes no sense."""
-    place = Slice.of(record, str(record.get("name")))
-    return _file_bytes(place.dtype, place.shape)
+    return _file_bytes(*kind(record, str(record.get("name"))))
 
 
 @lru_cache(maxsize=4096)
 def _file_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
-    size: int = importlib.import_module("tlcore_backends.pt.encode").file_bytes(dtype, shape)
-    return size
+    return file_bytes(dtype, shape)
 
 
 def _encoded(step: Step, name: str) -> bytes:
@@ -137,8 +144,6 @@ def _encoded(step: Step, name: str) -> bytes:
 
 
 def _file(dtype: torch.dtype, shape: tuple[int, ...], data: memoryview) -> bytes:
-    # Looked up by name, since the engine never imports a backend.
-    encode = importlib.import_module("tlcore_backends.pt.encode").encode
     return b"".join(encode(dtype, shape, data))
 
 

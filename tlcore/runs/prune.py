@@ -7,8 +7,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import datetime, timezone
-from importlib import import_module
 from typing import Any
+
+from tlcore_backends.storage.leftovers import remove_run, stored_bytes
 
 from ..errors import ReadError
 from ..reader import Run, list_runs, open_run
@@ -54,7 +55,6 @@ def plan(
     ranks) and it was active within a day. Runs that cannot be read and symbolic links are left alone.
     Raises ReadError and BackendError as `list_runs` does.
     """
-    backend: Any = import_module("tlcore_backends.storage.leftovers")
     now = datetime.now(timezone.utc)
     remove: list[Candidate] = []
     running: list[Candidate] = []
@@ -63,7 +63,7 @@ def plan(
         # What a symbolic link leads to is not in this directory.
         if summary.problem is not None or os.path.islink(summary.path):
             continue
-        size = backend.stored_bytes(summary.path, storage_options)
+        size = stored_bytes(summary.path, storage_options)
         total += size
         created = _time(summary.created)
         if older_than_s is not None and (created is None or (now - created).total_seconds() <= older_than_s):
@@ -84,7 +84,7 @@ def plan(
 
 def remove(candidate: Candidate, storage_options: Options = None) -> None:
     """Remove a run. Raises BackendError as the place does."""
-    import_module("tlcore_backends.storage.leftovers").remove_run(candidate.path, storage_options)
+    remove_run(candidate.path, storage_options)
 
 
 def _oldest(candidates: list[Candidate], total: int, max_total: int | None) -> list[Candidate]:

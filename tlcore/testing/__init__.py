@@ -3,6 +3,7 @@
 The suites are plain pytest classes, so pytest must be installed to use them.
 """
 
+from .run_writer import RunWriter
 from .samples import every_dtype, make_record, make_run, make_summary
 from .sink_suite import SinkConformance, Tensors
 from .store_suite import StoreConformance
@@ -11,6 +12,7 @@ from .stores import FailingStore, MemoryStore, SlowStore
 __all__ = [
     "FailingStore",
     "MemoryStore",
+    "RunWriter",
     "SinkConformance",
     "SlowStore",
     "StoreConformance",

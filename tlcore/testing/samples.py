@@ -10,12 +10,19 @@ import torch
 import xxhash
 
 from ..record import LAYOUT_VERSION, Counts, Json, Ledger, Origin, Record, RunInfo, StepSummary
+from ..registry import open_store
+from ..storage import Location, Store
 
 
 def make_run(
-    url: str | Path, rank: int = 0, world_size: int = 1, run_id: str = "run-1", fsync: bool = False
+    url: str | Path,
+    rank: int = 0,
+    world_size: int = 1,
+    run_id: str = "run-1",
+    fsync: bool = False,
+    store: Store | None = None,
 ) -> RunInfo:
-    """A run at ``url`` with a small, whole document."""
+    """A run at ``url``, its ``store`` opened there, with a small, whole document."""
     document: Json = {
         "layout": LAYOUT_VERSION,
         "run_id": run_id,
@@ -27,7 +34,8 @@ def make_run(
         "backend": "test",
         "versions": {},
     }
-    return RunInfo(run_id, str(url), rank, world_size, document, Ledger(), fsync)
+    store = store or open_store(Location(str(url), fsync=fsync))
+    return RunInfo(run_id, str(url), rank, world_size, document, Ledger(), fsync, store=store)
 
 
 def make_record(name: str, tensor: torch.Tensor, rank: int = 0, alias_of: str | None = None) -> Record:

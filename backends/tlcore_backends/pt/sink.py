@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from tlcore.layout.names import step_dir
+from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.templates import quoted, structures_of
 from tlcore.record import Record, RunInfo, StepSummary
 
-from ..storage.open import Limits
-from ..storage.run_directory import RunDirectory
+from ..storage.run_store import store_of
 from ..storage.uploads import Uploads
 from .encode import encode, file_bytes
 
@@ -19,30 +17,15 @@ class PtSink:
     """Writes each record as ``<logical name>.pt``; identical tensors of a step are copies of one file.
 
     On the local disk such a copy is a hard link, in object storage the server makes it, and many files
-    travel at once. ``storage_options`` go to the fsspec filesystem when the run lies at a URL,
-    ``limits`` hold for its requests.
+    travel at once.
     """
 
-    def __init__(
-        self, storage_options: Mapping[str, Any] | None = None, limits: Limits | None = None
-    ) -> None:
-        self._storage_options = storage_options
-        self._limits = limits
-
     def open(self, run: RunInfo) -> None:
-        """Make the run's directory and, on rank 0, its ``run.json``.
-
-        Raises BackendError when the directory cannot be made or written, or holds something else.
-        """
-        self._directory = RunDirectory(run, "pt", self._storage_options, self._limits)
-        self._uploads = Uploads(self._directory.store)
+        """Begin to write into ``run.store``."""
+        self._store = store_of(run)
+        self._suffix = rank_suffix(run.rank)
+        self._uploads = Uploads(self._store)
         self._begin_step(None)
-        self._directory.open()
-
-    @property
-    def waiting(self) -> str | None:
-        """What has not reached its place yet, in words; None when everything has."""
-        return self._directory.waiting
 
     def write(self, batch: Sequence[Record]) -> None:
         """Write records of one step; a record that repeats an earlier one becomes another name of it."""
@@ -67,17 +50,21 @@ class PtSink:
         directory = step_dir(step.step)
         structures = structures_of(directory, step.structures)
         for name in structures:
-            self._put(f"{directory}/{self._directory.ranked(name)}", structures.readable(name))
+            self._put(f"{directory}/{self._ranked(name)}", structures.readable(name))
         calls = "".join(f"{call}\n" for call in step.calls)
-        self._put(f"{directory}/module_calls{self._directory.suffix}.txt", calls)
+        self._put(f"{directory}/module_calls{self._suffix}.txt", calls)
         self._uploads.wait()
-        self._directory.put_step(step.step, step.to_text(self._entries))
+        text = step.to_text(self._entries).encode("utf-8")
+        self._store.put(f"{directory}/step{self._suffix}.json", [text])
         self._begin_step(None)
 
     def close(self) -> None:
-        """Rank 0 marks ``run.json`` complete; every other rank leaves its own close marker."""
+        """End the threads."""
         self._uploads.close()
-        self._directory.close()
+
+    def _ranked(self, structure: str) -> str:
+        """The name of a structure file as this rank writes it."""
+        return f"{structure.removesuffix('.json')}{self._suffix}.json"
 
     def _begin_step(self, step: int | None) -> None:
         self._step = step
@@ -95,7 +82,7 @@ class PtSink:
             dtype, shape, data = record.dtype, record.shape, record.data
             size = file_bytes(dtype, shape)
             # Encoded where it is written, since its checksum takes longer than the writing.
-            self._uploads.run(lambda: self._directory.store.put(file, encode(dtype, shape, data)))
+            self._uploads.run(lambda: self._store.put(file, encode(dtype, shape, data)))
         self._sizes[record.name] = size
         self._entries.append(f'{record.entry_text()},"file":{quoted(file)},"file_bytes":{size}}}')
 

@@ -9,11 +9,9 @@ import torch
 
 from tlcore.errors import BackendError
 from tlcore.layout.templates import compact, quoted
-from tlcore.protocols import Buffer, Store
 from tlcore.record import Record
+from tlcore.storage import Appending, Buffer, Store, SupportsAppend
 
-from ..storage.atomic_file import AtomicFile
-from ..storage.local import LocalStore
 from .shard_buffer import ShardBuffer, ShardBuffers
 
 # Only what every reader of the format knows; any other dtype is stored as raw numbers and marked.
@@ -67,7 +65,7 @@ class Shard:
         self._memory = memory
         # Room for the header, then the payload: nothing need be put together when it is published.
         self._gathered: ShardBuffer | None = None
-        self._file: AtomicFile | None = None
+        self._file: Appending | None = None
         self._metadata = ['"format":"pt"', '"tlcore.layout":"1"']
         self._tensors: list[str] = []
         self._header_bytes = _FIXED + sum(map(len, self._metadata))
@@ -119,7 +117,7 @@ class Shard:
         if not waiting:
             return
         if self._file is None:
-            if not isinstance(self._store, LocalStore) or self.payload_bytes <= _SMALL:
+            if not isinstance(self._store, SupportsAppend) or self.payload_bytes <= _SMALL:
                 self._gather(waiting)
                 return
             self._file = self._store.begin(self.name, self._reserve)
@@ -180,7 +178,7 @@ class Shard:
             raise ValueError(f"{self.name} is not sealed")
         return self._data_begin
 
-    def _append(self, file: AtomicFile, parts: Sequence[Buffer]) -> None:
+    def _append(self, file: Appending, parts: Sequence[Buffer]) -> None:
         try:
             file.write(parts)
         except OSError as error:
@@ -210,5 +208,5 @@ def _header_of(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, str]:
     return f'{{"dtype":"{name}","shape":{compact(extents)},"data_offsets":', mark
 
 
-def _refused(file: AtomicFile, error: OSError) -> BackendError:
+def _refused(file: Appending, error: OSError) -> BackendError:
     return BackendError(f"cannot write {file.target}: {error.strerror or error}")

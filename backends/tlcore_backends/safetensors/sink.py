@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterator, Sequence
 
-from tlcore.layout.names import step_dir
+from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.templates import compact, structures_of
 from tlcore.record import Json, Record, RunInfo, StepSummary
+from tlcore.storage import SupportsFiles
 
-from ..storage.local import LocalStore
-from ..storage.open import Limits
-from ..storage.run_directory import RunDirectory
+from ..storage.run_store import store_of
 from ..storage.uploads import AtOnce, Uploads
 from .shard import Shard
 from .shard_buffer import ShardBuffers
@@ -27,38 +25,22 @@ class SafetensorsSink:
 
     A shard is sealed when the next record would make its payload larger than ``shard_bytes``, and at
     the step's end. Structures are packed into ``step.json``. Identical tensors of a step are stored
-    once. ``storage_options`` go to the fsspec filesystem when the run lies at a URL, ``limits`` hold
-    for its requests.
+    once.
     """
 
-    def __init__(
-        self,
-        shard_bytes: int = SHARD_BYTES,
-        storage_options: Mapping[str, Any] | None = None,
-        limits: Limits | None = None,
-    ) -> None:
+    def __init__(self, shard_bytes: int = SHARD_BYTES) -> None:
         self._shard_bytes = shard_bytes
-        self._storage_options = storage_options
-        self._limits = limits
 
     def open(self, run: RunInfo) -> None:
-        """Make the run's directory and, on rank 0, its ``run.json``.
-
-        Raises BackendError when the directory cannot be made or written, or holds something else.
-        """
-        self._directory = RunDirectory(run, "safetensors", self._storage_options, self._limits)
-        store = self._directory.store
-        self._uploads = AtOnce() if isinstance(store, LocalStore) else Uploads(store)
+        """Begin to write into ``run.store``."""
+        self._store = store_of(run)
+        self._suffix = rank_suffix(run.rank)
+        # A place that answers at once needs no threads.
+        self._uploads = AtOnce() if isinstance(self._store, SupportsFiles) else Uploads(self._store)
         self._memory = ShardBuffers()
         self._rank = run.rank
         self._shard: Shard | None = None
         self._begin_step(None)
-        self._directory.open()
-
-    @property
-    def waiting(self) -> str | None:
-        """What has not reached its place yet, in words; None when everything has."""
-        return self._directory.waiting
 
     def write(self, batch: Sequence[Record]) -> None:
         """Append records of one step; one that repeats an earlier record only gets its name noted."""
@@ -76,16 +58,16 @@ class SafetensorsSink:
         self._seal()
         self._uploads.wait()
         structures = structures_of(step_dir(step.step), step.structures)
-        more = {"structures": structures.packed(self._directory.suffix), "shards": compact(self._sealed)}
-        self._directory.put_step(step.step, step.to_text(self._entry_texts(), more))
+        more = {"structures": structures.packed(self._suffix), "shards": compact(self._sealed)}
+        text = step.to_text(self._entry_texts(), more).encode("utf-8")
+        self._store.put(f"{step_dir(step.step)}/step{self._suffix}.json", [text])
         self._begin_step(None)
 
     def close(self) -> None:
-        """Rank 0 marks ``run.json`` complete; every other rank leaves its own close marker."""
+        """Forget a step that was not committed, end the threads, give the memory back."""
         self._begin_step(None)
         self._uploads.close()
         self._memory.clear()
-        self._directory.close()
 
     def _begin_step(self, step: int | None) -> None:
         if self._shard is not None:
@@ -139,7 +121,7 @@ class SafetensorsSink:
     def _open_shard(self, step: int) -> Shard:
         index = len(self._sealed)
         name = f"{step_dir(step)}/shard_rank_{self._rank}_{index}.safetensors"
-        self._shard = Shard(self._directory.store, name, index, self._shard_bytes, self._memory)
+        self._shard = Shard(self._store, name, index, self._shard_bytes, self._memory)
         return self._shard
 
     def _seal(self) -> None:

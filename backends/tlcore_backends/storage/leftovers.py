@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
-import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -16,12 +14,13 @@ import fsspec
 
 from tlcore.errors import BackendError
 from tlcore.layout.names import redact_url
-from tlcore.protocols import Store
+from tlcore.layout.run_files import RUN_FILE
+from tlcore.registry import open_store
+from tlcore.storage import Store, SupportsRemoval, SupportsUsage
 
-from .local import LocalStore, unfinished_files
-from .open import open_store
+from .local import unfinished_files
 from .redaction import Redactor
-from .spill.delivery import RUN_FILE, STEP_END
+from .spill.delivery import STEP_END
 from .uploads import Uploads
 
 
@@ -47,24 +46,17 @@ def remove_run(url: str, storage_options: Mapping[str, Any] | None = None) -> No
     rest = [name for name in names if not STEP_END.fullmatch(name) and name != RUN_FILE]
     for group in (ends, rest, [RUN_FILE]):
         _delete(store, group)
-    if isinstance(store, LocalStore):
-        try:
-            shutil.rmtree(store.url)
-        except OSError as error:
-            raise BackendError(f"cannot remove {store.url}: {error.strerror or error}") from error
+    if isinstance(store, SupportsRemoval):
+        store.remove_root()
     store.close()
 
 
 def stored_bytes(url: str, storage_options: Mapping[str, Any] | None = None) -> int:
     """How many bytes a run takes; hard links to one file count once."""
     store = open_store(url, storage_options)
-    if not isinstance(store, LocalStore):
-        return sum(entry.size for entry in store.list())
-    files = []
-    for entry in store.list():
-        with contextlib.suppress(FileNotFoundError):
-            files.append(os.lstat(os.path.join(store.url, entry.name)))
-    return sum({(status.st_dev, status.st_ino): status.st_size for status in files}.values())
+    if isinstance(store, SupportsUsage):
+        return store.usage()
+    return sum(entry.size for entry in store.list())
 
 
 def leftovers(

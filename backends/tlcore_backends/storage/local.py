@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import io
 import itertools
 import os
 import re
 import secrets
+import shutil
 import stat
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 from tlcore.errors import BackendError
-from tlcore.protocols import Buffer, Entry
+from tlcore.storage import Buffer, Entry, Level, Location, Store
 
 from .atomic_file import AtomicFile, remove_quietly, sync_directory
 from .trust import check_trusted
@@ -38,6 +41,19 @@ def check_name(name: str) -> str:
     if _BAD_NAME.search(name) or name.endswith(UNFINISHED):
         raise BackendError(f"{name!r} is not a valid name: it must be a relative path without '..'")
     return name
+
+
+def open_local(location: Location) -> Store:
+    """The store of a path or a ``file://`` URL of this machine; of another machine's, fsspec's."""
+    if "://" not in location.url:
+        return LocalStore(location.url, location.fsync)
+    parts = urlsplit(location.url)
+    if not parts.netloc:
+        return LocalStore(unquote(parts.path), location.fsync)
+    # Loaded only when needed: most runs go to the local disk.
+    from .remote import open_remote
+
+    return open_remote(location)
 
 
 class LocalStore:
@@ -77,6 +93,30 @@ class LocalStore:
             raise BackendError(
                 f"{self.root}: other users can write this directory; choose another output_dir, or remove it"
             )
+
+    def prepare_parent(self) -> None:
+        """Make the directory that the root lies in, or accept it. Raises BackendError, or OSError."""
+        make_parent(self._root)
+
+    def path(self, name: str = "") -> str:
+        """The absolute path of a blob's file, or of the root."""
+        return self._place(name) if name else self._root
+
+    def usage(self) -> int:
+        """Bytes that the blobs take; hard links to one file count once."""
+        sizes: dict[tuple[int, int], int] = {}
+        for entry in self.list():
+            with contextlib.suppress(FileNotFoundError):
+                status = os.lstat(self._place(entry.name))
+                sizes[status.st_dev, status.st_ino] = status.st_size
+        return sum(sizes.values())
+
+    def remove_root(self) -> None:
+        """Remove the root and all that is left below it."""
+        try:
+            shutil.rmtree(self._root)
+        except OSError as error:
+            raise BackendError(f"cannot remove {self._root}: {error.strerror or error}") from error
 
     def put(self, name: str, parts: Sequence[Buffer]) -> int:
         """Publish the concatenation of ``parts`` as ``name``; returns its size in bytes."""
@@ -168,6 +208,26 @@ class LocalStore:
                     yield Entry(name, entry.stat(follow_symlinks=False).st_size)
                 except FileNotFoundError:
                     continue
+
+    def level(self, directory: str = "") -> Level:
+        """What lies directly in a directory; symbolic links are left out."""
+        start = self._place(directory) if directory else self._root
+        begin = f"{directory}/" if directory else ""
+        found = Level([], [])
+        try:
+            with os.scandir(start) as entries:
+                for entry in entries:
+                    if entry.is_dir(follow_symlinks=False):
+                        found.directories.append(begin + entry.name)
+                    elif entry.is_file(follow_symlinks=False) and not entry.name.endswith(UNFINISHED):
+                        with contextlib.suppress(FileNotFoundError):
+                            size = entry.stat(follow_symlinks=False).st_size
+                            found.blobs.append(Entry(begin + entry.name, size))
+        except (FileNotFoundError, NotADirectoryError):
+            pass
+        except OSError as error:
+            raise _refused("list", start, error) from error
+        return found
 
     def delete(self, name: str) -> None:
         """Remove a blob; a missing one is not an error."""

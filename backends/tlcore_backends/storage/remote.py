@@ -1,18 +1,15 @@
-"""The ``fsspec`` backend: any format over any fsspec protocol, with our own deadline and retries."""
+"""`FsspecStore`: blobs wherever fsspec reaches, with our own deadline and retries."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 from tlcore.errors import BackendError
-from tlcore.protocols import Buffer, Entry, Sink
+from tlcore.storage import Buffer, Entry, Level, Location, RetryPolicy, Store
 
-from ..pt.sink import PtSink
-from ..safetensors.sink import SHARD_BYTES, SafetensorsSink
 from .filesystems import open_filesystem
 from .local import UNFINISHED, check_name
-from .open import ATTEMPTS, DEADLINE_S, Limits
 from .redaction import Redactor
 from .retries import DeadlineError, RemoteCalls, is_about_credentials
 
@@ -20,39 +17,29 @@ from .retries import DeadlineError, RemoteCalls, is_about_credentials
 _UNKNOWN_BYTES = 512 << 20
 
 
-def make_sink(
-    format: Literal["pt", "safetensors"] = "pt",
-    storage_options: Mapping[str, Any] | None = None,
-    shard_bytes: int = SHARD_BYTES,
-    deadline_s: float = DEADLINE_S,
-    attempts: int = ATTEMPTS,
-) -> Sink:
-    """The sink of ``backend: "fsspec"``; where it writes is the run's URL."""
-    limits = Limits(deadline_s, attempts)
-    if format == "safetensors":
-        return SafetensorsSink(shard_bytes, storage_options, limits)
-    return PtSink(storage_options, limits)
+def open_remote(location: Location) -> Store:
+    """The store of a URL of any protocol that fsspec knows."""
+    return FsspecStore(location.url, location.storage_options, location.retries)
 
 
 class FsspecStore:
     """Blobs under ``url`` in any storage that fsspec reaches (``s3://``, ``gs://``, ``az://``, ...).
 
     A blob is published by one complete upload, in several parts when it is large; a filesystem that
-    shows half-written files gets a ``.tmp`` name and a rename. ``deadline_s`` and ``attempts`` are as in
-    `RemoteCalls`. Raises BackendError for an unknown protocol, a missing package or unusable options.
+    shows half-written files gets a ``.tmp`` name and a rename. ``retries`` is as in `RemoteCalls`. Raises
+    BackendError for an unknown protocol, a missing package or unusable options.
     """
 
     def __init__(
         self,
         url: str,
         storage_options: Mapping[str, Any] | None = None,
-        deadline_s: float = DEADLINE_S,
-        attempts: int = ATTEMPTS,
+        retries: RetryPolicy = RetryPolicy(),  # noqa: B008 - it is frozen
     ) -> None:
         options = dict(storage_options or {})
         self._redactor = Redactor(url, options)
         self._filesystem, self._root = open_filesystem(url, options, self._redactor)
-        self._calls = RemoteCalls(self._filesystem, deadline_s, attempts)
+        self._calls = RemoteCalls(self._filesystem, retries)
         # The others want bytes: a copy of what may be half a gigabyte.
         self._takes_buffers = type(self._filesystem).__module__.startswith("obstore.")
         # Object stores and the memory filesystem show an upload only when it is whole.
@@ -141,6 +128,29 @@ class FsspecStore:
                 and not name.endswith(UNFINISHED)
             ):
                 yield Entry(name, int(info["size"]))
+
+    def level(self, directory: str = "") -> Level:
+        """What lies directly in a directory, by a listing with a delimiter."""
+        start = self._place(directory) if directory else self._root
+        self._filesystem.invalidate_cache()
+        found = Level([], [])
+        try:
+            listed: list[dict[str, Any]] = self._calls.run("ls", start, detail=True)
+        except FileNotFoundError:
+            return found
+        except Exception as error:
+            raise self._refused("list", directory, error) from None
+        for info in listed:
+            path = str(info["name"]).rstrip("/")
+            name = path[len(self._root) + 1 :]
+            # Some list the directory itself, as a marker or as a file of its own name.
+            if not path.startswith(f"{self._root}/") or name == directory:
+                continue
+            if info.get("type") == "directory":
+                found.directories.append(name)
+            elif not name.endswith(UNFINISHED):
+                found.blobs.append(Entry(name, int(info["size"])))
+        return found
 
     def delete(self, name: str) -> None:
         """Remove a blob; a missing one is not an error."""

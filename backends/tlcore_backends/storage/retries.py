@@ -10,8 +10,9 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
+from tlcore.storage import RetryPolicy
+
 from .filesystems import FileSystem
-from .open import ATTEMPTS, DEADLINE_S
 from .threads import in_thread
 
 # A transfer this slow is as good as none.
@@ -44,16 +45,14 @@ class DeadlineError(TimeoutError):
 class RemoteCalls:
     """Runs methods of one filesystem; safe to use from several threads at once.
 
-    A call gets ``deadline_s`` seconds and one more for each megabyte it moves. What may pass (no answer,
-    no connection, a busy server) is tried ``attempts`` times with growing, random pauses.
+    A call gets `RetryPolicy.deadline_s` seconds and one more for each megabyte it moves. What may pass (no
+    answer, no connection, a busy server) is tried `RetryPolicy.attempts` times with growing, random pauses.
     """
 
-    def __init__(
-        self, filesystem: FileSystem, deadline_s: float = DEADLINE_S, attempts: int = ATTEMPTS
-    ) -> None:
+    def __init__(self, filesystem: FileSystem, retries: RetryPolicy) -> None:
         self._filesystem = filesystem
-        self._deadline_s = deadline_s
-        self._attempts = attempts
+        self._deadline_s = retries.deadline_s
+        self._attempts = retries.attempts
         if filesystem.async_impl:
             _let_connections_die_quietly(filesystem.loop)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 
-from tlcore.protocols import Buffer, Store
-
-from .local import LocalStore
+from tlcore.storage import Buffer, Store, SupportsFiles
 
 _REMOTE_THREADS = 16
 # Making a file waits for the file system more than it computes. A few at a time share one handover.
@@ -23,7 +21,7 @@ class Uploads:
 
     def __init__(self, store: Store) -> None:
         self._store = store
-        local = isinstance(store, LocalStore)
+        local = isinstance(store, SupportsFiles)
         self._group_size = _LOCAL_GROUP if local else 1
         self._pool = ThreadPoolExecutor(_LOCAL_THREADS if local else _REMOTE_THREADS, "tlcore-upload")
         self._group: list[Callable[[], object]] = []

@@ -15,6 +15,7 @@ import xxhash
 from tlcore.errors import BackendError
 from tlcore.protocols import Sink
 from tlcore.record import Counts, Json, Ledger, Origin, Record, RunInfo, StepSummary
+from tlcore.testing import RunWriter
 from tlcore_backends.pt.sink import PtSink
 
 
@@ -60,8 +61,7 @@ def test_the_sink_fulfils_the_protocol() -> None:
 
 def test_a_run_has_the_documented_tree(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run")
-    sink, tensor = PtSink(), torch.arange(6, dtype=torch.bfloat16).view(2, 3)
-    sink.open(run)
+    sink, tensor = RunWriter(PtSink(), run=run), torch.arange(6, dtype=torch.bfloat16).view(2, 3)
     assert read(tmp_path / "run/run.json")["state"] == "running"
     first = make_record("step_0/a/outputs_cpu", tensor)
     again = make_record("step_0/b/inputs_0_cpu", tensor, alias_of=first.name)
@@ -104,8 +104,7 @@ def test_a_run_has_the_documented_tree(tmp_path: Path) -> None:
 
 def test_further_ranks_write_their_own_files(tmp_path: Path) -> None:
     for rank in (1, 0):
-        sink = PtSink()
-        sink.open(make_run(tmp_path / "run", rank, world_size=2))
+        sink = RunWriter(PtSink(), run=make_run(tmp_path / "run", rank, world_size=2), backend="pt")
         label = "" if rank == 0 else "_rank_1"
         sink.write([make_record(f"step_0/a/outputs_cpu{label}", torch.ones(2), rank)])
         sink.commit_step(make_summary(0, ["a"], {"a/outputs.json": {"type": "none"}}, rank))
@@ -120,8 +119,7 @@ def test_further_ranks_write_their_own_files(tmp_path: Path) -> None:
 
 
 def test_an_abandoned_step_leaves_no_trace_in_the_next(tmp_path: Path) -> None:
-    sink = PtSink()
-    sink.open(make_run(tmp_path / "run"))
+    sink = RunWriter(PtSink(), run=make_run(tmp_path / "run"), backend="pt")
     sink.write([make_record("step_0/a/outputs_cpu", torch.ones(2))])
     sink.write([make_record("step_1/a/outputs_cpu", torch.ones(2))])
     sink.commit_step(make_summary(1, ["a"], {}))
@@ -132,8 +130,7 @@ def test_an_abandoned_step_leaves_no_trace_in_the_next(tmp_path: Path) -> None:
 
 
 def test_an_alias_of_a_record_that_was_not_stored_stands_for_itself(tmp_path: Path) -> None:
-    sink = PtSink()
-    sink.open(make_run(tmp_path / "run"))
+    sink = RunWriter(PtSink(), run=make_run(tmp_path / "run"), backend="pt")
     sink.write([make_record("step_0/a/outputs_cpu", torch.ones(2), alias_of="step_0/lost/outputs_cpu")])
     sink.commit_step(make_summary(0, ["a"], {}))
     assert "alias_of" not in read(tmp_path / "run/step_0/step.json")["records"][0]
@@ -141,32 +138,31 @@ def test_an_alias_of_a_record_that_was_not_stored_stands_for_itself(tmp_path: Pa
 
 
 def test_a_directory_made_by_the_front_end_is_accepted(tmp_path: Path) -> None:
-    PtSink().open(make_run(tmp_path / "run"))
-    PtSink().open(make_run(tmp_path / "run", rank=1, world_size=2))
-    PtSink().open(make_run(tmp_path / "run"))
+    RunWriter(PtSink(), run=make_run(tmp_path / "run"))
+    RunWriter(PtSink(), run=make_run(tmp_path / "run", rank=1, world_size=2))
+    RunWriter(PtSink(), run=make_run(tmp_path / "run"))
 
 
 def test_the_directory_of_another_run_or_of_no_run_is_refused(tmp_path: Path) -> None:
-    PtSink().open(make_run(tmp_path / "run"))
+    RunWriter(PtSink(), run=make_run(tmp_path / "run"))
     with pytest.raises(BackendError, match="already holds run 'run-1'"):
-        PtSink().open(make_run(tmp_path / "run", run_id="run-2"))
+        RunWriter(PtSink(), run=make_run(tmp_path / "run", run_id="run-2"))
     (tmp_path / "home").mkdir(mode=0o700)
     (tmp_path / "home/thesis.tex").write_text("")
     with pytest.raises(BackendError, match=r"holds 'thesis.tex' and no run.json"):
-        PtSink().open(make_run(tmp_path / "home"))
+        RunWriter(PtSink(), run=make_run(tmp_path / "home"))
 
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(BackendError, match=f"{tmp_path}/file/run"):
-        PtSink().open(make_run(tmp_path / "file" / "run"))
+        RunWriter(PtSink(), run=make_run(tmp_path / "file" / "run"))
 
 
 def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
     contents = []
     for place in ("one", "two"):
-        sink = PtSink()
-        sink.open(make_run(tmp_path / place))
+        sink = RunWriter(PtSink(), run=make_run(tmp_path / place), backend="pt")
         sink.write([make_record("step_0/a/outputs_cpu", torch.arange(5.0))])
         sink.commit_step(make_summary(0, ["a"], {"a/outputs.json": {"type": "str", "value": "\ud800"}}))
         files = sorted((tmp_path / place).rglob("*.*"))

@@ -13,10 +13,10 @@ from tests.backends.raw import committed
 from tlcore.errors import BackendError
 from tlcore.protocols import Buffer
 from tlcore.record import Record
+from tlcore.registry import open_store
 from tlcore.testing import make_record, make_run, make_summary
 from tlcore_backends.safetensors.shard_buffer import ShardBuffer, ShardBuffers
 from tlcore_backends.safetensors.sink import SafetensorsSink
-from tlcore_backends.storage.open import open_store
 from tlcore_backends.storage.remote import FsspecStore
 
 FLOATS = 1 << 19

@@ -14,19 +14,18 @@ import tlcore
 from tests.backends.raw import committed, step_documents
 from tlcore.errors import BackendError
 from tlcore.record import Record
-from tlcore.testing import every_dtype, make_record, make_run, make_summary
+from tlcore.registry import open_store
+from tlcore.testing import RunWriter, every_dtype, make_record, make_run, make_summary
 from tlcore_backends.safetensors.sink import SafetensorsSink
-from tlcore_backends.storage.open import open_store
 
 
 def store(sink: SafetensorsSink, url: Path | str, records: list[Record], **run: Any) -> dict[str, Any]:
     """Store ``records`` as step 0 and give its ``step.json``."""
-    info = make_run(url, **run)
-    sink.open(info)
+    writer = RunWriter(sink, run=make_run(url, **run), backend="safetensors")
     for record in records:
-        sink.write([record])
-    sink.commit_step(make_summary(0, records, info.rank, rows=[{"request_id": "r"}], note=1))
-    sink.close()
+        writer.write([record])
+    writer.commit_step(make_summary(0, records, writer.run.rank, rows=[{"request_id": "r"}], note=1))
+    writer.close()
     return step_documents(open_store(url))[0][1]
 
 

@@ -15,9 +15,12 @@ import pytest
 import torch
 
 from tlcore.errors import BackendError
-from tlcore.testing import make_record, make_run
+from tlcore.storage import Location, RetryPolicy
+from tlcore.testing import RunWriter, make_record, make_run
+from tlcore_backends.fsspec import make_sink
+from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.storage.obstore_options import obstore_options
-from tlcore_backends.storage.remote import FsspecStore, make_sink
+from tlcore_backends.storage.remote import FsspecStore
 from tlcore_backends.storage.retries import RemoteCalls, is_transient
 
 KEY, SECRET = "AKIAEXAMPLEKEYID", "example/secret+key"
@@ -60,7 +63,7 @@ def busy() -> Iterator[BusyServer]:
 
 def s3(port: int, **limits: Any) -> FsspecStore:
     options = {"key": KEY, "secret": SECRET, "endpoint_url": f"http://127.0.0.1:{port}"}
-    return FsspecStore("s3://bucket/run", options, **limits)
+    return FsspecStore("s3://bucket/run", options, RetryPolicy(**limits))
 
 
 def test_a_busy_server_is_asked_again(busy: BusyServer) -> None:
@@ -93,9 +96,9 @@ def test_a_silent_server_does_not_hang_anything() -> None:
 def test_a_sink_that_cannot_write_fails_when_it_is_opened() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-    sink = make_sink("pt", {"key": KEY, "secret": SECRET, "endpoint_url": f"http://127.0.0.1:{port}"})
+    options = {"key": KEY, "secret": SECRET, "endpoint_url": f"http://127.0.0.1:{port}"}
     with pytest.raises(BackendError, match=r"run\.json: EndpointConnectionError") as caught:
-        sink.open(make_run("s3://bucket/run"))
+        RunWriter(PtSink(), run=make_run("memory://bucket/run"), location=Location("s3://bucket", options))
     assert SECRET not in str(caught.value)
 
 
@@ -182,7 +185,7 @@ def test_a_call_in_a_thread_has_the_same_deadline() -> None:
             time.sleep(seconds)
             return "found"
 
-    calls = RemoteCalls(Stuck(), deadline_s=0.1, attempts=2)
+    calls = RemoteCalls(Stuck(), RetryPolicy(0.1, 2))
     assert calls.run("find", 0.0) == "found"
     with pytest.raises(TimeoutError, match="no answer"):
         calls.run("find", 1.0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import xxhash
 
@@ -34,11 +34,18 @@ class Processor:
     catches: type[BaseException] = Exception
 
     def __init__(
-        self, sink: Sink, pool: HostPool, ledger: Ledger, rank: int, examination: Inspection | None = None
+        self,
+        sink: Sink,
+        pool: HostPool,
+        ledger: Ledger,
+        rank: int,
+        examination: Inspection | None = None,
+        close: Callable[[], None] | None = None,
     ) -> None:
         needed = examination is not None and examination.needed
         self._inspector = Inspector(examination) if examination is not None and needed else None
         self._sink = sink
+        self._close = close or sink.close
         self._pool = pool
         self._booking = Booking(ledger)
         self._late = sink if isinstance(sink, SupportsLateCommit) else None
@@ -178,12 +185,12 @@ class Processor:
             log.warning("what was captured could not be flushed: %s", error)
 
     def close(self) -> None:
-        """Close the sink; steps still open count as failed."""
+        """Close the sink, then end the run; steps still open count as failed."""
         for number, step in sorted(self._steps.items()):
             step.error = step.error or RuntimeError("the step never ended")
             self.end_step(StepEnd(number, "", "", None, {}))
         try:
-            self._sink.close()
+            self._close()
         except self.catches as error:
             self._booking.first_error = self._booking.first_error or error
             log.warning("the run could not be closed: %s", error)

@@ -9,6 +9,7 @@ from collections.abc import Callable, Collection, Iterator
 from functools import partial
 
 from tlcore.layout.names import rank_suffix
+from tlcore.layout.run_files import RUN_FILE
 from tlcore.protocols import Entry, Store
 
 from ..local import LocalStore
@@ -19,7 +20,6 @@ COPY = ".copy"
 _STEP = re.compile(r"step_(\d+)/")
 # What commits a step, and what a run begins and ends with.
 STEP_END = re.compile(r"step_\d+/step(_rank_\d+)?\.json")
-RUN_FILE = "run.json"
 _MARKER = re.compile(r"spill(_rank_[1-9]\d*)?\.json")
 _WINDOW_BYTES = 64 << 20
 _NO_STEP = 1 << 62

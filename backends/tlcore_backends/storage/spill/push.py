@@ -12,9 +12,9 @@ from typing import Any
 from tlcore.errors import BackendError
 from tlcore.layout.names import REDACTED, redact_url
 from tlcore.record import writer_is_running
+from tlcore.registry import open_store
 
 from ..local import LocalStore, unfinished_files
-from ..open import open_store
 from .delivery import deliver, is_marker, remove_empty_directories
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 
 from tlcore.errors import BackendError, shareable
+from tlcore.layout.run_files import RUN_FILE
 from tlcore.protocols import Buffer, Entry, Store
 from tlcore.record import RunInfo, SpillLocation
 
@@ -26,7 +27,7 @@ _FAST_BYTES_PER_S = 50e6
 _FIRST_PAUSE_S = 1.0
 _LONGEST_PAUSE_S = 30.0
 _LAST_TRY_S = 10.0
-_PROBE = "run.json"
+_PROBE = RUN_FILE
 
 
 class SpillStore:

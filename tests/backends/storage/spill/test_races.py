@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 
 from tests.backends.storage.spill.test_store import recovered, spill
+from tlcore import registry
+from tlcore.engine.run_documents import RunDocuments
 from tlcore.errors import BackendError
 from tlcore.record import SpillLocation
+from tlcore.storage import Location
 from tlcore.testing import FailingStore, MemoryStore, make_run
 from tlcore_backends.storage.local import LocalStore
-from tlcore_backends.storage.run_directory import RunDirectory
 from tlcore_backends.storage.spill import push as pushing
 from tlcore_backends.storage.spill import store as spilling
 from tlcore_backends.storage.spill.store import SpillStore
@@ -106,7 +108,7 @@ def test_spilling_does_not_end_before_a_blob_lies_there(method: str, tmp_path: P
 
     place = MemoryStore()
     place.put("step_0/a", [b"a"])
-    run = make_run("memory-store://")
+    run = make_run("memory-store://", store=MemoryStore())
     failing = FailingStore(place, (method,), failures=1)
     store = Late(failing, run, SpillLocation(str(tmp_path / "spill"), 5.0))
     if method == "put":
@@ -199,17 +201,18 @@ def test_notes_that_cannot_be_removed_are_told(
     assert set(place.blobs) == {"step_0/a", "step_0/b"}
 
 
-def test_a_run_whose_end_cannot_be_written_still_closes_its_store(tmp_path: Path) -> None:
+def test_a_run_whose_end_cannot_be_written_still_closes_its_store(monkeypatch: pytest.MonkeyPatch) -> None:
     class Closed(FailingStore):
         closed = False
 
         def close(self) -> None:
             self.closed = True
 
-    directory = RunDirectory(make_run(str(tmp_path / "run")), "pt")
-    directory.store = store = Closed(MemoryStore())
+    store = Closed(MemoryStore())
+    monkeypatch.setitem(registry._stores, "closed", lambda location: store)
+    documents = RunDocuments(make_run("closed://run", store=store), Location("closed://run"))
     with pytest.raises(BackendError, match="on purpose"):
-        directory.close()
+        documents.close()
     assert store.closed
 
 

@@ -23,7 +23,7 @@ from tlcore_backends.storage.spill.store import SpillStore
 
 
 def spill(store: object, tmp_path: Path, patience_s: float = 0.5, rank: int = 0) -> SpillStore:
-    run = make_run("memory-store://", rank=rank, world_size=2)
+    run = make_run("memory-store://", rank=rank, world_size=2, store=MemoryStore())
     return SpillStore(store, run, SpillLocation(str(tmp_path / "spill" / run.run_id), patience_s))  # type: ignore[arg-type]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import os
 import tempfile
 from collections.abc import Mapping
@@ -14,7 +13,8 @@ from ....engine.filters.tensors import known_devices
 from ....engine.new_run import absolute_location, new_run_id
 from ....errors import BackendError, CaptureError, ConfigError
 from ....layout.names import is_url
-from ....registry import resolve
+from ....registry import open_store, resolve
+from ....storage import SupportsPrepare
 from ..carrier import KEY, Carrier, carried, is_carrier
 from ..plugins import ENDPOINT, PLUGIN
 from .probe import probe
@@ -30,9 +30,9 @@ def check(given: Config | Mapping[str, Any] | str) -> Config:
     """
     config = load_config(given)
     if config.enabled:
-        backend = resolve(config.backend, portable=True)
-        if backend.origin == "built-in" and not is_url(config.output_dir):
-            _probe_directory(absolute_location(config.output_dir), "output_dir")
+        located = resolve(config.backend, portable=True).located(config.backend_options, config.output_dir)
+        if not is_url(located.url):
+            _probe_directory(absolute_location(located.url), "output_dir")
         if config.spill_dir is not None:
             _probe_directory(absolute_location(config.spill_dir), "spill_dir")
         _check_workers_load_plugin()
@@ -128,10 +128,10 @@ def mode_name(mode: Any) -> str:
 
 
 def _probe_directory(path: str, key: str) -> None:
-    # Looked up by name, since the engine never imports a backend.
-    make_parent = importlib.import_module("tlcore_backends.storage.local").make_parent
+    store = open_store(os.path.join(path, "run"))
     try:
-        make_parent(os.path.join(path, "run"))
+        if isinstance(store, SupportsPrepare):
+            store.prepare_parent()
         os.rmdir(tempfile.mkdtemp(prefix=".tlcore-probe-", dir=path))
     except BackendError as error:
         raise BackendError(f"$.{key}: {error}") from None

@@ -46,12 +46,12 @@ def probe(carrier: Mapping[str, Any]) -> None:
 def main() -> int:
     """Open the run described on standard input; the refusal, if any, goes to standard output."""
     from ....config.configuration import load_config
-    from ....engine.new_run import make_sink, new_run
+    from ....engine.new_run import new_run, open_run
 
     carrier = json.load(sys.stdin)
     try:
         config = load_config(carrier["config"])
-        make_sink(config).open(new_run(config, run_id=carrier["run_id"]))
+        open_run(config, new_run(config, run_id=carrier["run_id"]))
     except TlcoreError as error:
         sys.stdout.write(f"{error}\n")
         return _REFUSED

@@ -9,9 +9,8 @@ from typing import Any
 
 import torch
 
-from ..errors import ReadError
-from ..record import tensor_from_bytes
-from .documents import LARGEST_SIZE, is_shape, is_whole
+from tlcore.errors import ReadError
+from tlcore.layout.checks import LARGEST_SIZE, is_shape, is_whole
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,10 +41,3 @@ class Slice:
                 f"{where}: offsets {offsets!r} are not those of a {dtype} tensor of shape {shape!r}"
             )
         return cls(shard, begin, end, dtype, tuple(shape))
-
-    def tensor(self, data: bytes, where: str) -> torch.Tensor:
-        """The tensor of the bytes read. Raises ReadError when there are too few."""
-        try:
-            return tensor_from_bytes(bytearray(data), self.dtype, self.shape)
-        except (ValueError, RuntimeError, MemoryError) as error:
-            raise ReadError(f"{where}: {self.shard} ends too early or is damaged ({error})") from error

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..record import tensor_from_bytes
+from tlcore.record import tensor_from_bytes
 
 _END = struct.Struct("<4s4H2IH")
 _ENTRY = struct.Struct("<4s6H3I5H2I")
@@ -67,6 +67,15 @@ class Stored(NamedTuple):
 
 def decode(data: bytes) -> torch.Tensor:
     """The tensor of a ``.pt`` file's bytes, on the CPU. Raises PtError."""
+    dtype, shape, payload = parts(data)
+    try:
+        return tensor_from_bytes(bytearray(payload), dtype, shape)
+    except (ValueError, RuntimeError, OverflowError) as error:
+        raise PtError(str(error)) from None
+
+
+def parts(data: bytes) -> tuple[torch.dtype, tuple[int, ...], memoryview]:
+    """The dtype, shape and payload of the tensor in a ``.pt`` file's bytes. Raises PtError."""
     entries = dict(_entries(data))
     pickles = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -79,10 +88,9 @@ def decode(data: bytes) -> torch.Tensor:
     payload = entries.get(f"{prefix}data/{key}")
     if payload is None:
         raise PtError("its payload is missing")
-    try:
-        return tensor_from_bytes(bytearray(payload), dtype, shape)
-    except (ValueError, RuntimeError, OverflowError) as error:
-        raise PtError(str(error)) from None
+    if prod(shape) * dtype.itemsize != payload.nbytes:
+        raise PtError(f"{payload.nbytes} bytes do not make a {dtype} tensor of shape {shape}")
+    return dtype, shape, payload
 
 
 def _entries(data: bytes) -> Iterator[tuple[str, memoryview]]:

@@ -1,16 +1,14 @@
-"""What an uncommitted step left whole: finished ``.pt`` files, and the tensors of sealed shards."""
+"""What an uncommitted step left whole: the tensors of sealed shards."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from ..errors import ReadError
-from ..record import Json
-from .documents import parse
-from .files import RunFiles
+from tlcore.errors import ReadError
+from tlcore.layout.run_files import RunFiles, parse
+from tlcore.record import Json
 
-_TENSOR_FILE = ".pt"
 _SHARD_FILE = ".safetensors"
 _LENGTH_BYTES = 8
 # No header that we write is larger.
@@ -36,19 +34,14 @@ _DTYPES = {
 }
 
 
-def loose_records(files: RunFiles, directory: str) -> dict[str, Json]:
-    """Where the tensors of a step's finished files lie, by logical name; nothing is known of their origin.
+def records_in_shards(files: RunFiles, directory: str) -> dict[str, Json]:
+    """Where the tensors in a step's sealed shards lie, by logical name; nothing is known of their origin.
 
     ``directory`` is the step's. A shard whose header is damaged is left out: nothing of it can be read.
     """
     found: dict[str, Json] = {}
     for name in sorted(files.sizes_in(directory)):
-        if not name.startswith(f"{directory}/"):
-            continue
-        if name.endswith(_TENSOR_FILE):
-            plain = name.removesuffix(_TENSOR_FILE)
-            found[plain] = {"name": plain, "file": name}
-        elif name.endswith(_SHARD_FILE):
+        if name.startswith(f"{directory}/") and name.endswith(_SHARD_FILE):
             found.update((record["name"], record) for record in _in_shard(files, name, directory))
     return found
 
@@ -81,4 +74,4 @@ def _record(name: str, entry: Any, shard: str, begin: int, marks: dict[str, str]
         shape.pop()
     first, last = entry["data_offsets"]
     place = {"shard": shard, "offsets": [begin + first, begin + last]}
-    return {"name": name, "dtype": dtype, "shape": shape, **place}
+    return {"name": name, "dtype": dtype, "shape": shape, "bytes": last - first, **place}

@@ -7,10 +7,9 @@ from collections.abc import Iterator
 from itertools import pairwise
 from typing import Any
 
-from ..errors import ReadError
-from ..record import Json
-from .documents import parse
-from .files import RunFiles
+from tlcore.errors import ReadError
+from tlcore.layout.run_files import RunFiles, parse
+from tlcore.record import Json
 
 _LENGTH_BYTES = 8
 # Twice the longest header that the safetensors backend writes.
@@ -20,13 +19,13 @@ _LARGEST_HEADER = 32 << 20
 def shard_problems(files: RunFiles, document: Json) -> Iterator[str]:
     """A line for each thing that is wrong with the shards of a ``step.json``."""
     for shard in document.get("shards", []):
-        if not isinstance(shard, dict) or files.sizes.get(str(shard.get("file"))) != shard.get("bytes"):
+        if not isinstance(shard, dict) or files.size(str(shard.get("file"))) != shard.get("bytes"):
             yield f"missing or of another size than in step.json: {str(shard)[:200]}"
     overlap = overlapping(document)
     if overlap is not None:
         yield overlap
     for name, records in _by_shard(document).items():
-        if name in files.sizes:
+        if files.size(name) is not None:
             try:
                 yield from _header_problems(files, name, records)
             except ReadError as error:
@@ -60,7 +59,7 @@ def _has_offsets(record: Json) -> bool:
 def _header_problems(files: RunFiles, name: str, records: list[Json]) -> Iterator[str]:
     length = int.from_bytes(files.read(name, 0, _LENGTH_BYTES), "little")
     begin = _LENGTH_BYTES + length
-    if length > _LARGEST_HEADER or begin > files.sizes[name]:
+    if length > _LARGEST_HEADER or begin > (files.size(name) or 0):
         yield f"{name}: its header would have {length} bytes, which no shard has"
         return
     header: Any = parse(files.read(name, _LENGTH_BYTES, begin), f"{files.url}/{name}: header")

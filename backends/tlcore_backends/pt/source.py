@@ -1,0 +1,215 @@
+"""Reading the documented tree: one ``.pt`` file a tensor, JSON files beside them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from math import prod
+from typing import Any
+
+import torch
+
+from tlcore.errors import ReadError
+from tlcore.layout.names import rank_suffix, step_dir
+from tlcore.layout.run_files import LARGEST_JSON, BlockStream, FileStream, RunFiles
+from tlcore.protocols import Buffer, StepRanks
+from tlcore.record import Json
+from tlcore.storage import Store
+
+from ..storage.step_files import StepFiles
+from .decode import PtError, parts
+from .encode import head, payload_in
+
+_TENSOR_FILE = ".pt"
+# What a .pt file holds beside its payload is far less.
+_LARGEST_FRAME = 1 << 20
+
+
+class PtSource:
+    """Reads a run that `PtSink` wrote, and ``.pt`` files that ``torch.save`` wrote into its place.
+
+    Nothing is unpickled.
+    """
+
+    def __init__(self, store: Store, run: Json) -> None:
+        self._files = RunFiles(store)
+        self._steps = StepFiles(self._files, run)
+
+    @property
+    def steps(self) -> Mapping[int, StepRanks]:
+        """The steps that have a directory, with the ranks whose ``step.json`` is there."""
+        return self._steps
+
+    def document(self, step: int, rank: int) -> Json:
+        """A rank's ``step.json``."""
+        document: Json = self._steps.document(step, rank)
+        return document
+
+    def structure_names(self, step: int, rank: int) -> Collection[str]:
+        """The structure files that a rank wrote."""
+        begin, suffix = f"{step_dir(step)}/", re.escape(rank_suffix(rank))
+        own = re.compile(rf"{begin}(.+/(?:inputs|outputs|post_fwd_inputs)){suffix}\.json", re.DOTALL)
+        names = self._files.sizes_in(step_dir(step))
+        return {f"{match[1]}.json" for name in names if (match := own.fullmatch(name))}
+
+    def structure(self, step: int, rank: int, name: str) -> Any:
+        """The value of a structure file."""
+        return self._files.json(f"{step_dir(step)}/{name.removesuffix('.json')}{rank_suffix(rank)}.json")
+
+    def read(self, record: Mapping[str, Any], begin: int = 0, end: int | None = None) -> Buffer:
+        """The bytes of a tensor, from its file."""
+        if begin == 0 and end is None:
+            return self._own(record) or self._foreign(record)
+        stream = self.stream(record)
+        try:
+            found = bytearray((record["bytes"] if end is None else end) - begin)
+            return bytes(found[: stream.readinto(begin, memoryview(found))])
+        finally:
+            stream.close()
+
+    def read_many(self, records: Sequence[Mapping[str, Any]]) -> Sequence[Buffer | Exception]:
+        """The bytes of several tensors, each from its file."""
+        found: list[Buffer | Exception] = []
+        for record in records:
+            try:
+                found.append(self.read(record))
+            except ReadError as error:
+                found.append(error)
+        return found
+
+    def identity(self, record: Mapping[str, Any]) -> Hashable | None:
+        """Equal for names of one file that mean the same by it."""
+        blob = self._files.identity(self._file(record))
+        return None if blob is None else (blob, record["dtype"], tuple(record["shape"]))
+
+    def holds(self, record: Mapping[str, Any]) -> bool:
+        """Whether the file is there in its size."""
+        size = record.get("file_bytes")
+        return size is not None and self._files.size(self._file(record)) == size
+
+    def misfit(self, record: Mapping[str, Any]) -> str | None:
+        """What is wrong with the file's size."""
+        file, stated = self._file(record), record.get("file_bytes")
+        size = self._files.size(file)
+        fits = size is None or size == stated
+        return None if fits else f"{file}: {size} bytes, step.json says {stated}"
+
+    def advise(self, record: Mapping[str, Any]) -> None:
+        """Have the system fetch the file."""
+        self._files.advise(self._file(record))
+
+    def stream(self, record: Mapping[str, Any]) -> FileStream | BlockStream:
+        """The bytes of a tensor, from its file; one that is not as `encode` writes it is read whole."""
+        file = self._file(record)
+        if record.get("file_bytes") is not None and (problem := self.misfit(record)) is not None:
+            raise ReadError(f"{self._files.url}/{problem}")
+        first = head(_dtype(record), tuple(record["shape"]))
+        found = bytearray(len(first))
+        stream = self._files.stream(file, 0)
+        if stream.readinto(0, memoryview(found)) == len(first) and found == first:
+            stream.skip(len(first))
+            return stream
+        stream.close()
+        data = memoryview(self._foreign(record))
+        return BlockStream(lambda start, end: data[start:end], len(data))
+
+    def remains(self, step: int) -> Mapping[str, Json]:
+        """The finished tensor files of a step."""
+        return _Remains(self._files, step_dir(step))
+
+    def problems(self, step: int, rank: int, document: Json, thorough: bool = True) -> Iterator[str]:
+        """Whether ``module_calls.txt`` agrees with ``step.json``."""
+        if not thorough:
+            return
+        name = f"{step_dir(step)}/module_calls{rank_suffix(rank)}.txt"
+        try:
+            calls = self._files.read(name, 0, LARGEST_JSON).decode().splitlines()
+        except (ReadError, UnicodeDecodeError) as error:
+            yield str(error)
+        else:
+            if calls != document["calls"]:
+                yield f"{name}: differs from step.json"
+
+    def tree(self) -> Mapping[str, int]:
+        """Every file of the run: the documented tree is how it lies there."""
+        return self._files.sizes
+
+    def file(self, name: str) -> bytes:
+        """The bytes of a file."""
+        return self._files.read(name)
+
+    def close(self) -> None:
+        """Nothing is held open."""
+
+    def _file(self, record: Mapping[str, Any]) -> str:
+        file = record.get("file")
+        if not isinstance(file, str):
+            where = f"{self._files.url}: {record.get('name')!r}"
+            raise ReadError(f"{where}: damaged record, or of a backend that this version cannot read")
+        return file
+
+    def _own(self, record: Mapping[str, Any]) -> Buffer | None:
+        """The payload of a file that holds exactly what it should; else None."""
+        size = record.get("file_bytes")
+        if size is None or size > record["bytes"] + _LARGEST_FRAME:
+            return None
+        dtype = getattr(torch, str(record["dtype"]), None)
+        if not isinstance(dtype, torch.dtype) or prod(record["shape"]) * dtype.itemsize != record["bytes"]:
+            return None
+        return payload_in(dtype, record["shape"], self._files.read(self._file(record), 0, size + 1))
+
+    def _foreign(self, record: Mapping[str, Any]) -> Buffer:
+        """The payload of any other file; what is wrong with it is said."""
+        file = self._file(record)
+        where = f"{self._files.url}/{file}"
+        if (self._files.size(file) or 0) > record["bytes"] + _LARGEST_FRAME:
+            raise ReadError(f"{where}: far larger than the {record['bytes']} bytes that step.json says")
+        dtype, shape, data = _decoded(self._files, file)
+        found, stated = (dtype, list(shape)), (record["dtype"], list(record["shape"]))
+        if found != stated:
+            raise ReadError(f"{where}: holds {found}, its step.json says {stated}")
+        return data
+
+
+class _Remains(Mapping[str, Json]):
+    """The records of finished tensor files; each file is looked into when its record is asked for."""
+
+    def __init__(self, files: RunFiles, directory: str) -> None:
+        self._files = files
+        self._names = {
+            name.removesuffix(_TENSOR_FILE): name
+            for name in sorted(files.sizes_in(directory))
+            if name.startswith(f"{directory}/") and name.endswith(_TENSOR_FILE)
+        }
+
+    def __getitem__(self, name: str) -> Json:
+        file = self._names[name]
+        dtype, shape, data = _decoded(self._files, file)
+        return {"name": name, "file": file, "dtype": dtype, "shape": list(shape), "bytes": data.nbytes}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+
+def _decoded(files: RunFiles, file: str) -> tuple[str, tuple[int, ...], memoryview]:
+    where = f"{files.url}/{file}"
+    try:
+        dtype, shape, data = parts(files.read(file))
+    except PtError as error:
+        raise ReadError(f"{where}: not a readable .pt file ({error})") from None
+    except MemoryError:
+        raise ReadError(f"{where}: larger than this machine's memory") from None
+    return str(dtype).removeprefix("torch."), shape, data
+
+
+def _dtype(record: Mapping[str, Any]) -> torch.dtype:
+    """The record's dtype. Raises ReadError for a record whose size is not that of its shape."""
+    dtype, shape = getattr(torch, str(record["dtype"]), None), record["shape"]
+    if not isinstance(dtype, torch.dtype):
+        raise ReadError(f"{record['name']!r}: damaged record, there is no dtype {record['dtype']!r}")
+    if prod(shape) * dtype.itemsize != record["bytes"]:
+        raise ReadError(f"{record['name']!r}: {record['bytes']} bytes are no {dtype} of shape {shape}")
+    return dtype

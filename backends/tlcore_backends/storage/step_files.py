@@ -1,0 +1,70 @@
+"""What formats with a directory for each step have in common: which steps there are, and their documents."""
+
+from __future__ import annotations
+
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+from tlcore.layout.names import rank_of, rank_suffix, step_dir
+from tlcore.layout.run_files import RunFiles
+from tlcore.protocols import StepRanks
+from tlcore.record import Json
+
+_STEP_NAME = re.compile(r"step_(0|[1-9][0-9]*)/")
+_STEP_FILE = re.compile(r"step_(?:0|[1-9][0-9]*)/step(?:_rank_([1-9][0-9]*))?\.json")
+
+
+class StepFiles(Mapping[int, StepRanks]):
+    """The steps of a run, found in its listing; a step that is asked for alone costs the listing of its own.
+
+    ``run`` is the content of ``run.json``.
+    """
+
+    def __init__(self, files: RunFiles, run: Json) -> None:
+        self._files = files
+        self._alone: dict[int, StepRanks] = {}
+        # Only engines that step by themselves differ in what they have begun.
+        places = run.get("ranks")
+        self._several = isinstance(places, list) and any(
+            isinstance(place, dict) and place.get("dp_size") != 1 for place in places
+        )
+
+    def document(self, step: int, rank: int) -> Any:
+        """A rank's ``step.json``. Raises MissingError or ReadError."""
+        return self._files.json(f"{step_dir(step)}/step{rank_suffix(rank)}.json")
+
+    @cached_property
+    def _all(self) -> Mapping[int, StepRanks]:
+        return self._in(self._files.sizes)
+
+    def _in(self, names: Iterable[str]) -> dict[int, StepRanks]:
+        committed: dict[int, set[int]] = {}
+        begun: dict[int, set[int]] = defaultdict(set)
+        for name in names:
+            if begin := _STEP_NAME.match(name):
+                ranks = committed.setdefault(int(begin[1]), set())
+                if marker := _STEP_FILE.fullmatch(name):
+                    ranks.add(int(marker[1] or 0))
+                if self._several:
+                    begun[int(begin[1])].add(rank_of(name))
+        return {
+            step: StepRanks(frozenset(ranks), frozenset(begun.get(step, ())))
+            for step, ranks in sorted(committed.items())
+        }
+
+    def __getitem__(self, step: int) -> StepRanks:
+        if self._files.is_listed or type(step) is not int or step < 0:
+            return self._all[step]
+        # Looking at this step alone is enough.
+        if step not in self._alone:
+            self._alone |= self._in(self._files.sizes_in(step_dir(step)))
+        return self._alone[step]
+
+    def __iter__(self) -> Iterator[int]:
+        return iter(self._all)
+
+    def __len__(self) -> int:
+        return len(self._all)

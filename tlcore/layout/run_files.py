@@ -1,0 +1,230 @@
+"""A run's files in any store, read with care: what a reader and the sources of backends share.
+
+A run may come from anybody: a name cannot leave it, a listing that says so is refused, and a document is
+neither larger nor deeper than a capture writes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Callable, Hashable, Mapping
+from functools import cached_property
+from typing import Any, BinaryIO, NoReturn
+
+from ..errors import BackendError, ReadError, missing
+from ..storage import Buffer, Store, SupportsFiles, SupportsLevels
+
+RUN_FILE = "run.json"
+# The step.json of a model with 100 000 captured tensors has about 100 MB and six million values.
+LARGEST_JSON = 256 << 20
+MOST_VALUES = 16_000_000
+_LEAVES_THE_RUN = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
+# One request to a store that is not a local disk.
+_BLOCK_BYTES = 8 << 20
+
+
+def parse(data: bytes, where: str) -> Any:
+    """The value of a JSON file. Raises ReadError, naming ``where``, when it is none or too large."""
+    if len(data) > LARGEST_JSON:
+        raise too_large(where)
+    if data.count(b",") + data.count(b"[") + data.count(b"{") > MOST_VALUES:
+        raise ReadError(f"{where}: holds more than {MOST_VALUES} values")
+    try:
+        return json.loads(data, parse_constant=_no_number)
+    except RecursionError:
+        raise ReadError(f"{where}: damaged, not JSON (nested too deep)") from None
+    except ValueError as error:
+        raise ReadError(f"{where}: damaged, not JSON ({error})") from None
+
+
+def too_large(where: str) -> ReadError:
+    """The error for a JSON file larger than `LARGEST_JSON`."""
+    return ReadError(f"{where}: larger than any file of this kind ({LARGEST_JSON >> 20} MiB)")
+
+
+def _no_number(text: str) -> NoReturn:
+    raise ValueError(f"{text} is no JSON number")
+
+
+class RunFiles:
+    """The files of the run whose directory is ``store``: their sizes, their bytes, their JSON."""
+
+    def __init__(self, store: Store) -> None:
+        self.store = store
+        self.url = store.url
+        self._listed: dict[str, Mapping[str, int]] = {}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the run lies on a disk of this machine."""
+        return isinstance(self.store, SupportsFiles)
+
+    @cached_property
+    def sizes(self) -> Mapping[str, int]:
+        """Every finished file and its size in bytes, as they were at first use."""
+        return self._listing("")
+
+    @cached_property
+    def top(self) -> Mapping[str, int]:
+        """The files that lie directly in the run, and their sizes, as they were at first use."""
+        if not isinstance(self.store, SupportsLevels):
+            return {name: size for name, size in self.sizes.items() if "/" not in name}
+        try:
+            return {entry.name: entry.size for entry in self.store.level().blobs}
+        except (BackendError, OSError) as error:
+            raise ReadError(str(error)) from error
+
+    def sizes_in(self, directory: str) -> Mapping[str, int]:
+        """The finished files below a directory such as ``step_0``, and perhaps others, and their sizes.
+
+        Only this directory is listed, so that one step of a long run costs no more than of a short one.
+        """
+        if "sizes" in self.__dict__:
+            return self.sizes
+        if directory not in self._listed:
+            self._listed[directory] = self._listing(f"{directory}/")
+        return self._listed[directory]
+
+    @property
+    def is_listed(self) -> bool:
+        """Whether all files are known already."""
+        return "sizes" in self.__dict__
+
+    def size(self, name: str) -> int | None:
+        """A finished file's size in bytes, None for a missing one; `sizes_in` says what this costs."""
+        return self._near(name).get(name)
+
+    def _near(self, name: str) -> Mapping[str, int]:
+        directory, slash, _ = name.partition("/")
+        return self.sizes_in(directory) if slash else self.top
+
+    def _listing(self, prefix: str) -> Mapping[str, int]:
+        try:
+            found = {entry.name: entry.size for entry in self.store.list(prefix)}
+        except (BackendError, OSError) as error:
+            raise ReadError(str(error)) from error
+        if bad := next(filter(_LEAVES_THE_RUN.search, found), None):
+            raise ReadError(f"{self.url}: holds {bad!r}, a name that leads out of it")
+        return found
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes ``[start, end)`` of a file, all of it by default.
+
+        Raises MissingError or ReadError, also for a name that leaves the run.
+        """
+        try:
+            return self.store.get(name, start, end)
+        except FileNotFoundError:
+            raise missing("file", name, self.url, self._near(name)) from None
+        except (BackendError, OSError) as error:
+            raise ReadError(str(error)) from error
+        except (MemoryError, OverflowError):
+            raise ReadError(f"{self.url}/{name}: larger than this machine's memory") from None
+
+    def json(self, name: str) -> Any:
+        """A JSON file's value. Raises MissingError, or ReadError when it is not JSON."""
+        # Where the listing is not known yet, finding out costs more than reading.
+        if self.is_listed and self.sizes.get(name, 0) > LARGEST_JSON:
+            raise too_large(f"{self.url}/{name}")
+        return parse(self.read(name, 0, LARGEST_JSON + 1), f"{self.url}/{name}")
+
+    def identity(self, name: str) -> Hashable | None:
+        """Equal for two names of one stored file, None where a store has no such names or it is missing."""
+        return self.store.identity(name) if isinstance(self.store, SupportsFiles) else None
+
+    def open(self, name: str) -> BinaryIO | None:
+        """A local file, to be read piece by piece; None where the run's store only serves ranges.
+
+        Raises as `read` does.
+        """
+        if not isinstance(self.store, SupportsFiles):
+            return None
+        try:
+            return self.store.open_file(name)
+        except FileNotFoundError:
+            raise missing("file", name, self.url, self._near(name)) from None
+        except (BackendError, OSError) as error:
+            raise ReadError(str(error)) from error
+
+    def advise(self, name: str, begin: int = 0, end: int = 0) -> None:
+        """Tell the system that these bytes of a local file will be read soon; never raises."""
+        try:
+            file = self.open(name)
+            if file is not None:
+                with file:
+                    os.posix_fadvise(file.fileno(), begin, max(0, end - begin), os.POSIX_FADV_WILLNEED)
+        except (ReadError, OSError, AttributeError, TypeError, ValueError, OverflowError):
+            # Whoever reads it reports what is wrong; some systems cannot be told.
+            return
+
+    def stream(self, name: str, begin: int) -> FileStream | BlockStream:
+        """The bytes of a file from ``begin`` on, for reading piece by piece. Raises as `read` does."""
+        file = self.open(name)
+        if file is not None:
+            return FileStream(file, begin)
+        size = self.size(name) or 0
+        return BlockStream(lambda start, end: self.read(name, start, end), size, begin)
+
+
+class FileStream:
+    """A file of this machine from a byte on."""
+
+    def __init__(self, file: BinaryIO, begin: int) -> None:
+        self._file, self._begin = file, begin
+
+    def readinto(self, begin: int, target: memoryview) -> int:
+        """Fill ``target`` with the bytes from ``begin`` on; returns how many there were."""
+        try:
+            self._file.seek(self._begin + begin)
+            return self._file.readinto(target)  # type: ignore[attr-defined, no-any-return]  # unbuffered
+        except OSError as error:
+            raise ReadError(str(error)) from error
+
+    def skip(self, count: int) -> None:
+        """Leave out so many bytes at the beginning."""
+        self._begin += count
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class BlockStream:
+    """What ``read(begin, end)`` gives of ``size`` bytes, from ``skipped`` on, in blocks of a few megabytes.
+
+    The last block is kept.
+    """
+
+    def __init__(self, read: Callable[[int, int], Buffer], size: int, skipped: int = 0) -> None:
+        self._read, self._size, self._skipped = read, size, skipped
+        self._begin, self._block = 0, memoryview(b"")
+
+    def readinto(self, begin: int, target: memoryview) -> int:
+        """Fill ``target`` with the bytes from ``begin`` on; returns how many there were."""
+        done = 0
+        begin += self._skipped
+        while done < len(target):
+            part = self._at(begin + done, len(target) - done)
+            if not part:
+                break
+            target[done : done + len(part)] = part
+            done += len(part)
+        return done
+
+    def skip(self, count: int) -> None:
+        """Leave out so many bytes at the beginning."""
+        self._skipped += count
+
+    def close(self) -> None:
+        """Forget the block."""
+        self._block = memoryview(b"")
+
+    def _at(self, offset: int, most: int) -> memoryview:
+        within = offset - self._begin
+        if not 0 <= within < len(self._block):
+            end = min(offset + max(_BLOCK_BYTES, most), self._size)
+            self._block = memoryview(self._read(offset, end) if offset < end else b"").cast("B")
+            self._begin, within = offset, 0
+        return self._block[within : within + most]

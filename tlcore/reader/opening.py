@@ -1,0 +1,78 @@
+"""From a path or URL to the store of a run, or of the runs below it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from ..errors import MissingError, ReadError
+from ..layout.names import is_url
+from ..registry import open_store
+from ..storage import Buffer, Entry, Store
+
+
+def local_directory(path: str | os.PathLike[str]) -> Path | None:
+    """``path`` (or ``file://`` URL) as a directory of this machine; None for any other URL.
+
+    Raises ReadError for a file, or nothing there.
+    """
+    text = os.fspath(path)
+    if is_url(text):
+        parts = urlsplit(text)
+        if parts.scheme.lower() not in ("file", "local") or parts.netloc:
+            return None
+        directory = Path(unquote(parts.path))
+    else:
+        directory = Path(text).expanduser()
+    if not directory.exists():
+        raise MissingError(f"{text}: there is no such directory")
+    if not directory.is_dir():
+        raise ReadError(f"{text}: is a file; give the run's directory")
+    return directory
+
+
+def open_existing(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
+    """The store of a local directory or URL; ``storage_options`` go to whatever opens the URL.
+
+    Raises ReadError when there is no such directory, BackendError when the URL cannot be opened.
+    """
+    directory = local_directory(path)
+    if directory is None:
+        return open_store(os.fspath(path), storage_options)
+    return open_store(os.path.realpath(directory))
+
+
+class Below:
+    """The blobs below one directory of another store, as a store of their own."""
+
+    def __init__(self, store: Store, directory: str) -> None:
+        self._store = store
+        self._begin = f"{directory}/"
+        self.url = f"{store.url}/{directory}"
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> int:
+        """As the other store does."""
+        return self._store.put(self._begin + name, parts)
+
+    def copy(self, source: str, target: str) -> None:
+        """As the other store does."""
+        self._store.copy(self._begin + source, self._begin + target)
+
+    def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """As the other store does."""
+        return self._store.get(self._begin + name, start, end)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """As the other store does."""
+        skip = len(self._begin)
+        return (Entry(each.name[skip:], each.size) for each in self._store.list(self._begin + prefix))
+
+    def delete(self, name: str) -> None:
+        """As the other store does."""
+        self._store.delete(self._begin + name)
+
+    def close(self) -> None:
+        """The other store is its owner's."""

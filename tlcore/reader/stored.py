@@ -1,0 +1,321 @@
+"""What the reader has of a run: its source, asked with care. Every document and size is checked here.
+
+A source may be a third party's, and what it reads may come from anybody: whatever it raises becomes a
+ReadError, and whatever it returns is believed only as far as it makes sense.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections import OrderedDict
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from math import prod
+from typing import Any
+
+import torch
+
+from ..errors import BackendError, MissingError, ReadError, missing
+from ..layout.names import rank_suffix, step_dir
+from ..layout.run_files import RunFiles
+from ..protocols import (
+    Buffer,
+    ByteStream,
+    Source,
+    StepRanks,
+    SupportsCheck,
+    SupportsIdentity,
+    SupportsLedger,
+    SupportsReadMany,
+    SupportsRefresh,
+    SupportsSizes,
+    SupportsStreams,
+    SupportsStructures,
+)
+from ..record import Json, tensor_from_bytes
+from ..registry import open_source
+from ..storage import Store
+from .documents import check_step, check_structure
+
+# Those of a step that many ranks wrote are needed together.
+_MOST_DOCUMENTS = 64
+_REMOTE_THREADS = 8
+
+
+class Stored:
+    """One run in a store; ``run`` is the content of its ``run.json``."""
+
+    def __init__(self, store: Store, run: Json) -> None:
+        self.store = store
+        self.url = store.url
+        self.files = RunFiles(store)
+        self._run = run
+        self._documents: OrderedDict[tuple[int, int], Json] = OrderedDict()
+        self._structure_names: OrderedDict[tuple[int, int], frozenset[str]] = OrderedDict()
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the run lies on a disk of this machine."""
+        return self.files.is_local
+
+    @cached_property
+    def source(self) -> Source:
+        """The reader that the run's backend brings. Raises ReadError where there is none."""
+        with self._asking():
+            return open_source(self.store, self._run)
+
+    def refresh(self) -> None:
+        """Look at the run anew; a source that cannot is made again."""
+        self.files = RunFiles(self.store)
+        source = self.__dict__.get("source")
+        if source is not None and isinstance(source, SupportsRefresh):
+            with self._asking():
+                source.refresh()
+        else:
+            self.__dict__.pop("source", None)
+
+    @property
+    def steps(self) -> Mapping[int, StepRanks]:
+        """Each step of which something is there; one that is asked for alone may cost less than all."""
+        with self._asking():
+            return self.source.steps
+
+    def step_ranks(self, step: int) -> StepRanks | None:
+        """The ranks of one step; None where the run has nothing of it."""
+        with self._asking():
+            return self.source.steps.get(step)
+
+    def numbers(self) -> list[int]:
+        """The numbers of all steps, in order."""
+        with self._asking():
+            return sorted(self.source.steps)
+
+    def document(self, step: int, rank: int) -> Json:
+        """What a rank has committed of a step, checked; the last few are kept.
+
+        Raises ReadError when it is missing or damaged.
+        """
+        key = step, rank
+        if key not in self._documents:
+            with self._asking():
+                document = self.source.document(step, rank)
+            self._documents[key] = check_step(
+                document, self._where(step, f"step{rank_suffix(rank)}.json"), step
+            )
+            _forget(self._documents)
+        return self._documents[key]
+
+    def ledger(self, rank: int) -> Json | None:
+        """A rank's ledger where the source knows it without opening the steps."""
+        source = self.source
+        if not isinstance(source, SupportsLedger):
+            return None
+        with self._asking():
+            return source.ledger(rank)
+
+    def structure_names(self, step: int, rank: int) -> Collection[str]:
+        """``<call>/<inputs|outputs|post_fwd_inputs>.json`` for each structure of a rank."""
+        key = step, rank
+        if key not in self._structure_names:
+            source = self.source
+            if isinstance(source, SupportsStructures):
+                with self._asking():
+                    names = frozenset(source.structure_names(step, rank))
+            else:
+                suffix = f"{rank_suffix(rank)}.json"
+                packed = self._packed(step, rank)
+                names = frozenset(
+                    f"{name.removesuffix(suffix).removesuffix('.json')}.json" for name in packed
+                )
+            self._structure_names[key] = names
+            _forget(self._structure_names)
+        return self._structure_names[key]
+
+    def structure(self, step: int, rank: int, name: str) -> Json:
+        """A tensor structure, checked. Raises MissingError or ReadError."""
+        ranked = f"{name.removesuffix('.json')}{rank_suffix(rank)}.json"
+        source = self.source
+        if isinstance(source, SupportsStructures):
+            with self._asking():
+                document = source.structure(step, rank, name)
+        else:
+            packed = self._packed(step, rank)
+            document = packed.get(ranked, packed.get(name))
+            if document is None:
+                raise missing("file", f"{step_dir(step)}/{ranked}", self.url, ())
+        return check_structure(document, self._where(step, ranked))
+
+    def structures(self, step: int, rank: int, names: Sequence[str]) -> list[Json]:
+        """Tensor structures, checked, in order. Raises as `structure`."""
+        if self.is_local or not isinstance(self.source, SupportsStructures):
+            return [self.structure(step, rank, name) for name in names]
+        with ThreadPoolExecutor(_REMOTE_THREADS, "tlcore-read") as pool:
+            return list(pool.map(lambda name: self.structure(step, rank, name), names))
+
+    def _packed(self, step: int, rank: int) -> Mapping[str, Any]:
+        """The structures in a rank's document; none of a step that it has not committed."""
+        ranks = self.step_ranks(step)
+        if ranks is None or rank not in ranks.committed:
+            return {}
+        packed: Mapping[str, Any] = self.document(step, rank).get("structures", {})
+        return packed
+
+    def remains(self, step: int) -> Mapping[str, Json]:
+        """The whole tensors that ranks left of a step without committing it, by logical name."""
+        with self._asking():
+            return self.source.remains(step)
+
+    def read(self, record: Mapping[str, Any]) -> Buffer:
+        """The bytes of a tensor. Raises MissingError or ReadError, also for too few or too many."""
+        with self._asking():
+            data = self.source.read(record)
+        return self._whole(record, data)
+
+    def read_many(self, records: Sequence[Mapping[str, Any]]) -> Sequence[Buffer | ReadError]:
+        """The bytes of several tensors in order, or why they cannot be read."""
+        source = self.source
+        if isinstance(source, SupportsReadMany):
+            try:
+                with self._asking():
+                    found = source.read_many(records)
+            except ReadError as error:
+                return [error] * len(records)
+            return [self._checked(record, each) for record, each in zip(records, found, strict=True)]
+        return [self._read_or_error(record) for record in records]
+
+    def _read_or_error(self, record: Mapping[str, Any]) -> Buffer | ReadError:
+        try:
+            return self.read(record)
+        except ReadError as error:
+            return error
+
+    def _checked(self, record: Mapping[str, Any], found: Buffer | Exception) -> Buffer | ReadError:
+        try:
+            if isinstance(found, Exception):
+                with self._asking():
+                    raise found
+            return self._whole(record, found)
+        except ReadError as error:
+            return error
+
+    def _whole(self, record: Mapping[str, Any], data: Buffer) -> Buffer:
+        size = memoryview(data).nbytes
+        if size != record.get("bytes", size):
+            where = f"{self.url}: {record['name']!r}"
+            raise ReadError(f"{where}: {size} bytes, its record says {record['bytes']}")
+        return data
+
+    def tensor(self, record: Mapping[str, Any]) -> torch.Tensor:
+        """The tensor of a record, on the CPU. Raises MissingError or ReadError."""
+        where = f"{self.url}: {record['name']!r}"
+        data = self.read(record)
+        dtype, shape = kind(record, where)
+        try:
+            return tensor_from_bytes(bytearray(data), dtype, shape)
+        except (ValueError, RuntimeError, OverflowError) as error:
+            raise ReadError(f"{where}: ends too early or is damaged ({error})") from error
+        except MemoryError:
+            raise ReadError(f"{where}: larger than this machine's memory") from None
+
+    def stream(self, record: Mapping[str, Any]) -> ByteStream | None:
+        """A tensor's bytes to be read piece by piece; None where ranged reads are as good."""
+        source = self.source
+        if not isinstance(source, SupportsStreams):
+            return None
+        with self._asking():
+            return source.stream(record)
+
+    def read_range(self, record: Mapping[str, Any], begin: int, end: int) -> Buffer:
+        """The bytes ``[begin, end)`` of a tensor. Raises MissingError or ReadError."""
+        with self._asking():
+            return self.source.read(record, begin, end)
+
+    def identity(self, record: Mapping[str, Any]) -> Hashable | None:
+        """Equal for records that share stored bytes and mean the same by them; None if unknown."""
+        source = self.source
+        if not isinstance(source, SupportsIdentity):
+            return None
+        with self._asking():
+            return source.identity(record)
+
+    def holds(self, record: Mapping[str, Any]) -> bool:
+        """Whether the record's bytes are there, as far as can be seen without reading them."""
+        source = self.source
+        if not isinstance(source, SupportsSizes):
+            return True
+        with self._asking():
+            return source.holds(record)
+
+    def misfit(self, record: Mapping[str, Any]) -> str | None:
+        """What is wrong with the size of what holds a record's bytes, in words."""
+        source = self.source
+        if not isinstance(source, SupportsSizes):
+            return None
+        with self._asking():
+            return source.misfit(record)
+
+    def advise(self, record: Mapping[str, Any]) -> None:
+        """Have what holds a record's bytes fetched ahead; never raises."""
+        with contextlib.suppress(ReadError):
+            source = self.source
+            if isinstance(source, SupportsSizes):
+                with self._asking():
+                    source.advise(record)
+
+    def problems(self, step: int, rank: int, thorough: bool = True) -> Iterator[str]:
+        """What is wrong with a rank's step beside its tensors, as the format itself can tell."""
+        source = self.source
+        if isinstance(source, SupportsCheck):
+            try:
+                with self._asking():
+                    yield from source.problems(step, rank, self.document(step, rank), thorough)
+            except ReadError as error:
+                yield str(error)
+
+    @contextlib.contextmanager
+    def _asking(self) -> Iterator[None]:
+        """Around a call of a source: whatever comes out of it is a ReadError."""
+        try:
+            yield
+        except ReadError:
+            raise
+        except FileNotFoundError as error:
+            raise MissingError(f"{self.url}: {error}") from error
+        except (BackendError, OSError) as error:
+            raise ReadError(str(error)) from error
+        except MemoryError:
+            raise ReadError(f"{self.url}: larger than this machine's memory") from None
+        except Exception as error:
+            name = self._run.get("backend")
+            text = f"the reader of the backend {name!r} failed ({type(error).__name__}: {error})"
+            raise ReadError(f"{self.url}: {text}") from error
+
+    def _where(self, step: int, name: str) -> str:
+        return f"{self.url}/{step_dir(step)}/{name}"
+
+
+def _forget(kept: OrderedDict[Any, Any]) -> None:
+    if len(kept) > _MOST_DOCUMENTS:
+        # Another thread may have been here first.
+        with contextlib.suppress(KeyError):
+            kept.popitem(last=False)
+
+
+def kind(record: Mapping[str, Any], where: str) -> tuple[torch.dtype, tuple[int, ...]]:
+    """A record's dtype and shape. Raises ReadError, naming ``where``, when its size is another."""
+    dtype, shape = getattr(torch, str(record.get("dtype")), None), record["shape"]
+    if not isinstance(dtype, torch.dtype):
+        raise ReadError(f"{where}: damaged record, there is no dtype {str(record.get('dtype'))[:100]!r}")
+    size = prod(shape) * dtype.itemsize
+    if size != record.get("bytes", size):
+        raise ReadError(f"{where}: {record['bytes']} bytes are no {dtype} tensor of shape {shape!r}")
+    return dtype, tuple(shape)
+
+
+def payload(tensor: torch.Tensor) -> memoryview:
+    """The C-contiguous bytes of a CPU tensor, as a record holds them."""
+    if tensor.numel() == 0:
+        return memoryview(b"")
+    flat = tensor.detach().contiguous().reshape(-1)
+    return memoryview(flat.view(torch.uint8).numpy().data)

@@ -1,0 +1,83 @@
+"""The values of a stored tensor, read a piece at a time, so that a tensor need not fit in memory."""
+
+from __future__ import annotations
+
+from math import prod
+from typing import Protocol
+
+import torch
+
+from ..errors import ReadError
+from ..layout.run_files import BlockStream
+from ..protocols import ByteStream
+from ..record import Json
+from .stored import Stored, kind
+
+
+class TensorStream(Protocol):
+    """The flat values of a tensor, in C order."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self, begin: int, end: int) -> torch.Tensor:
+        """The values ``[begin, end)``, valid until the next call. Raises ReadError when they are missing."""
+        ...
+
+    def close(self) -> None:
+        """Release the file."""
+        ...
+
+
+def in_memory(tensor: torch.Tensor) -> TensorStream:
+    """The values of a tensor that is there already."""
+    return _Whole(tensor)
+
+
+def open_stream(stored: Stored, record: Json) -> TensorStream:
+    """The values of a record. Raises ReadError when it is missing, of another size, or makes no sense."""
+    where = f"{stored.url}: {record.get('name')!r}"
+    dtype, shape = kind(record, where)
+    size = prod(shape) * dtype.itemsize
+    found = stored.stream(record)
+    if found is None:
+        found = BlockStream(lambda begin, end: stored.read_range(record, begin, end), size)
+    return _Stream(found, dtype, shape, where)
+
+
+class _Stream:
+    def __init__(self, source: ByteStream, dtype: torch.dtype, shape: tuple[int, ...], where: str) -> None:
+        self.dtype, self.shape = dtype, shape
+        self._source, self._where = source, where
+        self._buffer = bytearray()
+
+    def read(self, begin: int, end: int) -> torch.Tensor:
+        width = self.dtype.itemsize
+        count = (end - begin) * width
+        if not 0 <= begin <= end <= prod(self.shape):
+            raise ValueError(f"values {begin} to {end} of {prod(self.shape)}")
+        if count == 0:
+            return torch.empty(0, dtype=self.dtype)
+        if len(self._buffer) < count:
+            self._buffer = bytearray(count)
+        found = self._source.readinto(begin * width, memoryview(self._buffer)[:count])
+        if found < count:
+            raise ReadError(f"{self._where}: ends too early, {found} bytes of {count} at {begin * width}")
+        return torch.frombuffer(self._buffer, dtype=self.dtype, count=end - begin)
+
+    def close(self) -> None:
+        self._source.close()
+
+
+class _Whole:
+    """A tensor that had to be loaded as a whole."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self.dtype, self.shape = tensor.dtype, tuple(tensor.shape)
+        self._flat = tensor.detach().reshape(-1)
+
+    def read(self, begin: int, end: int) -> torch.Tensor:
+        return self._flat[begin:end]
+
+    def close(self) -> None:
+        self._flat = self._flat[:0]
