@@ -8,13 +8,19 @@ from pathlib import Path
 
 import pytest
 
+from tlcore import registry
+from tlcore.protocols import Sink, Source
+from tlcore.storage import Location
+from tlcore.testing import MemoryStore
+
 ROOT = Path(__file__).parents[1]
 FOLDERS = {"tlcore": ROOT / "tlcore", "tlcore_backends": ROOT / "backends" / "tlcore_backends"}
 FOLDERS["tlcore_schemas"] = ROOT / "schemas" / "tlcore_schemas"
 
 # A lower line never imports a higher one.
 ORDER: list[set[str]] = [
-    {"tlcore.hotpath", "tlcore.errors", "tlcore.locations", "tlcore._version", "tlcore_schemas"},
+    {"tlcore.hotpath", "tlcore.errors", "tlcore.locations", "tlcore._version", "tlcore_schemas"}
+    | {"tlcore.storage"},
     {"tlcore.layout"},
     {"tlcore.statistics", "tlcore.ledger"},
     {"tlcore.record"},
@@ -165,8 +171,56 @@ def test_the_engine_and_the_reader_name_no_backend() -> None:
             assert not [name for name in imported if name.startswith("tlcore_backends")], module
 
 
+def test_built_in_backends_are_named_in_the_registry_alone() -> None:
+    for module, (file, _) in SOURCES.items():
+        text = file.read_text(encoding="utf-8")
+        if not module.startswith("tlcore.") or module == "tlcore.registry" or "tlcore_backends" not in text:
+            continue
+        assert module.startswith(("tlcore.runs", "tlcore.cli")), f"{module} names a backend"
+        plain = [name for name in imports(file, module) if name.startswith("tlcore_backends")]
+        lines = [line for line in text.splitlines() if "tlcore_backends" in line]
+        assert plain and all(line.startswith(("from ", "import ")) for line in lines), module
+
+
+def test_what_a_sink_or_store_can_do_is_asked_by_protocols_alone() -> None:
+    for module, (file, _) in SOURCES.items():
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name):
+                continue
+            asked = ast.unparse(node)
+            if node.func.id == "isinstance":
+                assert not asked.endswith(("LocalStore)", "SpillStore)", "FsspecStore)")), (
+                    f"{module}: {asked}"
+                )
+            if node.func.id in ("hasattr", "getattr") and module.startswith(
+                ("tlcore.engine", "tlcore.reader")
+            ):
+                first = ast.unparse(node.args[0]).lower()
+                assert not first.endswith(("store", "sink", "source")), f"{module}: {asked}"
+
+
+def test_every_built_in_entry_of_the_registry_is_what_it_should_be() -> None:
+    stores = {*registry._BUILT_IN_STORES.values(), registry._FSSPEC_STORE, registry._SPILL_STORE}
+    for target in [*stores, *(each for sides in registry._BUILT_IN.values() for each in sides if each)]:
+        assert callable(registry._import_target(target)), target
+    for name in registry._BUILT_IN:
+        backend = registry.resolve(name)
+        assert isinstance(backend.factory(), Sink)
+        assert isinstance(backend.located({}, "runs"), Location)
+        reader = registry.resolve(backend.written_as({}))
+        assert isinstance(reader.open_source(MemoryStore(), {"world_size": 1}), Source)
+
+
 def test_no_public_name_is_a_module() -> None:
-    for name in ("capture", "compare", "stats", "open_run", "register_sink"):
+    for name in (
+        "capture",
+        "compare",
+        "stats",
+        "open_run",
+        "register_backend",
+        "register_sink",
+        "register_store",
+    ):
         assert f"tlcore.{name}" not in SOURCES
 
 

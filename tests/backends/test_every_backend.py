@@ -23,8 +23,9 @@ from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
 from tlcore.errors import BackendError
 from tlcore.protocols import Sink, Store
+from tlcore.record import RunInfo
 from tlcore.registry import open_store
-from tlcore.testing import SinkConformance, StoreConformance, Tensors
+from tlcore.testing import SinkConformance, StoreConformance, Tensors, make_run
 from tlcore_backends.fsspec import make_sink
 from tlcore_backends.storage.remote import FsspecStore
 
@@ -222,7 +223,10 @@ class TestSinks(SinkConformance):
         self.server, self.storage_format = server, request.param
 
     def make_sink(self) -> Sink:
-        return make_sink(self.storage_format, self.server.options)
+        return make_sink(self.storage_format)
+
+    def make_run(self, url: str) -> RunInfo:
+        return make_run(url, store=FsspecStore(url, self.server.options))
 
     def make_url(self, tmp_path: Path) -> str:
         return f"{self.server.url}/sink-{next(_fresh)}/run"

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 
 from ..protocols import Sink
-from ..record import Record
+from ..record import Record, RunInfo
 from .samples import bytes_of, every_dtype, make_record, make_run, make_summary
 
 Tensors = Mapping[str, torch.Tensor]
@@ -24,6 +24,10 @@ class SinkConformance:
     def make_url(self, tmp_path: Path) -> str:
         """Where the run is to lie: a directory that does not exist yet."""
         return str(tmp_path / "run")
+
+    def make_run(self, url: str) -> RunInfo:
+        """The run at ``url``, its store opened."""
+        return make_run(url)
 
     def committed(self, url: str) -> Mapping[int, Tensors]:
         """The tensors of every committed step of the run at ``url``, by step and logical name."""
@@ -47,7 +51,7 @@ class SinkConformance:
     def test_memory_is_free_once_write_returns(self, tmp_path: Path) -> None:
         """The pipeline uses a record's bytes again."""
         url, sink = self.make_url(tmp_path), self.make_sink()
-        sink.open(make_run(url))
+        sink.open(self.make_run(url))
         records = [make_record(f"step_0/m/{i}_cpu", torch.full((5,), float(i))) for i in range(3)]
         for record in records:
             sink.write([record])
@@ -76,7 +80,7 @@ class SinkConformance:
     def test_an_abandoned_step_is_not_committed(self, tmp_path: Path) -> None:
         """The next step is whole, and has nothing of the one before."""
         url, sink = self.make_url(tmp_path), self.make_sink()
-        sink.open(make_run(url))
+        sink.open(self.make_run(url))
         sink.write([make_record("step_0/a/outputs_cpu", torch.zeros(2))])
         kept = make_record("step_1/a/outputs_cpu", torch.ones(2))
         sink.write([kept])
@@ -91,14 +95,14 @@ class SinkConformance:
     def test_a_run_without_steps_can_be_closed(self, tmp_path: Path) -> None:
         """A server that never got a request."""
         url, sink = self.make_url(tmp_path), self.make_sink()
-        sink.open(make_run(url))
+        sink.open(self.make_run(url))
         sink.close()
         assert dict(self.committed(url)) == {}
 
     def _store(self, tmp_path: Path, batches: Sequence[Sequence[Record]]) -> str:
         """Store one step of ``batches``; returns the run's URL."""
         url, sink = self.make_url(tmp_path), self.make_sink()
-        sink.open(make_run(url))
+        sink.open(self.make_run(url))
         for batch in batches:
             sink.write(batch)
         sink.commit_step(make_summary(0, [record for batch in batches for record in batch]))
