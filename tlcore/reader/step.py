@@ -134,7 +134,7 @@ class Step(Mapping[str, torch.Tensor]):
                 for rank, document in self.documents.items()
             }
         except ValueError as error:
-            raise ReadError(f"{self._files.url}: damaged rows in step.json: {error}") from None
+            raise ReadError(f"{self._stored.url}: damaged rows in step.json: {error}") from None
 
     @property
     def ledger(self) -> Counts:
