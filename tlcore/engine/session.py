@@ -156,7 +156,7 @@ class Session:
         for device in {parameter.device for parameter in model.parameters()}:
             self._stager.reserve(device)
         self._processor = Processor(
-            self._sink, self._pool, self.run.ledger, self.run.rank, self._examination, self._close_run
+            self._sink, self._pool, self.run.ledger, self.run.rank, self._examination, self._documents.close
         )
         self._pipeline = (InlineExecutor if self._inline else ThreadExecutor)(self._processor)
 
@@ -293,9 +293,6 @@ class Session:
                 self.run.shown_url,
             )
 
-    def _close_run(self) -> None:
-        close_run(self._sink, self._documents)
-
     def _give_memory_back(self) -> None:
         # Before Python finds out that nobody needs the session any more.
         self._pool.retire()
@@ -343,7 +340,7 @@ class Session:
         if self._pipeline is not None:
             self._pipeline.close()
         else:
-            self._close_run()
+            close_run(self._sink, self._documents)
         counts = self.ledger
         log.info(
             "run %s: captured %d = stored %d + skipped %d + dropped %d + failed %d %s",

@@ -40,12 +40,12 @@ class Processor:
         ledger: Ledger,
         rank: int,
         examination: Inspection | None = None,
-        close: Callable[[], None] | None = None,
+        end_run: Callable[[bool], None] = lambda whole: None,
     ) -> None:
         needed = examination is not None and examination.needed
         self._inspector = Inspector(examination) if examination is not None and needed else None
         self._sink = sink
-        self._close = close or sink.close
+        self._end_run = end_run
         self._pool = pool
         self._booking = Booking(ledger)
         self._late = sink if isinstance(sink, SupportsLateCommit) else None
@@ -189,9 +189,16 @@ class Processor:
         for number, step in sorted(self._steps.items()):
             step.error = step.error or RuntimeError("the step never ended")
             self.end_step(StepEnd(number, "", "", None, {}))
+        whole = self._closed(self._sink.close)
+        # What the sink never decided is booked before the run's end tells the ledger.
+        self._booking.close()
+        self._closed(lambda: self._end_run(whole))
+
+    def _closed(self, close: Callable[[], None]) -> bool:
         try:
-            self._close()
+            close()
         except self.catches as error:
             self._booking.first_error = self._booking.first_error or error
             log.warning("the run could not be closed: %s", error)
-        self._booking.close()
+            return False
+        return True
