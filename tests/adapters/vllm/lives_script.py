@@ -1,4 +1,4 @@
-"""Engines one after the other in one process, each captured in its own way; the last one's worker is killed.
+"""Engines one after the other in one process, captured in every way; the last one's worker is killed.
 
 ``python lives_script.py OUTPUT_DIR``; prints one JSON line.
 """
@@ -33,7 +33,7 @@ def engine(**keys: Any) -> Any:
 
 
 def main(output_dir: str) -> dict[str, Any]:
-    """Attach, generate and let go; the same with the flag; then a death."""
+    """Attach, generate and let go of the engine; another with the flag, and a death."""
     from vllm import SamplingParams
 
     import tlcore.vllm
@@ -42,7 +42,6 @@ def main(output_dir: str) -> dict[str, Any]:
     sampling = SamplingParams(temperature=0.0, max_tokens=3, ignore_eos=True)
     prompt: Any = {"prompt_token_ids": [3, 4, 5]}
     report: dict[str, Any] = {"left": [], "detached": [], "attached": []}
-    kept: list[Any] = []
 
     def generate(llm: Any) -> None:
         llm.generate([prompt], sampling, use_tqdm=False)
@@ -53,27 +52,18 @@ def main(output_dir: str) -> dict[str, Any]:
         report["left"].append(processes())
 
     llm = engine()
-    with tlcore.vllm.attach(llm, {"output_dir": output_dir}) as attached:
+    with tlcore.vllm.attach(llm, {"output_dir": output_dir}) as detached:
         generate(llm)
-    kept.append(attached)
-    del llm
-    ended()
-    report["detached"] = [attached.status().to_json(), attached.detach().to_json()]
-
-    llm = engine(intermediate_log_config={"output_dir": output_dir})
-    generate(llm)
-    del llm
-    ended()
-
-    llm = engine()
     attached = tlcore.vllm.attach(llm, {"output_dir": output_dir})
     generate(llm)
     del llm
     ended()
-    kept.append(attached)
+    report["detached"] = [detached.status().to_json(), detached.detach().to_json()]
     report["attached"] = [attached.status().to_json(), attached.detach().to_json()]
 
-    llm = engine()
+    llm = engine(intermediate_log_config={"output_dir": output_dir})
+    generate(llm)
+    llm.collective_rpc("tlcore_stop")
     attached = tlcore.vllm.attach(llm, {"output_dir": output_dir, "log_step_ids": []})
     generate(llm)
     (worker,) = (pid for pid, text in processes().items() if "Worker" in text)

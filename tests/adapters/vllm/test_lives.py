@@ -26,7 +26,7 @@ def said(output_dir: Path) -> dict[str, Any]:
 
 
 def test_an_engine_ends_with_its_owner_whoever_was_attached(said: dict[str, Any], output_dir: Path) -> None:
-    assert said["left"] == [{}] * 4
+    assert said["left"] == [{}] * 2
     runs = [tlcore.open_run(path) for path in sorted(output_dir.iterdir())]
     assert [run.state for run in runs] == ["complete"] * 3 + ["incomplete"]
     assert all(run.ledger.stored == run.ledger.captured == run.verify() > 0 for run in runs)
