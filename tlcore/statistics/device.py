@@ -27,12 +27,7 @@ def vector_numel(tensor_numel: int, nbytes: int) -> int:
 
 
 def measure(tensor: torch.Tensor) -> torch.Tensor:
-    """The vector (int64, on the tensor's device) of a strided tensor of any dtype and shape.
-
-    Raises RuntimeError while the stream is being captured into a CUDA graph.
-    """
-    if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError("a CUDA graph is being captured")
+    """The vector (int64, on the tensor's device) of a strided tensor of any dtype and shape."""
     with torch.no_grad():
         flat = tensor.detach().resolve_conj().resolve_neg().contiguous().reshape(-1)
         rows = [moments(flat[at : at + _PIECE]) for at in range(0, flat.numel(), _PIECE)]

@@ -19,7 +19,8 @@ from typing import Any
 from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY
 from tests.waiting import Watched, wait_until, watched
 
-START_SECONDS = 180
+# Of a machine that is busy with much else; one that has died is noticed at once.
+START_SECONDS = 600
 
 
 @dataclass(frozen=True)

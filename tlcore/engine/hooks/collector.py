@@ -19,6 +19,7 @@ from ...statistics import device as device_statistics
 from ..batch import Batch, Measured
 from ..calls import Call, Sides
 from ..filters.tensors import FREED, QUEUE_FULL, RUN_FULL, Outcome, TensorFilter, TensorSpec, TensorSpecs
+from ..staging.accelerator import accelerator_of, recording
 from ..staging.host_memory import NO_CHUNK, Chunk
 from ..staging.stager import FreedError, Stager, with_memory
 
@@ -187,10 +188,15 @@ class Collector:
 
     def measures_itself(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's device computes its statistics."""
-        return tensor.is_cuda
+        if tensor.is_cpu:
+            return False
+        accelerator = accelerator_of(tensor.device.type)
+        return accelerator is not None and accelerator.measures
 
     def _stage_measured(self, tensor: torch.Tensor, spec: TensorSpec) -> tuple[Chunk, int] | None:
         """Stage the statistics that the device computes, and the tensor only if it may be stored."""
+        if recording():
+            raise RuntimeError("a graph is being recorded")
         vector = device_statistics.measure(tensor)
         staged = self._stager.stage(vector, self._forms.of_vector(vector))
         place = (NO_CHUNK, 0) if self._capture == "stats" else self._stager.stage(tensor, spec)

@@ -12,6 +12,7 @@ from torch import nn
 from torch.utils.hooks import RemovableHandle
 
 from ...errors import CaptureError
+from ..staging.accelerator import recording
 from .listening import no_function, open_calls, raised_by, refuse_compiled
 
 log = logging.getLogger("tlcore")
@@ -46,7 +47,7 @@ def why_not_real() -> str | None:
     modes = torch._C._get_dispatch_mode
     if modes(_MODE.FAKE) is not None or modes(_MODE.PROXY) is not None:
         return "tracing with fake tensors or proxies"
-    if torch.cuda._initialized and torch.cuda.is_current_stream_capturing():
+    if recording():
         return "a CUDA graph being captured"
     return None
 

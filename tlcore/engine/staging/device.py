@@ -1,8 +1,14 @@
-"""Staged copies of CUDA tensors: a snapshot on the model's stream, then to the host on another one.
+"""Staged copies of a device's tensors: a snapshot on the model's stream, then to the host on another one.
 
-The snapshot must be on the model's own stream: a copy that starts elsewhere would race with the next
-kernel that works in place. It goes into a device buffer, which is as fast as device memory, and from there
-in one piece into pinned memory, while the model's stream goes on. Nothing here makes the host wait.
+The snapshot must be on the stream that the module runs on: a copy that starts elsewhere would race with the
+next kernel that works in place. It goes into a device buffer, which is as fast as device memory, and from
+there in one piece into pinned memory, while the model's streams go on. Nothing here makes the host wait.
+
+What must wait for what, and nothing else does:
+
+* the first snapshot that a stream makes into a buffer, for the transfer of what was in it before;
+* a buffer's transfer, for every stream that has made snapshots into it, not for the current one alone;
+* who reads a chunk on the host, for its transfer (`Chunk.ready`).
 """
 
 from __future__ import annotations
@@ -13,6 +19,7 @@ from collections.abc import Callable
 import torch
 
 from ..filters.tensors import TensorSpec
+from .accelerator import Accelerator, Event, Stream
 from .host_memory import NO_CHUNK, Chunk, aligned
 
 # Enough that a buffer is rarely waited for: while one is filled, the others travel.
@@ -20,7 +27,7 @@ _BUFFERS = 4
 
 
 class DeviceStager:
-    """Stages the tensors of one CUDA device into chunks of pinned host memory.
+    """Stages the tensors of one device into chunks of pinned host memory.
 
     The device memory (`_BUFFERS` times ``chunk_bytes``) is taken at once and kept, so that whoever sizes
     a cache by the memory that is left sees it. A larger tensor is copied to the host on the model's stream.
@@ -30,32 +37,35 @@ class DeviceStager:
 
     def __init__(
         self,
+        accelerator: Accelerator,
         device: torch.device,
         chunk_bytes: int,
         acquire: Callable[[int], Chunk | None],
         hand_on: Callable[[Chunk], None],
     ) -> None:
+        self._accelerator = accelerator
         self._acquire = acquire
         self._hand_on = hand_on
         self._chunk_bytes = chunk_bytes
-        with torch.inference_mode(False), torch.cuda.device(device):
-            self._side = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-            self._buffers = [
-                torch.empty(chunk_bytes, dtype=torch.uint8, device=device) for _ in range(_BUFFERS)
-            ]
+        self._side = accelerator.new_stream(device)
+        self._buffers = [accelerator.memory(chunk_bytes, device) for _ in range(_BUFFERS)]
+        for buffer in self._buffers:
+            accelerator.keep_for(buffer, self._side)
         self._device = device
-        self._travelled: list[torch.cuda.Event | None] = [None] * _BUFFERS
+        self._travelled: list[Event | None] = [None] * _BUFFERS
         self._turns = itertools.cycle(range(_BUFFERS))
         self._turn = 0
+        # The streams that have made snapshots into the buffer whose turn it is.
+        self._writers: set[Stream] = set()
         self._chunk = NO_CHUNK
 
     def stage(self, tensor: torch.Tensor, spec: TensorSpec) -> tuple[Chunk, int] | None:
         """Snapshot a tensor (any strides) contiguously; its chunk and offset, None if dropped.
 
-        Raises RuntimeError while the stream is being captured into a CUDA graph.
+        Raises RuntimeError while the stream is being recorded into a graph.
         """
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError("a CUDA graph is being captured")
+        if self._accelerator.recording():
+            raise RuntimeError("a graph is being recorded")
         nbytes = spec.nbytes
         if nbytes > self._chunk_bytes:
             return self._stage_alone(tensor, spec)
@@ -65,18 +75,29 @@ class DeviceStager:
         chunk = self._chunk
         begin = chunk.bytes
         if nbytes:
-            _copy(self._buffers[self._turn], begin, tensor, nbytes)
+            self._join(self._accelerator.current_stream(self._device))
+            self._accelerator.copy(self._buffers[self._turn], begin, tensor, nbytes)
         chunk.bytes = aligned(begin + nbytes)
         return chunk, begin
+
+    def _join(self, stream: Stream) -> None:
+        """A stream is about to write into the buffer whose turn it is."""
+        if stream in self._writers:
+            return
+        self._writers.add(stream)
+        self._accelerator.keep_for(self._buffers[self._turn], stream)
+        travelled = self._travelled[self._turn]
+        if travelled is not None:
+            stream.wait_event(travelled)
 
     def _stage_alone(self, tensor: torch.Tensor, spec: TensorSpec) -> tuple[Chunk, int] | None:
         chunk = self._acquire(spec.nbytes)
         if chunk is None:
             return None
         # A strided copy between device and host would be made element by element.
-        _copy(chunk.tensor, 0, tensor.contiguous(), spec.nbytes)
+        self._accelerator.copy(chunk.tensor, 0, tensor.contiguous(), spec.nbytes)
         chunk.bytes = aligned(spec.nbytes)
-        chunk.written = torch.cuda.current_stream(self._device).record_event()
+        chunk.written = self._accelerator.current_stream(self._device).record_event()
         self._hand_on(chunk)
         return chunk, 0
 
@@ -88,13 +109,11 @@ class DeviceStager:
         self.send()
         self._chunk = chunk
         self._turn = next(self._turns)
-        travelled = self._travelled[self._turn]
-        if travelled is not None:
-            torch.cuda.current_stream(self._device).wait_event(travelled)
+        self._writers.clear()
         return True
 
     def send(self) -> None:
-        """Start the copy of what has been gathered to the host, behind the model's stream.
+        """Start the copy of what has been gathered to the host, behind every stream that it was made on.
 
         The chunk is handed on; it is readable once its `Chunk.ready` returns.
         """
@@ -103,14 +122,10 @@ class DeviceStager:
             return
         self._chunk = NO_CHUNK
         used = min(chunk.bytes, self._chunk_bytes)
-        with torch.cuda.stream(self._side):
-            self._side.wait_stream(torch.cuda.current_stream(self._device))
-            chunk.tensor[:used].copy_(self._buffers[self._turn][:used], non_blocking=True)
-            chunk.written = self._side.record_event()
+        for stream in self._writers:
+            self._side.wait_event(stream.record_event())
+        with self._accelerator.on(self._side):
+            self._accelerator.copy(chunk.tensor, 0, self._buffers[self._turn][:used], used)
+        chunk.written = self._side.record_event()
         self._travelled[self._turn] = chunk.written
         self._hand_on(chunk)
-
-
-def _copy(buffer: torch.Tensor, begin: int, tensor: torch.Tensor, nbytes: int) -> None:
-    target = buffer[begin : begin + nbytes].view(tensor.dtype).view(tensor.shape)
-    target.copy_(tensor.detach(), non_blocking=True)

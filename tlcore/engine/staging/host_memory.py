@@ -14,6 +14,8 @@ import time
 
 import torch
 
+from .accelerator import Event
+
 CHUNK_BYTES = 32 << 20
 _ALIGN = 64
 
@@ -32,7 +34,7 @@ class Chunk:
         self.bytes = 0
         self.batches = 0
         self.filling = True
-        self.written: torch.cuda.Event | None = None
+        self.written: Event | None = None
         # A tensor made in inference mode could not be written outside it.
         with torch.inference_mode(False):
             self.tensor = _pinned(size) if pinned else _pageable(size)
@@ -43,6 +45,11 @@ class Chunk:
         """Return once the bytes are there; those that the host has copied always are."""
         if self.written is not None:
             self.written.synchronize()
+
+    def clear(self) -> None:
+        """Make it fit to be filled again: a transfer that nobody waited for may still write into it."""
+        self.ready()
+        self.written = None
 
 
 def _pageable(size: int) -> torch.Tensor:
@@ -104,8 +111,11 @@ class HostPool:
                 waited = time.monotonic() - begin
                 if chunk is not None or self._drop_at_once or waited >= wait_s:
                     self.waited += waited
-                    return chunk, waited
+                    break
                 self._changed.wait(wait_s - waited)
+        if chunk is not None:
+            chunk.clear()
+        return chunk, waited
 
     def _take(self, nbytes: int, size: int) -> Chunk | None:
         self._recycles = True
@@ -171,7 +181,6 @@ class HostPool:
         if chunk.batches or chunk.filling:
             return
         chunk.bytes = 0
-        chunk.written = None
         chunk.filling = True
         if self._taken > self.limit or not self._recycles:
             self._allocated -= chunk.size

@@ -5,11 +5,12 @@ The copy cannot wait: fused kernels overwrite their inputs right after the modul
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
 from ..filters.tensors import TensorSpec
+from .accelerator import Accelerator, accelerator_of
 from .device import DeviceStager
 from .host_memory import NO_CHUNK, Chunk, HostPool, aligned
 
@@ -20,7 +21,7 @@ class FreedError(RuntimeError):
 
 def with_memory(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor``, or what stands for one that has no memory. Raises FreedError where there is nothing."""
-    if not (tensor.is_cpu or tensor.is_cuda) or tensor.numel() == 0 or tensor.data_ptr():
+    if tensor.numel() == 0 or not (tensor.is_cpu or accelerator_of(tensor.device.type)) or tensor.data_ptr():
         return tensor
     if tensor._is_zerotensor():
         # Zeros that torch, in its derivatives, never writes down.
@@ -39,7 +40,12 @@ class Stager:
     them as small as they are.
     """
 
-    def __init__(self, pool: HostPool, block_s: float) -> None:
+    def __init__(
+        self,
+        pool: HostPool,
+        block_s: float,
+        accelerators: Callable[[str], Accelerator | None] = accelerator_of,
+    ) -> None:
         self.chunk = NO_CHUNK
         self.waited = 0.0
         self._pool = pool
@@ -49,7 +55,9 @@ class Stager:
         # Where in the chunk the bytes begin that were not handed out, and how many the last step had.
         self._begin = NO_CHUNK.bytes
         self._last_step = 0
-        self._devices: dict[torch.device, DeviceStager] = {}
+        self._accelerators = accelerators
+        # None for a device whose tensors the host copies.
+        self._devices: dict[torch.device, DeviceStager | None] = {}
 
     def begin_step(self) -> None:
         """Start the step's waiting time afresh, and its bytes at a good place."""
@@ -66,9 +74,10 @@ class Stager:
 
     def stage(self, tensor: torch.Tensor, spec: TensorSpec) -> tuple[Chunk, int] | None:
         """Copy ``tensor`` (any strides, any device) contiguously; its chunk and offset, None if dropped."""
-        if tensor.is_cuda:
-            self.reserve(tensor.device)
-            return self._devices[tensor.device].stage(tensor, spec)
+        if not tensor.is_cpu:
+            stager = self._stager_of(tensor.device)
+            if stager is not None:
+                return stager.stage(tensor, spec)
         nbytes = spec.nbytes
         chunk = self.chunk
         if chunk.bytes + nbytes > chunk.size:
@@ -92,11 +101,22 @@ class Stager:
 
     def reserve(self, device: torch.device) -> None:
         """Take the memory that snapshots of this device's tensors need, before the first of them."""
-        if device.type == "cuda" and device not in self._devices:
+        if device.type != "cpu":
+            self._stager_of(device)
+
+    def _stager_of(self, device: torch.device) -> DeviceStager | None:
+        try:
+            return self._devices[device]
+        except KeyError:
+            accelerator = self._accelerators(device.type)
+        made = None
+        if accelerator is not None:
             self._pool.pinned = True
-            self._devices[device] = DeviceStager(
-                device, self._pool.chunk_bytes, self._acquire, lambda chunk: self.full.append(chunk)
-            )
+            size = self._pool.chunk_bytes
+            # Not the bound method of today's list, which `take` replaces.
+            made = DeviceStager(accelerator, device, size, self._acquire, lambda full: self.full.append(full))
+        self._devices[device] = made
+        return made
 
     def _acquire(self, nbytes: int) -> Chunk | None:
         self._largest = max(self._largest, nbytes)
@@ -139,7 +159,8 @@ class Stager:
         Of device tensors every byte is sent: until then nothing of them is in host memory.
         """
         for device in self._devices.values():
-            device.send()
+            if device is not None:
+                device.send()
         chunks, self.full = self.full, []
         for chunk in chunks:
             self._pool.submitted(chunk)

@@ -13,6 +13,7 @@ from torch import nn
 from ....engine.filters.modules import ModuleFilter
 from ....engine.hooks.collector import Collector, Taken
 from ....engine.session import Session
+from ....engine.staging.accelerator import recording
 from ..frontend.check import unknown_vllm
 from . import tap_op
 from .dry_run import DryRun, Plan, Side
@@ -61,7 +62,7 @@ class Taps:
     def fire(self, slot: int, tensor: torch.Tensor) -> None:
         """A tap's tensor: part of a graph being recorded, of the step, or of no interest."""
         try:
-            if tensor.is_cuda and torch.cuda.is_current_stream_capturing():
+            if not tensor.is_cpu and recording():
                 self._static.record(slot, tensor)
             elif self._collector is not None:
                 self._take(self._collector, slot, tensor)
