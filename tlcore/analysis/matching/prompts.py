@@ -68,7 +68,8 @@ def pair_requests(
     labels_b |= {y.id: labels_a[x.id] for x, y in pairs}
     alone = len(a) + len(b) - 2 * len(pairs)
     if alone:
-        notes.append(f"{alone} requests have no counterpart with the same prompt in the other run")
+        advice = "" if pairs else "; pair them yourself with --request"
+        notes.append(f"{alone} requests have no counterpart with the same prompt in the other run{advice}")
     return labels_a, labels_b, notes
 
 
@@ -169,7 +170,8 @@ def _token_ids(step: Step) -> list[int] | None:
     positions = [row["first_position"] + i for row in rows for i in range(row["rows"])]
     for record in step.records:
         integers = record["dtype"] in ("int32", "int64") and record["direction"] == "inputs"
-        if integers and len(record["shape"]) == 1 and record["shape"][0] >= total > 0:
+        ours = [span.row for span in step.row_spans(record)] if integers and total else []
+        if ours and len(record["shape"]) == 1 and sum(row["rows"] for row in ours) == total:
             try:
                 values: list[int] = step.tensor(str(record["name"])).tolist()
             except ReadError:
