@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tlcore.layout.rows import CallRows, RowSet, is_whole_numbers, row_set_of
+from tlcore.layout.rows import CallRows, Decided, RowSet, accept, is_whole_numbers, row_set_of
 
 
 def _rows(*counts: int, first: int = 0, **more: Any) -> list[dict[str, Any]]:
@@ -90,8 +90,17 @@ def test_drafts_that_nobody_decided_on_are_nobodys_and_another_rank_may_know() -
     rows[0]["drafts"] = 3
     (span,) = CallRows({"rows": rows}).spans(_record("layer", 4, 4))
     assert span.kept().length == 1
-    (span,) = CallRows({"rows": rows}, {"a": 3}).spans(_record("layer", 4, 4))
+    (span,) = CallRows({"rows": rows}, {"a": {"accepted": 3}}).spans(_record("layer", 4, 4))
     assert span.kept().length == 3
+
+
+@pytest.mark.parametrize(("decided", "last"), [(Decided(2, 3), 2), (Decided(0, 1), 0), (Decided(3, 3), 2)])
+def test_the_last_row_is_what_the_last_token_was_sampled_from(decided: Decided, last: int) -> None:
+    rows = _rows(4, first=7, drafts=3, undecided=True)
+    accept(rows, {}, {"a": decided})
+    (span,) = CallRows({"rows": rows}).spans(_record("layer", 4, 4))
+    assert (span.kept().begin, span.kept().length, span.kept().first) == (last, 1, 7 + last)
+    assert rows[0]["accepted"] == 1 + decided.kept and "undecided" not in rows[0]
 
 
 @pytest.mark.parametrize(

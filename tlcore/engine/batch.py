@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..layout.rows import accept
+from ..layout.rows import Decided, accept
 from ..layout.structure import Scalar
 from ..record import Json
 from .calls import CallSide
@@ -51,7 +51,7 @@ class Batch:
 class StepEnd:
     """A step's end: everything that is not in its batches.
 
-    ``kept_drafts`` says how many draft tokens of which request were kept, and may wait for a device.
+    ``decided`` says what became of the requests' draft tokens, and may wait for a device.
     """
 
     step: int
@@ -59,11 +59,11 @@ class StepEnd:
     ended: str
     rows: Sequence[Json] | None
     extra: Mapping[str, Any]
-    kept_drafts: Callable[[], Mapping[str, int]] | None = None
+    decided: Callable[[], Mapping[str, Decided]] | None = None
 
     def settle(self) -> None:
         """Note in the rows how many of them are of tokens that stayed in their requests."""
-        accept(self.rows or (), self.extra, {} if self.kept_drafts is None else self.kept_drafts())
+        accept(self.rows or (), self.extra, {} if self.decided is None else self.decided())
 
 
 @dataclass(slots=True)

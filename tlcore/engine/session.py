@@ -17,6 +17,7 @@ from torch import nn
 from ..config.configuration import Config
 from ..errors import CaptureError
 from ..layout import names
+from ..layout.rows import Decided
 from ..layout.structure import class_name
 from ..protocols import Sink
 from ..record import Counts, Json, RunInfo
@@ -222,13 +223,13 @@ class Session:
         rows: Sequence[Json] | None = None,
         extra: Mapping[str, Any] | None = None,
         error: BaseException | None = None,
-        kept_drafts: Callable[[], Mapping[str, int]] | None = None,
+        decided: Callable[[], Mapping[str, Decided]] | None = None,
     ) -> None:
         """End the step that `begin_step` started and hand it over to be committed.
 
         ``rows`` are those of the step where ``self.rows`` was not told of them. ``error`` is what ended
-        the step early, if anything: what was captured until then is kept. ``kept_drafts`` says, once it
-        is asked in the pipeline's thread, how many of which request's draft tokens were kept.
+        the step early, if anything: what was captured until then is kept. ``decided`` says, asked in the
+        pipeline's thread, what became of which request's draft tokens.
         """
         with self._lock:
             if self._closed or self._step is None or self._hooks is None or self._pipeline is None:
@@ -251,9 +252,7 @@ class Session:
                 details.setdefault("error", problem)
             told = self.rows.document()
             self._collector.end_step()
-            end = StepEnd(
-                number, self._started, ended, told.pop("rows", rows), {**told, **details}, kept_drafts
-            )
+            end = StepEnd(number, self._started, ended, told.pop("rows", rows), {**told, **details}, decided)
             self._pipeline.submit(end)
             if not self.config.selects_any_after(number):
                 # Nothing more comes that could be stored together with what is there.

@@ -27,11 +27,19 @@ class Span(NamedTuple):
     first: int | None
 
     def kept(self) -> Span:
-        """The leading rows whose tokens stayed in the request: draft tokens may have been rejected."""
-        accepted = self.row.get("accepted")
+        """The leading rows whose tokens stayed in the request: draft tokens may have been rejected.
+
+        Where only the last row is wanted, it is that which the last of these tokens was sampled from.
+        """
+        accepted, last = self.row.get("accepted"), self.row.get("last")
         if accepted is None:
             accepted = self.length - int(self.row.get("drafts", 0))
-        return self._replace(length=max(0, min(self.length, accepted)))
+        kept = max(0, min(self.length, accepted))
+        if last is None or last >= kept:
+            return self._replace(length=kept)
+        return self._replace(
+            begin=self.begin + last, length=1, first=None if self.first is None else self.first + last
+        )
 
 
 @dataclass(frozen=True)
@@ -66,6 +74,8 @@ class RowSet:
         )
 
 
+# What is known of a request's rows only when its draft tokens are decided on.
+DECIDED = ("accepted", "last")
 NO_ROWS: tuple[RowSet, ...] = ()
 
 
@@ -90,8 +100,8 @@ def is_whole_numbers(dtype: str) -> bool:
 class CallRows:
     """The row sets of each call of one step and rank, as its ``step.json`` has them."""
 
-    def __init__(self, document: Mapping[str, Any], accepted: Mapping[str, int] | None = None) -> None:
-        """``accepted`` is what other ranks know of the requests' accepted rows.
+    def __init__(self, document: Mapping[str, Any], accepted: Mapping[str, Row] | None = None) -> None:
+        """``accepted`` is what other ranks know of the requests' accepted rows: `DECIDED` keys.
 
         Raises ValueError, with the damaged part, where the rows do not follow one another.
         """
@@ -123,17 +133,18 @@ def _row_set(entry: Any) -> RowSet:
     return _checked(RowSet(str(entry["kind"]), entry["rows"], int(entry.get("padded_rows", 0))))
 
 
-def _with_accepted(row: Row, known: Mapping[str, int]) -> Row:
-    if "accepted" in row or row.get("request_id") not in known:
-        return row
-    return {**row, "accepted": known[row["request_id"]]}
+def _with_accepted(row: Row, known: Mapping[str, Row]) -> Row:
+    decided = known.get(str(row.get("request_id")), {})
+    return row if "accepted" in row or not decided else {**row, **decided}
 
 
 def _checked(rows: RowSet) -> RowSet:
     expected = 0
     for row in rows.rows:
         numbers = [row.get(key) for key in ("first_row", "rows")]
-        numbers += [row[key] for key in ("first_position", "accepted", "drafts") if row.get(key) is not None]
+        numbers += [
+            row[key] for key in ("first_position", "accepted", "drafts", "last") if row.get(key) is not None
+        ]
         sound = isinstance(row.get("request_id"), str) and all(type(n) is int and n >= 0 for n in numbers)
         if not sound or numbers[0] != expected:
             raise ValueError(str(row)[:200])
@@ -141,17 +152,26 @@ def _checked(rows: RowSet) -> RowSet:
     return rows
 
 
-def accept(rows: Iterable[Any], document: Mapping[str, Any], kept_drafts: Mapping[str, int]) -> None:
+class Decided(NamedTuple):
+    """How many of a request's draft tokens were ``kept``, and how many tokens were ``sampled`` for it."""
+
+    kept: int
+    sampled: int
+
+
+def accept(rows: Iterable[Any], document: Mapping[str, Any], decided: Mapping[str, Decided]) -> None:
     """Note in a step's ``rows`` and other row sets how many of each entry's are of tokens that were kept.
 
-    ``kept_drafts`` says of how many of a request's draft tokens that is so; an entry's ``drafts`` are its
-    last rows.
+    An entry's ``drafts`` are its last rows. Of one that is ``undecided`` only one row is wanted, which
+    ``last`` names.
     """
     listed = [each["rows"] for entry in document.get("call_rows", ()) for each in entry["sets"]]
     for row in (row for entries in (rows, *listed) for row in entries):
-        drafts = row.get("drafts")
-        kept = kept_drafts.get(row["request_id"])
-        if drafts is None or "accepted" in row or (drafts and kept is None):
+        drafts, undecided = row.get("drafts"), row.pop("undecided", False)
+        known = decided.get(row["request_id"])
+        if drafts is None or "accepted" in row or (drafts and known is None):
             continue
-        row["accepted"] = row["rows"] - drafts + min(drafts, kept or 0)
+        row["accepted"] = row["rows"] - drafts + (0 if known is None else min(drafts, known.kept))
+        if undecided and known is not None and known.sampled:
+            row["last"] = row["rows"] - drafts + known.sampled - 2
         del row["drafts"]

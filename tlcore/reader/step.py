@@ -12,7 +12,7 @@ import torch
 
 from ..errors import MissingError, ReadError, missing
 from ..layout.names import rank_suffix, step_dir
-from ..layout.rows import CallRows, Span
+from ..layout.rows import DECIDED, CallRows, Span
 from ..record import Counts, Json
 from ..statistics.summary import Statistics
 from .described import described, statistics_of
@@ -122,12 +122,12 @@ class Step(Mapping[str, torch.Tensor]):
 
         Only a pipeline's last stage hears which draft tokens were kept.
         """
-        accepted: dict[int, dict[str, int]] = {}
+        accepted: dict[int, dict[str, Json]] = {}
         for rank, document in self.documents.items():
             known = accepted.setdefault(self.replica(rank), {})
             for row in document.get("rows", ()):
                 if "accepted" in row:
-                    known[row["request_id"]] = row["accepted"]
+                    known[str(row.get("request_id"))] = {key: row[key] for key in DECIDED if key in row}
         try:
             return {
                 rank: CallRows(document, accepted[self.replica(rank)])

@@ -14,7 +14,7 @@ from tlcore.config.configuration import load_config
 from tlcore.engine.filters.rows import StepRows
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
-from tlcore.layout.rows import RowSet, accept
+from tlcore.layout.rows import Decided, RowSet, accept
 
 
 def _rows(*counts: int) -> list[dict[str, Any]]:
@@ -106,7 +106,7 @@ def test_of_drafts_all_that_may_be_the_last_are_kept() -> None:
     kept = rows.cut(torch.arange(7.0))
     assert kept is not None and kept.tolist() == [1, 2, 3, 4, 6]
     document = rows.document()
-    accept(document["rows"], document, {"a": 2})
+    accept(document["rows"], document, {"a": Decided(2, 3)})
     keys = ("first_row", "rows", "first_position", "accepted")
     assert [tuple(row[key] for key in keys) for row in document["rows"]] == [(0, 4, 1, 3), (4, 1, 11, 1)]
 

@@ -100,7 +100,7 @@ class StepRows:
     def _kept(self, part: _Part, rows: RowSet) -> _Kept:
         kept = part.kept.get(id(rows))
         if kept is None:
-            kept = part.kept[id(rows)] = _Kept(rows, self._chosen_of)
+            kept = part.kept[id(rows)] = _Kept(rows, self._chosen_of, self._last)
         return kept
 
     def _chosen_of(self, span: Span) -> tuple[int, int] | None:
@@ -145,7 +145,9 @@ class StepRows:
 class _Kept:
     """The rows of one set that are kept, in ascending order, as a range where they are one."""
 
-    def __init__(self, rows: RowSet, chosen: Callable[[Span], tuple[int, int] | None]) -> None:
+    def __init__(
+        self, rows: RowSet, chosen: Callable[[Span], tuple[int, int] | None], last: bool = False
+    ) -> None:
         self.rows: list[Json] = []
         places: list[int] = []
         for span in rows.spans:
@@ -154,6 +156,8 @@ class _Kept:
                 continue
             begin, count = found
             self.rows.append(_moved(span, begin - span.begin, count, len(places)))
+            if last and count > 1:
+                self.rows[-1]["undecided"] = True
             places += range(begin, begin + count)
         self._places = places
         self._first = places[0] if places else 0

@@ -6,14 +6,14 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ....layout.rows import Row
+from ....layout.rows import Decided, Row
 
 log = logging.getLogger("vllm.tlcore")
 Tokens = Mapping[str, Sequence[int]]
 
 
-def kept_drafts(runner: Any, rows: Sequence[Row], output: Any) -> Callable[[], dict[str, int]] | None:
-    """What tells for each request of ``rows`` how many of its draft tokens the step's ``output`` kept.
+def drafts_decided(runner: Any, rows: Sequence[Row], output: Any) -> Callable[[], dict[str, Decided]] | None:
+    """What tells, from the step's ``output``, what became of the draft tokens of each request of ``rows``.
 
     With asynchronous scheduling it waits for the tokens to arrive from the device, so it is to be called
     in another thread. None where no request has draft tokens, or the output does not tell (that of a
@@ -25,15 +25,16 @@ def kept_drafts(runner: Any, rows: Sequence[Row], output: Any) -> Callable[[], d
         return None
     ends = {row["request_id"]: _end_of(runner, row) for row in drafted}
 
-    def tell() -> dict[str, int]:
+    def tell() -> dict[str, Decided]:
         sampled = tokens()
         found = {}
         for row in drafted:
             request = row["request_id"]
             if request in sampled:
                 new = sampled[request]
+                stayed = ends[request](new)
                 # The last one sampled is no draft.
-                found[request] = min(row["drafts"], max(0, len(new) - 1), ends[request](new))
+                found[request] = Decided(min(row["drafts"], max(0, len(new) - 1), stayed), stayed)
         return found
 
     return tell

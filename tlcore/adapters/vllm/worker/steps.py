@@ -11,7 +11,7 @@ from typing import Any
 from ....engine.session import Session
 from ....layout.rows import NO_ROWS
 from ..compiled.eager_steps import EagerSteps
-from .accepted import kept_drafts
+from .accepted import drafts_decided
 from .draft_scopes import DraftScopes
 from .row_scopes import RowScopes
 from .rows import RowError, RowReader
@@ -160,8 +160,10 @@ class StepWrapper:
             return
         self._open = False
         try:
-            kept = None if error is not None else kept_drafts(self._runner, self._scopes.rows or (), output)
-            self.session.end_step(extra=self._extra, error=error, kept_drafts=kept)
+            decided = (
+                None if error is not None else drafts_decided(self._runner, self._scopes.rows or (), output)
+            )
+            self.session.end_step(extra=self._extra, error=error, decided=decided)
         except Exception as failure:
             self._warn("a step could not be ended", failure)
         self._scopes.end()
