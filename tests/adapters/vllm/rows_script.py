@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import os
 import random
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -18,11 +19,26 @@ COMMON = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, "enabl
 NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
 
 
-def ways() -> dict[str, dict[str, Any]]:
-    """The engine's arguments, by the name of what is hard about them."""
+def drafter(directory: Path) -> str:
+    """The tiny model with other weights in its last layer, so that only some of what it proposes is right."""
+    import torch
+    from safetensors.torch import load_file, save_file
+
     from tests.models import tiny_llama
 
-    draft = {"method": "draft_model", "model": str(tiny_llama()), "num_speculative_tokens": 3}
+    shutil.copytree(tiny_llama(), directory)
+    weights = load_file(directory / "model.safetensors")
+    torch.manual_seed(0)
+    for name, weight in weights.items():
+        if "layers.3.mlp" in name:
+            weight += torch.randn_like(weight) * weight.std()
+    save_file(weights, directory / "model.safetensors", {"format": "pt"})
+    return str(directory)
+
+
+def ways(output_dir: str) -> dict[str, dict[str, Any]]:
+    """The engine's arguments, by the name of what is hard about them."""
+    draft = {"method": "draft_model", "num_speculative_tokens": 3, "model": f"{output_dir}/draft"}
     return {
         "ngram": {"speculative_config": NGRAM},
         "draft": {"speculative_config": draft},
@@ -38,7 +54,10 @@ def main(output_dir: str, way: str) -> dict[str, Any]:
     import tlcore.vllm
     from tests.models import tiny_llama
 
-    llm = LLM(str(tiny_llama()), dtype="float32", **{**COMMON, **ways()[way]})
+    if way == "draft":
+        drafter(Path(output_dir) / "draft")
+    arguments = ways(output_dir)[way]
+    llm = LLM(str(tiny_llama()), dtype="float32", **{**COMMON, **arguments})
     chance = random.Random(3)
     prompts = [[chance.randrange(3, 512) for _ in range(n)] for n in (5, 31, 12, 3, 18, 9)]
     # Repetition, for the n-gram speculator to find.
@@ -55,7 +74,7 @@ def main(output_dir: str, way: str) -> dict[str, Any]:
                 temperature=0.0,
                 max_tokens=length,
                 ignore_eos=True,
-                prompt_logprobs=0 if i % 2 and "speculative_config" not in ways()[way] else None,
+                prompt_logprobs=0 if i % 2 and "speculative_config" not in arguments else None,
             )
             for i, length in enumerate(lengths)
         ]
