@@ -1,0 +1,87 @@
+"""Whose row is whose in random mixes: chunks, preemptions, drafts, prompt logits, padding, in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from tests.deep import scaled
+from tests.fuzz.mixes import complaints, run_mix
+
+# The tokens behind a request's end are cut off as vLLM does it.
+pytest.importorskip("vllm")
+pytestmark = pytest.mark.slow
+MIXES = scaled(10, 200)
+Rows = list[dict[str, Any]]
+
+
+@pytest.mark.parametrize("seed", range(MIXES))
+def test_every_row_of_a_mix_is_its_requests(seed: int) -> None:
+    assert complaints(*run_mix(seed)) == []
+
+
+@pytest.mark.parametrize("seed", range(MIXES))
+def test_only_chosen_requests_are_stored(seed: int) -> None:
+    asked, sink = run_mix(seed, request_ids="^[02]-")
+    for name, tensor in sink.tensors.items():
+        assert set(tensor[:, 0].tolist()) <= {0.0, 2.0}, name
+    assert complaints([each for each in asked if each.number in (0, 2)], sink) == []
+
+
+@pytest.mark.parametrize("seed", range(MIXES))
+def test_of_each_step_the_last_row_is_what_the_next_token_came_from(seed: int) -> None:
+    asked, sink = run_mix(seed, rows="last")
+    wrong = [text for text in complaints(asked, sink) if "missing" not in text]
+    assert wrong == []
+
+
+def _swapped(rows: Rows) -> None:
+    if len(rows) > 1:
+        rows[0]["request_id"], rows[-1]["request_id"] = rows[-1]["request_id"], rows[0]["request_id"]
+
+
+def _later(rows: Rows) -> None:
+    rows[-1]["first_position"] += 1
+
+
+def _earlier(rows: Rows) -> None:
+    rows[0]["first_position"] = max(0, rows[0]["first_position"] - 1)
+
+
+def _longer(rows: Rows) -> None:
+    if len(rows) > 1:
+        rows[0]["rows"] += 1
+        rows[1]["first_row"] += 1
+        rows[1]["rows"] -= 1
+
+
+def _believed(rows: Rows) -> None:
+    for row in rows:
+        row["drafts"] = 0
+
+
+@pytest.mark.parametrize("plant", [_swapped, _later, _earlier, _longer, _believed])
+def test_planted_faults_are_found(plant: Callable[[Rows], None]) -> None:
+    planted = found = 0
+    for seed in range(MIXES):
+        changes = 0
+
+        def spoil(rows: Rows) -> None:
+            nonlocal changes
+            before = repr(rows)
+            plant(rows)
+            changes += repr(rows) != before
+
+        asked, sink = run_mix(seed, spoil)
+        try:
+            told = bool(complaints(asked, sink))
+        except ValueError:
+            # Rows that cannot be are refused by whoever reads them.
+            told = True
+        planted += bool(changes)
+        found += told
+        # Drafts that were all kept are right, whatever was believed of them.
+        assert told or not changes or plant is _believed
+    assert planted and found
