@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     import torch
 
 LAYOUT_VERSION = 1
+# Of a run as a whole; its steps' documents are the same in both.
+NEWEST_LAYOUT = 2
 Direction = Literal["inputs", "outputs", "post_fwd_inputs"]
 
 

@@ -31,8 +31,8 @@ STORE_GROUP = "tlcore.stores"
 _BUILT_IN: dict[str, tuple[str, str | None, str | None]] = {
     "pt": ("tlcore_backends.pt.sink:PtSink", "tlcore_backends.pt.source:PtSource", None),
     "safetensors": (
-        "tlcore_backends.safetensors.sink:SafetensorsSink",
-        "tlcore_backends.safetensors.source:SafetensorsSource",
+        "tlcore_backends.safetensors.versions:make_sink",
+        "tlcore_backends.safetensors.versions:open_source",
         None,
     ),
     "fsspec": ("tlcore_backends.fsspec:make_sink", None, "tlcore_backends.fsspec:location"),

@@ -9,14 +9,16 @@ from tlcore.protocols import Sink
 from tlcore.storage import Location, RetryPolicy
 
 from .pt.sink import PtSink
-from .safetensors.sink import SHARD_BYTES, SafetensorsSink
+from .safetensors import versions
+
+_REACHING = ("url", "storage_options", "deadline_s", "attempts")
 
 
-def make_sink(
-    format: Literal["pt", "safetensors"] = "pt", shard_bytes: int = SHARD_BYTES, **reaching: Any
-) -> Sink:
+def make_sink(format: Literal["pt", "safetensors"] = "pt", **options: Any) -> Sink:
     """The sink of a format; the other options say how its place is reached (`location`)."""
-    return SafetensorsSink(shard_bytes) if format == "safetensors" else PtSink()
+    if format == "pt":
+        return PtSink()
+    return versions.make_sink(**{key: value for key, value in options.items() if key not in _REACHING})
 
 
 def location(options: Mapping[str, Any], output_dir: str) -> Location:

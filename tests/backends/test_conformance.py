@@ -7,14 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.backends.raw import committed
 from tlcore.errors import BackendError
 from tlcore.protocols import Sink, Store
+from tlcore.record import tensor_from_bytes
 from tlcore.registry import open_store
 from tlcore.testing import FailingStore, MemoryStore, SinkConformance, SlowStore, StoreConformance, Tensors
 from tlcore_backends.fsspec import make_sink
 from tlcore_backends.pt.sink import PtSink
+from tlcore_backends.safetensors.segment_sink import SegmentSink
+from tlcore_backends.safetensors.segment_source import SegmentSource
 from tlcore_backends.safetensors.sink import SafetensorsSink
 from tlcore_backends.storage.local import LocalStore
 from tlcore_backends.storage.remote import FsspecStore
@@ -54,7 +58,35 @@ class TestFsspecPt(_Readable):
 
 class TestFsspecSafetensors(TestFsspecPt):
     def make_sink(self) -> Sink:
-        return make_sink("safetensors")
+        return make_sink("safetensors", layout=1)
+
+
+class TestSegments(SinkConformance):
+    def make_sink(self) -> Sink:
+        return make_sink("safetensors", layout=2)
+
+    def committed(self, url: str) -> Mapping[int, Tensors]:
+        source = SegmentSource(open_store(url), {"state": "running"})
+        found = {}
+        for step in source.steps:
+            records = source.document(step, 0)["records"]
+            found[step] = {
+                record["name"]: tensor_from_bytes(
+                    bytearray(source.read(record)), getattr(torch, record["dtype"]), record["shape"]
+                )
+                for record in records
+            }
+        return found
+
+
+class TestSmallSegments(TestSegments):
+    def make_sink(self) -> Sink:
+        return SegmentSink(segment_bytes=40)
+
+
+class TestRemoteSegments(TestSegments):
+    def make_url(self, tmp_path: Path) -> str:
+        return f"memory://conformance-{next(_fresh)}/run"
 
 
 class TestLocalStore(StoreConformance):

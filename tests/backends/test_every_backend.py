@@ -223,7 +223,8 @@ class TestSinks(SinkConformance):
         self.server, self.storage_format = server, request.param
 
     def make_sink(self) -> Sink:
-        return make_sink(self.storage_format)
+        # What is read back here is read without the library.
+        return make_sink("pt") if self.storage_format == "pt" else make_sink("safetensors", layout=1)
 
     def make_run(self, url: str) -> RunInfo:
         return make_run(url, store=FsspecStore(url, self.server.options))

@@ -143,7 +143,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, int, int | None]]:
 
 
 def test_reading_is_lazy(reads: list[tuple[str, int, int | None]]) -> None:
-    url = capture(f"memory://reader-{next(_fresh)}", "safetensors")
+    url = capture(f"memory://reader-{next(_fresh)}", {"name": "safetensors", "layout": 1})
     run = tlcore.open_run(url)
     assert [name for name, *_ in reads] == ["run.json"]
     step = run.step(0)
@@ -183,7 +183,7 @@ def test_every_dtype_comes_back_from_a_shard(tmp_path: Path) -> None:
     ],
 )
 def test_nonsense_in_a_record_is_refused(tmp_path: Path, change: dict[str, Any], message: str) -> None:
-    path = Path(capture(str(tmp_path), "safetensors"), "step_0/step.json")
+    path = Path(capture(str(tmp_path), {"name": "safetensors", "layout": 1}), "step_0/step.json")
     document = json.loads(path.read_text())
     record = next(record for record in document["records"] if record["name"] == NAME)
     record.update(change)

@@ -21,11 +21,16 @@ from tlcore.reader.stored import payload
 from tlcore_backends.storage.local import LocalStore
 
 
-@pytest.fixture(params=["pt", "safetensors"])
+@pytest.fixture(params=["pt", "safetensors", "shards"])
 def run(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     """Two steps of a model whose modules hand tensors on, so that many are stored once."""
     model = nn.Sequential(*(nn.Linear(8, 8) for _ in range(6)), nn.Flatten(0))
-    keys: dict[str, Any] = {"output_dir": str(tmp_path), "backend": request.param, "log_step_ids": []}
+    backends = {"pt": "pt", "safetensors": "safetensors", "shards": {"name": "safetensors", "layout": 1}}
+    keys: dict[str, Any] = {
+        "output_dir": str(tmp_path),
+        "backend": backends[request.param],
+        "log_step_ids": [],
+    }
     with tlcore.capture(model, **keys) as capture:
         model(torch.randn(3, 8))
         model(torch.randn(0, 8))

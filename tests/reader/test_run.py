@@ -287,7 +287,7 @@ def test_wrong_paths_say_what_lies_there(written: Written, tmp_path: Path) -> No
         ("{", "damaged, not JSON"),
         ("[]", "not written by tlcore"),
         ('{"layout": "1"}', "not written by tlcore"),
-        ('{"layout": 2}', "layout version 2, this tlcore reads up to 1; a newer tlcore is needed"),
+        ('{"layout": 3}', "layout version 3, this tlcore reads up to 2; a newer tlcore is needed"),
         ('{"layout": 1}', "'run_id' is missing"),
         ("[" * 100000, "damaged, not JSON"),
     ],

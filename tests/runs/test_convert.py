@@ -82,7 +82,11 @@ def test_there_and_back_gives_the_same_bytes(
     assert after.verify() == before.verify()
     assert (after.ledger, after.state) == (before.ledger, "complete")
     back = converted(there, tmp_path / "c", own, capsys)
-    assert files(back) == files(source)
+    if own == "pt":
+        assert files(back) == files(source)
+    else:
+        # Where segments end depends on time; what is in them does not.
+        assert files(converted(back, tmp_path / "d", "pt", capsys)) == files(there)
 
 
 def test_through_object_storage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

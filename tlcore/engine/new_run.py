@@ -9,6 +9,7 @@ import platform
 import socket
 import time
 from collections.abc import Mapping
+from dataclasses import replace
 
 import torch
 
@@ -106,6 +107,7 @@ def open_run(config: Config, run: RunInfo, sink: Sink | None = None) -> tuple[Ru
     Raises BackendError when the place cannot be written, ConfigError for options that the sink does not take.
     """
     sink = sink if sink is not None else make_sink(config)
+    run = replace(run, document={**run.document, "layout": layout_of(sink)})
     documents = RunDocuments(run, location_of(config))
     documents.open()
     try:
@@ -114,6 +116,12 @@ def open_run(config: Config, run: RunInfo, sink: Sink | None = None) -> tuple[Ru
         documents.abandon()
         raise
     return documents, sink
+
+
+def layout_of(sink: Sink) -> int:
+    """The layout version of the runs that a sink writes; a format that has several says which it is."""
+    layout = getattr(sink, "layout", LAYOUT_VERSION)
+    return layout if type(layout) is int else LAYOUT_VERSION
 
 
 def make_sink(config: Config) -> Sink:

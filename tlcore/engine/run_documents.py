@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
+from collections.abc import Callable
 from datetime import datetime, timezone
 
 from .. import registry
@@ -126,11 +127,11 @@ class RunDocuments:
         return self.run.ledger.snapshot().to_json()
 
 
-def close_run(sink: Sink, documents: RunDocuments) -> None:
-    """Close a sink, then end its run: as whole, or only left where closing the sink raised."""
+def close_run(sink: Sink, documents: RunDocuments, whole: Callable[[], bool] = lambda: True) -> None:
+    """Close a sink, then end its run: as ``whole``, or only left where closing the sink raised."""
     try:
         sink.close()
     except BaseException:
         documents.close(whole=False)
         raise
-    documents.close()
+    documents.close(whole())

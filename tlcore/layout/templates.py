@@ -95,6 +95,21 @@ class Structures(Mapping[str, Json]):
     def __len__(self) -> int:
         return len(self._templates)
 
+    @property
+    def templates(self) -> Sequence[Template]:
+        """All templates, in order."""
+        return list(self._templates.values())
+
+    def template(self, name: str) -> Template:
+        """One document's template."""
+        return self._templates[name]
+
+    @property
+    def values_in_order(self) -> list[str]:
+        """The JSON texts that fill all templates' holes, in order."""
+        values = self._values
+        return [text for name in self._templates for text in values.get(name, ())] if values else []
+
     def compact(self, name: str) -> str:
         """One document's JSON text in one line."""
         return self._filled(self._templates[name].compact(self._step_dir), (name,))

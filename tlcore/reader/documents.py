@@ -13,7 +13,7 @@ from typing import Any
 from ..errors import ReadError
 from ..layout.checks import LARGEST_SIZE, is_shape, is_whole
 from ..layout.names import safe, step_dir
-from ..record import LAYOUT_VERSION, LEDGER_COLUMNS, Json
+from ..record import LEDGER_COLUMNS, NEWEST_LAYOUT, Json
 
 MOST_RANKS = 1 << 20
 _DEEPEST = 300
@@ -32,9 +32,9 @@ def check_layout(document: Any, where: str) -> Json:
     layout = document.get("layout") if isinstance(document, dict) else None
     if type(layout) is not int:
         raise ReadError(f"{where}: not written by tlcore (it has no layout version)")
-    if layout > LAYOUT_VERSION:
+    if layout > NEWEST_LAYOUT:
         raise ReadError(
-            f"{where}: has layout version {_short(layout)}, this tlcore reads up to {LAYOUT_VERSION};"
+            f"{where}: has layout version {_short(layout)}, this tlcore reads up to {NEWEST_LAYOUT};"
             " a newer tlcore is needed"
         )
     if layout < 1:

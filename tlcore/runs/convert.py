@@ -10,12 +10,12 @@ from typing import Any
 import torch
 
 from ..config.configuration import Config
-from ..engine.new_run import absolute_location, make_sink
+from ..engine.new_run import absolute_location, layout_of, make_sink
 from ..engine.run_documents import RunDocuments, close_run
 from ..errors import ConfigError, ReadError, VerifyError
 from ..layout.names import is_url, rank_suffix, redact_url
 from ..layout.run_files import RUN_FILE
-from ..protocols import Sink
+from ..protocols import Sink, SupportsLateCommit
 from ..reader import MissingError, Run, Step, is_run
 from ..reader.bulk import Payload, read_payloads
 from ..reader.step import counts_of
@@ -63,8 +63,10 @@ def convert(source: Run, config: Config, on_tensor: Callable[[], None] = lambda:
         raise ReadError(f"{redact_url(url)}: already holds a run; convert into another directory")
     document = {**source.document, "backend": backend.written_as(config.backend_options)}
     for rank in reversed(range(source.world_size)):
+        sink = make_sink(config)
+        document["layout"] = layout_of(sink)
         run = RunInfo(source.id, url, rank, source.world_size, document, Ledger())
-        _convert_rank(source, make_sink(config), RunDocuments(run, location), on_tensor)
+        _convert_rank(source, sink, RunDocuments(run, location), on_tensor)
     _restore_documents(source, url, location, document)
     return url
 
@@ -80,6 +82,9 @@ def _convert_rank(source: Run, sink: Sink, documents: RunDocuments, on_tensor: C
     documents.open()
     run = documents.run
     sink.open(run)
+    lost: list[BaseException] = []
+    if isinstance(sink, SupportsLateCommit):
+        sink.tell_stored(lambda step, error: lost.extend(() if error is None else (error,)))
     batch_bytes = _REMOTE_BATCH_BYTES if is_url(run.url) else _LOCAL_BATCH_BYTES
     for step in source.values():
         if run.rank not in step.ranks:
@@ -91,7 +96,12 @@ def _convert_rank(source: Run, sink: Sink, documents: RunDocuments, on_tensor: C
             for _ in batch:
                 on_tensor()
         sink.commit_step(summary_of(step, run.rank))
-    close_run(sink, documents)
+        if lost:
+            break
+    # What was told late is known when the sink is closed; without an end mark the run reads as incomplete.
+    close_run(sink, documents, lambda: not lost)
+    if lost:
+        raise lost[0]
 
 
 def _batches(source: Run, step: Step, rank: int, batch_bytes: int) -> Iterator[list[Record]]:

@@ -54,7 +54,7 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
         for name in opened.stored.files.top:
             if name.endswith(".json"):
                 self._add(name, partial(opened.stored.files.read, name))
-        self._add(RUN_FILE, lambda: _readable({**opened.document, "backend": "pt"}))
+        self._add(RUN_FILE, lambda: _readable({**opened.document, "backend": "pt", "layout": 1}))
         for step in opened.values():
             for rank in step.ranks:
                 self._add_step(step, rank)

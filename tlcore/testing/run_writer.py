@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+from ..engine.new_run import layout_of
 from ..engine.run_documents import RunDocuments, close_run
 from ..protocols import Sink
 from ..record import Record, RunInfo, StepSummary
@@ -26,7 +27,7 @@ class RunWriter:
         run: RunInfo | None = None,
         location: Location | None = None,
     ) -> None:
-        made = run or make_run(url)
+        made = run or make_run(url, layout=layout_of(sink))
         made.document["backend"] = backend
         self._documents = RunDocuments(made, location or Location(made.url))
         self._documents.open()

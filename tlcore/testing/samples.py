@@ -21,10 +21,11 @@ def make_run(
     run_id: str = "run-1",
     fsync: bool = False,
     store: Store | None = None,
+    layout: int = LAYOUT_VERSION,
 ) -> RunInfo:
     """A run at ``url``, its ``store`` opened there, with a small, whole document."""
     document: Json = {
-        "layout": LAYOUT_VERSION,
+        "layout": layout,
         "run_id": run_id,
         "created": "2025-01-01T00:00:00+00:00",
         "host": "host",

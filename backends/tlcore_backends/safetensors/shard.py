@@ -79,7 +79,7 @@ class Shard:
         """
         begin = self.payload_bytes
         end = begin + record.data.nbytes
-        fragment, dtype = _header_of(record.origin.dtype, record.origin.shape)
+        fragment, dtype = header_of(record.origin.dtype, record.origin.shape)
         entry = f"{quoted(record.name)}:{fragment}[{begin},{end}]}}"
         header = self._header_bytes + len(entry) + 1
         if dtype:
@@ -198,7 +198,7 @@ class Shard:
 
 
 @lru_cache(maxsize=4096)
-def _header_of(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, str]:
+def header_of(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, str]:
     """A header entry up to its offsets; and, where the format lacks the dtype, the dtype's name as JSON."""
     name, extents, mark = _DTYPES.get(dtype), list(shape), ""
     if name is None:

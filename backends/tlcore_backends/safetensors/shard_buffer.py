@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import mmap
+from collections.abc import Sequence
+
+from tlcore.storage import Buffer
 
 _PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _FIRST_BYTES = 2 << 20
@@ -30,6 +33,17 @@ class ShardBuffer:
         with memoryview(self._memory) as memory:
             memory[begin:end] = part
         self.nbytes = end
+
+    def extend(self, parts: Sequence[Buffer]) -> None:
+        """Copy all ``parts`` behind those that are there."""
+        sizes = [memoryview(part).nbytes for part in parts]
+        self._make_room(sum(sizes))
+        position = self.nbytes
+        with memoryview(self._memory) as memory:
+            for part, size in zip(parts, sizes, strict=True):
+                memory[position : position + size] = part
+                position += size
+        self.nbytes = position
 
     def view(self) -> memoryview:
         """All bytes; the memory is in use for as long as this, or anything made from it, lives."""

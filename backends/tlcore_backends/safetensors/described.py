@@ -1,0 +1,186 @@
+"""What a step's records and structures look like when nothing is left in them that changes with the step."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import torch
+
+from tlcore.layout.templates import HOLE, STEP_DIR, Structures, Template, compact
+from tlcore.record import Json, Origin, Record
+
+# Stands for a value that each step states by itself.
+VALUE = {"?": 0}
+# A name in the step's own directory.
+HERE = "./"
+_MOST_KNOWN = 50_000
+
+
+class Slot(NamedTuple):
+    """One tensor of a step as all steps have it, but for its bytes.
+
+    ``tail`` is its logical name without the step's directory, ``text`` its entry in the index, open at its
+    end; ``rows`` are the extent of its first dimension (1 without dimensions), ``row`` the others.
+    """
+
+    tail: str
+    origin: Origin
+    text: str
+    dtype: torch.dtype
+    rows: int
+    row: tuple[int, ...]
+    nbytes: int
+
+
+class _Known(NamedTuple):
+    """A structure's text, the tensors it refers to, and its template, so that no other can get its id."""
+
+    template: Template
+    name: str
+    text: str
+    tails: frozenset[str]
+
+
+class Describer:
+    """Slots and structures, each described once however many steps and segments have it."""
+
+    def __init__(self) -> None:
+        self._slots: dict[tuple[str, Origin], Slot] = {}
+        self._templates: dict[int, _Known] = {}
+
+    def slot(self, record: Record) -> Slot:
+        """The slot that a record fills."""
+        key = record.name.partition("/")[2], record.origin
+        slot = self._slots.get(key)
+        if slot is None:
+            if len(self._slots) > _MOST_KNOWN:
+                self._slots.clear()
+            slot = self._slots[key] = _slot(*key)
+        return slot
+
+    def structure(
+        self, structures: Structures, name: str, step_dir: str, origins: Mapping[str, Origin]
+    ) -> str:
+        """The JSON text ``[name, document]`` of a structure; ``origins`` are the step's records' by tail."""
+        template = structures.template(name)
+        known = self._templates.get(id(template))
+        if (
+            known is not None
+            and known.template is template
+            and known.name == name
+            and known.tails <= origins.keys()
+        ):
+            return known.text
+        freeing = _Freeing(name, step_dir, origins)
+        text = compact([name, freeing.free(json.loads(template.compact(STEP_DIR)))])
+        if step_dir not in text:
+            if len(self._templates) > _MOST_KNOWN:
+                self._templates.clear()
+            self._templates[id(template)] = _Known(template, name, text, frozenset(freeing.tails))
+        return text
+
+
+def _slot(tail: str, origin: Origin) -> Slot:
+    shape = origin.shape
+    entry: Json = {"name": tail, **origin.describe()}
+    entry["shape"] = [None, *shape[1:]] if shape else []
+    # Known from dtype and shape; its place among the keys is kept.
+    entry["bytes"] = None
+    return Slot(
+        tail,
+        origin,
+        compact(entry)[:-1],
+        origin.dtype,
+        shape[0] if shape else 1,
+        shape[1:],
+        math.prod(shape) * origin.dtype.itemsize,
+    )
+
+
+class _Freeing:
+    """Takes out of a structure what the step's records say by themselves."""
+
+    def __init__(self, name: str, step_dir: str, origins: Mapping[str, Origin]) -> None:
+        self._directory = name.rpartition("/")[0]
+        self._step_dir = step_dir
+        self._origins = origins
+        self.tails: set[str] = set()
+
+    def free(self, node: Any) -> Any:
+        """The node without it."""
+        if node == HOLE:
+            return VALUE
+        if isinstance(node, list):
+            return [self.free(child) for child in node]
+        if not isinstance(node, dict):
+            return node
+        if node.get("type") != "tensor":
+            return {key: self.free(child) for key, child in node.items()}
+        node = {key: self._here(value) if key in ("file", "name") else value for key, value in node.items()}
+        tail = str(node.get("file")).removeprefix(HERE).removesuffix(".pt")
+        if self._is_said_by(self._origins.get(tail), tail, node):
+            self.tails.add(tail)
+            more = {key: self.free(node[key]) for key in list(node)[len(STORED_KEYS) :]}
+            return {"tensor": tail.rpartition("/")[2], **more}
+        return {key: self.free(child) for key, child in node.items()}
+
+    def _is_said_by(self, origin: Origin | None, tail: str, node: Json) -> bool:
+        if origin is None or tail.rpartition("/")[0] != self._directory:
+            return False
+        return (
+            list(node)[: len(STORED_KEYS)] == list(STORED_KEYS)
+            and node["file"] == f"{HERE}{tail}.pt"
+            and (
+                node["shape"] == list(origin.shape)
+                and node["dtype"] == str(origin.dtype)
+                and node["numel"] == math.prod(origin.shape)
+                and node["device"] == origin.device
+            )
+        )
+
+    def _here(self, value: Any) -> Any:
+        for begin in (STEP_DIR, self._step_dir):
+            if isinstance(value, str) and value.startswith(f"{begin}/"):
+                return HERE + value[len(begin) + 1 :]
+        return value
+
+
+# The keys of a stored tensor's node that its record says as well, in their order.
+STORED_KEYS = ("type", "shape", "dtype", "numel", "device", "file")
+
+
+def restored(node: Any, name: str, step_dir: str, records: Mapping[str, Json], values: Any) -> Any:
+    """The structure ``name`` of a step again; ``records`` are its records by name, ``values`` an iterator.
+
+    Raises KeyError for a tensor that has no record, StopIteration when values are missing.
+    """
+    if isinstance(node, list):
+        return [restored(child, name, step_dir, records, values) for child in node]
+    if not isinstance(node, dict):
+        return node
+    if node == VALUE and type(node["?"]) is int:
+        return next(values)
+    stem = node.get("tensor")
+    if isinstance(stem, str):
+        record = records[f"{step_dir}/{name.rpartition('/')[0]}/{stem}"]
+        shape = record["shape"]
+        head = (
+            *("tensor", list(shape), f"torch.{record['dtype']}"),
+            *(math.prod(shape), record["device"], f"{record['name']}.pt"),
+        )
+        more = {
+            key: restored(child, name, step_dir, records, values)
+            for key, child in node.items()
+            if key != "tensor"
+        }
+        return {**dict(zip(STORED_KEYS, head, strict=True)), **more}
+    found = {key: restored(child, name, step_dir, records, values) for key, child in node.items()}
+    if found.get("type") == "tensor":
+        for key in ("file", "name"):
+            value = found.get(key)
+            if isinstance(value, str) and value.startswith(HERE):
+                found[key] = f"{step_dir}/{value[len(HERE) :]}"
+    return found

@@ -1,0 +1,484 @@
+"""Reading a segment's index: where each tensor of each step lies, and the step's document.
+
+An index may come from anybody. What is used here is checked here; the documents made of it are checked by
+the reader like any other ``step.json``.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import itertools
+import threading
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from functools import cached_property
+from math import prod
+from typing import Any, NamedTuple
+
+import torch
+
+from tlcore.errors import ReadError
+from tlcore.protocols import Array, ArrayRows
+from tlcore.record import Json
+
+from .compact import joined, time_text
+from .described import restored
+
+_HASH_BYTES = 16
+_LARGEST = 1 << 50
+# Ranges of numbers are short to write and long to read.
+_LARGEST_CHANGED = 1 << 200
+_MOST_ITEMS = 16_000_000
+_TABLES = ("files", "calls", "structures", "arrays", "plans", "extents", "skeletons", "changes", "rows")
+_COLUMNS = ("number", "plan", "extents", "started", "took", "details", "change")
+# What an array's entry says beside what is a record's.
+_PLACE = frozenset(("key", "file", "offset", "constant", "same_as", "hashes"))
+
+
+class Plan(NamedTuple):
+    """What steps that are alike share, by their numbers in the index."""
+
+    calls: Sequence[int]
+    structures: Sequence[int]
+    arrays: Sequence[int]
+    # For each array, which of the step's extents is that of its first dimension.
+    groups: Sequence[int]
+
+
+class Place(NamedTuple):
+    """Where an array's bytes lie: ``file`` of the index, from ``begin`` on, ``row_bytes`` a row."""
+
+    file: int
+    begin: int
+    constant: bool
+    hashes: bytes
+    row: tuple[int, ...]
+    row_bytes: int
+    dtype: str
+    scalar: bool
+
+
+class SegmentIndex:
+    """An index that was read; ``where`` is its name for messages, ``file`` its name in the run.
+
+    Raises ReadError, at once or when it is used, for one that makes no sense.
+    """
+
+    def __init__(self, document: Any, where: str) -> None:
+        self.where = where
+        if not isinstance(document, dict) or document.get("layout") != 2:
+            raise self.damaged("not an index of layout version 2")
+        for key in _TABLES:
+            if not isinstance(document.get(key), list):
+                raise self.damaged(f"{key!r} is missing or no array")
+        self._document = document
+        columns = document.get("steps")
+        if not isinstance(columns, dict):
+            raise self.damaged("'steps' is missing or no object")
+        self._columns: dict[str, list[Any]] = columns
+        if not all(isinstance(columns.get(key), list) for key in _COLUMNS):
+            raise self.damaged("a column of 'steps' is missing")
+        count = len(columns["number"])
+        if not all(isinstance(column, list) and len(column) == count for column in columns.values()):
+            raise self.damaged("the columns of 'steps' have different lengths")
+        self.steps: list[int] = self._numbers(columns["number"], _LARGEST)
+        if any(later <= earlier for earlier, later in itertools.pairwise(self.steps)):
+            raise self.damaged("its steps do not ascend")
+        self.rank = self._number(document.get("rank"), 1 << 20)
+        self._counted: tuple[int, dict[int, tuple[int, int]]] = (0, {})
+        self._told_details = _Changing(self)
+        self._told_rows = _Changing(self)
+
+    def damaged(self, what: str) -> ReadError:
+        """The error for an index that makes no sense."""
+        return ReadError(f"{self.where}: damaged index, {what}")
+
+    @property
+    def ledger(self) -> Any:
+        """What had become of all the rank's tensors by then."""
+        return self._document.get("ledger")
+
+    @cached_property
+    def files(self) -> list[tuple[str, int]]:
+        """The data files and their sizes in bytes."""
+        found = []
+        for entry in self._document["files"]:
+            if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
+                raise self.damaged("a file has no name")
+            found.append((entry["file"], self._number(entry.get("bytes"), _LARGEST)))
+        return found
+
+    def document(self, number: int) -> Json:
+        """A step's document as ``step.json`` has it, its records with ``shard`` and ``offsets``.
+
+        Raises ReadError for a step that the index does not have.
+        """
+        position = self._position(number)
+        directory = f"step_{number}"
+        plan = self._plan(position)
+        records = [record for _, record in self._numbered_records(position, plan)]
+        details = self._details(position)
+        head = {"layout": 1, "step": number, "rank": self.rank, **self._times(position, details)}
+        document: Json = {
+            **head,
+            "ledger": details.get("ledger"),
+            "calls": [self.table("calls", call) for call in plan.calls],
+            "records": records,
+            **self._extra(details),
+        }
+        rows = self._rows_of(position)
+        if rows is not None:
+            document["rows"] = rows
+        document["structures"] = self._structures(position, plan, directory, records)
+        used = {record["shard"] for record in records}
+        document["shards"] = [{"file": file, "bytes": size} for file, size in self.files if file in used]
+        return document
+
+    def begins(self, file: int) -> list[int]:
+        """Where the arrays of a data file begin, in order."""
+        entries = self._document["arrays"]
+        offsets = (
+            entry.get("offset") for entry in entries if isinstance(entry, dict) and entry.get("file") == file
+        )
+        return sorted(offset for offset in offsets if type(offset) is int)
+
+    def extents_of_arrays(self) -> list[tuple[int, int, int, str]]:
+        """Of each array that has bytes of its own: file, begin, end, and key. Raises ReadError."""
+        totals = self._firsts(len(self.steps))
+        found = []
+        for number, entry in enumerate(self._document["arrays"]):
+            place = self._place(number)
+            if entry.get("same_as") is not None:
+                continue
+            times, rows = totals.get(number, (0, 0))
+            if place.constant and times:
+                rows //= times
+            end = place.begin + rows * place.row_bytes
+            found.append((place.file, place.begin, end, str(entry.get("key", entry["name"]))))
+        return found
+
+    def arrays(self, keys: Collection[str] | None = None) -> Iterator[Array]:
+        """Each array over all steps of the segment, by its name."""
+        wanted = [
+            number
+            for number, entry in enumerate(self._document["arrays"])
+            if isinstance(entry, dict) and (keys is None or entry.get("name") in keys)
+        ]
+        found: dict[int, list[ArrayRows]] = {number: [] for number in wanted}
+        for position, step in enumerate(self.steps):
+            plan = self._plan(position)
+            if not any(number in found for number in plan.arrays):
+                continue
+            for number, record in self._numbered_records(position, plan, found):
+                rows = found[number]
+                begin = rows[-1].end if rows else 0
+                extent = record["shape"][0] if record["shape"] else 1
+                rows.append(ArrayRows(step, begin, begin + extent, record))
+        for number, rows in found.items():
+            place = self._place(number)
+            if rows:
+                shape = (rows[-1].end, *place.row)
+                yield Array(self.table("arrays", number)["name"], self.rank, place.dtype, shape, rows)
+
+    def _position(self, number: int) -> int:
+        position = bisect_left(self.steps, number)
+        if position == len(self.steps) or self.steps[position] != number:
+            raise self.damaged(f"it does not have step {number}")
+        return position
+
+    def _extra(self, details: Json) -> Json:
+        extra = details.get("extra", {})
+        if not isinstance(extra, dict):
+            raise self.damaged("'extra' is no object")
+        return extra
+
+    def _times(self, position: int, details: Json) -> Json:
+        started, took = self._starts[position], self._columns["took"][position]
+        if started is None or type(took) is not int:
+            return {"started": details.get("started"), "ended": details.get("ended")}
+        try:
+            return {"started": time_text(started), "ended": time_text(started + took)}
+        except OverflowError:
+            raise self.damaged("a time that no calendar has") from None
+
+    @cached_property
+    def _starts(self) -> list[int | None]:
+        """When each step began; the column has differences."""
+        found: list[int | None] = []
+        last = 0
+        for change in self._columns["started"]:
+            last += change if type(change) is int else 0
+            found.append(last if type(change) is int else None)
+        return found
+
+    def _numbered_records(
+        self, position: int, plan: Plan, only: Container[int] | None = None
+    ) -> Iterator[tuple[int, Json]]:
+        """A step's records, with their arrays' numbers; of those that are left out no alias is known."""
+        directory = f"step_{self.steps[position]}"
+        extents = self._extents(self._columns["extents"][position])
+        firsts = self._firsts(position)
+        known: dict[tuple[str, str, tuple[int, ...]], str] = {}
+        for array, group in zip(plan.arrays, plan.groups, strict=True):
+            if only is not None and array not in only:
+                continue
+            if group >= len(extents):
+                raise self.damaged(f"{directory} has no extent {group}")
+            record, shape = self._record(array, extents[group], *firsts.get(array, (0, 0)), directory)
+            original = known.setdefault((record["hash"], str(record.get("dtype")), shape), record["name"])
+            if original is not record["name"]:
+                place = {key: record.pop(key) for key in ("shard", "offsets")}
+                record |= {"alias_of": original, **place}
+            yield array, record
+
+    def _record(
+        self, array: int, rows: int, occurrence: int, row: int, directory: str
+    ) -> tuple[Json, tuple[int, ...]]:
+        place, entry = self._place(array), self.table("arrays", array)
+        begin = place.begin + (0 if place.constant else row * place.row_bytes)
+        shape = () if place.scalar else (rows, *place.row)
+        nbytes = rows * place.row_bytes
+        record: Json = {key: value for key, value in entry.items() if key not in _PLACE}
+        record |= {"name": f"{directory}/{entry['name']}", "shape": list(shape)}
+        if "bytes" in record:
+            record["bytes"] = nbytes
+        record["hash"] = f"xxh3-128:{self._hash(place, array, occurrence)}"
+        record["shard"] = self.files[place.file][0] if place.file < len(self.files) else None
+        record["offsets"] = [begin, begin + nbytes]
+        return record, shape
+
+    def _hash(self, place: Place, array: int, occurrence: int) -> str:
+        begin = 0 if place.constant else occurrence * _HASH_BYTES
+        digest = place.hashes[begin : begin + _HASH_BYTES]
+        if len(digest) != _HASH_BYTES:
+            raise self.damaged(f"array {array} has too few hashes")
+        return digest.hex()
+
+    def _firsts(self, position: int) -> dict[int, tuple[int, int]]:
+        """How often each array occurred before a step, and with how many rows in all."""
+        # Steps are mostly read in order: then only those since the last one are counted.
+        last, known = self._counted
+        if position < last:
+            last, known = 0, {}
+        found = dict(known)
+        for plan_number, extents_number, count in self._groups(last, position):
+            plan, extents = self._plan_numbered(plan_number), self._extents(extents_number)
+            for array, group in zip(plan.arrays, plan.groups, strict=True):
+                if group >= len(extents):
+                    raise self.damaged(f"there is no extent {group}")
+                times, rows = found.get(array, (0, 0))
+                found[array] = times + count, rows + count * extents[group]
+        self._counted = position, found
+        return found
+
+    def _groups(self, begin: int, end: int) -> Iterator[tuple[int, int, int]]:
+        """Plan and extents of a range of steps, and how many of them have the same."""
+        pairs = zip(self._columns["plan"][begin:end], self._columns["extents"][begin:end], strict=True)
+        counted: dict[tuple[Any, Any], int] = {}
+        for pair in pairs:
+            if not all(type(each) is int for each in pair):
+                raise self.damaged("a step has no plan")
+            counted[pair] = counted.get(pair, 0) + 1
+        # The sums are the same in any order.
+        yield from ((plan, extents, count) for (plan, extents), count in counted.items())
+
+    def _place(self, number: int) -> Place:
+        known = self._places.get(number)
+        if known is None:
+            known = self._places[number] = self._find_place(number)
+        return known
+
+    @cached_property
+    def _places(self) -> dict[int, Place]:
+        return {}
+
+    def _find_place(self, number: int) -> Place:
+        entry = self.table("arrays", number)
+        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
+            raise self.damaged(f"array {number} has no name")
+        shape = entry.get("shape")
+        dtype = getattr(torch, str(entry.get("dtype")), None)
+        if not isinstance(shape, list) or not isinstance(dtype, torch.dtype) or len(shape) > 64:
+            raise self.damaged(f"array {number} has no dtype or shape")
+        row = tuple(self._numbers(shape[1:], _LARGEST))
+        stored = entry
+        if entry.get("same_as") is not None:
+            stored = self.table("arrays", self._number(entry["same_as"]))
+            if not isinstance(stored, dict) or stored.get("same_as") is not None:
+                raise self.damaged(f"array {number} is the same as one that has no bytes")
+            if stored.get("dtype") != entry["dtype"] or stored.get("shape") != shape:
+                raise self.damaged(f"array {number} is the same as one of another form")
+        try:
+            hashes = base64.b64decode(str(stored.get("hashes")), validate=True)
+        except (binascii.Error, ValueError):
+            raise self.damaged(f"the hashes of array {number} are not in base64") from None
+        return Place(
+            self._number(stored.get("file")),
+            self._number(stored.get("offset")),
+            stored.get("constant") is True,
+            hashes,
+            row,
+            prod(row) * dtype.itemsize,
+            str(entry["dtype"]),
+            not shape,
+        )
+
+    def _plan(self, position: int) -> Plan:
+        return self._plan_numbered(self._columns["plan"][position])
+
+    def _plan_numbered(self, number: Any) -> Plan:
+        known = self._plans.get(number) if type(number) is int else None
+        if known is None:
+            entry = self.table("plans", number)
+            if not isinstance(entry, dict):
+                raise self.damaged(f"plan {number} is no object")
+            calls, structures, arrays = (
+                list(self._spread(entry.get(key), 1)) for key in ("calls", "structures", "arrays")
+            )
+            known = Plan(calls, structures, arrays, list(self._spread(entry.get("extents"), 0)))
+            if len(known.arrays) != len(known.groups) or len(set(known.arrays)) != len(known.arrays):
+                raise self.damaged(f"plan {number} says nothing of some array's rows, or has one twice")
+            self._plans[number] = known
+        return known
+
+    @cached_property
+    def _plans(self) -> dict[int, Plan]:
+        return {}
+
+    def _spread(self, pairs: Any, stride: int) -> Iterable[int]:
+        """``[5, 3, 2, 1]`` as 5, 6, 7, 2 for stride 1, and as 5, 5, 5, 2 for stride 0."""
+        numbers = self._numbers(pairs, 1 << 40)
+        if len(numbers) % 2 or sum(numbers[1::2]) > _MOST_ITEMS:
+            raise self.damaged("a run of numbers makes no sense")
+        for begin, count in zip(numbers[::2], numbers[1::2], strict=True):
+            yield from range(begin, begin + count) if stride else itertools.repeat(begin, count)
+
+    def _extents(self, number: Any) -> list[int]:
+        return self._numbers(self.table("extents", number), _LARGEST)
+
+    def _details(self, position: int) -> Json:
+        """What a step says of itself: its ledger, and what only some steps have."""
+        skeletons, changes = self._columns["details"], self._columns["change"]
+        details = self._told_details.values(position, lambda at: [(skeletons[at], changes[at])])[0]
+        if not isinstance(details, dict):
+            raise self.damaged("a step's details are no object")
+        return details
+
+    def _rows_of(self, position: int) -> list[Any] | None:
+        column = self._columns.get("rows")
+        if column is None or column[position] is None:
+            return None
+        return self._told_rows.values(
+            position, lambda at: () if column[at] is None else self._row_list(column[at])
+        )
+
+    def _row_list(self, number: Any) -> list[tuple[int, int]]:
+        flat = self._numbers(self.table("rows", number), _LARGEST)
+        if len(flat) % 2:
+            raise self.damaged("a list of rows makes no sense")
+        return list(zip(flat[::2], flat[1::2], strict=True))
+
+    def _structures(self, position: int, plan: Plan, directory: str, records: list[Json]) -> Json:
+        by_name = {record["name"]: record for record in records}
+        column = self._columns.get("values")
+        values = column[position] if column is not None else None
+        given = iter(values if isinstance(values, list) else ())
+        suffix = "" if self.rank == 0 else f"_rank_{self.rank}"
+        found: Json = {}
+        for number in plan.structures:
+            entry = self.table("structures", number)
+            if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+                raise self.damaged(f"structure {number} has no name")
+            name, node = entry
+            try:
+                document = restored(node, name, directory, by_name, given)
+            except (KeyError, StopIteration, RuntimeError, RecursionError):
+                raise self.damaged(f"structure {name!r} refers to what is not there") from None
+            found[f"{name.removesuffix('.json')}{suffix}.json"] = document
+        return found
+
+    def table(self, table: str, number: Any) -> Any:
+        """An entry of one of the index's tables."""
+        entries = self._document[table]
+        if type(number) is not int or not 0 <= number < len(entries):
+            raise self.damaged(f"{table!r} has no entry {str(number)[:40]}")
+        return entries[number]
+
+    def _number(self, value: Any, most: int = _LARGEST) -> int:
+        if type(value) is not int or not 0 <= value <= most:
+            raise self.damaged(f"{str(value)[:40]!r} is no number that fits")
+        return value
+
+    def _numbers(self, values: Any, most: int) -> list[int]:
+        if not isinstance(values, list):
+            raise self.damaged("something is no list of numbers")
+        return [self._number(value, most) for value in values]
+
+
+class _Changing:
+    """Puts together values that are told as differences to those with the same skeleton before.
+
+    A step's values are numbers of a skeleton and a change each; steps are mostly asked for in order.
+    """
+
+    def __init__(self, index: SegmentIndex) -> None:
+        self._index = index
+        self._lock = threading.Lock()
+        self._start()
+
+    def _start(self) -> None:
+        self._next = 0
+        self._last: dict[int, list[int]] = {}
+
+    def values(self, position: int, pairs_of: Callable[[int], Iterable[tuple[Any, Any]]]) -> list[Any]:
+        """The values of the step at a position; ``pairs_of`` gives any step's."""
+        with self._lock:
+            if position < self._next:
+                self._start()
+            try:
+                for earlier in range(self._next, position):
+                    for skeleton, change in pairs_of(earlier):
+                        self._numbers(skeleton, change)
+                found = [self._value(*pair) for pair in pairs_of(position)]
+            except BaseException:
+                self._start()
+                raise
+            self._next = position + 1
+            return found
+
+    def _value(self, skeleton: Any, change: Any) -> Any:
+        numbers = self._numbers(skeleton, change)
+        try:
+            return joined(self._index.table("skeletons", skeleton), iter(numbers))
+        except RecursionError:
+            raise self._index.damaged("a skeleton is nested too deep") from None
+
+    def _numbers(self, skeleton: Any, change: Any) -> list[int]:
+        form = self._index.table("skeletons", skeleton)
+        last = self._last.get(skeleton)
+        if last is None:
+            last = self._last[skeleton] = [0] * _count(form)
+        changes = self._index.table("changes", change)
+        if (
+            not isinstance(changes, list)
+            or len(changes) % 2
+            or not all(type(each) is int for each in changes)
+        ):
+            raise self._index.damaged("a change makes no sense")
+        for place, difference in zip(changes[::2], changes[1::2], strict=True):
+            if not 0 <= place < len(last) or abs(last[place] + difference) > _LARGEST_CHANGED:
+                raise self._index.damaged("a change of what is not there")
+            last[place] += difference
+        return last
+
+
+def _count(skeleton: Any) -> int:
+    waiting, count = [skeleton], 0
+    while waiting:
+        node = waiting.pop()
+        if type(node) is int:
+            count += 1
+        elif isinstance(node, (dict, list)):
+            waiting += node.values() if isinstance(node, dict) else node
+    return count

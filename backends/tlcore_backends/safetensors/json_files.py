@@ -1,0 +1,23 @@
+"""Reading a segment's JSON files, believed only as far as they are JSON and not too large."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tlcore.errors import BackendError, MissingError, ReadError
+from tlcore.layout.run_files import LARGEST_JSON, parse
+from tlcore.storage import Store
+
+
+def read_json(store: Store, name: str) -> Any:
+    """The value of a JSON file. Raises MissingError or ReadError."""
+    where = f"{store.url}/{name}"
+    try:
+        data = store.get(name, 0, LARGEST_JSON + 1)
+    except FileNotFoundError:
+        raise MissingError(f"{store.url}: no file {name!r}") from None
+    except (BackendError, OSError) as error:
+        raise ReadError(str(error)) from error
+    except (MemoryError, OverflowError):
+        raise ReadError(f"{where}: larger than this machine's memory") from None
+    return parse(data, where)

@@ -1,0 +1,173 @@
+"""Which steps a run in segments has: from the names of its indexes, or the catalogues of a closed run."""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Iterable, Iterator, Mapping
+from heapq import merge
+from itertools import groupby
+from typing import Any
+
+from tlcore.errors import BackendError, MissingError, ReadError
+from tlcore.protocols import StepRanks
+from tlcore.record import Json
+from tlcore.storage import Store
+
+from .json_files import read_json
+from .segment_names import DIRECTORY, IndexName, catalogue_name, is_data, parse_index_name
+
+# Of a run with more ranks, one listing tells more than so many catalogues.
+_MOST_CATALOGUES = 64
+_LARGEST_SIZE = 1 << 50
+
+
+class Listing:
+    """The indexes that there are, by rank, in the order of their numbers; and the data files' sizes.
+
+    ``ledgers`` has the final ledger of each rank whose catalogue was read.
+    """
+
+    def __init__(
+        self, indexes: Iterable[IndexName], sizes: Mapping[str, int], ledgers: Mapping[int, Any]
+    ) -> None:
+        self.sizes = sizes
+        self.ledgers = ledgers
+        by_rank: dict[int, list[IndexName]] = {}
+        for index in sorted(indexes, key=lambda each: (each.rank, each.number)):
+            by_rank.setdefault(index.rank, []).append(index)
+        self.by_rank = {rank: _ascending(each) for rank, each in by_rank.items()}
+        self._firsts = {rank: [index.steps[0] for index in each] for rank, each in self.by_rank.items()}
+
+    def find(self, step: int, rank: int) -> IndexName | None:
+        """The index that commits a rank's step."""
+        position = bisect_right(self._firsts.get(rank, []), step) - 1
+        if position < 0:
+            return None
+        index = self.by_rank[rank][position]
+        steps = index.steps
+        if isinstance(steps, range):
+            return index if step in steps else None
+        place = bisect_right(steps, step) - 1
+        return index if place >= 0 and steps[place] == step else None
+
+    @property
+    def steps(self) -> Steps:
+        """The steps, with the ranks that have them."""
+        return Steps(self)
+
+
+class Steps(Mapping[int, StepRanks]):
+    """A lazy mapping: looking for one step costs the same in a long run as in a short one."""
+
+    def __init__(self, listing: Listing) -> None:
+        self._listing = listing
+        self._known: dict[frozenset[int], StepRanks] = {}
+
+    def __getitem__(self, step: int) -> StepRanks:
+        if type(step) is not int:
+            raise KeyError(step)
+        ranks = frozenset(
+            rank for rank in self._listing.by_rank if self._listing.find(step, rank) is not None
+        )
+        if not ranks:
+            raise KeyError(step)
+        return self._ranks(ranks)
+
+    def _ranks(self, ranks: frozenset[int]) -> StepRanks:
+        return self._known.setdefault(ranks, StepRanks(ranks, ranks))
+
+    def __iter__(self) -> Iterator[int]:
+        chains = [_chained(indexes) for indexes in self._listing.by_rank.values()]
+        if len(chains) == 1:
+            return chains[0]
+        return (step for step, _ in groupby(merge(*chains)))
+
+    def __len__(self) -> int:
+        by_rank = list(self._listing.by_rank.values())
+        if len(by_rank) == 1:
+            return sum(len(index.steps) for index in by_rank[0])
+        return sum(1 for _ in self)
+
+
+def _chained(indexes: list[IndexName]) -> Iterator[int]:
+    for index in indexes:
+        yield from index.steps
+
+
+def _ascending(indexes: list[IndexName]) -> list[IndexName]:
+    """Without indexes whose steps others have already: nobody writes such."""
+    found: list[IndexName] = []
+    for index in indexes:
+        if not found or index.steps[0] > found[-1].steps[-1]:
+            found.append(index)
+    return found
+
+
+def list_segments(store: Store, run: Mapping[str, Any]) -> Listing:
+    """What a run has now: by one request for each rank that has closed it, else by a listing.
+
+    Raises ReadError.
+    """
+    return _catalogued(store, run) or _listed(store)
+
+
+def _listed(store: Store) -> Listing:
+    indexes: list[IndexName] = []
+    sizes: dict[str, int] = {}
+    try:
+        for entry in store.list(f"{DIRECTORY}/"):
+            index = parse_index_name(entry.name)
+            if index is not None:
+                indexes.append(index)
+            elif is_data(entry.name):
+                sizes[entry.name] = entry.size
+    except (BackendError, OSError) as error:
+        raise ReadError(str(error)) from error
+    return Listing(indexes, sizes, {})
+
+
+def _catalogued(store: Store, run: Mapping[str, Any]) -> Listing | None:
+    """What the catalogues of a closed run say; None where it is not closed, or one is missing."""
+    world_size = run.get("world_size")
+    if run.get("state") != "complete" or not isinstance(world_size, int) or world_size > _MOST_CATALOGUES:
+        return None
+    indexes: list[IndexName] = []
+    sizes: dict[str, int] = {}
+    ledgers: dict[int, Any] = {}
+    for rank in range(world_size):
+        name = catalogue_name(rank)
+        try:
+            document = read_json(store, name)
+        except MissingError:
+            return None
+        where = f"{store.url}/{name}"
+        for entry in _segments(document, where):
+            index = parse_index_name(str(entry.get("index")))
+            if index is None or index.rank != rank:
+                raise ReadError(f"{where}: damaged, it names {str(entry.get('index'))[:100]!r}")
+            indexes.append(index)
+            for file, size in _files(entry, where):
+                sizes[file] = size
+        ledgers[rank] = document.get("ledger")
+    return Listing(indexes, sizes, ledgers)
+
+
+def _segments(document: Any, where: str) -> list[Json]:
+    segments = document.get("segments") if isinstance(document, dict) else None
+    if not isinstance(segments, list) or not all(isinstance(entry, dict) for entry in segments):
+        raise ReadError(f"{where}: damaged, not a list of segments")
+    return segments
+
+
+def _files(entry: Json, where: str) -> Iterator[tuple[str, int]]:
+    files = entry.get("files")
+    for file in files if isinstance(files, list) else ():
+        name, size = (file.get("file"), file.get("bytes")) if isinstance(file, dict) else (None, None)
+        if (
+            not isinstance(name, str)
+            or not is_data(name)
+            or type(size) is not int
+            or not 0 <= size <= _LARGEST_SIZE
+        ):
+            raise ReadError(f"{where}: damaged, {str(file)[:100]} is no data file")
+        yield name, size

@@ -1,0 +1,149 @@
+"""The bytes of segments' data files: one slice by one request, what follows by fewer, many by whole files."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from typing import BinaryIO
+
+from tlcore.errors import BackendError, MissingError, ReadError
+from tlcore.protocols import Buffer
+from tlcore.storage import Store, SupportsFiles
+
+_MOST_OPEN = 16
+_MOST_WHOLE = 2
+# A request takes as long as this many bytes do, so they are asked for along with a small slice.
+_ALONG_BYTES = 256 << 10
+_AHEAD_BYTES = 64 << 20
+_LARGEST_WHOLE = 1 << 30
+
+
+class SegmentFiles:
+    """Ranges of the files of a store, read by several threads."""
+
+    def __init__(self, store: Store) -> None:
+        self._store = store
+        self._is_local = isinstance(store, SupportsFiles)
+        self._open: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._whole: OrderedDict[str, _Whole] = OrderedDict()
+        self._ahead: tuple[str, int, Buffer] = ("", 0, b"")
+        self._last: tuple[str, int] = ("", 0)
+        self._lock = threading.Lock()
+
+    def read(self, name: str, begin: int, end: int, array_end: int) -> Buffer:
+        """The bytes ``[begin, end)`` of a file. Who goes on behind them has what follows up to ``array_end``.
+
+        Raises MissingError or ReadError, also where the file ends before ``end``.
+        """
+        if end <= begin:
+            return b""
+        if self._is_local:
+            return self._pread(name, begin, end)
+        with self._lock:
+            known, first, data = self._ahead
+            goes_on = self._last == (name, begin)
+            self._last = name, end
+            if known == name and first <= begin and end <= first + len(data):
+                return memoryview(data)[begin - first : end - first]
+        # One who reads two slices that touch wants the others as well.
+        far = begin + _AHEAD_BYTES if goes_on else begin + _ALONG_BYTES
+        until = max(end, min(far, array_end))
+        found = self._get(name, begin, until)
+        if len(found) < end - begin:
+            raise ReadError(f"{self._store.url}/{name}: ends too early, {len(found)} bytes at {begin}")
+        if until > end:
+            with self._lock:
+                self._ahead = name, begin, found
+        return memoryview(found)[: end - begin]
+
+    def read_many(self, name: str, size: int, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+        """Several ranges of a file of ``size`` bytes; a remote one is read as a whole, once."""
+        if self._is_local or size > _LARGEST_WHOLE or len(ranges) == 1:
+            return [self.read(name, begin, end, end) for begin, end in ranges]
+        data = self._whole_file(name, size)
+        for begin, end in ranges:
+            if not 0 <= begin <= end <= len(data):
+                raise ReadError(f"{self._store.url}/{name}: ends too early, it has {len(data)} bytes")
+        view = memoryview(data)
+        return [view[begin:end] for begin, end in ranges]
+
+    def close(self) -> None:
+        """Close files, and forget what was read ahead."""
+        with self._lock:
+            files = list(self._open.values())
+            self._open.clear()
+            self._whole.clear()
+            self._ahead = ("", 0, b"")
+        for file in files:
+            file.close()
+
+    def _whole_file(self, name: str, size: int) -> Buffer:
+        with self._lock:
+            whole = self._whole.get(name)
+            if whole is None:
+                whole = self._whole[name] = _Whole(lambda: self._get(name, 0, size))
+                while len(self._whole) > _MOST_WHOLE:
+                    self._whole.popitem(last=False)
+        return whole.data()
+
+    def _get(self, name: str, begin: int, end: int) -> bytes:
+        try:
+            return self._store.get(name, begin, end)
+        except FileNotFoundError:
+            raise MissingError(f"{self._store.url}: no file {name!r}") from None
+        except (BackendError, OSError) as error:
+            raise ReadError(str(error)) from error
+        except (MemoryError, OverflowError):
+            raise ReadError(f"{self._store.url}/{name}: larger than this machine's memory") from None
+
+    def _pread(self, name: str, begin: int, end: int) -> bytes:
+        with self._lock:
+            file = self._opened(name)
+            try:
+                # Under the lock: nobody may close it meanwhile. The bytes mostly come from the page cache.
+                data = os.pread(file.fileno(), end - begin, begin)
+                while len(data) < end - begin and (
+                    more := os.pread(file.fileno(), end - begin - len(data), begin + len(data))
+                ):
+                    data += more
+            except (OSError, MemoryError, OverflowError) as error:
+                raise ReadError(f"{self._store.url}/{name}: cannot be read: {error}") from error
+        if len(data) < end - begin:
+            raise ReadError(f"{self._store.url}/{name}: ends too early, {len(data)} bytes at {begin}")
+        return data
+
+    def _opened(self, name: str) -> BinaryIO:
+        file = self._open.get(name)
+        if file is not None:
+            self._open.move_to_end(name)
+            return file
+        store = self._store
+        assert isinstance(store, SupportsFiles)
+        try:
+            file = store.open_file(name)
+        except FileNotFoundError:
+            raise MissingError(f"{self._store.url}: no file {name!r}") from None
+        except (BackendError, OSError) as error:
+            raise ReadError(str(error)) from error
+        self._open[name] = file
+        if len(self._open) > _MOST_OPEN:
+            self._open.popitem(last=False)[1].close()
+        return file
+
+
+class _Whole:
+    """A file that the first who asks reads, while the others wait."""
+
+    def __init__(self, read: Callable[[], bytes]) -> None:
+        self._read = read
+        self._data: bytes | None = None
+        self._lock = threading.Lock()
+
+    def data(self) -> bytes:
+        """The file's bytes. Raises as reading does."""
+        with self._lock:
+            if self._data is None:
+                self._data = self._read()
+            return self._data

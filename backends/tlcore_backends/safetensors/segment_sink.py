@@ -1,0 +1,219 @@
+"""The ``safetensors`` backend, layout version 2: many steps in one segment, told stored when it is."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Sequence
+
+from tlcore.layout.templates import compact
+from tlcore.record import Counts, Record, RunInfo, StepSummary
+from tlcore.storage import SupportsFiles
+
+from ..storage.run_store import store_of
+from .journey import Journey
+from .plans import Plans
+from .segment_names import catalogue_name
+from .segments import MOST_ARRAYS, Segment
+from .shard_buffer import ShardBuffers
+
+SEGMENT_BYTES = 128 << 20
+REMOTE_COMMIT_S = 5.0
+LOCAL_COMMIT_S = 1.0
+_LOCAL_THREADS = 2
+_REMOTE_THREADS = 8
+# Of the queue's bound: what one segment may take, and what all that travel may.
+_FILLING_SHARE = 4
+_TRAVELLING_SHARE = 2
+
+Stored = Callable[[int, BaseException | None], None]
+
+
+class SegmentSink:
+    """Writes ``segments/rank_<r>_<n>.safetensors`` and, last, the index that commits its steps.
+
+    A segment is closed at ``segment_bytes`` or a quarter of the queue's bound, ``commit_s`` seconds after
+    its first step ended (0: with each step; None: 5 at a URL, 1 on the local disk), when its header is
+    full, at a `flush`, and at the end. A step that is larger gets several data files.
+    """
+
+    layout = 2
+
+    def __init__(self, segment_bytes: int = SEGMENT_BYTES, commit_s: float | None = None) -> None:
+        self._segment_bytes = segment_bytes
+        self._commit_s = commit_s
+        self._stored: Stored = lambda step, error: None
+
+    def tell_stored(self, stored: Stored) -> None:
+        """Have ``stored(step, error)`` called, in any thread, once for each step that was accepted."""
+        self._stored = stored
+
+    def open(self, run: RunInfo) -> None:
+        """Begin to write into ``run.store``."""
+        self._store = store = store_of(run)
+        is_local = isinstance(store, SupportsFiles)
+        self._rank = run.rank
+        self._ledger = run.ledger
+        if self._commit_s is None:
+            self._commit_s = LOCAL_COMMIT_S if is_local else REMOTE_COMMIT_S
+        queue_bytes = run.queue_bytes or 8 * self._segment_bytes
+        self._most_bytes = max(1, min(self._segment_bytes, queue_bytes // _FILLING_SHARE))
+        self._memory = ShardBuffers()
+        self._plans = Plans()
+        self._number = 0
+        self._hold = run.hold
+        self._held = 0
+        self._segment = self._new_segment()
+        self._step: int | None = None
+        # Counts of steps that were accepted and are not yet in the ledger.
+        self._accepted: dict[int, Counts] = {}
+        threads = _LOCAL_THREADS if is_local else _REMOTE_THREADS
+        travelling = max(self._most_bytes, queue_bytes // _TRAVELLING_SHARE)
+        self._journey = Journey(store, self._memory, threads, travelling, self._told, self._hold)
+        # Around a step's way from those accepted into the ledger.
+        self._booking = threading.Lock()
+        self._due: float | None = None
+        self._closed = False
+        self._changed = threading.Condition(threading.RLock())
+        self._timer: threading.Thread | None = None
+
+    def write(self, batch: Sequence[Record]) -> None:
+        """Copy records of one step."""
+        if not batch:
+            return
+        self._journey.room()
+        with self._changed:
+            if batch[0].step != self._step:
+                self._abandon()
+                self._step = batch[0].step
+            if not self._segment.is_empty and self._segment.nbytes >= self._most_bytes:
+                self._seal()
+            self._segment.write(batch)
+            if self._segment.is_empty and (
+                self._segment.nbytes >= self._most_bytes or self._segment.open_arrays >= MOST_ARRAYS
+            ):
+                self._journey.send_file(self._segment.file_open_step())
+            self._count()
+
+    def commit_step(self, step: StepSummary) -> None:
+        """Accept the step; it is stored when its segment is."""
+        self._journey.room()
+        with self._changed:
+            if step.step != self._step:
+                self._abandon()
+            self._step = None
+            counts = Counts()
+            counts.add(step.counts)
+            if not self._segment.is_empty and step.step <= self._segment.numbers[-1]:
+                self._seal()
+            self._segment.commit(step)
+            with self._booking:
+                self._accepted[step.step] = counts
+            if self._due is None:
+                self._due = time.monotonic() + (self._commit_s or 0)
+                self._start_timer()
+            if self._segment.full or self._segment.nbytes >= self._most_bytes or self._commit_s == 0:
+                self._seal()
+            self._count()
+        if self._commit_s == 0:
+            self._journey.wait()
+
+    def flush(self) -> None:
+        """Return when every step that was accepted is stored or has failed."""
+        with self._changed:
+            self._seal()
+        self._journey.wait()
+
+    def close(self) -> None:
+        """Store what is left and the list of all segments."""
+        with self._changed:
+            self._abandon()
+            self._seal()
+            self._closed = True
+            self._changed.notify_all()
+        self._journey.wait()
+        if self._timer is not None:
+            self._timer.join()
+        try:
+            self._put_catalogue()
+        finally:
+            self._journey.close()
+            self._memory.clear()
+            self._hold(-self._held)
+            self._held = 0
+
+    def _put_catalogue(self) -> None:
+        segments = [
+            {"index": name, "files": [{"file": file, "bytes": size} for file, size in files]}
+            for name, files in self._journey.stored
+        ]
+        document = {"layout": 2, "rank": self._rank, "ledger": self._ledger.snapshot().to_json()}
+        text = compact({**document, "segments": segments}) + "\n"
+        self._store.put(catalogue_name(self._rank), [text.encode("ascii")])
+
+    def _new_segment(self) -> Segment:
+        segment = Segment(self._rank, self._number, self._plans, self._memory)
+        self._number += 1
+        return segment
+
+    def _abandon(self) -> None:
+        """Forget a step that was begun and never committed."""
+        if self._segment.abandoned_files:
+            self._journey.forget_files()
+            self._segment = self._new_segment()
+        self._segment.abandon_step()
+        self._step = None
+
+    def _seal(self) -> None:
+        """Send the segment, with all steps that have ended, on its way."""
+        self._due = None
+        if self._segment.is_empty:
+            return
+        segment, self._segment = self._segment, self._new_segment()
+        segment.hand_over_step(self._segment)
+        with self._booking:
+            so_far = self._ledger.snapshot()
+            for counts in self._accepted.values():
+                so_far.add(counts)
+        try:
+            self._journey.send(segment.seal(so_far))
+        except BaseException as error:
+            self._told(segment.numbers, error)
+        self._count()
+
+    def _count(self) -> None:
+        """Tell the queue how much the segment that is filled takes."""
+        change = self._segment.nbytes - self._held
+        if change:
+            self._held += change
+            self._hold(change)
+
+    def _told(self, steps: Sequence[int], error: BaseException | None) -> None:
+        with self._booking:
+            for step in steps:
+                self._stored(step, error)
+                self._accepted.pop(step, None)
+
+    def _start_timer(self) -> None:
+        self._changed.notify_all()
+        if self._timer is not None or not self._commit_s:
+            return
+        timer = threading.Thread(target=self._keep_time, name="tlcore-commit", daemon=True)
+        try:
+            timer.start()
+        except RuntimeError:
+            # No thread can be had: segments are closed when they are full, and at the end.
+            return
+        self._timer = timer
+
+    def _keep_time(self) -> None:
+        with self._changed:
+            while not self._closed:
+                if self._due is None:
+                    self._changed.wait()
+                    continue
+                left = self._due - time.monotonic()
+                if left > 0:
+                    self._changed.wait(left)
+                else:
+                    self._seal()

@@ -1,0 +1,212 @@
+"""Reading runs of layout version 2: the steps that indexes commit, and slices of their arrays."""
+
+from __future__ import annotations
+
+import threading
+from bisect import bisect_right
+from collections import OrderedDict, defaultdict
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+from tlcore.errors import MissingError, ReadError
+from tlcore.protocols import Array, Buffer, StepRanks
+from tlcore.record import Json
+from tlcore.storage import Store
+
+from .index import SegmentIndex
+from .json_files import read_json
+from .listing import Listing, list_segments
+from .segment_check import segment_problems
+from .segment_files import SegmentFiles
+from .segment_names import is_data
+
+_MOST_INDEXES = 16
+
+
+class SegmentSource:
+    """The segments of a run. Its steps are read from the names of the indexes alone."""
+
+    def __init__(self, store: Store, run: Json) -> None:
+        self._store = store
+        self._run = run
+        self._data = SegmentFiles(store)
+        self._listing: Listing | None = None
+        self._listed: Mapping[str, int] | None = None
+        self._indexes: OrderedDict[str, SegmentIndex] = OrderedDict()
+        # Of each data file, where the arrays begin, as far as its index was read.
+        self._bounds: OrderedDict[str, list[int]] = OrderedDict()
+        self._lock = threading.Lock()
+
+    @property
+    def _known(self) -> Listing:
+        with self._lock:
+            if self._listing is None:
+                self._listing = list_segments(self._store, self._run)
+            return self._listing
+
+    def refresh(self) -> None:
+        """See what was committed since."""
+        found = list_segments(self._store, {})
+        with self._lock:
+            self._listing, self._listed = found, found.sizes
+
+    @property
+    def steps(self) -> Mapping[int, StepRanks]:
+        """Each committed step."""
+        return self._known.steps
+
+    def document(self, step: int, rank: int) -> Json:
+        """What a rank has committed of a step. Raises MissingError or ReadError."""
+        return self._index(step, rank).document(step)
+
+    def _index(self, step: int, rank: int) -> SegmentIndex:
+        name = self._known.find(step, rank)
+        if name is None:
+            raise MissingError(f"{self._store.url}: rank {rank} has not committed step {step}")
+        with self._lock:
+            index = self._indexes.get(name.file)
+            if index is not None:
+                self._indexes.move_to_end(name.file)
+                return index
+        index = SegmentIndex(read_json(self._store, name.file), f"{self._store.url}/{name.file}")
+        if index.rank != rank or index.steps != list(name.steps):
+            raise index.damaged("it is not of the rank and steps that its name says")
+        with self._lock:
+            self._indexes[name.file] = index
+            for number, (file, size) in enumerate(index.files):
+                self._bounds[file] = [*index.begins(number), size]
+            while len(self._indexes) > _MOST_INDEXES:
+                for file, _ in self._indexes.popitem(last=False)[1].files:
+                    self._bounds.pop(file, None)
+        return index
+
+    def read(self, record: Mapping[str, Any], begin: int = 0, end: int | None = None) -> Buffer:
+        """The bytes ``[begin, end)`` of a tensor. Raises MissingError or ReadError."""
+        file, first, last = self._range(record)
+        until = last if end is None else min(last, first + end)
+        return self._data.read(file, first + begin, until, self._array_end(file, first, last))
+
+    def _range(self, record: Mapping[str, Any]) -> tuple[str, int, int]:
+        file, offsets = record.get("shard"), record.get("offsets")
+        if isinstance(file, str) and is_data(file) and isinstance(offsets, list) and len(offsets) == 2:
+            first, last = offsets
+            if type(first) is int and type(last) is int and 0 <= first <= last:
+                return file, first, last
+        raise ReadError(f"{self._store.url}: {record.get('name')!r} has no place in a segment")
+
+    def _array_end(self, file: str, begin: int, end: int) -> int:
+        bounds = self._bounds.get(file)
+        if not bounds:
+            return end
+        position = bisect_right(bounds, begin)
+        return bounds[position] if position < len(bounds) else end
+
+    def read_many(self, records: Sequence[Mapping[str, Any]]) -> list[Buffer | Exception]:
+        """The bytes of each record, or why they cannot be read."""
+        found: list[Buffer | Exception] = [b""] * len(records)
+        by_file: dict[str, list[tuple[int, int, int]]] = defaultdict(list)
+        for position, record in enumerate(records):
+            try:
+                file, first, last = self._range(record)
+                by_file[file].append((position, first, last))
+            except ReadError as error:
+                found[position] = error
+        for file, ranges in by_file.items():
+            try:
+                size = self._size(file)
+                parts = self._data.read_many(file, size, [(first, last) for _, first, last in ranges])
+            except ReadError:
+                # One that is wrong must not cost the others.
+                parts = [self._one(file, first, last) for _, first, last in ranges]
+            for (position, _, _), part in zip(ranges, parts, strict=True):
+                found[position] = part
+        return found
+
+    def _one(self, file: str, begin: int, end: int) -> Any:
+        try:
+            return self._data.read(file, begin, end, end)
+        except ReadError as error:
+            return error
+
+    def identity(self, record: Mapping[str, Any]) -> Hashable | None:
+        """Equal for records whose bytes are the same slice."""
+        try:
+            return (*self._range(record), record["dtype"], tuple(record["shape"]))
+        except (ReadError, KeyError, TypeError):
+            return None
+
+    def _size(self, file: str) -> int:
+        size = self._known.sizes.get(file)
+        if size is None:
+            raise MissingError(f"{self._store.url}: no file {file!r}")
+        return size
+
+    def holds(self, record: Mapping[str, Any]) -> bool:
+        """Whether the data file is there, and large enough."""
+        try:
+            file, _, last = self._range(record)
+            return last <= self._size(file)
+        except ReadError:
+            return False
+
+    def misfit(self, record: Mapping[str, Any]) -> str | None:
+        """What is wrong with a data file is told once, by `problems`."""
+        return None
+
+    def advise(self, record: Mapping[str, Any]) -> None:
+        """Slices are too small for it to matter."""
+
+    def remains(self, step: int) -> Mapping[str, Json]:
+        """Nothing: what no index commits belongs to no step that anybody could name."""
+        return {}
+
+    def problems(self, step: int, rank: int, document: Json, thorough: bool = True) -> Iterator[str]:
+        """What is wrong with a step's arrays, or with its segment (told with the segment's first step)."""
+        try:
+            index = self._index(step, rank)
+        except ReadError as error:
+            yield str(error)
+            return
+        if step == index.steps[0]:
+            yield from segment_problems(self._store, index, self._sizes() if thorough else {}, thorough)
+
+    def _sizes(self) -> Mapping[str, int]:
+        """The data files as they are, whatever a catalogue says of them."""
+        with self._lock:
+            if self._listed is None:
+                self._listed = list_segments(self._store, {}).sizes
+            return self._listed
+
+    def ledger(self, rank: int) -> Json | None:
+        """The ledger that the rank's last index, or its catalogue, has."""
+        known = self._known
+        ledger = known.ledgers.get(rank)
+        indexes = known.by_rank.get(rank)
+        if ledger is None and indexes:
+            ledger = self._index(indexes[-1].steps[-1], rank).ledger
+        return ledger if isinstance(ledger, dict) else None
+
+    def arrays(self, rank: int, keys: Collection[str] | None = None) -> Iterator[Array]:
+        """The arrays of a rank, segment by segment."""
+        for name in self._known.by_rank.get(rank, ()):
+            yield from self._index(name.steps[0], rank).arrays(keys)
+
+    def read_array(self, array: Array, begin: int = 0, end: int | None = None) -> Buffer:
+        """The bytes of rows ``[begin, end)`` of an array. Raises MissingError or ReadError."""
+        rows = array.rows[-1].end if array.rows else 0
+        end = rows if end is None else min(end, rows)
+        if not array.rows or begin >= end:
+            return b""
+        first = array.rows[0]
+        file, offset, last = self._range(first.record)
+        width = (last - offset) // max(1, first.end - first.begin)
+        if len(array.rows) > 1 and array.rows[1].record.get("offsets") == [offset, last]:
+            # A constant is stored once.
+            return b"".join([self._data.read(file, offset, last, last)] * len(array.rows))[
+                begin * width : end * width
+            ]
+        return self._data.read(file, offset + begin * width, offset + end * width, offset + end * width)
+
+    def close(self) -> None:
+        """Close files."""
+        self._data.close()
