@@ -92,6 +92,13 @@ class SupportsLateCommit(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsLayouts(Protocol):
+    """A sink of a format that has several layouts: which one it writes, as ``run.json`` then says."""
+
+    layout: int
+
+
 class StepRanks(NamedTuple):
     """The ranks that have committed a step, and those that have left something of it uncommitted."""
 

@@ -18,7 +18,7 @@ from .._version import __version__
 from ..config.configuration import Config
 from ..errors import ConfigError
 from ..layout.names import is_url
-from ..protocols import Sink
+from ..protocols import Sink, SupportsLayouts
 from ..record import LAYOUT_VERSION, Json, Ledger, RunInfo, SpillLocation
 from ..storage import Location
 from .run_documents import RunDocuments
@@ -120,8 +120,7 @@ def open_run(config: Config, run: RunInfo, sink: Sink | None = None) -> tuple[Ru
 
 def layout_of(sink: Sink) -> int:
     """The layout version of the runs that a sink writes; a format that has several says which it is."""
-    layout = getattr(sink, "layout", LAYOUT_VERSION)
-    return layout if type(layout) is int else LAYOUT_VERSION
+    return sink.layout if isinstance(sink, SupportsLayouts) else LAYOUT_VERSION
 
 
 def make_sink(config: Config) -> Sink:

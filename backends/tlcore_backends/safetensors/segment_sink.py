@@ -37,7 +37,7 @@ class SegmentSink:
     full, at a `flush`, and at the end. A step that is larger gets several data files.
     """
 
-    layout = 2
+    layout: int = 2
 
     def __init__(self, segment_bytes: int = SEGMENT_BYTES, commit_s: float | None = None) -> None:
         self._segment_bytes = segment_bytes
