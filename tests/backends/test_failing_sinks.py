@@ -20,7 +20,7 @@ from tests.sinks import MemorySink
 from tests.toys import Holder, hook_count, model
 from tests.waiting import join
 from tlcore.engine.new_run import new_run_id
-from tlcore.engine.pipeline import processor as pipeline
+from tlcore.engine.pipeline import booking, executors
 
 
 @pytest.mark.parametrize("where", ["write", "commit_step", "close"])
@@ -209,7 +209,7 @@ class Busy(MemorySink):
 
 
 def test_what_waits_is_bounded_while_every_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_MOST_WAITING", 10)
+    monkeypatch.setattr(executors, "_MOST_WAITING", 10)
     module, sink = model(), Busy()
     with tlcore.capture(module, backend=sink, log_step_ids=[], on_full="drop") as captured:
         for _ in range(500):
@@ -223,7 +223,7 @@ def test_what_waits_is_bounded_while_every_step_fails(monkeypatch: pytest.Monkey
 
 
 def test_a_close_does_not_try_a_failing_sink_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "_CLOSE_S", 0.2)
+    monkeypatch.setattr(executors, "_CLOSE_S", 0.2)
     module, sink = model(), Busy()
     with tlcore.capture(module, backend=sink, log_step_ids=[]) as captured:
         for _ in range(40):
@@ -248,7 +248,7 @@ def test_each_fault_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest
         steps(works=True)
         steps(works=False)
         assert caplog.text.count("could not be stored") == 1
-        monkeypatch.setattr(pipeline, "_QUIET_S", 0.0)
+        monkeypatch.setattr(booking, "_QUIET_S", 0.0)
         steps(works=True)
         steps(works=False)
         assert caplog.text.count("could not be stored") == 2
