@@ -66,7 +66,7 @@ def requests_run(
 
     What is called ``logits`` has a row for each request's last token.
     """
-    config = load_config(output_dir=str(path), log_step_ids=[], backend=backend)
+    config = load_config(output_dir=str(path), log_step_ids=[], backend=backend, module_call_match=".")
     session = Session(config, new_run(config))
     model: Model | None = None
     for number, rows in enumerate(steps):
@@ -91,7 +91,7 @@ def ranks_run(
     path: Path, tensors: Sequence[Mapping[str, torch.Tensor]], sharded: Mapping[str, Any], backend: str = "pt"
 ) -> Run:
     """A run of one step in which each rank captures its own tensors; ``sharded`` is for ``step.json``."""
-    config = load_config(output_dir=str(path), backend=backend)
+    config = load_config(output_dir=str(path), backend=backend, module_call_match=".")
     size, run_id = len(tensors), new_run_id()
     url = ""
     for rank, own in enumerate(tensors):

@@ -69,7 +69,7 @@ def memory(**more: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("form", ["pt", "safetensors"])
 def test_a_run_and_its_objects_show_none(form: str, tmp_path: Path) -> None:
     module = model()
-    with tlcore.capture(module, **memory(format=form)) as captured:
+    with tlcore.capture(module, module_call_match=".", **memory(format=form)) as captured:
         module(torch.ones(1, 2))
         session = captured.session
         unseen(*map(repr, (captured, captured.config, session, session.run, session._sink)))
@@ -94,6 +94,7 @@ def test_the_run_document_keeps_what_is_no_secret() -> None:
 FAILING: dict[str, Callable[[], Any]] = {
     "a server that is not there": lambda: tlcore.capture(
         model(),
+        module_call_match=".",
         backend={
             "name": "fsspec",
             "url": f"s3://user:{SECRETS['user']}@bucket/runs",
@@ -101,7 +102,9 @@ FAILING: dict[str, Callable[[], Any]] = {
         },
     ).__enter__(),
     "options that the filesystem refuses": lambda: tlcore.capture(
-        model(), backend={"name": "fsspec", "url": "s3://bucket/x", "storage_options": {"anon": object}}
+        model(),
+        module_call_match=".",
+        backend={"name": "fsspec", "url": "s3://bucket/x", "storage_options": {"anon": object}},
     ),
     "an option of the wrong type": lambda: load_config(
         backend={"name": "fsspec", "url": "s3://b/x", "storage_options": SECRETS["option"]}
@@ -141,7 +144,7 @@ def test_what_a_failing_place_says_is_cleaned(
     module = model()
     with (
         pytest.raises(tlcore.CaptureError) as caught,
-        tlcore.capture(module, on_error="raise", **memory()) as captured,
+        tlcore.capture(module, module_call_match=".", on_error="raise", **memory()) as captured,
     ):
         module(torch.ones(1, 2))
     assert captured.ledger.failed == 2

@@ -11,6 +11,9 @@ import tlcore
 from tests.sinks import MemorySink
 from tlcore.engine.capture import capture
 
+# All modules but the model itself, whose name is empty.
+SUBMODULES = "."
+
 
 class Shared(nn.Module):
     """Calls one linear three times and another once."""
@@ -31,7 +34,7 @@ def model() -> nn.Sequential:
 
 def run(module: nn.Module, steps: int = 1, size: int = 4, **keys: Any) -> tuple[MemorySink, capture]:
     sink = keys.pop("backend", None) or MemorySink()
-    with tlcore.capture(module, backend=sink, **keys) as captured:
+    with tlcore.capture(module, backend=sink, **{"module_call_match": SUBMODULES, **keys}) as captured:
         for _ in range(steps):
             module(torch.randn(2, size))
     assert captured.ledger.balanced

@@ -25,6 +25,6 @@ def emitted(output_dir: str, values: Values, **keys: Any) -> str:
     """The URL of a run whose one module ``0`` returned ``values``."""
     root = nn.ModuleList([Emit(values)])
     root.forward = lambda: root[0]()
-    with tlcore.capture(root, output_dir=output_dir, **keys) as captured:
+    with tlcore.capture(root, output_dir=output_dir, module_call_match=".", **keys) as captured:
         root()
     return captured.url

@@ -126,11 +126,15 @@ def test_nan_of_a_modules_own_code(capture: Capture, capsys: pytest.CaptureFixtu
     document = json.loads(capsys.readouterr().out)["first_nan"]
     assert (document["born"], document["within"], document["within_call"]) == (True, "layers.1.attn", 0)
     whole = tlcore.stats(capture(model(1.0, factor=torch.nan))).first_nan
-    assert whole is not None and (whole.tensor.module, whole.born, whole.within) == ("layers.1", None, "")
+    assert whole is not None and (whole.tensor.module, whole.born, whole.within) == ("layers.1", True, "")
 
 
 def test_the_models_own_code_or_what_it_was_given(capture: Capture) -> None:
     found = first(capture(model(1.0)), capture(model(1.0, factor=2.0)))
+    assert place(found) == ("layers.1", True, "")
+    assert "born in _root, between its captured submodules: its inputs" in str(found)
+    parts = {"module_call_match": "."}
+    found = first(capture(model(1.0), **parts), capture(model(1.0, factor=2.0), **parts))
     assert place(found) == ("layers.1", None, "")
     assert "born between the model's captured modules, or given to it from outside" in str(found)
 
@@ -172,7 +176,7 @@ def test_a_call_that_has_ended_or_never_began_is_not_named(capture: Capture) -> 
         return Borrows(Layer([1.0]), Layer([1.0]), factor=factor)
 
     found = first(capture(borrowing(1.0)), capture(borrowing(2.0)))
-    assert (*place(found), found.call) == ("layers.1.attn.o", None, "", 1)
+    assert (*place(found), found.call) == ("layers.1.attn.o", True, "", 1)
 
 
 def test_an_argument_that_was_changed_in_place(capture: Capture) -> None:

@@ -32,7 +32,9 @@ class Spoil(nn.Module):
 
 
 def _captured(tmp_path: Path, model: nn.Module, x: torch.Tensor, **keys: Any) -> str:
-    with tlcore.capture(model, output_dir=str(tmp_path), log_step_ids=[], **keys) as captured:
+    with tlcore.capture(
+        model, output_dir=str(tmp_path), log_step_ids=[], **{"module_call_match": ".", **keys}
+    ) as captured:
         for _ in range(2):
             model(x)
     return captured.url

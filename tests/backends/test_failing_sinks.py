@@ -28,7 +28,7 @@ def test_a_failing_sink_changes_no_output_and_every_tensor_is_accounted_for(wher
     module, x = model(), torch.randn(2, 4)
     plain = module(x)
     sink = MemorySink(fail_at=where)
-    with tlcore.capture(module, backend=sink, log_step_ids=[]) as captured:
+    with tlcore.capture(module, module_call_match=".", backend=sink, log_step_ids=[]) as captured:
         assert torch.equal(module(x), plain) and torch.equal(module(x), plain)
     counts = captured.ledger
     assert counts.balanced and counts.captured == 12
@@ -39,7 +39,9 @@ def test_a_failing_sink_changes_no_output_and_every_tensor_is_accounted_for(wher
 
 def test_on_error_raise_raises_at_close_never_in_forward() -> None:
     module = model()
-    captured = tlcore.capture(module, backend=MemorySink(fail_at="write"), on_error="raise")
+    captured = tlcore.capture(
+        module, module_call_match=".", backend=MemorySink(fail_at="write"), on_error="raise"
+    )
     captured.__enter__()
     module(torch.randn(2, 4))
     with pytest.raises(tlcore.CaptureError, match=r"6 tensors could not be stored: .*No space"):
@@ -50,7 +52,7 @@ def test_on_error_raise_raises_at_close_never_in_forward() -> None:
 def test_a_sink_that_cannot_open_stops_before_any_hook() -> None:
     module = model()
     with pytest.raises(OSError, match="No space"):
-        tlcore.capture(module, backend=MemorySink(fail_at="open")).__enter__()
+        tlcore.capture(module, module_call_match=".", backend=MemorySink(fail_at="open")).__enter__()
     assert hook_count(module) == 0
 
 
@@ -65,7 +67,7 @@ def test_a_slow_sink_drops_and_counts_when_told_to() -> None:
     x = torch.randn(64, 64)
     sink = SlowSink()
     keys: dict[str, Any] = {"log_step_ids": [], "queue_bytes": 40_000, "on_full": "drop"}
-    with tlcore.capture(module, backend=sink, **keys) as captured:
+    with tlcore.capture(module, backend=sink, **{"module_call_match": ".", **keys}) as captured:
         for _ in range(3):
             module(x + 1)
     counts = captured.ledger
@@ -77,7 +79,9 @@ def test_a_slow_sink_drops_and_counts_when_told_to() -> None:
 def test_a_slow_sink_loses_nothing_when_the_model_may_wait() -> None:
     module = nn.Sequential(*[nn.Identity() for _ in range(5)])
     sink = SlowSink()
-    with tlcore.capture(module, backend=sink, log_step_ids=[], queue_bytes=40_000) as captured:
+    with tlcore.capture(
+        module, module_call_match=".", backend=sink, log_step_ids=[], queue_bytes=40_000
+    ) as captured:
         for _ in range(3):
             module(torch.randn(64, 64))
     assert captured.ledger.stored == captured.ledger.captured == 30
@@ -87,12 +91,12 @@ def test_a_slow_sink_loses_nothing_when_the_model_may_wait() -> None:
 def test_inline_and_background_store_the_same(inline: bool) -> None:
     module, x = model(), torch.ones(3, 4)
     sink = MemorySink()
-    with tlcore.capture(module, backend=sink, inline=inline):
+    with tlcore.capture(module, module_call_match=".", backend=sink, inline=inline):
         module(x)
         if inline:
             assert len(sink.steps) == 1
     reference = MemorySink()
-    with tlcore.capture(module, backend=reference):
+    with tlcore.capture(module, module_call_match=".", backend=reference):
         module(x)
     assert sink.tensors.keys() == reference.tensors.keys()
     assert all(torch.equal(sink.tensors[name], reference.tensors[name]) for name in sink.tensors)
@@ -110,7 +114,7 @@ def test_another_thread_is_not_mixed_in(caplog: pytest.LogCaptureFixture) -> Non
 
     module = Holder(Waits())
     sink = MemorySink()
-    with tlcore.capture(module, backend=sink, log_step_ids=[]):
+    with tlcore.capture(module, module_call_match=".", backend=sink, log_step_ids=[]):
         other = threading.Thread(target=module, args=(torch.zeros(1),))
         other.start()
         entered.wait(30)
@@ -137,7 +141,7 @@ from torch import nn
 from tests.sinks import MemorySink
 module = nn.Sequential(nn.Linear(2, 2))
 sink = MemorySink()
-with tlcore.capture(module, backend=sink, log_step_ids=[]) as captured:
+with tlcore.capture(module, backend=sink, module_call_match=".", log_step_ids=[]) as captured:
     module(torch.ones(1, 2))
     child = os.fork()
     if child == 0:
@@ -156,7 +160,7 @@ class Prints(MemorySink):
     def close(self):
         print("closed with", self.run.ledger.snapshot().stored)
 module = nn.Sequential(nn.Linear(2, 2))
-tlcore.capture(module, backend=Prints(), log_step_ids=[]).__enter__()
+tlcore.capture(module, backend=Prints(), module_call_match=".", log_step_ids=[]).__enter__()
 module(torch.ones(1, 2))
 module(torch.ones(1, 2))
 """
@@ -180,13 +184,15 @@ def test_fork_and_exit_without_close(program: str, says: str) -> None:
 
 def test_an_object_that_is_no_sink_is_refused() -> None:
     with pytest.raises(tlcore.CaptureError, match="lacks open, write"):
-        tlcore.capture(model(), backend=object())
+        tlcore.capture(model(), module_call_match=".", backend=object())
 
 
 def test_many_steps_keep_memory_flat() -> None:
     module = model()
     sink = MemorySink()
-    with tlcore.capture(module, backend=sink, log_step_ids=[], queue_bytes=1 << 20) as captured:
+    with tlcore.capture(
+        module, module_call_match=".", backend=sink, log_step_ids=[], queue_bytes=1 << 20
+    ) as captured:
         for _ in range(300):
             module(torch.randn(2, 4))
         captured.session.flush()
@@ -211,7 +217,9 @@ class Busy(MemorySink):
 def test_what_waits_is_bounded_while_every_step_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "_MOST_WAITING", 10)
     module, sink = model(), Busy()
-    with tlcore.capture(module, backend=sink, log_step_ids=[], on_full="drop") as captured:
+    with tlcore.capture(
+        module, module_call_match=".", backend=sink, log_step_ids=[], on_full="drop"
+    ) as captured:
         for _ in range(500):
             module(torch.randn(2, 4))
         captured.session.flush()
@@ -225,7 +233,7 @@ def test_what_waits_is_bounded_while_every_step_fails(monkeypatch: pytest.Monkey
 def test_a_close_does_not_try_a_failing_sink_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(executors, "_CLOSE_S", 0.2)
     module, sink = model(), Busy()
-    with tlcore.capture(module, backend=sink, log_step_ids=[]) as captured:
+    with tlcore.capture(module, module_call_match=".", backend=sink, log_step_ids=[]) as captured:
         for _ in range(40):
             module(torch.randn(2, 4))
         begin = time.monotonic()
@@ -243,7 +251,7 @@ def test_each_fault_is_told_once(monkeypatch: pytest.MonkeyPatch, caplog: pytest
             module(torch.randn(2, 4))
         captured.session.flush()
 
-    with tlcore.capture(module, backend=sink, log_step_ids=[]) as captured:
+    with tlcore.capture(module, module_call_match=".", backend=sink, log_step_ids=[]) as captured:
         steps(works=False)
         steps(works=True)
         steps(works=False)
@@ -267,6 +275,6 @@ def test_a_batch_that_cannot_be_named_or_read_is_still_accounted_for(monkeypatch
         plain = module(x)
         with monkeypatch.context() as patch:
             patch.setattr(owner, name, broken)
-            with tlcore.capture(module, backend=MemorySink()) as captured:
+            with tlcore.capture(module, module_call_match=".", backend=MemorySink()) as captured:
                 assert torch.equal(module(x), plain)
         assert captured.ledger.balanced and captured.ledger.failed == captured.ledger.captured == 6

@@ -27,7 +27,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 2))
     out = str(tmp_path_factory.mktemp("out"))
-    with tlcore.capture(model, output_dir=out, log_step_ids=[]) as capture:
+    with tlcore.capture(model, module_call_match=".", output_dir=out, log_step_ids=[]) as capture:
         for _ in range(2):
             model(torch.randn(3, 4))
     return Path(capture.url)
@@ -84,7 +84,7 @@ def test_ls_refuses_what_is_not_there(run: Path, capsys: pytest.CaptureFixture[s
 
 
 def test_ls_says_which_step_is_incomplete(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    with tlcore.capture(nn.Sequential(nn.ReLU()), output_dir=str(tmp_path)) as capture:
+    with tlcore.capture(nn.Sequential(nn.ReLU()), module_call_match=".", output_dir=str(tmp_path)) as capture:
         capture._model(torch.ones(1))
     Path(capture.url, "step_0/step.json").unlink()
     assert "incomplete" in output(capsys, "ls", capture.url)

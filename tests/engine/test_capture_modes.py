@@ -78,7 +78,9 @@ def nodes(sink: MemorySink, step: int = 0) -> dict[str, list[dict[str, Any]]]:
 
 def captured_to(directory: Path, module: nn.Module, steps: int = 2, size: int = 4, **keys: Any) -> Any:
     torch.manual_seed(1)
-    with tlcore.capture(module, output_dir=str(directory), log_step_ids=[], **keys) as captured:
+    with tlcore.capture(
+        module, output_dir=str(directory), log_step_ids=[], **{"module_call_match": ".", **keys}
+    ) as captured:
         for _ in range(steps):
             module(torch.randn(2, size))
     assert captured.ledger.balanced
@@ -107,7 +109,9 @@ def test_statistics_alone_store_no_byte_and_count_as_skipped() -> None:
 
 def test_both_keep_the_bytes_and_their_statistics() -> None:
     module, sink = model(), MemorySink()
-    with tlcore.capture(module, backend=sink, capture="both", log_post_fwd_inputs=True) as captured:
+    with tlcore.capture(
+        module, module_call_match=".", backend=sink, capture="both", log_post_fwd_inputs=True
+    ) as captured:
         module(torch.randn(5, 4))
     assert captured.ledger.stored == captured.ledger.captured == 9
     for found in nodes(sink).values():
@@ -247,7 +251,9 @@ def test_nonfinite_gives_the_same_when_memory_is_short() -> None:
 
 def test_nonfinite_with_a_module_that_raises() -> None:
     module, sink = Holder(Fails(ValueError("no"))), MemorySink()
-    with tlcore.capture(module, backend=sink, on_condition="nonfinite", log_step_ids=[]) as captured:
+    with tlcore.capture(
+        module, module_call_match=".", backend=sink, on_condition="nonfinite", log_step_ids=[]
+    ) as captured:
         for value in (1.0, math.inf):
             with pytest.raises(ValueError, match="no"):
                 module(torch.tensor([value]))
@@ -355,7 +361,12 @@ def test_statistics_that_the_device_computes_are_the_same(
         torch.manual_seed(0)
         module.body.add_module("sound", nn.Identity())
         with tlcore.capture(
-            module, backend=sink, capture=capture, on_condition=condition, queue_bytes=256
+            module,
+            module_call_match=".",
+            backend=sink,
+            capture=capture,
+            on_condition=condition,
+            queue_bytes=256,
         ) as captured:
             module(torch.randn(9, 5).T)
         assert captured.ledger.balanced and captured.ledger.dropped == captured.ledger.failed == 0
@@ -376,7 +387,7 @@ def test_statistics_that_the_device_computes_are_the_same(
 def test_a_model_on_a_gpu(capture: str) -> None:
     sink, module = MemorySink(), Faulty().cuda()
     x = torch.randn(64, 4, device="cuda")
-    with tlcore.capture(module, backend=sink, capture=capture) as captured:
+    with tlcore.capture(module, module_call_match=".", backend=sink, capture=capture) as captured:
         module(x)
     assert captured.ledger.balanced and captured.ledger.captured == 11
     assert captured.ledger.stored == (11 if capture == "both" else 0)

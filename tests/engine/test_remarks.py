@@ -50,7 +50,7 @@ def test_calls_in_other_threads_are_counted_and_told_once(caplog: pytest.LogCapt
 def test_a_model_in_several_threads_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
     module = nn.Sequential(nn.Linear(4, 4), _Pause())
     with (
-        tlcore.capture(module, backend=MemorySink(), log_step_ids=[]),
+        tlcore.capture(module, module_call_match=".", backend=MemorySink(), log_step_ids=[]),
         ThreadPoolExecutor(4) as pool,
         torch.no_grad(),
     ):
@@ -111,21 +111,23 @@ class _ToMeta(nn.Module):
 def test_a_name_of_no_device_is_a_config_error(tmp_path: Any) -> None:
     with (
         pytest.raises(ConfigError, match=r"\$\.device_names: 'gpu' is no torch device: .*cuda"),
-        tlcore.capture(model(), device_names=["gpu"], output_dir=str(tmp_path / "out")),
+        tlcore.capture(
+            model(), module_call_match=".", device_names=["gpu"], output_dir=str(tmp_path / "out")
+        ),
     ):
         pass
     assert not (tmp_path / "out").exists()
 
 
 def test_a_capture_that_is_not_enabled_has_an_empty_place_and_ledger() -> None:
-    with tlcore.capture(model(), enabled=False) as captured:
+    with tlcore.capture(model(), module_call_match=".", enabled=False) as captured:
         pass
     assert (captured.url, captured.ledger) == ("", Counts())
 
 
 def test_a_sinks_class_in_the_place_of_a_sink_is_refused() -> None:
     with pytest.raises(CaptureError, match="MemorySink is a class; give an instance"):
-        tlcore.capture(model(), backend=MemorySink)
+        tlcore.capture(model(), module_call_match=".", backend=MemorySink)
 
 
 class TakesNothing(MemorySink):
@@ -137,7 +139,7 @@ def test_an_option_that_a_sink_does_not_take_is_a_config_error() -> None:
     backend = {"name": f"{__name__}:TakesNothing", "colour": "red"}
     with (
         pytest.raises(ConfigError, match=r"does not take these options: .*'colour'"),
-        tlcore.capture(model(), backend=backend),
+        tlcore.capture(model(), module_call_match=".", backend=backend),
     ):
         pass
 
@@ -164,7 +166,7 @@ def test_the_run_stays_where_it_is_when_the_working_directory_changes(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for given, place in (("dumps", tmp_path / "dumps"), ("~/dumps", tmp_path / "home/dumps")):
-        with tlcore.capture(model(), output_dir=given) as captured:
+        with tlcore.capture(model(), module_call_match=".", output_dir=given) as captured:
             assert captured.url == f"{place}/{captured.session.run_id}"
 
 
@@ -173,7 +175,7 @@ def test_a_session_says_why_steps_fail_and_what_waits() -> None:
         waiting = "3 files wait"
 
     for sink, waiting, failing in ((Waits(), "3 files wait", False), (MemorySink("write"), None, True)):
-        with tlcore.capture(model(), backend=sink) as captured:
+        with tlcore.capture(model(), module_call_match=".", backend=sink) as captured:
             captured.session.flush()
             assert captured.session.failing is None
             captured._model(torch.randn(2, 4))
@@ -183,7 +185,7 @@ def test_a_session_says_why_steps_fail_and_what_waits() -> None:
 
 
 def test_a_step_number_comes_once() -> None:
-    with tlcore.capture(model(), backend=MemorySink()) as captured:
+    with tlcore.capture(model(), module_call_match=".", backend=MemorySink()) as captured:
         begin: Callable[[int], object] = captured.session.begin_step
         begin(5)
         with pytest.raises(CaptureError, match="step 5 has been; the next one is 6 or later"):

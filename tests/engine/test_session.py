@@ -18,14 +18,14 @@ from tests.toys import Fails, Holder, Shared, hook_count, model, run
 def test_outputs_are_the_same_with_and_without_capture() -> None:
     module, x = model(), torch.randn(5, 4)
     plain = module(x)
-    with tlcore.capture(module, backend=MemorySink(), log_step_ids=[]):
+    with tlcore.capture(module, module_call_match=".", backend=MemorySink(), log_step_ids=[]):
         assert torch.equal(module(x), plain)
 
 
 def test_an_in_place_module_does_not_change_what_was_captured_before_it() -> None:
     module, x = model(), torch.randn(5, 4)
     sink = MemorySink()
-    with tlcore.capture(module, backend=sink):
+    with tlcore.capture(module, module_call_match=".", backend=sink):
         module(x)
     first = module[0](x)
     assert torch.equal(sink.tensors["step_0/0/outputs_cpu"], first)
@@ -46,7 +46,7 @@ def test_only_the_selected_steps_are_captured_and_hooks_live_no_longer() -> None
 
 def test_memory_is_given_back_after_the_last_selected_step() -> None:
     module = model()
-    with tlcore.capture(module, backend=MemorySink(), log_step_ids=[0, 2]) as captured:
+    with tlcore.capture(module, module_call_match=".", backend=MemorySink(), log_step_ids=[0, 2]) as captured:
         held = []
         for _ in range(4):
             module(torch.randn(2, 4))
@@ -57,7 +57,7 @@ def test_memory_is_given_back_after_the_last_selected_step() -> None:
 
 def test_a_closed_session_keeps_no_memory_while_it_waits_to_be_collected() -> None:
     module = model()
-    with tlcore.capture(module, backend=MemorySink(), log_step_ids=[]) as captured:
+    with tlcore.capture(module, module_call_match=".", backend=MemorySink(), log_step_ids=[]) as captured:
         module(torch.randn(2, 4))
         session = captured.session
         assert session._pool.allocated > 0
@@ -76,7 +76,7 @@ def test_a_forward_that_others_wrap_while_it_is_listened_to_is_heard_once_in_lat
     module[0].register_forward_hook(lambda *_: None if wrapped else wrap())
     x = torch.randn(2, 4)
     plain = model()(x)
-    with tlcore.capture(module, backend=sink, log_step_ids=[0, 2, 4]) as captured:
+    with tlcore.capture(module, module_call_match=".", backend=sink, log_step_ids=[0, 2, 4]) as captured:
         for _ in range(5):
             result = module(x)
             wrapped.append(True)
@@ -94,7 +94,7 @@ def test_no_step_ids_means_all_steps() -> None:
 def test_a_submodule_called_between_steps_belongs_to_no_step() -> None:
     module = model()
     sink = MemorySink()
-    with tlcore.capture(module, backend=sink, log_step_ids=[]) as captured:
+    with tlcore.capture(module, module_call_match=".", backend=sink, log_step_ids=[]) as captured:
         for _ in range(2):
             module(torch.randn(2, 4))
             module[0](torch.randn(2, 4))
@@ -161,7 +161,7 @@ def test_other_devices_are_not_captured_at_all() -> None:
 def test_inputs_after_the_call() -> None:
     sink = MemorySink()
     module = model()
-    with tlcore.capture(module, backend=sink, log_post_fwd_inputs=True):
+    with tlcore.capture(module, module_call_match=".", backend=sink, log_post_fwd_inputs=True):
         module(torch.randn(2, 4))
     before = sink.tensors["step_0/1/inputs_0_cpu"]
     assert torch.equal(sink.tensors["step_0/1/post_fwd_inputs_0_cpu"], before.relu())
@@ -190,7 +190,7 @@ class Recursive(nn.Module):
 def test_a_recursive_module_pairs_each_result_with_its_call() -> None:
     sink = MemorySink()
     module = Holder(Recursive())
-    with tlcore.capture(module, backend=sink):
+    with tlcore.capture(module, module_call_match=".", backend=sink):
         module(2)
     values = {name: tensor.item() for name, tensor in sink.tensors.items()}
     assert values == {
@@ -223,7 +223,7 @@ def test_a_module_that_raises_keeps_its_inputs_and_says_so() -> None:
 def test_a_model_that_raises_commits_what_was_captured_and_raises_the_same() -> None:
     module = nn.Sequential(nn.Identity(), Fails(ZeroDivisionError("model's own")))
     sink = MemorySink()
-    with tlcore.capture(module, backend=sink, log_step_ids=[]) as captured:
+    with tlcore.capture(module, module_call_match=".", backend=sink, log_step_ids=[]) as captured:
         for _ in range(2):
             with pytest.raises(ZeroDivisionError, match="model's own"):
                 module(torch.ones(2))
@@ -236,7 +236,7 @@ def test_an_interrupt_in_the_model_does_not_end_the_capture() -> None:
     failing = Fails(KeyboardInterrupt())
     module = nn.Sequential(nn.Identity(), failing)
     sink = MemorySink()
-    with tlcore.capture(module, backend=sink, log_step_ids=[]):
+    with tlcore.capture(module, module_call_match=".", backend=sink, log_step_ids=[]):
         with pytest.raises(KeyboardInterrupt):
             module(torch.ones(2))
         module[1] = nn.Identity()
@@ -249,7 +249,7 @@ def test_a_result_of_none_while_an_older_exception_is_handled_is_a_result() -> N
     module = Holder(nn.Module())
     module.inner.forward = lambda: None
     sink = MemorySink()
-    with tlcore.capture(module, backend=sink):
+    with tlcore.capture(module, module_call_match=".", backend=sink):
         try:
             raise ValueError
         except ValueError:
@@ -262,7 +262,7 @@ def test_the_root_itself_is_no_record_even_when_it_calls_itself() -> None:
     root = Recursive()
     root.child = nn.Identity()
     sink = MemorySink()
-    with tlcore.capture(root, backend=sink, log_step_ids=[]):
+    with tlcore.capture(root, module_call_match=".", backend=sink, log_step_ids=[]):
         root(3)
     assert len(sink.steps) == 1 and sink.steps[0].calls == []
 
@@ -270,7 +270,7 @@ def test_the_root_itself_is_no_record_even_when_it_calls_itself() -> None:
 def test_training_goes_on_under_capture() -> None:
     module = model()
     sink = MemorySink()
-    with tlcore.capture(module, backend=sink):
+    with tlcore.capture(module, module_call_match=".", backend=sink):
         module(torch.randn(2, 4).requires_grad_()).sum().backward()
     assert module[0].weight.grad is not None
     assert not any(t.requires_grad for t in sink.tensors.values())
@@ -280,7 +280,7 @@ def test_inference_mode_and_autocast() -> None:
     sink = MemorySink()
     module = model()
     with (
-        tlcore.capture(module, backend=sink),
+        tlcore.capture(module, module_call_match=".", backend=sink),
         torch.inference_mode(),
         torch.autocast("cpu", dtype=torch.bfloat16),
     ):
@@ -292,13 +292,15 @@ def test_a_compiled_model_is_refused() -> None:
     module = model()
     module[2].compile()
     with pytest.raises(tlcore.CaptureError, match="'2' is compiled"):
-        tlcore.capture(module, backend=MemorySink()).__enter__()
+        tlcore.capture(module, module_call_match=".", backend=MemorySink()).__enter__()
     assert hook_count(module) == 0
 
 
 def test_disabled_means_no_hook_no_file_no_thread(tmp_path: Any) -> None:
     module, threads = model(), threading.active_count()
-    with tlcore.capture(module, enabled=False, output_dir=str(tmp_path / "out")) as captured:
+    with tlcore.capture(
+        module, module_call_match=".", enabled=False, output_dir=str(tmp_path / "out")
+    ) as captured:
         module(torch.randn(1, 4))
         assert hook_count(module) == 0 and threading.active_count() == threads
     assert not (tmp_path / "out").exists()

@@ -37,7 +37,7 @@ def traced(model: nn.Module, *inputs: torch.Tensor, **options: Any) -> Any:
 
 def all_steps(model: nn.Module, sink: MemorySink | None = None) -> tuple[MemorySink, tlcore.capture]:
     sink = MemorySink() if sink is None else sink
-    return sink, tlcore.capture(model, backend=sink, log_step_ids=[])
+    return sink, tlcore.capture(model, module_call_match=".", backend=sink, log_step_ids=[])
 
 
 class TestCompile:

@@ -68,7 +68,12 @@ def test_training_is_the_same_bit_for_bit(recompute: str, steps: list[int], inli
     expected = train(plain, 4)
     sink = MemorySink()
     with tlcore.capture(
-        model, backend=sink, log_step_ids=steps, log_post_fwd_inputs=True, inline=inline
+        model,
+        module_call_match=".",
+        backend=sink,
+        log_step_ids=steps,
+        log_post_fwd_inputs=True,
+        inline=inline,
     ) as captured:
         found = train(model, 4)
     assert len(found) == len(expected)
@@ -100,7 +105,7 @@ def test_what_is_recomputed_within_the_models_own_call_counts_as_further_calls()
     x = torch.randn(2, 3, requires_grad=True)
     expected = copy.deepcopy(model)(x)
     sink = MemorySink()
-    with tlcore.capture(model, backend=sink, log_step_ids=[]) as captured:
+    with tlcore.capture(model, module_call_match=".", backend=sink, log_step_ids=[]) as captured:
         for _ in range(2):
             assert torch.equal(model(x), expected)
     assert captured.ledger.balanced and captured.ledger.failed == 0
@@ -120,7 +125,7 @@ def test_backward_in_another_thread_and_hooks_of_autograd() -> None:
 
     for each in (model, plain):
         each.get_submodule("1.inner.0").register_full_backward_hook(note)
-    with tlcore.capture(model, backend=sink, log_step_ids=[]):
+    with tlcore.capture(model, module_call_match=".", backend=sink, log_step_ids=[]):
         found = train(model, 2)
     expected = train(plain, 2)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
@@ -142,7 +147,7 @@ def test_gradient_accumulation_scaling_and_a_frozen_part() -> None:
 
     expected = accumulate(plain)
     sink = MemorySink()
-    with tlcore.capture(model, backend=sink, log_step_ids=[]) as captured:
+    with tlcore.capture(model, module_call_match=".", backend=sink, log_step_ids=[]) as captured:
         found = accumulate(model)
     assert len(found) == len(expected) > 0
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))

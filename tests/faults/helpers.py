@@ -58,7 +58,7 @@ def capture(
     outcome = Outcome()
     settings: dict[str, Any] = {"log_step_ids": [], **keys}
     with collected_warnings(outcome.warnings):
-        captured = tlcore.capture(module, **settings)
+        captured = tlcore.capture(module, **{"module_call_match": ".", **settings})
         captured.__enter__()
         try:
             for step in range(steps):

@@ -36,7 +36,7 @@ def test_every_place_tells_the_same(
     monkeypatch.setattr(LocalStore, "put", fails_in(2))
     module = nn.Sequential(nn.Linear(8, 2), nn.Identity(), nn.Linear(2, 2))
     keys: dict[str, Any] = {"output_dir": str(tmp_path), "backend": format, "max_tensor_size": 12}
-    with tlcore.capture(module, log_step_ids=[], **keys) as captured:
+    with tlcore.capture(module, log_step_ids=[], **{"module_call_match": ".", **keys}) as captured:
         for _ in range(4):
             module(torch.ones(4, 8))
     # A step: one input of 32 elements is skipped, five tensors of 8 are stored, two of them as aliases.

@@ -124,7 +124,7 @@ ENDINGS: dict[str, Callable[[tlcore.capture, nn.Module], None]] = {
 def work(job: dict[str, Any]) -> None:
     """What the child does."""
     model = nn.Sequential(*[Stops() for _ in range(MODULES)])
-    captured = tlcore.capture(model, log_step_ids=[], **job["keys"])
+    captured = tlcore.capture(model, module_call_match=".", log_step_ids=[], **job["keys"])
     captured.__enter__()
     tell(url=captured.url)
     ENDINGS[job["ends"]](captured, model)

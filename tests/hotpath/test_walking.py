@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import collections.abc
 import gc
 import weakref
 from collections.abc import Hashable
@@ -31,9 +32,12 @@ class Pair:
 class Leaves:
     """The reference: every tensor taken by Python."""
 
+    opens: frozenset[str] = frozenset()
+
     def __init__(self) -> None:
         self.taken: list[tuple[Any, ...]] = []
         self.scalars: list[Any] = []
+        self.left_out: list[tuple[Any, str]] = []
 
     def tensor(self, tensor: torch.Tensor) -> None:
         self.taken.append((tensor.dtype, tuple(tensor.shape), tensor.tolist()))
@@ -41,9 +45,17 @@ class Leaves:
     def scalar(self, value: Any) -> None:
         self.scalars.append(value)
 
+    def unopened(self, value: Any, reason: str) -> None:
+        self.left_out.append((value, reason))
+
+    def first(self, tensor: torch.Tensor) -> bool:
+        return True
+
 
 class Walk:
     """The extension's walk, told what a stager would tell it."""
+
+    opens: frozenset[str] = frozenset()
 
     def __init__(self, size: int = 1 << 16) -> None:
         native()
@@ -55,6 +67,7 @@ class Walk:
         self.memories: list[Any] = []
         self.offsets: list[Any] = []
         self.scalars: list[Any] = []
+        self.left_out: list[tuple[Any, str]] = []
         self.slow = 0
         self.walker = native().Walker(self.tensor, self.other)
         self.walker.use(self.specs, self.memories, self.offsets, self.scalars)
@@ -71,6 +84,12 @@ class Walk:
 
     def scalar(self, value: Any) -> None:
         self.scalars.append(value)
+
+    def unopened(self, value: Any, reason: str) -> None:
+        self.left_out.append((value, reason))
+
+    def first(self, tensor: torch.Tensor) -> bool:
+        return True
 
     def other(self, value: Any, seen: tuple[int, ...]) -> Hashable:
         return flatten(value, self, seen)
@@ -221,22 +240,28 @@ def test_containers_may_change_while_python_looks_at_what_is_in_them() -> None:
     walk = Walk()
     value: list[Any] = []
 
-    class Shrinking(list[Any]):
+    class Empty(collections.abc.Mapping[str, Any]):
+        """A mapping's own code is what is still run."""
+
+        def __init__(self, victim: Any) -> None:
+            self.victim = victim
+
+        def __getitem__(self, key: str) -> Any:
+            raise KeyError(key)
+
+        def __len__(self) -> int:
+            return 0
+
         def __iter__(self) -> Any:
-            value.clear()
+            self.victim.clear()
             return iter(())
 
-    value += [1, Shrinking(), 2, 3, {"a": 1}]
+    value += [1, Empty(value), 2, 3, {"a": 1}]
     sketch = walk.walker.flatten(value)
     assert sketch[0] == "list" and len(sketch[1]) == 2
     table: dict[str, Any] = {}
 
-    class Emptying(list[Any]):
-        def __iter__(self) -> Any:
-            table.clear()
-            return iter(())
-
-    table |= {"a": Emptying(), "b": 1}
+    table |= {"a": Empty(table), "b": 1}
     assert walk.walker.flatten(table)[1] == ("a", "b")
 
 

@@ -25,7 +25,7 @@ STEPS = {0: 1, 1: 1, 2: 3, 3: 3}
 @pytest.fixture(params=["pt", "safetensors", "shards"])
 def path(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
     backend: Any = {"name": "safetensors", "layout": 1} if request.param == "shards" else request.param
-    config = load_config(output_dir=str(tmp_path), backend=backend, log_step_ids=[])
+    config = load_config(output_dir=str(tmp_path), backend=backend, log_step_ids=[], module_call_match=".")
     run_id = new_run_id()
     layout = layout_of(SimpleNamespace(tensor_parallel_size=2), len(STEPS))
     for rank, steps in STEPS.items():

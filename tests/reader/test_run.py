@@ -55,7 +55,9 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Written:
     """A run of two steps, and the steps' inputs."""
     torch.manual_seed(0)
     inputs = [torch.randn(2, 3) for _ in range(2)]
-    with tlcore.capture(Root(), output_dir=str(tmp_path_factory.mktemp("out")), log_step_ids=[]) as capture:
+    with tlcore.capture(
+        Root(), module_call_match=".", output_dir=str(tmp_path_factory.mktemp("out")), log_step_ids=[]
+    ) as capture:
         model = capture._model
         for x in inputs:
             model(x)
@@ -141,7 +143,9 @@ def test_a_call_is_rebuilt_with_its_tensors(written: Written) -> None:
 
 
 def test_a_skipped_tensor_is_told_from_a_stored_one(tmp_path: Path) -> None:
-    with tlcore.capture(Root(), output_dir=str(tmp_path), max_tensor_size=1) as capture:
+    with tlcore.capture(
+        Root(), module_call_match=".", output_dir=str(tmp_path), max_tensor_size=1
+    ) as capture:
         capture._model(torch.ones(2, 3))
     call = tlcore.open_run(capture.url).step(0).call("linear")
     assert isinstance(call.outputs, Skipped)

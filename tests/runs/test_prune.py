@@ -26,7 +26,9 @@ OLD, NEW = "2024-01-01T00:00:00+00:00", "2024-03-01T00:00:00+00:00"
 
 def captured(directory: Path, created: str = OLD, backend: str = "pt", **document: Any) -> Path:
     """A run of one step whose ``run.json`` then says something else."""
-    with tlcore.capture(model(), output_dir=str(directory), backend=backend) as capture:
+    with tlcore.capture(
+        model(), module_call_match=".", output_dir=str(directory), backend=backend
+    ) as capture:
         capture._model(torch.ones(2, 4))
     path = Path(capture.url)
     stated = json.loads((path / "run.json").read_text())
@@ -245,7 +247,9 @@ def test_a_removal_that_is_cut_short_leaves_a_run_that_says_so(
 def test_runs_at_a_url(tmp_path: Path) -> None:
     import fsspec
 
-    with tlcore.capture(nn.Sequential(nn.Linear(2, 2)), output_dir="memory://prune/runs") as capture:
+    with tlcore.capture(
+        nn.Sequential(nn.Linear(2, 2)), module_call_match=".", output_dir="memory://prune/runs"
+    ) as capture:
         capture._model(torch.ones(1, 2))
     assert len(plan("memory://prune/runs", max_total=0).remove) == 1
     assert main(["prune", "memory://prune/runs", "--max-total", "0", "--yes"]) == 0

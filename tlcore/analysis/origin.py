@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from urllib.parse import unquote
 
 from ..errors import ReadError
-from ..layout.names import PathKey
+from ..layout.names import PathKey, module_of, shown_module, within
 from ..reader import Run
 
 # The call directories of a side's step and rank in order of entry; nothing where they are not known.
@@ -42,7 +41,7 @@ class Birth:
     """Whether a fault was born where it was said to be seen first, or in the code of a module around that.
 
     ``within`` is that module, whose inputs are free of the fault and whose captured submodules' outputs
-    were, until then. It is ``""`` for the model itself, whose inputs are not captured: then ``born`` is None.
+    were, until then. It is ``""`` for the model itself; ``born`` is None where its inputs were not captured.
     """
 
     born: bool | None
@@ -51,10 +50,10 @@ class Birth:
 
     def between(self, fine: str) -> str:
         """Where a fault of an input came from, in words; ``fine`` says that tensors are free of it."""
-        if self.within:
+        if self.within is not None and self.born:
             call = f" (call {self.within_call})" if self.within_call else ""
             what = f"its inputs and all outputs in it before {fine}"
-            return f"born in {self.within}{call}, between its captured submodules: {what}"
+            return f"born in {shown_module(self.within)}{call}, between its captured submodules: {what}"
         if self.within is not None:
             what = f"all outputs before {fine}"
             return f"born between the model's captured modules, or given to it from outside: {what}"
@@ -133,7 +132,7 @@ class _Around:
         lasting: list[tuple[int, int, Call]] = []
         for place, each in self._near:
             call = (each.module, each.call)
-            if not each.placed or not self._found.module.startswith(f"{each.module}."):
+            if not each.placed or not within(self._found.module, each.module):
                 continue
             if each.direction == "inputs" and place < self._at:
                 begun.setdefault(call, (place, each))
@@ -152,8 +151,7 @@ class _Around:
         """Whether no other call is known that came before or may be around this one."""
         own = (self._found.module, self._found.call)
         return not any(
-            (place < self._at and (each.module, each.call) != own)
-            or self._found.module.startswith(f"{each.module}.")
+            (place < self._at and (each.module, each.call) != own) or within(self._found.module, each.module)
             for place, each in self._near
         )
 
@@ -185,9 +183,9 @@ class _Around:
         outputs = [(place, each) for place, each in own if each.direction != "inputs"]
         if not any(each.placed and place < self._at for place, each in outputs):
             # Without outputs before, it may only be a call that has not ended.
-            module = own[0][1].module if own else unquote(directory)
-            around = self._found.module if own else unquote(until)
-            return around.startswith(f"{module}.")
+            module = own[0][1].module if own else module_of(directory)
+            around = self._found.module if own else module_of(until)
+            return within(around, module)
         return all(each.bad is False for _, each in outputs)
 
 

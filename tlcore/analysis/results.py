@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
-from ..layout.names import PathKey
+from ..layout.names import PathKey, shown_module
 from ..reader import Run, Step
 from ..record import Direction, Json
 from .frames import data_frame
@@ -67,8 +67,8 @@ class Divergence:
     differs (the cause lies outside the captured modules), and None where that is not known.
 
     ``within`` is for an input that is the first tensor to differ: the module, and which call of it, in whose
-    own code it was born, between its captured submodules. It is ``""`` for the model, whose inputs are not
-    captured, so that it may come from outside (``born`` is None).
+    own code it was born, between its captured submodules. It is ``""`` for the model; where its inputs were
+    not captured, the fault may come from outside (``born`` is None).
     """
 
     step: int
@@ -106,7 +106,7 @@ class Divergence:
                 False: "passed on: an input already differs",
                 None: "its inputs were not compared",
             }[self.born]
-        return f"{self.module}{call}, {self.direction} of step {self.step}{request}; {how}"
+        return f"{shown_module(self.module)}{call}, {self.direction} of step {self.step}{request}; {how}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -222,7 +222,7 @@ class Comparison:
     def _repr_html_(self) -> str:
         worst = [result for result in self.results if not result.agrees][:20]
         rows = "".join(
-            f"<tr><td>{html.escape(result.module)}</td><td>{result.direction}</td><td>{result.status}</td>"
+            f"<tr><td>{html.escape(shown_module(result.module))}</td><td>{result.direction}</td><td>{result.status}</td>"
             f"<td>{'' if result.measures is None else f'{result.measures.max_abs:.3g}'}</td></tr>"
             for result in worst
         )

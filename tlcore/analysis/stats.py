@@ -12,7 +12,7 @@ from math import prod
 from typing import Any
 
 from ..errors import ReadError
-from ..layout.names import PathKey, is_url
+from ..layout.names import PathKey, is_url, shown_module
 from ..reader import Run, Step, open_run
 from ..record import Direction, Json
 from ..statistics.stored import Statistics, summarize_pieces
@@ -77,8 +77,8 @@ class Sighting:
             }[self.born]
         counted = f"{self.count} of {prod(tensor.shape)} values"
         return (
-            f"{self.what} first seen in {tensor.module}{call}, {tensor.direction} of step {tensor.step}"
-            f" ({counted}); {how}"
+            f"{self.what} first seen in {shown_module(tensor.module)}{call}, {tensor.direction}"
+            f" of step {tensor.step} ({counted}); {how}"
         )
 
     def to_json(self) -> Json:

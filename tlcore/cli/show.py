@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import ReadError
+from ..layout.names import shown_module
 from ..reader import Call, MissingError, Run, Step, open_run
 from ..record import Json
 from ..statistics.stored import summarize
@@ -126,7 +127,7 @@ def _show_call(call: Call, step: Step, as_json: bool) -> None:
         about = {"step": step.number, "call": call.directory, "module": call.module, "index": call.index}
         print(json.dumps(about | structures, indent=1))
         return
-    print(printable(f"{call.module}, call {call.index} of step {step.number}"))
+    print(printable(f"{shown_module(call.module)}, call {call.index} of step {step.number}"))
     for direction, node in structures.items():
         for line in _tree(direction, node, 0):
             print(printable(line))

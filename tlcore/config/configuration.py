@@ -30,6 +30,7 @@ class Config:
     max_tensor_size: int | None
     device_names: tuple[str, ...]
     log_post_fwd_inputs: bool
+    capture_objects: tuple[Literal["cache"], ...]
     backend: str
     compiled: Literal["eager-steps", "taps"]
     rows: Literal["all", "last"]
@@ -220,6 +221,7 @@ def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
             "request_ids": _tuple(document["request_ids"]),
             "log_step_ids": tuple(document["log_step_ids"]),
             "device_names": tuple(document["device_names"]),
+            "capture_objects": tuple(document["capture_objects"]),
             "backend": backend.name,
             "backend_options": options,
             "public_options": _public(backend),

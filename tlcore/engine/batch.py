@@ -8,7 +8,7 @@ from typing import Any
 
 from ..layout.rows import Decided, accept
 from ..layout.structure import Scalar
-from ..record import Json
+from ..record import Counts, Json
 from .calls import CallSide
 from .filters.tensors import TensorSpec
 from .staging.host_memory import Chunk
@@ -52,6 +52,7 @@ class StepEnd:
     """A step's end: everything that is not in its batches.
 
     ``decided`` says what became of the requests' draft tokens, and may wait for a device.
+    ``unopened`` counts what was not looked into.
     """
 
     step: int
@@ -60,6 +61,7 @@ class StepEnd:
     rows: Sequence[Json] | None
     extra: Mapping[str, Any]
     decided: Callable[[], Mapping[str, Decided]] | None = None
+    unopened: Counts = field(default_factory=Counts)
 
     def settle(self) -> None:
         """Note in the rows how many of them are of tokens that stayed in their requests."""

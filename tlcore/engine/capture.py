@@ -84,8 +84,8 @@ class capture:  # noqa: N801 - a context manager reads like a function
         backend = class_name(self._sink) if self._sink is not None else None
         run = new_run(self.config, backend=backend)
         self._session = Session(self.config, run, self._sink, self._inline)
-        self._session.attach(self._model)
-        self._bracket.install(self._model)
+        root = self._session.attach(self._model, root_hooked=True)
+        self._bracket.install(self._model, root)
         self._entered = True
         return self
 

@@ -28,7 +28,7 @@ from .filters.requests import request_filter
 from .filters.rows import StepRows
 from .filters.tensors import TensorFilter, known_devices
 from .hooks.collector import Collector
-from .hooks.listening import Listener, ListenerSet, Source, refuse_compiled
+from .hooks.listening import Listener, ListenerSet, RootListener, Source, refuse_compiled
 from .hooks.row_filter import CuttingCollector
 from .new_run import now, open_run
 from .pipeline.executors import InlineExecutor, ThreadExecutor
@@ -120,7 +120,8 @@ class Session:
         return self._pool.waited
 
     def _make_collector(self, tensors: TensorFilter) -> Collector:
-        given = (self._stager, tensors, self._submit, self.config.capture)
+        objects = frozenset(self.config.capture_objects)
+        given = (self._stager, tensors, self._submit, self.config.capture, objects)
         if not self.config.cuts_rows:
             return Collector(*given)
         return CuttingCollector(self.rows, *given)
@@ -130,11 +131,13 @@ class Session:
         model: nn.Module,
         source: Source | None = None,
         modules: Mapping[str, nn.Module] | None = None,
-    ) -> None:
-        """Plan the hooks for a model's submodules; the model itself is only the step's bracket.
+        root_hooked: bool = False,
+    ) -> RootListener | None:
+        """Plan the hooks for a model and its submodules.
 
         ``source`` captures its modules by itself. ``modules`` are the submodules by the names that they
-        are to go by, where these are not those of ``named_modules``.
+        are to go by, where these are not those of ``named_modules``. With ``root_hooked``, steps begin inside
+        the model's call: then the model's own listener is returned, to be called by whoever begins them.
 
         Raises CaptureError for a compiled model, or when another model is attached already.
         """
@@ -144,10 +147,13 @@ class Session:
         elsewhere = () if source is None else source.modules
         if modules is None:
             modules = {name: module for name, module in model.named_modules() if name}
+        parts = {name: each for name, each in modules.items() if each is not model}
         listeners = self._listeners(
-            {name: each for name, each in modules.items() if each is not model and each not in elsewhere},
+            {name: each for name, each in {"": model, **parts}.items() if each not in elsewhere},
             frozenset(modules),
+            root_hooked,
         )
+        root = listeners.get(model)
         if not listeners and not elsewhere:
             log.warning(
                 "no module of %s matches module_call_match; nothing will be stored", class_name(model)
@@ -160,9 +166,10 @@ class Session:
             self._sink, self._pool, self.run.ledger, self.run.rank, self._examination, self._documents.close
         )
         self._pipeline = (InlineExecutor if self._inline else ThreadExecutor)(self._processor)
+        return root if isinstance(root, RootListener) else None
 
     def _listeners(
-        self, modules: Mapping[str, nn.Module], names_used: frozenset[str]
+        self, modules: Mapping[str, nn.Module], names_used: frozenset[str], root_hooked: bool = False
     ) -> dict[nn.Module, Listener]:
         directory = functools.partial(_call_directory, names_used)
         post_inputs = self.config.log_post_fwd_inputs
@@ -170,7 +177,8 @@ class Session:
         for name, module in modules.items():
             wanted = self._selector.calls(name)
             if wanted is not None:
-                found[module] = Listener(name, module, wanted, self._collector, directory, post_inputs)
+                kind = Listener if name or not root_hooked else RootListener
+                found[module] = kind(name, module, wanted, self._collector, directory, post_inputs)
         return found
 
     def attach_draft(self, model: nn.Module) -> None:
@@ -251,8 +259,9 @@ class Session:
             if problem is not None:
                 details.setdefault("error", problem)
             told = self.rows.document()
-            self._collector.end_step()
-            end = StepEnd(number, self._started, ended, told.pop("rows", rows), {**told, **details}, decided)
+            unopened = self._collector.end_step()
+            rows = told.pop("rows", rows)
+            end = StepEnd(number, self._started, ended, rows, {**told, **details}, decided, unopened)
             self._pipeline.submit(end)
             if not self.config.selects_any_after(number):
                 # Nothing more comes that could be stored together with what is there.

@@ -10,9 +10,11 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Sequence
+from urllib.parse import unquote
 
 PathKey = int | str
 REDACTED = "***"
+ROOT_DIR = "_root"
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\-+=@,()\[\]]")
@@ -45,12 +47,38 @@ def call_dir(module: str, call: int, module_names: frozenset[str]) -> str:
     """The directory of one call: the module's name, with ``_<i>`` from the second call on.
 
     ``module_names`` are all names in the model: a module really called ``l_1`` keeps that directory,
-    and the second call of ``l`` goes to ``l_1~2``.
+    and the second call of ``l`` goes to ``l_1~2``. The model itself, whose name is empty, has ``_root``, and
+    a module really called that ``_root~2``.
     """
+    if module == ROOT_DIR:
+        return f"{ROOT_DIR}~2_{call}" if call else f"{ROOT_DIR}~2"
+    first = module or ROOT_DIR
     if call == 0:
-        return safe(module)
-    plain = f"{module}_{call}"
+        return safe(first)
+    plain = f"{first}_{call}"
     return safe(plain) + ("~2" if plain in module_names else "")
+
+
+def module_of(directory: str) -> str:
+    """The module whose first call has this directory."""
+    if directory in (ROOT_DIR, f"{ROOT_DIR}~2"):
+        return "" if directory == ROOT_DIR else ROOT_DIR
+    return unquote(directory)
+
+
+def within(module: str, outer: str) -> bool:
+    """Whether a module is a submodule of another, at any depth; all are the model's, whose name is empty."""
+    return module.startswith(f"{outer}.") if outer else bool(module)
+
+
+def shown_module(module: str) -> str:
+    """A module's name for people: the model itself, whose name is empty, goes by its directory."""
+    return module or ROOT_DIR
+
+
+def call_name(module: str, call: int) -> str:
+    """A call for people: `shown_module`, with ``_<i>`` from the second call on."""
+    return f"{shown_module(module)}_{call}" if call else shown_module(module)
 
 
 def device_label(device: str, rank: int) -> str:

@@ -7,13 +7,15 @@ number or string. `describe` puts tree spec and leaves together again as the str
 
 from __future__ import annotations
 
-import dataclasses
 import math
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Hashable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
 
+from ..hotpath import objects
+from ..hotpath.objects import Kind, holds_tensor, kind_of
+from ..hotpath.objects import class_name as class_name
 from .names import PathKey
 from .templates import Json
 
@@ -23,15 +25,25 @@ Scalar = bool | int | float | str
 TENSOR = "tensor"
 SCALAR = "scalar"
 NONE = "none"
+OBJECT = "object"
+# Why something is not looked into, beside what `objects` calls its kind.
+TOO_DEEP, TOO_MANY = "nested too deep", "too many objects in it"
+SEEN = "cache: stored where it first came in this step"
 _TUPLE, _LIST, _DICT = "tuple", "list", "dict"
 NO_ITEMS: TreeSpec = (_DICT, (), ())
 _SCALARS = (bool, int, float, str)
 _DEEPEST = 64
+_MOST_OBJECTS = 4096
 _Tensor = torch.Tensor
 
 
 class Leaves(Protocol):
     """Who takes the leaves of a structure, in order."""
+
+    @property
+    def opens(self) -> Container[str]:
+        """Which kinds of objects are looked into that are not by default: ``cache``."""
+        ...
 
     def tensor(self, tensor: torch.Tensor) -> None:
         """Take a tensor."""
@@ -39,6 +51,14 @@ class Leaves(Protocol):
 
     def scalar(self, value: Scalar) -> None:
         """Take a number or string."""
+        ...
+
+    def unopened(self, value: Any, reason: str) -> None:
+        """Count what may hold tensors and is not looked into."""
+        ...
+
+    def first(self, tensor: torch.Tensor) -> bool:
+        """Whether a cache's tensor has not been taken in this step as it stands now."""
         ...
 
 
@@ -53,21 +73,42 @@ class Branch(NamedTuple):
 
 
 class Opaque(NamedTuple):
-    """The tree spec of an object that holds no tensor that tlcore can reach."""
+    """The tree spec of an object that is not looked into: it holds no tensor, or was ``skipped``."""
+
+    cls: str
+    skipped: str | None = None
+
+
+class ArrayOf(NamedTuple):
+    """The tree spec of what is no tensor, but is stored as one."""
 
     cls: str
 
 
-def class_name(value: object) -> str:
-    """``package.module.Class`` of a value."""
-    cls = type(value)
-    return f"{cls.__module__}.{cls.__qualname__}"
+class _Opening:
+    """One object that is looked into, with all that is in it: how many more may be opened.
+
+    ``once`` says that a tensor is taken only where it comes first in the step.
+    """
+
+    __slots__ = ("left", "once")
+
+    def __init__(self, once: bool = False) -> None:
+        self.left = _MOST_OBJECTS
+        self.once = once
 
 
-def flatten(value: Any, leaves: Leaves, seen: tuple[int, ...] = ()) -> TreeSpec:
-    """The tree spec of a value, whose leaves are handed over once each."""
+def flatten(
+    value: Any, leaves: Leaves, seen: tuple[int, ...] = (), opening: _Opening | None = None
+) -> TreeSpec:
+    """The tree spec of a value, whose leaves are handed over once each.
+
+    What is captured of plain tuples, lists and dictionaries stands here, of all else in `_freeze_other`.
+    """
     cls = type(value)
-    if cls is _Tensor or isinstance(value, _Tensor):
+    if cls is _Tensor or issubclass(cls, _Tensor):
+        if opening is not None and opening.once and not leaves.first(value):
+            return Opaque(class_name(value), SEEN)
         leaves.tensor(value)
         return TENSOR
     if value is None:
@@ -77,54 +118,146 @@ def flatten(value: Any, leaves: Leaves, seen: tuple[int, ...] = ()) -> TreeSpec:
         return SCALAR
     if cls is dict and not value:
         return NO_ITEMS
-    if id(value) in seen or len(seen) >= _DEEPEST:
-        return Opaque("cycle" if id(value) in seen else "too deeply nested")
+    if id(value) in seen:
+        return Opaque("cycle")
+    if len(seen) >= _DEEPEST:
+        return _unopened(value, leaves, TOO_DEEP) if holds_tensor(value) else Opaque(class_name(value))
     inside = (*seen, id(value))
     if cls is tuple or cls is list:
         items: list[TreeSpec] = []
         for item in value:
             # What arguments mostly are, without a call each.
-            if type(item) is _Tensor:
+            if type(item) is _Tensor and opening is None:
                 leaves.tensor(item)
                 items.append(TENSOR)
             elif item is None:
                 items.append(NONE)
             else:
-                items.append(flatten(item, leaves, inside))
+                items.append(flatten(item, leaves, inside, opening))
         return (_LIST if cls is list else _TUPLE, tuple(items))
-    return _flatten_other(value, leaves, inside)
+    if cls is dict and all(type(key) is str for key in value):
+        children = tuple([flatten(each, leaves, inside, opening) for each in value.values()])
+        return (_DICT, tuple(value), children)
+    return _flatten_other(value, leaves, inside, opening)
 
 
-def _flatten_other(value: Any, leaves: Leaves, inside: tuple[int, ...]) -> TreeSpec:
-    if isinstance(value, _SCALARS):
+def _flatten_other(value: Any, leaves: Leaves, inside: tuple[int, ...], opening: _Opening | None) -> TreeSpec:
+    """The tree spec of any object; where a class's own code was asked and raised, it counts as skipped."""
+    kind = kind_of(type(value))
+    what = kind.what
+    if what == SCALAR:
         leaves.scalar(value)
         return SCALAR
-    if isinstance(value, (tuple, list)):
-        items = tuple([flatten(item, leaves, inside) for item in value])
-        kind = _LIST if isinstance(value, list) else _TUPLE
-        return Branch(kind, class_name(value), None, items, getattr(value, "_fields", None))
-    if isinstance(value, Mapping):
-        return _flatten_items(value, list(value.items()), leaves, inside)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        pairs = [(f.name, getattr(value, f.name, None)) for f in dataclasses.fields(value)]
-        return _flatten_items(value, pairs, leaves, inside)
-    return Opaque(class_name(value))
-
-
-def _flatten_items(
-    value: object, pairs: Sequence[tuple[Any, Any]], leaves: Leaves, inside: tuple[int, ...]
-) -> TreeSpec:
-    keys = tuple([str(key) for key, _ in pairs])
-    items = tuple([flatten(item, leaves, inside) for _, item in pairs])
+    if what == objects.PLAIN:
+        return Opaque(class_name(value))
+    if what == objects.NUMBER:
+        return _flatten_number(value, leaves)
+    if what in (objects.MODULE, objects.ITERATOR) or (what == objects.CACHE and what not in leaves.opens):
+        return _unopened(value, leaves, what)
+    if what == objects.CACHE:
+        opening = _Opening(once=True)
+    elif opening is None:
+        opening = _Opening()
+    opening.left -= 1
+    if opening.left < 0:
+        return _unopened(value, leaves, TOO_MANY) if holds_tensor(value) else Opaque(class_name(value))
+    try:
+        parts = _parts_in(value, kind, inside)
+    except Exception as error:
+        return _unopened(value, leaves, f"looking into it raised {type(error).__name__}")
+    if isinstance(parts, str):
+        return _unopened(value, leaves, parts)
+    if isinstance(parts, torch.Tensor):
+        leaves.tensor(parts)
+        return ArrayOf(class_name(value))
+    if parts is None:
+        return Opaque(class_name(value))
+    kind_name, keys, children, fields = parts
+    items = tuple([flatten(each, leaves, inside, opening) for each in children])
     if type(value) is dict:
         return (_DICT, keys, items)
-    return Branch(_DICT, class_name(value), keys, items)
+    return Branch(kind_name, class_name(value), keys, items, fields)
+
+
+_Found = tuple[str, tuple[PathKey, ...] | None, Sequence[Any], tuple[str, ...] | None]
+
+
+def _parts_in(value: Any, kind: Kind, inside: tuple[int, ...]) -> _Found | torch.Tensor | str | None:
+    """What is in an object: its parts, an array's tensor, why there is none, or None for nothing."""
+    what = kind.what
+    if what in (objects.OBJECT, objects.CACHE):
+        held = {
+            name: each
+            for name, each in objects.attributes_of(value, kind).items()
+            if id(each) not in inside and holds_tensor(each)
+        }
+        return (OBJECT, tuple(held), list(held.values()), None) if held else None
+    extras = objects.extras_of(value, kind)
+    if what == objects.ARRAY:
+        return _array_parts(value, extras)
+    if what in (objects.SEQUENCE, objects.SET):
+        items = objects.items_of(value)
+        if what == objects.SET:
+            items = objects.in_order(items)
+        if extras:
+            return OBJECT, (*range(len(items)), *extras), [*items, *extras.values()], None
+        fields = objects.vars_of(type(value), "_fields")
+        named = fields if isinstance(fields, tuple) and len(fields) == len(items) else None
+        return _TUPLE if issubclass(type(value), tuple) else _LIST, None, items, named
+    pairs: list[tuple[PathKey, Any]]
+    if what == objects.PYTREE:
+        pairs = objects.nodes_of(value)
+        return OBJECT, tuple([key for key, _ in pairs]), [each for _, each in pairs], None
+    if what == objects.DATACLASS:
+        pairs = list(objects.fields_of(value, kind).items())
+    else:
+        pairs = _labelled(objects.pairs_of(value, kind))
+    pairs += extras.items()
+    return _DICT, tuple([key for key, _ in pairs]), [each for _, each in pairs], None
+
+
+def _labelled(pairs: Sequence[tuple[Any, Any]]) -> list[tuple[PathKey, Any]]:
+    """A mapping's items by what their keys are called; a key that holds a tensor is an item, too."""
+    found: list[tuple[PathKey, Any]] = []
+    for place, (key, each) in enumerate(pairs):
+        label = objects.key_label(key, place)
+        if type(key) is not str and holds_tensor(key):
+            found.append((f"{label}.key", key))
+        found.append((label, each))
+    return found
+
+
+def _array_parts(value: Any, extras: Mapping[str, Any]) -> _Found | torch.Tensor | str | None:
+    """A numpy array as a tensor; one of objects, of records, or with attributes in parts."""
+    plain = objects.plain_array(value)
+    if extras:
+        return OBJECT, ("data", *extras), [plain, *extras.values()], None
+    if plain.dtype.names:
+        return _DICT, tuple(plain.dtype.names), [plain[name] for name in plain.dtype.names], None
+    if plain.dtype.hasobject:
+        items = plain.ravel().tolist()
+        return (_LIST, None, items, None) if holds_tensor(items) else None
+    return objects.tensor_of(plain)
+
+
+def _flatten_number(value: Any, leaves: Leaves) -> TreeSpec:
+    """The tree spec of a numpy scalar: that of the number or string that it is."""
+    plain = value.item()
+    if type(plain) not in _SCALARS:
+        return Opaque(class_name(value))
+    leaves.scalar(plain)
+    return SCALAR
+
+
+def _unopened(value: Any, leaves: Leaves, reason: str) -> TreeSpec:
+    leaves.unopened(value, reason)
+    return Opaque(class_name(value), reason)
 
 
 def count_leaves(treespec: TreeSpec) -> tuple[int, int]:
     """How many tensors and how many scalars a tree spec stands for."""
-    if treespec in (TENSOR, SCALAR):
-        return int(treespec == TENSOR), int(treespec == SCALAR)
+    if isinstance(treespec, ArrayOf) or treespec in (TENSOR, SCALAR):
+        return int(treespec != SCALAR), int(treespec == SCALAR)
     if isinstance(treespec, (str, Opaque)):
         return 0, 0
     counts = [count_leaves(item) for item in _parts(treespec).items]
@@ -145,7 +278,10 @@ def describe(
     if treespec == SCALAR:
         return _describe_scalar(next(scalars))
     if isinstance(treespec, Opaque):
-        return {"type": "object", "class": treespec.cls}
+        skipped = {} if treespec.skipped is None else {"skipped": treespec.skipped}
+        return {"type": "object", "class": treespec.cls, **skipped}
+    if isinstance(treespec, ArrayOf):
+        return {**tensor(path), "class": treespec.cls}
     branch = _parts(treespec)
     document: Json = {"type": branch.kind}
     if branch.cls:

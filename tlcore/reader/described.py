@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ReadError
 from ..layout.checks import LARGEST_SIZE, is_whole
-from ..layout.names import PathKey, rank_suffix, step_dir
+from ..layout.names import PathKey, rank_suffix, step_dir, within
 from ..record import Json
 from ..statistics.summary import KEYS, Statistics
 from .documents import is_tensor_name
@@ -85,7 +85,7 @@ def _in_order(calls: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     """
     lasting: list[tuple[str, str]] = []
     for call, module in calls:
-        while lasting and not module.startswith(f"{lasting[-1][1]}."):
+        while lasting and not within(module, lasting[-1][1]):
             yield from _end(lasting.pop()[0])
         yield call, "inputs"
         lasting.append((call, module))

@@ -6,12 +6,11 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
-from urllib.parse import unquote
 
 import torch
 
 from ..errors import MissingError, ReadError, missing
-from ..layout.names import rank_suffix, step_dir
+from ..layout.names import module_of, rank_suffix, step_dir
 from ..layout.rows import DECIDED, CallRows, Span
 from ..record import Counts, Json
 from ..statistics.summary import Statistics
@@ -325,8 +324,8 @@ class Call:
         # Nothing of this call was stored, so only its directory is left to tell.
         later = _LATER_CALL.fullmatch(self.directory)
         if later and later[1] in self._step.calls:
-            return unquote(later[1]), int(later[2])
-        return unquote(self.directory), 0
+            return module_of(later[1]), int(later[2])
+        return module_of(self.directory), 0
 
     @property
     def module(self) -> str:

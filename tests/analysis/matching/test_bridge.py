@@ -78,7 +78,9 @@ class WholeModel(nn.Module):
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     urls = []
     for model in (SplitModel(), WholeModel()):
-        with tlcore.capture(model, output_dir=str(tmp_path_factory.mktemp("out"))) as captured:
+        with tlcore.capture(
+            model, module_call_match=".", output_dir=str(tmp_path_factory.mktemp("out"))
+        ) as captured:
             model(X)
         urls.append(captured.url)
     return urls[0], urls[1]

@@ -24,7 +24,7 @@ def serve(out: Path, batches: Sequence[Batch], scale: float = 1.0) -> str:
     linear = nn.Linear(4, 4, bias=False)
     linear.weight.data = torch.eye(4) * scale
     root = nn.Sequential(linear, nn.ReLU())
-    config = load_config(output_dir=str(out), log_step_ids=[])
+    config = load_config(output_dir=str(out), log_step_ids=[], module_call_match=".")
     session = Session(config, new_run(config))
     session.attach(root)
     for batch in batches:

@@ -36,7 +36,7 @@ class Model(nn.Module):
 def run(tmp_path: Path, given: dict[str, Any], returned: Any, **keys: Any) -> str:
     keys = {"backend": "safetensors", "log_step_ids": [], **keys}
     model = Model(given, returned)
-    with tlcore.capture(model, output_dir=str(tmp_path), **keys) as captured:
+    with tlcore.capture(model, output_dir=str(tmp_path), **{"module_call_match": ".", **keys}) as captured:
         for _ in range(2):
             model(torch.ones(3))
     return captured.url

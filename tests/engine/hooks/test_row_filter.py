@@ -112,7 +112,9 @@ def test_of_drafts_all_that_may_be_the_last_are_kept() -> None:
 
 
 def _session(sink: MemorySink) -> tuple[Session, nn.Module]:
-    config = load_config({"log_step_ids": [], "output_dir": "unused", "request_ids": "a"})
+    config = load_config(
+        {"log_step_ids": [], "output_dir": "unused", "request_ids": "a", "module_call_match": "."}
+    )
     session = Session(config, new_run(config), sink, inline=True)
     model = nn.Sequential(nn.Linear(2, 2))
     session.attach(model)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from ...layout.names import PathKey
+from ...layout.names import PathKey, shown_module
 from ...reader import Step
 from ...record import Json
 from .rules import Rules
@@ -63,7 +63,8 @@ def _of_rank(a: Step, b: Step, rank: int, rules: Rules) -> Iterator[str]:
         for path, (mine, other) in differing:
             keys = "".join(f"[{key}]" for key in path)
             side = file.removesuffix(".json")
-            yield f"{module}{call}, {side}{keys} of step {a.number}: {_short(mine)} against {_short(other)}"
+            where = f"{shown_module(module)}{call}, {side}{keys} of step {a.number}"
+            yield f"{where}: {_short(mine)} against {_short(other)}"
 
 
 def _differing(a: Json, b: Json) -> Iterator[tuple[Path, Sides]]:

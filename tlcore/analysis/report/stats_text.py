@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 
+from ...layout.names import call_name
 from ..stats import TensorStatistics
 
 COLUMNS = (
@@ -22,7 +23,7 @@ def noticeable(tensor: TensorStatistics) -> bool:
 def rows(tensors: Sequence[TensorStatistics]) -> Iterator[tuple[str, ...]]:
     """The cells of each tensor, under `COLUMNS`."""
     for tensor in tensors:
-        module = f"{tensor.module}_{tensor.call}" if tensor.call else tensor.module
+        module = call_name(tensor.module, tensor.call)
         path = "".join(f"[{key}]" for key in tensor.path)
         shape = "x".join(map(str, tensor.shape)) or "scalar"
         yield (

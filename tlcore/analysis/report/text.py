@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 
-from ...layout.names import printable
+from ...layout.names import call_name, printable
 from ..results import Comparison, TensorResult
 
 COLUMNS = (
@@ -45,7 +45,7 @@ def shown(comparison: Comparison, verbose: bool) -> list[TensorResult]:
 def rows(results: Sequence[TensorResult]) -> Iterator[tuple[str, ...]]:
     """The cells of each result, under `COLUMNS`."""
     for result in results:
-        module = f"{result.module}_{result.call}" if result.call else result.module
+        module = call_name(result.module, result.call)
         path = "".join(f"[{key}]" for key in result.path)
         request = "" if result.request is None else f" {result.request}@{result.first_position}"
         yield (

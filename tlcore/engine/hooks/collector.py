@@ -8,13 +8,13 @@ its form, and a copy. Flat lists of shared objects also give Python's garbage co
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Literal
 
 import torch
 
 from ...layout.structure import NO_ITEMS, TENSOR, Opaque, Scalar, TreeSpec, class_name, flatten
-from ...record import Direction
+from ...record import Counts, Direction
 from ...statistics import device as device_statistics
 from ..batch import Batch, Measured
 from ..calls import Call, Sides
@@ -22,6 +22,7 @@ from ..filters.tensors import FREED, QUEUE_FULL, RUN_FULL, Outcome, TensorFilter
 from ..staging.accelerator import accelerator_of, recording
 from ..staging.host_memory import NO_CHUNK, Chunk
 from ..staging.stager import FreedError, Stager, with_memory
+from .objects_of_step import ObjectsOfStep
 
 log = logging.getLogger("tlcore")
 _Tensor = torch.Tensor
@@ -38,7 +39,9 @@ class Collector:
         tensors: TensorFilter,
         submit: Callable[[Batch], None],
         capture: Literal["tensor", "stats", "both"] = "tensor",
+        objects: Container[str] = (),
     ) -> None:
+        self.opens = objects
         self._stager = stager
         self._capture = capture
         self._forms = TensorSpecs(tensors)
@@ -49,6 +52,8 @@ class Collector:
         # Told before calls go out of sight.
         self.before_hand_over: Callable[[], object] | None = None
         self._noted = 0
+        self._objects = ObjectsOfStep(self._forms)
+        self._leaving = False
         self._use(Batch(0))
 
     def begin_step(self, step: int) -> None:
@@ -63,9 +68,10 @@ class Collector:
         self._noted = len(sides)
         return [side.directory for side in sides[first:] if side.direction == "inputs"]
 
-    def end_step(self) -> None:
-        """Hand over what is left of the step."""
+    def end_step(self) -> Counts:
+        """Hand over what is left of the step; the ledger of what was not looked into."""
         self._hand_over(everything=True)
+        return self._objects.counted()
 
     def _use(self, batch: Batch) -> None:
         self._batch = batch
@@ -91,6 +97,7 @@ class Collector:
         kwargs: dict[str, Any],
     ) -> None:
         try:
+            self._leaving = False
             key = treespec = flatten(args, self)
             keywords = NO_ITEMS
             if kwargs:
@@ -112,6 +119,7 @@ class Collector:
                 self.tensor(output)
                 treespec: TreeSpec = TENSOR
             else:
+                self._leaving = True
                 treespec = flatten(output, self)
             side = sides.outputs.get(treespec)
             if side is None:
@@ -157,6 +165,14 @@ class Collector:
     def scalar(self, value: Scalar) -> None:
         """Take one number or string of the structure being frozen."""
         self._batch.scalars.append(value)
+
+    def unopened(self, value: Any, reason: str) -> None:
+        """Count what may hold tensors and is not looked into, in the structure being frozen."""
+        self._objects.add(value, reason)
+
+    def first(self, tensor: torch.Tensor) -> bool:
+        """Whether a cache's tensor has not been taken in this step as it stands now."""
+        return self._objects.first(tensor, self._leaving)
 
     def take(self, tensor: torch.Tensor) -> Taken:
         """Copy one tensor, if it is to be stored, for a side that is added later."""

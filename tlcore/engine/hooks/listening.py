@@ -201,6 +201,19 @@ class Listener:
             self._collector.post_fwd_inputs(sides, args, kwargs)
 
 
+class RootListener(Listener):
+    """The captured model's own, where a step begins inside the model's call and can add no hook to that.
+
+    Its `before` and `after` are called by hooks that stay for the whole capture (`RootHooks`).
+    """
+
+    def install(self) -> None:
+        """The hooks are there already."""
+
+    def remove(self) -> None:
+        """They stay."""
+
+
 class Uncaptured:
     """What stands for a listener in a copy of a captured module: its class's own ``forward``."""
 

@@ -13,7 +13,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...errors import CaptureError
 from ..staging.accelerator import recording
-from .listening import no_function, open_calls, raised_by, refuse_compiled
+from .listening import RootListener, no_function, open_calls, raised_by, refuse_compiled
 
 log = logging.getLogger("tlcore")
 _MODE = torch._C._TorchDispatchModeKey
@@ -66,15 +66,21 @@ class RootHooks:
         self._owner = 0
         self._lock = threading.Lock()
         self._handles: list[RemovableHandle] = []
+        self._root: RootListener | None = None
+        self._seen: list[tuple[Any, ...]] = []
         self._said: set[str] = set()
         self.calls = 0
 
-    def install(self, model: nn.Module) -> None:
-        """Begin to listen to ``model``."""
+    def install(self, model: nn.Module, root: RootListener | None = None) -> None:
+        """Begin to listen to ``model``; ``root`` is told of its calls, to capture them."""
+        self._root = root
         self._handles = [
             model.register_forward_pre_hook(_Hook(self._before), prepend=True),
-            model.register_forward_hook(_Hook(self._after), always_call=True),
+            model.register_forward_hook(_Hook(self._after), with_kwargs=True, always_call=True),
         ]
+        if root is not None:
+            # Behind everybody else's, which may change the arguments.
+            self._handles.append(model.register_forward_pre_hook(_Hook(self._taken), with_kwargs=True))
 
     def remove(self) -> None:
         """Leave the model as it was."""
@@ -101,17 +107,48 @@ class RootHooks:
             outermost = self._depth == 1
         if outermost:
             self.calls += 1
+            self._seen.clear()
+            self._stay_behind(module)
             self._guarded(self._begin)
 
-    def _after(self, module: nn.Module, args: Any, output: Any) -> None:
+    def _stay_behind(self, module: nn.Module) -> None:
+        """Let our last hooks be the last ones, though others were added since."""
+        for handle in self._handles[1:]:
+            # Of arguments, those of the next call: this one's hooks are decided already.
+            for hooks in (module._forward_hooks, module._forward_pre_hooks):
+                if handle.id in hooks:
+                    hooks[handle.id] = hooks.pop(handle.id)
+
+    def _taken(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self._root is not None and not self._passes_by():
+            self._seen.append((*args, *kwargs.values()))
+            self._root.before(module, args, kwargs)
+
+    def _passes_by(self) -> bool:
+        """Whether a hook's call is none of a step."""
         if torch.compiler.is_compiling() or threading.get_ident() != self._owner or not self._depth:
+            return True
+        return why_not_real() is not None
+
+    def _after(self, module: nn.Module, args: Any, kwargs: Any, output: Any) -> None:
+        if self._passes_by():
             return
-        if why_not_real() is not None:
-            return
+        if self._root is not None:
+            self._check_arguments(args, kwargs)
+            self._root.after(module, args, kwargs, output)
         self._depth -= 1
         if self._depth == 0:
             error = raised_by(module, output)
             self._guarded(lambda: self._end(error))
+
+    def _check_arguments(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        seen = self._seen.pop() if self._seen else ()
+        now = (*args, *kwargs.values())
+        if len(seen) != len(now) or any(a is not b for a, b in zip(seen, now, strict=True)):
+            self._say_once(
+                "a hook that was added to the model since its last call changed the model's arguments; in the"
+                " run stand those of this call as they were before that hook, of later calls as after it"
+            )
 
     def _guarded(self, call: Callable[[], object]) -> None:
         try:

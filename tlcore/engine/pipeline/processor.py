@@ -137,6 +137,7 @@ class Processor:
     def end_step(self, end: StepEnd, give_up: bool = False) -> None:
         """Commit the step and book its ledger; a step that cannot be committed counts as failed."""
         step = self._steps.pop(end.step, None) or OpenStep()
+        step.counts.add(end.unopened)
         if give_up:
             step.error = step.error or self.failing
         if self._inspector is not None:

@@ -155,7 +155,9 @@ def test_a_spilled_run_can_be_read_where_it_waits(tmp_path: Path) -> None:
         "spill_dir": str(tmp_path / "spill"),
         "block_s": 1,
     }
-    with tlcore.capture(module, backend="safetensors", log_step_ids=[], **keys) as captured:
+    with tlcore.capture(
+        module, backend="safetensors", log_step_ids=[], **{"module_call_match": ".", **keys}
+    ) as captured:
         module(torch.ones(1, 2))
         captured.session.flush()
         run = Path(captured.url)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -65,7 +65,7 @@ class DryRun:
     """
 
     def __init__(self, model: nn.Module, selector: ModuleFilter, post_inputs: bool) -> None:
-        self._modules = {name: module for name, module in model.named_modules() if name}
+        self._modules: dict[str, nn.Module] = dict(model.named_modules())
         self._model = model
         self._selector = selector
         self._post = post_inputs
@@ -76,7 +76,7 @@ class DryRun:
     def run(self, forward_pass: Callable[[], object]) -> Plan:
         """Call ``forward_pass`` and plan the taps for the last pass of the model in it."""
         replaced = []
-        for name, module in [("", self._model), *self._modules.items()]:
+        for name, module in self._modules.items():
             own = vars(module)
             replaced.append((own, own.get("forward")))
             heard = self._whole if module is self._model else functools.partial(self._call, name)
@@ -96,7 +96,7 @@ class DryRun:
         self._noted.clear()
         self._depth += 1
         try:
-            return forward(*args, **kwargs)
+            return self._call("", forward, *args, **kwargs)
         finally:
             self._depth -= 1
 
@@ -160,9 +160,10 @@ def _slots_of(
 
 
 class _Leaves:
-    """Takes a structure's leaves as they are."""
+    """Takes a structure's leaves as they are; what is not looked into in a dry run says so in its place."""
 
     def __init__(self) -> None:
+        self.opens: Container[str] = ()
         self.tensors: list[torch.Tensor] = []
         self.scalars: list[Scalar] = []
 
@@ -171,6 +172,12 @@ class _Leaves:
 
     def scalar(self, value: Scalar) -> None:
         self.scalars.append(value)
+
+    def unopened(self, value: object, reason: str) -> None:
+        pass
+
+    def first(self, tensor: torch.Tensor) -> bool:
+        return True
 
 
 def _form(tensor: torch.Tensor, outcome: Outcome) -> TensorSpec:
