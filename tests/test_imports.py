@@ -40,7 +40,11 @@ ENGINE: list[set[str]] = [
     {"session"},
     {"capture"},
 ]
-VLLM: list[set[str]] = [{"internals", "carrier", "metrics", "plugins"}, {"compiled", "frontend"}, {"worker"}]
+VLLM: list[set[str]] = [
+    {"internals", "carrier", "metrics", "module_names", "plugins"},
+    {"compiled", "frontend"},
+    {"worker"},
+]
 
 
 def level(name: str, order: list[set[str]], prefix: str = "") -> int | None:

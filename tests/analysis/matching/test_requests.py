@@ -77,7 +77,11 @@ def test_request_ids_can_be_mapped(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 
 def serve_tokens(
-    out: Path, batches: Sequence[Sequence[tuple[str, list[int], int]]], hashed: bool, embedded: bool
+    out: Path,
+    batches: Sequence[Sequence[tuple[str, list[int], int]]],
+    hashed: bool,
+    embedded: bool,
+    cached: int = 0,
 ) -> str:
     """Run batches of (request id, tokens, first position) through a table; ids tell nothing of the prompt."""
     root = nn.Sequential(nn.Embedding(50, 4), nn.ReLU())
@@ -92,7 +96,7 @@ def serve_tokens(
         for request, tokens, position in batch:
             prompt = prompts.setdefault(request, tokens)
             row = {"request_id": f"{request}-0a1b2c3d", "external_request_id": request, "first_row": first}
-            row |= {"rows": len(tokens), "first_position": position}
+            row |= {"rows": len(tokens), "first_position": position, "cached": cached}
             rows.append(row | ({"prompt_hash": f"xxh3-128:{prompt}"} if hashed else {}))
             first += len(tokens)
         session.begin_step()
@@ -128,6 +132,20 @@ def test_without_prompts_ids_are_used_and_said_so(tmp_path: Path) -> None:
     assert not found.equal
     assert "matched by their ids" in found.notes[0]
     assert tlcore.compare(a, b, requests={"0": "2", "1": "1", "2": "0-0a1b2c3d"}).equal
+
+
+def test_positions_from_the_prefix_cache_are_named_and_not_missing(tmp_path: Path) -> None:
+    prompt = [("0", [1, 2, 3, 4], 0)]
+    whole = serve_tokens(tmp_path, [prompt], False, True)
+    rest = serve_tokens(tmp_path, [[("0", [3, 4], 2)]], False, True, cached=2)
+    for a, b, run in ((whole, rest, "B"), (rest, whole, "A")):
+        found = tlcore.compare(a, b, requests={"0": "0"})
+        assert found.equal and found.counts["missing"] == 0
+        assert found.notes == [
+            f"{run} took 2 leading positions of 1 requests from its prefix cache and has no values of them"
+        ]
+    less = serve_tokens(tmp_path, [[("0", [4], 3)]], False, True, cached=2)
+    assert not tlcore.compare(whole, less, requests={"0": "0"}).equal
 
 
 def test_a_prompt_that_one_run_lacks_is_missing(tmp_path: Path) -> None:

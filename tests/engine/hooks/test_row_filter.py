@@ -175,3 +175,27 @@ def test_patterns_of_requests_are_checked() -> None:
     with pytest.raises(tlcore.ConfigError, match=r"\$\.request_ids\[1\]: '\(' is not a regular expression"):
         load_config({"request_ids": ["a", "("]})
     assert load_config({"request_ids": "a"}).request_ids == ("a",)
+
+
+def test_a_draft_models_calls_of_shared_modules_go_by_names_of_their_own() -> None:
+    sink = MemorySink()
+    config = load_config({"log_step_ids": [], "output_dir": "unused"})
+    session = Session(config, new_run(config), sink, inline=True)
+    shared = nn.Identity()
+    target, draft = nn.Sequential(shared, nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), shared)
+    session.attach(target)
+    session.attach_draft(draft)
+    for _ in range(2):
+        session.begin_step()
+        target(torch.ones(1, 2))
+        session.turn(draft=True)
+        draft(torch.zeros(1, 2))
+        draft(torch.zeros(1, 2))
+        session.turn(draft=False)
+        shared(torch.ones(1, 2))
+        session.end_step()
+        target(torch.ones(1, 2))
+    session.close()
+    calls = ["0", "1", "draft.0", "draft.1", "draft.0_1", "draft.1_1", "0_1"]
+    assert [step.calls for step in sink.steps] == [calls, calls]
+    assert "forward" not in vars(shared)

@@ -21,6 +21,7 @@ from ....engine.filters.tensors import Outcome, TensorSpec
 from ....layout.names import call_dir
 from ....layout.structure import NO_ITEMS, Scalar, TreeSpec, flatten
 from ....record import Direction
+from ..module_names import plain_modules
 from .tapped import Slots, tensors_of
 
 UNTAPPABLE = Outcome("skipped", "a compiled model's taps do not reach into this structure")
@@ -65,7 +66,7 @@ class DryRun:
     """
 
     def __init__(self, model: nn.Module, selector: ModuleFilter, post_inputs: bool) -> None:
-        self._modules: dict[str, nn.Module] = dict(model.named_modules())
+        self._modules: dict[str, nn.Module] = {"": model, **plain_modules(model)}
         self._model = model
         self._selector = selector
         self._post = post_inputs

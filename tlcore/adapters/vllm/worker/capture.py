@@ -25,6 +25,7 @@ from ..compiled.eager_steps import TAPS, EagerSteps
 from ..compiled.hookable import make_hookable
 from ..compiled.taps import tap_model
 from ..frontend.check import compiles, unknown_vllm
+from ..module_names import plain_modules
 from ..reports import Publisher
 from .ranks import check_place, layout_of
 from .run_end import Runs
@@ -101,7 +102,7 @@ class WorkerCapture:
             if tapped:
                 self._tap_before_warm_up(worker, session, carrier)
             else:
-                session.attach(model, modules=plain_names(model))
+                session.attach(model, modules=plain_modules(model))
             self._attach_draft(worker.model_runner, session)
             if self._bracket is None:
                 self._bracket = self._bracketed(worker)
@@ -200,19 +201,6 @@ class WorkerCapture:
         weakref.finalize(worker, self.finish)
         if parent_process() is not None:
             Finalize(worker, self.finish, exitpriority=_FIRST)
-
-
-def plain_names(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's submodules by name; a layer that has got adapters goes by its own, and has no inner one."""
-    found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
-        parts = name.split(".")
-        if "base_layer" not in parts:
-            found[name] = module
-        elif parts[-1] != "base_layer":
-            found.setdefault(".".join(part for part in parts if part != "base_layer"), module)
-    found.pop("", None)
-    return found
 
 
 def _sharding(worker: Any) -> Json:

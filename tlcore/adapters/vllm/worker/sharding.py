@@ -13,6 +13,7 @@ from typing import Any
 from torch import nn
 
 from ....record import Json
+from ..module_names import plain_modules, without_adapters
 
 _FIRST_OUTPUT = ("", "0")
 
@@ -30,7 +31,8 @@ def sharding_of(model: nn.Module, rank: int, size: int) -> Json | None:
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     found: dict[str, Json] = {}
-    for name, module in model.named_modules():
+    for name, whole in {"": model, **plain_modules(model)}.items():
+        module = without_adapters(whole)
         described: Json = {}
         if isinstance(module, ColumnParallelLinear):
             described = _column(module)
@@ -42,7 +44,7 @@ def sharding_of(model: nn.Module, rank: int, size: int) -> Json | None:
             described = _attention(model, name)
         if described:
             found[name] = described
-        found |= _between(module, name)
+        found |= _between(whole, name)
     return {"tp_rank": rank, "tp_size": size, "tensors": found}
 
 
@@ -90,7 +92,7 @@ def _attention(model: nn.Module, name: str) -> Json:
 
 def _between(parent: nn.Module, name: str) -> dict[str, Json]:
     """What lies between a column- and a row-parallel layer of one parent, and works on the ranks' parts."""
-    children = dict(parent.named_children())
+    children = {child: without_adapters(module) for child, module in parent.named_children()}
     projection = _qkv(parent)
     prefix = f"{name}." if name else ""
     found: dict[str, Json] = {}
@@ -151,7 +153,8 @@ def _qkv(parent: nn.Module) -> Any:
     """The query, key and value projection among a module's children."""
     from vllm.model_executor.layers.linear import QKVParallelLinear
 
-    found = [each for each in parent.children() if isinstance(each, QKVParallelLinear) and each.tp_size > 1]
+    layers = map(without_adapters, parent.children())
+    found = [each for each in layers if isinstance(each, QKVParallelLinear) and each.tp_size > 1]
     return found[0] if len(found) == 1 else None
 
 
