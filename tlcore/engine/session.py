@@ -184,9 +184,9 @@ class Session:
     def attach_draft(self, model: nn.Module) -> None:
         """Also listen to the modules of a model that proposes what the attached one verifies, in its `turn`.
 
-        They go by their names behind ``draft.``, those, too, that both models share.
+        It goes by ``draft``, they by their names behind that, those, too, that both models share.
         """
-        modules = {f"draft.{name}": module for name, module in model.named_modules() if name}
+        modules = {f"draft.{name}".rstrip("."): module for name, module in model.named_modules()}
         self._draft = ListenerSet(self._listeners(modules, frozenset(modules)))
 
     def turn(self, draft: bool) -> None:
