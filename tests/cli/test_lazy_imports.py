@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
 import tlcore
+from tlcore import cli
 
 # Runs command after command in one process, and says after which of them torch was there.
 _SCRIPT = """
@@ -44,15 +46,24 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     return urls
 
 
-def test_commands_answer_without_torch() -> None:
-    commands = [["--help"], ["--version"]]
+def test_commands_answer_without_torch(runs: dict[str, str], tmp_path: Path) -> None:
+    commands = [["--help"], ["--version"], *([name, "--help"] for name in cli.COMMANDS)]
     commands += [["check-config", '{"backend": "safetensors", "module_call_match": "x:0"}']]
+    commands += [["push", str(tmp_path)]]
+    for url in runs.values():
+        commands += [["ls", str(Path(url).parent)], ["ls", url], ["ls", url, "--step", "0", "--json"]]
+        commands += [["verify", url], ["verify", url, "--json"]]
+        commands += [["prune", str(Path(url).parent), "--older-than", "0s", "--dry-run"]]
     command = [sys.executable, "-c", _SCRIPT, json.dumps(commands)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
     loaded, shown = json.loads(done.stdout)
     assert loaded == {}
     assert {status for status, _ in shown.values()} == {0}
+    for url in runs.values():
+        assert "tensors sound" in shown[f"verify {url}"][1]
+        assert "bfloat16" in shown[f"ls {url} --step 0 --json"][1]
+        assert Path(url).name in shown[f"prune {Path(url).parent} --older-than 0s --dry-run"][1]
 
 
 def test_the_package_itself_is_lazy() -> None:

@@ -7,15 +7,16 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
-from ..analysis import Comparison, compare
-from ..analysis.report import page
-from ..analysis.report.text import COLUMNS, markdown, rows, shown, verdict
 from ..errors import BackendError, ConfigError
 from .arguments import numbers, texts
 from .output import progress, write_text
 from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable
+
+if TYPE_CHECKING:
+    from ..analysis import Comparison
 
 HELP = (
     "Compare two runs tensor by tensor in order of execution. Exits with 0 when they agree, with 1 when"
@@ -71,6 +72,9 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and report; returns the exit status. Raises TlcoreError when it cannot compare."""
+    # Imported where it is needed, as below, since torch comes with it: help answers at once.
+    from ..analysis import compare
+
     options_b = storage_options(args, "--storage-options-b", args.storage_options_b)
     with _executor(args.dask) as executor, progress("comparing", "tensors") as on_progress:
         comparison = compare(
@@ -119,6 +123,9 @@ def _executor(dask: str | None) -> Iterator[Executor | None]:
 
 def report(comparison: Comparison, args: argparse.Namespace) -> None:
     """Print the report, or write it to a file. Raises TlcoreError when the file cannot be written."""
+    from ..analysis.report import page
+    from ..analysis.report.text import markdown
+
     if args.format == "table" and args.output is None:
         _print(comparison, args.verbose)
     elif args.format == "json":
@@ -130,6 +137,8 @@ def report(comparison: Comparison, args: argparse.Namespace) -> None:
 
 
 def _print(comparison: Comparison, verbose: bool) -> None:
+    from ..analysis.report.text import COLUMNS, rows, shown, verdict
+
     for line in verdict(comparison):
         print(printable(line))
     results = shown(comparison, verbose)

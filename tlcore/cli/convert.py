@@ -11,7 +11,6 @@ from ..errors import ConfigError
 from ..layout.jsontext import parse_json
 from ..layout.names import redact_url
 from ..reader import Run, open_run
-from ..runs.convert import convert
 from .losses import losses_of
 from .storage_options import add_storage_options, storage_options
 from .tables import printable
@@ -38,6 +37,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Convert and print where the new run lies. Raises TlcoreError as `convert` does."""
+    # Imported here, since torch comes with it: help answers at once.
+    from ..runs.convert import convert
+
     backend = args.backend
     if backend.lstrip().startswith("{"):
         try:

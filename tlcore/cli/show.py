@@ -12,7 +12,6 @@ from ..errors import ReadError
 from ..layout.names import shown_module
 from ..reader import Call, MissingError, Run, Step, open_run
 from ..record import Json
-from ..statistics.stored import summarize
 from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable, size
 
@@ -68,6 +67,9 @@ def _step_and_rest(opened: Run, name: str) -> tuple[Step, str]:
 
 
 def _show_tensor(step: Step, given: str, as_json: bool) -> None:
+    # Imported here, since torch comes with it: a structure is shown without.
+    from ..statistics.stored import summarize
+
     try:
         name = step.find(given)
     except MissingError:

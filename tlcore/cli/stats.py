@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import argparse
 import json
+from typing import TYPE_CHECKING
 
-from ..analysis.report.stats_text import COLUMNS, noticeable, rows
-from ..analysis.stats import Survey, stats
 from .arguments import numbers, texts
 from .output import progress, write_text
 from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable
+
+if TYPE_CHECKING:
+    from ..analysis.stats import Survey
 
 HELP = (
     "Statistics of every tensor of a run, in order of execution, and where the first NaN and infinity appear."
@@ -33,6 +35,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the statistics; returns the exit status. Raises TlcoreError when the run cannot be read."""
+    # Imported where it is needed, as below, since torch comes with it: help answers at once.
+    from ..analysis.stats import stats
+
     with progress("reading", "tensors") as on_progress:
         survey = stats(
             args.run_path,
@@ -54,6 +59,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _print(survey: Survey, verbose: bool) -> None:
+    from ..analysis.report.stats_text import COLUMNS, noticeable, rows
+
     for line in survey.verdict():
         print(printable(line))
     noticed = [tensor for tensor in survey.tensors if noticeable(tensor)]

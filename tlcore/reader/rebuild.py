@@ -5,14 +5,15 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ReadError
 from ..record import Json
 
-Load = Callable[[str], torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+Load = Callable[[str], "torch.Tensor"]
 _SCALARS = ("bool", "int", "float", "str")
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import MissingError, ReadError, missing
 from ..layout.rows import Span
 from .step import Step
+
+if TYPE_CHECKING:
+    import torch
 
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")
 _SAMPLE_PREFIX = re.compile(r"(\d+)_(.+)", re.DOTALL)
@@ -35,7 +36,7 @@ class _Place(NamedTuple):
     first: int
 
 
-class Request(Mapping[str, torch.Tensor]):
+class Request(Mapping[str, "torch.Tensor"]):
     """A request: a mapping from logical names without their step to tensors, a row for each position.
 
     The rows come in the order of `positions`. Of a position that was computed several times, as after a
@@ -108,6 +109,8 @@ class Request(Mapping[str, torch.Tensor]):
 
         Raises MissingError for a name that is not there.
         """
+        import torch
+
         pieces: list[torch.Tensor] = []
         last: _Place | None = None
         for place, rows in _in_runs(self._newest(name)):

@@ -7,10 +7,8 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
-
-import torch
 
 from ..errors import BackendError, MissingError, ReadError, VerifyError, missing
 from ..layout.names import rank_suffix, redact_url
@@ -27,6 +25,9 @@ from .step import Step, counts_of
 from .stored import Stored
 from .unshard import Places, all_committed, places_of
 from .verify import verify_step
+
+if TYPE_CHECKING:
+    import torch
 
 Options = Mapping[str, Any] | None
 

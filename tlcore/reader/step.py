@@ -5,9 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingError, ReadError, missing
 from ..layout.names import module_of, rank_suffix, step_dir
@@ -22,11 +20,14 @@ from .stored import Stored
 from .tensor_stream import TensorStream, in_memory, open_stream
 from .unshard import Places, group_of, joined, joined_shape, part_of
 
+if TYPE_CHECKING:
+    import torch
+
 _LATER_CALL = re.compile(r"(.+)_([1-9][0-9]*)(?:~2)?")
 _TENSOR_FILE = ".pt"
 
 
-class Step(Mapping[str, torch.Tensor]):
+class Step(Mapping[str, "torch.Tensor"]):
     """One step of a run: a mapping from logical names to tensors, each loaded when asked for.
 
     ``ranks`` are those that have committed it, ``complete`` says whether these are all that took part.

@@ -12,11 +12,10 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from math import prod
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, MissingError, ReadError, missing
+from ..layout.dtypes import torch_dtype
 from ..layout.names import rank_suffix, step_dir
 from ..layout.run_files import RunFiles
 from ..protocols import (
@@ -37,6 +36,9 @@ from ..record import Json, tensor_from_bytes
 from ..registry import open_source
 from ..storage import Store
 from .documents import check_step, check_structure
+
+if TYPE_CHECKING:
+    import torch
 
 # Those of a step that many ranks wrote are needed together.
 _MOST_DOCUMENTS = 64
@@ -304,8 +306,8 @@ def _forget(kept: OrderedDict[Any, Any]) -> None:
 
 def kind(record: Mapping[str, Any], where: str) -> tuple[torch.dtype, tuple[int, ...]]:
     """A record's dtype and shape. Raises ReadError, naming ``where``, when its size is another."""
-    dtype, shape = getattr(torch, str(record.get("dtype")), None), record["shape"]
-    if not isinstance(dtype, torch.dtype):
+    dtype, shape = torch_dtype(record.get("dtype")), record["shape"]
+    if dtype is None:
         raise ReadError(f"{where}: damaged record, there is no dtype {str(record.get('dtype'))[:100]!r}")
     size = prod(shape) * dtype.itemsize
     if size != record.get("bytes", size):
@@ -317,5 +319,7 @@ def payload(tensor: torch.Tensor) -> memoryview:
     """The C-contiguous bytes of a CPU tensor, as a record holds them."""
     if tensor.numel() == 0:
         return memoryview(b"")
+    import torch
+
     flat = tensor.detach().contiguous().reshape(-1)
     return memoryview(flat.view(torch.uint8).numpy().data)

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from math import prod
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ReadError
 from ..layout.run_files import BlockStream
 from ..protocols import ByteStream
 from ..record import Json
 from .stored import Stored, kind
+
+if TYPE_CHECKING:
+    import torch
 
 
 class TensorStream(Protocol):
@@ -52,6 +53,8 @@ class _Stream:
         self._buffer = bytearray()
 
     def read(self, begin: int, end: int) -> torch.Tensor:
+        import torch
+
         width = self.dtype.itemsize
         count = (end - begin) * width
         if not 0 <= begin <= end <= prod(self.shape):

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Sequence
-from typing import Any
-
-import torch
+from typing import TYPE_CHECKING, Any
 
 from ..errors import ReadError
 from ..record import Json
+
+if TYPE_CHECKING:
+    import torch
 
 Places = Mapping[int, Json]
 _GROUPS = ("tp", "pcp", "pp", "dp")
@@ -116,6 +117,8 @@ def joined_shape(part: Json, shape: Sequence[int]) -> list[int]:
 
 
 def _added(tensors: Sequence[torch.Tensor]) -> torch.Tensor:
+    import torch
+
     exact = torch.float64 if tensors[0].dtype == torch.float64 else torch.float32
     return torch.stack([each.to(exact) for each in tensors]).sum(0).to(tensors[0].dtype)
 
@@ -129,6 +132,8 @@ def _concatenated(part: Json, tensors: Sequence[torch.Tensor]) -> torch.Tensor:
         raise ValueError("it is not known which of them are copies")
     if sum(sizes) != extent:
         raise ValueError(f"they have {extent} elements along dimension {dim}, not {sum(sizes)}")
+    import torch
+
     pieces: list[torch.Tensor] = []
     begin = 0
     for size, same in zip(sizes, copies, strict=True):

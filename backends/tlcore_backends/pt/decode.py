@@ -12,11 +12,15 @@ import struct
 import sys
 from collections.abc import Callable, Iterator
 from math import prod
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-
+from tlcore.layout.dtypes import item_size, torch_dtype
 from tlcore.record import tensor_from_bytes
+
+from .encode import STORAGES
+
+if TYPE_CHECKING:
+    import torch
 
 _END = struct.Struct("<4s4H2IH")
 _ENTRY = struct.Struct("<4s6H3I5H2I")
@@ -25,20 +29,7 @@ _ZIP64 = 0xFFFFFFFF
 _LARGEST_DIRECTORY = 1 << 16
 _LARGEST_PICKLE = 1 << 16
 _MOST_DIMENSIONS = 64
-_DTYPES: dict[str, torch.dtype] = {
-    "torch DoubleStorage": torch.float64,
-    "torch FloatStorage": torch.float32,
-    "torch HalfStorage": torch.float16,
-    "torch BFloat16Storage": torch.bfloat16,
-    "torch LongStorage": torch.int64,
-    "torch IntStorage": torch.int32,
-    "torch ShortStorage": torch.int16,
-    "torch CharStorage": torch.int8,
-    "torch ByteStorage": torch.uint8,
-    "torch BoolStorage": torch.bool,
-    "torch ComplexDoubleStorage": torch.complex128,
-    "torch ComplexFloatStorage": torch.complex64,
-}
+_DTYPES = {f"torch {storage}": dtype for dtype, storage in STORAGES.items()}
 _UNTYPED = ("torch.storage UntypedStorage", "torch UntypedStorage")
 
 
@@ -67,15 +58,18 @@ class Stored(NamedTuple):
 
 def decode(data: bytes) -> torch.Tensor:
     """The tensor of a ``.pt`` file's bytes, on the CPU. Raises PtError."""
-    dtype, shape, payload = parts(data)
+    name, shape, payload = parts(data)
+    dtype = torch_dtype(name)
+    if dtype is None:
+        raise PtError(f"this version of torch has no dtype {name}")
     try:
         return tensor_from_bytes(bytearray(payload), dtype, shape)
     except (ValueError, RuntimeError, OverflowError) as error:
         raise PtError(str(error)) from None
 
 
-def parts(data: bytes) -> tuple[torch.dtype, tuple[int, ...], memoryview]:
-    """The dtype, shape and payload of the tensor in a ``.pt`` file's bytes. Raises PtError."""
+def parts(data: bytes) -> tuple[str, tuple[int, ...], memoryview]:
+    """The dtype's name, shape and payload of the tensor in a ``.pt`` file's bytes. Raises PtError."""
     entries = dict(_entries(data))
     pickles = [name for name in entries if name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -88,7 +82,7 @@ def parts(data: bytes) -> tuple[torch.dtype, tuple[int, ...], memoryview]:
     payload = entries.get(f"{prefix}data/{key}")
     if payload is None:
         raise PtError("its payload is missing")
-    if prod(shape) * dtype.itemsize != payload.nbytes:
+    if prod(shape) * (item_size(dtype) or 0) != payload.nbytes:
         raise PtError(f"{payload.nbytes} bytes do not make a {dtype} tensor of shape {shape}")
     return dtype, shape, payload
 
@@ -150,8 +144,8 @@ def _wide(extra: memoryview, values: list[int]) -> list[int]:
     return values
 
 
-def described(value: Any) -> tuple[str, torch.dtype, tuple[int, ...]]:
-    """Storage key, dtype and shape of the tensor that an inert pickle describes. Raises PtError."""
+def described(value: Any) -> tuple[str, str, tuple[int, ...]]:
+    """Storage key, dtype's name and shape of the tensor that an inert pickle describes. Raises PtError."""
     arguments = value.arguments if isinstance(value, Call) else None
     if not isinstance(arguments, tuple) or not isinstance(value.function, Global):
         raise PtError(f"it holds a {_named(value)}, not a tensor")
@@ -168,7 +162,7 @@ def described(value: Any) -> tuple[str, torch.dtype, tuple[int, ...]]:
     contiguous = _sizes(strides) and (0 in shape or _is_contiguous(shape, strides))
     if dtype is None or not isinstance(key, str) or offset != 0 or not contiguous:
         raise PtError("it holds no plain contiguous tensor")
-    if prod(shape) * dtype.itemsize > 1 << 62:
+    if prod(shape) * (item_size(dtype) or 0) > 1 << 62:
         raise PtError("its shape is too large")
     return key, dtype, shape
 
@@ -187,13 +181,12 @@ def _is_contiguous(shape: tuple[int, ...], strides: tuple[int, ...]) -> bool:
     return len(shape) == len(strides)
 
 
-def _dtype(kind: Any, stated: Any) -> torch.dtype | None:
+def _dtype(kind: Any, stated: Any) -> str | None:
     if not isinstance(kind, Global):
         return None
     if kind.name in _UNTYPED and isinstance(stated, Global):
         module, _, name = stated.name.partition(" ")
-        dtype = getattr(torch, name, None) if module == "torch" else None
-        return dtype if isinstance(dtype, torch.dtype) else None
+        return name if module == "torch" and item_size(name) is not None else None
     return _DTYPES.get(kind.name) if stated is None else None
 
 

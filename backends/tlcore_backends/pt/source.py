@@ -7,9 +7,8 @@ from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from math import prod
 from typing import Any
 
-import torch
-
 from tlcore.errors import ReadError
+from tlcore.layout.dtypes import item_size
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.run_files import LARGEST_JSON, BlockStream, FileStream, RunFiles
 from tlcore.protocols import Buffer, StepRanks
@@ -153,8 +152,9 @@ class PtSource:
         size = record.get("file_bytes")
         if size is None or size > record["bytes"] + _LARGEST_FRAME:
             return None
-        dtype = getattr(torch, str(record["dtype"]), None)
-        if not isinstance(dtype, torch.dtype) or prod(record["shape"]) * dtype.itemsize != record["bytes"]:
+        dtype = record["dtype"]
+        width = item_size(dtype)
+        if width is None or prod(record["shape"]) * width != record["bytes"]:
             return None
         return payload_in(dtype, record["shape"], self._files.read(self._file(record), 0, size + 1))
 
@@ -202,14 +202,15 @@ def _decoded(files: RunFiles, file: str) -> tuple[str, tuple[int, ...], memoryvi
         raise ReadError(f"{where}: not a readable .pt file ({error})") from None
     except MemoryError:
         raise ReadError(f"{where}: larger than this machine's memory") from None
-    return str(dtype).removeprefix("torch."), shape, data
+    return dtype, shape, data
 
 
-def _dtype(record: Mapping[str, Any]) -> torch.dtype:
-    """The record's dtype. Raises ReadError for a record whose size is not that of its shape."""
-    dtype, shape = getattr(torch, str(record["dtype"]), None), record["shape"]
-    if not isinstance(dtype, torch.dtype):
+def _dtype(record: Mapping[str, Any]) -> str:
+    """The name of the record's dtype. Raises ReadError for a record whose size is not that of its shape."""
+    dtype, shape = str(record["dtype"]), record["shape"]
+    width = item_size(dtype)
+    if width is None:
         raise ReadError(f"{record['name']!r}: damaged record, there is no dtype {record['dtype']!r}")
-    if prod(shape) * dtype.itemsize != record["bytes"]:
+    if prod(shape) * width != record["bytes"]:
         raise ReadError(f"{record['name']!r}: {record['bytes']} bytes are no {dtype} of shape {shape}")
     return dtype

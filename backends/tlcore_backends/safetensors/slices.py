@@ -7,10 +7,9 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-import torch
-
 from tlcore.errors import ReadError
 from tlcore.layout.checks import LARGEST_SIZE, is_shape, is_whole
+from tlcore.layout.dtypes import item_size
 
 
 @dataclass(frozen=True, slots=True)
@@ -20,7 +19,7 @@ class Slice:
     shard: str
     begin: int
     end: int
-    dtype: torch.dtype
+    dtype: str
     shape: tuple[int, ...]
 
     @classmethod
@@ -29,14 +28,15 @@ class Slice:
         shard = record.get("shard")
         offsets: Any = record.get("offsets")
         shape: Any = record.get("shape")
-        dtype = getattr(torch, str(record.get("dtype")), None)
-        if not isinstance(shard, str) or not isinstance(dtype, torch.dtype):
+        dtype = str(record.get("dtype"))
+        width = item_size(dtype)
+        if not isinstance(shard, str) or width is None:
             raise ReadError(f"{where}: damaged record, or of a backend that this version cannot read")
         sound = isinstance(offsets, list) and len(offsets) == 2 and all(map(is_whole, offsets))
         if not (sound and is_shape(shape)):
             raise ReadError(f"{where}: damaged record, offsets {offsets!r} and shape {shape!r}")
         begin, end = offsets
-        if end > LARGEST_SIZE or end - begin != prod(shape) * dtype.itemsize:
+        if end > LARGEST_SIZE or end - begin != prod(shape) * width:
             raise ReadError(
                 f"{where}: offsets {offsets!r} are not those of a {dtype} tensor of shape {shape!r}"
             )
