@@ -38,11 +38,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
     """A run of each format, with identical tensors, dtypes of their own and statistics."""
     model = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Identity()).to(torch.bfloat16)
     urls = {}
-    for backend in ("pt", "safetensors"):
-        directory = tmp_path_factory.mktemp(backend)
+    backends = {"pt": "pt", "segments": "safetensors", "shards": {"name": "safetensors", "layout": 1}}
+    for name, backend in backends.items():
+        directory = tmp_path_factory.mktemp(name)
         with tlcore.capture(model, output_dir=str(directory), backend=backend, capture="both") as capture:
             model(torch.ones(2, 4, dtype=torch.bfloat16))
-        urls[backend] = capture.url
+        urls[name] = capture.url
     return urls
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple
-
-import torch
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from tlcore.layout.templates import HOLE, STEP_DIR, Structures, Template, compact
 from tlcore.record import Json, Origin, Record
+
+if TYPE_CHECKING:
+    import torch
 
 # Stands for a value that each step states by itself.
 VALUE = {"?": 0}

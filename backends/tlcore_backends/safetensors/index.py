@@ -16,9 +16,8 @@ from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
-import torch
-
 from tlcore.errors import ReadError
+from tlcore.layout.dtypes import item_size
 from tlcore.protocols import Array, ArrayRows
 from tlcore.record import Json
 
@@ -298,8 +297,8 @@ class SegmentIndex:
         if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
             raise self.damaged(f"array {number} has no name")
         shape = entry.get("shape")
-        dtype = getattr(torch, str(entry.get("dtype")), None)
-        if not isinstance(shape, list) or not isinstance(dtype, torch.dtype) or len(shape) > 64:
+        width = item_size(entry.get("dtype"))
+        if not isinstance(shape, list) or width is None or len(shape) > 64:
             raise self.damaged(f"array {number} has no dtype or shape")
         row = tuple(self._numbers(shape[1:], _LARGEST))
         stored = entry
@@ -319,7 +318,7 @@ class SegmentIndex:
             stored.get("constant") is True,
             hashes,
             row,
-            prod(row) * dtype.itemsize,
+            prod(row) * width,
             str(entry["dtype"]),
             not shape,
         )

@@ -4,37 +4,40 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from functools import lru_cache
-
-import torch
+from typing import TYPE_CHECKING
 
 from tlcore.errors import BackendError
+from tlcore.layout.dtypes import name_of
 from tlcore.layout.templates import compact, quoted
 from tlcore.record import Record
 from tlcore.storage import Appending, Buffer, Store, SupportsAppend
 
 from .shard_buffer import ShardBuffer, ShardBuffers
 
+if TYPE_CHECKING:
+    import torch
+
 # Only what every reader of the format knows; any other dtype is stored as raw numbers and marked.
-_DTYPES: dict[torch.dtype, str] = {
-    torch.float64: "F64",
-    torch.float32: "F32",
-    torch.float16: "F16",
-    torch.bfloat16: "BF16",
-    torch.float8_e4m3fn: "F8_E4M3",
-    torch.float8_e5m2: "F8_E5M2",
-    torch.int64: "I64",
-    torch.int32: "I32",
-    torch.int16: "I16",
-    torch.int8: "I8",
-    torch.uint64: "U64",
-    torch.uint32: "U32",
-    torch.uint16: "U16",
-    torch.uint8: "U8",
-    torch.bool: "BOOL",
-    torch.complex64: "C64",
+_DTYPES = {
+    "float64": "F64",
+    "float32": "F32",
+    "float16": "F16",
+    "bfloat16": "BF16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
+    "complex64": "C64",
 }
 # A complex number that the format lacks is two floats in a further dimension.
-_COMPLEX: dict[torch.dtype, str] = {torch.complex128: "F64", torch.complex32: "F16"}
+_COMPLEX = {"complex128": "F64", "complex32": "F16"}
 _LENGTH_BYTES = 8
 _ALIGNMENT = 8
 _SMALL = 1 << 20
@@ -200,11 +203,12 @@ class Shard:
 @lru_cache(maxsize=4096)
 def header_of(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, str]:
     """A header entry up to its offsets; and, where the format lacks the dtype, the dtype's name as JSON."""
-    name, extents, mark = _DTYPES.get(dtype), list(shape), ""
+    own = name_of(dtype)
+    name, extents, mark = _DTYPES.get(own), list(shape), ""
     if name is None:
-        mark = quoted(str(dtype).removeprefix("torch."))
-        name = _COMPLEX.get(dtype, "U8")
-        extents.append(2 if dtype in _COMPLEX else dtype.itemsize)
+        mark = quoted(own)
+        name = _COMPLEX.get(own, "U8")
+        extents.append(2 if own in _COMPLEX else dtype.itemsize)
     return f'{{"dtype":"{name}","shape":{compact(extents)},"data_offsets":', mark
 
 
