@@ -1,11 +1,12 @@
-"""Environments with older vLLM releases, each made once, in the user's cache.
+"""Environments with other releases of vLLM, torch and Python, each made once, in the user's cache.
 
-``python -m tests.compat.environments`` makes them all. The releases are those whose torch is the one that
-``make venv`` installs, so that everything but vLLM itself is pinned already.
+``python -m tests.compat.environments`` makes them all. The releases of vLLM are those whose torch is the one
+that ``make venv`` installs, so that everything but vLLM itself is pinned already.
 """
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from tests.models import CACHE
 
 REPOSITORY = Path(__file__).parents[2]
 RELEASES = ("0.27.1", "0.30.0")
+# The oldest that tlcore takes, and the newest: Python, torch.
+PAIRS = (("3.10", "2.4.1"), ("3.10", "2.14.1"), ("3.13", "2.14.1"))
 _TORCH = "torch==2.13.0"
 _MADE = "made"
 
@@ -28,8 +31,39 @@ def python_of(release: str) -> Path:
         shutil.rmtree(home, ignore_errors=True)
         _make(home, release)
         (home / _MADE).touch()
-    _install_tlcore(python)
+    _install_tlcore(python, Path(sys.executable))
     return python
+
+
+def python_with(version: str, torch: str) -> Path | None:
+    """A Python of this version with this torch, and tlcore built for it; None where there is no such Python.
+
+    torch may bring a CUDA runtime of several gigabytes: there are no others of it for every Python.
+    """
+    home = CACHE / "compat" / f"python-{version}-torch-{torch}"
+    python = home / "bin" / "python"
+    if not (home / _MADE).exists():
+        interpreter = interpreter_of(version)
+        if interpreter is None:
+            return None
+        shutil.rmtree(home, ignore_errors=True)
+        _run(interpreter, "-m", "venv", str(home))
+        needed = str(REPOSITORY / "tests" / "requirements" / "compat.txt")
+        _pip(python, f"torch=={torch}", "-r", needed)
+        (home / _MADE).touch()
+    _install_tlcore(python, python)
+    return python
+
+
+def interpreter_of(version: str) -> str | None:
+    """The program of a Python version on this machine, also one of pyenv's that is not in use here."""
+    pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
+    candidates = [shutil.which(f"python{version}"), *sorted(pyenv.glob(f"{version}.*/bin/python"))]
+    for candidate in candidates:
+        # pyenv's stand-ins refuse to run a version that is not chosen.
+        if candidate and not subprocess.run([candidate, "-V"], capture_output=True, timeout=60).returncode:
+            return str(candidate)
+    return None
 
 
 def _make(home: Path, release: str) -> None:
@@ -49,9 +83,9 @@ def _xxhash() -> str:
     return next(line for line in lines if line.startswith("xxhash=="))
 
 
-def _install_tlcore(python: Path) -> None:
+def _install_tlcore(python: Path, builder: Path) -> None:
     with tempfile.TemporaryDirectory() as wheels:
-        pip = (sys.executable, "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet")
+        pip = (str(builder), "-m", "pip", "--disable-pip-version-check", "wheel", "--quiet")
         _run(*pip, "--no-deps", "--no-build-isolation", "--wheel-dir", wheels, str(REPOSITORY))
         (wheel,) = Path(wheels).glob("tlcore-*.whl")
         _pip(python, "--no-deps", "--force-reinstall", str(wheel))
@@ -70,3 +104,5 @@ def _run(*command: str) -> None:
 if __name__ == "__main__":
     for each in RELEASES:
         sys.stdout.write(f"{python_of(each)}\n")
+    for pair in PAIRS:
+        sys.stdout.write(f"{python_with(*pair)}\n")

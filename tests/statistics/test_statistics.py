@@ -17,7 +17,8 @@ from tlcore.statistics.summary import Statistics
 FLOATS = (
     *(torch.float64, torch.float32, torch.float16, torch.bfloat16),
     *(torch.float8_e4m3fn, torch.float8_e4m3fnuz, torch.float8_e5m2, torch.float8_e5m2fnuz),
-    torch.float8_e8m0fnu,
+    # Newer than the oldest torch.
+    *([torch.float8_e8m0fnu] if hasattr(torch, "float8_e8m0fnu") else []),
 )
 INTEGERS = (
     *(torch.int8, torch.int16, torch.int32, torch.int64),

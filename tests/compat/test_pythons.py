@@ -1,0 +1,43 @@
+"""The fast tests on the oldest and the newest Python and torch, against the wheel that is built for them."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.compat.environments import PAIRS, REPOSITORY, interpreter_of, python_with
+
+# What looks at the sources, or needs vLLM or a model's tokenizer.
+_LEFT_OUT = ("test_imports.py", "test_docs.py", "test_amx.py", "adapters", "examples", "benchmarks", "compat")
+_COPIED = ("tests", "examples", "pyproject.toml", "README.md")
+_CLEAN = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+
+
+@pytest.mark.slow
+@pytest.mark.deep
+@pytest.mark.parametrize(("version", "torch"), PAIRS)
+def test_the_fast_tests_pass(version: str, torch: str, tmp_path: Path) -> None:
+    python = python_with(version, torch)
+    if python is None:
+        pytest.skip(f"there is no Python {version} here")
+    for name in _COPIED:
+        source = REPOSITORY / name
+        (shutil.copytree if source.is_dir() else shutil.copy)(source, tmp_path / name)
+    left_out = [f"--ignore=tests/{name}" for name in _LEFT_OUT]
+    done = subprocess.run(
+        [str(python), "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *left_out],
+        cwd=tmp_path,
+        env=_CLEAN,
+        capture_output=True,
+        text=True,
+        timeout=3600,
+    )
+    assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_an_interpreter_is_one_that_runs() -> None:
+    assert interpreter_of("2.1") is None
