@@ -99,4 +99,5 @@ def _measured(scale: Scale) -> Times:
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     print_report(_measured(SCALES[sys.argv[1]]))

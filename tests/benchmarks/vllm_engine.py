@@ -199,4 +199,5 @@ def main(kind: str, scale: Scale) -> None:
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
+    os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     main(sys.argv[1], SCALES[sys.argv[2]])

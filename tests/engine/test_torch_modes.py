@@ -18,6 +18,8 @@ from tests.sinks import MemorySink
 from tests.toys import hook_count
 from tests.waiting import join
 
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 CALLS = ["0", "1", "2", "2.0"]
 
@@ -151,6 +153,8 @@ class TestTorchScript:
 class TestTracers:
     @pytest.mark.parametrize("strict", [False, True])
     def test_an_exported_program_is_the_same_and_no_step(self, strict: bool) -> None:
+        if strict and TORCH < (2, 6):
+            pytest.skip("this torch exports strictly only models whose forward is their class's")
         model = net()
         plain = torch.export.export(model, (X,), strict=strict)
         sink, capture = all_steps(model)

@@ -86,6 +86,7 @@ def test_every_tensor_of_a_structure_is_captured_under_its_path(kind: str) -> No
 
 
 def test_a_model_output_is_a_mapping() -> None:
+    pytest.importorskip("transformers")
     from transformers.modeling_outputs import BaseModelOutput
 
     sink, structures = run(lambda: BaseModelOutput(last_hidden_state=T, hidden_states=(T, T + 1)))

@@ -76,6 +76,13 @@ def saved(tensor: torch.Tensor) -> bytes:
     return buffer.getvalue()
 
 
+# Releases before this one pad the archive's members otherwise; all of them load ours.
+as_torch_saves = pytest.mark.skipif(
+    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="an older torch pads otherwise"
+)
+
+
+@as_torch_saves
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_bytes_are_those_of_torch_save(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
@@ -83,6 +90,7 @@ def test_bytes_are_those_of_torch_save(dtype: torch.dtype, shape: tuple[int, ...
     assert encoded(tensor) == saved(tensor)
 
 
+@as_torch_saves
 @settings(deadline=None, max_examples=150)
 @given(st.lists(st.integers(0, 9), max_size=6), st.sampled_from(DTYPES))
 def test_any_shape_is_encoded_as_torch_does(shape: list[int], dtype: torch.dtype) -> None:
