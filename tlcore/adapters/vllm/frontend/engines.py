@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from typing import Any
 
 from ....errors import CaptureError
@@ -42,6 +43,8 @@ class Engines:
             await asyncio.wait({asked}, timeout=_LOOK_S)
             if dead and not asked.done():
                 asked.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asked
                 raise DeadEngineError("an engine has died; the server's log says how")
         try:
             return [answer for answers in asked.result() for answer in answers]
