@@ -70,7 +70,7 @@ class Walk:
         self.left_out: list[tuple[Any, str]] = []
         self.slow = 0
         self.walker = native().Walker(self.tensor, self.other)
-        self.walker.use(self.specs, self.memories, self.offsets, self.scalars)
+        self.walker.use([], self.specs, self.memories, self.offsets, self.scalars)
         self.walker.fill(self.memory)
 
     def tensor(self, tensor: torch.Tensor) -> None:
@@ -201,7 +201,7 @@ def test_dtypes_that_dlpack_takes_for_others_are_told_apart(dtype: str) -> None:
         walk = Walk()
         seen: list[torch.Tensor] = []
         walker = native().Walker(seen.append, walk.other)
-        walker.use(walk.specs, walk.memories, walk.offsets, walk.scalars)
+        walker.use([], walk.specs, walk.memories, walk.offsets, walk.scalars)
         walker.fill(walk.memory)
         walker.know(torch.empty(4, dtype=first), first, 4)
         walker.flatten([torch.empty(4, dtype=first), torch.empty(4, dtype=second)])
@@ -213,7 +213,7 @@ def test_freed_memory_is_never_read(part: slice) -> None:
     walk = Walk()
     seen: list[torch.Tensor] = []
     walker = native().Walker(seen.append, walk.other)
-    walker.use(walk.specs, walk.memories, walk.offsets, walk.scalars)
+    walker.use([], walk.specs, walk.memories, walk.offsets, walk.scalars)
     walker.fill(walk.memory)
     whole = torch.arange(10.0)
     freed = whole[part]
@@ -285,7 +285,7 @@ def test_what_python_raises_comes_out_and_nothing_is_lost() -> None:
     walker = native().Walker(fails, fails)
     with pytest.raises(RuntimeError, match="use"):
         walker.flatten(1)
-    walker.use([], [], [], walk.scalars)
+    walker.use([], [], [], [], walk.scalars)
     for value in (torch.ones(1), [(1, {"a": torch.ones(1)})], object(), [{2: 3}]):
         with pytest.raises(LookupError, match="no"):
             walker.flatten(value)
@@ -296,7 +296,7 @@ def test_a_walker_in_a_circle_is_collected() -> None:
     class Owner:
         def __init__(self) -> None:
             self.walker = native().Walker(self.long_way, self.long_way)
-            self.walker.use([], [], [], [self])
+            self.walker.use([], [], [], [], [self])
             self.walker.know(torch.ones(3), self, 12)
 
         def long_way(self, *_: object) -> None: ...

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .native import extension
 
@@ -59,6 +59,21 @@ def _write_group(handle: int, pending: Sequence[memoryview]) -> None:
         if written:
             rest[first] = rest[first][written:]
 
+
+class _Memory:
+    """Memory that is filled from the front: its ``address``, ``size`` and filled ``bytes``."""
+
+    __slots__ = ("address", "bytes", "size")
+
+    address: int
+    size: int
+    bytes: int
+
+
+if TYPE_CHECKING:
+    Memory = _Memory
+else:
+    Memory = extension.Memory if extension else _Memory
 
 gather: Callable[[Any, Sequence[int], Sequence[Any]], None] = extension.gather if extension else _gather
 write_all: Callable[[int, Sequence[Any]], int] = extension.write_all if extension else _write_all

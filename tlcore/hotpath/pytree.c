@@ -239,6 +239,7 @@ static int walker_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(walker->tensor);
     Py_VISIT(walker->other);
     Py_VISIT(walker->memory);
+    Py_VISIT(walker->sides);
     Py_VISIT(walker->specs);
     Py_VISIT(walker->memories);
     Py_VISIT(walker->offsets);
@@ -252,6 +253,7 @@ static int walker_clear(PyObject *self)
     Py_CLEAR(walker->tensor);
     Py_CLEAR(walker->other);
     Py_CLEAR(walker->memory);
+    Py_CLEAR(walker->sides);
     Py_CLEAR(walker->specs);
     Py_CLEAR(walker->memories);
     Py_CLEAR(walker->offsets);
@@ -278,10 +280,11 @@ int tlcore_is_walker(PyObject *object)
 static PyObject *walker_use(PyObject *self, PyObject *args)
 {
     walker_object *walker = (walker_object *)self;
-    PyObject *specs, *memories, *offsets, *scalars;
-    if (!PyArg_ParseTuple(args, "O!O!O!O!:use", &PyList_Type, &specs, &PyList_Type, &memories, &PyList_Type,
-                          &offsets, &PyList_Type, &scalars))
+    PyObject *sides, *specs, *memories, *offsets, *scalars;
+    if (!PyArg_ParseTuple(args, "O!O!O!O!O!:use", &PyList_Type, &sides, &PyList_Type, &specs, &PyList_Type,
+                          &memories, &PyList_Type, &offsets, &PyList_Type, &scalars))
         return NULL;
+    set_object(&walker->sides, sides);
     set_object(&walker->specs, specs);
     set_object(&walker->memories, memories);
     set_object(&walker->offsets, offsets);
@@ -323,8 +326,68 @@ static PyObject *walker_flatten(PyObject *self, PyObject *value)
     return tlcore_flatten((walker_object *)self, value, &seen);
 }
 
+/* Add the side that is known for a key; NULL with an exception set, None, or the answer where there is none. */
+static PyObject *add_known(walker_object *walker, PyObject *sides, PyObject *key, PyObject *answer)
+{
+    PyObject *side = PyDict_GetItemWithError(sides, key);
+    if (side == NULL)
+        return PyErr_Occurred() ? NULL : Py_NewRef(answer);
+    Py_INCREF(side);
+    int failed = PyList_Append(walker->sides, side);
+    Py_DECREF(side);
+    return failed ? NULL : Py_NewRef(Py_None);
+}
+
+static PyObject *add_arguments(walker_object *walker, PyObject *sides, PyObject *args, PyObject *kwargs)
+{
+    containers seen = {.depth = 0};
+    PyObject *keywords = NULL, *both = NULL, *added = NULL;
+    PyObject *positional = tlcore_flatten(walker, args, &seen);
+    if (positional != NULL)
+        keywords = tlcore_flatten(walker, kwargs, &seen);
+    if (keywords != NULL)
+        both = PyTuple_Pack(2, positional, keywords);
+    if (both != NULL)
+        added = add_known(walker, sides, PyDict_Size(kwargs) ? both : positional, both);
+    Py_XDECREF(positional);
+    Py_XDECREF(keywords);
+    Py_XDECREF(both);
+    return added;
+}
+
+static PyObject *walker_arguments(PyObject *self, PyObject *args)
+{
+    PyObject *sides, *positional, *keywords;
+    if (!tlcore_is_walker(self))
+        return PyErr_Format(PyExc_RuntimeError, "call use() first");
+    if (!PyArg_ParseTuple(args, "O!O!O!:arguments", &PyDict_Type, &sides, &PyTuple_Type, &positional,
+                          &PyDict_Type, &keywords))
+        return NULL;
+    return add_arguments((walker_object *)self, sides, positional, keywords);
+}
+
+static PyObject *walker_result(PyObject *self, PyObject *args)
+{
+    PyObject *sides, *value;
+    containers seen = {.depth = 0};
+    if (!tlcore_is_walker(self))
+        return PyErr_Format(PyExc_RuntimeError, "call use() first");
+    if (!PyArg_ParseTuple(args, "O!O:result", &PyDict_Type, &sides, &value))
+        return NULL;
+    PyObject *sketch = tlcore_flatten((walker_object *)self, value, &seen);
+    if (sketch == NULL)
+        return NULL;
+    PyObject *added = add_known((walker_object *)self, sides, sketch, sketch);
+    Py_DECREF(sketch);
+    return added;
+}
+
 static PyMethodDef walker_methods[] = {
-    {"use", walker_use, METH_VARARGS, "Fill these lists: specs, memories, offsets, scalars."},
+    {"use", walker_use, METH_VARARGS, "Fill these lists: sides, specs, memories, offsets, scalars."},
+    {"arguments", walker_arguments, METH_VARARGS,
+     "Take a call's arguments and add their side; where none is known, both sketches are returned instead."},
+    {"result", walker_result, METH_VARARGS,
+     "Take a call's result and add its side; where none is known, the sketch is returned instead."},
     {"fill", walker_fill, METH_O, "Copy into this memory, None for none."},
     {"know", walker_know, METH_VARARGS, "Plain tensors of this one's dtype and shape have this spec."},
     {"forget", walker_forget, METH_NOARGS, "Know nothing."},

@@ -18,7 +18,7 @@ typedef struct {
     PyObject *tensor; /* tensor(value): the long way for one tensor */
     PyObject *other;  /* other(value, seen) -> sketch: the long way for a value */
     PyObject *memory; /* being filled; NULL until there is one */
-    PyObject *specs, *memories, *offsets, *scalars; /* lists of the batch */
+    PyObject *sides, *specs, *memories, *offsets, *scalars; /* lists of the batch */
     spec_table known;
 } walker_object;
 

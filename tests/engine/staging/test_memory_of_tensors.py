@@ -57,6 +57,21 @@ def test_a_result_that_has_been_freed_is_skipped(transposed: bool) -> None:
     assert captured.ledger.skipped == 2 and captured.ledger.stored == 2
 
 
+def test_a_part_of_freed_memory_is_skipped_too() -> None:
+    """Its address is no NULL but an offset."""
+
+    def part() -> torch.Tensor:
+        whole = torch.randn(8, 8)
+        rest = whole[5:]
+        whole.untyped_storage().resize_(0)
+        return rest
+
+    intact = torch.randn(3, 8)
+    given = iter([intact, part(), part()])
+    _, captured = run(Holder(Passes(lambda: next(given))), steps=3, log_step_ids=[], backend=MemorySink())
+    assert captured.ledger.reasons["skipped: its memory was freed by the model"] >= 2
+
+
 def test_zeros_that_torch_never_writes_down_are_stored_as_zeros() -> None:
     sink, captured = run(Holder(Passes(lambda: torch._efficientzerotensor((3, 2)))), steps=2, log_step_ids=[])
     assert captured.ledger.stored == captured.ledger.captured == 4

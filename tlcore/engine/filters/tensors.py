@@ -128,7 +128,8 @@ class TensorSpecs:
     """Every form met so far; bounded, since shapes may go on changing for ever."""
 
     def __init__(self, tensors: TensorFilter) -> None:
-        self.on_cpu: dict[tuple[torch.dtype, tuple[int, ...]], TensorSpec] = {}
+        # Called when all specs met so far are forgotten.
+        self.on_clear: Callable[[], object] = lambda: None
         self._filter = tensors
         self._known: dict[tuple[object, ...], TensorSpec] = {}
         self._kinds: dict[tuple[torch.dtype, tuple[int, ...]], int] = {}
@@ -144,8 +145,6 @@ class TensorSpecs:
             if len(self._known) >= _LONGEST_TABLE:
                 self._clear()
             spec = self._known[key] = self._make(tensor, shape, outcome)
-            if spec.plain:
-                self.on_cpu[spec.dtype, spec.shape] = spec
         return spec
 
     def of_vector(self, vector: torch.Tensor) -> TensorSpec:
@@ -162,7 +161,7 @@ class TensorSpecs:
         # Numbers of kinds are never used again, so what older specs say of equality stays true.
         self._known.clear()
         self._kinds.clear()
-        self.on_cpu.clear()
+        self.on_clear()
 
     def _make(self, tensor: torch.Tensor, shape: tuple[int, ...], outcome: Outcome | None) -> TensorSpec:
         dtype, device = tensor.dtype, str(tensor.device)

@@ -13,6 +13,8 @@ from typing import Any, Literal
 
 import torch
 
+from ...hotpath.looking import can_look
+from ...hotpath.native import extension
 from ...layout.structure import NO_ITEMS, TENSOR, Opaque, Scalar, TreeSpec, class_name, flatten
 from ...record import Counts, Direction
 from ...statistics import device as device_statistics
@@ -25,7 +27,6 @@ from ..staging.stager import FreedError, Stager, with_memory
 from .objects_of_step import ObjectsOfStep
 
 log = logging.getLogger("tlcore")
-_Tensor = torch.Tensor
 # A tensor's form, and where its copy lies.
 Taken = tuple[TensorSpec, Chunk, int]
 
@@ -45,7 +46,6 @@ class Collector:
         self._stager = stager
         self._capture = capture
         self._forms = TensorSpecs(tensors)
-        self._on_cpu = self._forms.on_cpu
         self._max_run_bytes = tensors.max_run_bytes
         self._run_bytes = 0
         self._submit = submit
@@ -54,7 +54,18 @@ class Collector:
         self._noted = 0
         self._objects = ObjectsOfStep(self._forms)
         self._leaving = False
+        self._walker = self._new_walker()
         self._use(Batch(0))
+
+    def _new_walker(self) -> Any:
+        """The extension's walk, which takes plain CPU tensors by itself; None where Python does all."""
+        if not can_look() or type(self).tensor is not Collector.tensor:
+            return None
+        walker = extension.Walker(self.tensor, lambda value, seen: flatten(value, self, seen))
+        walker.fill(self._stager.chunk)
+        self._stager.on_chunk = walker.fill
+        self._forms.on_clear = walker.forget
+        return walker
 
     def begin_step(self, step: int) -> None:
         """Begin a step, and forget the one before."""
@@ -79,6 +90,8 @@ class Collector:
         self._add_form = batch.specs.append
         self._add_chunk = batch.chunks.append
         self._add_offset = batch.offsets.append
+        if self._walker is not None:
+            self._walker.use(batch.sides, batch.specs, batch.chunks, batch.offsets, batch.scalars)
 
     def inputs(self, sides: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call begins: capture its positional and keyword arguments."""
@@ -98,15 +111,14 @@ class Collector:
     ) -> None:
         try:
             self._leaving = False
-            key = treespec = flatten(args, self)
-            keywords = NO_ITEMS
-            if kwargs:
-                keywords = flatten(kwargs, self)
-                key = (treespec, keywords)
-            side = known.get(key)
-            if side is None:
-                side = sides.add(known, key, direction, treespec, keywords)
-            self._add_site(side)
+            if self._walker is not None:
+                unknown = self._walker.arguments(known, args, kwargs)
+            else:
+                unknown = self._flatten_arguments(known, args, kwargs)
+            if unknown is not None:
+                treespec, keywords = unknown
+                key = unknown if kwargs else treespec
+                self._add_site(sides.add(known, key, direction, treespec, keywords))
             if self._stager.full:
                 self.hand_over_if_needed()
         except Exception as error:
@@ -115,20 +127,37 @@ class Collector:
     def outputs(self, sides: Call, output: Any) -> None:
         """A call has returned: capture what."""
         try:
-            if type(output) is _Tensor:
-                self.tensor(output)
-                treespec: TreeSpec = TENSOR
+            self._leaving = True
+            if self._walker is not None:
+                unknown = self._walker.result(sides.outputs, output)
             else:
-                self._leaving = True
-                treespec = flatten(output, self)
-            side = sides.outputs.get(treespec)
-            if side is None:
-                side = sides.add(sides.outputs, treespec, "outputs", treespec, None)
-            self._add_site(side)
+                unknown = self._flatten_result(sides.outputs, output)
+            if unknown is not None:
+                self._add_site(sides.add(sides.outputs, unknown, "outputs", unknown, None))
             if self._stager.full:
                 self.hand_over_if_needed()
         except Exception as error:
             self._broken(sides, "outputs", error)
+
+    def _flatten_arguments(
+        self, known: Sides, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[TreeSpec, TreeSpec] | None:
+        """What the extension's ``arguments`` does: None where the side is known, and added."""
+        both = flatten(args, self), flatten(kwargs, self)
+        side = known.get(both if kwargs else both[0])
+        if side is None:
+            return both
+        self._add_site(side)
+        return None
+
+    def _flatten_result(self, known: Sides, output: Any) -> TreeSpec | None:
+        """What the extension's ``result`` does: None where the side is known, and added."""
+        treespec = flatten(output, self)
+        side = known.get(treespec)
+        if side is None:
+            return treespec
+        self._add_site(side)
+        return None
 
     def raised(self, sides: Call, error: BaseException) -> None:
         """Note that the call raised instead of returning."""
@@ -136,24 +165,6 @@ class Collector:
 
     def tensor(self, tensor: torch.Tensor) -> None:
         """Take one tensor of the structure being frozen: its form, and its copy if it is to be stored."""
-        if type(tensor) is _Tensor and tensor.is_cpu:
-            try:
-                spec = self._on_cpu.get((tensor.dtype, tensor.shape))
-                if spec is not None and tensor.is_contiguous() and not tensor.is_neg():
-                    chunk = self._stager.chunk
-                    begin = chunk.bytes
-                    end = begin + spec.nbytes
-                    source = tensor.data_ptr()
-                    if end <= chunk.size and source:
-                        spec.move(chunk.address + begin, source, spec.nbytes)
-                        chunk.bytes = (end + 63) & -64
-                        self._add_form(spec)
-                        self._add_chunk(chunk)
-                        self._add_offset(begin)
-                        return
-            except RuntimeError:
-                # A tensor that hides its metadata or its memory: the long way finds out what it is.
-                pass
         self._add(self._taken(tensor))
 
     def _add(self, taken: Taken) -> None:
@@ -200,6 +211,8 @@ class Collector:
         if place is None:
             return self.without_copy(spec.refused(QUEUE_FULL))
         self._run_bytes += spec.nbytes
+        if spec.plain and self._walker is not None:
+            self._walker.know(tensor, spec, spec.nbytes)
         return spec, *place
 
     def measures_itself(self, tensor: torch.Tensor) -> bool:

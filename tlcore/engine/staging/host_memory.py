@@ -14,20 +14,21 @@ import time
 
 import torch
 
+from ...hotpath.copying import Memory
 from .accelerator import Event
 
 CHUNK_BYTES = 32 << 20
 _ALIGN = 64
 
 
-class Chunk:
+class Chunk(Memory):
     """A piece of host memory that is filled from the front with tensor bytes.
 
     ``pinned`` memory is what a device can write to by itself; ``written`` is when it has. ``batches``
     counts those on their way through the pipeline that need it; ``filling`` says that more may be added.
     """
 
-    __slots__ = ("address", "batches", "bytes", "filling", "size", "tensor", "view", "written")
+    __slots__ = ("batches", "filling", "tensor", "view", "written")
 
     def __init__(self, size: int, pinned: bool = False) -> None:
         self.size = size

@@ -14,6 +14,8 @@ from .accelerator import Accelerator, accelerator_of
 from .device import DeviceStager
 from .host_memory import NO_CHUNK, Chunk, HostPool, aligned
 
+_LOWEST_ADDRESS = 1 << 38
+
 
 class FreedError(RuntimeError):
     """A tensor's memory was given back before it could be copied."""
@@ -21,7 +23,11 @@ class FreedError(RuntimeError):
 
 def with_memory(tensor: torch.Tensor) -> torch.Tensor:
     """``tensor``, or what stands for one that has no memory. Raises FreedError where there is nothing."""
-    if tensor.numel() == 0 or not (tensor.is_cpu or accelerator_of(tensor.device.type)) or tensor.data_ptr():
+    if tensor.numel() == 0 or not (tensor.is_cpu or accelerator_of(tensor.device.type)):
+        return tensor
+    # A part of freed memory has its offset for an address, and no memory lies as low as that.
+    address = tensor.data_ptr()
+    if address >= _LOWEST_ADDRESS or (address and tensor.untyped_storage().nbytes()):
         return tensor
     if tensor._is_zerotensor():
         # Zeros that torch, in its derivatives, never writes down.
@@ -47,6 +53,8 @@ class Stager:
         accelerators: Callable[[str], Accelerator | None] = accelerator_of,
     ) -> None:
         self.chunk = NO_CHUNK
+        # Told of every other chunk that is filled from now on.
+        self.on_chunk: Callable[[Chunk], object] = lambda chunk: None
         self.waited = 0.0
         self._pool = pool
         self._block_s = block_s
@@ -128,7 +136,7 @@ class Stager:
         """Begin with another chunk next time."""
         if self.chunk is not NO_CHUNK:
             self._pool.leave(self.chunk)
-            self.chunk = NO_CHUNK
+            self._fill(NO_CHUNK)
             self._begin = NO_CHUNK.bytes
 
     def _next(self, nbytes: int) -> Chunk | None:
@@ -140,9 +148,13 @@ class Stager:
             return None
         if self.chunk is not NO_CHUNK:
             self.full.append(self.chunk)
-        self.chunk = chunk
+        self._fill(chunk)
         self._begin = 0
         return chunk
+
+    def _fill(self, chunk: Chunk) -> None:
+        self.chunk = chunk
+        self.on_chunk(chunk)
 
     @property
     def must_hand_over(self) -> bool:
