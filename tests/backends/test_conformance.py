@@ -5,20 +5,23 @@ from __future__ import annotations
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
-import torch
 
 from tests.backends.raw import committed
 from tlcore.errors import BackendError
 from tlcore.protocols import Sink, Store
-from tlcore.record import tensor_from_bytes
 from tlcore.registry import open_store
-from tlcore.testing import FailingStore, MemoryStore, SinkConformance, SlowStore, StoreConformance, Tensors
-from tlcore_backends.fsspec import make_sink
-from tlcore_backends.pt.sink import PtSink
-from tlcore_backends.safetensors.segment_sink import SegmentSink
-from tlcore_backends.safetensors.segment_source import SegmentSource
+from tlcore.testing import (
+    BackendConformance,
+    FailingStore,
+    MemoryStore,
+    SinkConformance,
+    SlowStore,
+    StoreConformance,
+    Tensors,
+)
 from tlcore_backends.safetensors.sink import SafetensorsSink
 from tlcore_backends.storage.local import LocalStore
 from tlcore_backends.storage.remote import FsspecStore
@@ -26,67 +29,62 @@ from tlcore_backends.storage.remote import FsspecStore
 _fresh = itertools.count()
 
 
-class _Readable(SinkConformance):
-    """Reads what a built-in sink wrote."""
+class TestPt(BackendConformance):
+    backend = "pt"
+
+
+class TestSafetensors(BackendConformance):
+    backend = "safetensors"
+
+
+class TestSmallShards(BackendConformance):
+    backend = "safetensors"
+    options: ClassVar = {"shard_bytes": 40}
+
+
+class _InMemory(BackendConformance):
+    """Built-in formats in object storage."""
+
+    backend = "fsspec"
+
+    @pytest.fixture(autouse=True)
+    def fresh(self) -> None:
+        self.parent = f"memory://conformance-{next(_fresh)}"
+
+    def make_output_dir(self, tmp_path: Path) -> str:
+        return self.parent
+
+
+class TestFsspecPt(_InMemory):
+    options: ClassVar = {"format": "pt"}
+
+
+class TestFsspecSafetensors(_InMemory):
+    options: ClassVar = {"format": "safetensors"}
+
+
+class TestSinkAlone(SinkConformance):
+    """The suite of those who only write."""
+
+    def make_sink(self) -> Sink:
+        return SafetensorsSink()
 
     def committed(self, url: str) -> Mapping[int, Tensors]:
         return committed(open_store(url))
 
 
-class TestPt(_Readable):
-    def make_sink(self) -> Sink:
-        return PtSink()
+class TestSegments(BackendConformance):
+    backend = "safetensors"
+    options: ClassVar = {"layout": 2}
 
 
-class TestSafetensors(_Readable):
-    def make_sink(self) -> Sink:
-        return SafetensorsSink()
+class TestSmallSegments(BackendConformance):
+    backend = "safetensors"
+    options: ClassVar = {"layout": 2, "segment_bytes": 40}
 
 
-class TestSmallShards(_Readable):
-    def make_sink(self) -> Sink:
-        return SafetensorsSink(shard_bytes=40)
-
-
-class TestFsspecPt(_Readable):
-    def make_sink(self) -> Sink:
-        return make_sink("pt")
-
-    def make_url(self, tmp_path: Path) -> str:
-        return f"memory://conformance-{next(_fresh)}/run"
-
-
-class TestFsspecSafetensors(TestFsspecPt):
-    def make_sink(self) -> Sink:
-        return make_sink("safetensors", layout=1)
-
-
-class TestSegments(SinkConformance):
-    def make_sink(self) -> Sink:
-        return make_sink("safetensors", layout=2)
-
-    def committed(self, url: str) -> Mapping[int, Tensors]:
-        source = SegmentSource(open_store(url), {"state": "running"})
-        found = {}
-        for step in source.steps:
-            records = source.document(step, 0)["records"]
-            found[step] = {
-                record["name"]: tensor_from_bytes(
-                    bytearray(source.read(record)), getattr(torch, record["dtype"]), record["shape"]
-                )
-                for record in records
-            }
-        return found
-
-
-class TestSmallSegments(TestSegments):
-    def make_sink(self) -> Sink:
-        return SegmentSink(segment_bytes=40)
-
-
-class TestRemoteSegments(TestSegments):
-    def make_url(self, tmp_path: Path) -> str:
-        return f"memory://conformance-{next(_fresh)}/run"
+class TestRemoteSegments(_InMemory):
+    options: ClassVar = {"format": "safetensors", "layout": 2}
 
 
 class TestLocalStore(StoreConformance):

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from ..engine.new_run import layout_of
 from ..engine.run_documents import RunDocuments, close_run
-from ..protocols import Sink
+from ..protocols import Sink, SupportsLateCommit
 from ..record import Record, RunInfo, StepSummary
 from ..storage import Location
 from .samples import make_run
@@ -34,6 +34,8 @@ class RunWriter:
         self.run = self._documents.run
         self.sink = sink
         sink.open(self.run)
+        if isinstance(sink, SupportsLateCommit):
+            sink.tell_stored(lambda step, error: None)
 
     def write(self, batch: Sequence[Record]) -> None:
         """As the sink does."""

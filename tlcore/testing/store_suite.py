@@ -9,11 +9,25 @@ from pathlib import Path
 import pytest
 
 from ..errors import BackendError
-from ..protocols import Entry, Store
+from ..storage import (
+    Entry,
+    Store,
+    SupportsAppend,
+    SupportsFiles,
+    SupportsLevels,
+    SupportsOverwrite,
+    SupportsPrepare,
+    SupportsRemoval,
+    SupportsUsage,
+    SupportsWaiting,
+)
 
 
 class StoreConformance:
-    """What every `Store` must do. Subclass it as ``Test...`` and override `make_store`."""
+    """What every `Store` must do, and what the store at hand claims to do besides; the rest is skipped.
+
+    Subclass it as ``Test...`` and override `make_store`.
+    """
 
     def make_store(self, tmp_path: Path) -> Store:
         """A new, empty store."""
@@ -99,6 +113,81 @@ class StoreConformance:
         store.put(name, [b"x"])
         assert store.get(name) == b"x"
         assert [entry.name for entry in store.list("step_0/")] == [name]
+
+    def test_a_level_is_what_lies_directly_in_a_directory(self, store: Store) -> None:
+        """For a store that `SupportsLevels`."""
+        if not isinstance(store, SupportsLevels):
+            pytest.skip("it does not claim levels")
+        assert store.level() == ([], [])
+        for name in ("run.json", "step_0/a/t.pt", "step_0/step.json", "step_01/step.json"):
+            store.put(name, [b"1234"])
+        blobs, directories = store.level()
+        assert (blobs, sorted(directories)) == ([Entry("run.json", 4)], ["step_0", "step_01"])
+        assert store.level("step_0") == ([Entry("step_0/step.json", 4)], ["step_0/a"])
+        assert store.level("missing") == ([], [])
+
+    def test_a_file_is_the_blob(self, store: Store) -> None:
+        """For a store that `SupportsFiles`."""
+        if not isinstance(store, SupportsFiles):
+            pytest.skip("its blobs are no files of this machine")
+        store.put("d/a", [b"content"])
+        store.copy("d/a", "d/b")
+        store.put("d/c", [b"content"])
+        assert Path(store.path("d/a")).read_bytes() == b"content"
+        assert Path(store.path()) in Path(store.path("d/a")).parents
+        with store.open_file("d/a") as file:
+            assert file.read() == b"content"
+        with pytest.raises(FileNotFoundError):
+            store.open_file("missing")
+        with pytest.raises(BackendError):
+            store.path("../outside")
+        assert store.identity("missing") is None
+        assert store.identity("d/a") not in (None, store.identity("d/c"))
+
+    def test_a_blob_can_be_written_piece_by_piece(self, store: Store) -> None:
+        """For a store that `SupportsAppend`: seen once it is published, whole."""
+        if not isinstance(store, SupportsAppend):
+            pytest.skip("it does not claim to append")
+        blob = store.begin("d/a", 4)
+        assert blob.write([b"body", memoryview(b"tail")]) == 8
+        assert list(store.list()) == []
+        blob.publish(b"head")
+        blob.abandon()
+        assert store.get("d/a") == b"headbodytail"
+        store.begin("d/b", 0).abandon()
+        assert [entry.name for entry in store.list()] == ["d/a"]
+
+    def test_its_root_is_made_and_removed(self, store: Store) -> None:
+        """For a store that `SupportsPrepare`, `SupportsUsage` or `SupportsRemoval`."""
+        claimed = (SupportsPrepare, SupportsUsage, SupportsRemoval)
+        if not isinstance(store, claimed):
+            pytest.skip("it claims nothing of its root")
+        if isinstance(store, SupportsPrepare):
+            store.prepare()
+            store.prepare()
+        store.put("a", [b"1234"])
+        store.copy("a", "b")
+        if isinstance(store, SupportsUsage):
+            assert store.usage() in (4, 8)
+        if isinstance(store, SupportsRemoval):
+            store.remove_root()
+            assert list(store.list()) == []
+
+    def test_a_small_blob_is_replaced_where_it_lies(self, store: Store) -> None:
+        """For a store that `SupportsOverwrite`."""
+        if not isinstance(store, SupportsOverwrite):
+            pytest.skip("it does not claim to overwrite")
+        store.put("run.json", [b"a longer text"])
+        assert store.overwrite("run.json", "short")
+        assert store.get("run.json") == b"short"
+        assert not store.overwrite("missing", "text")
+
+    def test_nothing_waits_when_all_is_there(self, store: Store) -> None:
+        """For a store that `SupportsWaiting`."""
+        if not isinstance(store, SupportsWaiting):
+            pytest.skip("it never waits")
+        store.put("a", [b"x"])
+        assert store.waiting is None
 
     def test_several_threads_may_use_it_at_once(self, store: Store) -> None:
         """No blob is lost or mixed up."""

@@ -1,39 +1,25 @@
-"""The sqlite backend passes tlcore's own suite for sinks."""
+"""The sqlite backend passes tlcore's own suite for backends."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
+from typing import ClassVar
 
 import pytest
 import tlcore_sqlite
-import torch
 
 from tlcore.errors import BackendError
-from tlcore.protocols import Sink
-from tlcore.testing import SinkConformance, Tensors, make_run
+from tlcore.testing import BackendConformance, MemoryStore, make_run
 
 
-class TestSqliteSink(SinkConformance):
-    def make_sink(self) -> Sink:
-        return tlcore_sqlite.SqliteSink()
-
-    def committed(self, url: str) -> Mapping[int, Tensors]:
-        path = Path(url) / "rank_0.sqlite"
-        found: dict[int, dict[str, torch.Tensor]] = {step: {} for step in tlcore_sqlite.steps(path)}
-        for step, name, tensor in tlcore_sqlite.read(path):
-            found[step][name] = tensor
-        return found
+class TestSqlite(BackendConformance):
+    backend = tlcore_sqlite.BACKEND
 
 
-class TestCompressed(TestSqliteSink):
-    def make_sink(self) -> Sink:
-        return tlcore_sqlite.SqliteSink(compress=True)
+class TestCompressed(TestSqlite):
+    options: ClassVar = {"compress": True}
 
 
-def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
-    (tmp_path / "file").write_text("")
-    with pytest.raises(BackendError, match=r"rank_0\.sqlite"):
-        tlcore_sqlite.SqliteSink().open(make_run(tmp_path / "file"))
-    with pytest.raises(BackendError, match="local directories only"):
-        tlcore_sqlite.SqliteSink().open(make_run("s3://bucket/run"))
+def test_a_place_that_is_no_directory_is_named(tmp_path: Path) -> None:
+    with pytest.raises(BackendError, match=r"memory-store:.* needs a local directory"):
+        tlcore_sqlite.SqliteSink().open(make_run("memory-store://", store=MemoryStore()))
