@@ -28,7 +28,7 @@ class RunWriter:
         location: Location | None = None,
     ) -> None:
         made = run or make_run(url, layout=layout_of(sink))
-        made.document["backend"] = backend
+        made.document.update(backend=backend, layout=layout_of(sink))
         self._documents = RunDocuments(made, location or Location(made.url))
         self._documents.open()
         self.run = self._documents.run
