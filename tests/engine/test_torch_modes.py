@@ -118,14 +118,14 @@ class TestTorchScript:
         assert torch.equal(sink.tensors["step_1/1/outputs_cpu"], expected)
         assert torch.equal(model(X), expected)
 
-    def test_scripting_a_captured_model_is_refused_and_works_afterwards(self) -> None:
+    def test_scripting_a_captured_model_works_between_steps_and_within(self) -> None:
         model = net()
         _, capture = all_steps(model)
         with capture:
             model(X)
-            with pytest.raises(AttributeError, match=r"torch\.jit\.script outside the capture"):
-                torch.jit.script(model)
-            assert model(X) is not None
+            assert torch.equal(torch.jit.script(model)(X), model(X))
+            with capture.step():
+                assert torch.equal(torch.jit.script(model)(X), model(X))
         assert torch.equal(torch.jit.script(model)(X), model(X))
 
     def test_tracing_a_captured_model_gives_the_same_graph(self) -> None:

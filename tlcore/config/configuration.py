@@ -33,6 +33,7 @@ class Config:
     capture_objects: tuple[Literal["cache"], ...]
     backend: str
     compiled: Literal["eager-steps", "taps"]
+    step: str
     rows: Literal["all", "last"]
     request_ids: tuple[str, ...] | None
     sample_rate: float

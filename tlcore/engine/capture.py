@@ -14,7 +14,10 @@ from ..errors import CaptureError, ConfigError
 from ..layout.structure import class_name
 from ..protocols import Sink
 from ..record import Counts
-from .hooks.root_hooks import RootHooks, compiled_meanwhile, refuse_unreachable
+from . import remarks
+from .hooks.compiled_parts import compiled_parts, refuse_unreachable, shown
+from .hooks.module_tree import ModuleTree
+from .hooks.steps import Step, StepCalls, method_of
 from .new_run import new_run
 from .session import Session
 
@@ -55,7 +58,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._inline = inline
         self._sink = sink
         self._session: Session | None = None
-        self._bracket = RootHooks(lambda: self.session.begin_step(), self._end_step)
+        self._steps = StepCalls(self._begin_step, self._end_step, self.config.step)
         self._entered = False
 
     @property
@@ -75,17 +78,26 @@ class capture:  # noqa: N801 - a context manager reads like a function
         """What became of every captured tensor; final after the block."""
         return self.session.ledger if self.config.enabled else Counts()
 
+    @property
+    def remarks(self) -> list[str]:
+        """What is not in the run although it might be expected there, and why; complete after the block."""
+        return list(self.session.remarks) if self.config.enabled else []
+
     def __enter__(self) -> capture:
         if self._entered:
             raise CaptureError("this capture is active already; make another one to capture the model twice")
         if not self.config.enabled:
             return self
         refuse_unreachable(self._model)
+        if self.config.step.startswith("method:"):
+            method_of(self._model, self.config.step)
         backend = class_name(self._sink) if self._sink is not None else None
         run = new_run(self.config, backend=backend)
         self._session = Session(self.config, run, self._sink, self._inline)
-        root = self._session.attach(self._model, root_hooked=True)
-        self._bracket.install(self._model, root)
+        self._session.attach(self._model)
+        tree = self._session.tree
+        assert tree is not None
+        self._steps.install(tree)
         self._entered = True
         return self
 
@@ -93,10 +105,10 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._entered = False
-        self._bracket.remove()
+        self._steps.remove()
         if self._session is None:
             return
-        self._say_what_passed_by()
+        self._note_what_passed_by()
         try:
             self._session.close()
         except CaptureError:
@@ -105,22 +117,43 @@ class capture:  # noqa: N801 - a context manager reads like a function
                 raise
             log.warning("the run could not be stored whole", exc_info=True)
 
+    def step(self) -> Step:
+        """A ``with`` block that is one step, whatever code and however many calls of modules are in it.
+
+        Inside a step that is open it is part of that one. Raises CaptureError where the capture's own block
+        is not entered.
+        """
+        if self.config.enabled and not self._entered:
+            raise CaptureError("no step without a capture: use it inside the capture's own `with` block")
+        return Step(self._steps if self.config.enabled else None)
+
+    def _begin_step(self) -> bool:
+        captured = self.session.begin_step()
+        tree = self.session.tree
+        if captured and tree is not None:
+            self._steps.follow(tree)
+        return captured
+
     def _end_step(self, error: BaseException | None) -> None:
         self.session.end_step(error=error)
 
-    def _say_what_passed_by(self) -> None:
-        compiled = compiled_meanwhile(self._model)
-        if compiled is not None:
-            log.warning("%s; what ran compiled is not in the run %s", compiled, self.session.run.shown_url)
-        elif self._bracket.calls and not self.session.captured_steps:
-            log.warning(
-                "the model was called %d times, but no step of log_step_ids came, so the run %s has none",
-                self._bracket.calls,
-                self.session.run.shown_url,
+    def _note_what_passed_by(self) -> None:
+        session = self.session
+        calls = self._steps.calls
+        compiled = compiled_parts(ModuleTree(self._model).modules)
+        for name, how in compiled.items():
+            session.remarks.append(f"{shown(name)} is {how}; what ran compiled is not in the run")
+        stray = remarks.outside(self._steps.outside, self.config.step)
+        if stray is not None:
+            session.remarks.append(stray)
+        if compiled:
+            return
+        if calls and not session.captured_steps:
+            session.remarks.append(
+                f"the model was called {calls} times, but no step of log_step_ids came, so the run has none"
             )
-        elif not self._bracket.calls:
-            log.warning(
-                "no call of the model came by, so the run %s has no step; call the very model that is"
-                " captured (a torch.compile'd version of it runs past the capture)",
-                self.session.run.shown_url,
+        elif not calls:
+            session.remarks.append(
+                "no call of the model came by, so the run has no step; call the very model that is"
+                " captured (a torch.compile'd version of it runs past the capture)"
             )

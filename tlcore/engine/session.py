@@ -22,13 +22,16 @@ from ..layout.structure import class_name
 from ..protocols import Sink
 from ..record import Counts, Json, RunInfo
 from ..storage import SupportsWaiting
+from . import remarks
 from .batch import Batch, StepEnd
 from .filters.modules import ModuleFilter
 from .filters.requests import request_filter
 from .filters.rows import StepRows
 from .filters.tensors import TensorFilter, known_devices
 from .hooks.collector import Collector
-from .hooks.listening import Listener, ListenerSet, RootListener, Source, refuse_compiled
+from .hooks.compiled_parts import refuse_compiled
+from .hooks.listening import Hearing, Listener, ListenerSet, Rename, Source
+from .hooks.module_tree import ModuleTree, Named
 from .hooks.row_filter import CuttingCollector
 from .new_run import now, open_run
 from .pipeline.executors import InlineExecutor, ThreadExecutor
@@ -69,6 +72,8 @@ class Session:
         self._started = ""
         self.captured_steps = 0
         self._said_elsewhere = False
+        # What is said at the end, of that which is not in the run.
+        self.remarks: list[str] = []
         self._closed = False
         self._lock = threading.RLock()
         self._stager = Stager(self._pool, config.block_s)
@@ -131,63 +136,57 @@ class Session:
         model: nn.Module,
         source: Source | None = None,
         modules: Mapping[str, nn.Module] | None = None,
-        root_hooked: bool = False,
-    ) -> RootListener | None:
+    ) -> None:
         """Plan the hooks for a model and its submodules.
 
         ``source`` captures its modules by itself. ``modules`` are the submodules by the names that they
-        are to go by, where these are not those of ``named_modules``. With ``root_hooked``, steps begin inside
-        the model's call: then the model's own listener is returned, to be called by whoever begins them.
+        are to go by, where these are not those of ``named_modules``.
 
         Raises CaptureError for a compiled model, or when another model is attached already.
         """
         if self._pipeline is not None:
             raise CaptureError("this session has a model already; open another session for a second model")
         refuse_compiled(model)
-        elsewhere = () if source is None else source.modules
-        if modules is None:
-            modules = {name: module for name, module in model.named_modules() if name}
-        parts = {name: each for name, each in modules.items() if each is not model}
-        listeners = self._listeners(
-            {name: each for name, each in {"": model, **parts}.items() if each not in elsewhere},
-            frozenset(modules),
-            root_hooked,
-        )
-        root = listeners.get(model)
-        if not listeners and not elsewhere:
-            log.warning(
-                "no module of %s matches module_call_match; nothing will be stored", class_name(model)
-            )
-        self._hooks = ListenerSet(listeners)
         self._source = source
+        self._hooks = ListenerSet(model, self._listener, None if modules is None else _renaming(modules))
+        self._say_what_nobody_is_called(self._hooks, class_name(model))
         for device in {parameter.device for parameter in model.parameters()}:
             self._stager.reserve(device)
         self._processor = Processor(
             self._sink, self._pool, self.run.ledger, self.run.rank, self._examination, self._documents.close
         )
         self._pipeline = (InlineExecutor if self._inline else ThreadExecutor)(self._processor)
-        return root if isinstance(root, RootListener) else None
 
-    def _listeners(
-        self, modules: Mapping[str, nn.Module], names_used: frozenset[str], root_hooked: bool = False
-    ) -> dict[nn.Module, Listener]:
-        directory = functools.partial(_call_directory, names_used)
+    def _say_what_nobody_is_called(self, hooks: ListenerSet, model: str) -> None:
+        if self._source is not None or self.run.world_size > 1:
+            return
+        names = [name for each in hooks.named(hooks.tree) for name in each.names]
+        for text in self._selector.unmatched(names):
+            log.warning("%s", remarks.unmatched(text, names))
+        if not hooks:
+            log.warning("no module of %s matches module_call_match; nothing will be stored", model)
+
+    def _listener(self, each: Named, names: frozenset[str], hearing: Hearing) -> Listener | None:
+        """Who listens to a module; nobody where it is not selected, or captured in another way."""
+        wanted = self._selector.calls_of_any(each.names)
+        elsewhere = () if self._source is None else self._source.modules
+        if wanted is None or each.module in elsewhere:
+            return None
+        directory = functools.partial(_call_directory, names - {""})
         post_inputs = self.config.log_post_fwd_inputs
-        found: dict[nn.Module, Listener] = {}
-        for name, module in modules.items():
-            wanted = self._selector.calls(name)
-            if wanted is not None:
-                kind = Listener if name or not root_hooked else RootListener
-                found[module] = kind(name, module, wanted, self._collector, directory, post_inputs)
-        return found
+        return Listener(each.name, each.module, wanted, self._collector, hearing, directory, post_inputs)
+
+    @property
+    def tree(self) -> ModuleTree | None:
+        """The modules of the attached model, as they were at the last look; None without one."""
+        return self._hooks.tree if self._hooks is not None else None
 
     def attach_draft(self, model: nn.Module) -> None:
         """Also listen to the modules of a model that proposes what the attached one verifies, in its `turn`.
 
         It goes by ``draft``, they by their names behind that, those, too, that both models share.
         """
-        modules = {f"draft.{name}".rstrip("."): module for name, module in model.named_modules()}
-        self._draft = ListenerSet(self._listeners(modules, frozenset(modules)))
+        self._draft = ListenerSet(model, self._listener, _as_draft)
 
     def turn(self, draft: bool) -> None:
         """Within a step: listen to the draft model's calls from now on, or again to the attached model's."""
@@ -245,12 +244,7 @@ class Session:
             number, self._step = self._step, None
             self.captured_steps += 1
             details = {**self._calls_elsewhere(self._hooks), **(extra or {})}
-            if self.config.selects_step(number + 1):
-                self._hooks.rest()
-                if self._draft is not None:
-                    self._draft.rest()
-            else:
-                self._remove_listeners()
+            self._remove_listeners()
             if error is not None:
                 details["error"] = class_name(error)
             ended = now()
@@ -289,17 +283,31 @@ class Session:
             )
         return {"calls_in_other_threads": calls}
 
-    def _say_what_was_silent(self, hooks: ListenerSet) -> None:
-        # A rank has not all modules, and a source tells what it missed by itself.
-        if not self.captured_steps or self._source is not None or self.run.world_size > 1:
+    def _close_hooks(self) -> None:
+        """Take the listeners away, and find out what they did not hear."""
+        hooks, self._hooks = self._hooks, None
+        draft, self._draft = self._draft, None
+        if draft is not None:
+            draft.close()
+        if hooks is None:
             return
-        for text in self._selector.silent(hooks.heard):
-            log.warning(
-                "module_call_match %r: no call that it selects was made within a captured step, so nothing"
-                " of it is in the run %s",
-                text,
-                self.run.shown_url,
+        hooks.close()
+        # A rank has not all modules, and a source tells what it missed by itself.
+        if self._source is not None or self.run.world_size > 1:
+            return
+        if self.captured_steps:
+            now_there = hooks.named(ModuleTree(hooks.model))
+            silent = self._selector.silent(hooks.heard, hooks.names)
+            self.remarks += remarks.unheard(hooks, silent, now_there, self._selector.calls_of_any)
+        if hooks.replaced_within:
+            self.remarks.append(
+                f"the forward of {remarks.some(list(hooks.replaced_within))} was replaced within a captured"
+                " step; what the replacement made of arguments and result there is not in the run"
             )
+
+    def _say_remarks(self) -> None:
+        if self.remarks:
+            log.warning("run %s: %s", self.run.shown_url, "\n  ".join(self.remarks))
 
     def _give_memory_back(self) -> None:
         # Before Python finds out that nobody needs the session any more.
@@ -325,8 +333,7 @@ class Session:
         """Stop capturing and take the hooks away; what is queued is stored by `close`. Safe to repeat."""
         with self._lock:
             self.end_step(extra={"error": "the session was closed in the step"})
-            self._remove_listeners()
-            self._hooks = self._draft = None
+            self._close_hooks()
 
     def close(self) -> None:
         """End the run: finish what is queued, write ``run.json``, log the ledger. Safe to repeat.
@@ -342,9 +349,7 @@ class Session:
             self._closed = True
             self._give_memory_back()
         atexit.unregister(self.close)
-        self._remove_listeners()
-        if self._hooks is not None:
-            self._say_what_was_silent(self._hooks)
+        self._close_hooks()
         if self._pipeline is not None:
             self._pipeline.close()
         else:
@@ -356,10 +361,11 @@ class Session:
             dict(sorted(counts.reasons.items())) or "",
         )  # fmt: skip
         if self.captured_steps and not counts.captured:
-            log.warning(
-                "no tensor was captured in %d steps; device_names or module_call_match leave out everything",
-                self.captured_steps,
+            self.remarks.append(
+                f"no tensor was captured in {self.captured_steps} steps; device_names or module_call_match"
+                " leave out everything"
             )
+        self._say_remarks()
         first = self._processor.first_error if self._processor else None
         if first is not None and self.config.on_error == "raise":
             lost = f"{counts.failed} tensors could not be stored" if counts.failed else "closing failed"
@@ -372,6 +378,20 @@ class Session:
         """
         self._closed = True
         self._remove_listeners()
+
+
+def _as_draft(each: Named) -> Named:
+    return Named(f"draft.{each.name}".rstrip("."), each.module, ())
+
+
+def _renaming(modules: Mapping[str, nn.Module]) -> Rename:
+    names = {id(module): name for name, module in modules.items()}
+
+    def renamed(each: Named) -> Named | None:
+        name = names.get(id(each.module)) if each.name else ""
+        return None if name is None else Named(name, each.module, ())
+
+    return renamed
 
 
 def _call_directory(module_names: frozenset[str], module: str, call: int) -> str:

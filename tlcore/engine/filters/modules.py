@@ -30,11 +30,28 @@ class ModuleFilter:
             return "all"
         return frozenset(index for index in hits if index is not None) or None
 
-    def silent(self, heard: Mapping[str, bool]) -> list[str]:
-        """The patterns that select modules, but none that was heard; ``heard`` says it of every module."""
+    def calls_of_any(self, names: Sequence[str]) -> Calls | None:
+        """The selected calls of a module that has several names."""
+        if len(names) == 1:
+            return self.calls(names[0])
+        found = [calls for calls in map(self.calls, names) if calls is not None]
+        if "all" in found:
+            return "all"
+        return frozenset().union(*found) or None  # type: ignore[arg-type]
+
+    def silent(self, heard: Mapping[str, bool], names: Mapping[str, Sequence[str]]) -> list[str]:
+        """The patterns that select modules, but none that was heard.
+
+        ``heard`` says it of every module, ``names`` has all names of each.
+        """
         found = []
         for text, (regex, _) in zip(self._patterns, self._parsed or (), strict=True):
-            of_these = [was_heard for name, was_heard in heard.items() if regex.search(name)]
+            of_these = [was for name, was in heard.items() if any(map(regex.search, names[name]))]
             if of_these and not any(of_these):
                 found.append(text)
         return found
+
+    def unmatched(self, names: Sequence[str]) -> list[str]:
+        """The patterns that find none of these names."""
+        pairs = zip(self._patterns, self._parsed or (), strict=True)
+        return [text for text, (regex, _) in pairs if not any(map(regex.search, names))]

@@ -1,16 +1,14 @@
 """Listening to the selected modules' calls, only while a selected step runs.
 
-A module is listened to by standing in for its ``forward``: that costs a third of what a pair of PyTorch's
-hooks costs, and also hears calls that never come by ``Module.__call__``. Where somebody else's hooks are on
-the module, which may change arguments and results, PyTorch's own hooks are used, behind theirs.
+A module is listened to by standing in for its ``forward``, which also hears calls that never come by
+``Module.__call__``. What forward hooks of others make of its result is heard behind the last of them.
 """
 
 from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Container, Mapping
-from types import FrameType
+from collections.abc import Callable, Container
 from typing import Any, Literal, Protocol
 
 import torch
@@ -18,21 +16,55 @@ from torch import nn
 from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
-from ...errors import CaptureError
+from ...hotpath.intercept import (
+    FORWARD,
+    StandIn,
+    forget,
+    hooks_follow,
+    is_stand_in,
+    keep_out_of_copies,
+    put_back,
+    raised_through,
+    without_dead,
+)
 from ..calls import Call
 from .collector import Collector
+from .module_tree import ModuleTree, Named
+from .stack_room import StackRoom
 
 _NOBODY = 0
-_CALL_CODE = nn.Module._call_impl.__code__
 _is_compiling = torch.compiler.is_compiling
 _get_ident = threading.get_ident
+_global_hooks = torch_module._global_forward_hooks
 
 
-class Listener:
+class Hearing:
+    """Whose calls all listeners of a model hear at the moment: those of the thread ``owner``, 0 for none."""
+
+    __slots__ = ("owner",)
+
+    def __init__(self) -> None:
+        self.owner = _NOBODY
+
+
+class Listener(StandIn):
     """One module's listener: counts its calls in the step and hands the wanted ones to the collector.
 
-    It is put in the place of the module's ``forward``, or its `before` and `after` are registered as hooks.
+    ``found`` is what the module's own ``__dict__`` has as its ``forward``.
     """
+
+    __slots__ = (
+        "_collector",
+        "_directory",
+        "_hearing",
+        "_post",
+        "_sites",
+        "_wanted",
+        "count",
+        "elsewhere",
+        "handles",
+        "name",
+    )
 
     def __init__(
         self,
@@ -40,97 +72,60 @@ class Listener:
         module: nn.Module,
         wanted: frozenset[int] | Literal["all"],
         collector: Collector,
+        hearing: Hearing,
         directory: Callable[[str, int], str],
         post_inputs: bool,
     ) -> None:
-        self.module = module
-        self.owner = _NOBODY
+        super().__init__(module, FORWARD, put_back(vars(module).get(FORWARD)))
         self.name = name
-        self._directory = directory
-        self._sites: list[Call | None] = []
-        self._count = 0
+        self.count = 0
         # Calls in threads other than the step's, which nobody can put in order.
         self.elsewhere = 0
+        self._directory = directory
+        self._sites: list[Call | None] = []
         self._wanted = wanted
         self._collector = collector
+        self._hearing = hearing
         self._post = post_inputs
-        self._open: list[Call | None] = []
-        self._forward: Callable[..., Any] = module.forward
-        self._replaced: Any = None
-        self._installed = False
-        self.wrapped_by_others = False
-        self._handles: list[RemovableHandle] = []
+        self.handles: list[RemovableHandle] = []
 
     def successor(self) -> Listener:
-        """A new listener for the module, around whatever has been wrapped around this one.
+        """A new listener for the module, around whatever stands for its ``forward`` now.
 
-        This one stays inside that, and passes by for ever.
+        This one may be held inside that, and passes by for ever.
         """
-        wanted, post = self._wanted, self._post
-        next_one = Listener(self.name, self.module, wanted, self._collector, self._directory, post)
+        self.dead = True
+        self._wanted, wanted = frozenset(), self._wanted
+        given = (wanted, self._collector, self._hearing, self._directory, self._post)
+        next_one = Listener(self.name, self.module, *given)
         next_one._sites = self._sites
+        self._hearing = _DEAF
         return next_one
 
-    def begin_step(self, owner: int) -> None:
-        """Start counting calls from zero; only ``owner``'s thread is listened to."""
-        self._count = self.elsewhere = 0
-        self.owner = owner
-        self._open.clear()
+    def follow(self, found: Any) -> bool:
+        """Whether to stand in for ``found`` is the same as before but for other captures' listeners."""
+        base, mine = found, self.replaced
+        while is_stand_in(base):
+            if base is self:
+                return False
+            base = base.replaced
+        while is_stand_in(mine):
+            mine = mine.replaced
+        if self.dead or base is not mine:
+            return False
+        self.replaced = without_dead(found)
+        self.original = self.module.forward if self.replaced is None else self.replaced
+        return True
 
     @property
     def heard(self) -> bool:
         """Whether any call was captured."""
         return any(self._sites)
 
-    def install(self) -> None:
-        """Begin to listen."""
-        module = self.module
-        # TorchScript takes no hooks, and its own were compiled into its forward.
-        if _has_hooks(module) and not isinstance(module, torch.jit.ScriptModule):
-            self._handles = [
-                module.register_forward_pre_hook(self.before, with_kwargs=True),
-                module.register_forward_hook(self.after, with_kwargs=True, always_call=True),
-            ]
-            return
-        own = vars(module)
-        self._forward = module.forward
-        self._replaced = own.get("forward")
-        own["forward"] = self
-        self._installed = True
-
-    def remove(self) -> None:
-        """Leave the module as it was. What somebody has wrapped around us meanwhile stays, and passes by."""
-        for handle in self._handles:
-            handle.remove()
-        self._handles = []
-        own = vars(self.module)
-        self.wrapped_by_others = self._installed and own.get("forward") is not self
-        self._installed = False
-        if own.get("forward") is self:
-            before = self._replaced
-            while isinstance(before, Listener) and not before._installed:
-                before = before._replaced
-            if before is None:
-                del own["forward"]
-            else:
-                own["forward"] = before
-
     @property
-    def __wrapped__(self) -> Callable[..., Any]:
-        """What `inspect.signature` shows for the module's ``forward``."""
-        return self._forward
-
-    def __getattr__(self, name: str) -> Any:
-        """Nothing more than what is there; TorchScript, which asks for ``__globals__``, hears why."""
-        raise no_function(name)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Callable[..., Any]:
-        """A copy of the module is not captured."""
-        copy = memo.get(id(self.module))
-        return Uncaptured(copy if copy is not None else self.module)
-
-    def __reduce__(self) -> tuple[type[Uncaptured], tuple[nn.Module]]:
-        return (Uncaptured, (self.module,))
+    def called(self) -> bool:
+        """Whether there was any call, wanted or not."""
+        return bool(self._sites or self.elsewhere)
 
     def _new_call(self) -> Call | None:
         """The sides of a call later in the step than any before; None when it is not wanted."""
@@ -144,125 +139,85 @@ class Listener:
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's ``forward``."""
         if _is_compiling():
-            return self._forward(*args, **kwargs)
-        if _get_ident() != self.owner:
+            return self.original(*args, **kwargs)
+        hearing = self._hearing
+        if _get_ident() != hearing.owner:
             # Seldom, so that it costs nothing to look whether a step is in progress.
-            self.elsewhere += bool(self.owner)
-            return self._forward(*args, **kwargs)
-        call = self._count
-        self._count = call + 1
+            self.elsewhere += bool(hearing.owner)
+            return self.original(*args, **kwargs)
+        call = self.count
+        self.count = call + 1
         sides = self._sites[call] if call < len(self._sites) else self._new_call()
         if sides is None:
-            return self._forward(*args, **kwargs)
+            return self.original(*args, **kwargs)
         collector = self._collector
         collector.inputs(sides, args, kwargs)
         try:
-            output = self._forward(*args, **kwargs)
+            output = self.original(*args, **kwargs)
         except BaseException as error:
-            if self.owner:
-                collector.raised(sides, error)
-                if self._post:
-                    collector.post_fwd_inputs(sides, args, kwargs)
+            if hearing.owner:
+                self._raised(sides, error, args, kwargs)
             raise
         # The step may have ended inside the call.
-        if self.owner:
+        if hearing.owner and not (
+            (_global_hooks or self.own["_forward_hooks"]) and self._hear_behind_hooks(sides, args, kwargs)
+        ):
             collector.outputs(sides, output)
             if self._post:
                 collector.post_fwd_inputs(sides, args, kwargs)
         return output
 
-    def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook."""
-        if _is_compiling():
-            return
-        if _get_ident() != self.owner:
-            self.elsewhere += bool(self.owner)
-            return
-        call = self._count
-        self._count = call + 1
-        sides = self._sites[call] if call < len(self._sites) else self._new_call()
-        self._open.append(sides)
-        if sides is not None:
-            self._collector.inputs(sides, args, kwargs)
-
-    def after(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
-        """Forward hook; also called, with no output, when the module raised."""
-        if _is_compiling() or _get_ident() != self.owner or not self._open:
-            return
-        sides = self._open.pop()
-        if sides is None:
-            return
-        error = raised_by(module, output)
-        if error is not None:
-            self._collector.raised(sides, error)
-        else:
-            self._collector.outputs(sides, output)
+    def _raised(
+        self, sides: Call, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> None:
+        self._collector.raised(sides, error)
         if self._post:
             self._collector.post_fwd_inputs(sides, args, kwargs)
 
+    def _hear_behind_hooks(self, sides: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether hooks come now, which may change the result; if so it is captured behind the last one.
 
-class RootListener(Listener):
-    """The captured model's own, where a step begins inside the model's call and can add no hook to that.
+        Our hook is there only from the moment when ``forward`` has returned, so that no code of the model
+        sees it, and whatever was registered until then comes before it.
+        """
+        module = self.module
+        if isinstance(module, torch.jit.ScriptModule):
+            return False
+        if not hooks_follow(sys._getframe(2), module, Listener.__call__.__code__):
+            return False
+        heard = False
 
-    Its `before` and `after` are called by hooks that stay for the whole capture (`RootHooks`).
-    """
+        def after(module: nn.Module, inputs: Any, output: Any) -> None:
+            nonlocal heard
+            if heard:
+                return
+            heard = True
+            error = raised_through(sys._getframe(1))
+            if error is None:
+                # Not while PyTorch walks through the very dictionary, as it does after an error.
+                self.handles.remove(handle)
+                handle.remove()
+            if not self._hearing.owner:
+                return
+            if error is not None:
+                self._raised(sides, error, args, kwargs)
+                return
+            self._collector.outputs(sides, output)
+            if self._post:
+                self._collector.post_fwd_inputs(sides, args, kwargs)
 
-    def install(self) -> None:
-        """The hooks are there already."""
+        handle = module.register_forward_hook(after, always_call=True)
+        self.handles.append(handle)
+        return True
 
-    def remove(self) -> None:
-        """They stay."""
-
-
-class Uncaptured:
-    """What stands for a listener in a copy of a captured module: its class's own ``forward``."""
-
-    def __init__(self, module: nn.Module) -> None:
-        self._module = module
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The module's ``forward``."""
-        return type(self._module).forward(self._module, *args, **kwargs)
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or torch_module._global_forward_hooks
-        or torch_module._global_forward_pre_hooks
-    )
-
-
-def raised_by(module: nn.Module, output: Any) -> BaseException | None:
-    """The exception that ended a module's call early, seen from its forward hook; None if it returned.
-
-    A module may return None while a caller handles some older exception: only an exception whose
-    traceback passed through the module's own call was raised by it.
-    """
-    if output is not None:
-        return None
-    error = sys.exc_info()[1]
-    trace = error.__traceback__ if error is not None else None
-    while trace is not None:
-        if _is_call_of(trace.tb_frame, module):
-            return error
-        trace = trace.tb_next
-    return None
+    def take_away(self) -> bool:
+        """Leave the module as it was. False, and dead, where somebody else's lies in our place meanwhile."""
+        while self.handles:
+            self.handles.pop().remove()
+        return super().take_away()
 
 
-def open_calls(module: nn.Module) -> int:
-    """How many calls of ``module`` are on this thread's stack; seen from its hook, that call included."""
-    count = 0
-    frame: FrameType | None = sys._getframe(1)
-    while frame is not None:
-        count += _is_call_of(frame, module)
-        frame = frame.f_back
-    return count
-
-
-def _is_call_of(frame: FrameType, module: nn.Module) -> bool:
-    return frame.f_code is _CALL_CODE and frame.f_locals.get("self") is module
+_DEAF = Hearing()
 
 
 class Source(Protocol):
@@ -282,12 +237,70 @@ class Source(Protocol):
         ...
 
 
-class ListenerSet:
-    """All listeners of one attached model; there for a step, gone when the next one is not selected."""
+# Makes the listener of a module, None where it is not to be heard; given the names of all modules, too.
+Select = Callable[[Named, frozenset[str], Hearing], "Listener | None"]
+# Under which names a module goes, where these are not its own; None where it is to be left out.
+Rename = Callable[[Named], "Named | None"]
 
-    def __init__(self, listeners: Mapping[nn.Module, Listener]) -> None:
-        self._listeners = list(listeners.values())
+
+class ListenerSet:
+    """All listeners of one model, there while a selected step runs and gone after it.
+
+    Between steps anybody may change the model: modules and what stands for their ``forward`` are looked at
+    anew before each step.
+    """
+
+    def __init__(self, model: nn.Module, select: Select, rename: Rename | None = None) -> None:
+        self.model = model
+        self._select = select
+        self._rename = rename
+        self._hearing = Hearing()
+        self._room = StackRoom()
         self._installed = False
+        self._listeners: list[Listener] = []
+        self._heard: dict[str, bool] = {}
+        self._called: dict[str, bool] = {}
+        # The names of each module that was ever listened to, by its first one.
+        self.names: dict[str, tuple[str, ...]] = {}
+        # Modules whose forward others replaced while it was listened to.
+        self.replaced_within: dict[str, None] = {}
+        self._classes: set[type] = set()
+        self._tree = ModuleTree(model)
+        self._plan()
+
+    def _plan(self) -> None:
+        """Listeners for the modules that the model has now."""
+        self._note_heard()
+        classes = self._tree.classes
+        keep_out_of_copies(classes)
+        forget(self._classes)
+        self._classes = classes
+        modules = self.named(self._tree)
+        names = frozenset(each.name for each in modules)
+        made = [(each, self._select(each, names, self._hearing)) for each in modules]
+        self._listeners = [listener for _, listener in made if listener is not None]
+        for each, listener in made:
+            if listener is not None:
+                self.names[each.name] = each.names
+
+    def _note_heard(self) -> None:
+        for each in self._listeners:
+            self._heard[each.name] = self._heard.get(each.name, False) or each.heard
+            self._called[each.name] = self._called.get(each.name, False) or each.called
+
+    def __len__(self) -> int:
+        return len(self._listeners)
+
+    def named(self, tree: ModuleTree) -> list[Named]:
+        """The model's modules by the names under which they go here."""
+        if self._rename is None:
+            return tree.modules
+        return [named for named in map(self._rename, tree.modules) if named is not None]
+
+    @property
+    def tree(self) -> ModuleTree:
+        """The model's modules, as they were at the last look."""
+        return self._tree
 
     @property
     def elsewhere(self) -> dict[str, int]:
@@ -296,58 +309,65 @@ class ListenerSet:
 
     @property
     def heard(self) -> dict[str, bool]:
-        """Of each module, whether any call was captured."""
-        return {each.name: each.heard for each in self._listeners}
+        """Of each module ever listened to, whether any call was captured."""
+        self._note_heard()
+        return dict(self._heard)
+
+    @property
+    def called(self) -> dict[str, bool]:
+        """Of each module ever listened to, whether a captured step called it."""
+        self._note_heard()
+        return dict(self._called)
+
+    def look(self) -> bool:
+        """Whether the model has other modules than at the last look; then there are listeners for those."""
+        if self._tree.is_as_it_was():
+            return False
+        self._tree = ModuleTree(self.model)
+        self._plan()
+        return True
 
     def install(self) -> None:
-        """Listen, unless that is still so from the step before; restart the counters."""
-        if not self._installed:
-            self._installed = True
-            self._listeners = [
-                listener.successor() if listener.wrapped_by_others else listener
-                for listener in self._listeners
-            ]
-            for listener in self._listeners:
-                listener.install()
-        owner = _get_ident()
-        for listener in self._listeners:
-            listener.begin_step(owner)
+        """Look at the model, and listen."""
+        self.remove()
+        self.look()
+        self._installed = True
+        listeners = self._listeners
+        for index, each in enumerate(listeners):
+            own = each.own
+            found = own.get(FORWARD)
+            if (found is not each.replaced or each.dead) and not each.follow(found):
+                each = listeners[index] = each.successor()
+            own[FORWARD] = each
+            each.count = each.elsewhere = 0
+        self._room.take(self._tree.depth)
+        self._hearing.owner = _get_ident()
 
     def resume(self) -> None:
         """Go on listening in a step after a rest; calls are counted on."""
-        owner = _get_ident()
-        for listener in self._listeners:
-            listener.owner = owner
+        self._hearing.owner = _get_ident()
 
     def rest(self) -> None:
-        """Stay for the next step, but pass over calls outside a step."""
-        for listener in self._listeners:
-            listener.owner = _NOBODY
+        """Pass over calls until `resume`."""
+        self._hearing.owner = _NOBODY
 
     def remove(self) -> None:
         """Take every listener away."""
-        self.rest()
-        if self._installed:
-            self._installed = False
-            for listener in self._listeners:
-                listener.remove()
+        self._hearing.owner = _NOBODY
+        if not self._installed:
+            return
+        self._installed = False
+        self._room.give_back()
+        for each in self._listeners:
+            own = each.own
+            if each.replaced is None and own.get(FORWARD) is each and not each.handles:
+                # As nearly all are, and there may be a thousand.
+                del own[FORWARD]
+            elif not each.take_away():
+                self.replaced_within[each.name] = None
 
-
-def no_function(attribute: str) -> AttributeError:
-    """The error for whoever takes what we put into a module for a function, as TorchScript does."""
-    return AttributeError(
-        f"no {attribute!r} here: this module is being captured by tlcore; if it is to be compiled to"
-        " TorchScript, call torch.jit.script outside the capture"
-    )
-
-
-def refuse_compiled(model: nn.Module) -> None:
-    """Raise CaptureError where a module is wrapped by ``torch.compile``: hooks do not run there."""
-    for name, module in model.named_modules():
-        compiled = getattr(module, "_compiled_call_impl", None) is not None
-        if compiled or type(module).__name__ == "OptimizedModule":
-            where = f"module {name!r}" if name else "the model"
-            raise CaptureError(
-                f"{where} is compiled with torch.compile, and hooks do not run inside a compiled region; "
-                "capture the original module before it is compiled"
-            )
+    def close(self) -> None:
+        """Take every listener away, for good."""
+        self.remove()
+        forget(self._classes)
+        self._classes = set()

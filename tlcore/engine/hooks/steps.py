@@ -1,0 +1,291 @@
+"""What a step is: a call of the model, of any of its modules or of a method, or a bracket around any code."""
+
+from __future__ import annotations
+
+import difflib
+import inspect
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import CaptureError
+from ...hotpath.intercept import WHOLE_CALL, StandIn, without_dead
+from ..staging.accelerator import recording
+from .module_tree import ModuleTree
+from .stack_room import StackRoom
+
+log = logging.getLogger("tlcore")
+_MODE = torch._C._TorchDispatchModeKey
+_LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
+_is_compiling = torch.compiler.is_compiling
+_get_ident = threading.get_ident
+
+
+def why_not_real() -> str | None:
+    """Why a call now computes nothing real, such as one that is only traced; None for an ordinary call."""
+    if torch.compiler.is_compiling():
+        return "torch.compile or torch.export"
+    if torch._C._is_tracing():
+        return "torch.jit.trace"
+    if torch._C._functorch.peek_interpreter_stack() is not None:
+        return "a torch.func transform (vmap, grad, ...)"
+    modes = torch._C._get_dispatch_mode
+    if modes(_MODE.FAKE) is not None or modes(_MODE.PROXY) is not None:
+        return "tracing with fake tensors or proxies"
+    if recording():
+        return "a CUDA graph being captured"
+    return None
+
+
+def method_of(model: nn.Module, kind: str) -> str:
+    """The method's name in ``method:NAME``. Raises CaptureError where its calls cannot be steps."""
+    name = kind.partition(":")[2]
+    found = getattr(model, name, None)
+    if name in ("forward", "__call__"):
+        raise CaptureError(f'step="{kind}": a call of the model is what step="root" means; write that')
+    if not callable(found):
+        near = difflib.get_close_matches(name, [each for each in dir(type(model)) if each[0] != "_"], n=2)
+        hint = f"; did you mean {' or '.join(near)}?" if near else ""
+        raise CaptureError(f"{type(model).__name__} has no method {name!r}, which step={kind!r} names{hint}")
+    if any(kind_of(found) for kind_of in _LATER):
+        raise CaptureError(
+            f"{name!r} is a generator or coroutine: its code runs after the call that makes it; put"
+            " `with capture.step():` around that code instead"
+        )
+    return name
+
+
+class StepCalls:
+    """Calls ``begin`` before and ``end`` after whatever is a step of a model, on one thread at a time.
+
+    ``kind`` is the configuration's ``step``. ``begin`` tells whether the step is captured; ``end`` gets the
+    exception that ended the step, or None. What they raise is logged, not raised: the model's call goes on.
+    Calls in other threads meanwhile, and calls that compute nothing real, pass by. What lies inside a step
+    that is open belongs to it.
+    """
+
+    def __init__(
+        self,
+        begin: Callable[[], bool],
+        end: Callable[[BaseException | None], object],
+        kind: str = "root",
+    ) -> None:
+        self._begin = begin
+        self._end = end
+        self._kind = kind
+        self._owner = 0
+        self._captured = False
+        self._lock = threading.Lock()
+        self._said: set[str] = set()
+        self._steps: list[StandIn] = []
+        self._strays: list[_Stray] = []
+        self._watching = False
+        self._tree: ModuleTree | None = None
+        self._room = StackRoom()
+        self.calls = 0
+        # Outermost calls of modules outside any step, where somebody listens for them.
+        self.outside: Counter[str] = Counter()
+
+    def install(self, tree: ModuleTree) -> None:
+        """Begin to listen to a model."""
+        self._follow(tree)
+        self._watch()
+
+    def remove(self) -> None:
+        """Leave the model as it was."""
+        self._unwatch()
+        for each in reversed(self._steps):
+            each.take_away()
+            each.dead = True
+        self._steps = []
+
+    def follow(self, tree: ModuleTree) -> None:
+        """The model's modules have changed."""
+        if self._tree is not None and tree is not self._tree:
+            self._follow(tree)
+
+    def _follow(self, tree: ModuleTree) -> None:
+        self._unwatch()
+        self._tree = tree
+        root = tree.modules[0].module
+        if self._kind == "outermost":
+            has = {id(each.module) for each in self._steps}
+            left = {id(each.module) for each in tree.modules}
+            for each in self._steps:
+                if id(each.module) not in left:
+                    each.take_away()
+                    each.dead = True
+            self._steps = [each for each in self._steps if id(each.module) in left]
+            for named in tree.modules:
+                if id(named.module) not in has:
+                    self._put(named.module, WHOLE_CALL)
+            return
+        key = WHOLE_CALL if self._kind == "root" else method_of(root, self._kind)
+        if not self._steps:
+            self._put(root, key)
+        parts = {id(part) for part in root._modules.values()}
+        self._strays = [
+            _Stray(named.module, named.name, self)
+            for named in tree.modules
+            if (named.module._modules or id(named.module) in parts)
+            and not (named.module is root and self._kind == "root")
+        ]
+
+    def _put(self, module: nn.Module, key: str) -> None:
+        each = _StepCall(module, key, self)
+        each.put()
+        self._steps.append(each)
+
+    def _watch(self) -> None:
+        """Hear calls outside any step, until the next one."""
+        if not self._watching:
+            self._watching = True
+            for each in self._strays:
+                each.aim()
+                each.put()
+
+    def _unwatch(self) -> None:
+        if self._watching:
+            self._watching = False
+            # One that something else lies upon stays inside that for ever: another takes its place.
+            self._strays = [each if each.take_away() else each.successor() for each in self._strays]
+
+    def strays(self, name: str) -> bool:
+        """Whether a module's call that begins is outside any step, and counted; `strays_no_more` is its end.
+
+        The calls inside it are not listened to: they belong to it, and may be nested very deep.
+        """
+        if self._owner or not self._watching or why_not_real() is not None:
+            return False
+        self.outside[name] += 1
+        self._unwatch()
+        return True
+
+    def strays_no_more(self) -> None:
+        """The end of a call that `strays` has counted."""
+        if self._steps and not self._owner:
+            self._watch()
+
+    def enters(self) -> bool:
+        """Whether what comes now is a step that begins; `leaves` is its end then."""
+        thread = _get_ident()
+        if self._owner == thread:
+            return False
+        reason = why_not_real()
+        if reason is not None:
+            self._say_once(f"a call of the model within {reason} is not captured")
+            return False
+        with self._lock:
+            if self._owner:
+                self._say_once("the model runs in several threads at once; only one of them is captured")
+                return False
+            self._owner = thread
+        self.calls += 1
+        self._unwatch()
+        self._captured = False
+        if self._kind == "outermost" and self._tree is not None:
+            self._room.take(self._tree.depth)
+        self._guarded(self._begin_it)
+        return True
+
+    def _begin_it(self) -> None:
+        self._captured = self._begin()
+
+    def leaves(self, error: BaseException | None) -> None:
+        """The end of a step that `enters` began."""
+        self._guarded(lambda: self._end(error))
+        # Only after a captured step: one that is not captured must cost nothing.
+        if self._captured and self._steps:
+            self._watch()
+        self._room.give_back()
+        self._owner = 0
+
+    def _guarded(self, call: Callable[[], object]) -> None:
+        try:
+            call()
+        except Exception as error:
+            self._say_once(f"a step could not be captured: {type(error).__name__}: {error}")
+
+    def _say_once(self, text: str) -> None:
+        if text not in self._said:
+            self._said.add(text)
+            log.warning("%s", text)
+
+
+class Step:
+    """What `capture.step` returns: a ``with`` block that is one step, or part of the one that is open."""
+
+    def __init__(self, calls: StepCalls | None) -> None:
+        self._calls = calls
+        self._mine = False
+
+    def __enter__(self) -> Step:
+        self._mine = self._calls is not None and self._calls.enters()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._mine and self._calls is not None:
+            self._mine = False
+            self._calls.leaves(error)
+
+
+class _StepCall(StandIn):
+    """Stands in for a call that is a step, with all hooks of others inside."""
+
+    __slots__ = ("_calls",)
+
+    def __init__(self, module: nn.Module, key: str, calls: StepCalls) -> None:
+        super().__init__(module, key, without_dead(vars(module).get(key)))
+        self._calls = calls
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        # Asked first, and alone: torch.compile traces this and must not meet anything else.
+        if _is_compiling():
+            return self.original(*args, **kwargs)
+        if self.dead or not self._calls.enters():
+            return self.original(*args, **kwargs)
+        try:
+            result = self.original(*args, **kwargs)
+        except BaseException as error:
+            self._calls.leaves(error)
+            raise
+        self._calls.leaves(None)
+        return result
+
+
+class _Stray(StandIn):
+    """Stands in for a module's call between steps, to tell that it is in none."""
+
+    __slots__ = ("_calls", "_name")
+
+    def __init__(self, module: nn.Module, name: str, calls: StepCalls) -> None:
+        super().__init__(module, WHOLE_CALL, None)
+        self._name = name
+        self._calls = calls
+
+    def successor(self) -> _Stray:
+        """Another one for the module."""
+        return _Stray(self.module, self._name, self._calls)
+
+    def aim(self) -> None:
+        """Stand in for what is there now."""
+        found = without_dead(self.own.get(WHOLE_CALL))
+        if found is not self.replaced:
+            self.replaced = found
+            self.original = self.module._call_impl if found is None else found
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling() or self.dead or not self._calls.strays(self._name):
+            return self.original(*args, **kwargs)
+        try:
+            return self.original(*args, **kwargs)
+        finally:
+            self._calls.strays_no_more()

@@ -1,0 +1,165 @@
+"""What a capture says at its end of that which it did not hear, and why."""
+
+from __future__ import annotations
+
+import difflib
+import functools
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from .hooks.compiled_parts import compiled_parts, is_compiled, shown
+from .hooks.listening import ListenerSet
+from .hooks.module_tree import Named
+
+_SHOWN = 4
+_FAST_PATH = (
+    "PyTorch's fast path of nn.TransformerEncoderLayer computes without calling them (a forward hook on any"
+    " of them, or torch.backends.mha.set_fastpath_enabled(False), keeps it from that)"
+)
+_ATTENTION = "nn.MultiheadAttention uses its weights and does not call it"
+_SCRIPT = "TorchScript calls them without Python"
+_REPLACED = "they were replaced or taken out of the model"
+_UNKNOWN = "the model's own code passed them by"
+
+
+def unmatched(pattern: str, names: Iterable[str]) -> str:
+    """That no module has a name which ``pattern`` finds, with the nearest ones."""
+    few = list(names)[:10_000]
+    bare = re.sub(r"\\(.)|[\^$*+?(){}|\[\]]", r"\1", pattern).partition(":")[0]
+    parts = {each.rpartition(".")[2]: each for each in reversed(few) if each}
+    near = difflib.get_close_matches(bare, few, n=2, cutoff=0.6)
+    near += [parts[each] for each in difflib.get_close_matches(bare, parts, n=2, cutoff=0.6)]
+    hint = " or ".join(repr(each) for each in dict.fromkeys(near[:3]))
+    said = f"module_call_match {pattern!r}: no module has a name that it finds"
+    return said + (f"; did you mean {hint}?" if hint else "")
+
+
+def unheard(hooks: ListenerSet, silent: Sequence[str], modules: Sequence[Named], selects: Any) -> list[str]:
+    """What to say of selected modules that no captured step called, and of patterns that found only such.
+
+    ``modules`` are those of the model now; ``silent`` are patterns with modules of which nothing was heard.
+    ``selects`` says of a module's names whether it is selected.
+    """
+    said = [
+        f"module_call_match {text!r}: no call that it selects was made within a captured step, so nothing of"
+        " it is in the run"
+        for text in silent
+    ]
+    never = [name for name, called in hooks.called.items() if not called and name]
+    reasons = _Reasons(modules)
+    grouped: dict[str, list[str]] = {}
+    for name in never:
+        reason = reasons.of(name)
+        if reason is not None:
+            grouped.setdefault(reason, []).append(name)
+    for reason, names in grouped.items():
+        if reason == _UNKNOWN and silent:
+            # Said by the pattern, unless another pattern finds them, too.
+            names = [name for name in names if not any(_finds(text, hooks.names[name]) for text in silent)]
+        if names:
+            said.append(f"selected, but never called: {some(names)}: {reason}")
+    late = [
+        each.name
+        for each in modules
+        if each.name and each.name not in hooks.names and selects(each.names) and has_forward(each.module)
+    ]
+    if late:
+        said.append(f"{some(late)} came into the model after the last captured step had begun: not heard")
+    return said
+
+
+def _finds(pattern: str, names: Sequence[str]) -> bool:
+    return any(re.search(pattern, name) for name in names)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first few names, and how many there are."""
+    top = [each for each in names if each.rpartition(".")[0] not in names]
+    more = len(names) - len(top[:_SHOWN])
+    return ", ".join(top[:_SHOWN]) + (f" and {more} more" if more else "")
+
+
+def has_forward(module: nn.Module) -> bool:
+    """Whether a module can be called at all; containers such as `nn.ModuleList` cannot."""
+    return getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in vars(module)
+
+
+class _Reasons:
+    """Why modules were not called, found in the model as it is at the end."""
+
+    def __init__(self, modules: Sequence[Named]) -> None:
+        self._modules = {each.name: each.module for each in modules}
+        self._compiled = compiled_parts(modules)
+        self._methods = _compiled_methods(modules)
+        self._kept = _kept_forwards(modules)
+
+    def of(self, name: str) -> str | None:
+        """Why; None for a module that nobody calls."""
+        module = self._modules.get(name)
+        if module is None:
+            return _REPLACED
+        if not has_forward(module):
+            return None
+        above = [name]
+        while above[-1]:
+            above.append(above[-1].rpartition(".")[0])
+        for each in above:
+            if each in self._compiled:
+                return f"{shown(each)} is {self._compiled[each]}, where they run without Python"
+            if each in self._methods:
+                return f"{self._methods[each]!r} of {shown(each)} is compiled with torch.compile"
+        if id(module) in self._kept:
+            return f"{self._kept[id(module)]} keeps its forward from before the capture, and calls that"
+        parents = [self._modules.get(each) for each in above[1:]]
+        if any(isinstance(each, torch.jit.ScriptModule) for each in parents):
+            return _SCRIPT
+        if isinstance(parents[0], nn.MultiheadAttention):
+            return _ATTENTION
+        if any(isinstance(each, nn.TransformerEncoderLayer) and not each.training for each in parents):
+            return _FAST_PATH
+        return _UNKNOWN
+
+
+def _compiled_methods(modules: Iterable[Named]) -> dict[str, str]:
+    found: dict[str, str] = {}
+    for each in modules:
+        for key, value in vars(each.module).items():
+            if callable(value) and key != "forward" and is_compiled(value):
+                found[each.name] = key
+    return found
+
+
+def _kept_forwards(modules: Iterable[Named]) -> dict[int, str]:
+    """Of modules whose bound ``forward`` lies in an attribute of some module: where."""
+    found: dict[int, str] = {}
+    for each in modules:
+        for key, value in vars(each.module).items():
+            while isinstance(value, functools.partial):
+                value = value.func
+            if (
+                isinstance(value, MethodType)
+                and value.__name__ == "forward"
+                and value.__self__ is not each.module
+            ):
+                found[id(value.__self__)] = f"{key!r} of {shown(each.name)}"
+    return found
+
+
+def outside(calls: Mapping[str, int], kind: str) -> str | None:
+    """What to say of calls outside any step; None where there were none."""
+    if not calls:
+        return None
+    counted = Counter(calls)
+    advice = "put `with capture.step():` around the code that makes them"
+    if kind != "outermost":
+        advice += ', or configure step="outermost"'
+    names = [shown(name) for name in counted]
+    listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    number = sum(counted.values())
+    return f"{number} calls outside any step are not captured, of {listed}; to have them, {advice}"
