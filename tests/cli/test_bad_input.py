@@ -28,6 +28,11 @@ CASES = {
     "compare A B --modules nothing": "no tensor to compare in the modules asked for",
     "stats A --modules nothing": "no tensor to look at in the modules asked for; its whole steps are 0, 1",
     "stats A --steps 7": "no tensor to look at; its whole steps are 0, 1",
+    "show A step_0": "'step_0' is a whole step; `tlcore ls ",
+    "show A step_0/step.json": "not the structure of a call, such as .../inputs.json",
+    "show DUMPS step_0": "none itself; give one of them; the newest is NEWEST before it:",
+    "ls A/step_0": "/step_0: lies in the run dumps/",
+    "prune A --older-than 0s": "is a run itself, and prune removes runs; give the output_dir that it lies in",
 }
 
 

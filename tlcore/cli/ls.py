@@ -36,7 +36,11 @@ def run(args: argparse.Namespace) -> int:
     pattern = _pattern(args.module)
     options = storage_options(args)
     if args.step is None and pattern is None and not is_run(args.path, options):
-        _list_runs(list_runs(args.path, options), args.json)
+        runs = list_runs(args.path, options)
+        parent, _, _ = args.path.rstrip("/").rpartition("/")
+        if not runs and parent and is_run(parent, options):
+            raise ReadError(f"{args.path}: lies in the run {parent}; list that, with --step or --module")
+        _list_runs(runs, args.json)
         return 0
     opened = open_run(args.path, options)
     if args.step is None and pattern is None:
@@ -94,6 +98,13 @@ def _list_tensors(opened: Run, number: int | None, pattern: re.Pattern[str] | No
     # Of a run that is not closed, the ledger is that of all its steps: too many to be read for one.
     print(_headline(opened, losses_of(opened) if opened.state == "complete" else None))
     rows = [row for step in steps for row in _rows(step, pattern)]
+    if not rows:
+        print(
+            "no call"
+            if pattern is None
+            else f"no call of a module in whose name {pattern.pattern!r} is found"
+        )
+        return
     columns = ["step", "call", "tensor", "dtype", "shape", "device", "bytes", "note"]
     if opened.world_size > 1:
         columns.insert(0, "rank")

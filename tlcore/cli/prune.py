@@ -9,8 +9,9 @@ from typing import Any
 
 from tlcore_backends.storage.leftovers import leftovers
 
-from ..errors import BackendError, ConfigError
+from ..errors import BackendError, ConfigError, ReadError
 from ..layout.names import redact_url
+from ..reader import is_run
 from ..runs.prune import plan, remove
 from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable, size
@@ -56,6 +57,9 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _prune_runs(args: argparse.Namespace, options: Any) -> int:
+    if is_run(args.path, options):
+        advice = "give the output_dir that it lies in"
+        raise ReadError(f"{redact_url(args.path)}: is a run itself, and prune removes runs; {advice}")
     chosen = plan(
         args.path,
         options,

@@ -37,6 +37,9 @@ def run(args: argparse.Namespace) -> int:
     """Print the tensor or the call. Raises ReadError when there is no such thing in the run."""
     opened = open_run(args.path, storage_options(args))
     step, rest = _step_and_rest(opened, args.name.rstrip("/"))
+    if not rest:
+        advice = f"`tlcore ls {opened.url} --step {step.number}` lists its calls and tensors"
+        raise ReadError(f"{args.name!r} is a whole step; {advice}")
     name = f"step_{step.number}/{rest}"
     if rest in step.calls:
         _show_call(step.call(rest), step, args.json)
@@ -50,7 +53,7 @@ def run(args: argparse.Namespace) -> int:
 def _structure(opened: Run, name: str) -> Json:
     found = opened.json(name)
     if not isinstance(found, dict) or "type" not in found:
-        raise ReadError(f"{opened.url}/{name}: not a tensor structure")
+        raise ReadError(f"{opened.url}/{name}: not the structure of a call, such as .../inputs.json")
     return found
 
 

@@ -146,10 +146,11 @@ def _not_one_run(path: str | os.PathLike[str], storage_options: Options) -> Read
     where = redact_url(os.fspath(path))
     if not runs:
         return ReadError(f"{where}: not a run (it has no {RUN_FILE}), and no run lies directly in it")
-    shown = "\n".join(f"  {run.path}  {run.state}  {run.created}" for run in reversed(runs[-20:]))
+    shown = "".join(f"\n  {run.path} ({run.state}, {run.created})" for run in reversed(runs[-20:-1]))
     more = f"\n  ... and {len(runs) - 20} older ones" if len(runs) > 20 else ""
-    held = f"{where}: holds runs ({len(runs)}) and is none itself"
-    return ReadError(f"{held}; the newest is {runs[-1].path}\n{shown}{more}")
+    held = f"{where}: holds runs ({len(runs)}) and is none itself; give one of them"
+    others = f"\nbefore it:{shown}{more}" if shown else ""
+    return ReadError(f"{held}; the newest is {runs[-1].path}{others}")
 
 
 class Run(Mapping[int, Step]):
