@@ -11,6 +11,7 @@ from typing import Any, Literal, get_args
 from ..layout.names import PathKey, shown_module
 from ..reader import Run, Step
 from ..record import Direction, Json
+from .culprit import Culprit, Look, culprit
 from .frames import data_frame
 from .measure import Measures
 from .origin import Birth, Entered, Seen, birth, entered_in
@@ -119,6 +120,21 @@ class Origin:
     left_out: Sequence[TensorResult] = ()
 
 
+def _look(result: TensorResult, side: int) -> Look:
+    """What one run's tensor holds, where it was measured: what is equal bit by bit is not."""
+    known = result.status not in ("missing", "unreadable")
+    measures = result.measures
+    return Look(
+        step=result.step,
+        call=(result.step, result.rank, result.request, result.first_position, result.module, result.call),
+        module=result.module,
+        number=result.call,
+        direction=result.direction,
+        nans=(measures.nans[side] if measures is not None else 0) if known else None,
+        infs=(measures.infs[side] if measures is not None else 0) if known else None,
+    )
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """The result of `tlcore.compare`: every tensor in order of execution, then what only one run has.
@@ -146,6 +162,19 @@ class Comparison:
     def first_difference(self) -> Divergence | None:
         """The first tensor in order of execution that differs in any bit or in dtype."""
         return self._first({"close", "different"})
+
+    @property
+    def culprits(self) -> list[tuple[Literal["A", "B"], Culprit]]:
+        """The call that NaN or infinities come from, of each run that holds some where the other differs.
+
+        What is the same in both runs, such as a mask, counts as finite.
+        """
+        found: list[tuple[Literal["A", "B"], Culprit]] = []
+        for side, label in enumerate(get_args(Literal["A", "B"])):
+            of_side = culprit(_look(each, side) for each in self.results)
+            if of_side is not None:
+                found.append((label, of_side))
+        return found
 
     @property
     def counts(self) -> dict[Status, int]:
@@ -204,6 +233,7 @@ class Comparison:
             "equal": self.equal,
             "first_divergence": first.to_json() if first else None,
             "first_difference": difference.to_json() if difference else None,
+            "culprits": {label: found.to_json() for label, found in self.culprits},
             "counts": self.counts,
             "notes": list(self.notes),
             "results": [result.to_json() for result in self.results],

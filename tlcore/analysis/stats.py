@@ -16,6 +16,7 @@ from ..layout.names import PathKey, is_url, shown_module
 from ..reader import Run, Step, open_run
 from ..record import Direction, Json
 from ..statistics.stored import Statistics, summarize_pieces
+from .culprit import Culprit, Look, culprit, may_be_mask
 from .frames import data_frame
 from .matching.keyed import keyed
 from .matching.rules import Rules, compiled_patterns
@@ -98,13 +99,64 @@ class Survey:
     origin: Run | None = field(default=None, repr=False, compare=False)
 
     @property
+    def culprit(self) -> Culprit | None:
+        """The first call whose inputs are finite and whose result holds a NaN or an infinity.
+
+        An argument that is a mask, with -inf where nothing is to be seen, counts as finite.
+        """
+        return culprit(
+            Look(
+                step=each.step,
+                call=(each.step, each.rank, each.module, each.call),
+                module=each.module,
+                number=each.call,
+                direction=each.direction,
+                nans=None if each.values is None else each.values.nans,
+                infs=None if each.values is None else each.values.infs,
+                harmless=self._is_mask(each),
+            )
+            for each in self.tensors
+        )
+
+    def _is_mask(self, tensor: TensorStatistics) -> bool:
+        """Whether an argument holds -inf on purpose: no call returned it, and nothing else in it is odd."""
+        if tensor.direction == "outputs" or tensor.values is None:
+            return False
+        if not may_be_mask(tensor.path, tensor.values):
+            return False
+        content = self._content(tensor)
+        returned = (each for each in self.tensors if each.direction == "outputs" and each.step == tensor.step)
+        spoiled = (each for each in returned if each.values is not None and each.values.nonfinite)
+        if content is not None and any(self._content(each) == content for each in spoiled):
+            return False
+        return not self._holds_plus_infinity(tensor)
+
+    def _content(self, tensor: TensorStatistics) -> str | None:
+        if self.origin is None:
+            return None
+        step = self.origin.step(tensor.step)
+        if step.has_record(tensor.name):
+            return str(step.record(tensor.name).get("hash"))
+        return None if tensor.values is None else tensor.values.hash
+
+    def _holds_plus_infinity(self, tensor: TensorStatistics) -> bool:
+        step = None if self.origin is None else self.origin.step(tensor.step)
+        if step is None or not step.has_record(tensor.name):
+            # Statistics do not tell the sign.
+            return False
+        try:
+            return bool(step.tensor(tensor.name).isposinf().any())
+        except (ReadError, RuntimeError):
+            return True
+
+    @property
     def first_nan(self) -> Sighting | None:
         """The first tensor, in order of execution, that holds a NaN."""
         return self._first("NaN", lambda values: values.nans)
 
     @property
     def first_inf(self) -> Sighting | None:
-        """The first tensor, in order of execution, that holds an infinity."""
+        """The first tensor, in order of execution, that holds an infinity and is no mask."""
         return self._first("Inf", lambda values: values.infs)
 
     @property
@@ -114,7 +166,7 @@ class Survey:
 
     def verdict(self) -> list[str]:
         """The lines that stand above the table."""
-        found = [str(sighting) for sighting in (self.first_nan, self.first_inf) if sighting]
+        found = [str(each) for each in (self.culprit, self.first_nan, self.first_inf) if each]
         bad = len(self.unreadable)
         lines = found or ["no NaN and no Inf" + (" in what could be read" if bad else "")]
         if bad:
@@ -126,6 +178,7 @@ class Survey:
         nan, inf = self.first_nan, self.first_inf
         return {
             "run": self.run,
+            "culprit": None if (found := self.culprit) is None else found.to_json(),
             "first_nan": nan.to_json() if nan else None,
             "first_inf": inf.to_json() if inf else None,
             "notes": list(self.notes),
@@ -144,7 +197,7 @@ class Survey:
 
     def _first(self, what: str, count: Callable[[Statistics], int]) -> Sighting | None:
         for place, tensor in enumerate(self.tensors):
-            if tensor.values is not None and count(tensor.values):
+            if tensor.values is not None and count(tensor.values) and not self._is_mask(tensor):
                 found = self._birth(place, count)
                 number = count(tensor.values)
                 return Sighting(what, tensor, number, found.born, found.within, found.within_call)

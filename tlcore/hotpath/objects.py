@@ -169,7 +169,7 @@ def class_name(value: object) -> str:
 def items_of(value: Any) -> list[Any]:
     """The items of a `SEQUENCE` or `SET`, in its own order."""
     for base in _RAW:
-        if isinstance(value, base) and issubclass(type(value), base):
+        if issubclass(type(value), base):
             return list(base.__iter__(value))
     return list(value)
 
@@ -204,7 +204,7 @@ def fields_of(value: Any, kind: Kind) -> dict[str, Any]:
 
 def attributes_of(value: Any, kind: Kind) -> dict[str, Any]:
     """What an `OBJECT` or `CACHE` holds; of a function, what its closure holds."""
-    if isinstance(value, types.FunctionType) and issubclass(type(value), types.FunctionType):
+    if issubclass(type(value), types.FunctionType):
         found: dict[str, Any] = {}
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
             try:
@@ -364,7 +364,7 @@ def _content(value: Any, depth: int = 8) -> tuple[Any, ...]:
         items = value if issubclass(type(value), tuple) else in_order(value)
         return (cls, [_content(each, depth - 1) for each in items] if depth else [])
     if issubclass(type(value), (*_SCALARS, bytes)):
-        return (cls, _number(value) if isinstance(value, float) else value)
+        return (cls, _number(value) if issubclass(type(value), float) else value)
     if issubclass(type(value), enum.Enum):
         return (cls, value.name)
     kind = kind_of(type(value))

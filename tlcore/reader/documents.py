@@ -185,7 +185,10 @@ def _sound_node(node: Json) -> bool:
         return _is_float(node.get("value"))
     if kind in _SCALARS:
         return type(node.get("value")) in _SCALARS[kind]
-    return kind == "none" or (kind == "object" and isinstance(node.get("class"), str))
+    if kind == "object":
+        texts = (node.get("class"), node.get("skipped", ""))
+        return all(isinstance(text, str) for text in texts) and isinstance(node.get("items", {}), dict)
+    return kind == "none"
 
 
 _TENSOR_TEXTS = ("dtype", "device")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import namedtuple
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ReadError
@@ -29,9 +29,24 @@ class Skipped:
 
 @dataclass(frozen=True, slots=True)
 class OpaqueObject:
-    """Stands where an object was that capture does not look into; ``class_name`` is its class."""
+    """Stands where an object was; ``class_name`` is its class, ``items`` what was stored of it, by name.
+
+    These are its attributes, too: ``output.latent_dist.mean``. Without items it holds no tensor, or it was
+    ``skipped`` for a reason.
+    """
 
     class_name: str
+    items: Mapping[str, Any] = field(default_factory=dict)
+    skipped: str | None = None
+
+    def __getattr__(self, name: str) -> Any:
+        items: Mapping[str, Any] = object.__getattribute__(self, "items")
+        if name in items:
+            return items[name]
+        raise AttributeError(f"{self.class_name}: nothing of the name {name!r} was stored")
+
+    def __getitem__(self, name: str) -> Any:
+        return self.items[name]
 
 
 class Arguments(NamedTuple):
@@ -75,7 +90,8 @@ def _rebuild(node: Mapping[str, Any], load: Load) -> Any:
         # Infinities and NaN are written as text, which JSON numbers cannot express.
         return float(node["value"]) if kind == "float" else node["value"]
     if kind == "object":
-        return OpaqueObject(str(node["class"]))
+        parts = {key: _rebuild(item, load) for key, item in node.get("items", {}).items()}
+        return OpaqueObject(str(node["class"]), parts, node.get("skipped"))
     raise ReadError(f"not a tensor structure: unknown type {kind!r}")
 
 

@@ -43,12 +43,15 @@ class HostStatistics:
             found = digest(self._sums(data.numpy()), dtype, shape)
         return combine(pieces, flat.numel(), found)
 
-    def has_nonfinite(self, data: torch.Tensor, dtype: torch.dtype) -> bool:
-        """Whether a tensor, given as its bytes, holds a NaN or an infinity."""
+    def has_nonfinite(
+        self, data: torch.Tensor, dtype: torch.dtype, besides_minus_infinity: bool = False
+    ) -> bool:
+        """Whether a tensor, given as its bytes, holds a NaN or an infinity, perhaps other than -inf."""
         if not (dtype.is_floating_point or dtype.is_complex) or not data.numel():
             return False
         return any(
-            not (math.isfinite(values.min()) and math.isfinite(values.max()))
+            not (math.isfinite(low := float(values.min())) or (besides_minus_infinity and low == -math.inf))
+            or values.max() == math.inf
             for values in self._pieces(data.view(dtype))
         )
 

@@ -146,13 +146,22 @@ class Inspector:
             return _NOTHING
         try:
             if not self.what.statistics:
-                return _Finding(nonfinite=self._host.has_nonfinite(_bytes(part, at), spec.dtype))
+                return _Finding(nonfinite=self._is_odd(part, at))
             found = self._statistics(part, at)
         except Exception as error:
             log.debug("a tensor could not be looked at", exc_info=True)
             # What cannot be judged is stored.
             return _Finding(nonfinite=True, error=f"statistics raised {type(error).__name__}")
-        return _Finding(found, found.nonfinite > 0)
+        return _Finding(
+            found, found.nonfinite > 0 and (not self.what.only_nonfinite or self._is_odd(part, at))
+        )
+
+    def _is_odd(self, part: Part, at: int) -> bool:
+        """Whether a tensor is a reason to store its call: a mask's -inf among the arguments is none."""
+        dtype = part.specs[at].dtype
+        if part.side.direction == "outputs":
+            return self._host.has_nonfinite(_bytes(part, at), dtype)
+        return self._host.has_nonfinite(_bytes(part, at), dtype, besides_minus_infinity=True)
 
     def _statistics(self, part: Part, at: int) -> Statistics:
         spec = part.specs[at]
