@@ -147,7 +147,7 @@ def run_mix(seed: int, plant: Plant | None = None, **keys: Any) -> tuple[list[As
     chance = random.Random(seed)
     speculates = chance.random() < 0.6
     runner, sink = Runner(speculates), MemorySink()
-    config = load_config({"log_step_ids": [], "output_dir": "unused", **keys})
+    config = load_config({"log_step_ids": [], "output_dir": "memory://unused", **keys})
     session = Session(config, new_run(config), sink, inline=True)
     session.attach(runner.model)
     wrapper = StepWrapper(session, runner)

@@ -113,7 +113,7 @@ def test_of_drafts_all_that_may_be_the_last_are_kept() -> None:
 
 def _session(sink: MemorySink) -> tuple[Session, nn.Module]:
     config = load_config(
-        {"log_step_ids": [], "output_dir": "unused", "request_ids": "a", "module_call_match": "."}
+        {"log_step_ids": [], "output_dir": "memory://unused", "request_ids": "a", "module_call_match": "."}
     )
     session = Session(config, new_run(config), sink, inline=True)
     model = nn.Sequential(nn.Linear(2, 2))
@@ -179,7 +179,7 @@ def test_patterns_of_requests_are_checked() -> None:
 
 def test_a_draft_models_calls_of_shared_modules_go_by_names_of_their_own() -> None:
     sink = MemorySink()
-    config = load_config({"log_step_ids": [], "output_dir": "unused"})
+    config = load_config({"log_step_ids": [], "output_dir": "memory://unused"})
     session = Session(config, new_run(config), sink, inline=True)
     shared = nn.Identity()
     target, draft = nn.Sequential(shared, nn.Linear(2, 2)), nn.Sequential(nn.Linear(2, 2), shared)

@@ -81,7 +81,7 @@ def _step(session: Session, model: Model, x: torch.Tensor) -> torch.Tensor:
 
 
 def _session(sink: MemorySink, **keys: Any) -> Session:
-    config = load_config({"log_step_ids": [], "output_dir": "unused", **keys})
+    config = load_config({"log_step_ids": [], "output_dir": "memory://unused", **keys})
     return Session(config, new_run(config), sink, inline=True)
 
 

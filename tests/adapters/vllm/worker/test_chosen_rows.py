@@ -19,7 +19,7 @@ from tlcore.engine.session import Session
 
 def _step(runner: Runner, sink: MemorySink, **keys: Any) -> None:
     """One step of b (1 token at position 4) and a (3 tokens from position 0), in this order."""
-    config = load_config({"log_step_ids": [], "output_dir": "unused", **keys})
+    config = load_config({"log_step_ids": [], "output_dir": "memory://unused", **keys})
     session = Session(config, new_run(config), sink, inline=True)
     session.attach(runner.model)
     StepWrapper(session, runner)

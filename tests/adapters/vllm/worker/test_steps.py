@@ -60,7 +60,7 @@ class Runner:
 
 
 def _bracketed(runner: Runner, sink: MemorySink) -> tuple[Session, StepWrapper]:
-    config = load_config({"log_step_ids": [], "output_dir": "unused"})
+    config = load_config({"log_step_ids": [], "output_dir": "memory://unused"})
     session = Session(config, new_run(config), sink, inline=True)
     session.attach(runner.model)
     return session, StepWrapper(session, runner)

@@ -1,0 +1,120 @@
+"""Who a request is, and whose the images are that an encoder works on."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tlcore.adapters.vllm.worker.identity import identity, patch_requests
+from tlcore.adapters.vllm.worker.items import item_sets
+from tlcore.layout.rows import row_set_of
+
+
+def _request(**keys: Any) -> Any:
+    given = {"prompt_token_ids": [5, 6], "prompt_embeds": None, "lora_request": None, "mm_features": []}
+    return SimpleNamespace(**{**given, **keys})
+
+
+def _image(name: str, offset: int = 1) -> Any:
+    where = SimpleNamespace(offset=offset, length=4, is_embed=None)
+    return SimpleNamespace(mm_hash=name, identifier=f"lora:{name}", mm_position=where)
+
+
+OTHERS = [
+    {"prompt_token_ids": [6, 5]},
+    {"lora_request": SimpleNamespace(lora_name="one")},
+    {"lora_request": SimpleNamespace(lora_name="two")},
+    {"mm_features": [_image("x")]},
+    {"mm_features": [_image("y")]},
+    {"mm_features": [_image("x", 2)]},
+    {"mm_features": [_image("x"), _image("y", 9)]},
+    {"cache_salt": "a"},
+    {"cache_salt": "b"},
+    {"prompt_token_ids": None, "prompt_embeds": torch.ones(2, 3)},
+    {"prompt_token_ids": None, "prompt_embeds": torch.ones(2, 3, dtype=torch.bfloat16)},
+    {"prompt_token_ids": None, "prompt_embeds": torch.ones(3, 2)},
+    {"prompt_token_ids": None, "prompt_embeds": torch.zeros(2, 3)},
+]
+
+
+def test_all_that_a_prompts_states_depend_on_is_in_its_hash() -> None:
+    hashes = [identity(_request(**keys))["prompt_hash"] for keys in ({}, *OTHERS)]
+    assert len(set(hashes)) == len(hashes)
+    assert hashes == [identity(_request(**keys))["prompt_hash"] for keys in ({}, *OTHERS)]
+
+
+def test_the_adapters_name_is_told_and_what_cannot_be_hashed_has_no_hash() -> None:
+    assert identity(_request(lora_request=SimpleNamespace(lora_name="one")))["adapter"] == "one"
+    assert "adapter" not in identity(_request())
+    assert identity(_request(prompt_token_ids=None)) == {}
+    assert identity(SimpleNamespace(prompt_token_ids="unknown")) == {}
+
+
+def test_the_salt_comes_from_the_scheduler() -> None:
+    class NewRequestData:
+        @classmethod
+        def from_request(cls, request: Any, block_ids: Any) -> Any:
+            return cls()
+
+    module: Any = SimpleNamespace(NewRequestData=NewRequestData)
+    patch_requests(module)
+    patch_requests(module)
+    assert NewRequestData.from_request(SimpleNamespace(cache_salt="a"), ()).cache_salt == "a"
+    assert not hasattr(NewRequestData.from_request(SimpleNamespace(cache_salt=None), ()), "cache_salt")
+
+
+class _Flat:
+    """As vLLM calls what is joined along the first dimension."""
+
+
+class MultiModalFlatField(_Flat):
+    """Its name tells."""
+
+
+def _runner(*items: tuple[str, Any, int]) -> Any:
+    """A runner with these items: request, where its tokens stand, how many patches it has."""
+    requests: dict[str, Any] = {}
+    for request, where, patches in items:
+        element = SimpleNamespace(data=torch.ones(patches, 2), field=MultiModalFlatField())
+        feature = SimpleNamespace(mm_position=where, data={"pixel_values": element})
+        requests.setdefault(request, SimpleNamespace(mm_features=[])).mm_features.append(feature)
+    return SimpleNamespace(requests=requests)
+
+
+def _where(offset: int, length: int, mask: list[bool] | None = None) -> Any:
+    return SimpleNamespace(
+        offset=offset, length=length, is_embed=None if mask is None else torch.tensor(mask)
+    )
+
+
+def test_images_belong_to_their_requests_in_whatever_order_and_number() -> None:
+    first, second, third = _where(1, 4), _where(2, 6, [True, True, False, True, True, True]), _where(9, 4)
+    runner = _runner(("b", first, 16), ("c", second, 20), ("c", third, 16))
+    refs = [("c", second), ("b", first), ("c", third)]
+    sets = item_sets(runner, refs, lambda request: {"external_request_id": request.upper()})
+
+    def owners(*shape: int) -> list[tuple[Any, ...]] | None:
+        found = row_set_of(shape, False, sets)
+        return (
+            None
+            if found is None
+            else [(span.row["request_id"], span.begin, span.length, span.first) for span in found.spans]
+        )
+
+    assert owners(3, 3, 28, 28) == [("c", 0, 1, 2), ("b", 1, 1, 1), ("c", 2, 1, 9)]
+    assert owners(13, 8) == [("c", 0, 2, 2), ("c", 2, 3, 5), ("b", 5, 4, 1), ("c", 9, 4, 9)]
+    # Patches have an owner, and no position among the tokens.
+    assert owners(52, 8) == [("c", 0, 20, None), ("b", 20, 16, None), ("c", 36, 16, None)]
+    assert owners(4, 8) is None
+
+
+@pytest.mark.parametrize("patches", [(4, 6), (6, 4)])
+def test_patches_and_tokens_of_one_number_are_told_apart_or_nobodys(patches: tuple[int, int]) -> None:
+    first, second = _where(1, 4), _where(1, 6)
+    runner = _runner(("a", first, patches[0]), ("b", second, patches[1]))
+    sets = item_sets(runner, [("a", first), ("b", second)], lambda request: {})
+    # Where both divide the rows alike it is still not known whether they are tokens.
+    assert row_set_of((10, 8), False, sets) is None
