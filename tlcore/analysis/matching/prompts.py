@@ -158,7 +158,7 @@ def _learn_tokens(steps: Sequence[Step], requests: Sequence[Request]) -> bool:
             tokens = known.get(row["request_id"])
             if ids is not None and tokens is not None:
                 first, position = row["first_row"], row["first_position"]
-                values = ids[first : first + row["rows"]]
+                values = ids[first : first + row.get("accepted", row["rows"])]
                 tokens.update(zip(range(position, position + len(values)), values, strict=True))
     return all(request.tokens for request in requests)
 

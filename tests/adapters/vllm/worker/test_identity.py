@@ -23,7 +23,7 @@ def _image(name: str, offset: int = 1) -> Any:
     return SimpleNamespace(mm_hash=name, identifier=f"lora:{name}", mm_position=where)
 
 
-OTHERS = [
+OTHERS: list[dict[str, Any]] = [
     {"prompt_token_ids": [6, 5]},
     {"lora_request": SimpleNamespace(lora_name="one")},
     {"lora_request": SimpleNamespace(lora_name="two")},
@@ -41,9 +41,9 @@ OTHERS = [
 
 
 def test_all_that_a_prompts_states_depend_on_is_in_its_hash() -> None:
-    hashes = [identity(_request(**keys))["prompt_hash"] for keys in ({}, *OTHERS)]
+    hashes = [identity(_request(**keys))["prompt_hash"] for keys in [{}, *OTHERS]]
     assert len(set(hashes)) == len(hashes)
-    assert hashes == [identity(_request(**keys))["prompt_hash"] for keys in ({}, *OTHERS)]
+    assert hashes == [identity(_request(**keys))["prompt_hash"] for keys in [{}, *OTHERS]]
 
 
 def test_the_adapters_name_is_told_and_what_cannot_be_hashed_has_no_hash() -> None:
