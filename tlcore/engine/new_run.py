@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import datetime
 import inspect
+import logging
 import os
 import platform
 import socket
@@ -23,6 +24,7 @@ from ..record import LAYOUT_VERSION, Json, Ledger, RunInfo, SpillLocation
 from ..storage import Location
 from .run_documents import RunDocuments
 
+log = logging.getLogger("tlcore")
 # Spilling must begin before a step gives up waiting for the queue.
 _LEAST_PATIENCE_S, _MOST_PATIENCE_S = 0.5, 5.0
 
@@ -110,6 +112,12 @@ def open_run(config: Config, run: RunInfo, sink: Sink | None = None) -> tuple[Ru
     run = replace(run, document={**run.document, "layout": layout_of(sink)})
     documents = RunDocuments(run, location_of(config))
     documents.open()
+    if run.rank == 0 and is_url(run.url) and run.document.get("backend") == "pt" and not config.log_step_ids:
+        log.warning(
+            "%s gets one object for each tensor of each step; for many steps take the safetensors format"
+            " with layout 2, which puts many steps into one",
+            run.shown_url,
+        )
     try:
         sink.open(documents.run)
     except BaseException:

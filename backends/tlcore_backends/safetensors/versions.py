@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from tlcore.errors import ConfigError
 from tlcore.protocols import Sink, Source
 from tlcore.record import Json
 from tlcore.storage import Store
@@ -13,21 +14,34 @@ from .segment_source import SegmentSource
 from .sink import SHARD_BYTES, SafetensorsSink
 from .source import SafetensorsSource
 
+# Segments are asked for until everything that reads a run step by step has been tried on them.
 DEFAULT_LAYOUT: Literal[1, 2] = 1
 
 
 def make_sink(
-    segment_bytes: int = SEGMENT_BYTES,
+    segment_bytes: int | None = None,
     commit_s: float | None = None,
     shard_bytes: int | None = None,
     layout: Literal[1, 2] | None = None,
 ) -> Sink:
-    """The sink of a layout: 2, or 1 where ``shard_bytes`` is given, which only that one has."""
+    """The sink of a layout; an option that only one of them has selects it.
+
+    Raises ConfigError for options of both, or of the other one than ``layout``.
+    """
+    segments = [
+        name
+        for name, value in (("segment_bytes", segment_bytes), ("commit_s", commit_s))
+        if value is not None
+    ]
+    shards = ["shard_bytes"] if shard_bytes is not None else []
     if layout is None:
-        layout = DEFAULT_LAYOUT if shard_bytes is None else 1
+        layout = 1 if shards else 2 if segments else DEFAULT_LAYOUT
+    if wrong := segments if layout == 1 else shards:
+        hint = f"Leave it out, or say layout {3 - layout}."
+        raise ConfigError(f"$.backend.{wrong[0]}", f"layout {layout} has no such option.", hint)
     if layout == 1:
         return SafetensorsSink(shard_bytes or SHARD_BYTES)
-    return SegmentSink(segment_bytes, commit_s)
+    return SegmentSink(segment_bytes or SEGMENT_BYTES, commit_s)
 
 
 def open_source(store: Store, run: Json) -> Source:

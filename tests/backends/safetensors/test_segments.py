@@ -16,13 +16,16 @@ import xxhash
 from referencing import Registry, Resource
 from safetensors import safe_open
 
+import tlcore
 import tlcore_schemas
-from tlcore.errors import BackendError, MissingError, ReadError
+from tlcore.errors import BackendError, ConfigError, MissingError, ReadError
 from tlcore.protocols import Buffer
 from tlcore.storage import Store
 from tlcore.testing import MemoryStore
+from tlcore_backends.safetensors import versions
 from tlcore_backends.safetensors.segment_sink import SegmentSink
 from tlcore_backends.safetensors.segment_source import SegmentSource
+from tlcore_backends.safetensors.sink import SafetensorsSink
 from tlcore_backends.storage.local import LocalStore
 
 from . import stranger
@@ -461,3 +464,25 @@ def test_a_stranger_reads_it_in_sixty_lines(tmp_path: Path) -> None:
             assert f"xxh3-128:{hashes[record['name']]}" == record["hash"]
         assert (rows, ledger) == (document["rows"], document["ledger"])
         assert f"{started}+00:00" == document["started"]
+
+
+def test_options_select_their_layout_and_contradictions_are_refused() -> None:
+    assert isinstance(versions.make_sink(layout=2), SegmentSink)
+    assert isinstance(versions.make_sink(commit_s=0), SegmentSink)
+    assert isinstance(versions.make_sink(segment_bytes=1 << 20), SegmentSink)
+    assert isinstance(versions.make_sink(shard_bytes=1 << 20), SafetensorsSink)
+    for options in ({"layout": 1, "commit_s": 1}, {"layout": 2, "shard_bytes": 1}):
+        with pytest.raises(ConfigError, match="has no such option"):
+            versions.make_sink(**options)  # type: ignore[arg-type]
+
+
+def test_a_long_capture_of_single_objects_is_warned_of_once(caplog: pytest.LogCaptureFixture) -> None:
+    module = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    for number, (format, steps) in enumerate([("pt", []), ("pt", [0]), ("safetensors", [])]):
+        backend = {"name": "fsspec", "format": format, "url": f"memory://warned-{number}"}
+        caplog.clear()
+        with tlcore.capture(module, backend=backend, log_step_ids=steps):
+            module(torch.ones(2, 4))
+            module(torch.ones(2, 4))
+        found = [text for text in caplog.messages if "one object for each tensor" in text]
+        assert len(found) == (1 if (format, steps) == ("pt", []) else 0)

@@ -18,8 +18,11 @@ from ..uploads import Uploads
 # A blob of this name holds the name of the one it is a copy of.
 COPY = ".copy"
 _STEP = re.compile(r"step_(\d+)/")
+_SEGMENT = re.compile(r"segments/rank_\d+_(\d+)[_.]")
 # What commits a step, and what a run begins and ends with.
-STEP_END = re.compile(r"step_\d+/step(_rank_\d+)?\.json")
+STEP_END = re.compile(
+    r"step_\d+/step(_rank_\d+)?\.json|segments/(rank_\d+_\d+_steps|catalogue_rank)_.+\.json"
+)
 _MARKER = re.compile(r"spill(_rank_[1-9]\d*)?\.json")
 _WINDOW_BYTES = 64 << 20
 _NO_STEP = 1 << 62
@@ -125,7 +128,8 @@ def _windows(entries: list[Entry]) -> Iterator[list[Entry]]:
 
 
 def _step_of(name: str) -> int:
-    step = _STEP.match(name)
+    # A run has steps' files or segments, which are delivered in the order of their numbers.
+    step = _STEP.match(name) or _SEGMENT.match(name)
     return _NO_STEP if step is None else int(step[1])
 
 
