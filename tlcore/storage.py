@@ -139,6 +139,18 @@ class Appending(Protocol):
 
 
 @runtime_checkable
+class SupportsManyReads(Protocol):
+    """A store that reads many small blobs at once."""
+
+    def get_many(self, names: Sequence[str], sizes: Sequence[int]) -> Sequence[memoryview | None]:
+        """The bytes of whole blobs whose sizes are known; None where one is not there in that size.
+
+        Raises BackendError for a name that leaves the root.
+        """
+        ...
+
+
+@runtime_checkable
 class SupportsAppend(Protocol):
     """A store in which a blob can be written before it is whole."""
 

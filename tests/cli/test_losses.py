@@ -15,13 +15,13 @@ import tlcore
 from tests.faults.helpers import STEP_TENSORS, capture
 from tests.reading import command
 from tlcore.__main__ import main
+from tlcore.hotpath.copying import write_all
 from tlcore.reader import list_runs
 from tlcore.record import Counts
 from tlcore.testing import RunWriter, make_record, make_run, make_summary
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.storage import atomic_file as unfinished
 from tlcore_backends.storage import local as stores
-from tlcore_backends.storage.writing import write_all
 
 STEPS = 5
 LOST = "at capture 24 of 30 tensors failed and are not in the run"

@@ -4,14 +4,43 @@ from __future__ import annotations
 
 import os
 import stat
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from .native import extension
 
-_ALIGNMENT = 64
+# Where a file begins in the buffer: a multiple of this.
+FILE_ALIGNMENT = 64
 _NOT_READ = -1
+_LARGEST_KEPT = 16 << 20
 Identity = tuple[int, int, int, int]
+
+
+class Scratch(threading.local):
+    """Memory to read into, one piece a thread, used again once nobody holds a view of it.
+
+    New memory costs as much again as reading into it.
+    """
+
+    def __init__(self) -> None:
+        self._memory = bytearray()
+
+    def take(self, size: int) -> bytearray:
+        """At least ``size`` bytes, whatever is in them."""
+        try:
+            # Refused while there is a view; the room for one more byte is always there.
+            self._memory.append(0)
+            del self._memory[-1]
+            if size <= len(self._memory):
+                return self._memory
+        except BufferError:
+            pass
+        memory = bytearray(size + 1)
+        del memory[-1]
+        if size <= _LARGEST_KEPT:
+            self._memory = memory
+        return memory
 
 
 def _read_files(target: Any, paths: Sequence[str], sizes: Sequence[int]) -> list[int]:
@@ -29,7 +58,7 @@ def _read_files(target: Any, paths: Sequence[str], sizes: Sequence[int]) -> list
                 room = len(memory) - begin
                 raise ValueError(f"bytes of a file, in the buffer's rest: {size} is not in [0, {room}]")
             begins.append(begin)
-            begin = min(-(-(begin + size) // _ALIGNMENT) * _ALIGNMENT, len(memory))
+            begin = min(-(-(begin + size) // FILE_ALIGNMENT) * FILE_ALIGNMENT, len(memory))
         return [
             begin if _read_whole(path, memory[begin : begin + size]) else _NOT_READ
             for path, begin, size in zip(paths, begins, sizes, strict=True)

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from contextlib import suppress
 from functools import cached_property
 from typing import Any, BinaryIO, NoReturn
 
 from ..errors import BackendError, ReadError, missing
-from ..storage import Buffer, Store, SupportsFiles, SupportsLevels
+from ..storage import Buffer, Store, SupportsFiles, SupportsLevels, SupportsManyReads
 
 RUN_FILE = "run.json"
 # The step.json of a model with 100 000 captured tensors has about 100 MB and six million values.
@@ -122,6 +123,18 @@ class RunFiles:
             raise ReadError(str(error)) from error
         except (MemoryError, OverflowError):
             raise ReadError(f"{self.url}/{name}: larger than this machine's memory") from None
+
+    def read_many(self, names: Sequence[str]) -> Sequence[memoryview | None]:
+        """The bytes of whole files as they were listed; None for what must be read one by one."""
+        sizes = [self.size(name) for name in names]
+        there = [index for index, size in enumerate(sizes) if size is not None]
+        found: list[memoryview | None] = [None] * len(names)
+        if isinstance(self.store, SupportsManyReads):
+            with suppress(BackendError, OSError, MemoryError):
+                read = self.store.get_many([names[i] for i in there], [sizes[i] or 0 for i in there])
+                for index, data in zip(there, read, strict=True):
+                    found[index] = data
+        return found
 
     def json(self, name: str) -> Any:
         """A JSON file's value. Raises MissingError, or ReadError when it is not JSON."""

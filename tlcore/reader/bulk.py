@@ -12,9 +12,8 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
-import xxhash
-
 from ..errors import ReadError
+from ..hotpath.hashing import hex_digests
 from ..record import Json
 from ..storage import Buffer
 from .stored import Stored
@@ -92,13 +91,23 @@ class _Reader:
                 wanted.append(index)
                 first.setdefault(identity, index)
         found = dict(zip(wanted, self._stored.read_many([group[index] for index in wanted]), strict=True))
-        return [self._payload(group[i], identities[i], found.get(i), first, found) for i in range(len(group))]
+        there = {
+            index: data
+            for index, data in found.items()
+            if not isinstance(data, ReadError) and identities[index] not in self._known
+        }
+        digests = dict(zip(there, hex_digests(list(there.values())), strict=True))
+        return [
+            self._payload(group[i], identities[i], found.get(i), digests.get(i), first, found)
+            for i in range(len(group))
+        ]
 
     def _payload(
         self,
         record: Json,
         identity: Hashable | None,
         data: Buffer | ReadError | None,
+        hashed: str | None,
         first: Mapping[Hashable, int],
         found: Mapping[int, Buffer | ReadError],
     ) -> Payload:
@@ -111,7 +120,7 @@ class _Reader:
                 return Payload(record, _NOTHING, digest)
         if isinstance(data, ReadError):
             return Payload(record, _NOTHING, problem=str(data))
-        digest = digest or xxhash.xxh3_128_hexdigest(data)
+        digest = hashed or digest or ""
         if identity is not None:
             self._known[identity] = digest
         return Payload(record, memoryview(data) if self._keep else _NOTHING, digest)

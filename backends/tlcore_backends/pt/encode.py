@@ -66,7 +66,7 @@ def file_bytes(dtype: torch.dtype | str, shape: Sequence[int]) -> int:
     return len(frame.head) + frame.payload_bytes + len(frame.after)
 
 
-def payload_in(dtype: torch.dtype | str, shape: Sequence[int], data: bytes) -> memoryview | None:
+def payload_in(dtype: torch.dtype | str, shape: Sequence[int], data: bytes | memoryview) -> memoryview | None:
     """The payload in a file that is, around it, exactly what `encode` writes; None for any other file.
 
     Whether the checksums belong to the payload is left to whoever knows its hash.

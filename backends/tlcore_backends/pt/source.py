@@ -69,9 +69,13 @@ class PtSource:
     def read_many(self, records: Sequence[Mapping[str, Any]]) -> Sequence[Buffer | Exception]:
         """The bytes of several tensors, each from its file."""
         found: list[Buffer | Exception] = []
+        files = {str(record.get("file")): None for record in records if self._agrees(record)}
+        whole = dict(zip(files, self._files.read_many(list(files)), strict=True))
         for record in records:
+            data = whole.get(str(record.get("file")))
+            payload = None if data is None else payload_in(record["dtype"], record["shape"], data)
             try:
-                found.append(self.read(record))
+                found.append(self.read(record) if payload is None else payload)
             except ReadError as error:
                 found.append(error)
         return found
@@ -149,14 +153,18 @@ class PtSource:
 
     def _own(self, record: Mapping[str, Any]) -> Buffer | None:
         """The payload of a file that holds exactly what it should; else None."""
-        size = record.get("file_bytes")
+        if not self._agrees(record):
+            return None
+        data = self._files.read(self._file(record), 0, record["file_bytes"] + 1)
+        return payload_in(record["dtype"], record["shape"], data)
+
+    def _agrees(self, record: Mapping[str, Any]) -> bool:
+        """Whether the sizes in a record are those of its dtype and shape."""
+        size, width = record.get("file_bytes"), item_size(record["dtype"])
         if size is None or size > record["bytes"] + _LARGEST_FRAME:
-            return None
-        dtype = record["dtype"]
-        width = item_size(dtype)
-        if width is None or prod(record["shape"]) * width != record["bytes"]:
-            return None
-        return payload_in(dtype, record["shape"], self._files.read(self._file(record), 0, size + 1))
+            return False
+        agrees: bool = width is not None and prod(record["shape"]) * width == record["bytes"]
+        return agrees
 
     def _foreign(self, record: Mapping[str, Any]) -> Buffer:
         """The payload of any other file; what is wrong with it is said."""

@@ -6,9 +6,8 @@ import contextlib
 import os
 from collections.abc import Sequence
 
+from tlcore.hotpath.copying import write_all
 from tlcore.protocols import Buffer
-
-from .writing import write_all
 
 _FILE_MODE = 0o600
 

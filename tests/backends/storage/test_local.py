@@ -12,9 +12,9 @@ import pytest
 
 from tests.waiting import join
 from tlcore.errors import BackendError
+from tlcore.hotpath.copying import write_all
 from tlcore.protocols import Entry
 from tlcore_backends.storage.local import LocalStore
-from tlcore_backends.storage.writing import write_all
 
 
 @pytest.fixture

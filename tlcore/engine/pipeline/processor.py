@@ -5,8 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 
-import xxhash
-
+from ...hotpath.hashing import hex_digests
 from ...layout import names
 from ...layout.templates import Structures
 from ...protocols import Sink, SupportsLateCommit
@@ -115,10 +114,11 @@ class Processor:
         number, chunks, offsets = batch.step, batch.chunks, batch.offsets
         directory = names.step_dir(number)
         made = []
-        for place, tail, origin, kind, nbytes in stored:
-            offset = offsets[place]
-            data = chunks[place].view[offset : offset + nbytes]
-            digest = xxhash.xxh3_128_hexdigest(data)
+        views = [
+            chunks[place].view[offsets[place] : offsets[place] + nbytes] for place, _, _, _, nbytes in stored
+        ]
+        digests = hex_digests(views)
+        for (_, tail, origin, kind, _), data, digest in zip(stored, views, digests, strict=True):
             name = directory + tail
             first = step.first.setdefault((digest, kind), name)
             made.append(Record(name, number, origin, data, digest, None if first is name else first))
