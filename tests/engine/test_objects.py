@@ -61,7 +61,7 @@ class Guarded:
     """Holds a tensor; whoever runs its code, and does not just look, is found out."""
 
     def __init__(self) -> None:
-        self.__dict__["held"] = T
+        object.__getattribute__(self, "__dict__")["held"] = T
 
     def __getattribute__(self, name: str) -> Any:
         raise SystemExit(f"asked for {name}")
