@@ -90,7 +90,7 @@ def test_what_needs_an_engine_runs(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "equal" in done.stdout.rpartition("--- examples/comparing.md")[2]
+    assert "the runs agree" in done.stdout.rpartition("--- examples/comparing.md")[2]
 
 
 def test_what_needs_a_server_runs(tmp_path: Path) -> None:
