@@ -59,10 +59,10 @@ ATTACKS: dict[str, tuple[Edit, str]] = {
     "record's file elsewhere": (in_record(file="../../outside/secret"), "not a valid name of the file"),
     "call outside": (in_step(calls=["../../outside"]), "is no call"),
     "structure outside": (in_step(structures={"../../x/inputs.json": {}}), "damaged structures"),
-    "newer run": (in_run(layout=2), "layout version 2, this tlcore reads up to 1; a newer tlcore is needed"),
+    "newer run": (in_run(layout=9), "layout version 9, this tlcore reads up to 2; a newer tlcore is needed"),
     "newer step": (
         in_step(layout=9),
-        "layout version 9, this tlcore reads up to 1; a newer tlcore is needed",
+        "layout version 9, this tlcore reads up to 2; a newer tlcore is needed",
     ),
     "layout zero": (in_run(layout=0), "the first one is 1"),
     "huge layout": (in_run(layout=10**4000), "a newer tlcore is needed"),

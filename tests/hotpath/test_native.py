@@ -22,7 +22,12 @@ HASH_OF_A = "a96faf705af16834e6c632b61e964e1f"
 def shown(code: str = SHOW, **variables: str) -> list[str]:
     environment = {**os.environ, **variables}
     done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=300,
     )
     return done.stdout.splitlines()
 

@@ -23,7 +23,7 @@ def _runtime(library: str) -> str:
     if compiler is None:
         return ""
     asked = [compiler, f"-print-file-name={library}"]
-    path = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.strip()
+    path = subprocess.run(asked, capture_output=True, text=True, check=True, timeout=60).stdout.strip()
     return path if os.path.isabs(path) else ""
 
 

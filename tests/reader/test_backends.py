@@ -202,11 +202,11 @@ def test_ls_show_and_verify_take_urls(capsys: pytest.CaptureFixture[str]) -> Non
     rows = capsys.readouterr().out.splitlines()[1:]
     assert [row.split()[:2] for row in rows] == [[url.rpartition("/")[2], "complete"] for url in urls]
     assert main(["ls", urls[0], "--storage-options", "{}"]) == 0
-    assert "6 captured, 6 stored" in capsys.readouterr().out
+    assert "8 captured, 8 stored" in capsys.readouterr().out
     assert main(["show", urls[0], NAME, "--json"]) == 0
     assert json.loads(capsys.readouterr().out)["shape"] == [3, 4]
     assert main(["verify", urls[0]]) == 0
-    assert capsys.readouterr().out.endswith("complete  12 tensors sound\n")
+    assert capsys.readouterr().out.endswith("complete  16 tensors sound\n")
     with pytest.raises(ReadError, match=r"holds runs \(2\)"):
         tlcore.open_run(parent)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import shutil
 import weakref
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from torch import nn
 
 import tlcore
 from tlcore.errors import VerifyError
+from tlcore.hotpath.reading import read_files
 from tlcore.reader import MissingError, bulk
 from tlcore.reader.bulk import read_payloads
 from tlcore.reader.stored import payload
@@ -83,7 +85,13 @@ def test_shared_bytes_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) 
         read += len(data)
         return data
 
+    def counted_files(target: Any, paths: Sequence[str], sizes: Sequence[int]) -> list[int]:
+        nonlocal read
+        read += sum(sizes)
+        return read_files(target, paths, sizes)
+
     monkeypatch.setattr(LocalStore, "get", counted)
+    monkeypatch.setattr("tlcore_backends.storage.local.read_files", counted_files)
     list(read_payloads(opened.stored, records, keep=False))
     own = [int(record.get("file_bytes") or record["bytes"]) for record in records if "alias_of" not in record]
     assert len(own) < len(records)

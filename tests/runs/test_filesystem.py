@@ -49,7 +49,7 @@ def test_torch_loads_through_it(tmp_path: Path) -> None:
     with filesystem.open("tlcore://step_0/linear/outputs_cpu.pt") as file:
         loaded = torch.load(file, weights_only=True)
     assert torch.equal(loaded, tlcore.open_run(source).tensor("step_0/linear/outputs_cpu"))
-    assert filesystem.cat("step_0/module_calls.txt") == b"linear\nrelu\nrelu_1\n"
+    assert filesystem.cat("step_0/module_calls.txt") == b"_root\nlinear\nrelu\nrelu_1\n"
     assert filesystem.isdir("step_0") and not filesystem.exists("step_9")
     for path in ("missing", "step_0/missing.pt"):
         with pytest.raises(FileNotFoundError):

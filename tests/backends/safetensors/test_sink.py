@@ -182,7 +182,7 @@ def test_a_disk_that_refuses_is_named(tmp_path: Path, monkeypatch: pytest.Monkey
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr("os.writev", full)
+        patch.setattr("tlcore_backends.storage.atomic_file.write_all", full)
         with pytest.raises(BackendError, match=r"shard_rank_0_0.safetensors: No space left on device"):
             sink.write([make_record("step_0/a/outputs_cpu", torch.rand(1 << 19))])
     sink.write([make_record("step_1/a/outputs_cpu", torch.ones(2))])

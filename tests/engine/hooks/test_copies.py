@@ -172,7 +172,12 @@ assert capture.ledger.balanced and not capture.ledger.failed, capture.ledger
 def test_a_model_is_nested_as_deep_as_without_capture(step: str) -> None:
     root = Path(__file__).parents[3]
     done = subprocess.run(
-        [sys.executable, "-c", NESTED, "240", step], cwd=root, capture_output=True, text=True, check=False
+        [sys.executable, "-c", NESTED, "240", step],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
     )
     assert done.returncode == 0, done.stderr[-3000:]
 

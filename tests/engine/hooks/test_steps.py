@@ -148,6 +148,6 @@ def test_a_bracket_in_another_thread_passes_by() -> None:
     with capture, ThreadPoolExecutor(1) as pool:
         with capture.step():
             module(X)
-            pool.submit(work).result()
-        pool.submit(work).result()
+            pool.submit(work).result(60)
+        pool.submit(work).result(60)
     assert [step.calls for step in sink.steps] == [ALL, ALL]

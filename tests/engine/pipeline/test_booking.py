@@ -64,5 +64,6 @@ def test_many_threads_book_every_step() -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join()
+        thread.join(60)
+        assert not thread.is_alive()
     assert ledger.snapshot().captured == 2000

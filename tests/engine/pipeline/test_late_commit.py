@@ -106,6 +106,6 @@ def test_what_a_sink_keeps_counts_in_the_queue(tmp_path: Path) -> None:
     session, step = opened(LateSink(), tmp_path, [])
     step()
     session.flush()
-    kept = 4 * (8 + 8)
+    kept = 8 * (8 + 8)
     assert session.queue_bytes in (kept, kept // 2)
     session.close()

@@ -72,7 +72,7 @@ class Client:
     async def _call_utility_async(self, utility: str, method: str, *rest: Any, engine: int) -> Any:
         await asyncio.sleep(self.chance.random() * 0.004)
         if not self.answers:
-            await asyncio.Event().wait()
+            await asyncio.sleep(600)
         act = getattr(worker_capture, method.removeprefix("tlcore"))
         answer = act(self.workers[engine], *rest[1])
         await asyncio.sleep(self.chance.random() * 0.002)
