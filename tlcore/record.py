@@ -5,16 +5,16 @@ from __future__ import annotations
 import math
 import os
 import socket
-import threading
-from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, NamedTuple
 
 from .layout.dtypes import name_of
-from .layout.names import PathKey, redact_url
+from .layout.names import PathKey
 from .layout.templates import Json as Json
 from .layout.templates import compact, quoted
+from .ledger import Counts, Ledger
+from .locations import redact_url
 from .storage import Store
 
 if TYPE_CHECKING:
@@ -155,70 +155,6 @@ def tensor_from_bytes(
     if count == 0:
         return torch.empty(tuple(shape), dtype=dtype)
     return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(tuple(shape))
-
-
-@dataclass(slots=True)
-class Counts:
-    """One ledger: ``captured == stored + skipped + dropped + failed``, with reasons and bytes."""
-
-    captured: int = 0
-    stored: int = 0
-    skipped: int = 0
-    dropped: int = 0
-    failed: int = 0
-    bytes_captured: int = 0
-    bytes_stored: int = 0
-    reasons: Counter[str] = field(default_factory=Counter)
-
-    def add(self, other: Counts) -> None:
-        """Add another ledger to this one."""
-        for name in (*LEDGER_COLUMNS, "bytes_captured", "bytes_stored"):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.reasons.update(other.reasons)
-
-    @property
-    def balanced(self) -> bool:
-        """Whether every captured tensor is in exactly one column."""
-        return self.captured == self.stored + self.skipped + self.dropped + self.failed
-
-    def to_json(self) -> Json:
-        """The ledger as it stands in ``step.json`` and ``run.json``."""
-        return {
-            **{name: getattr(self, name) for name in LEDGER_COLUMNS},
-            "bytes_captured": self.bytes_captured,
-            "bytes_stored": self.bytes_stored,
-            "reasons": dict(sorted(self.reasons.items())),
-        }
-
-    @classmethod
-    def from_json(cls, document: Mapping[str, Any]) -> Counts:
-        """The ledger of a ``step.json`` or ``run.json``."""
-        columns = (*LEDGER_COLUMNS, "bytes_captured", "bytes_stored")
-        numbers = {name: int(document.get(name, 0)) for name in columns}
-        return cls(**numbers, reasons=Counter(document.get("reasons", {})))
-
-
-LEDGER_COLUMNS = ("captured", "stored", "skipped", "dropped", "failed")
-
-
-class Ledger:
-    """The run's counts, safe to read from any thread while the run goes on."""
-
-    def __init__(self) -> None:
-        self._counts = Counts()
-        self._lock = threading.Lock()
-
-    def add(self, counts: Counts) -> None:
-        """Book a step's counts."""
-        with self._lock:
-            self._counts.add(counts)
-
-    def snapshot(self) -> Counts:
-        """A copy of the counts as they stand."""
-        copy = Counts()
-        with self._lock:
-            copy.add(self._counts)
-        return copy
 
 
 @dataclass(frozen=True, slots=True)

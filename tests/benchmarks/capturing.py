@@ -17,7 +17,7 @@ import xxhash
 from tlcore.config.configuration import load_config
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
-from tlcore.record import Counts
+from tlcore.ledger import Counts
 
 from .timing import timed
 from .workload import Workload, hooked

@@ -16,8 +16,8 @@ from tests.faults.helpers import STEP_TENSORS, capture
 from tests.reading import command
 from tlcore.__main__ import main
 from tlcore.hotpath.copying import write_all
+from tlcore.ledger import Counts
 from tlcore.reader import list_runs
-from tlcore.record import Counts
 from tlcore.testing import RunWriter, make_record, make_run, make_summary
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.storage import atomic_file as unfinished

@@ -19,7 +19,7 @@ import tlcore_schemas
 from tlcore import registry
 from tlcore.config.configuration import Config, check_config, load_config, load_config_file
 from tlcore.errors import ConfigError, TlcoreError
-from tlcore.layout.names import redact_url
+from tlcore.locations import redact_url
 
 SECRET = "hunter2-very-secret"
 STORE_OPTIONS = {

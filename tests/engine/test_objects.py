@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 import tlcore
+from tlcore.ledger import Counts
 from tlcore.reader import Step
-from tlcore.record import Counts
 
 T = torch.arange(3.0)
 

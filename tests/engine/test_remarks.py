@@ -15,7 +15,7 @@ import tlcore
 from tests.sinks import MemorySink
 from tests.toys import Holder, model, run
 from tlcore.errors import CaptureError, ConfigError
-from tlcore.record import Counts
+from tlcore.ledger import Counts
 
 
 class Spread(nn.Module):

@@ -17,7 +17,7 @@ from torch import nn
 import tlcore
 from tests.faults.proxy import Proxy
 from tests.servers import Server
-from tlcore.record import Counts
+from tlcore.ledger import Counts
 
 # Time that a busy machine may take for anything, beside the waiting that is allowed.
 SLACK_S = 3.0

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 import tlcore
-from tlcore.record import Counts
+from tlcore.ledger import Counts
 from tlcore_backends.storage.local import LocalStore
 
 

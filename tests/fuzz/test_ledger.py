@@ -18,8 +18,9 @@ import tlcore
 from tests.fuzz.settings import cases
 from tests.sinks import MemorySink
 from tlcore.errors import BackendError
+from tlcore.ledger import LEDGER_COLUMNS
 from tlcore.protocols import Sink
-from tlcore.record import LEDGER_COLUMNS, Record, RunInfo, StepSummary
+from tlcore.record import Record, RunInfo, StepSummary
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.safetensors.sink import SafetensorsSink
 

@@ -16,9 +16,10 @@ from torch import nn
 
 import tlcore
 from tlcore.errors import BackendError, ReadError, VerifyError
+from tlcore.ledger import Counts, Ledger
 from tlcore.reader import Arguments, MissingError, Skipped, list_runs
 from tlcore.reader.rebuild import rebuild, rebuild_arguments
-from tlcore.record import Counts, Json, Ledger, RunInfo, StepSummary
+from tlcore.record import Json, RunInfo, StepSummary
 from tlcore.testing import RunWriter
 from tlcore_backends.pt.sink import PtSink
 

@@ -9,7 +9,8 @@ import pytest
 import torch
 
 import tlcore
-from tlcore.record import Counts, Record
+from tlcore.ledger import Counts
+from tlcore.record import Record
 from tlcore.testing import RunWriter, every_dtype, make_record, make_run, make_summary
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.safetensors.sink import SafetensorsSink

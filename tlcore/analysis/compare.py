@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ReadError
-from ..layout.names import is_url
+from ..locations import is_url
 from ..reader import Run, open_run
 from .matching.match import match
 from .matching.pairs import Pair

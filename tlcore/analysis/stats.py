@@ -12,7 +12,8 @@ from math import prod
 from typing import Any
 
 from ..errors import ReadError
-from ..layout.names import PathKey, is_url, shown_module
+from ..layout.names import PathKey, shown_module
+from ..locations import is_url
 from ..reader import Run, Step, open_run
 from ..record import Direction, Json
 from ..statistics.stored import Statistics, summarize_pieces

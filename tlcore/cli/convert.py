@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from ..config.configuration import load_config
 from ..errors import ConfigError
 from ..layout.jsontext import parse_json
-from ..layout.names import redact_url
+from ..locations import redact_url
 from ..reader import Run, open_run
 from .losses import losses_of
 from .storage_options import add_storage_options, storage_options

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from ..errors import ReadError
+from ..ledger import Counts
 from ..reader import Run, RunSummary
-from ..record import Counts
 
 
 def losses_of(opened: Run) -> str | None:

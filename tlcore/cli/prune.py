@@ -10,7 +10,7 @@ from typing import Any
 from tlcore_backends.storage.leftovers import leftovers
 
 from ..errors import BackendError, ConfigError, ReadError
-from ..layout.names import redact_url
+from ..locations import redact_url
 from ..reader import is_run
 from ..runs.prune import plan, remove
 from .storage_options import add_storage_options, storage_options

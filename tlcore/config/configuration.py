@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from ..layout.jsontext import parse_json
-from ..layout.names import REDACTED, is_url, redact_url
+from ..locations import REDACTED, is_url, redact_url
 from ..registry import NamedBackend, resolve
 from .patterns import check_regex, parse_pattern
 from .validation import coerce, plain, problems, unknown_key

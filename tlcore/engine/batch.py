@@ -8,7 +8,8 @@ from typing import Any
 
 from ..layout.rows import Decided, accept
 from ..layout.structure import Scalar
-from ..record import Counts, Json
+from ..ledger import Counts
+from ..record import Json
 from .calls import CallSide
 from .filters.tensors import TensorSpec
 from .staging.host_memory import Chunk

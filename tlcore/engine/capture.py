@@ -12,8 +12,8 @@ from torch import nn
 from ..config.configuration import load_config
 from ..errors import CaptureError, ConfigError
 from ..layout.structure import class_name
+from ..ledger import Counts
 from ..protocols import Sink
-from ..record import Counts
 from . import remarks
 from .hooks.compiled_parts import compiled_parts, refuse_unreachable, shown
 from .hooks.module_tree import ModuleTree

@@ -18,9 +18,10 @@ from .. import registry
 from .._version import __version__
 from ..config.configuration import Config
 from ..errors import ConfigError
-from ..layout.names import is_url
+from ..ledger import Ledger
+from ..locations import absolute_location, is_url
 from ..protocols import Sink, SupportsLayouts
-from ..record import LAYOUT_VERSION, Json, Ledger, RunInfo, SpillLocation
+from ..record import LAYOUT_VERSION, Json, RunInfo, SpillLocation
 from ..storage import Location
 from .run_documents import RunDocuments
 
@@ -94,13 +95,6 @@ def _spill_place(config: Config, run_id: str) -> SpillLocation | None:
         return None
     patience_s = min(max(config.block_s / 2, _LEAST_PATIENCE_S), _MOST_PATIENCE_S)
     return SpillLocation(os.path.join(absolute_location(config.spill_dir), run_id), patience_s)
-
-
-def absolute_location(directory: str) -> str:
-    """A path or URL as one that means the same whatever the working directory is later."""
-    if is_url(directory):
-        return directory.rstrip("/")
-    return os.path.abspath(os.path.expanduser(directory)).rstrip("/")
 
 
 def open_run(config: Config, run: RunInfo, sink: Sink | None = None) -> tuple[RunDocuments, Sink]:

@@ -19,8 +19,9 @@ from ..errors import CaptureError
 from ..layout import names
 from ..layout.rows import Decided
 from ..layout.structure import class_name
+from ..ledger import Counts
 from ..protocols import Sink
-from ..record import Counts, Json, RunInfo
+from ..record import Json, RunInfo
 from ..storage import SupportsWaiting
 from . import remarks
 from .batch import Batch, StepEnd

@@ -13,10 +13,8 @@ from collections.abc import Sequence
 from urllib.parse import unquote
 
 PathKey = int | str
-REDACTED = "***"
 ROOT_DIR = "_root"
 
-_URL = re.compile(r"[A-Za-z][A-Za-z0-9+.\-]*://")
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\-+=@,()\[\]]")
 # A rank's suffix before the extension or a shard's number; a device's index where it says the same.
 _RANK_OF_FILE = re.compile(r"_rank_(\d+)(?:_\d+)?\.[a-z]+\Z|_[a-z]+_(\d+)\.pt\Z")
@@ -116,23 +114,6 @@ def unique(name: str, taken: set[str]) -> str:
         chosen, n = f"{name}~{n}", n + 1
     taken.add(chosen)
     return chosen
-
-
-def is_url(text: str) -> bool:
-    """Whether ``text`` is a URL (``s3://bucket/prefix``) and not a path of this machine."""
-    return _URL.match(text) is not None
-
-
-def redact_url(text: str) -> str:
-    """A URL without user name, password, query and fragment; anything else as it is."""
-    if not is_url(text):
-        return text
-    scheme, _, rest = text.partition("://")
-    user, at, place = rest.rpartition("@")
-    # A password may hold a "/"; an "@" in a path after no ":" and a "/" is part of a name.
-    shown = f"{scheme}://{REDACTED}@{place}" if at and (":" in user or "/" not in user) else text
-    clean = re.split(r"[?#]", shown, maxsplit=1)[0]
-    return clean if clean == shown else f"{clean}?{REDACTED}"
 
 
 def printable(text: str) -> str:

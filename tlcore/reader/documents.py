@@ -13,7 +13,8 @@ from typing import Any
 from ..errors import ReadError
 from ..layout.checks import LARGEST_SIZE, is_shape, is_whole
 from ..layout.names import safe, step_dir
-from ..record import LEDGER_COLUMNS, NEWEST_LAYOUT, Json
+from ..ledger import LEDGER_COLUMNS
+from ..record import NEWEST_LAYOUT, Json
 
 MOST_RANKS = 1 << 20
 _DEEPEST = 300

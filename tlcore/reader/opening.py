@@ -9,7 +9,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from ..errors import MissingError, ReadError
-from ..layout.names import is_url
+from ..locations import is_url
 from ..registry import open_store
 from ..storage import Buffer, Entry, Store
 

@@ -11,10 +11,12 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from ..errors import BackendError, MissingError, ReadError, VerifyError, missing
-from ..layout.names import rank_suffix, redact_url
+from ..layout.names import rank_suffix
 from ..layout.run_files import LARGEST_JSON, RUN_FILE, RunFiles
+from ..ledger import Counts
+from ..locations import redact_url
 from ..protocols import StepRanks
-from ..record import Counts, Json
+from ..record import Json
 from ..statistics.summary import Statistics
 from ..storage import Store, SupportsLevels
 from .documents import check_run

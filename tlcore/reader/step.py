@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MissingError, ReadError, missing
 from ..layout.names import module_of, rank_suffix, step_dir
 from ..layout.rows import DECIDED, CallRows, Span
-from ..record import Counts, Json
+from ..ledger import Counts
+from ..record import Json
 from ..statistics.summary import Statistics
 from .described import described, statistics_of
 from .documents import check_ledger, is_tensor_name

@@ -10,16 +10,18 @@ from typing import Any
 import torch
 
 from ..config.configuration import Config
-from ..engine.new_run import absolute_location, layout_of, make_sink
+from ..engine.new_run import layout_of, make_sink
 from ..engine.run_documents import RunDocuments, close_run
 from ..errors import ConfigError, ReadError, VerifyError
-from ..layout.names import is_url, rank_suffix, redact_url
+from ..layout.names import rank_suffix
 from ..layout.run_files import RUN_FILE
+from ..ledger import Ledger
+from ..locations import absolute_location, is_url, redact_url
 from ..protocols import Sink, SupportsLateCommit
 from ..reader import MissingError, Run, Step, is_run
 from ..reader.bulk import Payload, read_payloads
 from ..reader.step import counts_of
-from ..record import Json, Ledger, Origin, Record, RunInfo, StepSummary
+from ..record import Json, Origin, Record, RunInfo, StepSummary
 from ..registry import open_store, resolve
 from ..storage import Location
 

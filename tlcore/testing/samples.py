@@ -9,7 +9,8 @@ from typing import Any
 import torch
 import xxhash
 
-from ..record import LAYOUT_VERSION, Counts, Json, Ledger, Origin, Record, RunInfo, StepSummary
+from ..ledger import Counts, Ledger
+from ..record import LAYOUT_VERSION, Json, Origin, Record, RunInfo, StepSummary
 from ..registry import open_store
 from ..storage import Location, Store
 

@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable, Sequence
 
 from tlcore.layout.templates import compact
-from tlcore.record import Counts, Record, RunInfo, StepSummary
+from tlcore.ledger import Counts
+from tlcore.record import Record, RunInfo, StepSummary
 from tlcore.storage import SupportsFiles
 
 from ..storage.run_store import store_of

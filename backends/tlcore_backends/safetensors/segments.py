@@ -10,8 +10,9 @@ import numpy as np
 from tlcore.errors import BackendError
 from tlcore.layout.names import step_dir
 from tlcore.layout.templates import Structures, compact, structures_of
+from tlcore.ledger import Counts
 from tlcore.protocols import Buffer
-from tlcore.record import Counts, Json, Record, StepSummary
+from tlcore.record import Json, Record, StepSummary
 
 from .columns import Chunk, Column, lay_out
 from .compact import Changing, Table, microseconds, repeats, runs, split

@@ -13,8 +13,8 @@ from urllib.parse import unquote, urlsplit
 import fsspec
 
 from tlcore.errors import BackendError
-from tlcore.layout.names import redact_url
 from tlcore.layout.run_files import RUN_FILE
+from tlcore.locations import redact_url
 from tlcore.registry import open_store
 from tlcore.storage import Store, SupportsRemoval, SupportsUsage
 

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from tlcore.layout.names import REDACTED, redact_url
+from tlcore.locations import REDACTED, redact_url
 
 _PUBLIC_OPTIONS = re.compile(r".*(endpoint|region|url|host|project|account_name|location).*", re.IGNORECASE)
 _SHORTEST_SECRET = 4

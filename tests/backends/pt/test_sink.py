@@ -13,8 +13,9 @@ import torch
 import xxhash
 
 from tlcore.errors import BackendError
+from tlcore.ledger import Counts, Ledger
 from tlcore.protocols import Sink
-from tlcore.record import Counts, Json, Ledger, Origin, Record, RunInfo, StepSummary
+from tlcore.record import Json, Origin, Record, RunInfo, StepSummary
 from tlcore.testing import RunWriter
 from tlcore_backends.pt.sink import PtSink
 

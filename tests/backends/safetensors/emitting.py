@@ -11,8 +11,9 @@ import torch
 import xxhash
 
 from tlcore.layout.templates import compact
+from tlcore.ledger import Counts, Ledger
 from tlcore.protocols import Sink, Source
-from tlcore.record import Counts, Json, Ledger, Origin, Record, RunInfo, StepSummary
+from tlcore.record import Json, Origin, Record, RunInfo, StepSummary
 from tlcore.storage import Store
 
 Tensors = Mapping[str, torch.Tensor]

@@ -7,7 +7,7 @@ from collections import Counter
 
 from tlcore.engine.pipeline.booking import DESCRIBED, Booking
 from tlcore.errors import BackendError
-from tlcore.record import Counts, Ledger
+from tlcore.ledger import Counts, Ledger
 
 
 def counts(stored: int = 3) -> Counts:

@@ -10,9 +10,6 @@ import torch
 
 from ...layout.rows import NO_ROWS, RowSet, Span, row_set_of
 from ...record import Json
-from .tensors import Outcome
-
-ROWS_UNKNOWN = Outcome("skipped", "rows of the requests unknown")
 
 Chooses = Callable[[str], bool]
 

@@ -6,11 +6,11 @@ import ctypes
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
 
 import torch
 
 from ...errors import ConfigError
+from ...ledger import Outcome
 
 # A copy this small is over before another thread could use the interpreter, which is dear to get back.
 _SMALL_BYTES = 256 << 10
@@ -48,20 +48,6 @@ def _known_device(name: str) -> str:
         raise ConfigError("$.device_names", f"{name!r} is no torch device: {error}.") from None
     # Torch takes an index for the CPU, and its tensors have none.
     return device.type if device.type == "cpu" else str(device)
-
-
-class Outcome(NamedTuple):
-    """Why a tensor is not stored: the ledger's column and the reason; no column for a rejected one."""
-
-    column: Literal["skipped", "dropped", "failed"] | None
-    reason: str
-
-
-QUEUE_FULL = Outcome("dropped", "queue full")
-RUN_FULL = Outcome("skipped", "max_run_bytes reached")
-FREED = Outcome("skipped", "its memory was freed by the model")
-STATISTICS_ONLY = Outcome("skipped", "statistics only")
-FINITE = Outcome("skipped", "no NaN or Inf in it or its call")
 
 
 class TensorSpec:

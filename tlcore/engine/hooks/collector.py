@@ -16,11 +16,12 @@ import torch
 from ...hotpath.looking import can_look
 from ...hotpath.native import extension
 from ...layout.structure import NO_ITEMS, TENSOR, Opaque, Scalar, TreeSpec, class_name, flatten
-from ...record import Counts, Direction
+from ...ledger import FREED, QUEUE_FULL, RUN_FULL, Counts, Outcome
+from ...record import Direction
 from ...statistics import device as device_statistics
 from ..batch import Batch, Measured
 from ..calls import Call, Sides
-from ..filters.tensors import FREED, QUEUE_FULL, RUN_FULL, Outcome, TensorFilter, TensorSpec, TensorSpecs
+from ..filters.tensors import TensorFilter, TensorSpec, TensorSpecs
 from ..staging.accelerator import accelerator_of, recording
 from ..staging.host_memory import NO_CHUNK, Chunk
 from ..staging.stager import FreedError, Stager, with_memory

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from ...hotpath import objects
-from ...record import Counts
+from ...ledger import Counts
 from ..filters.tensors import TensorSpecs
 
 # Tensors of one object that are counted, at most.

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ..filters.rows import ROWS_UNKNOWN, StepRows
+from ...ledger import ROWS_UNKNOWN
+from ..filters.rows import StepRows
 from .collector import Collector, Taken
 
 

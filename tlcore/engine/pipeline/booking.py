@@ -6,8 +6,7 @@ import logging
 import threading
 import time
 
-from ...record import Counts, Ledger
-from ..filters.tensors import STATISTICS_ONLY
+from ...ledger import STATISTICS_ONLY, Counts, Ledger
 
 log = logging.getLogger("tlcore")
 # Two faults nearer to each other than this are told as one.

@@ -11,7 +11,8 @@ from ...layout import names
 from ...layout.names import PathKey
 from ...layout.structure import Scalar, describe
 from ...layout.templates import HOLE, STEP_DIR, Template
-from ...record import Counts, Json, Origin
+from ...ledger import Counts
+from ...record import Json, Origin
 from ...statistics.summary import KEYS
 from ..calls import CallSide
 from ..filters.tensors import TensorSpec

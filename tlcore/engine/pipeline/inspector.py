@@ -14,11 +14,12 @@ import torch
 import xxhash
 
 from ...config.configuration import Config
+from ...ledger import FINITE, RUN_FULL, STATISTICS_ONLY, Outcome
 from ...statistics import device as device_statistics
 from ...statistics.host import HostStatistics
 from ...statistics.summary import Statistics
 from ..batch import Batch, Measured, Part, batch_of, parts_of
-from ..filters.tensors import FINITE, RUN_FULL, STATISTICS_ONLY, Outcome, TensorSpec, move_large
+from ..filters.tensors import TensorSpec, move_large
 from ..staging.host_memory import Chunk
 
 log = logging.getLogger("tlcore")

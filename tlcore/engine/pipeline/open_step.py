@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 
 from ...layout.templates import Templates
-from ...record import Counts
+from ...ledger import Counts
 from .inspector import Inspected
 from .planner import Plan, with_bare_last
 

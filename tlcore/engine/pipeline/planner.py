@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 from ...layout.structure import Scalar
 from ...layout.templates import Templates
-from ...record import Counts, Origin
+from ...ledger import Counts
+from ...record import Origin
 from ..calls import CallSide
 from ..filters.tensors import TensorSpec
 from .describing import Described, describe_side

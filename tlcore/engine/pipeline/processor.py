@@ -8,8 +8,9 @@ from collections.abc import Callable, Sequence
 from ...hotpath.hashing import hex_digests
 from ...layout import names
 from ...layout.templates import Structures
+from ...ledger import Ledger
 from ...protocols import Sink, SupportsLateCommit
-from ...record import Ledger, Record, StepSummary
+from ...record import Record, StepSummary
 from ..batch import Batch, StepEnd
 from ..staging.host_memory import HostPool
 from .booking import Booking

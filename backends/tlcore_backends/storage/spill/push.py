@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tlcore.errors import BackendError
-from tlcore.layout.names import REDACTED, redact_url
+from tlcore.locations import REDACTED, redact_url
 from tlcore.record import writer_is_running
 from tlcore.registry import open_store
 

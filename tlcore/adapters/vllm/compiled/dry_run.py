@@ -17,9 +17,10 @@ from torch import nn
 
 from ....engine.calls import Call
 from ....engine.filters.modules import ModuleFilter
-from ....engine.filters.tensors import Outcome, TensorSpec
+from ....engine.filters.tensors import TensorSpec
 from ....layout.names import call_dir
 from ....layout.structure import NO_ITEMS, Scalar, TreeSpec, flatten
+from ....ledger import Outcome
 from ....record import Direction
 from ..module_names import plain_modules
 from .tapped import Slots, tensors_of

@@ -15,7 +15,8 @@ from typing import Any
 from .... import errors
 from ....config.configuration import Config
 from ....errors import CaptureError, ConfigError
-from ....record import Counts, Json
+from ....ledger import Counts
+from ....record import Json
 from ..carrier import KEY, Carrier
 from . import check as frontend
 from .deaths import remains

@@ -10,9 +10,9 @@ from typing import Any
 
 from ....config.configuration import Config, load_config
 from ....engine.filters.tensors import known_devices
-from ....engine.new_run import absolute_location, new_run_id
+from ....engine.new_run import new_run_id
 from ....errors import BackendError, CaptureError, ConfigError
-from ....layout.names import is_url
+from ....locations import absolute_location, is_url
 from ....registry import open_store, resolve
 from ....storage import SupportsPrepare
 from ..carrier import KEY, Carrier, carried, is_carrier

@@ -14,8 +14,9 @@ from dataclasses import replace
 from types import ModuleType
 from typing import Any
 
-from ....layout.names import is_url
-from ....record import Counts, Json
+from ....ledger import Counts
+from ....locations import is_url
+from ....record import Json
 from ..reports import Report, leave_notice, read_notices, read_reports
 from .status import Status, merged
 

@@ -19,7 +19,7 @@ from typing import Any
 
 from ....config.configuration import Config, load_config
 from ....errors import BackendError, CaptureError, ConfigError, TlcoreError
-from ....layout.names import is_url
+from ....locations import is_url
 from ....record import Json
 from ....registry import resolve
 from ..carrier import Carrier

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 
 from .... import errors
 from ....errors import CaptureError, ConfigError
-from ....record import Counts, Json
+from ....ledger import Counts
+from ....record import Json
 
 START, STOP, STATUS = "tlcore_start", "tlcore_stop", "tlcore_status"
 POLL_S = 0.05

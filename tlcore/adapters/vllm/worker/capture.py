@@ -18,7 +18,7 @@ from ....config.configuration import Config, load_config
 from ....engine.new_run import new_run
 from ....engine.session import Session
 from ....errors import CaptureError, TlcoreError
-from ....layout.names import redact_url
+from ....locations import redact_url
 from ....record import Json, RunInfo
 from ..carrier import is_carrier
 from ..compiled.eager_steps import TAPS, EagerSteps

@@ -8,7 +8,8 @@ from collections.abc import Mapping
 
 from ....engine.session import Session
 from ....errors import TlcoreError, shareable
-from ....record import LEDGER_COLUMNS, Json
+from ....ledger import LEDGER_COLUMNS
+from ....record import Json
 
 log = logging.getLogger("vllm.tlcore")
 _REMEMBERED = 16
