@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tlcore
-from tests.adapters.vllm.helpers import REPOSITORY, report
+from tests.adapters.vllm.helpers import REPOSITORY, all_stored, report
 from tests.models import smollm2
 
 pytestmark = pytest.mark.slow
@@ -67,14 +67,13 @@ def test_a_forgotten_engine_completes_its_run(captured: dict[str, Any], recorded
     assert recorded.state == "complete"
     assert recorded.steps == list(range(32))
     ledger = recorded.ledger
-    assert ledger.balanced
-    assert ledger.stored == ledger.captured > 30_000
+    assert all_stored(ledger) and ledger.stored > 30_000
     assert recorded.verify() > 0
 
 
 def test_the_compilable_module_is_captured(recorded: Any) -> None:
     step = recorded.step(0)
-    assert step.calls[0] == "model"
+    assert step.calls[:2] == ["_root", "model"]
     assert "step_0/model/inputs_0_cpu" in step.names
     output = recorded.tensor("step_0/model/outputs_cpu")
     assert torch.equal(output, recorded.tensor("step_0/model.norm/outputs_0_cpu"))

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import tlcore
-from tests.adapters.vllm.helpers import REPOSITORY, report
+from tests.adapters.vllm.helpers import REPOSITORY, all_stored, report
 from tests.adapters.vllm.models_script import TOKENS
 from tests.models import minilm, tiny_moe
 
@@ -22,7 +22,7 @@ def _asked(model: Path, task: str, mode: str, output_dir: Path) -> tuple[dict[st
     made = report(SCRIPT, str(model), task, mode, str(output_dir), environment={"VLLM_CPU_CI_ENV": "1"})
     run = tlcore.open_run(made["url"])
     assert run.state == "complete"
-    assert run.ledger.balanced and run.ledger.stored == run.ledger.captured
+    assert all_stored(run.ledger)
     assert run.verify() > 0
     return made, run
 

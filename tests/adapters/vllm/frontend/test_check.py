@@ -169,7 +169,7 @@ def test_workers_without_the_plugin_are_refused(
 def test_the_printed_form_hides_secrets(config: dict[str, Any]) -> None:
     from tlcore.adapters.vllm.carrier import GivenConfig
 
-    secret = {**config, "output_dir": "kept://user:password@host/x", "backend": "tests.sinks:MemorySink"}
+    secret = {**config, "output_dir": "memory://user:password@host/x", "backend": "tests.sinks:MemorySink"}
     engine_args = _engine_args(intermediate_log_config=secret)
     carrier = engine_args.additional_config[KEY]
     assert carrier["config"]["output_dir"] == secret["output_dir"]
