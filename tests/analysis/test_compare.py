@@ -247,6 +247,6 @@ def test_other_executors_and_progress(model: Any, capture: Capture) -> None:
     with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
         result = tlcore.compare(a, b, executor=pool, progress=lambda *at: seen.append(at))
     assert result == tlcore.compare(a, b)
-    assert seen == [(i, 18) for i in range(1, 19)]
+    assert seen == [(i, 20) for i in range(1, 21)]
     assert "<table>" in result._repr_html_()
     assert len(result.to_pandas()) == 20
