@@ -32,7 +32,7 @@ from tlcore_backends.storage.remote import FsspecStore
 pytestmark = pytest.mark.slow
 STEPS = 3
 # Captured of each step, aliases included.
-TENSORS = 20
+TENSORS = 24
 _fresh = itertools.count()
 
 
@@ -169,7 +169,7 @@ def test_a_session_left_open_is_stored_when_the_process_ends(server: Server) -> 
     assert ended.returncode == 0, ended.stderr
     found = content(open_store(ended.stdout.strip(), server.options), rows=False)
     assert found["state"] == "complete"
-    assert len(found["tensors"]) == 4
+    assert len(found["tensors"]) == 6
 
 
 def _refused(server: Server, url: str, options: dict[str, Any]) -> str:

@@ -115,7 +115,7 @@ def test_object_storage_reads_the_same(
     options = json.dumps(server.options)
     assert main(["ls", parent, "--storage-options", options, "--json"]) == 0
     (listed,) = json.loads(capsys.readouterr().out)["runs"]
-    assert (listed["state"], listed["steps"], listed["tensors"]) == ("complete", 2, 12)
+    assert (listed["state"], listed["steps"], listed["tensors"]) == ("complete", 2, 16)
     assert main(["verify", url, "--storage-options", options]) == 0
     shown = fsspec.filesystem("tlcore", run=url, storage_options=server.options)
     documented = tree(reference_url)

@@ -98,7 +98,7 @@ def test_a_sink_that_cannot_write_fails_when_it_is_opened() -> None:
         port = taken.getsockname()[1]
     options = {"key": KEY, "secret": SECRET, "endpoint_url": f"http://127.0.0.1:{port}"}
     with pytest.raises(BackendError, match=r"run\.json: EndpointConnectionError") as caught:
-        RunWriter(PtSink(), run=make_run("memory://bucket/run"), location=Location("s3://bucket", options))
+        RunWriter(PtSink(), run=make_run("s3://bucket/run"), location=Location("s3://bucket", options))
     assert SECRET not in str(caught.value)
 
 
