@@ -9,9 +9,8 @@ from __future__ import annotations
 import base64
 import binascii
 import itertools
-import threading
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Collection, Container, Iterable, Iterator, Sequence
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
@@ -21,13 +20,13 @@ from tlcore.layout.dtypes import item_size
 from tlcore.protocols import Array, ArrayRows
 from tlcore.record import Json
 
-from .compact import joined, time_text
+from .changing import Changing
+from .compact import time_text
 from .described import restored
 
 _HASH_BYTES = 16
 _LARGEST = 1 << 50
 # Ranges of numbers are short to write and long to read.
-_LARGEST_CHANGED = 1 << 200
 _MOST_ITEMS = 16_000_000
 _TABLES = ("files", "calls", "structures", "arrays", "plans", "extents", "skeletons", "changes", "rows")
 _COLUMNS = ("number", "plan", "extents", "started", "took", "details", "change")
@@ -86,8 +85,8 @@ class SegmentIndex:
             raise self.damaged("its steps do not ascend")
         self.rank = self._number(document.get("rank"), 1 << 20)
         self._counted: tuple[int, dict[int, tuple[int, int]]] = (0, {})
-        self._told_details = _Changing(self)
-        self._told_rows = _Changing(self)
+        self._told_details = Changing(self.table, self.damaged)
+        self._told_rows = Changing(self.table, self.damaged)
 
     def damaged(self, what: str) -> ReadError:
         """The error for an index that makes no sense."""
@@ -413,71 +412,3 @@ class SegmentIndex:
         if not isinstance(values, list):
             raise self.damaged("something is no list of numbers")
         return [self._number(value, most) for value in values]
-
-
-class _Changing:
-    """Puts together values that are told as differences to those with the same skeleton before.
-
-    A step's values are numbers of a skeleton and a change each; steps are mostly asked for in order.
-    """
-
-    def __init__(self, index: SegmentIndex) -> None:
-        self._index = index
-        self._lock = threading.Lock()
-        self._start()
-
-    def _start(self) -> None:
-        self._next = 0
-        self._last: dict[int, list[int]] = {}
-
-    def values(self, position: int, pairs_of: Callable[[int], Iterable[tuple[Any, Any]]]) -> list[Any]:
-        """The values of the step at a position; ``pairs_of`` gives any step's."""
-        with self._lock:
-            if position < self._next:
-                self._start()
-            try:
-                for earlier in range(self._next, position):
-                    for skeleton, change in pairs_of(earlier):
-                        self._numbers(skeleton, change)
-                found = [self._value(*pair) for pair in pairs_of(position)]
-            except BaseException:
-                self._start()
-                raise
-            self._next = position + 1
-            return found
-
-    def _value(self, skeleton: Any, change: Any) -> Any:
-        numbers = self._numbers(skeleton, change)
-        try:
-            return joined(self._index.table("skeletons", skeleton), iter(numbers))
-        except RecursionError:
-            raise self._index.damaged("a skeleton is nested too deep") from None
-
-    def _numbers(self, skeleton: Any, change: Any) -> list[int]:
-        form = self._index.table("skeletons", skeleton)
-        last = self._last.get(skeleton)
-        if last is None:
-            last = self._last[skeleton] = [0] * _count(form)
-        changes = self._index.table("changes", change)
-        if (
-            not isinstance(changes, list)
-            or len(changes) % 2
-            or not all(type(each) is int for each in changes)
-        ):
-            raise self._index.damaged("a change makes no sense")
-        for place, difference in zip(changes[::2], changes[1::2], strict=True):
-            if not 0 <= place < len(last) or abs(last[place] + difference) > _LARGEST_CHANGED:
-                raise self._index.damaged("a change of what is not there")
-            last[place] += difference
-        return last
-
-
-def _count(skeleton: Any) -> int:
-    waiting, count = [skeleton], 0
-    while waiting:
-        node = waiting.pop()
-        if type(node) is int:
-            count += 1
-        elif isinstance(node, (dict, list)):
-            waiting += node.values() if isinstance(node, dict) else node
-    return count

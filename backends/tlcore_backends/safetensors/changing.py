@@ -1,0 +1,82 @@
+"""Values of an index that are told as differences to those of the steps before."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable
+from typing import Any
+
+from tlcore.errors import ReadError
+
+from .compact import joined
+
+_LARGEST_CHANGED = 1 << 200
+
+
+class Changing:
+    """Puts together values that are told as differences to those with the same skeleton before.
+
+    A step's values are numbers of a skeleton and a change each; steps are mostly asked for in order.
+    """
+
+    def __init__(self, table: Callable[[str, Any], Any], damaged: Callable[[str], ReadError]) -> None:
+        self._table = table
+        self._damaged = damaged
+        self._lock = threading.Lock()
+        self._start()
+
+    def _start(self) -> None:
+        self._next = 0
+        self._last: dict[int, list[int]] = {}
+
+    def values(self, position: int, pairs_of: Callable[[int], Iterable[tuple[Any, Any]]]) -> list[Any]:
+        """The values of the step at a position; ``pairs_of`` gives any step's."""
+        with self._lock:
+            if position < self._next:
+                self._start()
+            try:
+                for earlier in range(self._next, position):
+                    for skeleton, change in pairs_of(earlier):
+                        self._numbers(skeleton, change)
+                found = [self._value(*pair) for pair in pairs_of(position)]
+            except BaseException:
+                self._start()
+                raise
+            self._next = position + 1
+            return found
+
+    def _value(self, skeleton: Any, change: Any) -> Any:
+        numbers = self._numbers(skeleton, change)
+        try:
+            return joined(self._table("skeletons", skeleton), iter(numbers))
+        except RecursionError:
+            raise self._damaged("a skeleton is nested too deep") from None
+
+    def _numbers(self, skeleton: Any, change: Any) -> list[int]:
+        form = self._table("skeletons", skeleton)
+        last = self._last.get(skeleton)
+        if last is None:
+            last = self._last[skeleton] = [0] * _count(form)
+        changes = self._table("changes", change)
+        if (
+            not isinstance(changes, list)
+            or len(changes) % 2
+            or not all(type(each) is int for each in changes)
+        ):
+            raise self._damaged("a change makes no sense")
+        for place, difference in zip(changes[::2], changes[1::2], strict=True):
+            if not 0 <= place < len(last) or abs(last[place] + difference) > _LARGEST_CHANGED:
+                raise self._damaged("a change of what is not there")
+            last[place] += difference
+        return last
+
+
+def _count(skeleton: Any) -> int:
+    waiting, count = [skeleton], 0
+    while waiting:
+        node = waiting.pop()
+        if type(node) is int:
+            count += 1
+        elif isinstance(node, (dict, list)):
+            waiting += node.values() if isinstance(node, dict) else node
+    return count
