@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 import tlcore
+from tests.adapters.vllm.helpers import all_stored
 from tests.amx import with_amx
 from tests.compat.engine_script import TOKENS
 from tests.compat.environments import RELEASES, REPOSITORY, python_of
@@ -59,7 +60,7 @@ def test_the_eager_capture_works(release: tuple[str, Path], tmp_path: Path) -> N
     assert captured == plain
     (run,) = map(tlcore.open_run, (tmp_path / "dumps").iterdir())
     assert (run.state, run.steps) == ("complete", list(range(TOKENS)))
-    assert run.ledger.balanced and run.ledger.stored == run.ledger.captured > 400
+    assert all_stored(run.ledger) and run.ledger.stored > 400
     assert run.verify() > 0
     step = run.step(0)
     assert {"model", "model.embed_tokens", "model.layers.3.mlp", "logits_processor"} <= set(step.calls)

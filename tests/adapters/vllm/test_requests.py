@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import tlcore
-from tests.adapters.vllm.helpers import REPOSITORY, report
+from tests.adapters.vllm.helpers import REPOSITORY, all_stored, report
 from tlcore.reader import Gap, Request, Run
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 def _requests(said: dict[str, Any], name: str) -> list[Request]:
     run = tlcore.open_run(said[name]["url"])
-    assert run.state == "complete" and run.ledger.stored == run.ledger.captured
+    assert run.state == "complete" and all_stored(run.ledger)
     return [run.request(each) for each in said[name]["ids"]]
 
 
