@@ -210,7 +210,7 @@ def call_counts(model: Scripted) -> dict[str, int]:
 
 def compare_step(step: Any, model: Scripted, begin: dict[str, int], end: dict[str, int]) -> None:
     """Every call of the step against what the modules saw."""
-    left = {name: end[name] - begin.get(name, 0) for name in end if name}
+    left = {name: end[name] - begin.get(name, 0) for name in end}
     for directory in step.calls:
         call = step.call(directory)
         module = model.get_submodule(call.module)
