@@ -107,11 +107,11 @@ def stem(direction: str, path: Sequence[PathKey], device: str, rank: int) -> str
     return full
 
 
-def unique(name: str, taken: set[str]) -> str:
-    """``name``, or the first of ``name~2``, ``name~3``, ... that is free; takes it."""
+def unique(name: str, taken: set[str], mark: str = "~") -> str:
+    """``name``, or the first of ``name~2``, ``name~3``, ... that is free; takes it. ``mark`` is the ``~``."""
     chosen, n = name, 2
     while chosen in taken:
-        chosen, n = f"{name}~{n}", n + 1
+        chosen, n = f"{name}{mark}{n}", n + 1
     taken.add(chosen)
     return chosen
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from tlcore.layout.names import unique
 from tlcore.layout.templates import quoted
 
 from .described import Slot
@@ -126,7 +127,7 @@ def lay_out(columns: Sequence[Column], numbers: Sequence[int], taken: dict[objec
     """
     keys: set[str] = set()
     for number, column in zip(numbers, columns, strict=True):
-        column.key = _unique(column.slot.tail, keys)
+        column.key = unique(column.slot.tail, keys, mark="#")
         column.settle()
         column.file = file
         original = taken.setdefault(column.content, number)
@@ -156,12 +157,3 @@ def lay_out(columns: Sequence[Column], numbers: Sequence[int], taken: dict[objec
     for column in own:
         column.begin += len(head)
     return head
-
-
-def _unique(tail: str, taken: set[str]) -> str:
-    """``tail``, or with ``#2``, ``#3``, ... behind it where arrays differ in more than their name."""
-    key, n = tail, 2
-    while key in taken:
-        key, n = f"{tail}#{n}", n + 1
-    taken.add(key)
-    return key
