@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Generator, Iterator
 from contextlib import suppress
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from tests.amx.sitecustomize import permit_amx
 from tests.deep import DEEP
 from tests.servers import SERVERS, Server
 from tests.waiting import tails, time_limit
+from tlcore import registry
 
 # For engines in this process, and in every one that it starts.
 permit_amx()
@@ -72,6 +74,17 @@ def pytest_runtest_makereport() -> Generator[None, pytest.TestReport, pytest.Tes
     if report.failed:
         report.sections += tails()
     return report
+
+
+@pytest.fixture(autouse=True)
+def registrations() -> Iterator[None]:
+    """What a test registers ends with it: other tests ask which backends there are."""
+    tables: list[dict[str, Any]] = [registry._registered, registry._stores, registry._followed]
+    before = [dict(table) for table in tables]
+    yield
+    for table, kept in zip(tables, before, strict=True):
+        table.clear()
+        table.update(kept)
 
 
 @pytest.fixture

@@ -25,15 +25,6 @@ bad = type("Bad", (), {"options_schema": {"type": "nonsense"}})
 
 
 @pytest.fixture
-def clean() -> Iterator[None]:
-    """Forget what a test registers."""
-    before = dict(registry._registered)
-    yield
-    registry._registered.clear()
-    registry._registered.update(before)
-
-
-@pytest.fixture
 def plugin(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """An installed distribution with a module and an entry point ``theirs``."""
     (tmp_path / "their_plugin.py").write_text(PLUGIN)
@@ -58,7 +49,7 @@ def test_pt_is_built_in_and_makes_a_sink() -> None:
     assert isinstance(backend.factory(), Sink)
 
 
-def test_a_registered_factory_is_found_and_can_be_replaced(clean: None) -> None:
+def test_a_registered_factory_is_found_and_can_be_replaced() -> None:
     tlcore.register_sink("mine", MemorySink, options_schema={"type": "object"})
     assert registry.resolve("mine").factory is MemorySink
     assert "mine" in registry.available()
@@ -66,7 +57,7 @@ def test_a_registered_factory_is_found_and_can_be_replaced(clean: None) -> None:
     assert registry.resolve("mine").options_schema is None
 
 
-def test_a_registered_name_does_not_reach_other_processes(clean: None) -> None:
+def test_a_registered_name_does_not_reach_other_processes() -> None:
     registry.register_sink("mine", MemorySink)
     with pytest.raises(ConfigError, match=r"pkg\.mod:Sink, or declare an entry point in 'tlcore\.backends'"):
         registry.resolve("mine", portable=True)
@@ -118,12 +109,12 @@ def test_an_unknown_name_gives_the_nearest_and_all(name: str, hint: str) -> None
 
 
 @pytest.mark.parametrize("name", ["pt", "safetensors", "", "a:b", "a b", "-a", "a\n"])
-def test_names_that_cannot_be_registered(clean: None, name: str) -> None:
+def test_names_that_cannot_be_registered(name: str) -> None:
     with pytest.raises(BackendError):
         registry.register_sink(name, MemorySink)
 
 
-def test_bad_registrations_are_refused(clean: None) -> None:
+def test_bad_registrations_are_refused() -> None:
     with pytest.raises(BackendError, match="not callable"):
         registry.register_sink("mine", MemorySink())  # type: ignore[arg-type]  # what is tested
     with pytest.raises(BackendError, match="not a JSON Schema"):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -44,17 +44,6 @@ class Told:
 
     def close(self) -> None:
         pass
-
-
-@pytest.fixture(autouse=True)
-def clean() -> Iterator[None]:
-    """Forget what a test registers."""
-    tables: list[Any] = [registry._registered, registry._stores, registry._followed]
-    before = [dict(table) for table in tables]
-    yield
-    for table, kept in zip(tables, before, strict=True):
-        table.clear()
-        table.update(kept)
 
 
 def captured(place: Path, backend: str) -> tlcore.capture:

@@ -6,7 +6,6 @@ import json
 import pickle
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -35,12 +34,10 @@ STORE_OPTIONS = {
 
 
 @pytest.fixture
-def store() -> Iterator[None]:
+def store() -> None:
     """Two backends that take options: ``store`` with a schema of them, ``loose`` without."""
     registry.register_sink("store", lambda **_: None, STORE_OPTIONS)  # type: ignore[arg-type]  # never built
     registry.register_sink("loose", lambda **_: None)  # type: ignore[arg-type]  # never built
-    yield
-    del registry._registered["store"], registry._registered["loose"]
 
 
 def error_of(value: Any = None, **keys: Any) -> ConfigError:
