@@ -14,7 +14,7 @@ from ..errors import ConfigError, ReadError
 from ..locations import is_url
 from ..reader import Run, open_run
 from .matching.match import match
-from .matching.pairs import Pair
+from .matching.pairs import Matching, Pair
 from .matching.rules import Rules, compiled_patterns, positions, renames
 from .measure import Tolerance
 from .results import Comparison, Origin, TensorResult
@@ -78,10 +78,7 @@ def compare(
     _check_steps(rules, run_a, run_b)
     # A run lets go of steps that nobody holds; their records would be read again for every pair.
     held = [run.step(number) for run in (run_a, run_b) for number in run.steps]
-    matching = match(run_a, run_b, rules)
-    if not matching.pairs and not matching.missing:
-        limits = " in the modules asked for" if rules.modules else ""
-        raise ReadError(f"{run_a.url} and {run_b.url}: no tensor to compare{limits}")
+    matching = _matched(run_a, run_b, rules)
     places = place_of(_path(a), options_a), place_of(_path(b), options_b)
     task = Task(*places, tolerance, check_dtype, uuid.uuid4().hex)
     results = _measured(task, (run_a, run_b), matching.pairs, deep, executor, progress)
@@ -95,6 +92,15 @@ def _tolerance(rtol: float | None, atol: float | None, by_norm: bool) -> Toleran
         if given is not None and not given >= 0:
             raise ConfigError(where, f"{given} is not a tolerance, which is a number >= 0")
     return Tolerance(rtol, atol, by_norm)
+
+
+def _matched(a: Run, b: Run, rules: Rules) -> Matching:
+    """Raises ReadError where nothing is left to compare."""
+    matching = match(a, b, rules)
+    if not matching.pairs and not matching.missing:
+        limits = " in the modules asked for" if rules.modules else ""
+        raise ReadError(f"{a.url} and {b.url}: no tensor to compare{limits}")
+    return matching
 
 
 def _check_steps(rules: Rules, a: Run, b: Run) -> None:

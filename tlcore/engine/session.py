@@ -33,7 +33,6 @@ from .hooks.collector import Collector
 from .hooks.compiled_parts import refuse_compiled
 from .hooks.listening import Hearing, Listener, ListenerSet, Rename, Source
 from .hooks.module_tree import ModuleTree, Named
-from .hooks.row_filter import CuttingCollector
 from .new_run import now, open_run
 from .pipeline.executors import InlineExecutor, ThreadExecutor
 from .pipeline.inspector import Inspection
@@ -127,10 +126,8 @@ class Session:
 
     def _make_collector(self, tensors: TensorFilter) -> Collector:
         objects = frozenset(self.config.capture_objects)
-        given = (self._stager, tensors, self._submit, self.config.capture, objects)
-        if not self.config.cuts_rows:
-            return Collector(*given)
-        return CuttingCollector(self.rows, *given)
+        rows = self.rows if self.config.cuts_rows else None
+        return Collector(self._stager, tensors, self._submit, self.config.capture, objects, rows)
 
     def attach(
         self,

@@ -16,11 +16,12 @@ import torch
 from ...hotpath.looking import can_look
 from ...hotpath.native import extension
 from ...layout.structure import NO_ITEMS, TENSOR, Opaque, Scalar, TreeSpec, class_name, flatten
-from ...ledger import FREED, QUEUE_FULL, RUN_FULL, Counts, Outcome
+from ...ledger import FREED, QUEUE_FULL, ROWS_UNKNOWN, RUN_FULL, Counts, Outcome
 from ...record import Direction
 from ...statistics import device as device_statistics
 from ..batch import Batch, Measured
 from ..calls import Call, Sides
+from ..filters.rows import StepRows
 from ..filters.tensors import TensorFilter, TensorSpec, TensorSpecs
 from ..staging.accelerator import accelerator_of, recording
 from ..staging.host_memory import NO_CHUNK, Chunk
@@ -33,7 +34,11 @@ Taken = tuple[TensorSpec, Chunk, int]
 
 
 class Collector:
-    """Gathers a step's calls and hands them over as batches; takes the leaves of their structures."""
+    """Gathers a step's calls and hands them over as batches; takes the leaves of their structures.
+
+    With ``rows``, only those rows of each tensor are copied. Where they cannot be told, nothing of the
+    tensor is stored: rows of requests that were not chosen must not be.
+    """
 
     def __init__(
         self,
@@ -42,8 +47,10 @@ class Collector:
         submit: Callable[[Batch], None],
         capture: Literal["tensor", "stats", "both"] = "tensor",
         objects: Container[str] = (),
+        rows: StepRows | None = None,
     ) -> None:
         self.opens = objects
+        self._rows = rows
         self._stager = stager
         self._capture = capture
         self._forms = TensorSpecs(tensors)
@@ -60,7 +67,7 @@ class Collector:
 
     def _new_walker(self) -> Any:
         """The extension's walk, which takes plain CPU tensors by itself; None where Python does all."""
-        if not can_look() or type(self).tensor is not Collector.tensor:
+        if not can_look() or self._rows is not None:
             return None
         walker = extension.Walker(self.tensor, lambda value, seen: flatten(value, self, seen))
         walker.fill(self._stager.chunk)
@@ -191,6 +198,11 @@ class Collector:
         return self._taken(tensor)
 
     def _taken(self, tensor: torch.Tensor) -> Taken:
+        if self._rows is not None:
+            kept = self._rows.cut(tensor)
+            if kept is None:
+                return self.without_copy(self._forms.find(tensor).refused(ROWS_UNKNOWN))
+            tensor = kept
         spec = self._forms.find(tensor)
         if spec.outcome is not None:
             return self.without_copy(spec)

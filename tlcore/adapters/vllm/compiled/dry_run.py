@@ -1,7 +1,7 @@
 """One eager forward pass before the model is compiled: it shows which tensors there will be to tap.
 
 A graph out of a compilation cache is never traced, so what its taps mean must be known without a trace. The
-rehearsal runs the model as vLLM's own profiling does, and notes each call's structure.
+dry run runs the model as vLLM's own profiling does, and notes each call's structure.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ NOT_FIRED = Outcome("failed", "its tap did not fire")
 
 @dataclass(slots=True, eq=False)
 class Side:
-    """One side of one call: its structure, and the specs that its tensors had in the rehearsal.
+    """One side of one call: its structure, and the specs that its tensors had in the dry run.
 
     ``wanted`` is False for a call that no pattern selects, ``tappable`` where no tap reaches its tensors.
     """

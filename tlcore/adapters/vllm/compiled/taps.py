@@ -126,9 +126,9 @@ def tap_model(worker: Any, session: Session) -> list[str]:
         raise unknown_vllm(f"{type(runner).__name__} has no profile_run")
     model: nn.Module = runner.get_model()
     selector = ModuleFilter(session.config.module_call_match)
-    rehearsal = DryRun(model, selector, session.config.log_post_fwd_inputs)
+    dry_run = DryRun(model, selector, session.config.log_post_fwd_inputs)
     with EagerSteps(runner).step():
-        plan = rehearsal.run(runner.profile_run)
+        plan = dry_run.run(runner.profile_run)
     device = torch.device(runner.device)
     taps = Taps(plan, device)
     anchor = torch.zeros(1, device=device)
