@@ -12,9 +12,12 @@
 VENV ?= .venv
 PYTHON ?= $(or $(shell python3.11 -c 'import sys; print(sys.executable)' 2>/dev/null),python3)
 TORCH ?= torch==2.13.0
+# Most of a test with an engine or a server is waiting for one core. Tests of one file share what they start.
+WORKERS ?= 2
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
+in_workers := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 sources := tlcore backends schemas tests examples
 
 .PHONY: demo test test-deep test-gpu test-fast bench azurite chromium lint format venv
@@ -24,7 +27,7 @@ demo: $(VENV)/.installed
 	$(python) examples/demo.py
 
 test: lint azurite chromium
-	$(python) -m pytest
+	$(python) -m pytest $(in_workers)
 
 test-deep: lint azurite chromium
 	TLCORE_DEEP=1 $(python) -m pytest
@@ -46,7 +49,7 @@ chromium: $(VENV)/.installed
 	$(python) -m tests.browser
 
 test-fast: $(VENV)/.installed
-	$(python) -m pytest -m "not slow"
+	$(python) -m pytest $(in_workers) -m "not slow"
 
 lint: $(VENV)/.installed
 	$(python) -m ruff check $(sources)

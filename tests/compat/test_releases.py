@@ -44,7 +44,7 @@ def _report(python: Path, config: dict[str, Any] | None, directory: Path) -> dic
         env=ENVIRONMENT,
         capture_output=True,
         text=True,
-        timeout=400,
+        timeout=900,
     )
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     assert lines, done.stdout + done.stderr

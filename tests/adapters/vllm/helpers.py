@@ -33,7 +33,7 @@ def all_stored(ledger: Counts) -> bool:
 
 
 def run(
-    *arguments: str, timeout: float = 240, environment: Mapping[str, str] | None = None
+    *arguments: str, timeout: float = 600, environment: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
     """Run Python with ``arguments`` in the repository's root; ``environment`` goes over the usual one."""
     return subprocess.run(
@@ -47,7 +47,7 @@ def run(
 
 
 def report(
-    script: str, *arguments: str, timeout: float = 240, environment: Mapping[str, str] | None = None
+    script: str, *arguments: str, timeout: float = 600, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Run a script that prints ``REPORT`` and one JSON object; returns the object."""
     done = run(script, *arguments, timeout=timeout, environment=environment)

@@ -97,5 +97,5 @@ def test_ledger_and_metrics_speak_for_all_engines(server: VllmServer, pool: Thre
         texts = [server.text("/metrics") for _ in range(6)]
         return [{int(rank): float(value) for rank, value in METRIC.findall(text)} for text in texts]
 
-    wait_until(lambda: shown() == [by_rank] * 6, "each API server shows both ranks' tensors", 20)
+    wait_until(lambda: shown() == [by_rank] * 6, "each API server shows both ranks' tensors", 60)
     assert "vllm:num_requests_running" in server.text("/metrics")

@@ -22,7 +22,7 @@ def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def said(output_dir: Path) -> dict[str, Any]:
     environment = {"VLLM_ENABLE_V1_MULTIPROCESSING": "1"}
-    return report(SCRIPT, str(output_dir), timeout=600, environment=environment)
+    return report(SCRIPT, str(output_dir), timeout=900, environment=environment)
 
 
 def test_an_engine_ends_with_its_owner_whoever_was_attached(said: dict[str, Any], output_dir: Path) -> None:

@@ -30,7 +30,7 @@ def directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_figures_are_published_while_they_change_and_at_the_end(directory: Path) -> None:
     figures = dict(FIGURES)
     publisher = Publisher(3, lambda: dict(figures))
-    wait_until(read_figures, "the figures are published", 10)
+    wait_until(read_figures, "the figures are published", 60)
     assert os.stat(directory).st_mode & 0o777 == 0o700
     figures["stored_tensors"] = 5.0
     publisher.close()
@@ -66,11 +66,11 @@ def test_a_process_that_has_died_still_counts_but_does_nothing(directory: Path) 
 def test_another_run_is_published_at_once(directory: Path) -> None:
     figures = dict(FIGURES)
     publisher = Publisher(0, lambda: dict(figures))
-    wait_until(read_figures, "the figures are published", 10)
+    wait_until(read_figures, "the figures are published", 60)
     begin = time.monotonic()
     figures["running"] = 2.0
     publisher.publish_soon()
-    wait_until(lambda: read_figures()[0]["running"] == 2.0, "they are published again", 10)
+    wait_until(lambda: read_figures()[0]["running"] == 2.0, "they are published again", 60)
     assert time.monotonic() - begin < 0.8
     publisher.close()
 

@@ -21,7 +21,7 @@ TOLERANCE = 2**-5
 
 
 def _said(output_dir: Path, **keywords: Any) -> dict[str, Any]:
-    return report(SCRIPT, str(output_dir), json.dumps(keywords), timeout=400, environment=SEVERAL_RANKS)
+    return report(SCRIPT, str(output_dir), json.dumps(keywords), timeout=900, environment=SEVERAL_RANKS)
 
 
 @pytest.fixture(scope="module")

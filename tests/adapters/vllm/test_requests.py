@@ -23,7 +23,7 @@ TOLERANCE = 2**-5
 
 @pytest.fixture(scope="module")
 def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return report(SCRIPT, str(tmp_path_factory.mktemp("requests")), timeout=400)
+    return report(SCRIPT, str(tmp_path_factory.mktemp("requests")), timeout=900)
 
 
 def _requests(said: dict[str, Any], name: str) -> list[Request]:

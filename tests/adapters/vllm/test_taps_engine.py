@@ -37,7 +37,7 @@ def _captured(
         mode,
         dtype,
         json.dumps(options or {}),
-        timeout=480,
+        timeout=900,
         environment={"VLLM_CACHE_ROOT": str(cache), **(SEVERAL_RANKS if options else {})},
     )
     (found,) = map(tlcore.open_run, directory.iterdir())

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 import signal
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -109,6 +110,28 @@ def test_a_worker_that_died_is_told_with_its_cause_and_its_run(
     status = remains(run.id)
     assert status is not None and (status.state, status.problem, status.url) == ("lost", told, run.url)
     assert status.ledger.captured == status.ledger.stored == run.ledger.stored > 0
+
+
+def test_a_worker_that_has_no_exit_status_yet_is_told_all_the_same(tmp_path: Path) -> None:
+    process = _dead(_killed(signal.SIGKILL), tmp_path)
+    (report,) = read_reports()
+
+    class Ending:
+        """A process that has closed its files, as `multiprocessing` shows it."""
+
+        def __init__(self) -> None:
+            self.sentinel, writer = os.pipe()
+            os.close(writer)
+            self.pid, self.name, self.exitcode = process.pid, process.name, None
+
+        def join(self, timeout: float) -> None:
+            self.exitcode = process.exitcode
+
+    told = threading.Timer(0.2, tell_of_deaths, [[Ending()]])
+    told.start()
+    status = remains(str(report.run_id))
+    told.join(60)
+    assert status is not None and "was killed by signal 9 (SIGKILL)" in str(status.problem)
 
 
 def test_who_is_asked_to_end_has_not_died(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

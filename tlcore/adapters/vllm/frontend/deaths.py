@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import signal
+import time
 from collections.abc import Callable, Iterable
 from dataclasses import replace
+from multiprocessing.connection import wait
 from types import ModuleType
 from typing import Any
 
@@ -24,6 +27,9 @@ log = logging.getLogger("vllm.tlcore")
 _MARK = "__tlcore__"
 # A process that somebody asked to end has not died of anything.
 _ASKED = (signal.SIGTERM, signal.SIGINT)
+# How long a process that ends may take to its exit status, and the one that learns it to say so.
+_ENDING_S = 5.0
+_LOOK_S = 0.05
 
 
 def patch_executor(module: ModuleType) -> None:
@@ -67,11 +73,25 @@ def _before(cls: Any, name: str, act: Callable[[Any], None]) -> None:
 
 def tell_of_deaths(processes: Iterable[Any]) -> None:
     """Log how each of these processes died that captured, or whose child did, and leave notices."""
-    dead = [each for each in processes if each.exitcode not in (None, 0) and -each.exitcode not in _ASKED]
-    for process in dead:
+    for process in processes:
+        status = _exit_status(process)
+        if status in (None, 0) or -status in _ASKED:
+            continue
         for report in read_reports():
             if process.pid in (report.process, report.document["parent"]) and report.run_id is not None:
                 _tell(process, report)
+
+
+def _exit_status(process: Any) -> int | None:
+    """A process's exit status; None while it runs.
+
+    One that ends closes what it had open, which is how others learn of it, a moment before it has a status.
+    """
+    sentinel = getattr(process, "sentinel", None)
+    if process.exitcode is None and sentinel is not None and wait([sentinel], 0):
+        process.join(_ENDING_S)
+    status: int | None = process.exitcode
+    return status
 
 
 def _tell(process: Any, report: Report) -> None:
@@ -126,7 +146,7 @@ def remains(run_id: str) -> Status | None:
 
     It is ``closing`` while a worker still runs (it ends by itself, and stores what it has first).
     """
-    notices = {notice["process"]: str(notice["problem"]) for notice in read_notices(run_id)}
+    notices = _notices(run_id)
     answers: list[Json] = []
     for report in read_reports():
         if report.run_id != run_id:
@@ -142,3 +162,25 @@ def remains(run_id: str) -> Status | None:
     status = merged(answers)
     found = committed(str(status.url)) if status.state == "lost" else None
     return status if found is None else replace(status, ledger=found[1])
+
+
+def _notices(run_id: str) -> dict[int, str]:
+    """What is told of the deaths of a run's workers; one that somebody is still to tell of is waited for."""
+    end = time.monotonic() + _ENDING_S
+    while True:
+        notices = {notice["process"]: str(notice["problem"]) for notice in read_notices(run_id)}
+        untold = (report for report in read_reports() if report.run_id == run_id and _is_untold(report))
+        if time.monotonic() >= end or not any(report.process not in notices for report in untold):
+            return notices
+        time.sleep(_LOOK_S)
+
+
+def _is_untold(report: Report) -> bool:
+    """Whether a worker died in its run, and the process that started it is there to say of what."""
+    if report.status["state"] == "closed" or report.alive:
+        return False
+    try:
+        os.kill(report.document["parent"], 0)
+    except OSError:
+        return False
+    return True
