@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import weakref
 from collections.abc import Mapping
 from types import TracebackType
 from typing import Any
@@ -55,6 +56,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
             problem = "rows, request_ids and sample_rate choose rows of requests, which only vLLM knows."
             raise ConfigError("$", problem, "Leave them out.")
         self._model = model
+        self._known_as = weakref.ref(model)
         self._inline = inline
         self._sink = sink
         self._session: Session | None = None
@@ -88,13 +90,17 @@ class capture:  # noqa: N801 - a context manager reads like a function
             raise CaptureError("this capture is active already; make another one to capture the model twice")
         if not self.config.enabled:
             return self
-        refuse_unreachable(self._model)
+        model = self._known_as()
+        if model is None:
+            raise CaptureError("the model of this capture is gone; make another capture for another model")
+        self._model = model
+        refuse_unreachable(model)
         if self.config.step.startswith("method:"):
-            method_of(self._model, self.config.step)
+            method_of(model, self.config.step)
         backend = class_name(self._sink) if self._sink is not None else None
         run = new_run(self.config, backend=backend)
         self._session = Session(self.config, run, self._sink, self._inline)
-        self._session.attach(self._model)
+        self._session.attach(model, may_change_within=True)
         tree = self._session.tree
         assert tree is not None
         self._steps.install(tree)
@@ -108,7 +114,9 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._steps.remove()
         if self._session is None:
             return
-        self._note_what_passed_by()
+        self._note_what_passed_by(self._model)
+        # Whoever keeps the capture, for its ledger, need not keep a model.
+        del self._model
         try:
             self._session.close()
         except CaptureError:
@@ -128,7 +136,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         return Step(self._steps if self.config.enabled else None)
 
     def _begin_step(self) -> bool:
-        captured = self.session.begin_step()
+        captured = self.session.begin_step(more_than_a_call=self._steps.more_than_a_call)
         tree = self.session.tree
         if captured and tree is not None:
             self._steps.follow(tree)
@@ -137,10 +145,10 @@ class capture:  # noqa: N801 - a context manager reads like a function
     def _end_step(self, error: BaseException | None) -> None:
         self.session.end_step(error=error)
 
-    def _note_what_passed_by(self) -> None:
+    def _note_what_passed_by(self, model: nn.Module) -> None:
         session = self.session
         calls = self._steps.calls
-        compiled = compiled_parts(ModuleTree(self._model).modules)
+        compiled = compiled_parts(ModuleTree(model).modules)
         for name, how in compiled.items():
             session.remarks.append(f"{shown(name)} is {how}; what ran compiled is not in the run")
         stray = remarks.outside(self._steps.outside, self.config.step)

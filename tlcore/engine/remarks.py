@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from .hooks.compiled_parts import compiled_parts, is_compiled, shown
-from .hooks.listening import ListenerSet
+from .hooks.listeners import ListenerSet
 from .hooks.module_tree import Named
 
 _SHOWN = 4

@@ -31,7 +31,8 @@ from .filters.rows import StepRows
 from .filters.tensors import TensorFilter, known_devices
 from .hooks.collector import Collector
 from .hooks.compiled_parts import refuse_compiled
-from .hooks.listening import Hearing, Listener, ListenerSet, Rename, Source
+from .hooks.listeners import ListenerSet
+from .hooks.listening import Hearing, Listener, Rename, Source
 from .hooks.module_tree import ModuleTree, Named
 from .new_run import now, open_run
 from .pipeline.executors import InlineExecutor, ThreadExecutor
@@ -134,11 +135,13 @@ class Session:
         model: nn.Module,
         source: Source | None = None,
         modules: Mapping[str, nn.Module] | None = None,
+        may_change_within: bool = False,
     ) -> None:
         """Plan the hooks for a model and its submodules.
 
         ``source`` captures its modules by itself. ``modules`` are the submodules by the names that they
-        are to go by, where these are not those of ``named_modules``.
+        are to go by, where these are not those of ``named_modules``. Where the model ``may_change_within`` a
+        step, what it becomes there is heard, too.
 
         Raises CaptureError for a compiled model, or when another model is attached already.
         """
@@ -146,7 +149,8 @@ class Session:
             raise CaptureError("this session has a model already; open another session for a second model")
         refuse_compiled(model)
         self._source = source
-        self._hooks = ListenerSet(model, self._listener, None if modules is None else _renaming(modules))
+        rename = None if modules is None else _renaming(modules)
+        self._hooks = ListenerSet(model, self._listener, rename, may_change_within)
         self._say_what_nobody_is_called(self._hooks, class_name(model))
         for device in {parameter.device for parameter in model.parameters()}:
             self._stager.reserve(device)
@@ -194,10 +198,13 @@ class Session:
         resting.rest()
         listening.resume()
 
-    def begin_step(self, step: int | None = None, wanted: bool = True) -> bool:
+    def begin_step(
+        self, step: int | None = None, wanted: bool = True, more_than_a_call: bool = False
+    ) -> bool:
         """Start a step (the next number when None); True when it is captured, its hooks alive now.
 
-        A step that is not ``wanted`` is only counted.
+        A step that is not ``wanted`` is only counted. In one that is ``more_than_a_call`` of the model,
+        others may replace what stands for a ``forward``.
         """
         with self._lock:
             if self._closed or self._hooks is None:
@@ -214,7 +221,7 @@ class Session:
             self._started = now()
             self._collector.begin_step(number)
             self.rows.begin_step()
-            self._hooks.install()
+            self._hooks.install(more_than_a_call)
             if self._draft is not None:
                 # Around the attached model's listeners on modules that both share.
                 self._draft.install()
@@ -300,7 +307,7 @@ class Session:
         if hooks.replaced_within:
             self.remarks.append(
                 f"the forward of {remarks.some(list(hooks.replaced_within))} was replaced within a captured"
-                " step; what the replacement made of arguments and result there is not in the run"
+                " step; what the replacement made of arguments and result there may not be in the run"
             )
 
     def _say_remarks(self) -> None:

@@ -106,6 +106,13 @@ def without_dead(found: Any) -> Any:
     return found
 
 
+def lies_in(found: Any, listener: StandIn) -> bool:
+    """Whether ``listener`` is ``found``, or lies right below stand-ins of others there."""
+    while found is not listener and is_stand_in(found) and not found.dead:
+        found = found.replaced
+    return found is listener
+
+
 def put_back(found: Any) -> Any:
     """What somebody has put into a module's ``__dict__``, with what a stand-in that he had kept stood for."""
     while is_stand_in(found) and found.dead:

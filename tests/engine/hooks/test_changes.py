@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize
 import tlcore
 from tests.sinks import MemorySink
 from tests.toys import hook_count, model
-from tlcore.engine.hooks.listening import ListenerSet
+from tlcore.engine.hooks.listeners import ListenerSet
 from tlcore.engine.hooks.module_tree import ModuleTree
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)

@@ -19,22 +19,22 @@ from torch.utils.hooks import RemovableHandle
 from ...hotpath.intercept import (
     FORWARD,
     StandIn,
-    forget,
     hooks_follow,
     is_stand_in,
-    keep_out_of_copies,
+    lies_in,
     put_back,
     raised_through,
     without_dead,
 )
 from ..calls import Call
 from .collector import Collector
-from .module_tree import ModuleTree, Named
-from .stack_room import StackRoom
+from .module_tree import Named
 
-_NOBODY = 0
+NOBODY = 0
 _is_compiling = torch.compiler.is_compiling
 _get_ident = threading.get_ident
+# Which backward this thread is in; -1 for none.
+_backward = torch._C._current_graph_task_id
 _global_hooks = torch_module._global_forward_hooks
 
 
@@ -44,7 +44,7 @@ class Hearing:
     __slots__ = ("owner",)
 
     def __init__(self) -> None:
-        self.owner = _NOBODY
+        self.owner = NOBODY
 
 
 class Listener(StandIn):
@@ -61,6 +61,7 @@ class Listener(StandIn):
         "_sites",
         "_wanted",
         "count",
+        "covered",
         "elsewhere",
         "handles",
         "name",
@@ -81,6 +82,8 @@ class Listener(StandIn):
         self.count = 0
         # Calls in threads other than the step's, which nobody can put in order.
         self.elsewhere = 0
+        # Whether a call came from what others have put around this within a step, and said something else.
+        self.covered = False
         self._directory = directory
         self._sites: list[Call | None] = []
         self._wanted = wanted
@@ -98,9 +101,19 @@ class Listener(StandIn):
         self._wanted, wanted = frozenset(), self._wanted
         given = (wanted, self._collector, self._hearing, self._directory, self._post)
         next_one = Listener(self.name, self.module, *given)
-        next_one._sites = self._sites
-        self._hearing = _DEAF
+        next_one.goes_on_from(self)
         return next_one
+
+    def goes_on_from(self, other: Listener) -> None:
+        """Count on where another listener ends, which hears nothing any more."""
+        self._sites = other._sites
+        self.count, self.elsewhere = other.count, other.elsewhere
+        other.retire()
+
+    def retire(self) -> None:
+        """Hear nothing any more, whoever holds this."""
+        self.dead = True
+        self._hearing = _DEAF
 
     def follow(self, found: Any) -> bool:
         """Whether to stand in for ``found`` is the same as before but for other captures' listeners."""
@@ -143,13 +156,18 @@ class Listener(StandIn):
         hearing = self._hearing
         if _get_ident() != hearing.owner:
             # Seldom, so that it costs nothing to look whether a step is in progress.
-            self.elsewhere += bool(hearing.owner)
+            self.elsewhere += bool(hearing.owner and _backward() < 0)
+            return self.original(*args, **kwargs)
+        if _backward() >= 0:
+            # What backward calls, it computes once more, as activation checkpointing does.
             return self.original(*args, **kwargs)
         call = self.count
         self.count = call + 1
         sides = self._sites[call] if call < len(self._sites) else self._new_call()
         if sides is None:
             return self.original(*args, **kwargs)
+        if self.own.get(FORWARD) is not self and not lies_in(self.own.get(FORWARD), self):
+            self.covered = True
         collector = self._collector
         collector.inputs(sides, args, kwargs)
         try:
@@ -241,133 +259,3 @@ class Source(Protocol):
 Select = Callable[[Named, frozenset[str], Hearing], "Listener | None"]
 # Under which names a module goes, where these are not its own; None where it is to be left out.
 Rename = Callable[[Named], "Named | None"]
-
-
-class ListenerSet:
-    """All listeners of one model, there while a selected step runs and gone after it.
-
-    Between steps anybody may change the model: modules and what stands for their ``forward`` are looked at
-    anew before each step.
-    """
-
-    def __init__(self, model: nn.Module, select: Select, rename: Rename | None = None) -> None:
-        self.model = model
-        self._select = select
-        self._rename = rename
-        self._hearing = Hearing()
-        self._room = StackRoom()
-        self._installed = False
-        self._listeners: list[Listener] = []
-        self._heard: dict[str, bool] = {}
-        self._called: dict[str, bool] = {}
-        # The names of each module that was ever listened to, by its first one.
-        self.names: dict[str, tuple[str, ...]] = {}
-        # Modules whose forward others replaced while it was listened to.
-        self.replaced_within: dict[str, None] = {}
-        self._classes: set[type] = set()
-        self._tree = ModuleTree(model)
-        self._plan()
-
-    def _plan(self) -> None:
-        """Listeners for the modules that the model has now."""
-        self._note_heard()
-        classes = self._tree.classes
-        keep_out_of_copies(classes)
-        forget(self._classes)
-        self._classes = classes
-        modules = self.named(self._tree)
-        names = frozenset(each.name for each in modules)
-        made = [(each, self._select(each, names, self._hearing)) for each in modules]
-        self._listeners = [listener for _, listener in made if listener is not None]
-        for each, listener in made:
-            if listener is not None:
-                self.names[each.name] = each.names
-
-    def _note_heard(self) -> None:
-        for each in self._listeners:
-            self._heard[each.name] = self._heard.get(each.name, False) or each.heard
-            self._called[each.name] = self._called.get(each.name, False) or each.called
-
-    def __len__(self) -> int:
-        return len(self._listeners)
-
-    def named(self, tree: ModuleTree) -> list[Named]:
-        """The model's modules by the names under which they go here."""
-        if self._rename is None:
-            return tree.modules
-        return [named for named in map(self._rename, tree.modules) if named is not None]
-
-    @property
-    def tree(self) -> ModuleTree:
-        """The model's modules, as they were at the last look."""
-        return self._tree
-
-    @property
-    def elsewhere(self) -> dict[str, int]:
-        """How many calls of which module the step had in threads other than its own."""
-        return {each.name: each.elsewhere for each in self._listeners if each.elsewhere}
-
-    @property
-    def heard(self) -> dict[str, bool]:
-        """Of each module ever listened to, whether any call was captured."""
-        self._note_heard()
-        return dict(self._heard)
-
-    @property
-    def called(self) -> dict[str, bool]:
-        """Of each module ever listened to, whether a captured step called it."""
-        self._note_heard()
-        return dict(self._called)
-
-    def look(self) -> bool:
-        """Whether the model has other modules than at the last look; then there are listeners for those."""
-        if self._tree.is_as_it_was():
-            return False
-        self._tree = ModuleTree(self.model)
-        self._plan()
-        return True
-
-    def install(self) -> None:
-        """Look at the model, and listen."""
-        self.remove()
-        self.look()
-        self._installed = True
-        listeners = self._listeners
-        for index, each in enumerate(listeners):
-            own = each.own
-            found = own.get(FORWARD)
-            if (found is not each.replaced or each.dead) and not each.follow(found):
-                each = listeners[index] = each.successor()
-            own[FORWARD] = each
-            each.count = each.elsewhere = 0
-        self._room.take(self._tree.depth)
-        self._hearing.owner = _get_ident()
-
-    def resume(self) -> None:
-        """Go on listening in a step after a rest; calls are counted on."""
-        self._hearing.owner = _get_ident()
-
-    def rest(self) -> None:
-        """Pass over calls until `resume`."""
-        self._hearing.owner = _NOBODY
-
-    def remove(self) -> None:
-        """Take every listener away."""
-        self._hearing.owner = _NOBODY
-        if not self._installed:
-            return
-        self._installed = False
-        self._room.give_back()
-        for each in self._listeners:
-            own = each.own
-            if each.replaced is None and own.get(FORWARD) is each and not each.handles:
-                # As nearly all are, and there may be a thousand.
-                del own[FORWARD]
-            elif not each.take_away():
-                self.replaced_within[each.name] = None
-
-    def close(self) -> None:
-        """Take every listener away, for good."""
-        self.remove()
-        forget(self._classes)
-        self._classes = set()

@@ -25,6 +25,8 @@ _MODE = torch._C._TorchDispatchModeKey
 _LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 _is_compiling = torch.compiler.is_compiling
 _get_ident = threading.get_ident
+# Which backward this thread is in; -1 for none. What it calls, it computes once more.
+_backward = torch._C._current_graph_task_id
 
 
 def why_not_real() -> str | None:
@@ -89,6 +91,8 @@ class StepCalls:
         self._tree: ModuleTree | None = None
         self._room = StackRoom()
         self.calls = 0
+        # Of the step that is open: whether code runs in it that is none of a module's.
+        self.more_than_a_call = False
         # Outermost calls of modules outside any step, where somebody listens for them.
         self.outside: Counter[str] = Counter()
 
@@ -103,7 +107,7 @@ class StepCalls:
         for each in reversed(self._steps):
             each.take_away()
             each.dead = True
-        self._steps = []
+        self._steps, self._strays, self._tree = [], [], None
 
     def follow(self, tree: ModuleTree) -> None:
         """The model's modules have changed."""
@@ -161,7 +165,7 @@ class StepCalls:
 
         The calls inside it are not listened to: they belong to it, and may be nested very deep.
         """
-        if self._owner or not self._watching or why_not_real() is not None:
+        if self._owner or not self._watching or _backward() >= 0 or why_not_real() is not None:
             return False
         self.outside[name] += 1
         self._unwatch()
@@ -172,10 +176,10 @@ class StepCalls:
         if self._steps and not self._owner:
             self._watch()
 
-    def enters(self) -> bool:
-        """Whether what comes now is a step that begins; `leaves` is its end then."""
+    def enters(self, bracket: bool = False) -> bool:
+        """Whether what comes now, a call or ``bracket``, is a step that begins; `leaves` is its end."""
         thread = _get_ident()
-        if self._owner == thread:
+        if self._owner == thread or _backward() >= 0:
             return False
         reason = why_not_real()
         if reason is not None:
@@ -187,6 +191,7 @@ class StepCalls:
                 return False
             self._owner = thread
         self.calls += 1
+        self.more_than_a_call = bracket or self._kind.startswith("method:")
         self._unwatch()
         self._captured = False
         if self._kind == "outermost" and self._tree is not None:
@@ -226,7 +231,7 @@ class Step:
         self._mine = False
 
     def __enter__(self) -> Step:
-        self._mine = self._calls is not None and self._calls.enters()
+        self._mine = self._calls is not None and self._calls.enters(bracket=True)
         return self
 
     def __exit__(

@@ -1,0 +1,237 @@
+"""All listeners of a model: there while a selected step runs, whatever others do to the model meanwhile."""
+
+from __future__ import annotations
+
+import threading
+
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
+
+from ...hotpath.intercept import FORWARD, StandIn, forget, keep_out_of_copies, lies_in
+from .keeping import Keeper
+from .listening import NOBODY, Hearing, Listener, Rename, Select
+from .module_tree import ModuleTree, Named
+from .stack_room import StackRoom
+
+_get_ident = threading.get_ident
+
+
+class ListenerSet:
+    """All listeners of one model, there while a selected step runs and gone after it.
+
+    Between steps anybody may change the model: modules and what stands for their ``forward`` are looked at
+    anew before each step. Where the model ``may_change_within`` a step, modules that come into it there are
+    heard, too, and in steps that are more than a call of the model a ``forward`` that is replaced.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        select: Select,
+        rename: Rename | None = None,
+        may_change_within: bool = False,
+    ) -> None:
+        self.model = model
+        self._select = select
+        self._rename = rename
+        self._looks_within = may_change_within
+        self._keepers: list[Keeper] = []
+        # Where in the list of listeners a module's is, by its identity.
+        self._places: dict[int, int] = {}
+        self._known: dict[int, Named] = {}
+        self._arrivals: RemovableHandle | None = None
+        self._arrived = False
+        self._keeping = False
+        self._hearing = Hearing()
+        self._room = StackRoom()
+        self._installed = False
+        self._listeners: list[Listener] = []
+        self._heard: dict[str, bool] = {}
+        self._called: dict[str, bool] = {}
+        # The names of each module that was ever listened to, by its first one.
+        self.names: dict[str, tuple[str, ...]] = {}
+        # Modules whose forward others replaced while it was listened to.
+        self.replaced_within: dict[str, None] = {}
+        self._classes: set[type] = set()
+        self._tree = ModuleTree(model)
+        self._plan()
+
+    def _plan(self) -> None:
+        """Listeners for the modules that the model has now."""
+        self._note_heard()
+        classes = self._tree.classes
+        keep_out_of_copies(classes)
+        forget(self._classes)
+        self._classes = classes
+        modules = self.named(self._tree)
+        names = frozenset(each.name for each in modules)
+        made = [(each, self._select(each, names, self._hearing)) for each in modules]
+        self._listeners = [listener for _, listener in made if listener is not None]
+        if self._looks_within:
+            self._keepers = [Keeper(each.module, self._refit) for each in self._listeners]
+            self._places = {id(each.module): place for place, each in enumerate(self._listeners)}
+            self._known = {id(each.module): each for each in modules}
+        for each, listener in made:
+            if listener is not None:
+                self.names[each.name] = each.names
+
+    def _note_heard(self) -> None:
+        for each in self._listeners:
+            self._heard[each.name] = self._heard.get(each.name, False) or each.heard
+            self._called[each.name] = self._called.get(each.name, False) or each.called
+
+    def __len__(self) -> int:
+        return len(self._listeners)
+
+    def named(self, tree: ModuleTree) -> list[Named]:
+        """The model's modules by the names under which they go here."""
+        if self._rename is None:
+            return tree.modules
+        return [named for named in map(self._rename, tree.modules) if named is not None]
+
+    @property
+    def tree(self) -> ModuleTree:
+        """The model's modules, as they were at the last look."""
+        return self._tree
+
+    @property
+    def elsewhere(self) -> dict[str, int]:
+        """How many calls of which module the step had in threads other than its own."""
+        return {each.name: each.elsewhere for each in self._listeners if each.elsewhere}
+
+    @property
+    def heard(self) -> dict[str, bool]:
+        """Of each module ever listened to, whether any call was captured."""
+        self._note_heard()
+        return dict(self._heard)
+
+    @property
+    def called(self) -> dict[str, bool]:
+        """Of each module ever listened to, whether a captured step called it."""
+        self._note_heard()
+        return dict(self._called)
+
+    def look(self) -> bool:
+        """Whether the model has other modules than at the last look; then there are listeners for those."""
+        if self._tree.is_as_it_was() and not self._arrived:
+            return False
+        self._arrived = False
+        self._tree = ModuleTree(self.model)
+        self._plan()
+        return True
+
+    def install(self, more_than_a_call: bool = False) -> None:
+        """Look at the model, and listen; the step may be ``more_than_a_call`` of the model."""
+        self.remove()
+        self.look()
+        self._installed = True
+        listeners = self._listeners
+        for index, each in enumerate(listeners):
+            own = each.own
+            found = own.get(FORWARD)
+            if (found is not each.replaced or each.dead) and not each.follow(found):
+                each = listeners[index] = each.successor()
+            own[FORWARD] = each
+            each.count = each.elsewhere = 0
+        self._keeping = more_than_a_call and self._looks_within
+        if self._keeping:
+            for keeper, each in zip(self._keepers, listeners, strict=True):
+                keeper.keep(each)
+        if self._looks_within:
+            self._arrivals = register_module_module_registration_hook(self._arrives)
+        self._room.take(self._tree.depth)
+        self._hearing.owner = _get_ident()
+
+    def _refit(self, module: nn.Module) -> None:
+        """Listen to what others have put in the place of a module's ``forward`` within the step."""
+        place = self._places[id(module)]
+        old = self._listeners[place]
+        if _get_ident() != self._hearing.owner or lies_in(old.own.get(FORWARD), old):
+            return
+        self._put(place, old.successor())
+
+    def _put(self, place: int, listener: Listener) -> None:
+        self._listeners[place] = listener
+        listener.own[FORWARD] = listener
+        self._keepers[place].listener = listener
+
+    def _arrives(self, parent: nn.Module, key: str, part: nn.Module | None) -> None:
+        """Listen to the modules of a part that comes into the model within the step."""
+        above = self._known.get(id(parent))
+        if above is None or above.module is not parent or part is None or _get_ident() != self._hearing.owner:
+            return
+        top = f"{above.name}.{key}" if above.name else key
+        self._arrived = True
+        came = [Named(f"{top}.{each.name}".rstrip("."), each.module, ()) for each in ModuleTree(part).modules]
+        taken = {each.name for each in came if id(each.module) not in self._known}
+        for each in came:
+            known, place = self._known.get(id(each.module)), self._places.get(id(each.module))
+            # One that was here before keeps its name, unless another has that now.
+            if known is None or known.name in taken or (place is not None and self._listeners[place].dead):
+                self._listen(each)
+
+    def _listen(self, each: Named) -> None:
+        """Listen to one more module within the step, in the place of whatever had its name."""
+        key, cls = id(each.module), type(each.module)
+        self._known[key] = each
+        place = self._places.get(key)
+        if place is not None:
+            old = self._listeners[place]
+            # Only its place: a call of the module may be on its way.
+            StandIn.take_away(old)
+            old.retire()
+        names = frozenset(named.name for named in self._known.values())
+        made = self._select(each, names, self._hearing)
+        if made is None:
+            return
+        for other in self._listeners:
+            if other.name == made.name:
+                made.goes_on_from(other)
+        if cls not in self._classes:
+            keep_out_of_copies({cls})
+            self._classes = self._classes | {cls}
+        self.names[each.name] = each.names
+        if place is None:
+            place = self._places[key] = len(self._listeners)
+            self._listeners.append(made)
+            self._keepers.append(Keeper(each.module, self._refit))
+            if self._keeping:
+                self._keepers[place].keep(made)
+        self._put(place, made)
+
+    def resume(self) -> None:
+        """Go on listening in a step after a rest; calls are counted on."""
+        self._hearing.owner = _get_ident()
+
+    def rest(self) -> None:
+        """Pass over calls until `resume`."""
+        self._hearing.owner = NOBODY
+
+    def remove(self) -> None:
+        """Take every listener away."""
+        self._hearing.owner = NOBODY
+        if not self._installed:
+            return
+        self._installed = False
+        if self._arrivals is not None:
+            self._arrivals.remove()
+        if self._keeping:
+            self._keepers = [keeper.leave() for keeper in self._keepers]
+        self._room.give_back()
+        for each in self._listeners:
+            own = each.own
+            if each.covered:
+                self.replaced_within[each.name] = None
+                each.covered = False
+            if each.replaced is None and own.get(FORWARD) is each and not each.handles:
+                # As nearly all are, and there may be a thousand.
+                del own[FORWARD]
+            elif not each.take_away():
+                self.replaced_within[each.name] = None
+
+    def close(self) -> None:
+        """Take every listener away, for good."""
+        self.remove()
+        forget(self._classes)
+        self._classes = set()
