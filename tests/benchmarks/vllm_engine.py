@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from tests.models import smollm2
-from tlcore.adapters.vllm.compiled.hookable import make_hookable
 from tlcore.adapters.vllm.worker.steps import StepWrapper
 from tlcore.config.configuration import load_config
 from tlcore.engine.new_run import new_run
@@ -45,7 +45,6 @@ class Engine:
         worker = self._engine.engine_core.engine_core.model_executor.driver_worker.worker
         self.runner: Any = worker.model_runner
         self.model: Any = self.runner.get_model()
-        self._classes = {module: type(module) for module in self.model.modules()}
         self._requests = 0
 
     def steps(self, prompts: Sequence[Sequence[int]], tokens: int) -> list[float]:
@@ -64,39 +63,35 @@ class Engine:
         return seconds
 
     @contextmanager
-    def hookable(self) -> Iterator[None]:
-        """Every module runs hooks, as tlcore arranges it; afterwards the model is as vLLM made it."""
-        make_hookable(self.model)
-        try:
-            yield
-        finally:
-            for module, cls in self._classes.items():
-                module.__class__ = cls
-
-    @contextmanager
     def hooks(self, on_tensor: OnTensor) -> Iterator[None]:
-        """Plain hooks on every module."""
-        with self.hookable(), hooked(self.model, on_tensor):
-            yield
+        """Plain hooks on every module, also on those whose own ``__call__`` would pass them by."""
+        classes = {module: type(module) for module in self.model.modules()}
+        for module, cls in classes.items():
+            if cls.__call__ is not nn.Module.__call__:
+                module.__class__ = type(cls.__name__, (cls,), {"__call__": nn.Module.__call__})
+        try:
+            with hooked(self.model, on_tensor):
+                yield
+        finally:
+            for module, cls in classes.items():
+                module.__class__ = cls
 
     @contextmanager
     def captured(self, session: Session) -> Iterator[None]:
         """Every step is one of the session's, as in a worker with tlcore configured; none is afterwards."""
-        with self.hookable():
-            StepWrapper(session, self.runner)
-            try:
-                yield
-            finally:
-                for name in ("execute_model", "sample_tokens", "pool"):
-                    self.runner.__dict__.pop(name, None)
-                session.step_aside()
+        StepWrapper(session, self.runner)
+        try:
+            yield
+        finally:
+            for name in ("execute_model", "sample_tokens", "pool"):
+                self.runner.__dict__.pop(name, None)
+            session.step_aside()
 
     def session(self, directory: Path, backend: str) -> Session:
         """A session attached to the model that captures all steps."""
         config = load_config(output_dir=str(directory), backend=backend, log_step_ids=[])
         session = Session(config, new_run(config))
-        with self.hookable():
-            session.attach(self.model)
+        session.attach(self.model)
         return session
 
 

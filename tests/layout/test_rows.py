@@ -103,6 +103,13 @@ def test_the_last_row_is_what_the_last_token_was_sampled_from(decided: Decided, 
     assert rows[0]["accepted"] == 1 + decided.kept and "undecided" not in rows[0]
 
 
+@pytest.mark.parametrize(("ahead", "accepted"), [(0, 3), (1, 2), (9, 0)])
+def test_a_draft_model_may_have_gone_on_beyond_the_requests_end(ahead: int, accepted: int) -> None:
+    drafted = _rows(4, first=7, accepted=4, ahead=ahead)
+    accept([], {"call_rows": [{"sets": [{"rows": drafted}]}]}, {"a": Decided(2, 2, 10)})
+    assert drafted == _rows(4, first=7, accepted=accepted)
+
+
 @pytest.mark.parametrize(
     "damage",
     [

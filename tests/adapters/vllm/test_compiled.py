@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tlcore.adapters.vllm.compiled.eager_steps import EagerSteps, runs_eagerly, when_pass_begins
+from tlcore.adapters.vllm.compiled.eager_steps import EagerSteps, when_pass_begins
 from tlcore.errors import CaptureError
 
 pytestmark = pytest.mark.slow
@@ -55,7 +55,7 @@ def test_the_second_runner_chooses_no_graph_in_an_eager_step() -> None:
 def test_a_forward_pass_of_an_eager_step_skips_what_is_compiled() -> None:
     import vllm.forward_context
     from vllm.config import VllmConfig
-    from vllm.forward_context import set_forward_context
+    from vllm.forward_context import get_forward_context, set_forward_context
 
     class Told:
         count = 0
@@ -66,16 +66,16 @@ def test_a_forward_pass_of_an_eager_step_skips_what_is_compiled() -> None:
     eager, config, told = EagerSteps(_first_runner()), VllmConfig(), Told()
     when_pass_begins(told.tell)
     with set_forward_context(None, config):
-        assert not runs_eagerly()
+        assert not get_forward_context().skip_compiled
     with eager.step():
         assert not eager.ran
         with set_forward_context(None, config):
-            assert runs_eagerly()
+            assert get_forward_context().skip_compiled
     assert eager.ran
     assert told.count == 2
     del told
     with set_forward_context(None, config):
-        assert not runs_eagerly()
+        assert not get_forward_context().skip_compiled
     assert vllm.forward_context._forward_context is None
 
 

@@ -289,3 +289,21 @@ def test_a_set_of_listeners_is_gone_after_each_step() -> None:
             module(X)
             assert hook_count(module) == 0
     listeners.close()
+
+
+class Direct(nn.Linear):
+    """Calls its forward directly, past all hooks, as vLLM's classes made for compilation do."""
+
+    def __call__(self, *args: Any) -> Any:
+        return self.forward(*args)
+
+
+def test_a_module_that_passes_hooks_by_is_captured_and_still_does() -> None:
+    module = nn.Sequential(Direct(4, 4))
+    module[0].register_forward_hook(lambda own, args, output: output * 0)
+    before, cls = module(X), type(module[0])
+    sink, capture = everything(module)
+    with capture:
+        assert torch.equal(module(X), before)
+        assert type(module[0]) is cls
+    assert torch.equal(sink.tensors["step_0/0/outputs_cpu"], before)

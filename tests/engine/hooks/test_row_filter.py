@@ -111,6 +111,17 @@ def test_of_drafts_all_that_may_be_the_last_are_kept() -> None:
     assert [tuple(row[key] for key in keys) for row in document["rows"]] == [(0, 4, 1, 3), (4, 1, 11, 1)]
 
 
+def test_the_last_row_is_an_accepted_one_where_that_is_known() -> None:
+    entries = _rows(5, 2)
+    entries[0]["accepted"], entries[1]["accepted"] = 3, 0
+    rows = StepRows(None, last=True)
+    rows.batch("ab")
+    rows.enter([RowSet("tokens", entries)], main=True)
+    kept = rows.cut(torch.arange(7.0))
+    assert kept is not None and kept.tolist() == [2, 6]
+    assert [(row["first_row"], row["accepted"]) for row in rows.document()["rows"]] == [(0, 1), (1, 0)]
+
+
 def _session(sink: MemorySink) -> tuple[Session, nn.Module]:
     config = load_config(
         {"log_step_ids": [], "output_dir": "memory://unused", "request_ids": "a", "module_call_match": "."}

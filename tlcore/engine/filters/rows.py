@@ -106,6 +106,9 @@ class StepRows:
             return None
         if not self._last:
             return span.begin, span.length
+        accepted = span.row.get("accepted")
+        if accepted:
+            return span.begin + min(span.length, accepted) - 1, 1
         count = min(span.length, 1 + int(span.row.get("drafts", 0)))
         return span.begin + span.length - count, count
 

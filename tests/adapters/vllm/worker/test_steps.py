@@ -11,7 +11,6 @@ import torch
 from torch import nn
 
 from tests.sinks import MemorySink
-from tlcore.adapters.vllm.compiled.hookable import make_hookable
 from tlcore.adapters.vllm.worker.rows import RowError, RowReader, external_id
 from tlcore.adapters.vllm.worker.steps import StepWrapper
 from tlcore.config.configuration import load_config
@@ -187,30 +186,3 @@ def test_rows_of_the_second_runner_come_from_its_batch() -> None:
 )
 def test_external_request_ids(internal: str, external: str | None) -> None:
     assert external_id(internal) == external
-
-
-class Compilable(nn.Module):
-    """Calls its forward directly, as classes made for compilation do."""
-
-    def __init__(self, do_not_compile: bool) -> None:
-        super().__init__()
-        self.do_not_compile = do_not_compile
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.forward(*args, **kwargs)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x + 1
-
-
-def test_hooks_run_on_a_compilable_module() -> None:
-    model = nn.Sequential(Compilable(True), Compilable(True))
-    make_hookable(model)
-    first, second = model
-    assert type(first) is type(second) is not Compilable
-    assert isinstance(first, Compilable)
-    assert (type(first).__name__, type(first).__qualname__) == ("Compilable", "Compilable")
-    seen: list[torch.Tensor] = []
-    first.register_forward_hook(lambda module, args, output: seen.append(output))
-    assert torch.equal(model(torch.zeros(1)), torch.full((1,), 2.0))
-    assert len(seen) == 1

@@ -102,13 +102,6 @@ def when_pass_begins(tell: Callable[[], None]) -> None:
     _switch.told = (*alive, weakref.WeakMethod(tell))
 
 
-def runs_eagerly() -> bool:
-    """Whether vLLM's compiled modules are now skipped, so that their Python code runs."""
-    from vllm.forward_context import get_forward_context, is_forward_context_available
-
-    return is_forward_context_available() and bool(get_forward_context().skip_compiled)
-
-
 def _patch_forward_context(module: ModuleType) -> None:
     """Set ``skip_compiled`` in each forward context that is made in an eager step. Safe to repeat."""
     original = getattr(module, "create_forward_context", None)

@@ -34,7 +34,8 @@ def drafts_decided(runner: Any, rows: Sequence[Row], output: Any) -> Callable[[]
                 new = sampled[request]
                 stayed = ends[request](new)
                 # The last one sampled is no draft.
-                found[request] = Decided(min(row["drafts"], max(0, len(new) - 1), stayed), stayed)
+                kept = min(row["drafts"], max(0, len(new) - 1), stayed)
+                found[request] = Decided(kept, stayed, _length(row) + stayed)
         return found
 
     return tell
@@ -97,13 +98,18 @@ class _Asked:
         return self._prompt + len(self.output_token_ids)
 
 
+def _length(row: Row) -> int:
+    """The length of a row's request before the step's tokens are sampled."""
+    return int(row["first_position"] + row["rows"] - row["drafts"])
+
+
 def _end_of(runner: Any, row: Row) -> Callable[[Sequence[int]], int]:
     """How many of the tokens sampled at once a request keeps: those after its end are cut off."""
     state = getattr(runner, "requests", {}).get(row["request_id"])
     params, prompt = getattr(state, "sampling_params", None), getattr(state, "num_prompt_tokens", None)
     if params is None or prompt is None:
         return len
-    before = row["first_position"] + row["rows"] - row["drafts"]
+    before = _length(row)
     longest = int(runner.max_model_len)
 
     def kept(tokens: Sequence[int]) -> int:

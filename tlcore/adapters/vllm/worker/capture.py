@@ -22,7 +22,6 @@ from ....locations import redact_url
 from ....record import Json, RunInfo
 from ..carrier import is_carrier
 from ..compiled.eager_steps import TAPS, EagerSteps
-from ..compiled.hookable import make_hookable
 from ..compiled.taps import tap_model
 from ..frontend.check import compiles, unknown_vllm
 from ..module_names import plain_modules
@@ -94,7 +93,6 @@ class WorkerCapture:
             raise CaptureError(f"a run is being captured already, {self._session.url}; stop it first")
         config = load_config(carrier["config"] if is_carrier(carrier) else carrier)
         model = worker.model_runner.get_model()
-        make_hookable(model)
         session = Session(config, _run(worker, config, carrier if is_carrier(carrier) else {}))
         try:
             eager = _eager_steps(worker)
@@ -124,7 +122,6 @@ class WorkerCapture:
         if draft is None:
             draft = getattr(getattr(runner, "drafter", None), "model", None)
         if isinstance(draft, nn.Module):
-            make_hookable(draft)
             session.attach_draft(draft)
 
     def stop(self, run_id: str | None = None) -> None:

@@ -27,9 +27,12 @@ class DraftScopes:
         self._lasts: list[int] = []
         self._passes = 0
         self._padded = 0
+        # A draft model that works on the target's states gets with each of them the token after it.
+        self._ahead = 0
         drafter = getattr(runner, "drafter", None)
         if getattr(drafter, "model", None) is None:
             return
+        self._ahead = int(bool(getattr(drafter, "pass_hidden_states_to_model", False)))
         scopes.wrap(runner, "propose_draft_token_ids", self._begin, self._over, on=self._on)
         scopes.wrap(drafter, "propose", self._propose)
         scopes.wrap(drafter, "set_inputs_first_pass", after=self._first_pass)
@@ -89,6 +92,7 @@ class DraftScopes:
         lasts = indices.tolist()[::each]
         for row, last in zip(rows, lasts, strict=True):
             row["accepted"] = min(row["rows"], max(0, last - row["first_row"] + 1))
+            row["ahead"] = self._ahead
         self._lasts = [
             row["first_position"] + last - row["first_row"] for row, last in zip(rows, lasts, strict=True)
         ]
@@ -111,7 +115,7 @@ class DraftScopes:
         """The rows that the next token is sampled from: of a first pass real ones, then drafts."""
         kept = int(self._passes == 0)
         return [
-            rows_of(row, place * each, each, last + self._passes, accepted=kept)
+            rows_of(row, place * each, each, last + self._passes, accepted=kept, ahead=self._ahead)
             for place, (row, last) in enumerate(zip(self._target, self._lasts, strict=True))
         ]
 
