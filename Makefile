@@ -2,6 +2,8 @@
 # make test       lint and every test
 # make test-deep  every test in its full length: crashes, load, fuzzing, older versions of vLLM
 # make test-gpu   the tests that need a CUDA device, with the python that has torch (PYTHON=...)
+# make gpu-check  those, then what capture costs on the device, in under six minutes (WHEELS=FOLDER)
+# make gpu-wheels what gpu-check installs where there is no network (WHEELS=FOLDER)
 # make bench      what capture costs, as ratios with their targets (BENCH="prefill decode --quick" for some)
 # make test-fast  the tests that need neither vLLM nor a server nor an installation
 # make lint       ruff and mypy
@@ -17,10 +19,12 @@ WORKERS ?= 2
 
 python := $(VENV)/bin/python
 pip := $(python) -m pip --disable-pip-version-check
+on_device := PYTHONPATH=backends:schemas
+gpu_needs := pytest hypothesis hatchling numpy jsonschema fsspec safetensors xxhash rich transformers
 in_workers := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 sources := tlcore backends schemas tests examples
 
-.PHONY: demo test test-deep test-gpu test-fast bench azurite chromium lint format venv
+.PHONY: demo test test-deep test-gpu gpu-check gpu-wheels test-fast bench azurite chromium lint format venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -34,7 +38,17 @@ test-deep: lint azurite chromium
 
 # Only the files that have such tests: others need packages that may not be there.
 test-gpu:
-	PYTHONPATH=backends:schemas $(PYTHON) -m pytest -m gpu $$(grep -rl "mark\.gpu" --include="test_*.py" tests)
+	$(on_device) $(PYTHON) -m pytest -m gpu $$(grep -rl "mark\.gpu" --include="test_*.py" tests)
+
+# Torch and its CUDA are there; what else is missing comes from a folder. A failed test leaves the table to come.
+gpu-check:
+	$(if $(WHEELS),$(PYTHON) -m pip install --quiet --no-index --find-links "$(WHEELS)" $(gpu_needs))
+	-$(PYTHON) tlcore/hotpath/build_hook.py
+	@status=0; timeout 150 $(MAKE) test-gpu || status=$$?; \
+	$(on_device) $(PYTHON) -m tests.benchmarks.gpu --json gpu-check.json || status=$$?; exit $$status
+
+gpu-wheels:
+	$(PYTHON) -m pip download --quiet --dest "$(WHEELS)" $(gpu_needs)
 
 # The other tools that are measured beside tlcore are installed only here.
 bench: $(VENV)/.bench

@@ -7,8 +7,10 @@ import math
 from pathlib import Path
 
 import pytest
+import torch
 
 from tests.benchmarks import __main__ as program
+from tests.benchmarks import gpu
 from tests.benchmarks.rows import SCALES, Row, at_least, at_most
 
 _SLOW = pytest.param("compare_speed", marks=pytest.mark.slow)
@@ -51,3 +53,26 @@ def test_an_unknown_name_is_answered_with_the_known_ones(capsys: pytest.CaptureF
     with pytest.raises(SystemExit):
         program.main(["prefil"])
     assert "there are prefill" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_table_of_a_device_has_every_way(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    written = tmp_path / "lines.json"
+    keys = ["--device", "cpu", "--shapes", "toy", "--steps", "2", "--rounds", "1", "--json", str(written)]
+    assert gpu.main(keys) in (0, 1)
+    lines = json.loads(written.read_text())["lines"]
+    assert {(line["what"], line["way"]) for line in lines} == {
+        (f"toy, {step}", way)
+        for step in ("prefill of 256 tokens", *(f"decode, batch {batch}" for batch in (1, 8, 32)))
+        for way in gpu.ways(gpu._nothing(torch.device("cpu")), 1)
+        if way != "nothing"
+    }
+    assert all(math.isfinite(line["slowdown"]) and line["slowdown"] > 0 for line in lines)
+    assert "toy, decode, batch 32" in capsys.readouterr().out
+
+
+def test_without_a_device_the_table_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a device")
+    assert gpu.main([]) == 2
+    assert "needs a CUDA device" in capsys.readouterr().err
