@@ -30,6 +30,13 @@ class Counts:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.reasons.update(other.reasons)
 
+    def subtract(self, other: Counts) -> None:
+        """Take another ledger, which is part of this one, out of it."""
+        for name in (*LEDGER_COLUMNS, "bytes_captured", "bytes_stored"):
+            setattr(self, name, getattr(self, name) - getattr(other, name))
+        # Without those that are 0 now.
+        self.reasons = self.reasons - other.reasons
+
     @property
     def balanced(self) -> bool:
         """Whether every captured tensor is in exactly one column."""

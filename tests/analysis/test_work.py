@@ -86,17 +86,26 @@ def test_equal_hashes_are_not_read_unless_asked_for(tmp_path: Path, backend: str
     assert len(reads) == 2 * len(VALUES)
 
 
+@pytest.mark.parametrize(
+    ("written", "pattern", "unreadable", "said"),
+    [
+        ("pt", "*large*.pt", 1, "bytes, step.json says"),
+        ({"name": "safetensors", "layout": 1}, "*.safetensors", len(VALUES), "bytes, step.json says"),
+        # Of a segment that was cut off, what is left is compared by its bytes.
+        ("safetensors", "*.safetensors", 1, "ends too early"),
+    ],
+)
 def test_hashes_settle_nothing_where_a_file_is_not_as_stated(
-    tmp_path: Path, backend: str, reads: list[str]
+    tmp_path: Path, written: Any, pattern: str, unreadable: int, said: str, reads: list[str]
 ) -> None:
-    a, b = (emitted(str(tmp_path), VALUES, backend=backend) for _ in range(2))
-    pattern = "*large*.pt" if backend == "pt" else "*.safetensors"
+    a, b = (emitted(str(tmp_path), VALUES, backend=written) for _ in range(2))
     (file,) = Path(b).rglob(pattern)
     file.write_bytes(file.read_bytes()[:-50])
     found = tlcore.compare(a, b)
     assert not found.equal
-    assert found.counts["unreadable"] == (1 if backend == "pt" else len(VALUES))
-    assert "bytes, step.json says" in str(next(r.reason for r in found.results if not r.agrees))
+    assert found.counts["unreadable"] == unreadable
+    assert said in str(next(r.reason for r in found.results if not r.agrees))
+    assert len(reads) == 2 * len(VALUES) or unreadable != len(VALUES)
     assert main(["compare", b, a]) == 1
 
 

@@ -102,12 +102,26 @@ def options(weed: Server, port: int) -> dict[str, Any]:
     return {**weed.options, "endpoint_url": f"http://127.0.0.1:{port}"}
 
 
+# How a format is asked for: segments of one step each, since the faults here are told step by step.
+OPTIONS: dict[str, dict[str, Any]] = {
+    "pt": {},
+    "safetensors": {"commit_s": 0},
+    "shards": {"layout": 1},
+}
+
+
+def local(format: str) -> dict[str, Any]:
+    """A format's backend for the local disk."""
+    return {"name": "pt" if format == "pt" else "safetensors", **OPTIONS[format]}
+
+
 def backend(weed: Server, proxy: Proxy, **changes: Any) -> dict[str, Any]:
     """A backend that reaches SeaweedFS through the proxy."""
+    format = changes.pop("format", "pt")
+    changes = {"format": "pt" if format == "pt" else "safetensors", **OPTIONS[format], **changes}
     return {
         "name": "fsspec",
         "url": f"{weed.url}/faults",
-        "format": "pt",
         "storage_options": options(weed, proxy.server_port),
         "deadline_s": 10.0,
         "attempts": 2,

@@ -12,30 +12,31 @@ import torch
 from torch import nn
 
 import tlcore
+from tests.faults.helpers import local
 from tlcore.ledger import Counts
 from tlcore_backends.storage.local import LocalStore
 
 
 def fails_in(step: int) -> Any:
-    """A put that fails for files of one step."""
+    """A put that fails for files of one step, or of the segment of that number."""
     original = LocalStore.put
 
     def put(self: LocalStore, name: str, parts: Any) -> int:
-        if name.startswith(f"step_{step}/"):
+        if name.startswith((f"step_{step}/", f"segments/rank_0_{step:06}")):
             raise tlcore.BackendError("on purpose")
         return original(self, name, parts)
 
     return put
 
 
-@pytest.mark.parametrize("format", ["pt", "safetensors"])
+@pytest.mark.parametrize("format", ["pt", "safetensors", "shards"])
 def test_every_place_tells_the_same(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "tlcore")
     monkeypatch.setattr(LocalStore, "put", fails_in(2))
     module = nn.Sequential(nn.Linear(8, 2), nn.Identity(), nn.Linear(2, 2))
-    keys: dict[str, Any] = {"output_dir": str(tmp_path), "backend": format, "max_tensor_size": 12}
+    keys: dict[str, Any] = {"output_dir": str(tmp_path), "backend": local(format), "max_tensor_size": 12}
     with tlcore.capture(module, log_step_ids=[], **{"module_call_match": ".", **keys}) as captured:
         for _ in range(4):
             module(torch.ones(4, 8))
@@ -53,7 +54,7 @@ def test_every_place_tells_the_same(
     assert stated["ledger"] == ledger.to_json()
     steps = Counts()
     for number in run.steps:
-        document = json.loads((Path(captured.url) / f"step_{number}/step.json").read_text())
+        document = run.stored.source.document(number, 0)
         counts = Counts.from_json(document["ledger"])
         assert counts.balanced and counts.stored == len(document["records"]) == 5
         steps.add(counts)

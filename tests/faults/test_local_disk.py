@@ -16,13 +16,21 @@ from typing import Any
 import pytest
 
 import tlcore
-from tests.faults.helpers import SLACK_S, STEP_TENSORS, Outcome, assert_whole, capture, files_below
+from tests.faults.helpers import (
+    SLACK_S,
+    STEP_TENSORS,
+    Outcome,
+    assert_whole,
+    capture,
+    files_below,
+    local,
+)
 from tests.sinks import MemorySink
 from tlcore.__main__ import main
 from tlcore_backends.storage import atomic_file as unfinished
 
 BLOCK_S = 1.0
-FORMATS = ["pt", "safetensors"]
+FORMATS = ["pt", "safetensors", "shards"]
 ROOT = Path(__file__).parents[2]
 
 
@@ -95,7 +103,7 @@ def fill(run: Path) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_full_disk(format: str, small_disk: Path) -> None:
     outcome = capture(
-        {"output_dir": str(small_disk / "runs"), "backend": format, "block_s": BLOCK_S}, 5, at(2, fill)
+        {"output_dir": str(small_disk / "runs"), "backend": local(format), "block_s": BLOCK_S}, 5, at(2, fill)
     )
     assert_unhurt(outcome, 5)
     assert "No space left on device" in outcome.warnings[0]
@@ -113,7 +121,7 @@ def test_a_run_is_closed_and_its_ledger_told_without_a_byte_of_room(format: str,
             while file.write(bytes(1 << 12)):
                 pass
 
-    config = {"output_dir": str(small_disk / "runs"), "backend": format, "block_s": BLOCK_S}
+    config = {"output_dir": str(small_disk / "runs"), "backend": local(format), "block_s": BLOCK_S}
     outcome = capture(config, 5, at(2, fill_whole))
     assert_unhurt(outcome, 5)
     assert outcome.ledger.failed > 0
@@ -130,7 +138,7 @@ def test_a_full_disk_with_room_elsewhere_loses_nothing(
     spill = tmp_path / "spill"
     keys = {
         "output_dir": str(small_disk / "runs"),
-        "backend": format,
+        "backend": local(format),
         "spill_dir": str(spill),
         "block_s": BLOCK_S,
     }
@@ -145,13 +153,13 @@ def test_a_full_disk_with_room_elsewhere_loses_nothing(
 
 LIMITED = """
 import resource, signal, sys
-from tests.faults.helpers import capture
+from tests.faults.helpers import capture, local
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 def limit(captured, step):
     if step == 2:
         captured.session.flush()
         resource.setrlimit(resource.RLIMIT_FSIZE, (8192, resource.RLIM_INFINITY))
-outcome = capture({"output_dir": sys.argv[1], "backend": sys.argv[2], "block_s": 1.0}, 4, limit)
+outcome = capture({"output_dir": sys.argv[1], "backend": local(sys.argv[2]), "block_s": 1.0}, 4, limit)
 counts = outcome.ledger
 print(outcome.same_outputs, counts.balanced, counts.stored, counts.failed, len(outcome.warnings), outcome.url)
 """
@@ -189,7 +197,7 @@ def test_a_broken_disk(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPa
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
     fault = at(2, lambda run: monkeypatch.setattr(unfinished, "write_all", broken))
-    outcome = capture({"output_dir": str(tmp_path), "backend": format, "block_s": BLOCK_S}, 4, fault)
+    outcome = capture({"output_dir": str(tmp_path), "backend": local(format), "block_s": BLOCK_S}, 4, fault)
     monkeypatch.undo()
     assert_unhurt(outcome, 4)
     assert "Input/output error" in outcome.warnings[0]
@@ -212,7 +220,7 @@ def test_a_read_only_remount(format: str, small_disk: Path) -> None:
         # A mount point of its own, whatever the writer holds open at the moment.
         subprocess.run(["mount", "-o", f"remount,{how}", str(small_disk)], check=True, timeout=120)
 
-    keys = {"output_dir": str(small_disk / "runs"), "backend": format, "block_s": BLOCK_S}
+    keys = {"output_dir": str(small_disk / "runs"), "backend": local(format), "block_s": BLOCK_S}
     outcome = capture(keys, 4, at(2, lambda run: remount("ro")))
     assert_unhurt(outcome, 4)
     assert "Read-only file system" in outcome.warnings[0]
@@ -222,10 +230,10 @@ def test_a_read_only_remount(format: str, small_disk: Path) -> None:
 
 FORBIDDEN = """
 import os, sys
-from tests.faults.helpers import capture
+from tests.faults.helpers import capture, local
 if os.geteuid() == 0:
     # Everything is loaded first: another user may not read this Python.
-    capture({"output_dir": sys.argv[1] + "/warm", "backend": sys.argv[2]}, 1)
+    capture({"output_dir": sys.argv[1] + "/warm", "backend": local(sys.argv[2])}, 1)
     os.mkdir(sys.argv[1] + "/own")
     os.chown(sys.argv[1] + "/own", 12345, 12345)
     os.setgroups([]); os.setgid(12345); os.setuid(12345)
@@ -233,7 +241,8 @@ def forbid(captured, step):
     if step == 2:
         captured.session.flush()
         os.chmod(captured.url, 0o500)
-outcome = capture({"output_dir": sys.argv[1] + "/own", "backend": sys.argv[2], "block_s": 1.0}, 4, forbid)
+keys = {"output_dir": sys.argv[1] + "/own", "backend": local(sys.argv[2]), "block_s": 1.0}
+outcome = capture(keys, 4, forbid)
 os.chmod(outcome.url, 0o700)
 counts = outcome.ledger
 print(outcome.same_outputs, counts.balanced, counts.stored, counts.failed, outcome.url)
@@ -263,7 +272,7 @@ def test_permission_taken_away(format: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("format", FORMATS)
 def test_the_directory_deleted_in_the_run(format: str, tmp_path: Path) -> None:
     outcome = capture(
-        {"output_dir": str(tmp_path), "backend": format, "block_s": BLOCK_S}, 4, at(2, shutil.rmtree)
+        {"output_dir": str(tmp_path), "backend": local(format), "block_s": BLOCK_S}, 4, at(2, shutil.rmtree)
     )
     assert_unhurt(outcome, 4)
     assert "No such file or directory" in outcome.warnings[0]
@@ -277,7 +286,11 @@ def test_the_directory_moved_away_with_a_spill_dir(format: str, tmp_path: Path) 
         run.rename(tmp_path / "moved")
         run.write_text("in the way")
 
-    keys = {"output_dir": str(tmp_path / "runs"), "spill_dir": str(tmp_path / "spill"), "backend": format}
+    keys = {
+        "output_dir": str(tmp_path / "runs"),
+        "spill_dir": str(tmp_path / "spill"),
+        "backend": local(format),
+    }
     (tmp_path / "runs").mkdir(mode=0o700)
     outcome = capture({**keys, "block_s": BLOCK_S}, 4, at(2, move))
     assert outcome.same_outputs and outcome.ledger.stored == 4 * STEP_TENSORS

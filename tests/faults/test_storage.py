@@ -24,17 +24,24 @@ from tests.faults.helpers import (
     backend,
     capture,
     files_below,
+    local,
     options,
     remote_files,
 )
 from tests.faults.proxy import Proxy
 from tests.servers import Server
 from tlcore.__main__ import main
+from tlcore_backends.storage.spill.delivery import STEP_END
 
 pytestmark = pytest.mark.slow
 
 BLOCK_S = 1.0
-FORMATS = ["pt", "safetensors"]
+FORMATS = ["pt", "safetensors", "shards"]
+END_OF_STEP = {
+    "pt": "step_{0}/step.json",
+    "safetensors": "segments/rank_0_{0:06}_steps_{0}.json",
+    "shards": "step_{0}/step.json",
+}
 STEADY = {
     "503 SlowDown": faults.busy,
     "cut mid-PUT": faults.cut,
@@ -166,11 +173,11 @@ def test_a_multipart_upload_cut_short_is_never_seen(
     assert torch.equal(run.tensor("step_1/0/outputs_cpu"), x)
 
 
-# Each fault with either format in turn; in full, each with both.
+# Each fault with one format in turn; in full, each with all.
 SPILLED = [
     (name, format)
     for number, name in enumerate([*STEADY, "outage"])
-    for format in scaled([FORMATS[number % 2]], FORMATS)
+    for format in scaled([FORMATS[number % 3]], FORMATS)
 ]
 
 
@@ -205,10 +212,10 @@ def test_with_a_spill_dir_nothing_is_lost_when_the_fault_ends(
 
 def assert_same_as_locally(run: tlcore.Run, format: str, steps: int, tmp_path: Path) -> None:
     """The same files, byte for byte, as a capture to the local disk; only times and ids may differ."""
-    local = capture({"output_dir": str(tmp_path / "local"), "backend": format}, steps)
-    expected, found = files_below(local.url), remote_files(run)
+    here = capture({"output_dir": str(tmp_path / "local"), "backend": local(format)}, steps)
+    expected, found = files_below(here.url), remote_files(run)
     assert found.keys() == expected.keys()
-    timed = {name for name in expected if name.endswith(("step.json", "run.json"))}
+    timed = {name for name in expected if STEP_END.fullmatch(name) or name == "run.json"}
     assert {n: b for n, b in found.items() if n not in timed} == {
         n: b for n, b in expected.items() if n not in timed
     }
@@ -236,8 +243,8 @@ def test_push_delivers_what_a_run_left_byte_for_byte(
     assert len(outcome.warnings) == 2 and "`tlcore push " in outcome.warnings[1]
     spilled = files_below(next(spill.iterdir()))
     spilled.pop("spill.json")
-    ends = {name for name in spilled if name.endswith("/step.json")}
-    assert ends == {f"step_{step}/step.json" for step in (2, 3, 4)}
+    ends = {name for name in spilled if STEP_END.fullmatch(name) and "catalogue" not in name}
+    assert ends == {END_OF_STEP[format].format(step) for step in (2, 3, 4)}
     assert opened(outcome, weed).steps == [0, 1]
     for secret in weed.secrets:
         assert not any(secret.encode() in data for data in files_below(spill).values())

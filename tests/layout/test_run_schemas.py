@@ -36,7 +36,7 @@ def test_run_json_fits_its_schema(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("backend", ["pt", "safetensors"])
 def test_step_json_fits_its_schema_and_has_no_key_beyond_it(tmp_path: Path, backend: str) -> None:
-    document = json.loads((capture_run(tmp_path, backend) / "step_0" / "step.json").read_text())
+    document = tlcore.open_run(capture_run(tmp_path, backend)).json("step_0/step.json")
     Draft202012Validator(STEP, registry=SHARED).validate(document)
     assert set(document) <= set(STEP["properties"])
     assert document["records"]
@@ -46,9 +46,7 @@ def test_step_json_fits_its_schema_and_has_no_key_beyond_it(tmp_path: Path, back
 
 @pytest.mark.parametrize("capture", ["stats", "both"])
 def test_statistics_fit_the_schema(tmp_path: Path, capture: str) -> None:
-    document = json.loads(
-        (capture_run(tmp_path, "safetensors", capture) / "step_0" / "step.json").read_text()
-    )
+    document = tlcore.open_run(capture_run(tmp_path, "safetensors", capture)).json("step_0/step.json")
     validator = Draft202012Validator(STEP, registry=SHARED)
     validator.validate(document)
     stats = document["structures"]["0/outputs.json"]["stats"]

@@ -244,10 +244,11 @@ class Run(Mapping[int, Step]):
             ranks |= {rank for each in self.stored.steps.values() for rank in each.committed}
         for rank in sorted(ranks):
             if rank < self.world_size:
-                total.add(self._ledger_of(rank))
+                total.add(self.ledger_of(rank))
         return total
 
-    def _ledger_of(self, rank: int) -> Counts:
+    def ledger_of(self, rank: int) -> Counts:
+        """What became of every tensor of one rank."""
         if rank == 0 and self.document["state"] == "complete":
             return counts_of(self.document, f"{self.url}/{RUN_FILE}")
         if rank in self._closed:

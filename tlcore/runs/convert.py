@@ -15,7 +15,7 @@ from ..engine.run_documents import RunDocuments, close_run
 from ..errors import ConfigError, ReadError, VerifyError
 from ..layout.names import rank_suffix
 from ..layout.run_files import RUN_FILE
-from ..ledger import Ledger
+from ..ledger import Counts, Ledger
 from ..locations import absolute_location, is_url, redact_url
 from ..protocols import Sink, SupportsLateCommit
 from ..reader import MissingError, Run, Step, is_run
@@ -85,8 +85,18 @@ def _convert_rank(source: Run, sink: Sink, documents: RunDocuments, on_tensor: C
     run = documents.run
     sink.open(run)
     lost: list[BaseException] = []
+    accepted: dict[int, Counts] = {}
+    left = source.ledger_of(run.rank)
+
+    def stored(step: int, error: BaseException | None) -> None:
+        if error is not None:
+            lost.append(error)
+        counts = accepted.pop(step)
+        run.ledger.add(counts)
+        left.subtract(counts)
+
     if isinstance(sink, SupportsLateCommit):
-        sink.tell_stored(lambda step, error: lost.extend(() if error is None else (error,)))
+        sink.tell_stored(stored)
     batch_bytes = _REMOTE_BATCH_BYTES if is_url(run.url) else _LOCAL_BATCH_BYTES
     for step in source.values():
         if run.rank not in step.ranks:
@@ -97,9 +107,17 @@ def _convert_rank(source: Run, sink: Sink, documents: RunDocuments, on_tensor: C
             sink.write(batch)
             for _ in batch:
                 on_tensor()
-        sink.commit_step(summary_of(step, run.rank))
+        summary = summary_of(step, run.rank)
+        accepted[step.number] = summary.counts
+        sink.commit_step(summary)
+        if not isinstance(sink, SupportsLateCommit):
+            stored(step.number, None)
         if lost:
             break
+    if isinstance(sink, SupportsLateCommit):
+        sink.flush()
+    # Of steps that the source does not have, and that the ledger counts.
+    run.ledger.add(left)
     # What was told late is known when the sink is closed; without an end mark the run reads as incomplete.
     close_run(sink, documents, lambda: not lost)
     if lost:

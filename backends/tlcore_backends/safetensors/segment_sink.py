@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
 
+from tlcore.errors import BackendError, shareable
 from tlcore.layout.templates import compact
 from tlcore.ledger import Counts
 from tlcore.record import Record, RunInfo, StepSummary
@@ -17,6 +19,8 @@ from .plans import Plans
 from .segment_names import catalogue_name
 from .segments import MOST_ARRAYS, Segment
 from .shard_buffer import ShardBuffers
+
+log = logging.getLogger("tlcore")
 
 SEGMENT_BYTES = 128 << 20
 REMOTE_COMMIT_S = 5.0
@@ -150,7 +154,11 @@ class SegmentSink:
         ]
         document = {"layout": 2, "rank": self._rank, "ledger": self._ledger.snapshot().to_json()}
         text = compact({**document, "segments": segments}) + "\n"
-        self._store.put(catalogue_name(self._rank), [text.encode("ascii")])
+        try:
+            self._store.put(catalogue_name(self._rank), [text.encode("ascii")])
+        except (BackendError, OSError) as error:
+            # Whoever reads the run lists its files instead: it lacks nothing.
+            log.info("the list of the run's segments could not be written: %s", shareable(error))
 
     def _new_segment(self) -> Segment:
         segment = Segment(self._rank, self._number, self._plans, self._memory)

@@ -142,10 +142,11 @@ class SegmentSource:
         return size
 
     def holds(self, record: Mapping[str, Any]) -> bool:
-        """Whether the data file is there, and large enough."""
+        """Whether the data file is there, in the size that the index says."""
         try:
             file, _, last = self._range(record)
-            return last <= self._size(file)
+            stated = self._bounds[file][-1] if file in self._bounds else self._size(file)
+            return last <= stated == self._sizes().get(file)
         except ReadError:
             return False
 

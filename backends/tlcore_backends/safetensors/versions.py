@@ -14,8 +14,7 @@ from .segment_source import SegmentSource
 from .sink import SHARD_BYTES, SafetensorsSink
 from .source import SafetensorsSource
 
-# Segments are asked for until everything that reads a run step by step has been tried on them.
-DEFAULT_LAYOUT: Literal[1, 2] = 1
+DEFAULT_LAYOUT: Literal[1, 2] = 2
 
 
 def make_sink(
