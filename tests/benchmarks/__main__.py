@@ -1,8 +1,9 @@
-"""``python -m tests.benchmarks [names...] [--json FILE] [--quick]``: the measurements as one table."""
+"""``python -m tests.benchmarks [names...] [--json FILE] [--quick] [--steps N]``: measurements as a table."""
 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import importlib
 import json
 import os
@@ -32,6 +33,8 @@ TABLES = (
     "reading",
     "compare_speed",
     "growth",
+    "long",
+    "long_uploads",
 )
 
 
@@ -42,10 +45,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
+    parser.add_argument("--steps", type=int, metavar="N", help="the steps of the run in the table `long`")
     args = parser.parse_args(arguments)
     if unknown := set(args.names) - set(known):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(known)}")
     scale = SCALES["quick" if args.quick else "full"]
+    if args.steps is not None:
+        scale = dataclasses.replace(scale, long_steps=args.steps)
     rows: dict[str, list[Row]] = {}
     busy: dict[str, float | None] = {}
     for name in args.names or known:

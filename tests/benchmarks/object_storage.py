@@ -28,7 +28,7 @@ from .timing import Times, interleaved, ratio, timed
 from .workload import Workload, workload
 
 _DELAY_S = 0.01
-_REGION = {"client_kwargs": {"region_name": "us-east-1"}}
+REGION = {"client_kwargs": {"region_name": "us-east-1"}}
 
 
 def table(scale: Scale) -> list[Row]:
@@ -36,7 +36,7 @@ def table(scale: Scale) -> list[Row]:
     work = workload("prefill", scale)
     with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as name, seaweedfs(Path(name)) as server:
         near = _measure(work, server, scale)
-        with _delayed(server) as far_server:
+        with delayed(server, _DELAY_S) as (far_server, _):
             far = _measure(work, far_server, scale)
     what = "SeaweedFS, safetensors, MB/s"
     sequence = "one PUT per tensor in sequence"
@@ -62,12 +62,14 @@ class _Measured:
 
 
 @contextmanager
-def _delayed(server: Server) -> Iterator[Server]:
-    """The server behind a proxy that holds every request back for a moment."""
+def delayed(server: Server, delay_s: float) -> Iterator[tuple[Server, list[str]]]:
+    """The server behind a proxy that holds each request back for a moment; and all requests' methods."""
     proxy = Proxy(server.port)
+    requests: list[str] = []
 
     def wait(handler: object, method: str) -> bool:
-        time.sleep(_DELAY_S)
+        requests.append(method)
+        time.sleep(delay_s)
         return False
 
     proxy.fault = wait
@@ -75,7 +77,8 @@ def _delayed(server: Server) -> Iterator[Server]:
     thread.start()
     place = f"http://127.0.0.1:{proxy.server_port}"
     try:
-        yield replace(server, port=proxy.server_port, options={**server.options, "endpoint_url": place})
+        there = {**server.options, "endpoint_url": place}
+        yield replace(server, port=proxy.server_port, options=there), requests
     finally:
         proxy.shutdown()
         proxy.server_close()
@@ -88,12 +91,12 @@ def _measure(work: Workload, server: Server, scale: Scale) -> _Measured:
     step.commit_s()
     filesystem = fsspec.filesystem("s3", skip_instance_cache=True, **server.options)
     blobs = {name: filesystem.cat_file(name) for name in filesystem.find(step.place)}
-    store = _obstore(server)
+    store = obstore_of(server)
     times = interleaved(
         {
             "tlcore": step.commit_s,
-            "obstore": lambda: _put_all_s(store, blobs),
-            "s3fs": lambda: _pipe_all_s(filesystem, blobs),
+            "obstore": lambda: put_all_s(store, blobs),
+            "s3fs": lambda: pipe_all_s(filesystem, blobs),
             "one PUT per tensor in sequence": lambda: _put_each_s(store, payload),
         },
         scale.repeats,
@@ -108,7 +111,7 @@ def _session(work: Workload, server: Server) -> Session:
         "name": "fsspec",
         "format": "safetensors",
         "url": f"{server.url}/runs",
-        "storage_options": {**server.options, **_REGION},
+        "storage_options": {**server.options, **REGION},
     }
     config = load_config(backend=backend, log_step_ids=list(range(0, 1000, 2)))
     session = Session(config, new_run(config))
@@ -136,7 +139,7 @@ class _Steps:
         return time.perf_counter() - begin
 
 
-def _obstore(server: Server) -> Any:
+def obstore_of(server: Server) -> Any:
     stores: Any = importlib.import_module("obstore.store")
     return stores.S3Store(
         BUCKET,
@@ -148,7 +151,7 @@ def _obstore(server: Server) -> Any:
     )
 
 
-def _put_all_s(store: Any, blobs: Mapping[str, bytes]) -> float:
+def put_all_s(store: Any, blobs: Mapping[str, bytes]) -> float:
     """Seconds in which obstore puts every blob, with the settings that it comes with."""
 
     def put() -> None:
@@ -158,7 +161,7 @@ def _put_all_s(store: Any, blobs: Mapping[str, bytes]) -> float:
     return timed(put)
 
 
-def _pipe_all_s(filesystem: Any, blobs: Mapping[str, bytes]) -> float:
+def pipe_all_s(filesystem: Any, blobs: Mapping[str, bytes]) -> float:
     """Seconds in which s3fs puts every blob at once, with the settings that it comes with."""
     placed = {f"{BUCKET}/piped/{index}": data for index, data in enumerate(blobs.values())}
     return timed(lambda: filesystem.pipe(placed))

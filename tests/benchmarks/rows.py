@@ -17,6 +17,8 @@ class Scale:
     prompt_tokens: int
     decode_steps: int
     requests: int = 8
+    # Of the run that shows whether anything grows with the steps; `--steps` gives another number.
+    long_steps: int = 1_000_000
 
     @property
     def tiny(self) -> bool:
@@ -26,8 +28,8 @@ class Scale:
 
 SCALES = {
     "full": Scale("full", repeats=9, pairs=60, prompt_tokens=256, decode_steps=50),
-    "quick": Scale("quick", repeats=5, pairs=10, prompt_tokens=256, decode_steps=50),
-    "tiny": Scale("tiny", repeats=2, pairs=2, prompt_tokens=16, decode_steps=3),
+    "quick": Scale("quick", repeats=5, pairs=10, prompt_tokens=256, decode_steps=50, long_steps=20_000),
+    "tiny": Scale("tiny", repeats=2, pairs=2, prompt_tokens=16, decode_steps=3, long_steps=300),
 }
 
 

@@ -22,6 +22,7 @@ from ..storage import Store, SupportsLevels
 from .documents import check_run
 from .lookup import without_device
 from .opening import Below, local_directory, open_existing
+from .over_steps import tensor_over_steps
 from .request import Request, find_request, known_requests
 from .step import Step, counts_of
 from .stored import Stored
@@ -282,8 +283,16 @@ class Run(Mapping[int, Step]):
 
         The name may leave out the device, and then means rank 0's tensor, whichever device it was on.
         With ``unshard``, a tensor of which each rank holds a part is joined from all of them.
+
+        A name without the step (``layers.0/outputs_cpu``) means the tensor of every whole step that has it:
+        their rows one after the other, as one tensor ``[rows, ...]``; those without dimensions are stacked.
+        Raises ReadError where dtype or the other dimensions are not the same in all of them.
         """
-        return self._step_of(name).tensor(name, unshard)
+        if _STEP_NAME.match(name):
+            return self._step_of(name).tensor(name, unshard)
+        if unshard:
+            raise ReadError(f"{self.url}: {name!r}: unshard takes the tensor of one step (step_<S>/{name})")
+        return tensor_over_steps(self.stored, self, self.steps, name)
 
     def _step_of(self, name: str) -> Step:
         begin = _STEP_NAME.match(name)

@@ -19,10 +19,12 @@ from ..layout.dtypes import torch_dtype
 from ..layout.names import rank_suffix, step_dir
 from ..layout.run_files import RunFiles
 from ..protocols import (
+    Array,
     Buffer,
     ByteStream,
     Source,
     StepRanks,
+    SupportsArrays,
     SupportsCheck,
     SupportsIdentity,
     SupportsLedger,
@@ -207,6 +209,25 @@ class Stored:
             where = f"{self.url}: {record['name']!r}"
             raise ReadError(f"{where}: {size} bytes, its record says {record['bytes']}")
         return data
+
+    @property
+    def has_arrays(self) -> bool:
+        """Whether the same tensor of many steps lies in one piece."""
+        return isinstance(self.source, SupportsArrays)
+
+    def arrays(self, rank: int, keys: Collection[str] | None = None) -> Iterator[Array]:
+        """A rank's arrays, as `SupportsArrays` has them; none from a source without them."""
+        source = self.source
+        if isinstance(source, SupportsArrays):
+            with self._asking():
+                yield from source.arrays(rank, keys)
+
+    def read_array(self, array: Array) -> Buffer:
+        """All bytes of an array. Raises MissingError or ReadError, also for too few or too many."""
+        source = self.source
+        assert isinstance(source, SupportsArrays)
+        with self._asking():
+            return source.read_array(array)
 
     def tensor(self, record: Mapping[str, Any]) -> torch.Tensor:
         """The tensor of a record, on the CPU. Raises MissingError or ReadError."""

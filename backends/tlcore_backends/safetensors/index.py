@@ -6,32 +6,25 @@ the reader like any other ``step.json``.
 
 from __future__ import annotations
 
-import base64
-import binascii
 import itertools
 from bisect import bisect_left
-from collections.abc import Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from functools import cached_property
-from math import prod
 from typing import Any, NamedTuple
 
 from tlcore.errors import ReadError
-from tlcore.layout.dtypes import item_size
 from tlcore.protocols import Array, ArrayRows
 from tlcore.record import Json
 
+from .array_places import LARGEST, PLACE_KEYS, ArrayOfRows, Places, number_of, numbers_of
 from .changing import Changing
 from .compact import time_text
 from .described import restored
 
-_HASH_BYTES = 16
-_LARGEST = 1 << 50
 # Ranges of numbers are short to write and long to read.
 _MOST_ITEMS = 16_000_000
 _TABLES = ("files", "calls", "structures", "arrays", "plans", "extents", "skeletons", "changes", "rows")
 _COLUMNS = ("number", "plan", "extents", "started", "took", "details", "change")
-# What an array's entry says beside what is a record's.
-_PLACE = frozenset(("key", "file", "offset", "constant", "same_as", "hashes"))
 
 
 class Plan(NamedTuple):
@@ -42,19 +35,6 @@ class Plan(NamedTuple):
     arrays: Sequence[int]
     # For each array, which of the step's extents is that of its first dimension.
     groups: Sequence[int]
-
-
-class Place(NamedTuple):
-    """Where an array's bytes lie: ``file`` of the index, from ``begin`` on, ``row_bytes`` a row."""
-
-    file: int
-    begin: int
-    constant: bool
-    hashes: bytes
-    row: tuple[int, ...]
-    row_bytes: int
-    dtype: str
-    scalar: bool
 
 
 class SegmentIndex:
@@ -80,10 +60,11 @@ class SegmentIndex:
         count = len(columns["number"])
         if not all(isinstance(column, list) and len(column) == count for column in columns.values()):
             raise self.damaged("the columns of 'steps' have different lengths")
-        self.steps: list[int] = self._numbers(columns["number"], _LARGEST)
+        self.steps: list[int] = self._numbers(columns["number"], LARGEST)
         if any(later <= earlier for earlier, later in itertools.pairwise(self.steps)):
             raise self.damaged("its steps do not ascend")
         self.rank = self._number(document.get("rank"), 1 << 20)
+        self.places = Places(document["arrays"], self.damaged)
         self._counted: tuple[int, dict[int, tuple[int, int]]] = (0, {})
         self._told_details = Changing(self.table, self.damaged)
         self._told_rows = Changing(self.table, self.damaged)
@@ -104,7 +85,7 @@ class SegmentIndex:
         for entry in self._document["files"]:
             if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
                 raise self.damaged("a file has no name")
-            found.append((entry["file"], self._number(entry.get("bytes"), _LARGEST)))
+            found.append((entry["file"], self._number(entry.get("bytes"), LARGEST)))
         return found
 
     def document(self, number: int) -> Json:
@@ -133,20 +114,12 @@ class SegmentIndex:
         document["shards"] = [{"file": file, "bytes": size} for file, size in self.files if file in used]
         return document
 
-    def begins(self, file: int) -> list[int]:
-        """Where the arrays of a data file begin, in order."""
-        entries = self._document["arrays"]
-        offsets = (
-            entry.get("offset") for entry in entries if isinstance(entry, dict) and entry.get("file") == file
-        )
-        return sorted(offset for offset in offsets if type(offset) is int)
-
     def extents_of_arrays(self) -> list[tuple[int, int, int, str]]:
         """Of each array that has bytes of its own: file, begin, end, and key. Raises ReadError."""
         totals = self._firsts(len(self.steps))
         found = []
         for number, entry in enumerate(self._document["arrays"]):
-            place = self._place(number)
+            place = self.places.of(number)
             if entry.get("same_as") is not None:
                 continue
             times, rows = totals.get(number, (0, 0))
@@ -156,28 +129,44 @@ class SegmentIndex:
             found.append((place.file, place.begin, end, str(entry.get("key", entry["name"]))))
         return found
 
-    def arrays(self, keys: Collection[str] | None = None) -> Iterator[Array]:
-        """Each array over all steps of the segment, by its name."""
-        wanted = [
-            number
-            for number, entry in enumerate(self._document["arrays"])
-            if isinstance(entry, dict) and (keys is None or entry.get("name") in keys)
-        ]
-        found: dict[int, list[ArrayRows]] = {number: [] for number in wanted}
+    def arrays(
+        self, keys: Collection[str] | None = None, again: Callable[[], SegmentIndex] | None = None
+    ) -> Iterator[Array]:
+        """Each array over all steps of the segment, by its name; its rows are looked up when asked for.
+
+        ``again`` gives this index then, so that an array does not keep it in memory.
+        """
+        index = again or (lambda: self)
+        totals = self._firsts(len(self.steps))
+        for number, entry in enumerate(self._document["arrays"]):
+            if isinstance(entry, dict) and number in totals and (keys is None or entry.get("name") in keys):
+                yield self._array(number, *totals[number], index)
+
+    def _array(self, number: int, times: int, total: int, index: Callable[[], SegmentIndex]) -> Array:
+        place = self.places.of(number)
+        if place.constant and total % times:
+            raise self.damaged(f"array {number} is constant and has different extents")
+        if place.file >= len(self.files):
+            raise self.damaged(f"array {number} lies in no file")
+        stored = total // times if place.constant else total
+        end = place.begin + stored * place.row_bytes
+        rows = ArrayOfRows(
+            self.files[place.file][0], place, end, times, lambda: index().rows_of_array(number)
+        )
+        return Array(self.table("arrays", number)["name"], self.rank, place.dtype, (total, *place.row), rows)
+
+    def rows_of_array(self, number: int) -> list[ArrayRows]:
+        """Which rows of an array each step has. Raises ReadError."""
+        found: list[ArrayRows] = []
         for position, step in enumerate(self.steps):
             plan = self._plan(position)
-            if not any(number in found for number in plan.arrays):
+            if number not in plan.arrays:
                 continue
-            for number, record in self._numbered_records(position, plan, found):
-                rows = found[number]
-                begin = rows[-1].end if rows else 0
+            for _, record in self._numbered_records(position, plan, (number,)):
+                begin = found[-1].end if found else 0
                 extent = record["shape"][0] if record["shape"] else 1
-                rows.append(ArrayRows(step, begin, begin + extent, record))
-        for number, rows in found.items():
-            place = self._place(number)
-            if rows:
-                shape = (rows[-1].end, *place.row)
-                yield Array(self.table("arrays", number)["name"], self.rank, place.dtype, shape, rows)
+                found.append(ArrayRows(step, begin, begin + extent, record))
+        return found
 
     def _position(self, number: int) -> int:
         position = bisect_left(self.steps, number)
@@ -233,25 +222,18 @@ class SegmentIndex:
     def _record(
         self, array: int, rows: int, occurrence: int, row: int, directory: str
     ) -> tuple[Json, tuple[int, ...]]:
-        place, entry = self._place(array), self.table("arrays", array)
+        place, entry = self.places.of(array), self.table("arrays", array)
         begin = place.begin + (0 if place.constant else row * place.row_bytes)
         shape = () if place.scalar else (rows, *place.row)
         nbytes = rows * place.row_bytes
-        record: Json = {key: value for key, value in entry.items() if key not in _PLACE}
+        record: Json = {key: value for key, value in entry.items() if key not in PLACE_KEYS}
         record |= {"name": f"{directory}/{entry['name']}", "shape": list(shape)}
         if "bytes" in record:
             record["bytes"] = nbytes
-        record["hash"] = f"xxh3-128:{self._hash(place, array, occurrence)}"
+        record["hash"] = f"xxh3-128:{self.places.hash(array, occurrence)}"
         record["shard"] = self.files[place.file][0] if place.file < len(self.files) else None
         record["offsets"] = [begin, begin + nbytes]
         return record, shape
-
-    def _hash(self, place: Place, array: int, occurrence: int) -> str:
-        begin = 0 if place.constant else occurrence * _HASH_BYTES
-        digest = place.hashes[begin : begin + _HASH_BYTES]
-        if len(digest) != _HASH_BYTES:
-            raise self.damaged(f"array {array} has too few hashes")
-        return digest.hex()
 
     def _firsts(self, position: int) -> dict[int, tuple[int, int]]:
         """How often each array occurred before a step, and with how many rows in all."""
@@ -280,47 +262,6 @@ class SegmentIndex:
             counted[pair] = counted.get(pair, 0) + 1
         # The sums are the same in any order.
         yield from ((plan, extents, count) for (plan, extents), count in counted.items())
-
-    def _place(self, number: int) -> Place:
-        known = self._places.get(number)
-        if known is None:
-            known = self._places[number] = self._find_place(number)
-        return known
-
-    @cached_property
-    def _places(self) -> dict[int, Place]:
-        return {}
-
-    def _find_place(self, number: int) -> Place:
-        entry = self.table("arrays", number)
-        if not isinstance(entry, dict) or not isinstance(entry.get("name"), str):
-            raise self.damaged(f"array {number} has no name")
-        shape = entry.get("shape")
-        width = item_size(entry.get("dtype"))
-        if not isinstance(shape, list) or width is None or len(shape) > 64:
-            raise self.damaged(f"array {number} has no dtype or shape")
-        row = tuple(self._numbers(shape[1:], _LARGEST))
-        stored = entry
-        if entry.get("same_as") is not None:
-            stored = self.table("arrays", self._number(entry["same_as"]))
-            if not isinstance(stored, dict) or stored.get("same_as") is not None:
-                raise self.damaged(f"array {number} is the same as one that has no bytes")
-            if stored.get("dtype") != entry["dtype"] or stored.get("shape") != shape:
-                raise self.damaged(f"array {number} is the same as one of another form")
-        try:
-            hashes = base64.b64decode(str(stored.get("hashes")), validate=True)
-        except (binascii.Error, ValueError):
-            raise self.damaged(f"the hashes of array {number} are not in base64") from None
-        return Place(
-            self._number(stored.get("file")),
-            self._number(stored.get("offset")),
-            stored.get("constant") is True,
-            hashes,
-            row,
-            prod(row) * width,
-            str(entry["dtype"]),
-            not shape,
-        )
 
     def _plan(self, position: int) -> Plan:
         return self._plan_numbered(self._columns["plan"][position])
@@ -353,7 +294,7 @@ class SegmentIndex:
             yield from range(begin, begin + count) if stride else itertools.repeat(begin, count)
 
     def _extents(self, number: Any) -> list[int]:
-        return self._numbers(self.table("extents", number), _LARGEST)
+        return self._numbers(self.table("extents", number), LARGEST)
 
     def _details(self, position: int) -> Json:
         """What a step says of itself: its ledger, and what only some steps have."""
@@ -372,7 +313,7 @@ class SegmentIndex:
         )
 
     def _row_list(self, number: Any) -> list[tuple[int, int]]:
-        flat = self._numbers(self.table("rows", number), _LARGEST)
+        flat = self._numbers(self.table("rows", number), LARGEST)
         if len(flat) % 2:
             raise self.damaged("a list of rows makes no sense")
         return list(zip(flat[::2], flat[1::2], strict=True))
@@ -403,12 +344,8 @@ class SegmentIndex:
             raise self.damaged(f"{table!r} has no entry {str(number)[:40]}")
         return entries[number]
 
-    def _number(self, value: Any, most: int = _LARGEST) -> int:
-        if type(value) is not int or not 0 <= value <= most:
-            raise self.damaged(f"{str(value)[:40]!r} is no number that fits")
-        return value
+    def _number(self, value: Any, most: int = LARGEST) -> int:
+        return number_of(value, self.damaged, most)
 
     def _numbers(self, values: Any, most: int) -> list[int]:
-        if not isinstance(values, list):
-            raise self.damaged("something is no list of numbers")
-        return [self._number(value, most) for value in values]
+        return numbers_of(values, self.damaged, most)

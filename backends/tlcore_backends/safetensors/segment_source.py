@@ -6,21 +6,25 @@ import threading
 from bisect import bisect_right
 from collections import OrderedDict, defaultdict
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from tlcore.errors import MissingError, ReadError
 from tlcore.protocols import Array, Buffer, StepRanks
 from tlcore.record import Json
-from tlcore.storage import Store
+from tlcore.storage import Store, SupportsFiles
 
+from ..storage.threads import in_order
+from .array_places import ArrayOfRows
 from .index import SegmentIndex
 from .json_files import read_json
 from .listing import Listing, list_segments
 from .segment_check import segment_problems
 from .segment_files import SegmentFiles
-from .segment_names import is_data
+from .segment_names import IndexName, is_data
 
 _MOST_INDEXES = 16
+_REMOTE_THREADS = 8
 
 
 class SegmentSource:
@@ -74,7 +78,7 @@ class SegmentSource:
         with self._lock:
             self._indexes[name.file] = index
             for number, (file, size) in enumerate(index.files):
-                self._bounds[file] = [*index.begins(number), size]
+                self._bounds[file] = [*index.places.begins(number), size]
             while len(self._indexes) > _MOST_INDEXES:
                 for file, _ in self._indexes.popitem(last=False)[1].files:
                     self._bounds.pop(file, None)
@@ -188,25 +192,32 @@ class SegmentSource:
         return ledger if isinstance(ledger, dict) else None
 
     def arrays(self, rank: int, keys: Collection[str] | None = None) -> Iterator[Array]:
-        """The arrays of a rank, segment by segment."""
-        for name in self._known.by_rank.get(rank, ()):
-            yield from self._index(name.steps[0], rank).arrays(keys)
+        """The arrays of a rank, segment by segment; several indexes are on their way at a time."""
+        names = self._known.by_rank.get(rank, ())
+
+        def read(name: IndexName) -> SegmentIndex:
+            return self._index(name.steps[0], rank)
+
+        for name, index in zip(names, in_order(read, names, self._threads), strict=True):
+            yield from index.arrays(keys, partial(read, name))
+
+    @property
+    def _threads(self) -> int:
+        return 1 if isinstance(self._store, SupportsFiles) else _REMOTE_THREADS
 
     def read_array(self, array: Array, begin: int = 0, end: int | None = None) -> Buffer:
-        """The bytes of rows ``[begin, end)`` of an array. Raises MissingError or ReadError."""
-        rows = array.rows[-1].end if array.rows else 0
-        end = rows if end is None else min(end, rows)
-        if not array.rows or begin >= end:
-            return b""
-        first = array.rows[0]
-        file, offset, last = self._range(first.record)
-        width = (last - offset) // max(1, first.end - first.begin)
-        if len(array.rows) > 1 and array.rows[1].record.get("offsets") == [offset, last]:
-            # A constant is stored once.
-            return b"".join([self._data.read(file, offset, last, last)] * len(array.rows))[
-                begin * width : end * width
-            ]
-        return self._data.read(file, offset + begin * width, offset + end * width, offset + end * width)
+        """The bytes of rows ``[begin, end)`` of an array of `arrays`. Raises MissingError or ReadError."""
+        rows = array.rows
+        if not isinstance(rows, ArrayOfRows):
+            raise ReadError(f"{self._store.url}: {array.key!r} is no array of this run")
+        total, width = array.shape[0], rows.place.row_bytes
+        first, last = min(begin, total) * width, (total if end is None else min(end, total)) * width
+        if rows.place.constant:
+            # Stored once.
+            once = self._data.read(rows.file, rows.place.begin, rows.end, rows.end)
+            return memoryview(b"".join([once] * len(rows)))[first:last]
+        offset = rows.place.begin
+        return self._data.read(rows.file, offset + first, offset + last, offset + last)
 
     def close(self) -> None:
         """Close files."""
