@@ -132,9 +132,9 @@ def test_object_storage(reference: Mapping[str, Any], server: Server, storage_fo
 
 
 def _open_with_plain_libraries(store: Store, storage_format: str) -> None:
-    """A ``.pt`` file opens in plain torch, a shard in plain safetensors."""
+    """A ``.pt`` file opens in plain torch, a segment in plain safetensors."""
     suffix = {"pt": ".pt", "safetensors": ".safetensors"}[storage_format]
-    (first, *_) = (e.name for e in store.list("step_0/") if e.name.endswith(suffix))
+    (first, *_) = (e.name for e in store.list() if e.name.endswith(suffix))
     data = store.get(first)
     if storage_format == "pt":
         assert isinstance(torch.load(io.BytesIO(data), weights_only=True), torch.Tensor)

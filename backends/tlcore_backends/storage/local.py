@@ -20,11 +20,10 @@ from tlcore.hotpath.reading import FILE_ALIGNMENT, Scratch, read_files
 from tlcore.storage import Buffer, Entry, Level, Location, Store
 
 from .atomic_file import AtomicFile, remove_quietly, sync_directory
-from .trust import check_trusted
+from .directories import DIRECTORY_MODE, make_parent, refused, walk
 
 UNFINISHED = ".tmp"
 _UNFINISHED_FILE = re.compile(rf".+\.[0-9a-f]{{8}}-\d+{re.escape(UNFINISHED)}", re.DOTALL)
-_DIRECTORY_MODE = 0o700
 # What st_blocks counts in, whatever the file system's blocks are.
 _BLOCK_BYTES = 512
 _NO_HARD_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP})
@@ -90,7 +89,7 @@ class LocalStore:
             self._make_directory(self._root)
             status = os.lstat(self._root)
         except OSError as error:
-            raise _refused("make the run directory", self._root, error) from error
+            raise refused("make the run directory", self._root, error) from error
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise BackendError(
                 f"{self.root}: other users can write this directory; choose another output_dir, or remove it"
@@ -127,7 +126,7 @@ class LocalStore:
             self._ensure_parent(target)
             return self._publish(target, parts)
         except OSError as error:
-            raise _refused("write", target, error) from error
+            raise refused("write", target, error) from error
 
     def overwrite(self, name: str, text: str) -> bool:
         """Whether ``text`` now stands in the room that the file ``name`` has on the disk already.
@@ -155,7 +154,7 @@ class LocalStore:
             self._ensure_parent(target)
             return AtomicFile(self._unfinished(target), target, self._fsync, reserve)
         except OSError as error:
-            raise _refused("write", target, error) from error
+            raise refused("write", target, error) from error
 
     def copy(self, source: str, target: str) -> None:
         """Make ``target`` a hard link to ``source``, or a real copy where links are refused."""
@@ -167,7 +166,7 @@ class LocalStore:
             if not self._link(origin, place):
                 self._copy_bytes(origin, place)
         except OSError as error:
-            raise _refused("copy", place, error) from error
+            raise refused("copy", place, error) from error
 
     def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """The bytes ``[start, end)`` of a blob; a symbolic link that leaves the root is refused."""
@@ -182,7 +181,7 @@ class LocalStore:
         except FileNotFoundError:
             raise
         except OSError as error:
-            raise _refused("read", self._place(name), error) from error
+            raise refused("read", self._place(name), error) from error
 
     def get_many(self, names: Sequence[str], sizes: Sequence[int]) -> Sequence[memoryview | None]:
         """The bytes of whole blobs of these sizes; None where one is not there in that size, or is a link."""
@@ -214,7 +213,7 @@ class LocalStore:
         """All finished files whose name starts with ``prefix``; symbolic links are not followed."""
         directory = prefix.rpartition("/")[0]
         start = self._place(directory) if directory else self._root
-        for entry in _walk(start):
+        for entry in walk(start):
             name = entry.path[len(self._root) + 1 :]
             if name.startswith(prefix) and not name.endswith(UNFINISHED):
                 try:
@@ -239,7 +238,7 @@ class LocalStore:
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
-            raise _refused("list", start, error) from error
+            raise refused("list", start, error) from error
         return found
 
     def delete(self, name: str) -> None:
@@ -250,7 +249,7 @@ class LocalStore:
         except FileNotFoundError:
             return
         except OSError as error:
-            raise _refused("delete", place, error) from error
+            raise refused("delete", place, error) from error
 
     def close(self) -> None:
         """Nothing is held open between calls."""
@@ -293,7 +292,7 @@ class LocalStore:
 
     def _make_directory(self, directory: str) -> None:
         try:
-            os.mkdir(directory, _DIRECTORY_MODE)
+            os.mkdir(directory, DIRECTORY_MODE)
             if self._fsync:
                 sync_directory(os.path.dirname(directory))
         except FileExistsError:
@@ -368,46 +367,3 @@ def _read_all(handle: int, start: int, count: int) -> bytes:
         parts.append(more)
         done += len(more)
     return b"".join(parts)
-
-
-def _walk(directory: str) -> Iterator[os.DirEntry[str]]:
-    """Every regular file below ``directory``; a directory that is missing or vanishes has none."""
-    waiting = [directory]
-    while waiting:
-        directory = waiting.pop()
-        try:
-            with os.scandir(directory) as entries:
-                found = list(entries)
-        except (FileNotFoundError, NotADirectoryError):
-            continue
-        except OSError as error:
-            raise _refused("list", directory, error) from error
-        yield from (entry for entry in found if entry.is_file(follow_symlinks=False))
-        waiting += (entry.path for entry in found if entry.is_dir(follow_symlinks=False))
-
-
-def make_parent(path: str) -> None:
-    """Make the directory that ``path`` lies in, with mode 0700, unless others could replace it.
-
-    Raises BackendError or OSError.
-    """
-    parent = os.path.dirname(os.path.abspath(path))
-    check_trusted(parent)
-    _make_parents(parent)
-    check_trusted(parent)
-
-
-def _make_parents(directory: str) -> None:
-    """Make ``directory`` and its missing parents, each with mode 0700; existing ones are left alone."""
-    if os.path.isdir(directory):
-        return
-    _make_parents(os.path.dirname(directory))
-    try:
-        os.mkdir(directory, _DIRECTORY_MODE)
-    except FileExistsError:
-        if not os.path.isdir(directory):
-            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory) from None
-
-
-def _refused(action: str, path: str, error: OSError) -> BackendError:
-    return BackendError(f"cannot {action} {path}: {error.strerror or error}")

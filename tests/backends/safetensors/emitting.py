@@ -15,7 +15,10 @@ from tlcore.ledger import Counts, Ledger
 from tlcore.protocols import Sink, Source
 from tlcore.record import Json, Origin, Record, RunInfo, StepSummary
 from tlcore.storage import Store
+from tlcore_backends.safetensors.segment_sink import SegmentSink
 
+CLOSED = {"state": "complete", "world_size": 1}
+RUNNING = {"state": "running", "world_size": 1}
 Tensors = Mapping[str, torch.Tensor]
 
 
@@ -135,3 +138,15 @@ class Emitter:
             assert compact(document) == compact(self.documents[step])
             for record in places:
                 assert bytes(source.read(record)) == self.data[record["name"]], record["name"]
+
+
+def opened(store: Store, rank: int = 0, **options: Any) -> tuple[SegmentSink, Emitter]:
+    """A sink of segments that writes into ``store``, and who hands it steps."""
+    sink = SegmentSink(**options)
+    sink.open(run_info(store, rank))
+    return sink, Emitter(sink, rank)
+
+
+def names(store: Store) -> list[str]:
+    """The files of a run."""
+    return sorted(entry.name for entry in store.list())

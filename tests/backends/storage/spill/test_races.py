@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from tests.backends.storage.spill.test_store import recovered, spill
+from tests.waiting import wait_until
 from tlcore import registry
 from tlcore.engine.run_documents import RunDocuments
 from tlcore.errors import BackendError
@@ -29,13 +29,6 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(spilling, "_FIRST_PAUSE_S", 0.01)
 
 
-def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 30
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-
-
 def test_an_outage_while_the_end_of_the_last_one_is_said(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, quick: None
 ) -> None:
@@ -51,7 +44,7 @@ def test_an_outage_while_the_end_of_the_last_one_is_said(
 
     monkeypatch.setattr(spilling.log, "info", say)
     store.put("step_0/a", [b"a"])
-    until(lambda: "step_1/a" in place.blobs)
+    wait_until(lambda: "step_1/a" in place.blobs, "what spilled is delivered")
     store.close()
     assert not (tmp_path / "spill/run-1").exists()
 
@@ -70,8 +63,8 @@ def test_where_no_thread_can_be_started_blobs_wait(
         store.put("step_0/a", [b"a"])
         assert (tmp_path / "spill/run-1/step_0/a").exists()
     store.put("step_0/b", [b"b"])
-    until(lambda: set(place.blobs) == {"step_0/a", "step_0/b"})
-    until(lambda: not (tmp_path / "spill/run-1/spill.json").exists())
+    wait_until(lambda: set(place.blobs) == {"step_0/a", "step_0/b"}, "both are delivered")
+    wait_until(lambda: not (tmp_path / "spill/run-1/spill.json").exists(), "the note is removed")
     store.put("step_0/c", [b"c"])
     assert place.blobs["step_0/c"] == b"c"
 
@@ -128,7 +121,7 @@ def test_a_rank_that_closes_takes_no_directory_from_the_others(tmp_path: Path, q
     for rank, store in enumerate(stores):
         store.put(f"step_0/{rank}", [b"a"])
     failing[1].failures_left = 0
-    until(lambda: not (root / "spill_rank_1.json").exists())
+    wait_until(lambda: not (root / "spill_rank_1.json").exists(), "the second rank has delivered")
     recovered(stores[0], failing[0])
     assert not root.exists()
     failing[1].failures_left = None
@@ -195,7 +188,7 @@ def test_notes_that_cannot_be_removed_are_told(
 
     monkeypatch.setattr(LocalStore, "delete", refuse)
     store.put("step_0/a", [b"a"])
-    until(lambda: "are left in" in caplog.text)
+    wait_until(lambda: "are left in" in caplog.text, "it is told")
     assert "cannot delete it" in caplog.text
     store.put("step_0/b", [b"b"])
     assert set(place.blobs) == {"step_0/a", "step_0/b"}
