@@ -1,4 +1,4 @@
-"""Reading a run with nothing but a store and ``step.json``, without tlcore's reader."""
+"""Reading a run with nothing but a store and what commits its steps, without tlcore's reader."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import torch
 
 from tlcore.protocols import Store
 from tlcore.record import tensor_from_bytes
+from tlcore_backends.safetensors.index import SegmentIndex
+from tlcore_backends.safetensors.segment_names import is_index
 
 _STEP_FILE = re.compile(r"step_(\d+)/step(?:_rank_\d+)?\.json")
 
@@ -26,10 +28,14 @@ def committed(store: Store) -> dict[int, dict[str, torch.Tensor]]:
 
 
 def step_documents(store: Store) -> list[tuple[int, dict[str, Any]]]:
-    """Each committed step's number and ``step.json``, by name."""
+    """Each committed step's number and ``step.json``, or what a segment's index says in its place."""
     names = sorted(entry.name for entry in store.list())
     matches = [match for name in names if (match := _STEP_FILE.fullmatch(name))]
-    return [(int(match[1]), json.loads(store.get(match[0]))) for match in matches]
+    found = [(int(match[1]), json.loads(store.get(match[0]))) for match in matches]
+    for name in filter(is_index, names):
+        index = SegmentIndex(json.loads(store.get(name)), name)
+        found += ((step, index.document(step)) for step in index.steps)
+    return found
 
 
 def structures(store: Store, number: int, document: dict[str, Any]) -> dict[str, Any]:
@@ -44,7 +50,7 @@ def structures(store: Store, number: int, document: dict[str, Any]) -> dict[str,
 
 
 def tensor(store: Store, record: dict[str, Any]) -> torch.Tensor:
-    """A record's tensor, from its ``.pt`` file or its place in a shard."""
+    """A record's tensor, from its ``.pt`` file or its place in a shard or segment."""
     if "file" in record:
         data = store.get(record["file"])
         assert len(data) == record["file_bytes"]

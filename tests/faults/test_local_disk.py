@@ -240,10 +240,14 @@ if os.geteuid() == 0:
 def forbid(captured, step):
     if step == 2:
         captured.session.flush()
-        os.chmod(captured.url, 0o500)
+        change(captured.url, 0o500)
+def change(run, mode):
+    for directory in (run, run + "/segments"):
+        if os.path.isdir(directory):
+            os.chmod(directory, mode)
 keys = {"output_dir": sys.argv[1] + "/own", "backend": local(sys.argv[2]), "block_s": 1.0}
 outcome = capture(keys, 4, forbid)
-os.chmod(outcome.url, 0o700)
+change(outcome.url, 0o700)
 counts = outcome.ledger
 print(outcome.same_outputs, counts.balanced, counts.stored, counts.failed, outcome.url)
 print("|".join(outcome.warnings))
