@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from ..hotpath.listening import KnownSides
 from ..layout.structure import TreeSpec, count_leaves
 from ..record import Direction
 
@@ -52,20 +53,23 @@ class CallSide:
 Sides = dict[TreeSpec, CallSide]
 
 
-class Call:
+class Call(KnownSides):
     """One call of a module in a step: its three sides, each with a side for every structure it has had.
 
     Arguments are found by the tree spec of the positional ones, or by a pair with that of the keywords.
     """
 
-    __slots__ = ("call", "directory", "inputs", "module", "outputs", "post_fwd_inputs")
+    __slots__ = ("call", "directory", "module", "post_fwd_inputs")
+
+    inputs: Sides
+    outputs: Sides
 
     def __init__(self, module: str, call: int, directory: str) -> None:
         self.module = module
         self.call = call
         self.directory = directory
-        self.inputs: Sides = {}
-        self.outputs: Sides = {}
+        self.inputs = {}
+        self.outputs = {}
         self.post_fwd_inputs: Sides = {}
 
     def add(

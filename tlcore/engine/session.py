@@ -16,6 +16,7 @@ from torch import nn
 
 from ..config.configuration import Config
 from ..errors import CaptureError
+from ..hotpath.listening import Hearing
 from ..layout import names
 from ..layout.rows import Decided
 from ..layout.structure import class_name
@@ -32,7 +33,7 @@ from .filters.tensors import TensorFilter, known_devices
 from .hooks.collector import Collector
 from .hooks.compiled_parts import refuse_compiled
 from .hooks.listeners import ListenerSet
-from .hooks.listening import Hearing, Listener, Rename, Source
+from .hooks.listening import Listener, Rename, Source
 from .hooks.module_tree import ModuleTree, Named
 from .new_run import now, open_run
 from .pipeline.executors import InlineExecutor, ThreadExecutor

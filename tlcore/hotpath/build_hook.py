@@ -39,7 +39,7 @@ def sources() -> list[Path]:
 def fingerprint() -> str:
     """What the sources are, so that an extension of older ones can be told."""
     hashed = hashlib.sha256()
-    for path in (*sources(), HERE / "native.h"):
+    for path in (*sources(), *sorted(HERE.glob("*.h"))):
         hashed.update(path.read_bytes())
     return hashed.hexdigest()[:16]
 

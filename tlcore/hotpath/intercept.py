@@ -11,7 +11,7 @@ import copyreg
 import operator
 import sys
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from types import CodeType, FrameType
 from typing import Any
 
@@ -120,13 +120,13 @@ def put_back(found: Any) -> Any:
     return found
 
 
-def hooks_follow(frame: FrameType | None, module: nn.Module, ours: CodeType) -> bool:
+def hooks_follow(frame: FrameType | None, module: nn.Module, ours: Container[CodeType]) -> bool:
     """Whether what ``module``'s ``forward`` returns to ``frame`` will go through its forward hooks.
 
     They are passed by where ``forward`` is called directly, or by a class's own ``__call__``. Frames of
     ``ours`` are other stand-ins.
     """
-    while frame is not None and frame.f_code is ours:
+    while frame is not None and frame.f_code in ours:
         frame = frame.f_back
     if frame is None or frame.f_code is not (_HOOKED_CALL or _CALL):
         return False

@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 /* Counts up whenever a function changes what it takes or gives; `native.py` refuses any other. */
-#define TLCORE_INTERFACE 2
+#define TLCORE_INTERFACE 3
 
 /* Shorter work than this is over before another thread could use the interpreter, which is dear to get back. */
 #define TLCORE_SMALL_BYTES (256 << 10)
@@ -32,5 +32,6 @@ int tlcore_add_hashing(PyObject *module);
 int tlcore_add_copying(PyObject *module);
 int tlcore_add_reading(PyObject *module);
 int tlcore_add_pytree(PyObject *module);
+int tlcore_add_listening(PyObject *module);
 
 #endif

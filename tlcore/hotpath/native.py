@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from . import _native
 
 SWITCH = "TLCORE_NO_EXTENSIONS"
-_INTERFACE = 2
+_INTERFACE = 3
 _TRIED = bytes(range(256)) * 3
 
 

@@ -213,7 +213,7 @@ static PyType_Spec memory_spec = {
     .slots = memory_slots,
 };
 
-static int set_object(PyObject **place, PyObject *value)
+int tlcore_set(PyObject **place, PyObject *value)
 {
     PyObject *before = *place;
     *place = Py_XNewRef(value);
@@ -228,8 +228,8 @@ static int walker_init(PyObject *self, PyObject *args, PyObject *kwargs)
     PyObject *tensor, *otherwise;
     if (!PyArg_ParseTupleAndKeywords(args, kwargs, "OO:Walker", names, &tensor, &otherwise))
         return -1;
-    set_object(&walker->tensor, tensor);
-    return set_object(&walker->other, otherwise);
+    tlcore_set(&walker->tensor, tensor);
+    return tlcore_set(&walker->other, otherwise);
 }
 
 static int walker_traverse(PyObject *self, visitproc visit, void *arg)
@@ -244,6 +244,7 @@ static int walker_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(walker->memories);
     Py_VISIT(walker->offsets);
     Py_VISIT(walker->scalars);
+    Py_VISIT(walker->full);
     return tlcore_traverse(&walker->known, visit, arg);
 }
 
@@ -258,6 +259,7 @@ static int walker_clear(PyObject *self)
     Py_CLEAR(walker->memories);
     Py_CLEAR(walker->offsets);
     Py_CLEAR(walker->scalars);
+    Py_CLEAR(walker->full);
     tlcore_forget(&walker->known);
     return 0;
 }
@@ -284,11 +286,11 @@ static PyObject *walker_use(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "O!O!O!O!O!:use", &PyList_Type, &sides, &PyList_Type, &specs, &PyList_Type,
                           &memories, &PyList_Type, &offsets, &PyList_Type, &scalars))
         return NULL;
-    set_object(&walker->sides, sides);
-    set_object(&walker->specs, specs);
-    set_object(&walker->memories, memories);
-    set_object(&walker->offsets, offsets);
-    set_object(&walker->scalars, scalars);
+    tlcore_set(&walker->sides, sides);
+    tlcore_set(&walker->specs, specs);
+    tlcore_set(&walker->memories, memories);
+    tlcore_set(&walker->offsets, offsets);
+    tlcore_set(&walker->scalars, scalars);
     Py_RETURN_NONE;
 }
 
@@ -296,7 +298,15 @@ static PyObject *walker_fill(PyObject *self, PyObject *memory)
 {
     if (memory != Py_None && !PyType_IsSubtype(Py_TYPE(memory), memory_type))
         return PyErr_Format(PyExc_TypeError, "%R is no Memory", memory);
-    set_object(&((walker_object *)self)->memory, memory == Py_None ? NULL : memory);
+    tlcore_set(&((walker_object *)self)->memory, memory == Py_None ? NULL : memory);
+    Py_RETURN_NONE;
+}
+
+static PyObject *walker_watch(PyObject *self, PyObject *full)
+{
+    if (!PyList_Check(full))
+        return PyErr_Format(PyExc_TypeError, "%R is no list", full);
+    tlcore_set(&((walker_object *)self)->full, full);
     Py_RETURN_NONE;
 }
 
@@ -338,7 +348,7 @@ static PyObject *add_known(walker_object *walker, PyObject *sides, PyObject *key
     return failed ? NULL : Py_NewRef(Py_None);
 }
 
-static PyObject *add_arguments(walker_object *walker, PyObject *sides, PyObject *args, PyObject *kwargs)
+PyObject *tlcore_take_arguments(walker_object *walker, PyObject *sides, PyObject *args, PyObject *kwargs)
 {
     containers seen = {.depth = 0};
     PyObject *keywords = NULL, *both = NULL, *added = NULL;
@@ -355,6 +365,17 @@ static PyObject *add_arguments(walker_object *walker, PyObject *sides, PyObject 
     return added;
 }
 
+PyObject *tlcore_take_result(walker_object *walker, PyObject *sides, PyObject *value)
+{
+    containers seen = {.depth = 0};
+    PyObject *sketch = tlcore_flatten(walker, value, &seen);
+    if (sketch == NULL)
+        return NULL;
+    PyObject *added = add_known(walker, sides, sketch, sketch);
+    Py_DECREF(sketch);
+    return added;
+}
+
 static PyObject *walker_arguments(PyObject *self, PyObject *args)
 {
     PyObject *sides, *positional, *keywords;
@@ -363,23 +384,17 @@ static PyObject *walker_arguments(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "O!O!O!:arguments", &PyDict_Type, &sides, &PyTuple_Type, &positional,
                           &PyDict_Type, &keywords))
         return NULL;
-    return add_arguments((walker_object *)self, sides, positional, keywords);
+    return tlcore_take_arguments((walker_object *)self, sides, positional, keywords);
 }
 
 static PyObject *walker_result(PyObject *self, PyObject *args)
 {
     PyObject *sides, *value;
-    containers seen = {.depth = 0};
     if (!tlcore_is_walker(self))
         return PyErr_Format(PyExc_RuntimeError, "call use() first");
     if (!PyArg_ParseTuple(args, "O!O:result", &PyDict_Type, &sides, &value))
         return NULL;
-    PyObject *sketch = tlcore_flatten((walker_object *)self, value, &seen);
-    if (sketch == NULL)
-        return NULL;
-    PyObject *added = add_known((walker_object *)self, sides, sketch, sketch);
-    Py_DECREF(sketch);
-    return added;
+    return tlcore_take_result((walker_object *)self, sides, value);
 }
 
 static PyMethodDef walker_methods[] = {
@@ -389,13 +404,20 @@ static PyMethodDef walker_methods[] = {
     {"result", walker_result, METH_VARARGS,
      "Take a call's result and add its side; where none is known, the sketch is returned instead."},
     {"fill", walker_fill, METH_O, "Copy into this memory, None for none."},
+    {"watch", walker_watch, METH_O, "Call for the collector after a side while there is something in this list."},
     {"know", walker_know, METH_VARARGS, "Plain tensors of this one's dtype and shape have this spec."},
     {"forget", walker_forget, METH_NOARGS, "Know nothing."},
     {"flatten", walker_flatten, METH_O, "The sketch of a value, whose leaves are taken."},
     {NULL, NULL, 0, NULL},
 };
 
+static PyMemberDef walker_members[] = {
+    {"leaving", T_BOOL, offsetof(walker_object, leaving), 0, "Whether results are taken, not arguments."},
+    {NULL, 0, 0, 0, NULL},
+};
+
 static PyType_Slot walker_slots[] = {
+    {Py_tp_members, walker_members},
     {Py_tp_new, PyType_GenericNew},  {Py_tp_init, walker_init},   {Py_tp_dealloc, walker_free},
     {Py_tp_traverse, walker_traverse}, {Py_tp_clear, walker_clear}, {Py_tp_methods, walker_methods},
     {0, NULL},

@@ -19,6 +19,8 @@ typedef struct {
     PyObject *other;  /* other(value, seen) -> sketch: the long way for a value */
     PyObject *memory; /* being filled; NULL until there is one */
     PyObject *sides, *specs, *memories, *offsets, *scalars; /* lists of the batch */
+    PyObject *full;  /* list of full chunks: while there are some, the collector is called after each side */
+    char leaving;    /* whether results are taken, not arguments */
     spec_table known;
 } walker_object;
 
@@ -29,7 +31,12 @@ typedef struct {
 } containers;
 
 PyObject *tlcore_flatten(walker_object *walker, PyObject *value, containers *seen);
+/* Take a call's arguments, or its result, and add their side: None; where none is known, what Python is to add. */
+PyObject *tlcore_take_arguments(walker_object *walker, PyObject *sides, PyObject *args, PyObject *kwargs);
+PyObject *tlcore_take_result(walker_object *walker, PyObject *sides, PyObject *value);
 /* Whether the object is a walker with lists to fill. */
 int tlcore_is_walker(PyObject *object);
+/* Put a new reference where another was; always 0. */
+int tlcore_set(PyObject **place, PyObject *value);
 
 #endif

@@ -62,15 +62,16 @@ class Collector:
         self._noted = 0
         self._objects = ObjectsOfStep(self._forms)
         self._leaving = False
-        self._walker = self._new_walker()
+        # The extension's walk, which takes plain CPU tensors by itself; None where Python does all.
+        self.walker = self._new_walker()
         self._use(Batch(0))
 
     def _new_walker(self) -> Any:
-        """The extension's walk, which takes plain CPU tensors by itself; None where Python does all."""
         if not can_look() or self._rows is not None:
             return None
         walker = extension.Walker(self.tensor, lambda value, seen: flatten(value, self, seen))
         walker.fill(self._stager.chunk)
+        walker.watch(self._stager.full)
         self._stager.on_chunk = walker.fill
         self._forms.on_clear = walker.forget
         return walker
@@ -98,8 +99,8 @@ class Collector:
         self._add_form = batch.specs.append
         self._add_chunk = batch.chunks.append
         self._add_offset = batch.offsets.append
-        if self._walker is not None:
-            self._walker.use(batch.sides, batch.specs, batch.chunks, batch.offsets, batch.scalars)
+        if self.walker is not None:
+            self.walker.use(batch.sides, batch.specs, batch.chunks, batch.offsets, batch.scalars)
 
     def inputs(self, sides: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call begins: capture its positional and keyword arguments."""
@@ -118,34 +119,56 @@ class Collector:
         kwargs: dict[str, Any],
     ) -> None:
         try:
-            self._leaving = False
-            if self._walker is not None:
-                unknown = self._walker.arguments(known, args, kwargs)
+            if self.walker is not None:
+                self.walker.leaving = False
+                unknown = self.walker.arguments(known, args, kwargs)
             else:
+                self._leaving = False
                 unknown = self._flatten_arguments(known, args, kwargs)
-            if unknown is not None:
-                treespec, keywords = unknown
-                key = unknown if kwargs else treespec
-                self._add_site(sides.add(known, key, direction, treespec, keywords))
-            if self._stager.full:
-                self.hand_over_if_needed()
+            self._end_arguments(sides, known, direction, unknown, kwargs)
         except Exception as error:
-            self._broken(sides, direction, error)
+            self.broken(sides, direction, error)
+
+    def end_inputs(
+        self, sides: Call, unknown: tuple[TreeSpec, TreeSpec] | None, kwargs: dict[str, Any]
+    ) -> None:
+        """What the extension's walk leaves to be done once it has taken a call's arguments; it may raise."""
+        self._end_arguments(sides, sides.inputs, "inputs", unknown, kwargs)
+
+    def _end_arguments(
+        self,
+        sides: Call,
+        known: Sides,
+        direction: Direction,
+        unknown: tuple[TreeSpec, TreeSpec] | None,
+        kwargs: dict[str, Any],
+    ) -> None:
+        if unknown is not None:
+            treespec, keywords = unknown
+            key = unknown if kwargs else treespec
+            self._add_site(sides.add(known, key, direction, treespec, keywords))
+        if self._stager.full:
+            self.hand_over_if_needed()
 
     def outputs(self, sides: Call, output: Any) -> None:
         """A call has returned: capture what."""
         try:
-            self._leaving = True
-            if self._walker is not None:
-                unknown = self._walker.result(sides.outputs, output)
+            if self.walker is not None:
+                self.walker.leaving = True
+                unknown = self.walker.result(sides.outputs, output)
             else:
+                self._leaving = True
                 unknown = self._flatten_result(sides.outputs, output)
-            if unknown is not None:
-                self._add_site(sides.add(sides.outputs, unknown, "outputs", unknown, None))
-            if self._stager.full:
-                self.hand_over_if_needed()
+            self.end_outputs(sides, unknown)
         except Exception as error:
-            self._broken(sides, "outputs", error)
+            self.broken(sides, "outputs", error)
+
+    def end_outputs(self, sides: Call, unknown: TreeSpec | None) -> None:
+        """What the extension's walk leaves to be done once it has taken a call's result; it may raise."""
+        if unknown is not None:
+            self._add_site(sides.add(sides.outputs, unknown, "outputs", unknown, None))
+        if self._stager.full:
+            self.hand_over_if_needed()
 
     def _flatten_arguments(
         self, known: Sides, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -191,7 +214,7 @@ class Collector:
 
     def first(self, tensor: torch.Tensor) -> bool:
         """Whether a cache's tensor has not been taken in this step as it stands now."""
-        return self._objects.first(tensor, self._leaving)
+        return self._objects.first(tensor, self._leaving if self.walker is None else self.walker.leaving)
 
     def take(self, tensor: torch.Tensor) -> Taken:
         """Copy one tensor, if it is to be stored, for a side that is added later."""
@@ -224,8 +247,8 @@ class Collector:
         if place is None:
             return self.without_copy(spec.refused(QUEUE_FULL))
         self._run_bytes += spec.nbytes
-        if spec.plain and self._walker is not None:
-            self._walker.know(tensor, spec, spec.nbytes)
+        if spec.plain and self.walker is not None:
+            self.walker.know(tensor, spec, spec.nbytes)
         return spec, *place
 
     def measures_itself(self, tensor: torch.Tensor) -> bool:
@@ -272,7 +295,7 @@ class Collector:
         if self._stager.must_hand_over:
             self._hand_over(everything=False)
 
-    def _broken(self, sides: Call, direction: Direction, error: Exception) -> None:
+    def broken(self, sides: Call, direction: Direction, error: Exception) -> None:
         """Book a side that could not be captured; what was copied of it stays accounted for."""
         name = type(error).__name__
         log.warning("%s of %s could not be captured: %s: %s", direction, sides.module, name, error)

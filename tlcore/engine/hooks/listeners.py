@@ -9,8 +9,9 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from torch.utils.hooks import RemovableHandle
 
 from ...hotpath.intercept import FORWARD, StandIn, forget, keep_out_of_copies, lies_in
+from ...hotpath.listening import Hearing, Listening, put_all, take_all
 from .keeping import Keeper
-from .listening import NOBODY, Hearing, Listener, Rename, Select
+from .listening import NOBODY, Listener, Rename, Select
 from .module_tree import ModuleTree, Named
 from .stack_room import StackRoom
 
@@ -47,6 +48,8 @@ class ListenerSet:
         self._room = StackRoom()
         self._installed = False
         self._listeners: list[Listener] = []
+        # What each of them does for a call.
+        self._listening: list[Listening] = []
         self._heard: dict[str, bool] = {}
         self._called: dict[str, bool] = {}
         # The names of each module that was ever listened to, by its first one.
@@ -68,6 +71,7 @@ class ListenerSet:
         names = frozenset(each.name for each in modules)
         made = [(each, self._select(each, names, self._hearing)) for each in modules]
         self._listeners = [listener for _, listener in made if listener is not None]
+        self._listening = [each.listening for each in self._listeners]
         if self._looks_within:
             self._keepers = [Keeper(each.module, self._refit) for each in self._listeners]
             self._places = {id(each.module): place for place, each in enumerate(self._listeners)}
@@ -98,7 +102,8 @@ class ListenerSet:
     @property
     def elsewhere(self) -> dict[str, int]:
         """How many calls of which module the step had in threads other than its own."""
-        return {each.name: each.elsewhere for each in self._listeners if each.elsewhere}
+        calls = ((each.name, each.listening.elsewhere) for each in self._listeners)
+        return {name: count for name, count in calls if count}
 
     @property
     def heard(self) -> dict[str, bool]:
@@ -126,14 +131,16 @@ class ListenerSet:
         self.remove()
         self.look()
         self._installed = True
-        listeners = self._listeners
-        for index, each in enumerate(listeners):
-            own = each.own
-            found = own.get(FORWARD)
-            if (found is not each.replaced or each.dead) and not each.follow(found):
+        listeners, listening = self._listeners, self._listening
+        index = put_all(listeners, listening, 0)
+        while index < len(listeners):
+            each = listeners[index]
+            if not each.follow(each.own.get(FORWARD)):
                 each = listeners[index] = each.successor()
-            own[FORWARD] = each
-            each.count = each.elsewhere = 0
+                listening[index] = each.listening
+            each.own[FORWARD] = each
+            each.listening.count = each.listening.elsewhere = 0
+            index = put_all(listeners, listening, index + 1)
         self._keeping = more_than_a_call and self._looks_within
         if self._keeping:
             for keeper, each in zip(self._keepers, listeners, strict=True):
@@ -153,6 +160,7 @@ class ListenerSet:
 
     def _put(self, place: int, listener: Listener) -> None:
         self._listeners[place] = listener
+        self._listening[place] = listener.listening
         listener.own[FORWARD] = listener
         self._keepers[place].listener = listener
 
@@ -195,6 +203,7 @@ class ListenerSet:
         if place is None:
             place = self._places[key] = len(self._listeners)
             self._listeners.append(made)
+            self._listening.append(made.listening)
             self._keepers.append(Keeper(each.module, self._refit))
             if self._keeping:
                 self._keepers[place].keep(made)
@@ -219,16 +228,14 @@ class ListenerSet:
         if self._keeping:
             self._keepers = [keeper.leave() for keeper in self._keepers]
         self._room.give_back()
-        for each in self._listeners:
-            own = each.own
-            if each.covered:
+        listeners = self._listeners
+        index = take_all(listeners, self._listening, 0)
+        while index < len(listeners):
+            each = listeners[index]
+            covered, each.listening.covered = each.listening.covered, False
+            if not each.take_away() or covered:
                 self.replaced_within[each.name] = None
-                each.covered = False
-            if each.replaced is None and own.get(FORWARD) is each and not each.handles:
-                # As nearly all are, and there may be a thousand.
-                del own[FORWARD]
-            elif not each.take_away():
-                self.replaced_within[each.name] = None
+            index = take_all(listeners, self._listening, index + 1)
 
     def close(self) -> None:
         """Take every listener away, for good."""

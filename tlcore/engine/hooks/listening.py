@@ -13,7 +13,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 from torch import nn
-from torch.nn.modules import module as torch_module
 from torch.utils.hooks import RemovableHandle
 
 from ...hotpath.intercept import (
@@ -26,6 +25,7 @@ from ...hotpath.intercept import (
     raised_through,
     without_dead,
 )
+from ...hotpath.listening import PYTHON_HALF, Hearing, listening_of
 from ..calls import Call
 from .collector import Collector
 from .module_tree import Named
@@ -33,18 +33,6 @@ from .module_tree import Named
 NOBODY = 0
 _is_compiling = torch.compiler.is_compiling
 _get_ident = threading.get_ident
-# Which backward this thread is in; -1 for none.
-_backward = torch._C._current_graph_task_id
-_global_hooks = torch_module._global_forward_hooks
-
-
-class Hearing:
-    """Whose calls all listeners of a model hear at the moment: those of the thread ``owner``, 0 for none."""
-
-    __slots__ = ("owner",)
-
-    def __init__(self) -> None:
-        self.owner = NOBODY
 
 
 class Listener(StandIn):
@@ -56,14 +44,13 @@ class Listener(StandIn):
     __slots__ = (
         "_collector",
         "_directory",
+        "_hear",
         "_hearing",
         "_post",
         "_sites",
         "_wanted",
-        "count",
-        "covered",
-        "elsewhere",
         "handles",
+        "listening",
         "name",
     )
 
@@ -79,11 +66,6 @@ class Listener(StandIn):
     ) -> None:
         super().__init__(module, FORWARD, put_back(vars(module).get(FORWARD)))
         self.name = name
-        self.count = 0
-        # Calls in threads other than the step's, which nobody can put in order.
-        self.elsewhere = 0
-        # Whether a call came from what others have put around this within a step, and said something else.
-        self.covered = False
         self._directory = directory
         self._sites: list[Call | None] = []
         self._wanted = wanted
@@ -91,6 +73,10 @@ class Listener(StandIn):
         self._hearing = hearing
         self._post = post_inputs
         self.handles: list[RemovableHandle] = []
+        given = (collector, hearing, self.own, self._sites, self.handles, post_inputs)
+        self.listening = listening_of(collector.walker, *given)
+        self.listening.aim(self.original, self.replaced)
+        self._hear = self.listening.hear
 
     def successor(self) -> Listener:
         """A new listener for the module, around whatever stands for its ``forward`` now.
@@ -106,14 +92,15 @@ class Listener(StandIn):
 
     def goes_on_from(self, other: Listener) -> None:
         """Count on where another listener ends, which hears nothing any more."""
-        self._sites = other._sites
-        self.count, self.elsewhere = other.count, other.elsewhere
+        self._sites[:] = other._sites
+        self.listening.count, self.listening.elsewhere = other.listening.count, other.listening.elsewhere
         other.retire()
 
     def retire(self) -> None:
         """Hear nothing any more, whoever holds this."""
         self.dead = True
         self._hearing = _DEAF
+        self.listening.deafen(_DEAF)
 
     def follow(self, found: Any) -> bool:
         """Whether to stand in for ``found`` is the same as before but for other captures' listeners."""
@@ -128,6 +115,7 @@ class Listener(StandIn):
             return False
         self.replaced = without_dead(found)
         self.original = self.module.forward if self.replaced is None else self.replaced
+        self.listening.aim(self.original, self.replaced)
         return True
 
     @property
@@ -138,7 +126,7 @@ class Listener(StandIn):
     @property
     def called(self) -> bool:
         """Whether there was any call, wanted or not."""
-        return bool(self._sites or self.elsewhere)
+        return bool(self._sites or self.listening.elsewhere)
 
     def _new_call(self) -> Call | None:
         """The sides of a call later in the step than any before; None when it is not wanted."""
@@ -153,37 +141,11 @@ class Listener(StandIn):
         """The module's ``forward``."""
         if _is_compiling():
             return self.original(*args, **kwargs)
-        hearing = self._hearing
-        if _get_ident() != hearing.owner:
-            # Seldom, so that it costs nothing to look whether a step is in progress.
-            self.elsewhere += bool(hearing.owner and _backward() < 0)
-            return self.original(*args, **kwargs)
-        if _backward() >= 0:
-            # What backward calls, it computes once more, as activation checkpointing does.
-            return self.original(*args, **kwargs)
-        call = self.count
-        self.count = call + 1
-        sides = self._sites[call] if call < len(self._sites) else self._new_call()
-        if sides is None:
-            return self.original(*args, **kwargs)
-        if self.own.get(FORWARD) is not self and not lies_in(self.own.get(FORWARD), self):
-            self.covered = True
-        collector = self._collector
-        collector.inputs(sides, args, kwargs)
-        try:
-            output = self.original(*args, **kwargs)
-        except BaseException as error:
-            if hearing.owner:
-                self._raised(sides, error, args, kwargs)
-            raise
-        # The step may have ended inside the call.
-        if hearing.owner and not (
-            (_global_hooks or self.own["_forward_hooks"]) and self._hear_behind_hooks(sides, args, kwargs)
-        ):
-            collector.outputs(sides, output)
-            if self._post:
-                collector.post_fwd_inputs(sides, args, kwargs)
-        return output
+        return self._hear(self, args, kwargs)
+
+    def _is_covered(self) -> bool:
+        """Whether a call comes from what others have put around this, and not only another listener."""
+        return not lies_in(self.own.get(FORWARD), self)
 
     def _raised(
         self, sides: Call, error: BaseException, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -201,7 +163,7 @@ class Listener(StandIn):
         module = self.module
         if isinstance(module, torch.jit.ScriptModule):
             return False
-        if not hooks_follow(sys._getframe(2), module, Listener.__call__.__code__):
+        if not hooks_follow(sys._getframe(1), module, _OURS):
             return False
         heard = False
 
@@ -232,10 +194,15 @@ class Listener(StandIn):
         """Leave the module as it was. False, and dead, where somebody else's lies in our place meanwhile."""
         while self.handles:
             self.handles.pop().remove()
-        return super().take_away()
+        if super().take_away():
+            return True
+        self.listening.dead = True
+        return False
 
 
 _DEAF = Hearing()
+# Code that lies between a module's call and what it calls.
+_OURS = frozenset((Listener.__call__.__code__, PYTHON_HALF))
 
 
 class Source(Protocol):

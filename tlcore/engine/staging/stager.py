@@ -58,6 +58,7 @@ class Stager:
         self.waited = 0.0
         self._pool = pool
         self._block_s = block_s
+        # One list for good: the extension looks at it.
         self.full: list[Chunk] = []
         self._largest = 0
         # Where in the chunk the bytes begin that were not handed out, and how many the last step had.
@@ -121,8 +122,7 @@ class Stager:
         if accelerator is not None:
             self._pool.pinned = True
             size = self._pool.chunk_bytes
-            # Not the bound method of today's list, which `take` replaces.
-            made = DeviceStager(accelerator, device, size, self._acquire, lambda full: self.full.append(full))
+            made = DeviceStager(accelerator, device, size, self._acquire, self.full.append)
         self._devices[device] = made
         return made
 
@@ -173,7 +173,8 @@ class Stager:
         for device in self._devices.values():
             if device is not None:
                 device.send()
-        chunks, self.full = self.full, []
+        chunks = self.full.copy()
+        self.full.clear()
         for chunk in chunks:
             self._pool.submitted(chunk)
             self._pool.leave(chunk)
