@@ -4,6 +4,7 @@
 # make test-gpu   the tests that need a CUDA device, with the python that has torch (PYTHON=...)
 # make gpu-check  those, then what capture costs on the device, in under six minutes (WHEELS=FOLDER)
 # make gpu-wheels what gpu-check installs where there is no network (WHEELS=FOLDER)
+# make wheels     wheels for Linux on x86-64 and aarch64 in dist/, checked, and tried in a fresh environment
 # make bench      what capture costs, as ratios with their targets (BENCH="prefill decode --quick" for some)
 # make test-fast  the tests that need neither vLLM nor a server nor an installation
 # make lint       ruff and mypy
@@ -24,7 +25,7 @@ gpu_needs := pytest hypothesis hatchling numpy jsonschema fsspec safetensors xxh
 in_workers := -n $(WORKERS) --dist loadfile --no-loadscope-reorder
 sources := tlcore backends schemas tests examples
 
-.PHONY: demo test test-deep test-gpu gpu-check gpu-wheels test-fast bench azurite chromium lint format venv
+.PHONY: demo test test-deep test-gpu gpu-check gpu-wheels test-fast bench wheels azurite chromium lint format venv
 .DELETE_ON_ERROR:
 
 demo: $(VENV)/.installed
@@ -33,7 +34,7 @@ demo: $(VENV)/.installed
 test: lint azurite chromium
 	$(python) -m pytest $(in_workers)
 
-test-deep: lint azurite chromium
+test-deep: lint azurite chromium $(VENV)/.wheels
 	TLCORE_DEEP=1 $(python) -m pytest
 
 # Only the files that have such tests: others need packages that may not be there.
@@ -53,6 +54,11 @@ gpu-wheels:
 # The other tools that are measured beside tlcore are installed only here.
 bench: $(VENV)/.bench
 	$(python) -m tests.benchmarks $(BENCH)
+
+# The compiler of these wheels, which can build for other machines, is installed only here.
+wheels: $(VENV)/.wheels
+	$(python) -m tests.wheels dist
+	$(python) -m pytest tests/test_wheels.py
 
 # The Azure emulator comes from npm; the other servers are Python packages.
 azurite: $(VENV)/.installed
@@ -92,6 +98,10 @@ $(VENV)/.requirements: $(requirements) $(VENV)/.torch
 
 $(VENV)/.bench: tests/requirements/bench.txt $(VENV)/.installed
 	$(pip) install --no-deps -r tests/requirements/bench.txt
+	touch $@
+
+$(VENV)/.wheels: tests/requirements/wheels.txt $(VENV)/.installed
+	$(pip) install --no-deps -r tests/requirements/wheels.txt
 	touch $@
 
 extension := $(wildcard tlcore/hotpath/*.[ch])
