@@ -11,6 +11,7 @@ from .adapters.vllm import install_import_hook
 if TYPE_CHECKING:
     from .analysis import compare, stats
     from .engine.capture import capture
+    from .engine.hooks.tap_point import tap
     from .errors import BackendError, CaptureError, ConfigError, ReadError, TlcoreError, VerifyError
     from .protocols import Backend, Sink, Source, Store
     from .reader import open_run
@@ -41,6 +42,7 @@ _LAZY = {
     "capture": "engine.capture",
     "compare": "analysis",
     "stats": "analysis",
+    "tap": "engine.hooks.tap_point",
 }
 
 __all__ = [
@@ -66,6 +68,7 @@ __all__ = [
     "register_sink",
     "register_store",
     "stats",
+    "tap",
 ]
 
 
@@ -73,7 +76,11 @@ def __getattr__(name: str) -> Any:
     module = _LAZY.get(name)
     if module is None:
         raise AttributeError(f"module 'tlcore' has no attribute {name!r}")
-    return getattr(import_module(f".{module}", __name__), name)
+    found = getattr(import_module(f".{module}", __name__), name)
+    # A model's code may ask for it a thousand times a step.
+    if name == "tap":
+        globals()[name] = found
+    return found
 
 
 def __dir__() -> list[str]:

@@ -158,7 +158,7 @@ class SupportsStructures(Protocol):
     """A source that keeps structures beside the step's document, and reads each when it is asked for."""
 
     def structure_names(self, step: int, rank: int) -> Collection[str]:
-        """``<call>/<inputs|outputs|post_fwd_inputs>.json`` for each one, also of an uncommitted step."""
+        """``<call>/<direction>.json`` (`layout.directions`) for each one, also of an uncommitted step."""
         ...
 
     def structure(self, step: int, rank: int, name: str) -> Any:

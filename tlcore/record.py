@@ -7,7 +7,7 @@ import os
 import socket
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Literal, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .layout.dtypes import name_of
 from .layout.names import PathKey
@@ -23,7 +23,8 @@ if TYPE_CHECKING:
 LAYOUT_VERSION = 1
 # Of a run as a whole; its steps' documents are the same in both.
 NEWEST_LAYOUT = 2
-Direction = Literal["inputs", "outputs", "post_fwd_inputs"]
+# One of `layout.directions`.
+Direction = str
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,7 +93,7 @@ class Record(NamedTuple):
 
     @property
     def direction(self) -> Direction:
-        """Inputs, outputs, or inputs as they stood after the call."""
+        """Inputs, outputs, inputs as they stood after the call, or a tap (`layout.directions`)."""
         return self.origin.direction
 
     @property
@@ -219,7 +220,7 @@ class StepSummary:
     """All of a step that is not tensor bytes; handed over once, after the step's last record.
 
     ``calls`` are the call directories in order of entry. ``structures`` maps
-    ``<call dir>/<inputs|outputs|post_fwd_inputs>.json`` to its structure. ``rows`` are vLLM's request
+    ``<call dir>/<direction>.json`` to its structure. ``rows`` are vLLM's request
     rows (None outside vLLM). ``extra`` holds further keys for ``step.json``.
     """
 

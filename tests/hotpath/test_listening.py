@@ -232,6 +232,26 @@ def test_what_others_put_around_it_within_a_step_is_noted(half: str) -> None:
     assert take_all([listener], [listener.listening], 0) == 0
 
 
+def test_which_call_runs_is_known_also_in_recursion_and_after_errors(half: str) -> None:
+    seen: list[int] = []
+
+    def original(depth: int, fails: bool) -> None:
+        seen.append(listener.listening.running)
+        if depth:
+            listener(depth - 1, fails)
+            seen.append(listener.listening.running)
+        elif fails:
+            raise ValueError("it fails")
+
+    listener = Listener(half, original)
+    assert listener.listening.running == -1
+    listener(1, False)
+    with pytest.raises(ValueError, match="it fails"):
+        # The third call is not wanted, and counts all the same.
+        listener(1, True)
+    assert seen == [0, 1, 0, 2, 3] and listener.listening.running == -1
+
+
 def test_one_that_is_deafened_hears_nobody(half: str) -> None:
     listener = Listener(half, lambda: 1)
     listener.listening.deafen(Hearing())

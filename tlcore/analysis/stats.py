@@ -279,11 +279,7 @@ def _records(step: Step, rules: Rules, measured: bool) -> list[Json]:
     stored = [source.records[0] for source in keyed(step, rules, rename=False).values()]
     if not measured:
         return stored
-    described = [
-        entry
-        for entry in step.described
-        if not rules.modules or any(pattern.search(entry["module"]) for pattern in rules.modules)
-    ]
+    described = [entry for entry in step.described if rules.wants(entry["module"], entry["direction"])]
     names = {entry["name"] for entry in described}
     return [*described, *(record for record in stored if record["name"] not in names)]
 

@@ -9,6 +9,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import ReadError
+from ..layout.directions import DIRECTIONS
 from ..layout.names import shown_module
 from ..reader import Call, MissingError, Run, Step, open_run
 from ..record import Json
@@ -16,7 +17,6 @@ from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable, size
 
 HELP = "Show a captured tensor (what it is, its statistics, its values), a call, or a structure."
-_DIRECTIONS = ("inputs", "outputs", "post_fwd_inputs")
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -148,7 +148,7 @@ def _show_structure(structure: Json, name: str, as_json: bool) -> None:
 
 def _structures(call: Call) -> dict[str, Json]:
     found: dict[str, Json] = {}
-    for direction in _DIRECTIONS:
+    for direction in (*DIRECTIONS[:1], *call.taps_shown, *DIRECTIONS[1:]):
         try:
             found[direction] = call.structure(direction)
         except MissingError:

@@ -14,10 +14,12 @@ class CallSide:
     """One side (inputs, outputs, inputs afterwards) of one call, for one structure of its values.
 
     ``file`` is the name of its structure document in the step. ``keywords`` is the tree spec of keyword
-    arguments, None for a result.
+    arguments, None for a result. ``begins`` says that a reader learns from this side of the call: the
+    inputs, or what taps show of a call that is not captured else.
     """
 
     __slots__ = (
+        "begins",
         "call",
         "direction",
         "directory",
@@ -37,7 +39,9 @@ class CallSide:
         direction: Direction,
         treespec: TreeSpec,
         keywords: TreeSpec | None = None,
+        begins: bool = False,
     ) -> None:
+        self.begins = begins
         self.module = module
         self.call = call
         self.direction: Direction = direction
@@ -57,14 +61,16 @@ class Call(KnownSides):
     """One call of a module in a step: its three sides, each with a side for every structure it has had.
 
     Arguments are found by the tree spec of the positional ones, or by a pair with that of the keywords.
+    ``only_taps`` is a call of which nothing but its taps is captured.
     """
 
-    __slots__ = ("call", "directory", "module", "post_fwd_inputs")
+    __slots__ = ("call", "directory", "module", "only_taps", "post_fwd_inputs")
 
     inputs: Sides
     outputs: Sides
 
-    def __init__(self, module: str, call: int, directory: str) -> None:
+    def __init__(self, module: str, call: int, directory: str, only_taps: bool = False) -> None:
+        self.only_taps = only_taps
         self.module = module
         self.call = call
         self.directory = directory
@@ -88,4 +94,5 @@ class Call(KnownSides):
 
     def side(self, direction: Direction, treespec: TreeSpec, keywords: TreeSpec | None = None) -> CallSide:
         """A side of this call."""
-        return CallSide(self.module, self.call, self.directory, direction, treespec, keywords)
+        begins = self.only_taps or direction == "inputs"
+        return CallSide(self.module, self.call, self.directory, direction, treespec, keywords, begins)

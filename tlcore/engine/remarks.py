@@ -28,15 +28,15 @@ _REPLACED = "they were replaced or taken out of the model"
 _UNKNOWN = "the model's own code passed them by"
 
 
-def unmatched(pattern: str, names: Iterable[str]) -> str:
-    """That no module has a name which ``pattern`` finds, with the nearest ones."""
+def unmatched(pattern: str, names: Iterable[str], what: str = "module") -> str:
+    """That no module, or other ``what``, has a name which ``pattern`` finds, with the nearest ones."""
     few = list(names)[:10_000]
     bare = re.sub(r"\\(.)|[\^$*+?(){}|\[\]]", r"\1", pattern).partition(":")[0]
     parts = {each.rpartition(".")[2]: each for each in reversed(few) if each}
     near = difflib.get_close_matches(bare, few, n=2, cutoff=0.6)
     near += [parts[each] for each in difflib.get_close_matches(bare, parts, n=2, cutoff=0.6)]
     hint = " or ".join(repr(each) for each in dict.fromkeys(near[:3]))
-    said = f"module_call_match {pattern!r}: no module has a name that it finds"
+    said = f"module_call_match {pattern!r}: no {what} has a name that it finds"
     return said + (f"; did you mean {hint}?" if hint else "")
 
 
@@ -46,11 +46,7 @@ def unheard(hooks: ListenerSet, silent: Sequence[str], modules: Sequence[Named],
     ``modules`` are those of the model now; ``silent`` are patterns with modules of which nothing was heard.
     ``selects`` says of a module's names whether it is selected.
     """
-    said = [
-        f"module_call_match {text!r}: no call that it selects was made within a captured step, so nothing of"
-        " it is in the run"
-        for text in silent
-    ]
+    said = [_nothing_of(text) for text in silent]
     never = [name for name, called in hooks.called.items() if not called and name]
     reasons = _Reasons(modules)
     grouped: dict[str, list[str]] = {}
@@ -72,6 +68,16 @@ def unheard(hooks: ListenerSet, silent: Sequence[str], modules: Sequence[Named],
     if late:
         said.append(f"{some(late)} came into the model after the last captured step had begun: not heard")
     return said
+
+
+def missed_taps(unmatched_by: Sequence[str], silent: Sequence[str], shown: Iterable[str]) -> list[str]:
+    """What to say of patterns that find none of the taps ``shown``, and of those that found no value."""
+    return [unmatched(each, shown, "tap") for each in unmatched_by] + [_nothing_of(each) for each in silent]
+
+
+def _nothing_of(pattern: str) -> str:
+    what = "no call that it selects was made within a captured step, so nothing of it is in the run"
+    return f"module_call_match {pattern!r}: {what}"
 
 
 def _finds(pattern: str, names: Sequence[str]) -> bool:

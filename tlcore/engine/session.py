@@ -26,7 +26,7 @@ from ..record import Json, RunInfo
 from ..storage import SupportsWaiting
 from . import remarks
 from .batch import Batch, StepEnd
-from .filters.modules import ModuleFilter
+from .filters.modules import ModuleFilter, may_be_tap
 from .filters.requests import request_filter
 from .filters.rows import StepRows
 from .filters.tensors import TensorFilter, known_devices
@@ -35,6 +35,7 @@ from .hooks.compiled_parts import refuse_compiled
 from .hooks.listeners import ListenerSet
 from .hooks.listening import Listener, Rename, Source
 from .hooks.module_tree import ModuleTree, Named
+from .hooks.tap_sites import Taps
 from .new_run import now, open_run
 from .pipeline.executors import InlineExecutor, ThreadExecutor
 from .pipeline.inspector import Inspection
@@ -85,6 +86,7 @@ class Session:
         tensors = TensorFilter(devices, config.max_tensor_size, at_once)
         self.rows = StepRows(request_filter(config), config.rows == "last")
         self._collector = self._make_collector(tensors)
+        self._taps = Taps(self._collector, self._selector, _call_directory)
         self._collector.before_hand_over = self.rows.note
         self.rows.calls_begun = self._collector.calls_begun
         atexit.register(self.close)
@@ -151,7 +153,8 @@ class Session:
         refuse_compiled(model)
         self._source = source
         rename = None if modules is None else _renaming(modules)
-        self._hooks = ListenerSet(model, self._listener, rename, may_change_within)
+        self._hooks = ListenerSet(model, self._listener, rename, may_change_within, self._counts)
+        self._taps.add(self._hooks)
         self._say_what_nobody_is_called(self._hooks, class_name(model))
         for device in {parameter.device for parameter in model.parameters()}:
             self._stager.reserve(device)
@@ -164,9 +167,12 @@ class Session:
         if self._source is not None or self.run.world_size > 1:
             return
         names = [name for each in hooks.named(hooks.tree) for name in each.names]
-        for text in self._selector.unmatched(names):
-            log.warning("%s", remarks.unmatched(text, names))
-        if not hooks:
+        unmatched = self._selector.unmatched(names)
+        # Whether there is such a tap is known when the model has run.
+        for text in unmatched:
+            if not may_be_tap(text):
+                log.warning("%s", remarks.unmatched(text, names))
+        if not hooks and not any(map(may_be_tap, unmatched)):
             log.warning("no module of %s matches module_call_match; nothing will be stored", model)
 
     def _listener(self, each: Named, names: frozenset[str], hearing: Hearing) -> Listener | None:
@@ -179,6 +185,11 @@ class Session:
         post_inputs = self.config.log_post_fwd_inputs
         return Listener(each.name, each.module, wanted, self._collector, hearing, directory, post_inputs)
 
+    def _counts(self, each: Named) -> bool:
+        """Whether calls of a module that is not listened to are to be counted, for the sake of its taps."""
+        elsewhere = () if self._source is None else self._source.modules
+        return each.module not in elsewhere and self._selector.may_find_taps(each.names)
+
     @property
     def tree(self) -> ModuleTree | None:
         """The modules of the attached model, as they were at the last look; None without one."""
@@ -189,7 +200,8 @@ class Session:
 
         It goes by ``draft``, they by their names behind that, those, too, that both models share.
         """
-        self._draft = ListenerSet(model, self._listener, _as_draft)
+        self._draft = ListenerSet(model, self._listener, _as_draft, counts=self._counts)
+        self._taps.add(self._draft)
 
     def turn(self, draft: bool) -> None:
         """Within a step: listen to the draft model's calls from now on, or again to the attached model's."""
@@ -227,6 +239,7 @@ class Session:
                 # Around the attached model's listeners on modules that both share.
                 self._draft.install()
                 self._draft.rest()
+            self._taps.begin_step()
             if self._source is not None:
                 self._source.begin_step(self._collector)
             return True
@@ -269,6 +282,7 @@ class Session:
                 self._give_memory_back()
 
     def _remove_listeners(self) -> None:
+        self._taps.rest()
         if self._draft is not None:
             self._draft.remove()
         if self._hooks is not None:
@@ -277,6 +291,7 @@ class Session:
     def _calls_elsewhere(self, hooks: ListenerSet) -> Json:
         """What `step.json` says of calls in other threads; the log says it once."""
         calls = hooks.elsewhere
+        calls |= self._taps.elsewhere
         if not calls:
             return {}
         if not self._said_elsewhere:
@@ -298,6 +313,8 @@ class Session:
         if hooks is None:
             return
         hooks.close()
+        missed_taps, shown_taps = self._taps.missed(hooks), self._taps.shown
+        self._taps.close()
         # A rank has not all modules, and a source tells what it missed by itself.
         if self._source is not None or self.run.world_size > 1:
             return
@@ -305,6 +322,7 @@ class Session:
             now_there = hooks.named(ModuleTree(hooks.model))
             silent = self._selector.silent(hooks.heard, hooks.names)
             self.remarks += remarks.unheard(hooks, silent, now_there, self._selector.calls_of_any)
+            self.remarks += remarks.missed_taps(*missed_taps, shown_taps)
         if hooks.replaced_within:
             self.remarks.append(
                 f"the forward of {remarks.some(list(hooks.replaced_within))} was replaced within a captured"

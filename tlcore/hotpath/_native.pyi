@@ -61,6 +61,7 @@ class KnownSides:
 class Listening:
     count: int
     elsewhere: int
+    running: int
     covered: bool
     dead: bool
     def __init__(

@@ -23,7 +23,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     PyObject *walker, *collector, *hearing, *own, *original, *replaced, *sites, *handles;
-    Py_ssize_t count, elsewhere;
+    Py_ssize_t count, elsewhere, running;
     char post, dead, covered;
 } listening_object;
 
@@ -205,10 +205,13 @@ static PyObject *hear(PyObject *self, PyObject *const *given, Py_ssize_t count)
         mine->elsewhere += hearing->owner && !ours && !recomputed;
         output = pass_on(original, args, kwargs);
     } else if ((sides = next_call(mine, listener)) != NULL) {
+        Py_ssize_t before = mine->running;
+        mine->running = mine->count - 1;
         if (PyType_IsSubtype(Py_TYPE(sides), sides_type) && tlcore_is_walker(mine->walker))
             output = heard(mine, hearing, listener, sides, original, args, kwargs);
         else
             output = pass_on(original, args, kwargs);
+        mine->running = before;
         Py_DECREF(sides);
     }
     Py_DECREF(original);
@@ -370,6 +373,7 @@ static int listening_init(PyObject *self, PyObject *args, PyObject *kwargs)
     tlcore_set(&mine->handles, handles);
     tlcore_set(&mine->replaced, Py_None);
     mine->post = (char)post;
+    mine->running = -1;
     return 0;
 }
 
@@ -433,6 +437,7 @@ static PyObject *deafen(PyObject *self, PyObject *hearing)
 static PyMemberDef listening_members[] = {
     {"count", T_PYSSIZET, offsetof(listening_object, count), 0, "The step's calls so far."},
     {"elsewhere", T_PYSSIZET, offsetof(listening_object, elsewhere), 0, "Those in other threads."},
+    {"running", T_PYSSIZET, offsetof(listening_object, running), 0, "The call that runs, -1 for none."},
     {"covered", T_BOOL, offsetof(listening_object, covered), 0, "Whether others have put something around it."},
     {"dead", T_BOOL, offsetof(listening_object, dead), 0, "Whether it never stands in again."},
     {NULL, 0, 0, 0, NULL},

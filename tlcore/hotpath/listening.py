@@ -43,6 +43,7 @@ class _Listening:
     ``_new_call`` makes more. ``own`` is the module's ``__dict__``, ``handles`` are hooks to be removed.
     One that is ``dead`` never stands in again. ``elsewhere`` counts calls in threads other than the step's,
     which nobody can put in order. ``covered`` says that others have put something around it within a step.
+    ``running`` is the call that runs, the innermost one; negative while none does.
     """
 
     __slots__ = (
@@ -57,6 +58,7 @@ class _Listening:
         "own",
         "post",
         "replaced",
+        "running",
         "sites",
     )
 
@@ -76,6 +78,7 @@ class _Listening:
         self.handles = handles
         self.post = post
         self.count = self.elsewhere = 0
+        self.running = -1
         self.dead = self.covered = False
         self.original: Callable[..., Any] | None = None
         self.replaced: Any = None
@@ -103,17 +106,23 @@ class _Listening:
         call = self.count
         self.count = call + 1
         sides = self.sites[call] if call < len(self.sites) else listener._new_call()
+        before, self.running = self.running, call
         if sides is None:
-            return original(*args, **kwargs)
+            try:
+                return original(*args, **kwargs)
+            finally:
+                self.running = before
         if self.own.get(_FORWARD) is not listener and listener._is_covered():
             self.covered = True
         collector.inputs(sides, args, kwargs)
         try:
             output = original(*args, **kwargs)
         except BaseException as error:
+            self.running = before
             if hearing.owner:
                 listener._raised(sides, error, args, kwargs)
             raise
+        self.running = before
         # The step may have ended inside the call.
         if hearing.owner and not (
             (_global_hooks or self.own.get("_forward_hooks"))

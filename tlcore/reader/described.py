@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ReadError
 from ..layout.checks import LARGEST_SIZE, is_whole
+from ..layout.directions import DIRECTIONS, is_tap
 from ..layout.names import PathKey, rank_suffix, step_dir, within
 from ..record import Json
 from ..statistics.summary import KEYS, Statistics
@@ -17,7 +18,6 @@ from .documents import is_tensor_name
 if TYPE_CHECKING:
     from .step import Step
 
-_DIRECTIONS = ("inputs", "outputs", "post_fwd_inputs")
 _HASH = re.compile(r"[a-z0-9\-]{1,32}:[0-9a-f]{32}")
 _Identity = tuple[str, int]
 
@@ -47,7 +47,12 @@ def _of_rank(step: Step, rank: int) -> Iterator[Json]:
         if call not in identities:
             unstored = step.call(call, rank)
             identities[call] = unstored.module, unstored.index
-    for call, direction in _in_order([(call, identities[call][0]) for call in calls]):
+    taps: dict[str, list[str]] = {}
+    for name in structures:
+        directory, _, file = name.rpartition("/")
+        if is_tap(file):
+            taps.setdefault(directory, []).append(file.removesuffix(".json"))
+    for call, direction in _in_order([(call, identities[call][0]) for call in calls], taps):
         name = f"{call}/{direction}.json"
         if name not in structures:
             continue
@@ -78,23 +83,25 @@ def _entry(
     }
 
 
-def _in_order(calls: Sequence[tuple[str, str]]) -> Iterator[tuple[str, str]]:
+def _in_order(
+    calls: Sequence[tuple[str, str]], taps: Mapping[str, Sequence[str]]
+) -> Iterator[tuple[str, str]]:
     """The sides of calls in order of execution, from the calls (directory, module) in order of entry.
 
-    A call lasts as long as calls of modules within its own follow.
+    A call lasts as long as calls of modules within its own follow. What it tapped comes before its result.
     """
     lasting: list[tuple[str, str]] = []
     for call, module in calls:
         while lasting and not within(module, lasting[-1][1]):
-            yield from _end(lasting.pop()[0])
+            yield from _end(lasting.pop()[0], taps)
         yield call, "inputs"
         lasting.append((call, module))
     while lasting:
-        yield from _end(lasting.pop()[0])
+        yield from _end(lasting.pop()[0], taps)
 
 
-def _end(call: str) -> Iterator[tuple[str, str]]:
-    yield from ((call, direction) for direction in _DIRECTIONS[1:])
+def _end(call: str, taps: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    yield from ((call, direction) for direction in (*taps.get(call, ()), *DIRECTIONS[1:]))
 
 
 def tensors_in(structure: Json) -> Iterator[tuple[tuple[PathKey, ...], Json]]:

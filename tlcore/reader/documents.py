@@ -12,6 +12,7 @@ from typing import Any
 
 from ..errors import ReadError
 from ..layout.checks import LARGEST_SIZE, is_shape, is_whole
+from ..layout.directions import PATTERN, is_direction
 from ..layout.names import safe, step_dir
 from ..ledger import LEDGER_COLUMNS
 from ..record import NEWEST_LAYOUT, Json
@@ -23,8 +24,7 @@ _MOST_FIELDS = 4096
 _PART = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9_.\-+=@,()\[\]%~]{1,255}"
 _CALL = re.compile(_PART)
 _NAME = re.compile(rf"(step_[0-9]+)/({_PART})/({_PART})")
-_STRUCTURE_NAME = re.compile(rf"{_PART}/(?:inputs|outputs|post_fwd_inputs)(?:_rank_[1-9][0-9]*)?\.json")
-_DIRECTIONS = ("inputs", "outputs", "post_fwd_inputs")
+_STRUCTURE_NAME = re.compile(rf"{_PART}/{PATTERN}(?:_rank_[1-9][0-9]*)?\.json")
 _SCALARS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "str": (str,)}
 
 
@@ -224,7 +224,7 @@ def _is_text(value: Any) -> bool:
 _FIELDS: dict[str, Any] = {
     "module": _is_text,
     "call": is_whole,
-    "direction": lambda value: value in _DIRECTIONS,
+    "direction": is_direction,
     "path": _is_path,
     "dtype": _is_text,
     "shape": is_shape,

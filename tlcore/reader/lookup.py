@@ -6,6 +6,7 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..errors import MissingError, ReadError, missing
+from ..layout.directions import direction_of
 from ..layout.names import rank_of, stem
 from ..record import Json
 from ..statistics.summary import KEYS
@@ -15,7 +16,6 @@ from .stored import Stored
 
 # What rank 0 puts at the end of a tensor's name: its device, with the rank where the index says another one.
 _DEVICE = re.compile(r"(.+?)_[a-z]+(?:_0|_[1-9][0-9]*_rank_0)?(?:~[0-9]+)?")
-_DIRECTION = re.compile(r"(inputs|outputs|post_fwd_inputs)(?:_.+)?")
 _MOST_NAMED = 5
 
 
@@ -61,15 +61,17 @@ def _unstored_by(stored: Stored, name: str, rank: int) -> Iterator[Json]:
     if not is_tensor_name(name):
         return
     call, _, last = name.rpartition("/")
-    direction = _DIRECTION.fullmatch(last)
     step, _, directory = call.partition("/")
-    number, file = int(step.removeprefix("step_")), f"{directory}/{direction[1] if direction else ''}.json"
-    if direction is None or file not in stored.structure_names(number, rank):
+    number, begin = int(step.removeprefix("step_")), f"{directory}/"
+    files = [each for each in stored.structure_names(number, rank) if each.startswith(begin)]
+    direction = direction_of(last, (each.removeprefix(begin).removesuffix(".json") for each in files))
+    if direction is None:
         return
+    file = f"{begin}{direction}.json"
     for path, node in tensors_in(stored.structure(number, rank, file)):
         if "file" in node:
             continue
-        own = node.get("name", f"{call}/{stem(direction[1], path, node['device'], rank)}")
+        own = node.get("name", f"{call}/{stem(direction, path, node['device'], rank)}")
         entry = {"name": str(own), "skipped": node["skipped"], "dtype": node["dtype"].removeprefix("torch.")}
         entry |= {"shape": node["shape"], "device": node["device"]}
         if "stats" in node:

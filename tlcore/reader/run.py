@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
 from ..errors import BackendError, MissingError, ReadError, VerifyError, missing
+from ..layout.directions import PATTERN
 from ..layout.names import rank_suffix
 from ..layout.run_files import LARGEST_JSON, RUN_FILE, RunFiles
 from ..ledger import Counts
@@ -36,9 +37,7 @@ Options = Mapping[str, Any] | None
 
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]*)/")
 _RUN_BELOW = re.compile(r"[^/]+/run\.json")
-_STRUCTURE = re.compile(
-    r"step_(\d+)/(.+/(?:inputs|outputs|post_fwd_inputs))(?:_rank_([1-9]\d*))?\.json", re.DOTALL
-)
+_STRUCTURE = re.compile(rf"step_(\d+)/(.+/{PATTERN})(?:_rank_([1-9]\d*))?\.json", re.DOTALL)
 _CLOSE_MARKER = re.compile(r"close_rank_([1-9][0-9]*)\.json")
 _STEP_FILE = re.compile(r"step_(0|[1-9][0-9]*)/step(?:_rank_([1-9][0-9]*))?\.json")
 

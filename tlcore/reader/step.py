@@ -8,6 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingError, ReadError, missing
+from ..layout.directions import is_tap
 from ..layout.names import module_of, rank_suffix, step_dir
 from ..layout.rows import DECIDED, CallRows, Span
 from ..ledger import Counts
@@ -354,8 +355,24 @@ class Call:
         """The result, with tensors."""
         return rebuild(self.structure("outputs"), self._step.tensor)
 
+    @cached_property
+    def taps(self) -> dict[str, Any]:
+        """What `tlcore.tap` showed in the call, by name, with ``_1`` from the second time on."""
+        return {
+            each.partition(".")[2]: rebuild(self.structure(each), self._step.tensor)
+            for each in self.taps_shown
+        }
+
+    @property
+    def taps_shown(self) -> list[str]:
+        """The directions under which the call's taps are stored: ``tap.<name>[_<i>]``."""
+        begin = f"{self.directory}/"
+        names = self._stored.structure_names(self._step.number, self.rank)
+        own = [name.removeprefix(begin) for name in names if name.startswith(begin)]
+        return sorted(name.removesuffix(".json") for name in own if is_tap(name))
+
     def structure(self, direction: str) -> Json:
-        """The structure JSON of ``inputs``, ``outputs`` or ``post_fwd_inputs``.
+        """The structure JSON of ``inputs``, ``outputs``, ``post_fwd_inputs`` or ``tap.<name>``.
 
         Raises MissingError when it was not captured.
         """

@@ -119,7 +119,7 @@ class Stored:
             return source.ledger(rank)
 
     def structure_names(self, step: int, rank: int) -> Collection[str]:
-        """``<call>/<inputs|outputs|post_fwd_inputs>.json`` for each structure of a rank."""
+        """``<call>/<direction>.json`` for each structure of a rank."""
         key = step, rank
         if key not in self._structure_names:
             source = self.source

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any
 
 from tlcore.errors import ReadError
+from tlcore.layout.directions import PATTERN
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.run_files import LARGEST_JSON, BlockStream, FileStream, RunFiles
@@ -47,7 +48,7 @@ class PtSource:
     def structure_names(self, step: int, rank: int) -> Collection[str]:
         """The structure files that a rank wrote."""
         begin, suffix = f"{step_dir(step)}/", re.escape(rank_suffix(rank))
-        own = re.compile(rf"{begin}(.+/(?:inputs|outputs|post_fwd_inputs)){suffix}\.json", re.DOTALL)
+        own = re.compile(rf"{begin}(.+/{PATTERN}){suffix}\.json", re.DOTALL)
         names = self._files.sizes_in(step_dir(step))
         return {f"{match[1]}.json" for name in names if (match := own.fullmatch(name))}
 

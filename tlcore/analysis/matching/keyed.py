@@ -21,9 +21,10 @@ def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Located]:
     found: dict[Key, Located] = {}
     for rank, record in _ordered(step, rules.unshard):
         module, call = calls.of(rank, str(record["module"]), int(record["call"]))
-        if rules.modules and not any(pattern.search(module) for pattern in rules.modules):
+        direction = str(record["direction"])
+        if not rules.wants(module, direction):
             continue
-        key = (rank, module, call, str(record["direction"]), tuple(record["path"]))
+        key = (rank, module, call, direction, tuple(record["path"]))
         found[key] = Located(step.number, (str(record["name"]),), (record,), rules.unshard)
     return found
 

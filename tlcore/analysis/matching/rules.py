@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from ...errors import ConfigError
+from ...layout.directions import pattern_names
 
 Rename = tuple[re.Pattern[str], str]
 
@@ -26,6 +27,11 @@ class Rules:
     requests: tuple[tuple[str, str], ...] = ()
     ignore_missing: bool = False
     unshard: bool = False
+
+    def wants(self, module: str, direction: str = "") -> bool:
+        """Whether a module's tensor is to be compared; that of a tap is also found by the tap's name."""
+        names = pattern_names(module, direction)
+        return not self.modules or any(each.search(name) for each in self.modules for name in names)
 
     @property
     def bridges(self) -> bool:

@@ -57,7 +57,7 @@ def _of_rank(a: Step, b: Step, rank: int, rules: Rules) -> Iterator[str]:
             unstored = a.call(directory, rank)
             identities[directory] = unstored.module, unstored.index
         module, index = identities[directory]
-        if rules.modules and not any(pattern.search(module) for pattern in rules.modules):
+        if not rules.wants(module):
             continue
         call = f" (call {index})" if index else ""
         for path, (mine, other) in differing:

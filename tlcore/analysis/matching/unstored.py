@@ -25,9 +25,9 @@ def skipped(step: Step, rules: Rules, rename: bool) -> dict[Key, str]:
             directory, _, file = name.rpartition("/")
             call = step.call(directory, rank)
             module, index = calls.of(rank, call.module, call.index)
-            if rules.modules and not any(pattern.search(module) for pattern in rules.modules):
-                continue
             direction = file.removesuffix(".json")
+            if not rules.wants(module, direction):
+                continue
             for path, reason in _nodes(structure, ()):
                 found[step.replica(rank) if rules.unshard else rank, module, index, direction, path] = reason
     return found
@@ -83,7 +83,7 @@ def _unstored(step: int, key: Key, reason: str) -> TensorResult:
         rank,
         module,
         call,
-        direction,  # type: ignore[arg-type]  # a file name gives it
+        direction,
         path,
         (None, None),
         reason=reason,

@@ -11,6 +11,19 @@ from ...config.patterns import parse_pattern
 Calls = frozenset[int] | Literal["all"]
 
 
+def may_be_tap(pattern: str) -> bool:
+    """Whether a pattern may mean what `tlcore.tap` shows, which nobody knows before the model runs."""
+    return "tap" in pattern
+
+
+def _before_tap(pattern: str) -> re.Pattern[str]:
+    """What a pattern says of the module whose taps it finds; everything where that cannot be told."""
+    try:
+        return re.compile(pattern.partition("tap")[0].rstrip(".\\(^"))
+    except re.error:
+        return re.compile("")
+
+
 class ModuleFilter:
     """The union of several patterns; None selects every call of every module, no patterns select none."""
 
@@ -20,6 +33,7 @@ class ModuleFilter:
         if patterns is not None:
             named = enumerate(patterns)
             self._parsed = tuple(parse_pattern(text, f"$.module_call_match[{i}]") for i, text in named)
+        self._before_taps = [_before_tap(text) for text in self._patterns if may_be_tap(text)]
 
     def calls(self, module_name: str) -> Calls | None:
         """The selected calls of a module: "all", a set of 0-based indices, or None for none."""
@@ -29,6 +43,10 @@ class ModuleFilter:
         if None in hits:
             return "all"
         return frozenset(index for index in hits if index is not None) or None
+
+    def may_find_taps(self, names: Sequence[str]) -> bool:
+        """Whether a pattern that speaks of taps may mean those of a module with these names."""
+        return any(each.search(name) for each in self._before_taps for name in names)
 
     def calls_of_any(self, names: Sequence[str]) -> Calls | None:
         """The selected calls of a module that has several names."""

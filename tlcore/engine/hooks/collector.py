@@ -20,7 +20,7 @@ from ...ledger import FREED, QUEUE_FULL, ROWS_UNKNOWN, RUN_FULL, Counts, Outcome
 from ...record import Direction
 from ...statistics import device as device_statistics
 from ..batch import Batch, Measured
-from ..calls import Call, Sides
+from ..calls import Call, CallSide, Sides
 from ..filters.rows import StepRows
 from ..filters.tensors import TensorFilter, TensorSpec, TensorSpecs
 from ..staging.accelerator import accelerator_of, recording
@@ -86,7 +86,7 @@ class Collector:
         """The directories of the calls that began since this was asked last."""
         sides, first = self._batch.sides, self._noted
         self._noted = len(sides)
-        return [side.directory for side in sides[first:] if side.direction == "inputs"]
+        return [side.directory for side in sides[first:] if side.begins]
 
     def end_step(self) -> Counts:
         """Hand over what is left of the step; the ledger of what was not looked into."""
@@ -169,6 +169,29 @@ class Collector:
             self._add_site(sides.add(sides.outputs, unknown, "outputs", unknown, None))
         if self._stager.full:
             self.hand_over_if_needed()
+
+    def tapped(
+        self,
+        call: Call,
+        direction: Direction,
+        known: Sides,
+        value: Any,
+        make: Callable[[TreeSpec], CallSide],
+    ) -> None:
+        """A call shows a value in the midst of it: capture that; ``make`` gives a structure's new side."""
+        try:
+            if self.walker is not None:
+                self.walker.leaving = True
+                unknown = self.walker.result(known, value)
+            else:
+                self._leaving = True
+                unknown = self._flatten_result(known, value)
+            if unknown is not None:
+                self._add_site(make(unknown))
+            if self._stager.full:
+                self.hand_over_if_needed()
+        except Exception as error:
+            self.broken(call, direction, error)
 
     def _flatten_arguments(
         self, known: Sides, args: tuple[Any, ...], kwargs: dict[str, Any]

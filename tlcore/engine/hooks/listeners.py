@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable, Mapping
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
@@ -10,6 +11,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...hotpath.intercept import FORWARD, StandIn, forget, keep_out_of_copies, lies_in
 from ...hotpath.listening import Hearing, Listening, put_all, take_all
+from .counting import CallCounter, Counts
 from .keeping import Keeper
 from .listening import NOBODY, Listener, Rename, Select
 from .module_tree import ModuleTree, Named
@@ -23,7 +25,8 @@ class ListenerSet:
 
     Between steps anybody may change the model: modules and what stands for their ``forward`` are looked at
     anew before each step. Where the model ``may_change_within`` a step, modules that come into it there are
-    heard, too, and in steps that are more than a call of the model a ``forward`` that is replaced.
+    heard, too, and in steps that are more than a call of the model a ``forward`` that is replaced. Of modules
+    for which nobody listens, calls are counted where ``counts`` says so.
     """
 
     def __init__(
@@ -32,6 +35,7 @@ class ListenerSet:
         select: Select,
         rename: Rename | None = None,
         may_change_within: bool = False,
+        counts: Callable[[Named], bool] = lambda each: False,
     ) -> None:
         self.model = model
         self._select = select
@@ -41,6 +45,9 @@ class ListenerSet:
         # Where in the list of listeners a module's is, by its identity.
         self._places: dict[int, int] = {}
         self._known: dict[int, Named] = {}
+        self._counts = counts
+        # Of modules that are not captured themselves: to tell in which call a tap is.
+        self._counting: dict[int, CallCounter] = {}
         self._arrivals: RemovableHandle | None = None
         self._arrived = False
         self._keeping = False
@@ -72,13 +79,22 @@ class ListenerSet:
         made = [(each, self._select(each, names, self._hearing)) for each in modules]
         self._listeners = [listener for _, listener in made if listener is not None]
         self._listening = [each.listening for each in self._listeners]
+        self._places = {id(each.module): place for place, each in enumerate(self._listeners)}
+        self._known = {id(each.module): each for each in modules}
         if self._looks_within:
             self._keepers = [Keeper(each.module, self._refit) for each in self._listeners]
-            self._places = {id(each.module): place for place, each in enumerate(self._listeners)}
-            self._known = {id(each.module): each for each in modules}
+        before = self._counting
+        self._counting = {
+            id(each.module): before.get(id(each.module)) or self._counter(each)
+            for each, listener in made
+            if listener is None and (id(each.module) in before or self._counts(each))
+        }
         for each, listener in made:
             if listener is not None:
                 self.names[each.name] = each.names
+
+    def _counter(self, each: Named) -> CallCounter:
+        return CallCounter(each.name, each.module, self._hearing)
 
     def _note_heard(self) -> None:
         for each in self._listeners:
@@ -141,6 +157,8 @@ class ListenerSet:
             each.own[FORWARD] = each
             each.listening.count = each.listening.elsewhere = 0
             index = put_all(listeners, listening, index + 1)
+        for key, counter in self._counting.items():
+            self._counting[key] = counter.again()
         self._keeping = more_than_a_call and self._looks_within
         if self._keeping:
             for keeper, each in zip(self._keepers, listeners, strict=True):
@@ -209,6 +227,31 @@ class ListenerSet:
                 self._keepers[place].keep(made)
         self._put(place, made)
 
+    @property
+    def owner(self) -> int:
+        """The thread whose calls are heard now; 0 for none."""
+        return self._hearing.owner
+
+    @property
+    def known(self) -> Mapping[int, Named]:
+        """The modules by their identity, those that came into the model within the step, too."""
+        return self._known
+
+    def counter(self, each: Named) -> Counts:
+        """Who listens to a module in the step that runs, or at least counts its calls from now on."""
+        key = id(each.module)
+        place = self._places.get(key)
+        if place is not None:
+            return self._listeners[place]
+        found = self._counting.get(key)
+        if found is None:
+            found = self._counting[key] = self._counter(each)
+            # The call that shows the first tap is the first one that is known of.
+            found.count, found.running = 1, 0
+            if self._installed:
+                found.put()
+        return found
+
     def resume(self) -> None:
         """Go on listening in a step after a rest; calls are counted on."""
         self._hearing.owner = _get_ident()
@@ -236,6 +279,8 @@ class ListenerSet:
             if not each.take_away() or covered:
                 self.replaced_within[each.name] = None
             index = take_all(listeners, self._listening, index + 1)
+        for counter in self._counting.values():
+            counter.take_away()
 
     def close(self) -> None:
         """Take every listener away, for good."""

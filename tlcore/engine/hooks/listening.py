@@ -28,6 +28,7 @@ from ...hotpath.intercept import (
 from ...hotpath.listening import PYTHON_HALF, Hearing, listening_of
 from ..calls import Call
 from .collector import Collector
+from .counting import CallCounter
 from .module_tree import Named
 
 NOBODY = 0
@@ -93,7 +94,8 @@ class Listener(StandIn):
     def goes_on_from(self, other: Listener) -> None:
         """Count on where another listener ends, which hears nothing any more."""
         self._sites[:] = other._sites
-        self.listening.count, self.listening.elsewhere = other.listening.count, other.listening.elsewhere
+        for key in ("count", "elsewhere", "running"):
+            setattr(self.listening, key, getattr(other.listening, key))
         other.retire()
 
     def retire(self) -> None:
@@ -127,6 +129,20 @@ class Listener(StandIn):
     def called(self) -> bool:
         """Whether there was any call, wanted or not."""
         return bool(self._sites or self.listening.elsewhere)
+
+    def wants(self, call: int) -> bool:
+        """Whether a call is captured itself, whatever its taps are."""
+        return self._wanted == "all" or call in self._wanted
+
+    @property
+    def count(self) -> int:
+        """How many calls began in the step."""
+        return self.listening.count
+
+    @property
+    def running(self) -> int:
+        """Which of them runs, the innermost one; negative while none does."""
+        return self.listening.running
 
     def _new_call(self) -> Call | None:
         """The sides of a call later in the step than any before; None when it is not wanted."""
@@ -202,7 +218,7 @@ class Listener(StandIn):
 
 _DEAF = Hearing()
 # Code that lies between a module's call and what it calls.
-_OURS = frozenset((Listener.__call__.__code__, PYTHON_HALF))
+_OURS = frozenset((Listener.__call__.__code__, CallCounter.__call__.__code__, PYTHON_HALF))
 
 
 class Source(Protocol):

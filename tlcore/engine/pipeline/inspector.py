@@ -102,7 +102,7 @@ class Inspector:
     def examine(self, batch: Batch) -> Inspected:
         """Look at a batch's tensors and decide on each."""
         parts = list(parts_of(batch))
-        calls = [part.side.directory for part in parts if part.side.direction == "inputs"]
+        calls = [part.side.directory for part in parts if part.side.begins]
         return self._examine(batch.step, parts, calls, ended=False)
 
     def rest(self, step: int) -> Inspected:

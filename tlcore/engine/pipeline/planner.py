@@ -92,7 +92,7 @@ class Planner:
             templates[side.file] = described.template
             counts.add(described.counts)
             place, scalar = place + side.tensors, scalar + side.scalars
-        calls = tuple(side.directory for side in sides if side.direction == "inputs")
+        calls = tuple(dict.fromkeys(side.directory for side in sides if side.begins))
         bare = frozenset(templates.keys() - filled)
         return Plan(tuple(stored), with_bare_last(templates, bare), bare, calls, counts)
 

@@ -168,7 +168,8 @@ class Processor:
         return StepSummary(
             step=end.step,
             rank=self._rank,
-            calls=step.calls,
+            # Of a call that only taps tell of, each of them tells.
+            calls=list(dict.fromkeys(step.calls)),
             structures=Structures(names.step_dir(end.step), step.templates, step.values),
             counts=step.counts,
             started=end.started,

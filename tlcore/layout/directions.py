@@ -1,0 +1,47 @@
+"""What of a module's call is stored, by the words that stand in names, records and structure documents."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+from .names import safe
+
+DIRECTIONS = ("inputs", "outputs", "post_fwd_inputs")
+_TAP = "tap."
+# Of a structure document's name. What follows it may be a rank's suffix, so no tap's name has that in it.
+PATTERN = rf"(?:{'|'.join(DIRECTIONS)}|tap\.(?:(?!_rank_)[A-Za-z0-9_.\-+=@,()\[\]%~])+)"
+_WHOLE = re.compile(PATTERN)
+
+
+def tap_direction(name: str, number: int) -> str:
+    """``tap.q`` for what `tlcore.tap` shows as ``q`` in a call, ``tap.q_1`` for the second time."""
+    plain = _TAP + safe(name).replace("_rank_", "_rank%5F")
+    return f"{plain}_{number}" if number else plain
+
+
+def tap_name(module: str, name: str) -> str:
+    """By what name patterns find a tap: ``<module>.tap.<name>``, without the dot for the model itself."""
+    return f"{module}.{_TAP}{name}" if module else _TAP + name
+
+
+def is_tap(direction: str) -> bool:
+    """Whether it is a tap's, and so neither an argument nor a result."""
+    return direction.startswith(_TAP)
+
+
+def is_direction(value: Any) -> bool:
+    """Whether a document's value is one."""
+    return isinstance(value, str) and (value in DIRECTIONS or _WHOLE.fullmatch(value) is not None)
+
+
+def direction_of(stem: str, present: Iterable[str]) -> str | None:
+    """Which of the directions that are ``present`` a tensor's name without its directory begins with."""
+    found = [each for each in present if stem == each or stem.startswith(f"{each}_")]
+    return max(found, key=len, default=None)
+
+
+def pattern_names(module: str, direction: str) -> tuple[str, ...]:
+    """By which names patterns find a module's tensor: the module's own, and that of a tap."""
+    return (module, f"{module}.{direction}".lstrip(".")) if is_tap(direction) else (module,)
