@@ -1,6 +1,6 @@
 """Runs requests through an engine whose batches are hard to tell apart, and prints a JSON line.
 
-``python rows_script.py OUTPUT_DIR WAY``: `ways` are known. Each captures a run of all rows, one of each
+``python rows_script.py OUTPUT_DIR WAY [RUNNER]``: `ways` are known. Each captures a run of all rows, one of each
 request's last row, and one of a single request.
 """
 
@@ -13,6 +13,10 @@ import shutil
 import sys
 from pathlib import Path
 from typing import Any
+
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from tests.adapters.vllm.second_runner import use_second_runner
 
 MODULES = [r"embed_tokens$", r"model\.norm$", r"layers\.2$", "logits"]
 COMMON = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, "enable_prefix_caching": False}
@@ -47,8 +51,10 @@ def ways(output_dir: str) -> dict[str, dict[str, Any]]:
     }
 
 
-def main(output_dir: str, way: str) -> dict[str, Any]:
-    """Capture the same requests in three ways."""
+def main(output_dir: str, way: str, runner: str = "first") -> dict[str, Any]:
+    """Capture the same requests in three ways, with the first or the second of vLLM's model runners."""
+    if runner == "second":
+        use_second_runner()
     from vllm import LLM, SamplingParams
 
     import tlcore.vllm
@@ -101,7 +107,6 @@ def main(output_dir: str, way: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, str(Path(__file__).parents[3]))
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     sys.stdout.write("\nREPORT " + json.dumps(main(*sys.argv[1:])) + "\n")

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.slow
 SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "rows_script.py")
 IDS, HIDDEN = "model.embed_tokens/inputs_0_cpu", "model.norm/outputs_0_cpu"
 LOGITS = "logits_processor/outputs_cpu"
-WAYS = ["ngram", "draft", "chunks", "async"]
+WAYS = ["ngram-first", "draft-first", "chunks-first", "async-first"]
+WAYS += ["ngram-second", "draft-second", "chunks-second", "async-second"]
 
 
 @cache
@@ -45,7 +46,8 @@ def _check(request: Request, tail: str, tokens: list[int], of: torch.Tensor) -> 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_every_row_is_its_requests(way: str, tmp_path: Path) -> None:
-    captured = report(SCRIPT, str(tmp_path), way)
+    way, runner = way.split("-")
+    captured = report(SCRIPT, str(tmp_path), way, runner)
     for name in ("all", "last", "one"):
         run, found = tlcore.open_run(captured[name]["url"]), captured[name]
         run.verify()
