@@ -18,8 +18,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "rows_script.py")
 IDS, HIDDEN = "model.embed_tokens/inputs_0_cpu", "model.norm/outputs_0_cpu"
 LOGITS = "logits_processor/outputs_cpu"
-WAYS = ["ngram-first", "draft-first", "chunks-first", "async-first"]
-WAYS += ["ngram-second", "draft-second", "chunks-second", "async-second"]
+WAYS = ["ngram-first", "draft-first", "chunks-first", "async-first", "draft-second", "chunks-second"]
 
 
 @cache

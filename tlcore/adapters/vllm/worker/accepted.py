@@ -10,20 +10,24 @@ from ....layout.rows import Decided, Row
 
 log = logging.getLogger("vllm.tlcore")
 Tokens = Mapping[str, Sequence[int]]
+# A request's sampling parameters, and the length of its prompt.
+Asked = Callable[[str], "tuple[Any, int] | None"]
 
 
-def drafts_decided(runner: Any, rows: Sequence[Row], output: Any) -> Callable[[], dict[str, Decided]] | None:
+def drafts_decided(
+    asked: Asked, longest: int, rows: Sequence[Row], output: Any
+) -> Callable[[], dict[str, Decided]] | None:
     """What tells, from the step's ``output``, what became of the draft tokens of each request of ``rows``.
 
     With asynchronous scheduling it waits for the tokens to arrive from the device, so it is to be called
-    in another thread. None where no request has draft tokens, or the output does not tell (that of a
-    pipeline's first stages).
+    in another thread. ``asked`` is `RowReader.asked`, ``longest`` the longest length of any request. None
+    where no request has draft tokens, or the output does not tell (that of a pipeline's first stages).
     """
     drafted = [row for row in rows if row.get("drafts")]
     tokens = _sampled(output) if drafted else None
     if tokens is None:
         return None
-    ends = {row["request_id"]: _end_of(runner, row) for row in drafted}
+    ends = {row["request_id"]: _end_of(asked(row["request_id"]), longest, row) for row in drafted}
 
     def tell() -> dict[str, Decided]:
         sampled = tokens()
@@ -103,20 +107,18 @@ def _length(row: Row) -> int:
     return int(row["first_position"] + row["rows"] - row["drafts"])
 
 
-def _end_of(runner: Any, row: Row) -> Callable[[Sequence[int]], int]:
+def _end_of(asked: tuple[Any, int] | None, longest: int, row: Row) -> Callable[[Sequence[int]], int]:
     """How many of the tokens sampled at once a request keeps: those after its end are cut off."""
-    state = getattr(runner, "requests", {}).get(row["request_id"])
-    params, prompt = getattr(state, "sampling_params", None), getattr(state, "num_prompt_tokens", None)
-    if params is None or prompt is None:
+    params, prompt = asked or (None, 0)
+    if params is None:
         return len
     before = _length(row)
-    longest = int(runner.max_model_len)
 
     def kept(tokens: Sequence[int]) -> int:
         try:
             from vllm.v1.core.sched.utils import check_stop
 
-            asked: Any = _Asked(params, int(prompt), before)
+            asked: Any = _Asked(params, prompt, before)
             for count, token in enumerate(tokens, 1):
                 asked.output_token_ids.append(token)
                 if check_stop(asked, longest):

@@ -29,6 +29,8 @@ class DraftScopes:
         self._padded = 0
         # A draft model that works on the target's states gets with each of them the token after it.
         self._ahead = 0
+        # The second model runner's; what it tells of its batches is nothing.
+        scopes.wrap(getattr(runner, "speculator", None), "propose", lambda *_, **__: NO_ROWS, on=self._on)
         drafter = getattr(runner, "drafter", None)
         if getattr(drafter, "model", None) is None:
             return

@@ -82,7 +82,6 @@ class RowScopes:
         self.wrap(runner, "sample", self._sample)
         for name in ("compute_prompt_logprobs", "compute_prompt_token_id_logprobs"):
             self.wrap(getattr(runner, "prompt_logprobs_worker", None), name, _nothing)
-        self.wrap(getattr(runner, "speculator", None), "propose", _nothing)
 
     def _batch_ready(self, batch: Any, *args: Any, **kwargs: Any) -> None:
         self._reader.prepared(batch)

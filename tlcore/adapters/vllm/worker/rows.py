@@ -31,6 +31,7 @@ class RowReader:
         self._runner = runner
         self._batch: Any = None
         self._known: dict[str, Json] = {}
+        self._asked: dict[str, tuple[Any, int]] = {}
         self.second_version = not hasattr(runner, "input_batch") and hasattr(runner, "prepare_inputs")
 
     def prepared(self, batch: Any) -> None:
@@ -40,6 +41,7 @@ class RowReader:
     def forget(self) -> None:
         """Forget the requests noted so far, some of which may end unseen."""
         self._known.clear()
+        self._asked.clear()
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Drop the batch of the step before, and note where new requests begin, and their prompts.
@@ -50,12 +52,29 @@ class RowReader:
         self._batch = None
         for request in getattr(scheduler_output, "finished_req_ids", ()):
             self._known.pop(request, None)
+            self._asked.pop(request, None)
         for new in getattr(scheduler_output, "scheduled_new_reqs", ()):
             self._known[new.req_id] = {"cached": int(new.num_computed_tokens), **identity(new)}
+            prompt = getattr(new, "prompt_token_ids", None)
+            if prompt is None:
+                prompt = getattr(new, "prompt_embeds", None)
+            if prompt is not None:
+                self._asked[new.req_id] = getattr(new, "sampling_params", None), len(prompt)
 
     def known(self, request_id: str) -> Json:
         """What is known of a request besides its rows."""
         return {"external_request_id": external_id(request_id)}
+
+    def asked(self, request_id: str) -> tuple[Any, int] | None:
+        """A request's sampling parameters and the length of its prompt; None where that is not known.
+
+        The second model runner keeps neither, so of a request that began before a capture nothing tells.
+        """
+        state = getattr(self._runner, "requests", {}).get(request_id)
+        params, prompt = getattr(state, "sampling_params", None), getattr(state, "num_prompt_tokens", None)
+        if params is not None and prompt is not None:
+            return params, int(prompt)
+        return self._asked.get(request_id)
 
     def rows(self, scheduler_output: Any) -> list[Json]:
         """The rows, in the batch's order; with speculation, how many of them are ``drafts`` (the last ones).

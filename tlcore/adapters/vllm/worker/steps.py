@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import functools
 import logging
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from ....engine.session import Session
-from ....layout.rows import NO_ROWS
+from ....layout.rows import NO_ROWS, Decided
 from ..compiled.eager_steps import EagerSteps
 from .accepted import drafts_decided
 from .draft_scopes import DraftScopes
@@ -160,13 +161,19 @@ class StepWrapper:
             return
         self._open = False
         try:
-            decided = (
-                None if error is not None else drafts_decided(self._runner, self._scopes.rows or (), output)
-            )
+            decided = None if error is not None else self._decided(output)
             self.session.end_step(extra=self._extra, error=error, decided=decided)
         except Exception as failure:
             self._warn("a step could not be ended", failure)
         self._scopes.end()
+
+    def _decided(self, output: Any) -> Callable[[], Mapping[str, Decided]] | None:
+        rows = self._scopes.rows
+        if not rows:
+            return None
+        return drafts_decided(
+            self._reader.asked, int(getattr(self._runner, "max_model_len", sys.maxsize)), rows, output
+        )
 
     def _warn(self, what: str, error: Exception) -> None:
         if what not in self._warned:
