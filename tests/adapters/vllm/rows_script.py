@@ -1,7 +1,7 @@
 """Runs requests through an engine whose batches are hard to tell apart, and prints a JSON line.
 
-``python rows_script.py OUTPUT_DIR WAY [RUNNER]``: `ways` are known. Each captures a run of all rows, one of each
-request's last row, and one of a single request.
+``python rows_script.py OUTPUT_DIR WAY [RUNNER]``: `ways` are known. Each captures a run of all rows, one of
+each request's last row, and one of a single request.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""vLLM's second model runner, the default on GPUs, on a machine without one: the real classes, interpreted kernels.
+"""vLLM's second model runner, the default on GPUs, on a CPU: the real classes, with interpreted kernels.
 
 vLLM runs it on a CPU where Triton has a backend for CPUs. Triton's own interpreter needs none, but vLLM asks
 for one by name before it looks at what Triton can do.
