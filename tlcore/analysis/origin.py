@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from ..errors import ReadError
+from ..layout.directions import is_gradient
 from ..layout.names import PathKey, module_of, shown_module, within
 from ..reader import Run
 
@@ -64,6 +65,8 @@ def birth(seen: Sequence[Seen], at: int, entered: Entered) -> Birth:
     """Where the fault came about that ``seen[at]`` is the first to show."""
     found = seen[at]
     around = _Around(seen, at)
+    if is_gradient(found.direction):
+        return _birth_of_gradient(found, around)
     if found.direction != "inputs":
         inputs = [each for each in around.of((found.module, found.call)) if each.direction == "inputs"]
         if not inputs or any(each.bad is None for each in inputs):
@@ -79,6 +82,15 @@ def birth(seen: Sequence[Seen], at: int, entered: Entered) -> Birth:
         return Birth(False)
     known = around.any_output_before and around.only_good_between(None, entered)
     return Birth(None, "" if known else None)
+
+
+def _birth_of_gradient(found: Seen, around: _Around) -> Birth:
+    """Backward goes from a call's result to its arguments; what is before a result is not seen."""
+    source = found.direction.replace("grad_inputs", "grad_outputs")
+    given = [each.bad for each in around.of((found.module, found.call)) if each.direction == source]
+    if source == found.direction or not given or None in given:
+        return Birth(None)
+    return Birth(not any(given))
 
 
 def entered_in(*runs: Run) -> Entered:
@@ -136,7 +148,7 @@ class _Around:
                 continue
             if each.direction == "inputs" and place < self._at:
                 begun.setdefault(call, (place, each))
-            elif each.direction != "inputs" and place > self._at and call in begun:
+            elif _is_result(each) and place > self._at and call in begun:
                 lasting.append((len(each.module), begun[call][0], call))
         for _, _, call in sorted(set(lasting), reverse=True):
             yield call, begun[call][1]
@@ -158,7 +170,7 @@ class _Around:
     @property
     def any_output_before(self) -> bool:
         """Whether any output was seen before."""
-        return any(place < self._at and each.direction != "inputs" for place, each in self._near)
+        return any(place < self._at and _is_result(each) for place, each in self._near)
 
     def only_good_between(self, entry: Seen | None, entered: Entered) -> bool:
         """Whether all calls since ``entry`` (None: since the step began) gave outputs free of the fault.
@@ -180,13 +192,17 @@ class _Around:
         own = list(self._by_directory[side, (step, directory)])
         for call in {(each.module, each.call) for _, each in own}:
             own += self._by_call[call]
-        outputs = [(place, each) for place, each in own if each.direction != "inputs"]
+        outputs = [(place, each) for place, each in own if _is_result(each)]
         if not any(each.placed and place < self._at for place, each in outputs):
             # Without outputs before, it may only be a call that has not ended.
             module = own[0][1].module if own else module_of(directory)
             around = self._found.module if own else module_of(until)
             return within(around, module)
         return all(each.bad is False for _, each in outputs)
+
+
+def _is_result(each: Seen) -> bool:
+    return each.direction != "inputs" and not is_gradient(each.direction)
 
 
 def _place(name: str | None) -> tuple[str, str]:

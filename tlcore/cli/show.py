@@ -148,7 +148,7 @@ def _show_structure(structure: Json, name: str, as_json: bool) -> None:
 
 def _structures(call: Call) -> dict[str, Json]:
     found: dict[str, Json] = {}
-    for direction in (*DIRECTIONS[:1], *call.taps_shown, *DIRECTIONS[1:]):
+    for direction in (*DIRECTIONS[:1], *call.taps_shown, *DIRECTIONS[1:], *call.gradients_shown):
         try:
             found[direction] = call.structure(direction)
         except MissingError:

@@ -30,6 +30,7 @@ class Config:
     max_tensor_size: int | None
     device_names: tuple[str, ...]
     log_post_fwd_inputs: bool
+    log_gradients: bool
     capture_objects: tuple[Literal["cache"], ...]
     backend: str
     compiled: Literal["eager-steps", "taps"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..hotpath.listening import KnownSides
+from ..layout.directions import is_gradient
 from ..layout.structure import TreeSpec, count_leaves
 from ..record import Direction
 
@@ -64,7 +65,7 @@ class Call(KnownSides):
     ``only_taps`` is a call of which nothing but its taps is captured.
     """
 
-    __slots__ = ("call", "directory", "module", "only_taps", "post_fwd_inputs")
+    __slots__ = ("call", "directory", "gradients", "module", "only_taps", "post_fwd_inputs")
 
     inputs: Sides
     outputs: Sides
@@ -77,6 +78,14 @@ class Call(KnownSides):
         self.inputs = {}
         self.outputs = {}
         self.post_fwd_inputs: Sides = {}
+        self.gradients: dict[str, Sides] = {}
+
+    def sides_of(self, direction: Direction) -> Sides:
+        """The sides of one direction."""
+        if is_gradient(direction):
+            return self.gradients.setdefault(direction, {})
+        sides: Sides = getattr(self, direction)
+        return sides
 
     def add(
         self,

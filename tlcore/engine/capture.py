@@ -23,6 +23,7 @@ from .new_run import new_run
 from .session import Session
 
 log = logging.getLogger("tlcore")
+_BRACKET = "Put `with capture.step():` around forward and backward."
 
 
 class capture:  # noqa: N801 - a context manager reads like a function
@@ -55,6 +56,9 @@ class capture:  # noqa: N801 - a context manager reads like a function
         if self.config.cuts_rows:
             problem = "rows, request_ids and sample_rate choose rows of requests, which only vLLM knows."
             raise ConfigError("$", problem, "Leave them out.")
+        if self.config.log_gradients and self.config.cuts_rows:
+            problem = "which rows of a gradient are whose is not known."
+            raise ConfigError("$.log_gradients", problem, "Leave out rows, request_ids and sample_rate.")
         self._model = model
         self._known_as = weakref.ref(model)
         self._inline = inline
@@ -62,6 +66,8 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._session: Session | None = None
         self._steps = StepCalls(self._begin_step, self._end_step, self.config.step)
         self._entered = False
+        # Steps that were a call of the model alone, although gradients are wanted.
+        self._without_backward = 0
 
     @property
     def session(self) -> Session:
@@ -124,6 +130,11 @@ class capture:  # noqa: N801 - a context manager reads like a function
             if error is None:
                 raise
             log.warning("the run could not be stored whole", exc_info=True)
+        if error is None and self._without_backward:
+            raise CaptureError(
+                f"log_gradients: {self._without_backward} steps were calls of the model alone, with no"
+                f" backward in them, so that gradients are missing. {_BRACKET}"
+            )
 
     def step(self) -> Step:
         """A ``with`` block that is one step, whatever code and however many calls of modules are in it.
@@ -136,6 +147,10 @@ class capture:  # noqa: N801 - a context manager reads like a function
         return Step(self._steps if self.config.enabled else None)
 
     def _begin_step(self) -> bool:
+        if self.config.log_gradients and not self._steps.more_than_a_call:
+            self._without_backward += 1
+            if self._without_backward == 1:
+                log.warning("log_gradients: this step is a call of the model alone. %s", _BRACKET)
         captured = self.session.begin_step(more_than_a_call=self._steps.more_than_a_call)
         tree = self.session.tree
         if captured and tree is not None:

@@ -32,6 +32,7 @@ from .filters.rows import StepRows
 from .filters.tensors import TensorFilter, known_devices
 from .hooks.collector import Collector
 from .hooks.compiled_parts import refuse_compiled
+from .hooks.gradients import Gradients
 from .hooks.listeners import ListenerSet
 from .hooks.listening import Listener, Rename, Source
 from .hooks.module_tree import ModuleTree, Named
@@ -131,7 +132,10 @@ class Session:
     def _make_collector(self, tensors: TensorFilter) -> Collector:
         objects = frozenset(self.config.capture_objects)
         rows = self.rows if self.config.cuts_rows else None
-        return Collector(self._stager, tensors, self._submit, self.config.capture, objects, rows)
+        made = Collector(self._stager, tensors, self._submit, self.config.capture, objects, rows)
+        if self.config.log_gradients:
+            made.gradients = Gradients(made)
+        return made
 
     def attach(
         self,
@@ -389,6 +393,9 @@ class Session:
                 f"no tensor was captured in {self.captured_steps} steps; device_names or module_call_match"
                 " leave out everything"
             )
+        gradients = self._collector.gradients
+        if self.captured_steps and gradients is not None and not gradients.awaited:
+            self.remarks.append("log_gradients: no call within a step had a tensor that requires a gradient")
         self._say_remarks()
         first = self._processor.first_error if self._processor else None
         if first is not None and self.config.on_error == "raise":

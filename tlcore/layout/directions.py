@@ -9,9 +9,12 @@ from typing import Any
 from .names import safe
 
 DIRECTIONS = ("inputs", "outputs", "post_fwd_inputs")
+# Those of a further backward in the step have a `~2` and so on.
+GRADIENTS = ("grad_outputs", "grad_inputs")
 _TAP = "tap."
 # Of a structure document's name. What follows it may be a rank's suffix, so no tap's name has that in it.
-PATTERN = rf"(?:{'|'.join(DIRECTIONS)}|tap\.(?:(?!_rank_)[A-Za-z0-9_.\-+=@,()\[\]%~])+)"
+_NAMED = rf"{'|'.join(DIRECTIONS)}|(?:{'|'.join(GRADIENTS)})(?:~[1-9][0-9]*)?"
+PATTERN = rf"(?:{_NAMED}|tap\.(?:(?!_rank_)[A-Za-z0-9_.\-+=@,()\[\]%~])+)"
 _WHOLE = re.compile(PATTERN)
 
 
@@ -24,6 +27,16 @@ def tap_direction(name: str, number: int) -> str:
 def tap_name(module: str, name: str) -> str:
     """By what name patterns find a tap: ``<module>.tap.<name>``, without the dot for the model itself."""
     return f"{module}.{_TAP}{name}" if module else _TAP + name
+
+
+def gradient_direction(direction: str, backward: int) -> str:
+    """``grad_inputs`` for gradients of ``inputs`` from a step's backward 1, then ``grad_inputs~2``."""
+    return f"grad_{direction}" if backward == 1 else f"grad_{direction}~{backward}"
+
+
+def is_gradient(direction: str) -> bool:
+    """Whether it is of gradients."""
+    return direction.startswith("grad_")
 
 
 def is_tap(direction: str) -> bool:

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ReadError
 from ..layout.checks import LARGEST_SIZE, is_whole
-from ..layout.directions import DIRECTIONS, is_tap
+from ..layout.directions import DIRECTIONS, gradient_direction, is_tap
 from ..layout.names import PathKey, rank_suffix, step_dir, within
 from ..record import Json
 from ..statistics.summary import KEYS, Statistics
@@ -52,7 +53,8 @@ def _of_rank(step: Step, rank: int) -> Iterator[Json]:
         directory, _, file = name.rpartition("/")
         if is_tap(file):
             taps.setdefault(directory, []).append(file.removesuffix(".json"))
-    for call, direction in _in_order([(call, identities[call][0]) for call in calls], taps):
+    order = list(_in_order([(call, identities[call][0]) for call in calls], taps))
+    for call, direction in (*order, *_backwards(order, structures)):
         name = f"{call}/{direction}.json"
         if name not in structures:
             continue
@@ -102,6 +104,17 @@ def _in_order(
 
 def _end(call: str, taps: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
     yield from ((call, direction) for direction in (*taps.get(call, ()), *DIRECTIONS[1:]))
+
+
+def _backwards(order: Sequence[tuple[str, str]], structures: Container[str]) -> Iterator[tuple[str, str]]:
+    """The sides with gradients, one backward after the other, from the last call to the first."""
+    ends = [(call, direction) for call, direction in reversed(order) if direction in ("inputs", "outputs")]
+    for backward in itertools.count(1):
+        sides = [(call, gradient_direction(direction, backward)) for call, direction in ends]
+        found = [(call, direction) for call, direction in sides if f"{call}/{direction}.json" in structures]
+        if not found:
+            return
+        yield from found
 
 
 def tensors_in(structure: Json) -> Iterator[tuple[tuple[PathKey, ...], Json]]:

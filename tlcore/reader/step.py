@@ -8,7 +8,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingError, ReadError, missing
-from ..layout.directions import is_tap
+from ..layout.directions import is_gradient, is_tap
 from ..layout.names import module_of, rank_suffix, step_dir
 from ..layout.rows import DECIDED, CallRows, Span
 from ..ledger import Counts
@@ -363,16 +363,35 @@ class Call:
             for each in self.taps_shown
         }
 
+    @cached_property
+    def grad_inputs(self) -> Arguments:
+        """The gradients of the arguments, where ``log_gradients`` was set; `Skipped` for one without."""
+        return rebuild_arguments(self.structure("grad_inputs"), self._step.tensor)
+
+    @cached_property
+    def grad_outputs(self) -> Any:
+        """The gradients of the result, where ``log_gradients`` was set."""
+        return rebuild(self.structure("grad_outputs"), self._step.tensor)
+
+    @property
+    def gradients_shown(self) -> list[str]:
+        """The directions under which gradients are stored: ``grad_outputs``, ``grad_outputs~2``, ..."""
+        return [each for each in self._directions if is_gradient(each)]
+
     @property
     def taps_shown(self) -> list[str]:
         """The directions under which the call's taps are stored: ``tap.<name>[_<i>]``."""
+        return [each for each in self._directions if is_tap(each)]
+
+    @property
+    def _directions(self) -> list[str]:
         begin = f"{self.directory}/"
         names = self._stored.structure_names(self._step.number, self.rank)
         own = [name.removeprefix(begin) for name in names if name.startswith(begin)]
-        return sorted(name.removesuffix(".json") for name in own if is_tap(name))
+        return sorted(name.removesuffix(".json") for name in own)
 
     def structure(self, direction: str) -> Json:
-        """The structure JSON of ``inputs``, ``outputs``, ``post_fwd_inputs`` or ``tap.<name>``.
+        """The structure JSON of one of `layout.directions`, such as ``inputs`` or ``tap.<name>``.
 
         Raises MissingError when it was not captured.
         """

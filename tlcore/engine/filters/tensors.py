@@ -96,6 +96,10 @@ class TensorSpec:
         """The same form for a tensor that is not stored after all."""
         return self if self.outcome is not None else self._variant(outcome, measured)
 
+    def unwanted(self, outcome: Outcome) -> TensorSpec:
+        """The same form for a tensor that is left out, whatever else is said of it."""
+        return self._variant(outcome, False)
+
     def with_statistics(self) -> TensorSpec:
         """The same form for a tensor that is stored with its statistics."""
         return self if self.outcome is not None else self._variant(None, True)

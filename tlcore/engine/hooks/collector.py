@@ -26,6 +26,7 @@ from ..filters.tensors import TensorFilter, TensorSpec, TensorSpecs
 from ..staging.accelerator import accelerator_of, recording
 from ..staging.host_memory import NO_CHUNK, Chunk
 from ..staging.stager import FreedError, Stager, with_memory
+from .gradients import Gradients
 from .objects_of_step import ObjectsOfStep
 
 log = logging.getLogger("tlcore")
@@ -59,6 +60,8 @@ class Collector:
         self._submit = submit
         # Told before calls go out of sight.
         self.before_hand_over: Callable[[], object] | None = None
+        # Of the tensors that calls take and give, where these are captured, too.
+        self.gradients: Gradients | None = None
         self._noted = 0
         self._objects = ObjectsOfStep(self._forms)
         self._leaving = False
@@ -81,6 +84,8 @@ class Collector:
         self._noted = 0
         self._use(Batch(step))
         self._stager.begin_step()
+        if self.gradients is not None:
+            self.gradients.begin_step()
 
     def calls_begun(self) -> list[str]:
         """The directories of the calls that began since this was asked last."""
@@ -90,6 +95,8 @@ class Collector:
 
     def end_step(self) -> Counts:
         """Hand over what is left of the step; the ledger of what was not looked into."""
+        if self.gradients is not None:
+            self.gradients.end_step()
         self._hand_over(everything=True)
         return self._objects.counted()
 
@@ -105,6 +112,8 @@ class Collector:
     def inputs(self, sides: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call begins: capture its positional and keyword arguments."""
         self._arguments(sides, sides.inputs, "inputs", args, kwargs)
+        if self.gradients is not None:
+            self.gradients.arguments(sides, args, kwargs)
 
     def post_fwd_inputs(self, sides: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call is over: capture its arguments as they stand now."""
@@ -162,6 +171,8 @@ class Collector:
             self.end_outputs(sides, unknown)
         except Exception as error:
             self.broken(sides, "outputs", error)
+        if self.gradients is not None:
+            self.gradients.result(sides, output)
 
     def end_outputs(self, sides: Call, unknown: TreeSpec | None) -> None:
         """What the extension's walk leaves to be done once it has taken a call's result; it may raise."""
@@ -239,6 +250,10 @@ class Collector:
         """Whether a cache's tensor has not been taken in this step as it stands now."""
         return self._objects.first(tensor, self._leaving if self.walker is None else self.walker.leaving)
 
+    def spec_of(self, tensor: torch.Tensor) -> TensorSpec:
+        """What the filters say of a tensor."""
+        return self._forms.find(tensor)
+
     def take(self, tensor: torch.Tensor) -> Taken:
         """Copy one tensor, if it is to be stored, for a side that is added later."""
         return self._taken(tensor)
@@ -309,7 +324,7 @@ class Collector:
         for taken in tensors:
             self._add(taken)
         self._batch.scalars.extend(scalars)
-        known: Sides = getattr(sides, direction)
+        known = sides.sides_of(direction)
         key = treespec if keywords in (None, NO_ITEMS) else (treespec, keywords)
         self._add_site(known.get(key) or sides.add(known, key, direction, treespec, keywords))
 

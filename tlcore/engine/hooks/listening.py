@@ -75,7 +75,9 @@ class Listener(StandIn):
         self._post = post_inputs
         self.handles: list[RemovableHandle] = []
         given = (collector, hearing, self.own, self._sites, self.handles, post_inputs)
-        self.listening = listening_of(collector.walker, *given)
+        # The extension knows nothing of gradients.
+        walker = collector.walker if collector.gradients is None else None
+        self.listening = listening_of(walker, *given)
         self.listening.aim(self.original, self.replaced)
         self._hear = self.listening.hear
 

@@ -160,7 +160,7 @@ class Inspector:
     def _is_odd(self, part: Part, at: int) -> bool:
         """Whether a tensor is a reason to store its call: a mask's -inf among the arguments is none."""
         dtype = part.specs[at].dtype
-        if part.side.direction == "outputs":
+        if part.side.direction not in ("inputs", "post_fwd_inputs"):
             return self._host.has_nonfinite(_bytes(part, at), dtype)
         return self._host.has_nonfinite(_bytes(part, at), dtype, besides_minus_infinity=True)
 
