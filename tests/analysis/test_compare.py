@@ -17,6 +17,7 @@ from torch import nn
 
 import tlcore
 from tlcore.__main__ import main
+from tlcore.analysis.measure import EXACT
 from tlcore.compare_il import main as compare_il
 from tlcore.errors import ConfigError, ReadError
 
@@ -101,6 +102,20 @@ def test_tolerances_are_the_dtypes_or_the_ones_given(model: Any, capture: Captur
     assert not tlcore.compare(a, b, rtol=0, atol=0).equal
     strict = tlcore.compare(a, b, rtol=1, atol=1, check_dtype=True).first_divergence
     assert strict is not None and "dtypes" in str(strict.result.reason)
+
+
+def test_two_floating_dtypes_are_held_by_the_norm_unless_a_tolerance_is_given(
+    model: Any, capture: Capture
+) -> None:
+    a, b = capture(model), capture(copy.deepcopy(model).to(torch.bfloat16), X.to(torch.bfloat16))
+    found = tlcore.compare(a, b)
+    assert found.equal and any(note.startswith("float32 is held against bfloat16") for note in found.notes)
+    assert any((each.measures or EXACT).mismatched for each in found.results)
+    strict = tlcore.compare(a, b, rtol=1.6e-2)
+    assert not strict.equal and not any("is held against" in note for note in strict.notes)
+    with torch.no_grad():
+        model[0].linear.weight *= 1.1
+    assert not tlcore.compare(capture(model), b).equal
 
 
 def test_calls_pair_in_order_and_modules_are_renamed(capture: Capture) -> None:

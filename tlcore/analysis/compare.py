@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import ConfigError, ReadError
+from ..layout.dtypes import torch_dtype
 from ..locations import is_url
 from ..reader import Run, open_run
 from .matching.match import match
@@ -50,8 +51,9 @@ def compare(
     """Compare two runs, given as paths, URLs or opened runs, tensor by tensor in order of execution.
 
     ``rtol`` and ``atol`` default by dtype, as in `torch.testing.assert_close`; they hold for each value, or
-    with ``by_norm`` for each tensor's norm. ``steps`` and ``modules`` (regular expressions, or one) limit
-    what is compared. ``maps`` are ``REGEX=REPLACEMENT`` texts, or one, that turn A's module names into B's.
+    with ``by_norm`` for each tensor's norm, as the defaults do between two floating dtypes. ``steps`` and
+    ``modules`` (regular expressions, or one) limit what is compared. ``maps`` are ``REGEX=REPLACEMENT``
+    texts, or one, that turn A's module names into B's.
     ``sums`` are the output positions of a value that one run keeps in two parts, ``(0, 1)`` for vLLM's
     hidden state and residual. vLLM runs are compared per request and position; requests are found by their
     prompts, and ``requests`` maps ids of A to ids of B where that is not enough. ``ignore_missing`` leaves
@@ -84,7 +86,19 @@ def compare(
     results = _measured(task, (run_a, run_b), matching.pairs, deep, executor, progress)
     pieces = [(pair, each) for pair in matching.pairs for each in pair.pieces]
     origin = Origin((run_a, run_b), pieces, held, matching.left_out)
-    return Comparison(run_a.url, run_b.url, [*results, *matching.missing], matching.notes, origin)
+    notes = [*matching.notes, *_mixed(results, tolerance)]
+    return Comparison(run_a.url, run_b.url, [*results, *matching.missing], notes, origin)
+
+
+def _mixed(results: Sequence[TensorResult], tolerance: Tolerance) -> list[str]:
+    """What to know of tensors of different floating dtypes."""
+    for a, b in dict.fromkeys(each.dtypes for each in results):
+        dtypes = torch_dtype(a), torch_dtype(b)
+        if dtypes[0] and dtypes[1] and tolerance.between(dtypes[0], dtypes[1]) != tolerance:
+            return [
+                f"{a} is held against {b} by each tensor's norm; rounding adds up over layers: see --rtol"
+            ]
+    return []
 
 
 def _tolerance(rtol: float | None, atol: float | None, by_norm: bool) -> Tolerance:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -50,6 +50,16 @@ class Tolerance:
         rtol = max(one[0], other[0]) if self.rtol is None else self.rtol
         atol = max(one[1], other[1]) if self.atol is None else self.atol
         return rtol, atol
+
+    def between(self, a: torch.dtype, b: torch.dtype) -> Tolerance:
+        """The tolerance for tensors that two runs have in these dtypes.
+
+        Between two floating ones it is that of the norm where nothing else was asked for: the narrower one
+        rounds in every operation, and a single value near zero may then differ by any factor.
+        """
+        default = self.rtol is self.atol is None
+        mixed = a != b and a.is_floating_point and b.is_floating_point
+        return replace(self, norm=True) if default and mixed else self
 
 
 def _default(dtype: torch.dtype) -> tuple[float, float]:

@@ -97,7 +97,7 @@ class Operand:
             stack.callback(payload.close)
             self._payloads.append(payload)
         first = self._payloads[0]
-        self.shape = first.shape
+        self.shape, self.stored = first.shape, first.dtype
         # In float32, since the model adds the residual there before it rounds.
         self.dtype = first.dtype if len(self._payloads) == 1 else torch.float32
         if any(payload.shape != self.shape for payload in self._payloads):
@@ -139,7 +139,7 @@ def _compared(task: Task, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y
         return result_of(pair, pieces, "different", reason=f"shapes {shapes[0]} and {shapes[1]} differ")
     if task.check_dtype and x.dtype != y.dtype:
         return result_of(pair, pieces, "different", reason=f"dtypes {x.dtype} and {y.dtype} differ")
-    sums = Sums(task.tolerance, x.dtype, y.dtype)
+    sums = Sums(task.tolerance.between(x.stored, y.stored), x.dtype, y.dtype)
     chunks(x, y, pieces, sums.add)
     measures = sums.measures()
     status: Status = "bitwise" if measures.bitwise else "close" if measures.agrees else "different"
