@@ -120,7 +120,7 @@ def _identity(pair: Pair, runs: tuple[Run, Run]) -> Identity | None:
     if not hashed or not all(map(_held, runs, (pair.a, pair.b))):
         return None
     described = tuple((str(r["hash"]), str(r["dtype"]), tuple(r["shape"])) for r in records)
-    rows = tuple((one.rows, other.rows) for one, other in pair.pieces)
+    rows = tuple((one.rows, one.axis, other.rows, other.axis) for one, other in pair.pieces)
     return (len(pair.a.records), described, rows)
 
 
@@ -133,7 +133,9 @@ def _equal(pair: Pair) -> bool:
     """Whether the hashes say that both sides are the same values."""
     keys = ("hash", "dtype", "shape")
     sides = [[tuple(map(str, map(record.get, keys))) for record in side.records] for side in (pair.a, pair.b)]
-    return sides[0] == sides[1] and all(one.rows == other.rows for one, other in pair.pieces)
+    return sides[0] == sides[1] and all(
+        (one.rows, one.axis) == (other.rows, other.axis) for one, other in pair.pieces
+    )
 
 
 def _read_ahead(pairs: Sequence[Pair], runs: tuple[Run, Run]) -> None:

@@ -12,7 +12,9 @@ from pathlib import Path
 import torch
 
 from ..errors import ReadError
+from ..layout.rows import as_rows
 from ..reader import Run, TensorStream, open_run
+from ..reader.tensor_stream import in_memory
 from ..record import Json
 from .matching.pairs import Located, Pair, Piece
 from .measure import CHUNK, EXACT, Sums, Tolerance
@@ -79,28 +81,41 @@ def compare_pair(task: Task, pair: Pair) -> list[TensorResult]:
     """The results for a pair's pieces."""
     try:
         with ExitStack() as stack:
-            x = Operand(_opened(task, "a"), pair.a, stack)
-            y = Operand(_opened(task, "b"), pair.b, stack)
+            x = Operand(_opened(task, "a"), pair.a, stack, _axis(pair, 0))
+            y = Operand(_opened(task, "b"), pair.b, stack, _axis(pair, 1))
             return [_compared(task, pair, pieces, x, y) for pieces in pair.pieces]
     except ReadError as error:
         return [result_of(pair, pieces, "unreadable", reason=str(error)) for pieces in pair.pieces]
 
 
-class Operand:
-    """One side of a pair: a stored tensor, or the sum of several in float32."""
+def _axis(pair: Pair, side: int) -> int:
+    """The axis of positions of a side's tensor; all its pieces have one."""
+    return pair.pieces[0][side].axis if pair.pieces else 0
 
-    def __init__(self, run: Run, source: Located, stack: ExitStack) -> None:
+
+class Operand:
+    """One side of a pair: a stored tensor, or the sum of several in float32.
+
+    With an ``axis`` of positions its samples and positions are one leading axis of rows.
+    """
+
+    def __init__(self, run: Run, source: Located, stack: ExitStack, axis: int = 0) -> None:
         step = run.step(source.step)
         self._payloads: list[TensorStream] = []
         for name in source.names:
-            payload = step.payload(name, source.unshard)
+            if axis > 1:
+                payload = in_memory(as_rows(step.tensor(name, source.unshard), axis))
+            else:
+                payload = step.payload(name, source.unshard)
             stack.callback(payload.close)
             self._payloads.append(payload)
         first = self._payloads[0]
         self.shape, self.stored = first.shape, first.dtype
+        if axis == 1:
+            self.shape = (prod(first.shape[:2]), *first.shape[2:])
         # In float32, since the model adds the residual there before it rounds.
         self.dtype = first.dtype if len(self._payloads) == 1 else torch.float32
-        if any(payload.shape != self.shape for payload in self._payloads):
+        if any(payload.shape != first.shape for payload in self._payloads):
             raise ReadError(f"{source.names} cannot be added, their shapes differ")
 
     def read(self, begin: int, end: int) -> torch.Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -16,6 +16,8 @@ from ..layout.structure import class_name
 from ..ledger import Counts
 from ..protocols import Sink
 from . import remarks
+from .filters.named_rows import Named, named_rows
+from .hooks.batch_calls import BatchCalls
 from .hooks.compiled_parts import compiled_parts, refuse_unreachable, shown
 from .hooks.module_tree import ModuleTree
 from .hooks.steps import Step, StepCalls, method_of
@@ -53,9 +55,6 @@ class capture:  # noqa: N801 - a context manager reads like a function
                 )
             sink = keys.pop("backend")
         self.config = load_config(config, **keys)
-        if self.config.cuts_rows:
-            problem = "rows, request_ids and sample_rate choose rows of requests, which only vLLM knows."
-            raise ConfigError("$", problem, "Leave them out.")
         if self.config.log_gradients and self.config.cuts_rows:
             problem = "which rows of a gradient are whose is not known."
             raise ConfigError("$.log_gradients", problem, "Leave out rows, request_ids and sample_rate.")
@@ -64,7 +63,8 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._inline = inline
         self._sink = sink
         self._session: Session | None = None
-        self._steps = StepCalls(self._begin_step, self._end_step, self.config.step)
+        self._batches: BatchCalls | None = None
+        self._steps = StepCalls(self._begin_step, self._end_step, self.config.step, self._around)
         self._entered = False
         # Steps that were a call of the model alone, although gradients are wanted.
         self._without_backward = 0
@@ -107,6 +107,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         run = new_run(self.config, backend=backend)
         self._session = Session(self.config, run, self._sink, self._inline)
         self._session.attach(model, may_change_within=True)
+        self._batches = self._session.listen_to_batches()
         tree = self._session.tree
         assert tree is not None
         self._steps.install(tree)
@@ -123,6 +124,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._note_what_passed_by(self._model)
         # Whoever keeps the capture, for its ledger, need not keep a model.
         del self._model
+        self._batches = None
         try:
             self._session.close()
         except CaptureError:
@@ -136,15 +138,30 @@ class capture:  # noqa: N801 - a context manager reads like a function
                 f" backward in them, so that gradients are missing. {_BRACKET}"
             )
 
-    def step(self) -> Step:
+    def step(self, rows: Sequence[str | Mapping[str, Any] | None] | None = None) -> Step:
         """A ``with`` block that is one step, whatever code and however many calls of modules are in it.
 
-        Inside a step that is open it is part of that one. Raises CaptureError where the capture's own block
-        is not entered.
+        Inside a step that is open it is part of that one. ``rows`` names the sequences of the batches that
+        the model gets in the block: for each of them its id, or a dictionary with ``request_id`` and the
+        range of its positions in the batch, ``first`` and ``rows`` (how many), where no ``attention_mask``
+        tells it, or None for one that is all padding. ``first_position`` says where in its sample the range
+        begins (0). Raises CaptureError for other ``rows``, and where the capture's own block is not entered.
         """
+        named = None if rows is None else named_rows(rows)
         if self.config.enabled and not self._entered:
             raise CaptureError("no step without a capture: use it inside the capture's own `with` block")
-        return Step(self._steps if self.config.enabled else None)
+        return Step(self._steps if self.config.enabled else None, named, self._name)
+
+    def _name(self, rows: list[Named | None] | None) -> list[Named | None] | None:
+        """Say which sequences the batches have from now on; what was said before."""
+        if self._session is None:
+            return None
+        samples = self._session.samples
+        before, samples.named = samples.named, rows
+        return before
+
+    def _around(self, module: nn.Module) -> Callable[..., Any] | None:
+        return None if self._batches is None else self._batches.around(module)
 
     def _begin_step(self) -> bool:
         if self.config.log_gradients and not self._steps.more_than_a_call:
@@ -169,6 +186,10 @@ class capture:  # noqa: N801 - a context manager reads like a function
         stray = remarks.outside(self._steps.outside, self.config.step)
         if stray is not None:
             session.remarks.append(stray)
+        samples = session.samples
+        unknown = remarks.rows_unknown(samples.problems, self.config.cuts_rows, samples.any_known)
+        if unknown is not None and session.captured_steps:
+            session.remarks.append(unknown)
         if compiled:
             return
         if calls and not session.captured_steps:

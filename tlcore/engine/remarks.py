@@ -157,6 +157,16 @@ def _kept_forwards(modules: Iterable[Named]) -> dict[int, str]:
     return found
 
 
+def rows_unknown(problems: Mapping[str, int], cuts: bool, told: bool) -> str | None:
+    """What to know where only some rows were to be stored, and whose rows they are was not always known."""
+    if not cuts or (told and not problems):
+        return None
+    why = "; ".join(f"{text} ({count} calls)" for text, count in problems.items())
+    unknown = "tensors whose rows nobody knows were skipped"
+    advice = "give the model an attention_mask, or write `with capture.step(rows=[...]):`"
+    return f"{unknown}: {why or 'nothing said which rows are whose'}; {advice}"
+
+
 def outside(calls: Mapping[str, int], kind: str) -> str | None:
     """What to say of calls outside any step; None where there were none."""
     if not calls:

@@ -29,7 +29,9 @@ from .batch import Batch, StepEnd
 from .filters.modules import ModuleFilter, may_be_tap
 from .filters.requests import request_filter
 from .filters.rows import StepRows
+from .filters.samples import Samples
 from .filters.tensors import TensorFilter, known_devices
+from .hooks.batch_calls import BatchCalls
 from .hooks.collector import Collector
 from .hooks.compiled_parts import refuse_compiled
 from .hooks.gradients import Gradients
@@ -69,6 +71,7 @@ class Session:
         self._hooks: ListenerSet | None = None
         self._draft: ListenerSet | None = None
         self._source: Source | None = None
+        self._batches: BatchCalls | None = None
         self._pipeline: InlineExecutor | ThreadExecutor | None = None
         self._processor: Processor | None = None
         self._next_step = 0
@@ -86,6 +89,7 @@ class Session:
         at_once = None if self._examination.needed else config.max_run_bytes
         tensors = TensorFilter(devices, config.max_tensor_size, at_once)
         self.rows = StepRows(request_filter(config), config.rows == "last")
+        self.samples = Samples()
         self._collector = self._make_collector(tensors)
         self._taps = Taps(self._collector, self._selector, _call_directory)
         self._collector.before_hand_over = self.rows.note
@@ -199,6 +203,13 @@ class Session:
         """The modules of the attached model, as they were at the last look; None without one."""
         return self._hooks.tree if self._hooks is not None else None
 
+    def listen_to_batches(self) -> BatchCalls:
+        """Let `samples` tell whose the rows of a step's tensors are, from what the model is given."""
+        if self._hooks is None:
+            raise CaptureError("no model is attached")
+        self._batches = BatchCalls(self.rows, self.samples, self._hooks.counts)
+        return self._batches
+
     def attach_draft(self, model: nn.Module) -> None:
         """Also listen to the modules of a model that proposes what the attached one verifies, in its `turn`.
 
@@ -239,6 +250,9 @@ class Session:
             self._collector.begin_step(number)
             self.rows.begin_step()
             self._hooks.install(more_than_a_call)
+            if self._batches is not None:
+                self.samples.begin_step()
+                self._batches.install(self._hooks.tree)
             if self._draft is not None:
                 # Around the attached model's listeners on modules that both share.
                 self._draft.install()
@@ -275,7 +289,7 @@ class Session:
             problem = None if self._source is None else self._source.end_step()
             if problem is not None:
                 details.setdefault("error", problem)
-            told = self.rows.document()
+            told = {**self.rows.document(), **self.samples.document(self.rows.chooses)}
             unopened = self._collector.end_step()
             rows = told.pop("rows", rows)
             end = StepEnd(number, self._started, ended, rows, {**told, **details}, decided, unopened)
@@ -286,6 +300,8 @@ class Session:
                 self._give_memory_back()
 
     def _remove_listeners(self) -> None:
+        if self._batches is not None:
+            self._batches.remove()
         self._taps.rest()
         if self._draft is not None:
             self._draft.remove()
@@ -312,6 +328,7 @@ class Session:
         """Take the listeners away, and find out what they did not hear."""
         hooks, self._hooks = self._hooks, None
         draft, self._draft = self._draft, None
+        self._batches = None
         if draft is not None:
             draft.close()
         if hooks is None:

@@ -3,6 +3,9 @@
 Whoever runs a step says which rows the tensors of a call have: one *row set*, or several that differ in
 length (images, and the tokens that stand for them). Only the number of rows of a tensor then chooses
 among the sets of its own call. What no set of the call describes belongs to nobody.
+
+Outside vLLM a batch is a *grid* of samples and positions, padded where samples are shorter, and which axis of
+a tensor is which is told by its shape, where that leaves no doubt.
 """
 
 from __future__ import annotations
@@ -18,13 +21,16 @@ Row = Mapping[str, Any]
 class Span(NamedTuple):
     """``length`` rows of a tensor from row ``begin`` on, which belong to ``row``'s request.
 
-    They are its positions from ``first`` on; None where rows have an owner but no position in it.
+    They are its positions from ``first`` on; None where rows have an owner but no position in it. Where
+    ``axis`` is 1 or 2, that is the axis of positions of a tensor whose axis 0 is that of samples: its rows
+    are counted as in `as_rows`.
     """
 
     row: Row
     begin: int
     length: int
     first: int | None
+    axis: int = 0
 
     def kept(self) -> Span:
         """The leading rows whose tokens stayed in the request: draft tokens may have been rejected.
@@ -42,17 +48,37 @@ class Span(NamedTuple):
         )
 
 
+# The kind of rows that only logits have: those of the last positions, where others are not computed.
+LOGITS = "logits"
+
+
+class Grid(NamedTuple):
+    """A batch of ``samples`` sequences in which a call computes ``length`` positions of each.
+
+    These attend to ``keys`` positions. ``channels``: some tensors of the model may have their positions last.
+    ``weights`` are those of ``length`` and ``samples * length`` that the model's weights have as an extent.
+    """
+
+    samples: int
+    length: int
+    keys: int
+    channels: bool = False
+    weights: tuple[int, ...] = ()
+
+
 @dataclass(frozen=True)
 class RowSet:
     """The rows that tensors of one length have, and ``padded`` meaningless ones that may follow them.
 
     ``rows`` are entries as in ``step.json``, one after the other: ``request_id``, ``first_row``, ``rows``
     (how many), ``first_position``, and more that is known of the request. ``kind`` says what a row is.
+    With a ``grid`` its rows are counted, those of its first sample first; what no entry names is padding.
     """
 
     kind: str
     rows: Sequence[Row]
     padded: int = 0
+    grid: Grid | None = None
 
     @cached_property
     def length(self) -> int:
@@ -81,6 +107,102 @@ NO_ROWS: tuple[RowSet, ...] = ()
 
 def row_set_of(shape: Sequence[int], whole_numbers: bool, sets: Iterable[RowSet]) -> RowSet | None:
     """The one of a call's row sets that a tensor of this shape has; None where that is not certain."""
+    return placed(shape, whole_numbers, sets)[0]
+
+
+class Placed(NamedTuple):
+    """A tensor's row set and its axis of positions; ``fits`` is whether any set might be the tensor's."""
+
+    rows: RowSet | None
+    axis: int
+    fits: bool
+
+
+def placed(shape: Sequence[int], whole_numbers: bool, sets: Iterable[RowSet]) -> Placed:
+    """The one of a call's row sets that a tensor of this shape has, where that is certain, and its axis."""
+    listed = list(sets)
+    plain = [each for each in listed if each.grid is None]
+    flat = _flat_set_of(shape, whole_numbers, plain)
+    found = [] if flat is None else [(flat, 0)]
+    unclear = flat is None and any(shape and shape[0] in each.lengths for each in plain if each.length)
+    for each in listed:
+        if each.grid is not None and (each.kind != LOGITS or len(shape) == 3):
+            axis = axis_of(shape, whole_numbers, each.grid)
+            unclear |= axis == UNCLEAR
+            if axis is not None and axis != UNCLEAR:
+                found.append((each, axis))
+    if not found or unclear:
+        return Placed(None, 0, unclear)
+    (first, axis), *others = found
+    if any((each.spans, each_axis) != (first.spans, axis) for each, each_axis in others):
+        return Placed(None, 0, True)
+    return Placed(first, axis, True)
+
+
+UNCLEAR = -1
+
+
+def axis_of(shape: Sequence[int], whole_numbers: bool, grid: Grid) -> int | None:
+    """Which axis of a tensor is that of a grid's positions; 0 where samples and positions are one axis.
+
+    None for a tensor that is not of this grid. `UNCLEAR` where it might be, or has nothing of a sample's own.
+    """
+    if not shape:
+        return None
+    samples, length = grid.samples, grid.length
+    if samples > 1 and shape[0] != samples and 1 in (shape[0], len(shape)) and length in shape[:2]:
+        # The same for each sample, such as the cosines of positions.
+        return UNCLEAR
+    if len(shape) <= 2:
+        return _axis_of_few(shape, whole_numbers, grid)
+    if shape[0] != samples:
+        return None
+    if len(shape) > 3:
+        return _axis_of_heads(shape, grid)
+    if whole_numbers and shape[2] == grid.keys > 1:
+        return UNCLEAR
+    fitting = [axis for axis in ((1, 2) if grid.channels else (1,)) if shape[axis] == length]
+    if len(fitting) > 1 and length > 1:
+        return UNCLEAR
+    return fitting[0] if fitting else None
+
+
+def _axis_of_few(shape: Sequence[int], whole_numbers: bool, grid: Grid) -> int | None:
+    total = grid.samples * grid.length
+    if len(shape) == 2 and tuple(shape) == (grid.samples, grid.length):
+        # One vector for each sample may be as long as there are positions.
+        return UNCLEAR if grid.length > 1 and not whole_numbers and grid.length in grid.weights else 1
+    if shape[0] != total:
+        return None
+    if len(shape) == 2 and shape[1] == grid.keys > 1:
+        return UNCLEAR
+    return UNCLEAR if not whole_numbers and total in grid.weights else 0
+
+
+def _axis_of_heads(shape: Sequence[int], grid: Grid) -> int | None:
+    """Heads come before the positions or after them; masks and what is attended to have ``keys`` as well."""
+    length, keys = grid.length, grid.keys
+    if length > 1 or keys > 1:
+        extents = {length, keys} - {1}
+        hits = [axis for axis in range(1, len(shape)) if shape[axis] in extents]
+        if length == 1:
+            if hits:
+                return UNCLEAR
+        elif not any(shape[axis] == length for axis in hits):
+            return None
+        else:
+            return hits[0] if len(hits) == 1 and hits[0] < 3 else UNCLEAR
+    return next((axis for axis in (1, 2) if shape[axis] == 1), None)
+
+
+def as_rows(tensor: Any, axis: int) -> Any:
+    """A tensor with its samples and its positions, which lie along ``axis``, as one leading axis of rows."""
+    if axis == 0:
+        return tensor
+    return tensor.movedim(axis, 1).flatten(0, 1)
+
+
+def _flat_set_of(shape: Sequence[int], whole_numbers: bool, sets: Iterable[RowSet]) -> RowSet | None:
     if not shape:
         return None
     fitting = [each for each in sets if each.length and shape[0] in each.lengths]
@@ -111,10 +233,15 @@ class CallRows:
             (_checked(RowSet("tokens", rows, int(document.get("padded_rows", 0)))),) if rows else NO_ROWS
         )
         self._listed: dict[str, tuple[RowSet, ...]] = {}
+        self._whole: dict[str, frozenset[tuple[int, ...]]] = {}
+        self._indices: dict[str, int] = {}
         try:
             for entry in document.get("call_rows") or ():
                 sets = tuple(map(_row_set, entry["sets"]))
                 self._listed.update(dict.fromkeys(entry["calls"], sets))
+                whole = frozenset(map(tuple, entry.get("whole", ())))
+                self._whole.update(dict.fromkeys(entry["calls"], whole))
+                self._indices.update(zip(entry["calls"], entry.get("indices", ()), strict=False))
         except (TypeError, KeyError) as error:
             raise ValueError(f"call_rows: {type(error).__name__}: {error}") from None
 
@@ -122,15 +249,56 @@ class CallRows:
         """The row sets of a call, by its directory."""
         return self._listed.get(call, self._others)
 
+    def index(self, record: Mapping[str, Any]) -> int:
+        """Which call of its module a record's is, counted within one call of the model."""
+        found = self._indices.get(str(record["name"]).split("/")[1], record["call"])
+        return int(found)
+
+    def layout(self, record: Mapping[str, Any]) -> tuple[Any, ...]:
+        """The row sets of a record's call without their owners: what lies where."""
+        keys = ("first_row", "rows", "first_position", "sequence")
+        return tuple(
+            (each.kind, each.grid, *(tuple(map(row.get, keys)) for row in each.rows))
+            for each in self.sets(str(record["name"]).split("/")[1])
+        )
+
     def spans(self, record: Mapping[str, Any]) -> tuple[Span, ...]:
         """Whose the rows of a record's tensor are; nothing where that is not known."""
+        found = self.placed(record)
+        if found.rows is None:
+            return ()
+        return tuple(span._replace(axis=found.axis) for span in found.rows.spans)
+
+    def placed(self, record: Mapping[str, Any]) -> Placed:
+        """The row set of a record's tensor, and how it lies there."""
         call = str(record["name"]).split("/")[1]
-        found = row_set_of(record["shape"], is_whole_numbers(str(record["dtype"])), self.sets(call))
-        return () if found is None else found.spans
+        if tuple(record["shape"]) in self._whole.get(call, ()):
+            # Of this shape some tensor was stored whole where others have only the chosen rows.
+            return Placed(None, 0, True)
+        return placed(record["shape"], is_whole_numbers(str(record["dtype"])), self.sets(call))
 
 
 def _row_set(entry: Any) -> RowSet:
-    return _checked(RowSet(str(entry["kind"]), entry["rows"], int(entry.get("padded_rows", 0))))
+    grid = entry.get("grid")
+    if grid is not None:
+        grid = _grid(grid)
+    return _checked(RowSet(str(entry["kind"]), entry["rows"], int(entry.get("padded_rows", 0)), grid))
+
+
+def _grid(entry: Any) -> Grid:
+    numbers = [entry["samples"], entry["length"], entry["keys"], *entry.get("weights", ())]
+    if not all(type(each) is int and each >= 0 for each in numbers):
+        raise ValueError(str(entry)[:200])
+    samples, length, keys, *weights = numbers
+    return Grid(samples, length, keys, bool(entry.get("channels", False)), tuple(weights))
+
+
+def grid_entry(grid: Grid) -> dict[str, Any]:
+    """A grid as ``step.json`` has it."""
+    found: dict[str, Any] = {"samples": grid.samples, "length": grid.length, "keys": grid.keys}
+    if grid.channels:
+        found["channels"] = True
+    return found | ({"weights": list(grid.weights)} if grid.weights else {})
 
 
 def _with_accepted(row: Row, known: Mapping[str, Row]) -> Row:
@@ -146,9 +314,12 @@ def _checked(rows: RowSet) -> RowSet:
             row[key] for key in ("first_position", "accepted", "drafts", "last") if row.get(key) is not None
         ]
         sound = isinstance(row.get("request_id"), str) and all(type(n) is int and n >= 0 for n in numbers)
-        if not sound or numbers[0] != expected:
+        begins = row["first_row"] if sound else 0
+        if not sound or (begins < expected if rows.grid is not None else begins != expected):
             raise ValueError(str(row)[:200])
-        expected += row["rows"]
+        expected = row["first_row"] + row["rows"]
+    if rows.grid is not None and expected > rows.grid.samples * rows.grid.length:
+        raise ValueError(f"{expected} rows in {rows.grid}")
     return rows
 
 

@@ -1,14 +1,15 @@
-"""One vLLM request across the steps of a run: its rows of every tensor, joined in the order of positions."""
+"""One request, or sample of a batch, across the steps of a run: its rows of every tensor by position."""
 
 from __future__ import annotations
 
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import MissingError, ReadError, missing
-from ..layout.rows import Span
+from ..layout import names
+from ..layout.rows import Span, as_rows
 from .step import Step
 
 if TYPE_CHECKING:
@@ -36,12 +37,20 @@ class _Place(NamedTuple):
     first: int
 
 
+# The logical name without its step, and the sequence: empty, or `encoder`.
+_Key = tuple[str, str]
+
+
 class Request(Mapping[str, "torch.Tensor"]):
     """A request: a mapping from logical names without their step to tensors, a row for each position.
 
     The rows come in the order of `positions`. Of a position that was computed several times, as after a
     preemption, the last computation counts: the tokens that follow were made from it. Rows of draft tokens
     that were rejected are left out, and so is what is not known to be this request's.
+
+    Outside vLLM a request is a sample, and the call of a module is counted within the model's call: a name
+    means the same tensor in each call of a generation, in a step of its own or not. Of a model of encoder and
+    decoder, a tensor that both have ends in ``@encoder`` where the rows are of what the encoder was given.
     """
 
     def __init__(self, run_url: str, request_id: str, external_id: str | None, steps: Sequence[Step]) -> None:
@@ -49,27 +58,32 @@ class Request(Mapping[str, "torch.Tensor"]):
         self.request_id = request_id
         self.external_id = external_id
         self._cached = 0
-        self._places: dict[str, list[_Place]] = defaultdict(list)
+        found: dict[_Key, list[_Place]] = defaultdict(list)
         self.steps: list[int] = []
         for step in steps:
-            self._look_at(step)
-
-    def _look_at(self, step: Step) -> None:
-        own = {
-            rank: [row for row in document.get("rows", ()) if row["request_id"] == self.request_id]
-            for rank, document in step.documents.items()
+            self._look_at(step, found)
+        self._places = {
+            f"{name}@{sequence}" if sequence and (name, "") in found else name: places
+            for (name, sequence), places in found.items()
         }
-        if not any(own.values()):
+
+    def _look_at(self, step: Step, found: dict[_Key, list[_Place]]) -> None:
+        own = [
+            row
+            for document in step.documents.values()
+            for row in (*document.get("rows", ()), *document.get("samples", ()))
+            if row["request_id"] == self.request_id
+        ]
+        if not own:
             return
         self.steps.append(step.number)
-        self._cached = max(
-            self._cached, *(int(row.get("cached", 0)) for rows in own.values() for row in rows)
-        )
+        self._cached = max(self._cached, *(int(row.get("cached", 0)) for row in own))
+        modules = frozenset(str(record["module"]) for record in step.records)
         for record in step.records:
             for span in map(Span.kept, step.row_spans(record)):
                 if span.row["request_id"] == self.request_id and span.length and span.first is not None:
-                    tail = str(record["name"]).partition("/")[2]
-                    self._places[tail].append(_Place(step, record["name"], span, span.first))
+                    key = _name_in_model(step, record, modules), str(span.row.get("sequence", ""))
+                    found[key].append(_Place(step, record["name"], span, span.first))
 
     @property
     def names(self) -> list[str]:
@@ -107,7 +121,7 @@ class Request(Mapping[str, "torch.Tensor"]):
     def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
         """A tensor's rows of this request, over all steps; with ``unshard`` the ranks' parts are joined.
 
-        Raises MissingError for a name that is not there.
+        Raises MissingError for a name that is not there, ReadError where rows of two steps differ in shape.
         """
         import torch
 
@@ -115,8 +129,11 @@ class Request(Mapping[str, "torch.Tensor"]):
         last: _Place | None = None
         for place, rows in _in_runs(self._newest(name)):
             if place is not last:
-                last, whole = place, place.step.tensor(place.name, unshard)
+                last, whole = place, as_rows(place.step.tensor(place.name, unshard), place.span.axis)
             pieces.append(whole[rows])
+        if any(each.shape[1:] != pieces[0].shape[1:] for each in pieces):
+            shapes = sorted({tuple(each.shape[1:]) for each in pieces})
+            raise ReadError(f"{self._url}: {name} has rows of the shapes {shapes}, which cannot be joined")
         return torch.cat(pieces)
 
     def _of(self, name: str) -> list[_Place]:
@@ -148,6 +165,15 @@ class Request(Mapping[str, "torch.Tensor"]):
         return f"<Request {self.request_id} of {self._url}, steps {self.steps}>"
 
 
+def _name_in_model(step: Step, record: Mapping[str, Any], modules: frozenset[str]) -> str:
+    """A record's logical name without its step, as if the model had been called once in it."""
+    _, directory, file = str(record["name"]).split("/", 2)
+    index = step.index_in_model(dict(record))
+    if index != record["call"]:
+        directory = names.call_dir(str(record["module"]), index, modules)
+    return f"{directory}/{file}"
+
+
 def _in_runs(newest: Mapping[int, tuple[_Place, int]]) -> Iterator[tuple[_Place, slice]]:
     """The rows in the order of positions, neighbours in one place together."""
     current: tuple[_Place, int, int] | None = None
@@ -168,7 +194,7 @@ def known_requests(steps: Iterable[Step]) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     for step in steps:
         for document in step.documents.values():
-            for row in document.get("rows", ()):
+            for row in (*document.get("rows", ()), *document.get("samples", ())):
                 found.setdefault(str(row["request_id"]), row.get("external_request_id"))
     return found
 

@@ -111,12 +111,39 @@ class Step(Mapping[str, "torch.Tensor"]):
                 return list(document["rows"])
         return None
 
+    @property
+    def samples(self) -> list[Json]:
+        """What is known of each request or sample that the step computed rows of: at least ``request_id``.
+
+        Of vLLM's these are the `rows`. Outside vLLM a sample is one sequence of a batch.
+        """
+        found: dict[str, Json] = {}
+        for document in self.documents.values():
+            for entry in (*document.get("rows", ()), *document.get("samples", ())):
+                if isinstance(entry, dict):
+                    found.setdefault(str(entry.get("request_id")), entry)
+        return list(found.values())
+
     def row_spans(self, record: Json) -> tuple[Span, ...]:
         """Whose the rows of a record's tensor are; nothing where that is not known. Raises ReadError.
 
-        The rows of rejected draft tokens are among them: `Span.kept` leaves them out.
+        Of a tensor [samples, positions, ...], or with its positions along axis 2, they are those of the
+        tensor with both axes joined in front (`tlcore.layout.rows.as_rows`); ``axis`` then says so. The rows
+        of rejected draft tokens are among them: `Span.kept` leaves them out.
         """
         return self._call_rows[record["rank"]].spans(record)
+
+    def fits_rows(self, record: Json) -> bool:
+        """Whether a record's tensor may have rows of requests, known or not."""
+        return self._call_rows[record["rank"]].placed(record).fits
+
+    def layout_of(self, record: Json) -> tuple[Any, ...]:
+        """What is known of the rows of a record's call, whosever they are; empty where nothing is."""
+        return self._call_rows[record["rank"]].layout(record)
+
+    def index_in_model(self, record: Json) -> int:
+        """Which call of its module a record's is, counted within one call of the model."""
+        return self._call_rows[record["rank"]].index(record)
 
     @cached_property
     def _call_rows(self) -> Mapping[int, CallRows]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ def test_what_is_not_known_is_stored_only_where_nobody_is_left_out(tensor: torch
 def test_rows_are_those_of_the_call_that_runs() -> None:
     rows = _told(2, 1, 3, kept="bc")
     calls = iter([["layer"], ["logits"], ["logits_1"], [], ["layer_1"], []])
-    rows.calls_begun = lambda: next(calls)
+    rows.calls_begun = lambda: [(each, "", 0) for each in next(calls)]
     tensor = torch.arange(3.0)
     rows.enter([RowSet("sampled", _rows(1, 1, 1))])
     kept = rows.cut(tensor)
@@ -177,9 +178,14 @@ def test_a_step_that_is_not_wanted_is_only_counted() -> None:
 
 
 @pytest.mark.parametrize("key", [{"rows": "last"}, {"request_ids": ["a"]}, {"sample_rate": 0.5}])
-def test_outside_vllm_nobody_knows_the_rows(key: dict[str, object]) -> None:
-    with pytest.raises(tlcore.ConfigError, match="only vLLM knows"):
-        tlcore.capture(nn.Linear(2, 2), key)
+def test_where_nobody_says_whose_the_rows_are_nothing_is_stored(
+    key: dict[str, object], tmp_path: Path
+) -> None:
+    with tlcore.capture(nn.Linear(2, 2), key, output_dir=str(tmp_path)) as capture:
+        capture._model(torch.ones(3, 2))
+    assert (capture.ledger.captured, capture.ledger.stored) == (2, 0)
+    assert capture.ledger.reasons == {"skipped: rows of the requests unknown": 2}
+    assert "nothing said which rows are whose; give the model an attention_mask" in capture.remarks[0]
 
 
 def test_patterns_of_requests_are_checked() -> None:

@@ -22,9 +22,9 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
     rules = replace(rules, unshard=_layout(a) != _layout(b))
     missing = [*_unusable(a, 0, rules), *_unusable(b, 1, rules)]
     steps_a, steps_b = _steps(a, rules), _steps(b, rules)
-    per_request = any(step.rows for step in steps_a) and any(step.rows for step in steps_b)
+    per_request = any(step.samples for step in steps_a) and any(step.samples for step in steps_b)
     if rules.requests and not per_request:
-        problem = "there are none to pair: not both runs have rows of requests, as vLLM's do"
+        problem = "there are none to pair: not both runs know the rows of requests or samples"
         raise ConfigError("requests", problem)
     pairs, absent, notes = (match_requests if per_request else _match_steps)(steps_a, steps_b, rules)
     lacking, left_out, more_notes = one_sided(steps_a, steps_b, rules)

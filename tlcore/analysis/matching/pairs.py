@@ -14,11 +14,15 @@ Key = tuple[int, str, int, str, tuple[PathKey, ...]]
 
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """Rows of a tensor that belong to one request, or a whole tensor (``request`` is None)."""
+    """Rows of a tensor that belong to one request, or a whole tensor (``request`` is None).
+
+    ``axis`` is the tensor's axis of positions, whose rows are counted as in `layout.rows.as_rows`.
+    """
 
     request: str | None
     rows: tuple[int, int] | None
     first_position: int | None
+    axis: int = 0
 
 
 WHOLE = Piece(None, None, None)

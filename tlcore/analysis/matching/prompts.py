@@ -1,4 +1,4 @@
-"""Which request of one vLLM run is which of another: ids differ from run to run, prompts do not."""
+"""Which request of one run is which of another: ids differ from run to run, prompts do not."""
 
 from __future__ import annotations
 
@@ -32,14 +32,12 @@ def requests_of(steps: Sequence[Step]) -> list[Request]:
     """The requests of a run, in order of appearance."""
     found: dict[str, Request] = {}
     for step in steps:
-        for row in step.rows or ():
-            if row["request_id"] not in found:
-                found[row["request_id"]] = Request(
-                    str(row["request_id"]),
-                    row.get("external_request_id"),
-                    row.get("prompt_hash"),
-                    row["rows"],
-                )
+        for row in step.samples:
+            request = str(row["request_id"])
+            if request not in found:
+                # A sample's id is the user's own, or a number.
+                external = row.get("external_request_id", None if "rows" in row else request)
+                found[request] = Request(request, external, row.get("prompt_hash"), row.get("rows", 0))
     return list(found.values())
 
 

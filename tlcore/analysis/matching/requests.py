@@ -1,4 +1,4 @@
-"""Pairing of vLLM runs per request and token position, since batches differ from run to run."""
+"""Pairing of runs per request, or sample, and token position, since batches differ from run to run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,14 @@ from dataclasses import dataclass
 from types import NoneType
 
 from ...errors import ReadError
+from ...layout.names import PathKey
 from ...layout.rows import Span
 from ...reader import Step
 from ...record import Json
 from ..results import TensorResult
 from .bridge import Plan, bridge
 from .keyed import keyed
+from .loose import Loose, loose_notes, pair_loose
 from .pairs import Key, Located, Pair, Piece, absent
 from .prompts import pair_requests
 from .rules import Rules
@@ -30,6 +32,7 @@ class _Span:
     begin: int
     count: int
     first: int
+    axis: int
 
 
 def match_requests(
@@ -39,13 +42,14 @@ def match_requests(
     for step in (*steps_a, *steps_b):
         if not all(map(_is_row, step.rows or ())):
             raise ReadError(f"{step!r}: damaged rows in its step.json")
-    unaligned: list[str] = []
     labels_a, labels_b, notes = pair_requests(steps_a, steps_b, rules.requests)
     keyed_a = [(step, keyed(step, rules, rename=True)) for step in steps_a]
     keyed_b = [(step, keyed(step, rules, rename=False)) for step in steps_b]
     plans = bridge(_merged(keyed_a), _merged(keyed_b), rules.sums) if rules.bridges else (Plan(), Plan())
-    mine = _spans(keyed_a, plans[0], labels_a, unaligned)
-    theirs = _spans(keyed_b, plans[1], labels_b, unaligned)
+    applied_a = [(step, plans[0].apply(found)) for step, found in keyed_a]
+    applied_b = [(step, plans[1].apply(found)) for step, found in keyed_b]
+    loose = Loose(), Loose()
+    mine, theirs = _spans(applied_a, labels_a, loose[0]), _spans(applied_b, labels_b, loose[1])
     cached = _Cached("A", steps_a, labels_a), _Cached("B", steps_b, labels_b)
     grouped: dict[tuple[Key, int, str, int, str], Pair] = {}
     missing: list[TensorResult] = []
@@ -53,7 +57,7 @@ def match_requests(
         key, request = identity
         for span in spans:
             others = list(_overlaps(span, theirs.get(identity, [])))
-            if cached[1].lacks(span, others):
+            if cached[1].lacks(span, others) and not loose[1].may_have(key):
                 missing.append(absent(key, span.source, 0, request))
             for other, first, count in others:
                 place = (
@@ -69,11 +73,17 @@ def match_requests(
     for identity, spans in theirs.items():
         key, request = identity
         for span in spans:
-            if cached[0].lacks(span, list(_overlaps(span, mine.get(identity, [])))):
+            here = list(_overlaps(span, mine.get(identity, [])))
+            if cached[0].lacks(span, here) and not loose[0].may_have(key):
                 missing.append(absent(key, span.source, 1, request))
-    order = {id(source): place for place, source in enumerate(_in_order(mine))}
-    pairs = sorted(grouped.values(), key=lambda pair: (pair.a.step, order[id(pair.a)]))
-    return pairs, missing, [*notes, *_notes(unaligned), *cached[0].notes(), *cached[1].notes()]
+    wholes, more = pair_loose(*loose)
+    missing += more
+    order = {
+        id(each): place
+        for place, each in enumerate(each for _, found in applied_a for each in found.values())
+    }
+    pairs = sorted([*grouped.values(), *wholes], key=lambda pair: (pair.a.step, order[id(pair.a)]))
+    return pairs, missing, [*notes, *loose_notes(*loose), *cached[0].notes(), *cached[1].notes()]
 
 
 class _Cached:
@@ -112,17 +122,6 @@ class _Cached:
         return [f"{self._run} took {where} from its prefix cache and has no values of them"]
 
 
-def _in_order(spans: dict[tuple[Key, str], list[_Span]]) -> list[Located]:
-    return list({id(span.source): span.source for each in spans.values() for span in each}.values())
-
-
-def _notes(unaligned: Sequence[str]) -> list[str]:
-    if not unaligned:
-        return []
-    shown = ", ".join(unaligned[:3])
-    return [f"{len(unaligned)} tensors have no row per token and were not compared, such as {shown}"]
-
-
 def _merged(steps: Sequence[tuple[Step, dict[Key, Located]]]) -> dict[Key, Located]:
     """Each key that any step has, with the tensor of the first."""
     merged: dict[Key, Located] = {}
@@ -132,21 +131,27 @@ def _merged(steps: Sequence[tuple[Step, dict[Key, Located]]]) -> dict[Key, Locat
 
 
 def _spans(
-    steps: Sequence[tuple[Step, dict[Key, Located]]],
-    plan: Plan,
-    labels: Mapping[str, str],
-    unaligned: list[str],
+    steps: Sequence[tuple[Step, dict[Key, Located]]], labels: Mapping[str, str], loose: Loose
 ) -> dict[tuple[Key, str], list[_Span]]:
     """The rows of each request in each tensor, over all steps."""
     found: dict[tuple[Key, str], list[_Span]] = defaultdict(list)
     for step, tensors in steps:
-        for key, source in plan.apply(tensors).items():
-            spans = list(_rows_of(source, step, labels))
+        for key, source in tensors.items():
+            rank, module, _, direction, path = key
+            counted = (rank, module, step.index_in_model(source.records[0]), direction, path)
+            if step.rows is not None:
+                counted = key
+            spans = [] if _is_mask(step, path) else list(_rows_of(source, step, labels))
             if not spans:
-                unaligned.append(source.names[0])
+                loose.add(step, key, counted, source)
             for span in spans:
-                found[key, span.request].append(span)
+                found[counted, span.request].append(span)
     return found
+
+
+def _is_mask(step: Step, path: Sequence[PathKey]) -> bool:
+    """Whether a tensor says where the padding of a batch is, and so differs where only that does."""
+    return step.rows is None and bool(path) and "mask" in str(path[-1])
 
 
 def _is_row(row: Json) -> bool:
@@ -162,7 +167,9 @@ def _rows_of(source: Located, step: Step, labels: Mapping[str, str]) -> Iterator
     for span in map(Span.kept, step.row_spans(source.records[0])):
         if span.length and span.first is not None:
             request = labels[str(span.row["request_id"])]
-            yield _Span(source, request, span.begin, span.length, span.first)
+            if "sequence" in span.row:
+                request = f"{request}@{span.row['sequence']}"
+            yield _Span(source, request, span.begin, span.length, span.first, span.axis)
 
 
 def _overlaps(span: _Span, others: Sequence[_Span]) -> Iterator[tuple[_Span, int, int]]:
@@ -176,4 +183,4 @@ def _overlaps(span: _Span, others: Sequence[_Span]) -> Iterator[tuple[_Span, int
 
 def _piece(span: _Span, first: int, count: int) -> Piece:
     begin = span.begin + first - span.first
-    return Piece(span.request, (begin, begin + count), first)
+    return Piece(span.request, (begin, begin + count), first, span.axis)

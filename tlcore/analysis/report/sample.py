@@ -45,7 +45,10 @@ class Sample:
 def sample(runs: tuple[Run, Run], pair: Pair, pieces: tuple[Piece, Piece]) -> Sample:
     """The sample of one compared pair. Raises ReadError when a tensor cannot be read any more."""
     with ExitStack() as stack:
-        x, y = Operand(runs[0], pair.a, stack), Operand(runs[1], pair.b, stack)
+        x, y = (
+            Operand(run, source, stack, piece.axis)
+            for run, source, piece in zip(runs, (pair.a, pair.b), pieces, strict=True)
+        )
         shape = x.cut(pieces[0])[1]
         found = _ranges(x, y, pieces, shape)
         at = 0

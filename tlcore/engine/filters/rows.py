@@ -2,25 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
-from ...layout.rows import NO_ROWS, RowSet, Span, row_set_of
+from ...layout.rows import NO_ROWS, Placed, RowSet, Span, as_rows, grid_entry, placed
 from ...record import Json
 
 Chooses = Callable[[str], bool]
+# A call's directory, its module's name, and which call of it in the step it is.
+Begun = tuple[str, str, int]
 
 
 @dataclass
 class _Part:
-    """Calls of a step, one after the other, whose tensors have the same row sets."""
+    """Calls of a step, one after the other, whose tensors have the same row sets.
+
+    ``first`` says of modules how often they had been called when the call of the model began that these
+    calls are part of. ``whole`` are shapes of tensors of which all rows were kept, as nobody knows whose
+    they are.
+    """
 
     sets: tuple[RowSet, ...]
+    first: Mapping[str, int] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
+    indices: list[int] = field(default_factory=list)
     kept: dict[int, _Kept] = field(default_factory=dict)
+    whole: set[tuple[int, ...]] = field(default_factory=set)
 
 
 class StepRows:
@@ -28,19 +38,21 @@ class StepRows:
 
     ``chooses`` says of a request id whether its rows are stored (None: all are), ``last`` keeps of each
     request only the row of its last token, or those of the tokens that may be it while drafts are not
-    decided on.
+    decided on. ``first`` says how often which module was called in the step before the model's call that runs
+    now, where a step has several.
     """
 
     def __init__(self, chooses: Chooses | None = None, last: bool = False) -> None:
         self._chooses = chooses
         self._last = last
-        self.calls_begun: Callable[[], list[str]] = list
+        self.calls_begun: Callable[[], Sequence[Begun]] = list
         self.begin_step()
 
     def begin_step(self) -> None:
         """Forget the step before; nothing is known yet of the rows of this one."""
+        self.first: Mapping[str, int] = {}
         self._main: _Part | None = None
-        self._part = _Part(NO_ROWS)
+        self._part = _Part(NO_ROWS, self.first)
         self._parts = [self._part]
         self._everyone = self._chooses is None
         self.told = False
@@ -64,14 +76,14 @@ class StepRows:
         """From now on calls have these row sets. ``main`` ones are those of the step, and named once."""
         self.note()
         if main and self._main is None:
-            self._main = self._part = _Part(tuple(sets))
+            self._main = self._part = _Part(tuple(sets), self.first)
             return
         for part in (self._main, *self._parts):
             # Those from before an interruption go on.
-            if part is not None and part.sets is sets:
+            if part is not None and part.sets is sets and part.first is self.first:
                 self._part = part
                 return
-        self._part = _Part(tuple(sets))
+        self._part = _Part(tuple(sets), self.first)
         self._parts.append(self._part)
 
     def resume_main(self) -> None:
@@ -81,18 +93,24 @@ class StepRows:
 
     def note(self) -> None:
         """Remember which calls began since the row sets were entered."""
-        self._part.calls += self.calls_begun()
+        part = self._part
+        for directory, module, call in self.calls_begun():
+            part.calls.append(directory)
+            part.indices.append(call - part.first.get(module, 0))
 
     def cut(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor's rows that are kept, the tensor itself where all are; None if it must not be stored."""
-        found = None
+        found = Placed(None, 0, False)
         plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
         if plain and self.told:
             whole_numbers = not (tensor.is_floating_point() or tensor.is_complex())
-            found = row_set_of(tensor.shape, whole_numbers, self._part.sets)
-        if found is None:
-            return tensor if self._everyone and self.told else None
-        return self._kept(self._part, found).of(tensor)
+            found = placed(tensor.shape, whole_numbers, self._part.sets)
+        if found.rows is not None:
+            return self._kept(self._part, found.rows).of(as_rows(tensor, found.axis))
+        if not (self._everyone and self.told):
+            return None
+        self._part.whole.add(tuple(tensor.shape))
+        return tensor
 
     def _kept(self, part: _Part, rows: RowSet) -> _Kept:
         kept = part.kept.get(id(rows))
@@ -123,21 +141,31 @@ class StepRows:
                 found["padded_rows"] = padded
         listed = [part for part in self._parts if part.calls]
         if self.told:
-            found["call_rows"] = [
-                {
-                    "calls": list(dict.fromkeys(part.calls)),
-                    "sets": [self._described(part, each) for each in part.sets],
-                }
-                for part in listed
-            ]
+            found["call_rows"] = [self._entry(part) for part in listed]
         return found
+
+    def _entry(self, part: _Part) -> Json:
+        known = dict(zip(part.calls, part.indices, strict=True))
+        entry: Json = {"calls": list(known), "sets": [self._described(part, each) for each in part.sets]}
+        if part.first:
+            entry["indices"] = list(known.values())
+        if part.whole and self._cuts:
+            entry["whole"] = sorted(map(list, part.whole))
+        return entry
 
     def _described(self, part: _Part, rows: RowSet) -> Json:
         entries, padded = self._stored(part, rows)
-        return {"kind": rows.kind, "rows": entries} | ({"padded_rows": padded} if padded else {})
+        found: Json = {"kind": rows.kind, "rows": entries}
+        if rows.grid is not None and not self._cuts:
+            found["grid"] = grid_entry(rows.grid)
+        return found | ({"padded_rows": padded} if padded else {})
+
+    @property
+    def _cuts(self) -> bool:
+        return self._chooses is not None or self._last
 
     def _stored(self, part: _Part, rows: RowSet) -> tuple[list[Json], int]:
-        if self._chooses is None and not self._last:
+        if not self._cuts:
             return [dict(row) for row in rows.rows], rows.padded
         return self._kept(part, rows).rows, 0
 
@@ -150,9 +178,12 @@ class _Kept:
     ) -> None:
         self.rows: list[Json] = []
         places: list[int] = []
+        final = {span.row["request_id"]: span for span in rows.spans}
         for span in rows.spans:
             found = chosen(span)
-            if found is None:
+            if found is None or (
+                last and rows.grid is not None and final[span.row["request_id"]] is not span
+            ):
                 continue
             begin, count = found
             self.rows.append(_moved(span, begin - span.begin, count, len(places)))

@@ -21,7 +21,7 @@ from ...record import Direction
 from ...statistics import device as device_statistics
 from ..batch import Batch, Measured
 from ..calls import Call, CallSide, Sides
-from ..filters.rows import StepRows
+from ..filters.rows import Begun, StepRows
 from ..filters.tensors import TensorFilter, TensorSpec, TensorSpecs
 from ..staging.accelerator import accelerator_of, recording
 from ..staging.host_memory import NO_CHUNK, Chunk
@@ -87,11 +87,11 @@ class Collector:
         if self.gradients is not None:
             self.gradients.begin_step()
 
-    def calls_begun(self) -> list[str]:
-        """The directories of the calls that began since this was asked last."""
+    def calls_begun(self) -> list[Begun]:
+        """The calls that began since this was asked last."""
         sides, first = self._batch.sides, self._noted
         self._noted = len(sides)
-        return [side.directory for side in sides[first:] if side.begins]
+        return [(side.directory, side.module, side.call) for side in sides[first:] if side.begins]
 
     def end_step(self) -> Counts:
         """Hand over what is left of the step; the ledger of what was not looked into."""

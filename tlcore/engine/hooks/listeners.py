@@ -121,6 +121,11 @@ class ListenerSet:
         calls = ((each.name, each.listening.elsewhere) for each in self._listeners)
         return {name: count for name, count in calls if count}
 
+    def counts(self) -> dict[str, int]:
+        """How often which module has been called in the step so far."""
+        calls = ((each.name, each.listening.count) for each in self._listeners)
+        return {name: count for name, count in calls if count}
+
     @property
     def heard(self) -> dict[str, bool]:
         """Of each module ever listened to, whether any call was captured."""

@@ -66,10 +66,11 @@ def method_of(model: nn.Module, kind: str) -> str:
 class StepCalls:
     """Calls ``begin`` before and ``end`` after whatever is a step of a model, on one thread at a time.
 
-    ``kind`` is the configuration's ``step``. ``begin`` tells whether the step is captured; ``end`` gets the
-    exception that ended the step, or None. What they raise is logged, not raised: the model's call goes on.
-    Calls in other threads meanwhile, and calls that compute nothing real, pass by. What lies inside a step
-    that is open belongs to it.
+    ``kind`` is the configuration's ``step``. ``around`` is asked what ``begin`` has put in place of a
+    module's call, which a step that is that call still has to go through. ``begin`` tells whether the step is
+    captured; ``end`` gets the exception that ended the step, or None. What they raise is logged, not raised:
+    the model's call goes on. Calls in other threads meanwhile, and calls that compute nothing real, pass by.
+    What lies inside a step that is open belongs to it.
     """
 
     def __init__(
@@ -77,7 +78,9 @@ class StepCalls:
         begin: Callable[[], bool],
         end: Callable[[BaseException | None], object],
         kind: str = "root",
+        around: Callable[[nn.Module], Callable[..., Any] | None] = lambda module: None,
     ) -> None:
+        self.around = around
         self._begin = begin
         self._end = end
         self._kind = kind
@@ -224,19 +227,31 @@ class StepCalls:
 
 
 class Step:
-    """What `capture.step` returns: a ``with`` block that is one step, or part of the one that is open."""
+    """What `capture.step` returns: a ``with`` block that is one step, or part of the one that is open.
 
-    def __init__(self, calls: StepCalls | None) -> None:
+    ``name`` is told which sequences the batches in the block have, and gives back what was said before.
+    """
+
+    def __init__(
+        self, calls: StepCalls | None, rows: Any = None, name: Callable[[Any], Any] = lambda rows: None
+    ) -> None:
         self._calls = calls
         self._mine = False
+        self._rows = rows
+        self._name = name
+        self._named: Any = None
 
     def __enter__(self) -> Step:
         self._mine = self._calls is not None and self._calls.enters(bracket=True)
+        if self._rows is not None:
+            self._named = self._name(self._rows)
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        if self._rows is not None:
+            self._name(self._named)
         if self._mine and self._calls is not None:
             self._mine = False
             self._calls.leaves(error)
@@ -257,8 +272,9 @@ class _StepCall(StandIn):
             return self.original(*args, **kwargs)
         if self.dead or not self._calls.enters():
             return self.original(*args, **kwargs)
+        around = self._calls.around(self.module) if self.key == WHOLE_CALL else None
         try:
-            result = self.original(*args, **kwargs)
+            result = (self.original if around is None else around)(*args, **kwargs)
         except BaseException as error:
             self._calls.leaves(error)
             raise

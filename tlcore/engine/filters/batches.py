@@ -1,0 +1,178 @@
+"""What a call's arguments say of its batch: how many samples, which positions are padding, what went before.
+
+Everything here reads arguments of transformers' kind, by name; what it does not know for certain it refuses
+(`UnknownRowsError`), with the reason.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, NamedTuple, TypeGuard
+
+import numpy as np
+import torch
+
+Flags = np.ndarray[Any, np.dtype[np.bool_]]
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+_NOTHING = "which positions are padding is not known: the model was given no attention_mask"
+
+
+class UnknownRowsError(Exception):
+    """Whose the rows of a call are is not known; the message says why."""
+
+
+class Batch(NamedTuple):
+    """The tokens or embeddings of a call ([samples, positions, ...]), and what goes with them."""
+
+    tokens: torch.Tensor
+    mask: Any
+    positions: Any
+    cache: Any
+
+    @property
+    def samples(self) -> int:
+        """How many sequences there are."""
+        return int(self.tokens.shape[0])
+
+    @property
+    def length(self) -> int:
+        """How many positions of each sequence are computed."""
+        return int(self.tokens.shape[1])
+
+    @property
+    def has_ids(self) -> bool:
+        """Whether the tokens are ids, not embeddings."""
+        return is_ids(self.tokens)
+
+
+def is_ids(value: Any) -> TypeGuard[torch.Tensor]:
+    """Whether a value is token ids, [samples, positions]."""
+    whole = is_plain(value) and not (value.is_floating_point() or value.is_complex())
+    return whole and value.dim() == 2 and value.dtype is not torch.bool
+
+
+def is_plain(value: Any) -> TypeGuard[torch.Tensor]:
+    """Whether a value is a tensor whose values can be looked at."""
+    return type(value) is torch.Tensor and value.layout is torch.strided and not value.is_meta
+
+
+def batch_of(given: Mapping[str, Any], prefix: str = "", any_tensor: bool = False) -> Batch | None:
+    """The batch in a call's arguments; ``prefix`` is ``decoder_`` for that of an encoder-decoder's decoder.
+
+    With ``any_tensor`` the first tensor of two axes or more stands for tokens that have another name.
+    """
+    ids, embeddings = given.get(f"{prefix}input_ids"), given.get(f"{prefix}inputs_embeds")
+    mask = given.get(f"{prefix}attention_mask")
+    tokens: torch.Tensor | None = None
+    if is_ids(ids):
+        tokens = ids
+    elif is_plain(embeddings) and embeddings.dim() == 3:
+        tokens = embeddings
+    elif any_tensor and ids is None and embeddings is None:
+        named = [value for name, value in given.items() if "mask" not in name]
+        first: Any = next((value for value in named if is_plain(value) and value.dim() >= 2), None)
+        if is_ids(first) or (first is not None and first.dim() == 3):
+            tokens = first
+    if tokens is None:
+        return None
+    if any(value is not None for name, value in given.items() if name.startswith("cu_seq")):
+        raise UnknownRowsError("several sequences are packed into one (cu_seq_lens)")
+    return Batch(tokens, mask, given.get(f"{prefix}position_ids"), given.get("past_key_values"))
+
+
+def mask_flags(mask: Any, batch: Batch, past: int | None) -> Flags:
+    """Which of the [samples, keys] positions up to now are real. Raises UnknownRowsError."""
+    if not is_plain(mask):
+        raise UnknownRowsError(f"attention_mask is a {type(mask).__name__}")
+    if mask.dim() != 2:
+        raise UnknownRowsError(f"attention_mask has {mask.dim()} axes, not [samples, positions]")
+    samples, keys = mask.shape
+    if samples != batch.samples or keys < batch.length:
+        shape, tokens = list(mask.shape), [batch.samples, batch.length]
+        raise UnknownRowsError(f"attention_mask has the shape {shape}, the tokens {tokens}")
+    if past is not None and keys != past + batch.length:
+        raise UnknownRowsError(
+            f"attention_mask has {keys} columns for {batch.length} positions and {past} in the cache"
+        )
+    values = mask.detach().to("cpu", torch.float32 if mask.is_floating_point() else mask.dtype).numpy()
+    if not np.isin(values, (0, 1)).all():
+        raise UnknownRowsError("attention_mask has values other than 0 and 1")
+    return np.asarray(values, bool)
+
+
+def unmasked_flags(batch: Batch, past: int | None, begun: bool, padding: Collection[int]) -> Flags:
+    """The same where there is no mask, as where nothing is padded; ``padding`` are ids that would be it.
+
+    ``begun`` says that all samples begin with this call.
+    """
+    alone = batch.samples == 1 and past is not None
+    first = begun and batch.length == 1 and past == 0
+    if not (alone or first or (past == 0 and _is_full(batch, padding))):
+        raise UnknownRowsError(_NOTHING)
+    return np.ones((batch.samples, (past or 0) + batch.length), bool)
+
+
+def _is_full(batch: Batch, padding: Collection[int]) -> bool:
+    """Whether no sequence begins or ends with padding."""
+    if not (padding and batch.has_ids):
+        return False
+    edges = batch.tokens[:, [0, -1]].detach().cpu().numpy()
+    return not np.isin(edges, list(padding)).any()
+
+
+def check_positions(positions: Any, real: Flags) -> None:
+    """Raises UnknownRowsError where a sample's ``position_ids`` do not follow one another."""
+    if not is_plain(positions) or positions.dim() != 2 or positions.shape[-1] != real.shape[1]:
+        return
+    values = positions.detach().cpu().numpy()
+    for sample, flags in enumerate(real):
+        own = values[sample if len(values) > 1 else 0][flags]
+        # They may leap over padding.
+        if len(own) > 1 and (np.diff(own) < 1).any():
+            raise UnknownRowsError("position_ids begin anew within a sample, as of packed sequences")
+
+
+def token_ids(batch: Batch) -> Numbers | None:
+    """The token ids, where there are any."""
+    return batch.tokens.detach().cpu().numpy().astype(np.int64) if batch.has_ids else None
+
+
+def cached_positions(cache: Any) -> int | None:
+    """How many positions a cache holds; None where it does not say."""
+    if cache is None:
+        return 0
+    cache = getattr(cache, "self_attention_cache", cache)
+    try:
+        if hasattr(cache, "get_seq_length"):
+            return int(cache.get_seq_length())
+        keys = cached_keys(cache)
+        return None if keys is None else int(keys.shape[-2])
+    except Exception:
+        return None
+
+
+def cached_keys(cache: Any) -> torch.Tensor | None:
+    """A cache's first keys. It keeps that very tensor until it takes up more, or is reordered or cut."""
+    return next(_keys(cache), None)
+
+
+def _keys(cache: Any) -> Iterator[torch.Tensor]:
+    cache = getattr(cache, "self_attention_cache", cache)
+    layers = getattr(cache, "layers", None)
+    if layers is None:
+        layers = cache if type(cache) in (tuple, list) else ()
+    for layer in layers:
+        keys = layer[0] if type(layer) in (tuple, list) and layer else getattr(layer, "keys", None)
+        if isinstance(keys, torch.Tensor):
+            yield keys
+
+
+def cache_in(result: Any, given: Any) -> Any:
+    """The cache that a call leaves behind: that which it was given, or one in its result."""
+    if given is not None:
+        return given
+    if isinstance(result, Mapping):
+        return result.get("past_key_values")
+    if isinstance(result, tuple):
+        return next((each for each in result if cached_keys(each) is not None), None)
+    return getattr(result, "past_key_values", None)

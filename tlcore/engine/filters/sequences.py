@@ -1,0 +1,151 @@
+"""The sequences of a batch from call to call: which positions are real, and which calls go on with them."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+
+from ...record import Json
+from .batches import Batch, Flags, Numbers, cached_keys, token_ids
+
+
+class Whole(NamedTuple):
+    """What is known of a whole model.
+
+    ``two_part`` is one of encoder and decoder, one with ``channels`` may have positions last. ``weights``
+    are the extents of its weights, ``ends`` token ids after which a sample is over, ``padding`` what follows.
+    """
+
+    two_part: bool
+    channels: bool
+    weights: frozenset[int]
+    ends: frozenset[int]
+    padding: frozenset[int]
+
+
+class Taker(NamedTuple):
+    """A module that takes a batch: its name, its ``forward``'s parameters, and the model it is part of."""
+
+    name: str
+    parameters: tuple[str, ...]
+    model: Whole
+
+    @property
+    def root(self) -> bool:
+        """Whether it is the model itself."""
+        return not self.name
+
+
+@dataclass(eq=False)
+class Sequences:
+    """Samples of one batch, as far as they have been computed: which of their positions are real."""
+
+    ids: list[str | None]
+    flags: Flags
+    offsets: Numbers
+    length: int
+    tokens: Numbers | None
+    prompt: int
+    mask: Any = None
+    keys: weakref.ref[torch.Tensor] | None = None
+    ended: list[bool] = field(default_factory=list)
+    left_out: Flags | None = None
+
+    @property
+    def real(self) -> Flags:
+        """Which of the positions of the last call are a sample's, [samples, length]."""
+        real = self.flags[:, self.flags.shape[1] - self.length :]
+        return real if self.left_out is None else real & ~self.left_out
+
+    @property
+    def positions(self) -> Numbers:
+        """Where these lie in their samples."""
+        counted: Numbers = np.cumsum(self.flags, 1)[:, self.flags.shape[1] - self.length :] - 1
+        return counted + self.offsets[:, None]
+
+
+def is_same(known: Sequences, batch: Batch) -> bool:
+    """Whether a call inside another has the very batch of that one."""
+    if (len(known.ids), known.length) != (batch.samples, batch.length):
+        return False
+    mask = batch.mask
+    if mask is None or mask is known.mask or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+        return True
+    return tuple(mask.shape) == known.flags.shape and bool(
+        np.array_equal(mask.cpu().numpy() != 0, known.flags)
+    )
+
+
+def longer(flags: Flags, length: int) -> Flags | None:
+    """Positions up to now, where all that came since is real."""
+    more = length - flags.shape[1]
+    return np.pad(flags, ((0, 0), (0, more)), constant_values=True) if more > 0 else None
+
+
+def goes_on(before: Sequences, batch: Batch, past: int | None, flags: Flags) -> bool:
+    """Whether a batch continues the samples of an earlier call: their cache, or the same tokens and more."""
+    if len(before.ids) != batch.samples:
+        return False
+    if past:
+        keys = cached_keys(batch.cache)
+        untouched = keys is not None and before.keys is not None and before.keys() is keys
+        return untouched and before.flags.shape[1] == past and bool((flags[:, :past] == before.flags).all())
+    if past is None or before.keys is not None or before.tokens is None or not batch.has_ids:
+        return False
+    length = before.tokens.shape[1]
+    if length >= batch.length or not (flags[:, :length] == before.flags).all():
+        return False
+    tokens = token_ids(batch)
+    return tokens is not None and bool((tokens[:, :length] == before.tokens).all())
+
+
+def leave_out_ended(known: Sequences, before: Sequences, taker: Taker) -> None:
+    """Rows of a sample whose end was fed to the model, as others in the batch went on, are nobody's.
+
+    One sample alone would not have gone on, so whoever feeds it means to.
+    """
+    if known.tokens is None or len(known.ids) < 2 or (before.keys is not None and known.length > 1):
+        return
+    generated = 0 if before.keys is not None else known.prompt
+    left_out = np.zeros_like(known.real)
+    for sample, tokens in enumerate(known.tokens):
+        ended = known.ended[sample] if before.keys is not None else False
+        for place in range(generated, known.length):
+            token = int(tokens[place])
+            ended = token in taker.model.ends or token in taker.model.padding
+            left_out[sample, place] = ended
+        known.ended[sample] = ended
+    known.left_out = left_out
+
+
+def entries_of(
+    ids: Sequence[str | None], real: Flags, positions: Numbers, more: Mapping[str, str] | None = None
+) -> list[Json]:
+    """An entry for each run of a sample's positions that follow one another."""
+    found: list[Json] = []
+    length = real.shape[1]
+    for sample, request in enumerate(ids):
+        own = np.flatnonzero(real[sample])
+        if request is None or not len(own):
+            continue
+        for run in np.split(own, np.flatnonzero(np.diff(own) != 1) + 1):
+            first = int(run[0])
+            entry: Json = {"request_id": request, "first_row": sample * length + first, "rows": len(run)}
+            found.append({**entry, "first_position": int(positions[sample, first]), **(more or {})})
+    return found
+
+
+def token_numbers(*configs: Any, key: str) -> Collection[int]:
+    """The token ids that the first configuration with ``key`` gives, one or several."""
+    for config in configs:
+        found = getattr(config, key, None)
+        if type(found) is int:
+            return (found,)
+        if isinstance(found, (list, tuple)) and all(type(each) is int for each in found):
+            return tuple(found)
+    return ()
