@@ -12,10 +12,13 @@ from typing import Any
 from ..errors import ReadError
 from ..reader import Run, RunSummary, Step, is_run, list_runs, open_run
 from ..record import Json
+from .follow import follow
 from .losses import cell, losses_of
 from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable, size
 
+# Between two looks at a run that is followed.
+_PAUSE_S = 1.0
 HELP = (
     "List the runs in a directory, or the steps of a run. With --step or --module, list the calls and"
     " tensors of the steps."
@@ -28,6 +31,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="list the calls and tensors of this step")
     parser.add_argument("--module", metavar="REGEX", help="only calls of modules in whose name this is found")
     parser.add_argument("--json", action="store_true", help="print JSON, with sizes in bytes")
+    parser.add_argument(
+        "--follow", action="store_true", help="go on with a running capture's steps as they are committed"
+    )
     add_storage_options(parser)
 
 
@@ -35,6 +41,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the listing. Raises ReadError for a bad path, step or regular expression."""
     pattern = _pattern(args.module)
     options = storage_options(args)
+    if args.follow:
+        if args.step is not None or pattern is not None:
+            raise ReadError("--follow lists whole steps: leave out --step and --module")
+        return _follow(open_run(args.path, options), args.json)
     if args.step is None and pattern is None and not is_run(args.path, options):
         runs = list_runs(args.path, options)
         parent, _, _ = args.path.rstrip("/").rpartition("/")
@@ -86,6 +96,25 @@ def _list_steps(opened: Run, as_json: bool) -> None:
     print_table(
         columns, ([s.number, _state(s), len(s.calls), len(s), size(_bytes(s)), _losses(s)] for s in steps)
     )
+
+
+def _follow(opened: Run, as_json: bool) -> int:
+    """Print each step as it is committed: in columns, or as a JSON object on a line of its own."""
+
+    def line(number: int) -> str:
+        step = opened.step(number)
+        if as_json:
+            return json.dumps(_described_step(step))
+        held = f"{len(step.calls)} calls  {len(step)} tensors  {size(_bytes(step))}"
+        return f"step {number}  {held}  {_losses(step)}"
+
+    def end() -> str:
+        if as_json:
+            return json.dumps(_described_run(opened))
+        ended = "" if opened.state == "complete" else "; the process that wrote it has ended"
+        return _headline(opened, losses_of(opened)) + ended
+
+    return follow(opened, line, end, _PAUSE_S)
 
 
 def _list_tensors(opened: Run, number: int | None, pattern: re.Pattern[str] | None, as_json: bool) -> None:

@@ -1,0 +1,49 @@
+"""`tlcore ls --follow`: the steps of a running capture, as they are committed."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+from ..errors import ReadError
+from ..reader import Run
+from ..record import writer_is_running
+
+Line = Callable[[int], str]
+
+
+def follow(opened: Run, line: Line, end: Callable[[], str], pause_s: float) -> int:
+    """Print a line for each step that is committed, until the run is closed or its process has ended.
+
+    ``end`` gives the last line. Returns the exit status: 0 for a run that was closed, 1 for one that nobody
+    will close any more.
+    """
+    shown: set[int] = set()
+    while True:
+        # Looked at before the steps: what was committed until it ended is printed, too.
+        state, writer_runs = opened.state, _may_be_written(opened)
+        if state != "complete" and not writer_runs:
+            opened.refresh()
+            state = opened.state
+        for number in opened.steps:
+            if number not in shown:
+                print(line(number), flush=True)
+                shown.add(number)
+        if state == "complete" or not writer_runs:
+            print(end(), flush=True)
+            return 0 if state == "complete" else 1
+        time.sleep(pause_s)
+        _refresh(opened)
+
+
+def _refresh(opened: Run) -> None:
+    try:
+        opened.refresh()
+    except ReadError:
+        # run.json is being written, or the place does not answer just now: what is there is shown later.
+        return
+
+
+def _may_be_written(opened: Run) -> bool:
+    """False where this machine can tell that nobody writes the run any more."""
+    return opened.world_size > 1 or writer_is_running(opened.document) is not False
