@@ -7,25 +7,45 @@ from collections.abc import Sequence
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.templates import quoted, structures_of
 from tlcore.record import Record, RunInfo, StepSummary
+from tlcore.storage import SupportsFiles
 
 from ..storage.run_store import store_of
 from ..storage.uploads import Uploads
 from .encode import encode, file_bytes
+from .travel import Stored, Travel, TravellingStep
+
+_QUEUE_BYTES = 1 << 30
 
 
 class PtSink:
     """Writes each record as ``<logical name>.pt``; identical tensors of a step are copies of one file.
 
-    On the local disk such a copy is a hard link, in object storage the server makes it, and many files
-    travel at once.
+    On the local disk such a copy is a hard link. In object storage the server makes it; many files, also of
+    steps that follow each other, travel at once, and a step is stored when its ``step.json`` is there.
     """
+
+    def __init__(self) -> None:
+        self._stored: Stored = lambda step, error: None
+
+    def tell_stored(self, stored: Stored) -> None:
+        """Have ``stored(step, error)`` called, in any thread, once for each step that was accepted."""
+        self._stored = stored
 
     def open(self, run: RunInfo) -> None:
         """Begin to write into ``run.store``."""
         self._store = store_of(run)
         self._suffix = rank_suffix(run.rank)
-        self._uploads = Uploads(self._store)
+        self._travel: Travel | None = None
+        self._uploads: Uploads | None = None
+        if isinstance(self._store, SupportsFiles):
+            self._uploads = Uploads(self._store)
+        else:
+            most_bytes = (run.queue_bytes or _QUEUE_BYTES) // 2
+            self._travel = Travel(self._store, most_bytes, self._told, run.hold)
         self._begin_step(None)
+
+    def _told(self, step: int, error: BaseException | None) -> None:
+        self._stored(step, error)
 
     def write(self, batch: Sequence[Record]) -> None:
         """Write records of one step; a record that repeats an earlier one becomes another name of it."""
@@ -38,13 +58,20 @@ class PtSink:
         finally:
             # The records' memory is used again once this returns, so nothing may be on its way then;
             # and a copy needs its original.
-            self._uploads.wait()
+            if self._uploads is not None:
+                self._uploads.wait()
+        if self._uploads is None:
+            self._travelling.copies += copies
+            return
         for source, target in copies:
             self._uploads.copy(source, target)
         self._uploads.wait()
 
     def commit_step(self, step: StepSummary) -> None:
-        """Write the step's structures, its call order, and last its ``step.json``."""
+        """Write the step's structures, its call order, and last its ``step.json``.
+
+        On the local disk the step is stored on return.
+        """
         if step.step != self._step:
             self._begin_step(step.step)
         directory = step_dir(step.step)
@@ -53,20 +80,35 @@ class PtSink:
             self._put(f"{directory}/{self._ranked(name)}", structures.readable(name))
         calls = "".join(f"{call}\n" for call in step.calls)
         self._put(f"{directory}/module_calls{self._suffix}.txt", calls)
-        self._uploads.wait()
         text = step.to_text(self._entries).encode("utf-8")
-        self._store.put(f"{directory}/step{self._suffix}.json", [text])
+        end = f"{directory}/step{self._suffix}.json"
+        if self._travel is not None:
+            self._travel.commit(self._travelling, end, text)
+        elif self._uploads is not None:
+            self._uploads.wait()
+            self._store.put(end, [text])
+            self._stored(step.step, None)
         self._begin_step(None)
 
+    def flush(self) -> None:
+        """Return when every step that was accepted is stored or has failed."""
+        if self._travel is not None:
+            self._travel.wait()
+
     def close(self) -> None:
-        """End the threads."""
-        self._uploads.close()
+        """End the threads, when everything is there."""
+        for each in (self._uploads, self._travel):
+            if each is not None:
+                each.close()
 
     def _ranked(self, structure: str) -> str:
         """The name of a structure file as this rank writes it."""
         return f"{structure.removesuffix('.json')}{self._suffix}.json"
 
     def _begin_step(self, step: int | None) -> None:
+        if self._travel is not None and step is not None:
+            self._travel.room()
+            self._travelling = TravellingStep(step)
         self._step = step
         self._entries: list[str] = []
         self._sizes: dict[str, int] = {}
@@ -81,10 +123,17 @@ class PtSink:
             record = record._replace(alias_of=None)
             dtype, shape, data = record.dtype, record.shape, record.data
             size = file_bytes(dtype, shape)
-            # Encoded where it is written, since its checksum takes longer than the writing.
-            self._uploads.run(lambda: self._store.put(file, encode(dtype, shape, data)))
+            if self._travel is not None:
+                self._travel.put(self._travelling, file, b"".join(encode(dtype, shape, data)))
+            elif self._uploads is not None:
+                # Encoded where it is written, since its checksum takes longer than the writing.
+                self._uploads.run(lambda: self._store.put(file, encode(dtype, shape, data)))
         self._sizes[record.name] = size
         self._entries.append(f'{record.entry_text()},"file":{quoted(file)},"file_bytes":{size}}}')
 
     def _put(self, name: str, text: str) -> None:
-        self._uploads.put(name, [text.encode("utf-8")])
+        data = text.encode("utf-8")
+        if self._travel is not None:
+            self._travel.put(self._travelling, name, data)
+        elif self._uploads is not None:
+            self._uploads.put(name, [data])

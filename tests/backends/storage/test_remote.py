@@ -12,12 +12,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-import torch
 
 from tlcore.errors import BackendError
 from tlcore.storage import Location, RetryPolicy
-from tlcore.testing import RunWriter, make_record, make_run
-from tlcore_backends.fsspec import make_sink
+from tlcore.testing import RunWriter, make_run
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.storage.obstore_options import obstore_options
 from tlcore_backends.storage.remote import FsspecStore
@@ -189,45 +187,6 @@ def test_a_call_in_a_thread_has_the_same_deadline() -> None:
     assert calls.run("find", 0.0) == "found"
     with pytest.raises(TimeoutError, match="no answer"):
         calls.run("find", 1.0)
-
-
-def test_uploads_of_one_batch_run_at_the_same_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    at_once = most = 0
-    lock = threading.Lock()
-    put = FsspecStore.put
-
-    def counted(self: FsspecStore, *args: Any) -> int:
-        nonlocal at_once, most
-        with lock:
-            at_once += 1
-            most = max(most, at_once)
-        time.sleep(0.02)
-        size = put(self, *args)
-        with lock:
-            at_once -= 1
-        return size
-
-    monkeypatch.setattr(FsspecStore, "put", counted)
-    sink = make_sink("pt")
-    sink.open(make_run("memory://at-once/run"))
-    sink.write([make_record(f"step_0/m/{i}_cpu", torch.ones(2)) for i in range(40)])
-    assert at_once == 0
-    assert 4 < most <= 16
-
-
-def test_an_upload_that_fails_fails_the_batch(monkeypatch: pytest.MonkeyPatch) -> None:
-    put = FsspecStore.put
-
-    def refuse_one(self: FsspecStore, name: str, parts: Any) -> int:
-        if name.startswith("step_0/m/7"):
-            raise BackendError("refused on purpose")
-        return put(self, name, parts)
-
-    monkeypatch.setattr(FsspecStore, "put", refuse_one)
-    sink = make_sink("pt")
-    sink.open(make_run("memory://fails/run"))
-    with pytest.raises(BackendError, match="refused on purpose"):
-        sink.write([make_record(f"step_0/m/{i}_cpu", torch.ones(2)) for i in range(40)])
 
 
 @pytest.mark.usefixtures("no_aws_variables")
