@@ -34,6 +34,8 @@ TABLES = (
     "compare_speed",
     "growth",
     "long",
+    "long_growth",
+    "long_decode",
     "long_uploads",
 )
 
@@ -45,7 +47,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("names", nargs="*", metavar="NAME", help=", ".join(known))
     parser.add_argument("--json", type=Path, metavar="FILE", help="also write the rows as JSON")
     parser.add_argument("--quick", action="store_true", help="fewer repetitions")
-    parser.add_argument("--steps", type=int, metavar="N", help="the steps of the run in the table `long`")
+    parser.add_argument("--steps", type=int, metavar="N", help="the steps of the run in `long_growth`")
     args = parser.parse_args(arguments)
     if unknown := set(args.names) - set(known):
         parser.error(f"no benchmark {', '.join(sorted(unknown))}; there are {', '.join(known)}")

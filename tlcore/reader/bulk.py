@@ -45,11 +45,17 @@ def read_payloads(stored: Stored, records: Sequence[Json], keep: bool) -> Iterat
     At most a few groups of 8 MiB, or of one larger tensor, are in memory.
     """
     reader = _Reader(stored, keep)
+    groups = list(_groups(records))
+    if len(groups) < 2:
+        # A small step: making a thread takes longer than reading it.
+        for group in groups:
+            yield from reader.read(group)
+        return
     threads = _LOCAL_THREADS if stored.is_local else _REMOTE_THREADS
     waiting: deque[Future[list[Payload]]] = deque()
     pool = ThreadPoolExecutor(threads, "tlcore-read")
     try:
-        for group in _groups(records):
+        for group in groups:
             waiting.append(pool.submit(reader.read, group))
             if len(waiting) > threads:
                 yield from waiting.popleft().result()
