@@ -1,6 +1,6 @@
 """Runs requests through one engine in several ways, each way captured, and prints a JSON line.
 
-``python requests_script.py OUTPUT_DIR``. The engine prefills in chunks, caches prefixes, and has so little
+``python requests_script.py OUTPUT_DIR [RUNNER]``, of vLLM's "first" or "second". The engine prefills in chunks, caches prefixes, and has so little
 room that it must preempt.
 """
 
@@ -13,19 +13,21 @@ import sys
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from tests.adapters.vllm.second_runner import use_second_runner
+
 REQUESTS = 32
-REPOSITORY = str(Path(__file__).parents[3])
 MODULES = [r"embed_tokens$", r"layers\.[03]$", r"layers\.2\.self_attn\.qkv_proj$", r"model\.norm$", "logits"]
 
 
-def main(output_dir: str) -> dict[str, Any]:
-    """Capture the same requests together and alone, a repeated prompt, and a request with two samples."""
-    from vllm import LLM, SamplingParams
+def engine() -> Any:
+    """A small engine with so little room that it must preempt."""
+    from vllm import LLM
 
-    import tlcore.vllm
     from tests.models import tiny_llama
 
-    llm = LLM(
+    return LLM(
         str(tiny_llama()),
         enforce_eager=True,
         max_model_len=256,
@@ -36,6 +38,17 @@ def main(output_dir: str) -> dict[str, Any]:
         block_size=32,
         num_gpu_blocks_override=26,
     )
+
+
+def main(output_dir: str, runner: str = "first") -> dict[str, Any]:
+    """Capture the same requests together and alone, a repeated prompt, and a request with two samples."""
+    if runner == "second":
+        use_second_runner()
+    from vllm import SamplingParams
+
+    import tlcore.vllm
+
+    llm = engine()
     chance = random.Random(0)
     prompts = [[chance.randrange(3, 512) for _ in range(chance.randint(3, 100))] for _ in range(REQUESTS)]
     lengths = [chance.randint(4, 24) for _ in range(REQUESTS)]
@@ -88,6 +101,5 @@ def main(output_dir: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.path.insert(0, REPOSITORY)
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    sys.stdout.write(f"REPORT {json.dumps(main(sys.argv[1]))}\n")
+    sys.stdout.write(f"REPORT {json.dumps(main(*sys.argv[1:]))}\n")

@@ -22,9 +22,9 @@ TOKENS = "model.embed_tokens/inputs_0_cpu"
 TOLERANCE = 2**-5
 
 
-@pytest.fixture(scope="module")
-def said(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return report(SCRIPT, str(tmp_path_factory.mktemp("requests")), timeout=900)
+@pytest.fixture(scope="module", params=["first", pytest.param("second", marks=pytest.mark.deep)])
+def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    return report(SCRIPT, str(tmp_path_factory.mktemp("requests")), request.param, timeout=900)
 
 
 def _requests(said: dict[str, Any], name: str) -> list[Request]:
