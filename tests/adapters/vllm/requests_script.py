@@ -1,7 +1,7 @@
 """Runs requests through one engine in several ways, each way captured, and prints a JSON line.
 
-``python requests_script.py OUTPUT_DIR [RUNNER]``, of vLLM's "first" or "second". The engine prefills in chunks, caches prefixes, and has so little
-room that it must preempt.
+``python requests_script.py OUTPUT_DIR [RUNNER]``, of vLLM's "first" or "second". The engine prefills in
+chunks, caches prefixes, and has so little room that it must preempt.
 """
 
 from __future__ import annotations
