@@ -52,6 +52,20 @@ def offloaded(part: nn.Module) -> Iterator[None]:
     remove_hook_from_module(part)
 
 
+class Shifted(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + 5
+
+
+@contextmanager
+def of_another_class(part: nn.Module) -> Iterator[None]:
+    """There and back, where the one class's forward does not take the other's module."""
+    before = type(part)
+    part.__class__ = Shifted
+    yield
+    part.__class__ = before
+
+
 @contextmanager
 def restored(part: nn.Module) -> Iterator[None]:
     """One that was hooked before the capture, and is not for a while."""
@@ -60,7 +74,7 @@ def restored(part: nn.Module) -> Iterator[None]:
     add_hook_to_module(part, Shifts())
 
 
-@pytest.mark.parametrize("change", [wrapped, patched, offloaded, restored])
+@pytest.mark.parametrize("change", [wrapped, patched, offloaded, restored, of_another_class])
 @pytest.mark.parametrize("step", ["root", "outermost", "method:go"])
 @pytest.mark.parametrize("again", [1, 2])
 def test_a_forward_replaced_in_an_open_step_is_heard(

@@ -16,27 +16,32 @@ _is_compiling = torch.compiler.is_compiling
 class Keeper(StandIn):
     """Stands in for a module's whole call, and calls ``refit`` where its ``forward`` is not ``listener`` now.
 
-    So a ``forward`` that others put there within a step is heard from its first call on.
+    So a ``forward`` that others put there within a step, or another class of the module, is heard from its
+    first call on.
     """
 
-    __slots__ = ("_refit", "listener")
+    __slots__ = ("_class", "_refit", "listener")
 
-    def __init__(self, module: nn.Module, refit: Callable[[nn.Module], None]) -> None:
+    def __init__(self, module: nn.Module, refit: Callable[[nn.Module, bool], None]) -> None:
         super().__init__(module, WHOLE_CALL, None)
         self.listener: Any = None
+        self._class: type = type(module)
         self._refit = refit
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's call, all hooks of others inside."""
         if _is_compiling():
             return self.original(*args, **kwargs)
-        if self.own.get(FORWARD) is not self.listener and not self.dead:
-            self._refit(self.module)
+        changed = type(self.module) is not self._class
+        if (changed or self.own.get(FORWARD) is not self.listener) and not self.dead:
+            self._class = type(self.module)
+            self._refit(self.module, changed)
         return self.original(*args, **kwargs)
 
     def keep(self, listener: Any) -> None:
         """Begin to look after a listener."""
         self.listener = listener
+        self._class = type(self.module)
         found = without_dead(self.own.get(WHOLE_CALL))
         if found is not None and not is_stand_in(found):
             # Compiled, so that nobody comes by here.

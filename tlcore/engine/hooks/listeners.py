@@ -173,11 +173,16 @@ class ListenerSet:
         self._room.take(self._tree.depth)
         self._hearing.owner = _get_ident()
 
-    def _refit(self, module: nn.Module) -> None:
-        """Listen to what others have put in the place of a module's ``forward`` within the step."""
+    def _refit(self, module: nn.Module, new_class: bool) -> None:
+        """Listen to what others have put in the place of a module's ``forward`` or class within the step."""
         place = self._places[id(module)]
         old = self._listeners[place]
-        if _get_ident() != self._hearing.owner or lies_in(old.own.get(FORWARD), old):
+        if _get_ident() != self._hearing.owner and not new_class:
+            return
+        if new_class:
+            # What it stands for is the other class's, and may not even take the module.
+            StandIn.take_away(old)
+        elif lies_in(old.own.get(FORWARD), old):
             return
         self._put(place, old.successor())
 
