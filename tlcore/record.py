@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import socket
@@ -31,7 +32,8 @@ Direction = str
 class Origin:
     """Where a tensor comes from and what it looks like: all of a record that repeats from step to step.
 
-    ``text`` is its part of the record's entry in ``step.json``.
+    ``placements`` is JSON text on how a rank's part belongs to a distributed tensor. ``text`` is its part of
+    the record's entry in ``step.json``.
     """
 
     rank: int
@@ -42,6 +44,7 @@ class Origin:
     dtype: torch.dtype
     shape: tuple[int, ...]
     device: str
+    placements: str = ""
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -49,6 +52,7 @@ class Origin:
 
     def describe(self) -> Json:
         """The origin's keys in ``step.json``."""
+        part = {"placements": json.loads(self.placements)} if self.placements else {}
         return {
             "module": self.module,
             "call": self.call,
@@ -58,6 +62,7 @@ class Origin:
             "shape": list(self.shape),
             "device": self.device,
             "bytes": math.prod(self.shape) * self.dtype.itemsize,
+            **part,
         }
 
 

@@ -21,7 +21,7 @@ from .hooks.batch_calls import BatchCalls
 from .hooks.compiled_parts import compiled_parts, refuse_unreachable, shown
 from .hooks.module_tree import ModuleTree
 from .hooks.steps import Step, StepCalls, method_of
-from .new_run import new_run
+from .new_run import run_of_group
 from .session import Session
 
 log = logging.getLogger("tlcore")
@@ -32,8 +32,9 @@ class capture:  # noqa: N801 - a context manager reads like a function
     """Capture the submodules of a model while the ``with`` block runs; one call of it is one step.
 
     ``config`` and ``keys`` are the configuration (`tlcore.config.configuration.Config`); ``backend`` may
-    also be an object with the `Sink` protocol. Raises ConfigError, BackendError or CaptureError
-    before the block.
+    also be an object with the `Sink` protocol. The processes of a ``torch.distributed`` ``group`` write one
+    run together, and each of them has to enter the block; without it each writes its own. Raises ConfigError,
+    BackendError or CaptureError before the block.
     """
 
     def __init__(
@@ -42,6 +43,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         config: Mapping[str, Any] | str | None = None,
         *,
         inline: bool = False,
+        group: Any = None,
         **keys: Any,
     ) -> None:
         backend = keys.get("backend")
@@ -61,6 +63,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._model = model
         self._known_as = weakref.ref(model)
         self._inline = inline
+        self._group = group
         self._sink = sink
         self._session: Session | None = None
         self._batches: BatchCalls | None = None
@@ -104,7 +107,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         if self.config.step.startswith("method:"):
             method_of(model, self.config.step)
         backend = class_name(self._sink) if self._sink is not None else None
-        run = new_run(self.config, backend=backend)
+        run = run_of_group(self.config, self._group, backend)
         self._session = Session(self.config, run, self._sink, self._inline)
         self._session.attach(model, may_change_within=True)
         self._batches = self._session.listen_to_batches()

@@ -11,13 +11,14 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 
 from .. import registry
 from .._version import __version__
 from ..config.configuration import Config
-from ..errors import ConfigError
+from ..errors import CaptureError, ConfigError
 from ..ledger import Ledger
 from ..locations import absolute_location, is_url
 from ..protocols import Sink, SupportsLayouts
@@ -83,6 +84,20 @@ def new_run(
         spill=_spill_place(config, run_id),
         queue_bytes=config.queue_bytes,
     )
+
+
+def run_of_group(config: Config, group: Any, backend: str | None) -> RunInfo:
+    """A run of this process, or one of all processes of a ``torch.distributed`` group, all of whom ask."""
+    if group is None:
+        return new_run(config, backend=backend)
+    from torch import distributed
+
+    size, rank = distributed.get_world_size(group), distributed.get_rank(group)
+    if rank < 0:
+        raise CaptureError("this process is not in the group whose processes write one run together")
+    shared: list[str | None] = [new_run_id() if rank == 0 else None]
+    distributed.broadcast_object_list(shared, distributed.get_global_rank(group, 0), group)
+    return new_run(config, rank, size, shared[0], backend=backend)
 
 
 def location_of(config: Config) -> Location:

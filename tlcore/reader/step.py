@@ -17,6 +17,7 @@ from ..statistics.summary import Statistics
 from .described import described, statistics_of
 from .documents import check_ledger, is_tensor_name
 from .lookup import not_one, not_stored, unstored, without_device
+from .placements import assembled, is_part, whole_shape
 from .rebuild import Arguments, rebuild, rebuild_arguments
 from .stored import Stored
 from .tensor_stream import TensorStream, in_memory, open_stream
@@ -187,7 +188,7 @@ class Step(Mapping[str, "torch.Tensor"]):
         With ``unshard``, a tensor of which each rank holds a part is joined first.
         """
         record = self.record(name)
-        if unshard and "part" in record:
+        if unshard and ("part" in record or is_part(record)):
             return in_memory(self.tensor(name, unshard=True))
         return open_stream(self._stored, record)
 
@@ -270,16 +271,22 @@ class Step(Mapping[str, "torch.Tensor"]):
     def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
         """The tensor with a logical name, or any that `find` takes, on the CPU.
 
-        With ``unshard``, a tensor of which each rank holds a part is joined from all of them; raises
-        MissingError where one of the parts was not stored.
+        A distributed tensor (``DTensor``) is joined from all ranks' parts. With ``unshard``, so is a tensor
+        of vLLM's of which each rank holds a part. Raises MissingError where one of the parts was not stored.
         """
         found = self.find(name)
         if found not in self._records:
             return self._stored.tensor(self._remains[found])
         record = self.record(found)
+        if is_part(record):
+            return assembled(record, self._by_origin[_origin(record)], self._stored.tensor)
         parts = self.parts(found) if unshard else [record]
         tensors = [self._stored.tensor(each) for each in parts]
         return joined(record["part"], tensors, record["name"]) if len(parts) > 1 else tensors[0]
+
+    def part(self, name: str) -> torch.Tensor:
+        """The tensor as one rank has stored it: of a distributed tensor, that rank's part."""
+        return self._stored.tensor(self.record(name))
 
     def parts(self, name: str) -> list[Json]:
         """The records whose tensors make up a whole one, in order; the tensor's own if it is whole."""
@@ -434,6 +441,8 @@ class Call:
 
 
 def _as_whole(record: Json) -> Json:
+    if is_part(record):
+        return {**record, "shape": whole_shape(record), "hash": None}
     if "part" not in record:
         return record
     return {**record, "shape": joined_shape(record["part"], record["shape"]), "hash": None}

@@ -15,6 +15,7 @@ from ..engine.run_documents import RunDocuments, close_run
 from ..errors import ConfigError, ReadError, VerifyError
 from ..layout.names import rank_suffix
 from ..layout.run_files import RUN_FILE
+from ..layout.templates import compact
 from ..ledger import Counts, Ledger
 from ..locations import absolute_location, is_url, redact_url
 from ..protocols import Sink, SupportsLateCommit
@@ -158,6 +159,7 @@ def _record(step: Step, rank: int, stored: Payload) -> Record:
         getattr(torch, entry["dtype"]),
         tuple(entry["shape"]),
         entry["device"],
+        compact(entry["placements"]) if "placements" in entry else "",
     )
     return Record(entry["name"], step.number, origin, stored.data, stored.digest, entry.get("alias_of"))
 

@@ -55,6 +55,7 @@ class TensorSpec:
 
     ``kind`` is equal for specs of equal dtype and shape. ``plain`` says that a contiguous tensor's bytes
     need nothing but ``move(target, source, nbytes)``. Of a tensor that is ``measured`` statistics are kept.
+    ``placements`` is JSON text on how a rank's part belongs to a distributed tensor, empty for a whole one.
     """
 
     __slots__ = (
@@ -66,6 +67,7 @@ class TensorSpec:
         "move",
         "nbytes",
         "outcome",
+        "placements",
         "plain",
         "shape",
     )
@@ -90,7 +92,8 @@ class TensorSpec:
         self.plain = plain
         self.move = move_small if nbytes < _SMALL_BYTES else move_large
         self.measured = measured
-        self._variants: dict[tuple[Outcome | None, bool], TensorSpec] = {}
+        self.placements = ""
+        self._variants: dict[tuple[Outcome | None, bool, str], TensorSpec] = {}
 
     def refused(self, outcome: Outcome, measured: bool = False) -> TensorSpec:
         """The same form for a tensor that is not stored after all."""
@@ -104,13 +107,19 @@ class TensorSpec:
         """The same form for a tensor that is stored with its statistics."""
         return self if self.outcome is not None else self._variant(None, True)
 
-    def _variant(self, outcome: Outcome | None, measured: bool) -> TensorSpec:
-        known = self._variants.get((outcome, measured))
+    def as_part(self, placements: str) -> TensorSpec:
+        """The same form for a rank's part of a distributed tensor, with these ``placements``."""
+        return self._variant(self.outcome, self.measured, placements)
+
+    def _variant(self, outcome: Outcome | None, measured: bool, placements: str = "") -> TensorSpec:
+        placements = placements or self.placements
+        known = self._variants.get((outcome, measured, placements))
         if known is None:
             known = TensorSpec(
                 self.dtype, self.shape, self.device, self.nbytes, self.kind, outcome, False, measured
             )
-            self._variants[outcome, measured] = known
+            known.placements = placements
+            self._variants[outcome, measured, placements] = known
         return known
 
 

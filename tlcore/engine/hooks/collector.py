@@ -24,6 +24,7 @@ from ..calls import Call, CallSide, Sides
 from ..filters.rows import Begun, StepRows
 from ..filters.tensors import TensorFilter, TensorSpec, TensorSpecs
 from ..staging.accelerator import accelerator_of, recording
+from ..staging.dtensors import arrived, is_dtensor, is_on_its_way, local_part, placements_of
 from ..staging.host_memory import NO_CHUNK, Chunk
 from ..staging.stager import FreedError, Stager, with_memory
 from .gradients import Gradients
@@ -65,6 +66,9 @@ class Collector:
         self._noted = 0
         self._objects = ObjectsOfStep(self._forms)
         self._leaving = False
+        self._placements = ""
+        # Parts that hooks may have taken out of a result, by the address of their memory.
+        self._parts: dict[int, Any] = {}
         # The extension's walk, which takes plain CPU tensors by itself; None where Python does all.
         self.walker = self._new_walker()
         self._use(Batch(0))
@@ -162,7 +166,7 @@ class Collector:
     def outputs(self, sides: Call, output: Any) -> None:
         """A call has returned: capture what."""
         try:
-            if self.walker is not None:
+            if self.walker is not None and not self._parts:
                 self.walker.leaving = True
                 unknown = self.walker.result(sides.outputs, output)
             else:
@@ -259,12 +263,24 @@ class Collector:
         return self._taken(tensor)
 
     def _taken(self, tensor: torch.Tensor) -> Taken:
+        if is_on_its_way(tensor):
+            tensor = arrived(tensor)
+        if is_dtensor(tensor):
+            self._placements = placements_of(tensor)
+            try:
+                return self._taken(local_part(tensor))
+            finally:
+                self._placements = ""
+        if self._parts and not self._placements and tensor.data_ptr() in self._parts:
+            return self._taken_part(tensor, self._parts[tensor.data_ptr()])
         if self._rows is not None:
             kept = self._rows.cut(tensor)
             if kept is None:
                 return self.without_copy(self._forms.find(tensor).refused(ROWS_UNKNOWN))
             tensor = kept
         spec = self._forms.find(tensor)
+        if self._placements:
+            spec = spec.as_part(self._placements)
         if spec.outcome is not None:
             return self.without_copy(spec)
         if self._max_run_bytes is not None and self._run_bytes + spec.nbytes > self._max_run_bytes:
@@ -288,6 +304,21 @@ class Collector:
         if spec.plain and self.walker is not None:
             self.walker.know(tensor, spec, spec.nbytes)
         return spec, *place
+
+    def _taken_part(self, tensor: torch.Tensor, whole: Any) -> Taken:
+        if tuple(tensor.shape) == tuple(whole._local_tensor.shape):
+            self._placements = placements_of(whole)
+        try:
+            parts, self._parts = self._parts, {}
+            return self._taken(tensor)
+        finally:
+            self._placements, self._parts = "", parts
+
+    def parts_of(self, output: Any) -> None:
+        """Note the distributed tensors that a call has returned, as hooks may hand on this rank's parts."""
+        listed = output if isinstance(output, (tuple, list)) else (output,)
+        found = [each for each in listed if isinstance(each, torch.Tensor) and is_dtensor(each)]
+        self._parts = {local_part(each).data_ptr(): each for each in found}
 
     def measures_itself(self, tensor: torch.Tensor) -> bool:
         """Whether the tensor's device computes its statistics."""

@@ -27,6 +27,7 @@ from ...hotpath.intercept import (
 )
 from ...hotpath.listening import PYTHON_HALF, Hearing, listening_of
 from ..calls import Call
+from ..staging.dtensors import has_dtensors
 from .collector import Collector
 from .counting import CallCounter
 from .module_tree import Named
@@ -201,12 +202,26 @@ class Listener(StandIn):
                 self._raised(sides, error, args, kwargs)
                 return
             self._collector.outputs(sides, output)
+            self._collector.parts_of(None)
             if self._post:
                 self._collector.post_fwd_inputs(sides, args, kwargs)
 
+        if has_dtensors(module):
+            self._note_parts(module)
         handle = module.register_forward_hook(after, always_call=True)
         self.handles.append(handle)
         return True
+
+    def _note_parts(self, module: nn.Module) -> None:
+        """Before all other hooks see the result: those of tensor parallelism hand on a part of it."""
+
+        def before(module: nn.Module, inputs: Any, output: Any) -> None:
+            self.handles.remove(handle)
+            handle.remove()
+            self._collector.parts_of(output)
+
+        handle = module.register_forward_hook(before, prepend=True)
+        self.handles.append(handle)
 
     def take_away(self) -> bool:
         """Leave the module as it was. False, and dead, where somebody else's lies in our place meanwhile."""

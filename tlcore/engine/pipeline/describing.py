@@ -65,7 +65,8 @@ def describe_side(
 
 
 def _origin(side: CallSide, spec: TensorSpec, path: tuple[PathKey, ...], rank: int) -> Origin:
-    return Origin(rank, side.module, side.call, side.direction, path, spec.dtype, spec.shape, spec.device)
+    tensor = spec.dtype, spec.shape, spec.device, spec.placements
+    return Origin(rank, side.module, side.call, side.direction, path, *tensor)
 
 
 def _describe_spec(spec: TensorSpec) -> Json:

@@ -1,0 +1,163 @@
+"""Tensor parallelism over gloo: two processes on loopback write one run, which reads as the unsharded one."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+import tlcore
+from tlcore.errors import MissingError, ReadError
+from tlcore.reader.placements import assembled
+
+PROGRAM = """
+import json, os, sys
+from datetime import timedelta
+import torch, torch.distributed as dist, tlcore
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+place, backend = sys.argv[1:]
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+
+class Block(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.up, self.kept, self.down = nn.Linear(8, 12), nn.Linear(8, 12), nn.Linear(12, 8)
+    def forward(self, x):
+        self.kept(x)
+        return self.down(self.up(x).relu())
+
+torch.manual_seed(0)
+model = Block()
+x = torch.randn(3, 8)
+single = "" if dist.get_rank() else tlcore.capture(model, output_dir=place, backend=backend)
+if single:
+    with single, torch.inference_mode():
+        model(x)
+plan = {"up": ColwiseParallel(), "kept": ColwiseParallel(use_local_output=False), "down": RowwiseParallel()}
+sharded = parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+with torch.no_grad():
+    expected = sharded(x)
+group = dist.group.WORLD
+with tlcore.capture(sharded, output_dir=place, backend=backend, group=group) as joined, torch.no_grad():
+    out = sharded(x)
+with tlcore.capture(sharded, output_dir=place, backend=backend) as own, torch.no_grad():
+    sharded(x)
+whole = lambda each: each.full_tensor() if hasattr(each, "full_tensor") else each
+same = torch.equal(whole(out), whole(expected))
+print(json.dumps({"same": same, "single": single and single.url, "joined": joined.url, "own": own.url,
+                  "ledger": joined.ledger.to_json()}))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+def _two(place: Path, backend: str) -> list[dict[str, str]]:
+    with socket.socket() as made:
+        made.bind(("127.0.0.1", 0))
+        port = str(made.getsockname()[1])
+    processes = []
+    for rank in range(2):
+        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
+        env |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
+        command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(place), backend]
+        processes.append(
+            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    found = []
+    try:
+        for process in processes:
+            out, err = process.communicate(timeout=180)
+            assert process.returncode == 0, err[-3000:]
+            found.append(json.loads(out.splitlines()[-1]))
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait(30)
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+@pytest.mark.parametrize("backend", ["pt", "safetensors"])
+def test_a_tensor_parallel_run_reads_as_the_unsharded_one(backend: str, tmp_path: Path) -> None:
+    first, second = _two(tmp_path, backend)
+    assert first["same"] and second["same"] and first["joined"] == second["joined"]
+    single, joined = tlcore.open_run(first["single"]), tlcore.open_run(first["joined"])
+    assert (joined.state, joined.world_size) == ("complete", 2)
+    assert joined.verify() == joined.ledger.stored == joined.ledger.captured
+    for name in (
+        "up/inputs_0",
+        "up/outputs",
+        "kept/outputs",
+        "down/inputs_0",
+        "down/outputs",
+        "_root/outputs",
+    ):
+        whole = single.tensor(f"step_0/{name}_cpu")
+        assert torch.allclose(joined.tensor(f"step_0/{name}_cpu"), whole, atol=1e-5), name
+    for name in ("up/outputs", "kept/outputs", "down/inputs_0"):
+        assert joined.step(0).part(f"step_0/{name}_cpu").shape == (3, 6)
+        assert joined.tensor(f"step_0/{name}_cpu_rank_1").shape == (3, 12)
+    found = tlcore.compare(single, joined)
+    assert found.equal and len(found.results) >= 8
+
+    own = tlcore.open_run(second["own"])
+    assert own.tensor("step_0/up/inputs_0_cpu").shape == (3, 8)
+    with pytest.raises(MissingError, match=r"part of a tensor, and that of rank 0 is not here"):
+        own.tensor("step_0/up/outputs_cpu")
+    assert own.step(0).part("step_0/up/outputs_cpu").shape == (3, 6)
+
+
+def _records(
+    mesh: list[object], placements: list[str], shape: list[int], ranks: int
+) -> dict[int, dict[str, object]]:
+    return {
+        rank: {
+            "name": f"t_{rank}",
+            "placements": {"mesh": mesh, "rank": rank, "shape": shape, "placements": placements},
+        }
+        for rank in range(ranks)
+    }
+
+
+WHOLE = torch.arange(24.0).reshape(6, 4)
+
+
+@pytest.mark.parametrize(
+    ("mesh", "placements", "parts"),
+    [
+        ([0, 1], ["S0"], [WHOLE[:4], WHOLE[4:]]),
+        ([1, 0], ["S0"], [WHOLE[3:], WHOLE[:3]]),
+        ([0, 1], ["R"], [WHOLE, None]),
+        ([0, 1], ["Psum"], [WHOLE * 0.25, WHOLE * 0.75]),
+        ([[0, 1], [2, 3]], ["S0", "S1"], [WHOLE[:3, :2], WHOLE[:3, 2:], WHOLE[3:, :2], WHOLE[3:, 2:]]),
+        ([[0, 1], [2, 3]], ["S0", "S0"], [WHOLE[:2], WHOLE[2:3], WHOLE[3:5], WHOLE[5:]]),
+        ([[0, 1], [2, 3]], ["R", "S1"], [WHOLE[:, :2], WHOLE[:, 2:], None, None]),
+    ],
+)
+def test_parts_make_up_the_whole(
+    mesh: list[object], placements: list[str], parts: list[torch.Tensor]
+) -> None:
+    records = _records(mesh, placements, [6, 4], len(parts))
+    found = assembled(records[0], records, lambda record: parts[int(str(record["name"])[2:])])
+    assert torch.equal(found, WHOLE)
+
+
+def test_parts_that_are_not_there_or_of_an_unknown_kind_are_errors() -> None:
+    records = _records([0, 1], ["S0"], [6, 4], 1)
+    with pytest.raises(MissingError, match="that of rank 1 is not here"):
+        assembled(records[0], records, lambda record: WHOLE[:3])
+    for kind, shape in (("?", [6, 4]), ("S0", [9, 4])):
+        records = _records([0, 1], [kind], shape, 2)
+        with pytest.raises(ReadError):
+            assembled(records[0], records, lambda record: WHOLE[:3])
