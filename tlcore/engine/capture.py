@@ -67,7 +67,12 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._sink = sink
         self._session: Session | None = None
         self._batches: BatchCalls | None = None
-        self._steps = StepCalls(self._begin_step, self._end_step, self.config.step, self._around)
+        self._traced = self.config.compiled == "taps"
+        if self._traced and self.config.log_gradients:
+            problem = 'what "compiled": "taps" shows of compiled code has no gradients.'
+            raise ConfigError("$.log_gradients", problem, "Leave one of the two out.")
+        given = (self._begin_step, self._end_step, self.config.step, self._around)
+        self._steps = StepCalls(*given, watches=not self._traced)
         self._entered = False
         # Steps that were a call of the model alone, although gradients are wanted.
         self._without_backward = 0
@@ -109,7 +114,10 @@ class capture:  # noqa: N801 - a context manager reads like a function
         backend = class_name(self._sink) if self._sink is not None else None
         run = run_of_group(self.config, self._group, backend)
         self._session = Session(self.config, run, self._sink, self._inline)
-        self._session.attach(model, may_change_within=True)
+        if self._traced:
+            self._session.attach(model, traced=self._steps)
+        else:
+            self._session.attach(model, may_change_within=True)
         self._batches = self._session.listen_to_batches()
         tree = self._session.tree
         assert tree is not None
@@ -184,7 +192,8 @@ class capture:  # noqa: N801 - a context manager reads like a function
         session = self.session
         calls = self._steps.calls
         compiled = compiled_parts(ModuleTree(model).modules)
-        for name, how in compiled.items():
+        # What of a traced model was not heard is told module by module.
+        for name, how in () if self._traced else compiled.items():
             session.remarks.append(f"{shown(name)} is {how}; what ran compiled is not in the run")
         stray = remarks.outside(self._steps.outside, self.config.step)
         if stray is not None:

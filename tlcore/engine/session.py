@@ -38,7 +38,9 @@ from .hooks.gradients import Gradients
 from .hooks.listeners import ListenerSet
 from .hooks.listening import Listener, Rename, Source
 from .hooks.module_tree import ModuleTree, Named
+from .hooks.steps import StepCalls
 from .hooks.tap_sites import Taps
+from .hooks.traced import TracedListener, TracedListeners
 from .new_run import now, open_run
 from .pipeline.executors import InlineExecutor, ThreadExecutor
 from .pipeline.inspector import Inspection
@@ -147,12 +149,14 @@ class Session:
         source: Source | None = None,
         modules: Mapping[str, nn.Module] | None = None,
         may_change_within: bool = False,
+        traced: StepCalls | None = None,
     ) -> None:
         """Plan the hooks for a model and its submodules.
 
         ``source`` captures its modules by itself. ``modules`` are the submodules by the names that they
         are to go by, where these are not those of ``named_modules``. Where the model ``may_change_within`` a
-        step, what it becomes there is heard, too.
+        step, what it becomes there is heard, too. With ``traced`` listeners stay until the end, and compilers
+        trace along what shows calls to them; it is told which calls are steps.
 
         Raises CaptureError for a compiled model, or when another model is attached already.
         """
@@ -161,7 +165,11 @@ class Session:
         refuse_compiled(model)
         self._source = source
         rename = None if modules is None else _renaming(modules)
-        self._hooks = ListenerSet(model, self._listener, rename, may_change_within, self._counts)
+        if traced is not None:
+            select = functools.partial(self._traced_listener, traced)
+            self._hooks = TracedListeners(model, select, rename)
+        else:
+            self._hooks = ListenerSet(model, self._listener, rename, may_change_within, self._counts)
         self._taps.add(self._hooks)
         self._say_what_nobody_is_called(self._hooks, class_name(model))
         for device in {parameter.device for parameter in model.parameters()}:
@@ -192,6 +200,18 @@ class Session:
         directory = functools.partial(_call_directory, names - {""})
         post_inputs = self.config.log_post_fwd_inputs
         return Listener(each.name, each.module, wanted, self._collector, hearing, directory, post_inputs)
+
+    def _traced_listener(
+        self, steps: StepCalls, each: Named, names: frozenset[str], hearing: Hearing
+    ) -> Listener:
+        """Who listens to a module that may be compiled: also to one that is not selected, for its taps."""
+        wanted = self._selector.calls_of_any(each.names) or frozenset()
+        directory = functools.partial(_call_directory, names - {""})
+        post_inputs = self.config.log_post_fwd_inputs
+        given = (each.name, each.module, wanted, self._collector, hearing, directory, post_inputs)
+        made = TracedListener(*given)
+        made.steps = steps if steps.is_step(each.name) else None
+        return made
 
     def _counts(self, each: Named) -> bool:
         """Whether calls of a module that is not listened to are to be counted, for the sake of its taps."""

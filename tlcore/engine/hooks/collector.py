@@ -359,6 +359,23 @@ class Collector:
         key = treespec if keywords in (None, NO_ITEMS) else (treespec, keywords)
         self._add_site(known.get(key) or sides.add(known, key, direction, treespec, keywords))
 
+    def shown(
+        self,
+        call: Call,
+        direction: Direction,
+        treespec: TreeSpec,
+        keywords: TreeSpec | None,
+        tensors: Sequence[torch.Tensor],
+        scalars: Sequence[Scalar],
+    ) -> None:
+        """A whole side of a call, whose structure is known already: capture it."""
+        try:
+            taken = [self.take(tensor) for tensor in tensors]
+            self.add(call, direction, treespec, keywords, taken, scalars)
+            self.hand_over_if_needed()
+        except Exception as error:
+            self.broken(call, direction, error)
+
     def hand_over_if_needed(self) -> None:
         """Give full memory to the pipeline; not while a tensor is taken whose side is not added yet."""
         if self._stager.must_hand_over:

@@ -62,8 +62,8 @@ def refuse_compiled(model: nn.Module) -> None:
     """Raise CaptureError where a module is wrapped by ``torch.compile``: nothing is heard in there."""
     for name, how in compiled_parts(ModuleTree(model).modules).items():
         raise CaptureError(
-            f"{shown(name)} is {how}, and hooks do not run inside a compiled region; "
-            "capture the original module before it is compiled"
+            f"{shown(name)} is {how} already, and hooks do not run inside a compiled region; capture the"
+            ' original module, with "compiled": "taps", and compile it inside the capture\'s `with` block'
         )
 
 

@@ -152,6 +152,20 @@ class ListenerSet:
         self.remove()
         self.look()
         self._installed = True
+        self._put_them()
+        for key, counter in self._counting.items():
+            self._counting[key] = counter.again()
+        self._keeping = more_than_a_call and self._looks_within
+        if self._keeping:
+            for keeper, each in zip(self._keepers, self._listeners, strict=True):
+                keeper.keep(each)
+        if self._looks_within:
+            self._arrivals = register_module_module_registration_hook(self._arrives)
+        self._room.take(self._tree.depth)
+        self._hearing.owner = _get_ident()
+
+    def _put_them(self) -> None:
+        """Let every listener stand in, around what is there now."""
         listeners, listening = self._listeners, self._listening
         index = put_all(listeners, listening, 0)
         while index < len(listeners):
@@ -162,16 +176,6 @@ class ListenerSet:
             each.own[FORWARD] = each
             each.listening.count = each.listening.elsewhere = 0
             index = put_all(listeners, listening, index + 1)
-        for key, counter in self._counting.items():
-            self._counting[key] = counter.again()
-        self._keeping = more_than_a_call and self._looks_within
-        if self._keeping:
-            for keeper, each in zip(self._keepers, listeners, strict=True):
-                keeper.keep(each)
-        if self._looks_within:
-            self._arrivals = register_module_module_registration_hook(self._arrives)
-        self._room.take(self._tree.depth)
-        self._hearing.owner = _get_ident()
 
     def _refit(self, module: nn.Module, new_class: bool) -> None:
         """Listen to what others have put in the place of a module's ``forward`` or class within the step."""
@@ -281,6 +285,12 @@ class ListenerSet:
         if self._keeping:
             self._keepers = [keeper.leave() for keeper in self._keepers]
         self._room.give_back()
+        self._take_them()
+        for counter in self._counting.values():
+            counter.take_away()
+
+    def _take_them(self) -> None:
+        """Take every listener away until the next step."""
         listeners = self._listeners
         index = take_all(listeners, self._listening, 0)
         while index < len(listeners):
@@ -289,8 +299,6 @@ class ListenerSet:
             if not each.take_away() or covered:
                 self.replaced_within[each.name] = None
             index = take_all(listeners, self._listening, index + 1)
-        for counter in self._counting.values():
-            counter.take_away()
 
     def close(self) -> None:
         """Take every listener away, for good."""

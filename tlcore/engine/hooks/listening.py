@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import threading
 from collections.abc import Callable, Container
-from typing import Any, Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 import torch
 from torch import nn
@@ -35,6 +35,7 @@ from .module_tree import Named
 NOBODY = 0
 _is_compiling = torch.compiler.is_compiling
 _get_ident = threading.get_ident
+Self = TypeVar("Self", bound="Listener")
 
 
 class Listener(StandIn):
@@ -82,7 +83,7 @@ class Listener(StandIn):
         self.listening.aim(self.original, self.replaced)
         self._hear = self.listening.hear
 
-    def successor(self) -> Listener:
+    def successor(self: Self) -> Self:
         """A new listener for the module, around whatever stands for its ``forward`` now.
 
         This one may be held inside that, and passes by for ever.
@@ -90,7 +91,7 @@ class Listener(StandIn):
         self.dead = True
         self._wanted, wanted = frozenset(), self._wanted
         given = (wanted, self._collector, self._hearing, self._directory, self._post)
-        next_one = Listener(self.name, self.module, *given)
+        next_one = type(self)(self.name, self.module, *given)
         next_one.goes_on_from(self)
         return next_one
 
@@ -182,7 +183,7 @@ class Listener(StandIn):
         module = self.module
         if isinstance(module, torch.jit.ScriptModule):
             return False
-        if not hooks_follow(sys._getframe(1), module, _OURS):
+        if not hooks_follow(sys._getframe(1), module, OURS):
             return False
         heard = False
 
@@ -235,7 +236,7 @@ class Listener(StandIn):
 
 _DEAF = Hearing()
 # Code that lies between a module's call and what it calls.
-_OURS = frozenset((Listener.__call__.__code__, CallCounter.__call__.__code__, PYTHON_HALF))
+OURS = {Listener.__call__.__code__, CallCounter.__call__.__code__, PYTHON_HALF}
 
 
 class Source(Protocol):

@@ -79,8 +79,12 @@ class StepCalls:
         end: Callable[[BaseException | None], object],
         kind: str = "root",
         around: Callable[[nn.Module], Callable[..., Any] | None] = lambda module: None,
+        watches: bool = True,
     ) -> None:
         self.around = around
+        self._watches = watches
+        # The steps that graphs have begun, by whom, and whether they did begin one.
+        self._in_graphs: list[tuple[object, bool]] = []
         self._begin = begin
         self._end = end
         self._kind = kind
@@ -151,7 +155,7 @@ class StepCalls:
 
     def _watch(self) -> None:
         """Hear calls outside any step, until the next one."""
-        if not self._watching:
+        if self._watches and not self._watching:
             self._watching = True
             for each in self._strays:
                 each.aim()
@@ -213,6 +217,34 @@ class StepCalls:
             self._watch()
         self._room.give_back()
         self._owner = 0
+
+    def is_step(self, name: str) -> bool:
+        """Whether a call of the module with a name may be a step by itself."""
+        return self._kind == "outermost" or (self._kind == "root" and not name)
+
+    def graph_begins(self, who: object) -> None:
+        """Compiled code of ``who`` begins, and may be a step."""
+        if any(each is who for each, _ in self._in_graphs):
+            # It ended by an error, which nobody tells.
+            self._leave_graphs(RuntimeError("compiled code did not come to its end"))
+        self._in_graphs.append((who, self.enters()))
+
+    def graph_ends(self, who: object) -> None:
+        """Compiled code of ``who`` ends."""
+        if not any(each is who for each, _ in self._in_graphs):
+            return
+        while self._in_graphs:
+            each, mine = self._in_graphs.pop()
+            if mine:
+                self.leaves(None)
+            if each is who:
+                return
+
+    def _leave_graphs(self, error: BaseException) -> None:
+        mine = any(mine for _, mine in self._in_graphs)
+        self._in_graphs.clear()
+        if mine:
+            self.leaves(error)
 
     def _guarded(self, call: Callable[[], object]) -> None:
         try:

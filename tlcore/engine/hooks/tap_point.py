@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import logging
 import sys
+from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol, TypeVar
 
 import torch
+from torch import nn
 
 log = logging.getLogger("tlcore")
 Value = TypeVar("Value")
@@ -21,17 +23,14 @@ class Receiver(Protocol):
         """Take a value that the code of ``frame`` shows; its memory is only lent."""
         ...
 
-
-class Tracer(Protocol):
-    """Who lets a compiler trace taps along."""
-
-    def traced(self, name: str, value: Any) -> None:
-        """Make the value known to the graph that is being traced."""
+    def tapped_in(self, name: str, value: Any, module: nn.Module) -> None:
+        """Take a value that the code of a module shows."""
         ...
 
 
 _receivers: tuple[Receiver, ...] = ()
-_tracer: Tracer | None = None
+# What makes a value known to the graph that is being traced; None where nobody wants it to.
+_tracer: Callable[[str, Any], None] | None = None
 
 
 def tap(name: str, tensor: Value) -> Value:
@@ -44,7 +43,7 @@ def tap(name: str, tensor: Value) -> Value:
     """
     if _is_compiling():
         if _tracer is not None:
-            _tracer.traced(name, tensor)
+            _tracer(name, tensor)
         return tensor
     if _receivers:
         _show(name, tensor)
@@ -66,6 +65,21 @@ def _show(name: str, value: Any) -> None:
             each.tapped(name, value, frame)
         except Exception as error:
             log.warning("a tap could not be captured: %s: %s", type(error).__name__, error)
+
+
+def show_traced(name: str, value: Any, module: nn.Module | None) -> None:
+    """A graph runs that a value was traced into: of a module, or else of the one that runs now."""
+    if module is None:
+        _show(name, value)
+        return
+    for each in _receivers:
+        each.tapped_in(name, value, module)
+
+
+def trace_with(tracer: Callable[[str, Any], None] | None) -> None:
+    """Let compilers trace taps along by ``tracer`` from now on, or leave them out."""
+    global _tracer
+    _tracer = tracer
 
 
 def receive(receiver: Receiver) -> None:

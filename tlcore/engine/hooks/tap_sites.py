@@ -111,6 +111,13 @@ class TapSites:
         for site in self._sites.values():
             site.begin_step()
 
+    def tapped_in(self, name: str, value: Any, module: nn.Module) -> None:
+        """Take a value that a module's compiled code shows."""
+        named = self._hooks.known.get(id(module))
+        if named is not None and self._hooks.owner == _get_ident() and in_backward() < 0:
+            self._tree = self._hooks.tree
+            self.take(self._site(named, name), value)
+
     def tapped(self, name: str, value: Any, frame: FrameType | None) -> None:
         """Take a value for the module whose code runs in ``frame``, the model's own where that is none's."""
         owner = self._hooks.owner

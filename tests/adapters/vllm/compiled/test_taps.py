@@ -12,13 +12,13 @@ from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from tests.sinks import MemorySink
-from tlcore.adapters.vllm.compiled import tap_op
 from tlcore.adapters.vllm.compiled.dry_run import DryRun, Plan
 from tlcore.adapters.vllm.compiled.graph_copies import StaticCopies
 from tlcore.adapters.vllm.compiled.tapped import install_taps
 from tlcore.adapters.vllm.compiled.taps import Taps
 from tlcore.config.configuration import load_config
 from tlcore.engine.filters.modules import ModuleFilter
+from tlcore.engine.hooks import tap_op
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
 

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from .tap_op import tap
+from ....engine.hooks.tap_op import tap
 
 
 class Slots(NamedTuple):

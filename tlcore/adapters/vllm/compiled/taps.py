@@ -11,11 +11,11 @@ import torch
 from torch import nn
 
 from ....engine.filters.modules import ModuleFilter
+from ....engine.hooks import tap_op
 from ....engine.hooks.collector import Collector, Taken
 from ....engine.session import Session
 from ....engine.staging.accelerator import recording
 from ..frontend.check import unknown_vllm
-from . import tap_op
 from .dry_run import DryRun, Plan, Side
 from .eager_steps import EagerSteps, when_pass_begins
 from .graph_copies import StaticCopies
