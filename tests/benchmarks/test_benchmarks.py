@@ -13,10 +13,13 @@ from tests.benchmarks import __main__ as program
 from tests.benchmarks import gpu
 from tests.benchmarks.rows import SCALES, Row, at_least, at_most
 
-_SLOW = pytest.param("compare_speed", marks=pytest.mark.slow)
+_SLOW = [
+    pytest.param(name, marks=pytest.mark.slow)
+    for name in ("compare_speed", "long", "long_growth", "long_decode")
+]
 
 
-@pytest.mark.parametrize("name", ["prefill", "breakdown", "unselected", "decode", "reading", _SLOW])
+@pytest.mark.parametrize("name", ["prefill", "breakdown", "unselected", "decode", "reading", *_SLOW])
 def test_every_row_has_a_finite_ratio(name: str) -> None:
     rows = program.run(name, SCALES["tiny"])
     assert rows
