@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from ..errors import MissingError
+from .call import Call
 from .rebuild import Arguments, OpaqueObject, Skipped
 from .request import Gap, Request
 from .run import Run, RunSummary, is_run, list_runs, open_run
-from .step import Call, Step
+from .step import Step
 from .tensor_stream import TensorStream
 
 __all__ = [

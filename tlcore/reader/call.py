@@ -1,0 +1,116 @@
+"""One call of a module in a step of a stored run, read lazily."""
+
+from __future__ import annotations
+
+import re
+from functools import cached_property
+from typing import TYPE_CHECKING, Any
+
+from ..errors import MissingError
+from ..layout.directions import is_gradient, is_tap
+from ..layout.names import module_of, rank_suffix, step_dir
+from ..record import Json
+from .rebuild import Arguments, rebuild, rebuild_arguments
+from .stored import Stored
+
+if TYPE_CHECKING:
+    from .step import Step
+
+_LATER_CALL = re.compile(r"(.+)_([1-9][0-9]*)(?:~2)?")
+
+
+class Call:
+    """One call of a module in a step: its arguments and its result, rebuilt with tensors."""
+
+    def __init__(self, step: Step, stored: Stored, directory: str, rank: int) -> None:
+        self._step = step
+        self._stored = stored
+        self.directory = directory
+        self.rank = rank
+
+    @cached_property
+    def _identity(self) -> tuple[str, int]:
+        begin = f"{step_dir(self._step.number)}/{self.directory}/"
+        for record in self._step.records:
+            if record["name"].startswith(begin):
+                return str(record["module"]), int(record["call"])
+        # Nothing of this call was stored, so only its directory is left to tell.
+        later = _LATER_CALL.fullmatch(self.directory)
+        if later and later[1] in self._step.calls:
+            return module_of(later[1]), int(later[2])
+        return module_of(self.directory), 0
+
+    @property
+    def module(self) -> str:
+        """The module's dotted name in the model."""
+        return self._identity[0]
+
+    @property
+    def index(self) -> int:
+        """Which call of the module in the step, from 0."""
+        return self._identity[1]
+
+    @cached_property
+    def inputs(self) -> Arguments:
+        """The arguments, with tensors; `Skipped` stands for a tensor that was not stored."""
+        return rebuild_arguments(self.structure("inputs"), self._step.tensor)
+
+    @cached_property
+    def post_fwd_inputs(self) -> Arguments:
+        """The arguments as they stood after the call, where ``log_post_fwd_inputs`` was set."""
+        return rebuild_arguments(self.structure("post_fwd_inputs"), self._step.tensor)
+
+    @cached_property
+    def outputs(self) -> Any:
+        """The result, with tensors."""
+        return rebuild(self.structure("outputs"), self._step.tensor)
+
+    @cached_property
+    def taps(self) -> dict[str, Any]:
+        """What `tlcore.tap` showed in the call, by name, with ``_1`` from the second time on."""
+        return {
+            each.partition(".")[2]: rebuild(self.structure(each), self._step.tensor)
+            for each in self.taps_shown
+        }
+
+    @cached_property
+    def grad_inputs(self) -> Arguments:
+        """The gradients of the arguments, where ``log_gradients`` was set; `Skipped` for one without."""
+        return rebuild_arguments(self.structure("grad_inputs"), self._step.tensor)
+
+    @cached_property
+    def grad_outputs(self) -> Any:
+        """The gradients of the result, where ``log_gradients`` was set."""
+        return rebuild(self.structure("grad_outputs"), self._step.tensor)
+
+    @property
+    def gradients_shown(self) -> list[str]:
+        """The directions under which gradients are stored: ``grad_outputs``, ``grad_outputs~2``, ..."""
+        return [each for each in self._directions if is_gradient(each)]
+
+    @property
+    def taps_shown(self) -> list[str]:
+        """The directions under which the call's taps are stored: ``tap.<name>[_<i>]``."""
+        return [each for each in self._directions if is_tap(each)]
+
+    @property
+    def _directions(self) -> list[str]:
+        begin = f"{self.directory}/"
+        names = self._stored.structure_names(self._step.number, self.rank)
+        own = [name.removeprefix(begin) for name in names if name.startswith(begin)]
+        return sorted(name.removesuffix(".json") for name in own)
+
+    def structure(self, direction: str) -> Json:
+        """The structure JSON of one of `layout.directions`, such as ``inputs`` or ``tap.<name>``.
+
+        Raises MissingError when it was not captured.
+        """
+        step, name = self._step, f"{self.directory}/{direction}.json"
+        if name not in self._stored.structure_names(step.number, self.rank):
+            why = "it was not captured" if step.complete else "the step was not committed"
+            ranked = f"{step_dir(step.number)}/{self.directory}/{direction}{rank_suffix(self.rank)}.json"
+            raise MissingError(f"{self._stored.url}: no {ranked!r}; {why}")
+        return self._stored.structure(step.number, self.rank, name)
+
+    def __repr__(self) -> str:
+        return f"<Call {self.directory} of step {self._step.number}>"
