@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import itertools
 import threading
 import weakref
 from collections.abc import Callable
@@ -206,6 +207,59 @@ def test_the_collector_is_called_while_chunks_are_full() -> None:
         listener(tensor)
         assert len(listener.collector.told) == count
     assert listener.walk.walker.leaving
+
+
+def test_what_comes_again_is_taken_as_the_first_time() -> None:
+    returned: list[Any] = [None]
+    listener = Listener("C", lambda *args, **kwargs: returned[0])
+    walk = listener.walk
+    assert walk is not None
+    sides: list[Any] = []
+    walk.walker.use(sides, walk.specs, walk.memories, walk.offsets, walk.scalars)
+    one, other = torch.arange(3.0), torch.arange(4.0).view(2, 2)
+    walk.walker.flatten([one, other])
+    # What might be taken for one another stands side by side.
+    values: list[Any] = [one, torch._neg_view(one), other, other.t(), (one,), [one], [one] * 20, {"a": one}]
+    values += [{1: one}, {"b": one}, {"a": one, "b": {"c": 2.5}}, {"b": one, "a": {"c": 2.5}}, {"a": one}, {}]
+    values += [
+        [one, (other, 1)],
+        [one, (other, None)],
+        [[[[[[[[[[one]]]]]]]]]],
+        (),
+        None,
+        "text",
+        True,
+        object,
+    ]
+    for kwargs in ({}, {"k": one}):
+        for value in [each for pair in itertools.pairwise(values) for each in (*pair, *pair)]:
+            returned[0], listener.listening.count, walk.memory.bytes = value, 0, 0
+            for found in (sides, walk.specs, walk.memories, walk.offsets, walk.scalars):
+                found.clear()
+            listener(value, **kwargs)
+            expected = Walk()
+            expected.walker.flatten([one, other])
+            before = len(expected.specs)
+            sketches = [expected.walker.flatten(part) for part in ((value,), kwargs, value)]
+            assert walk.taken == expected.taken[before:]
+            assert list(map(repr, walk.scalars)) == list(map(repr, expected.scalars))
+            # The sides of what was known; the others are told.
+            known = [("in", sketches[0], sketches[1]), ("out", sketches[2])]
+            assert len(sides) + len(listener.collector.told) == 2
+            assert all(side in known for side in sides)
+            _answer(listener)
+
+
+def _answer(listener: Listener) -> None:
+    """Make the structures known that the collector was told of."""
+    call = listener.sites[0]
+    for told in listener.collector.told:
+        if told[0] == "inputs":
+            positional, keywords = told[2]
+            call.inputs[(positional, keywords) if told[3] else positional] = ("in", positional, keywords)
+        else:
+            call.outputs[told[2]] = ("out", told[2])
+    listener.collector.told.clear()
 
 
 def test_what_backward_computes_once_more_is_passed_on(half: str) -> None:

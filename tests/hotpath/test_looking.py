@@ -67,6 +67,7 @@ def test_tensors_of_a_transform_are_left_to_python() -> None:
 
 
 def test_a_torch_that_cannot_be_looked_at_is_left_to_python() -> None:
+    native()
     exchange = torch.Tensor.__dlpack_c_exchange_api__
     alike = tuple(torch.zeros(2) for _ in range(2))
     try:

@@ -3,7 +3,7 @@
  * Python's part stays in charge: whatever is not the usual case (a structure seen for the first time, hooks of
  * others, an error) is handed to the listener or the collector, and said there.
  */
-#include "pytree.h"
+#include "again.h"
 
 #include <pythread.h>
 #include <structmember.h>
@@ -18,6 +18,7 @@ typedef struct {
 typedef struct {
     PyObject_HEAD
     PyObject *inputs, *outputs;
+    last_structure given, returned;
 } sides_object;
 
 typedef struct {
@@ -61,11 +62,22 @@ static int must_look(const walker_object *walker)
     return walker->full != NULL && PyList_Size(walker->full) > 0;
 }
 
+static int has_sides(PyObject *known)
+{
+    if (known != NULL && PyDict_Check(known))
+        return 1;
+    PyErr_SetString(PyExc_TypeError, "a call without its sides");
+    return 0;
+}
+
 static int take_inputs(listening_object *mine, PyObject *sides, PyObject *args, PyObject *kwargs)
 {
     walker_object *walker = (walker_object *)mine->walker;
     walker->leaving = 0;
-    PyObject *unknown = tlcore_take_arguments(walker, ((sides_object *)sides)->inputs, args, kwargs);
+    sides_object *call = (sides_object *)sides;
+    PyObject *unknown = has_sides(call->inputs)
+                            ? tlcore_take_arguments(walker, &call->given, call->inputs, args, kwargs)
+                            : NULL;
     if (unknown == Py_None && !must_look(walker))
         return done(unknown);
     int failed = unknown == NULL || done(PyObject_CallMethodObjArgs(mine->collector, arguments_name, sides, unknown,
@@ -78,7 +90,9 @@ static int take_output(listening_object *mine, PyObject *sides, PyObject *output
 {
     walker_object *walker = (walker_object *)mine->walker;
     walker->leaving = 1;
-    PyObject *unknown = tlcore_take_result(walker, ((sides_object *)sides)->outputs, output);
+    sides_object *call = (sides_object *)sides;
+    PyObject *unknown =
+        has_sides(call->outputs) ? tlcore_take_result(walker, &call->returned, call->outputs, output) : NULL;
     if (unknown == Py_None && !must_look(walker))
         return done(unknown);
     int failed = unknown == NULL ||
@@ -314,13 +328,16 @@ static int sides_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(Py_TYPE(self));
     Py_VISIT(((sides_object *)self)->inputs);
     Py_VISIT(((sides_object *)self)->outputs);
-    return 0;
+    int stopped = tlcore_visit_last(&((sides_object *)self)->given, visit, arg);
+    return stopped ? stopped : tlcore_visit_last(&((sides_object *)self)->returned, visit, arg);
 }
 
 static int sides_clear(PyObject *self)
 {
     Py_CLEAR(((sides_object *)self)->inputs);
     Py_CLEAR(((sides_object *)self)->outputs);
+    tlcore_forget_last(&((sides_object *)self)->given);
+    tlcore_forget_last(&((sides_object *)self)->returned);
     return 0;
 }
 

@@ -3,13 +3,15 @@
  * The sketch of a value is the one that `flatten` in Python makes, and the leaves are taken in the same order.
  * Whatever is not common is handed to Python, one value at a time, so that Python says what it means.
  */
-#include "pytree.h"
+#include "again.h"
 
 #include <string.h>
 #include <structmember.h>
 
 static PyTypeObject *memory_type, *walker_type;
-static PyObject *tensor_word, *scalar_word, *none_word, *tuple_word, *list_word, *dict_word, *no_items;
+PyObject *tlcore_tensor_word, *tlcore_scalar_word, *tlcore_none_word;
+PyObject *tlcore_tuple_word, *tlcore_list_word, *tlcore_dict_word;
+static PyObject *no_items;
 
 /* --- one tensor --- */
 
@@ -21,7 +23,7 @@ static int append_number(PyObject *list, Py_ssize_t number)
     return failed ? -1 : 0;
 }
 
-static void copy(char *target, const void *source, Py_ssize_t bytes)
+void tlcore_copy(char *target, const void *source, Py_ssize_t bytes)
 {
     if (bytes < TLCORE_SMALL_BYTES) {
         memcpy(target, source, (size_t)bytes);
@@ -30,6 +32,12 @@ static void copy(char *target, const void *source, Py_ssize_t bytes)
     Py_BEGIN_ALLOW_THREADS;
     memcpy(target, source, (size_t)bytes);
     Py_END_ALLOW_THREADS;
+}
+
+int tlcore_note(walker_object *walker, PyObject *spec, PyObject *memory, Py_ssize_t begin)
+{
+    return PyList_Append(walker->specs, spec) || PyList_Append(walker->memories, memory) ||
+           append_number(walker->offsets, begin);
 }
 
 /* 1 where the tensor was taken, 0 where it must go the long way, -1 with an exception set. */
@@ -48,10 +56,9 @@ static int take_plain(walker_object *walker, PyObject *tensor)
     /* Noted before the bytes are copied: without the lock, others may run. */
     PyObject *spec = Py_NewRef(known->spec), *held = Py_NewRef(walker->memory);
     memory->bytes = begin + ((bytes + 63) & ~(Py_ssize_t)63);
-    int failed = PyList_Append(walker->specs, spec) || PyList_Append(walker->memories, held) ||
-                 append_number(walker->offsets, begin);
+    int failed = tlcore_note(walker, spec, held, begin);
     if (!failed && bytes)
-        copy((char *)memory->address + begin, view.data, bytes);
+        tlcore_copy((char *)memory->address + begin, view.data, bytes);
     Py_DECREF(spec);
     Py_DECREF(held);
     return failed ? -1 : 1;
@@ -137,7 +144,7 @@ static PyObject *flatten_dict(walker_object *walker, PyObject *value, containers
             sketch = other(walker, value, seen);
             seen->depth++;
         } else if ((items = flatten_tuple(walker, values, seen)) != NULL) {
-            sketch = PyTuple_Pack(3, dict_word, keys, items);
+            sketch = PyTuple_Pack(3, tlcore_dict_word, keys, items);
         }
     }
     Py_XDECREF(key_list);
@@ -168,22 +175,26 @@ static PyObject *flatten_container(walker_object *walker, PyObject *value, conta
         int is_tuple = PyTuple_CheckExact(value);
         items = is_tuple ? flatten_tuple(walker, value, seen) : flatten_list(walker, value, seen);
         if (items != NULL)
-            sketch = PyTuple_Pack(2, is_tuple ? tuple_word : list_word, items);
+            sketch = PyTuple_Pack(2, is_tuple ? tlcore_tuple_word : tlcore_list_word, items);
         Py_XDECREF(items);
     }
     seen->depth--;
     return sketch;
 }
 
+int tlcore_is_scalar(PyObject *value)
+{
+    return PyLong_CheckExact(value) || PyFloat_CheckExact(value) || PyBool_Check(value) || PyUnicode_CheckExact(value);
+}
+
 PyObject *tlcore_flatten(walker_object *walker, PyObject *value, containers *seen)
 {
     if (tlcore_is_some_tensor(value))
-        return take_tensor(walker, value) ? NULL : Py_NewRef(tensor_word);
+        return take_tensor(walker, value) ? NULL : Py_NewRef(tlcore_tensor_word);
     if (value == Py_None)
-        return Py_NewRef(none_word);
-    if (PyLong_CheckExact(value) || PyFloat_CheckExact(value) || PyBool_Check(value) ||
-        PyUnicode_CheckExact(value))
-        return PyList_Append(walker->scalars, value) ? NULL : Py_NewRef(scalar_word);
+        return Py_NewRef(tlcore_none_word);
+    if (tlcore_is_scalar(value))
+        return PyList_Append(walker->scalars, value) ? NULL : Py_NewRef(tlcore_scalar_word);
     if (PyTuple_CheckExact(value) || PyList_CheckExact(value))
         return flatten_container(walker, value, seen);
     if (PyDict_CheckExact(value))
@@ -245,6 +256,7 @@ static int walker_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(walker->offsets);
     Py_VISIT(walker->scalars);
     Py_VISIT(walker->full);
+    Py_VISIT(walker->sketches);
     return tlcore_traverse(&walker->known, visit, arg);
 }
 
@@ -260,6 +272,7 @@ static int walker_clear(PyObject *self)
     Py_CLEAR(walker->offsets);
     Py_CLEAR(walker->scalars);
     Py_CLEAR(walker->full);
+    Py_CLEAR(walker->sketches);
     tlcore_forget(&walker->known);
     return 0;
 }
@@ -336,44 +349,72 @@ static PyObject *walker_flatten(PyObject *self, PyObject *value)
     return tlcore_flatten((walker_object *)self, value, &seen);
 }
 
-/* Add the side that is known for a key; NULL with an exception set, None, or the answer where there is none. */
-static PyObject *add_known(walker_object *walker, PyObject *sides, PyObject *key, PyObject *answer)
+/* Add the side that is known for a key: it, or NULL, with an exception set where that is not for lack of one. */
+static PyObject *add_known(walker_object *walker, PyObject *sides, PyObject *key)
 {
     PyObject *side = PyDict_GetItemWithError(sides, key);
     if (side == NULL)
-        return PyErr_Occurred() ? NULL : Py_NewRef(answer);
+        return NULL;
     Py_INCREF(side);
-    int failed = PyList_Append(walker->sides, side);
-    Py_DECREF(side);
-    return failed ? NULL : Py_NewRef(Py_None);
+    if (PyList_Append(walker->sides, side))
+        Py_CLEAR(side);
+    return side;
 }
 
-PyObject *tlcore_take_arguments(walker_object *walker, PyObject *sides, PyObject *args, PyObject *kwargs)
+static PyObject *flatten_arguments(walker_object *walker, last_structure *last, PyObject *sides, PyObject *args,
+                                   PyObject *kwargs)
 {
     containers seen = {.depth = 0};
-    PyObject *keywords = NULL, *both = NULL, *added = NULL;
+    PyObject *keywords = NULL, *both = NULL, *side = NULL;
     PyObject *positional = tlcore_flatten(walker, args, &seen);
+    int has_keywords = PyDict_Size(kwargs) > 0;
     if (positional != NULL)
         keywords = tlcore_flatten(walker, kwargs, &seen);
     if (keywords != NULL)
         both = PyTuple_Pack(2, positional, keywords);
     if (both != NULL)
-        added = add_known(walker, sides, PyDict_Size(kwargs) ? both : positional, both);
+        side = add_known(walker, sides, has_keywords ? both : positional);
+    if (side != NULL && last != NULL)
+        tlcore_remember(walker, last, positional, has_keywords ? keywords : NULL, side);
     Py_XDECREF(positional);
     Py_XDECREF(keywords);
-    Py_XDECREF(both);
-    return added;
+    if (side != NULL || PyErr_Occurred())
+        Py_CLEAR(both);
+    if (side == NULL)
+        return both;
+    Py_DECREF(side);
+    return Py_NewRef(Py_None);
 }
 
-PyObject *tlcore_take_result(walker_object *walker, PyObject *sides, PyObject *value)
+PyObject *tlcore_take_arguments(walker_object *walker, last_structure *last, PyObject *sides, PyObject *args,
+                                PyObject *kwargs)
+{
+    int taken = last == NULL ? 0 : tlcore_take_again(walker, last, args, kwargs);
+    if (taken)
+        return taken < 0 ? NULL : Py_NewRef(Py_None);
+    return flatten_arguments(walker, last, sides, args, kwargs);
+}
+
+PyObject *tlcore_take_result(walker_object *walker, last_structure *last, PyObject *sides, PyObject *value)
 {
     containers seen = {.depth = 0};
+    int taken = last == NULL ? 0 : tlcore_take_again(walker, last, value, NULL);
+    if (taken)
+        return taken < 0 ? NULL : Py_NewRef(Py_None);
     PyObject *sketch = tlcore_flatten(walker, value, &seen);
     if (sketch == NULL)
         return NULL;
-    PyObject *added = add_known(walker, sides, sketch, sketch);
+    PyObject *side = add_known(walker, sides, sketch);
+    if (side == NULL) {
+        if (PyErr_Occurred())
+            Py_CLEAR(sketch);
+        return sketch;
+    }
+    if (last != NULL)
+        tlcore_remember(walker, last, sketch, NULL, side);
     Py_DECREF(sketch);
-    return added;
+    Py_DECREF(side);
+    return Py_NewRef(Py_None);
 }
 
 static PyObject *walker_arguments(PyObject *self, PyObject *args)
@@ -384,7 +425,7 @@ static PyObject *walker_arguments(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "O!O!O!:arguments", &PyDict_Type, &sides, &PyTuple_Type, &positional,
                           &PyDict_Type, &keywords))
         return NULL;
-    return tlcore_take_arguments((walker_object *)self, sides, positional, keywords);
+    return tlcore_take_arguments((walker_object *)self, NULL, sides, positional, keywords);
 }
 
 static PyObject *walker_result(PyObject *self, PyObject *args)
@@ -394,7 +435,7 @@ static PyObject *walker_result(PyObject *self, PyObject *args)
         return PyErr_Format(PyExc_RuntimeError, "call use() first");
     if (!PyArg_ParseTuple(args, "O!O:result", &PyDict_Type, &sides, &value))
         return NULL;
-    return tlcore_take_result((walker_object *)self, sides, value);
+    return tlcore_take_result((walker_object *)self, NULL, sides, value);
 }
 
 static PyMethodDef walker_methods[] = {
@@ -432,15 +473,15 @@ static PyType_Spec walker_spec = {
 
 static int make_words(void)
 {
-    tensor_word = PyUnicode_InternFromString("tensor");
-    scalar_word = PyUnicode_InternFromString("scalar");
-    none_word = PyUnicode_InternFromString("none");
-    tuple_word = PyUnicode_InternFromString("tuple");
-    list_word = PyUnicode_InternFromString("list");
-    dict_word = PyUnicode_InternFromString("dict");
-    if (!tensor_word || !scalar_word || !none_word || !tuple_word || !list_word || !dict_word)
+    tlcore_tensor_word = PyUnicode_InternFromString("tensor");
+    tlcore_scalar_word = PyUnicode_InternFromString("scalar");
+    tlcore_none_word = PyUnicode_InternFromString("none");
+    tlcore_tuple_word = PyUnicode_InternFromString("tuple");
+    tlcore_list_word = PyUnicode_InternFromString("list");
+    tlcore_dict_word = PyUnicode_InternFromString("dict");
+    if (!tlcore_tensor_word || !tlcore_scalar_word || !tlcore_none_word || !tlcore_tuple_word || !tlcore_list_word || !tlcore_dict_word)
         return -1;
-    no_items = Py_BuildValue("(O()())", dict_word);
+    no_items = Py_BuildValue("(O()())", tlcore_dict_word);
     return no_items == NULL ? -1 : 0;
 }
 

@@ -132,7 +132,8 @@ class StepRows:
 
     def document(self) -> Json:
         """The keys of ``step.json`` that say whose rows are whose, in what is stored."""
-        self.note()
+        if self.told:
+            self.note()
         found: Json = {}
         if self._main is not None:
             (rows,) = self._main.sets

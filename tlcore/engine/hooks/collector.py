@@ -230,7 +230,8 @@ class Collector:
 
     def raised(self, sides: Call, error: BaseException) -> None:
         """Note that the call raised instead of returning."""
-        self._add_site(sides.side("outputs", Opaque(f"raised {class_name(error)}")))
+        known, what = sides.outputs, Opaque(f"raised {class_name(error)}")
+        self._add_site(known.get(what) or sides.add(known, what, "outputs", what, None))
 
     def tensor(self, tensor: torch.Tensor) -> None:
         """Take one tensor of the structure being frozen: its form, and its copy if it is to be stored."""
@@ -393,7 +394,7 @@ class Collector:
         self._add_site(sides.side(direction, ("list", (TENSOR,) * (len(batch.specs) - tensors))))
 
     def _hand_over(self, everything: bool) -> None:
-        if self.before_hand_over is not None:
+        if self.before_hand_over is not None and not everything:
             self.before_hand_over()
         batch = self._batch
         batch.memory = self._stager.take(everything)

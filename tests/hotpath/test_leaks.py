@@ -1,0 +1,127 @@
+"""What the extension keeps over many steps: no reference and no memory more than after the first ones."""
+
+from __future__ import annotations
+
+import gc
+import resource
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+
+from tests.deep import scaled
+from tests.hotpath.halves import native
+from tests.sinks import MemorySink
+from tlcore.config.configuration import load_config
+from tlcore.engine.new_run import new_run
+from tlcore.engine.session import Session
+from tlcore.hotpath import copying, hashing
+
+STEPS = scaled(250, 5000)
+
+
+class Part(nn.Module):
+    """Its result has another structure each third call, and each fifth call raises."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor, *more: Any, **named: Any) -> Any:
+        self.calls += 1
+        if self.calls % 5 == 0:
+            raise ValueError("as it was told to")
+        return {"x": (x, 1, None)} if self.calls % 3 else [x, torch.nn.Parameter(x)]
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts = nn.ModuleList(Part() for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for part in self.parts:
+            try:
+                part(x, [x, {"y": x}], key=x)
+            except ValueError:
+                continue
+        return x
+
+
+class Nowhere(MemorySink):
+    """Keeps nothing."""
+
+    def write(self, batch: Any) -> None:
+        hashing.hex_digests([record.data for record in batch])
+
+    def commit_step(self, step: Any) -> None:
+        """There is nothing to commit."""
+
+
+def kept_over(step: Callable[[], None]) -> tuple[int, int]:
+    """How many more of Python's objects, and KiB, there are after many steps than after a few."""
+    for _ in range(STEPS // 5):
+        step()
+    gc.collect()
+    objects, memory = len(gc.get_objects()), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    for _ in range(STEPS):
+        step()
+    gc.collect()
+    return len(gc.get_objects()) - objects, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
+
+
+def test_capture_keeps_nothing_of_its_steps(tmp_path: Any) -> None:
+    native()
+    model, x = Model(), torch.ones(64, 64)
+    config = load_config({"output_dir": str(tmp_path), "log_step_ids": []})
+    session = Session(config, new_run(config), Nowhere(), inline=True)
+    session.attach(model)
+
+    def step() -> None:
+        session.begin_step()
+        model(x)
+        session.end_step()
+
+    step()
+    assert session._hooks is not None
+    calls = [call for each in session._hooks._listeners for call in each._sites if call is not None]
+    sides = [side for call in calls for side in call.inputs.values()]
+    words = ["tensor", "scalar", "none", "dict", "outputs", "forward"]
+    specs = session._collector._forms._known.values()
+    counted = [x, model.parts[0], session._stager.chunk, *words, *calls, *sides, *specs]
+    before = [sys.getrefcount(each) for each in counted]
+    objects, memory = kept_over(step)
+    after = [sys.getrefcount(each) for each in counted]
+    assert session.ledger.stored > STEPS * 3 and session.ledger.balanced
+    session.close()
+    # A reference that one call leaks in each step would be counted STEPS times.
+    assert all(abs(new - old) < STEPS // 2 for new, old in zip(after, before, strict=True)), (before, after)
+    assert objects < STEPS // 4 and memory < 20_000
+
+
+def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
+    native()
+    path = str(tmp_path / "file")
+    parts, target = [b"x" * 1000, bytearray(50)], bytearray(2000)
+    paths = [path, str(tmp_path / "none")]
+
+    def step() -> None:
+        hashing.hex_digests(parts)
+        copying.gather(target, [0, 1000], parts)
+        with open(path, "wb") as file:
+            copying.write_all(file.fileno(), parts)
+        native().read_files(target, paths, [1050, 3])
+        native().identities(paths)
+        refused: list[Any] = [[0], [0, 5000], [0, "x"]]
+        for wrong in refused:
+            try:
+                copying.gather(target, wrong, parts)
+            except (ValueError, TypeError):
+                continue
+
+    counted = (parts, target, paths, path, parts[0], parts[1])
+    before = [sys.getrefcount(each) for each in counted]
+    objects, memory = kept_over(step)
+    after = [sys.getrefcount(each) for each in counted]
+    assert all(abs(new - old) < STEPS // 2 for new, old in zip(after, before, strict=True)), (before, after)
+    assert objects < STEPS // 4 and memory < 20_000

@@ -1,0 +1,37 @@
+"""The fast tests of capture, sinks and readers once more, where the extension is left out."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+CHECKED = [
+    "tests/engine/hooks",
+    "tests/engine/staging",
+    "tests/engine/test_objects.py",
+    "tests/engine/test_root.py",
+    "tests/engine/test_session.py",
+    "tests/backends/pt",
+    "tests/backends/safetensors",
+    "tests/reader",
+    "tests/hotpath",
+]
+
+
+@pytest.mark.slow
+def test_everything_is_the_same_without_the_extension() -> None:
+    environment = {**os.environ, "TLCORE_NO_EXTENSIONS": "1"}
+    # This process may be a worker of pytest's, which the other one is not.
+    for name in [name for name in environment if name.startswith("PYTEST_")]:
+        del environment[name]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *CHECKED]
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900
+    )
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
+    assert " passed" in done.stdout
