@@ -16,12 +16,15 @@ from typing import Any
 
 import torch
 
+from tlcore.hotpath.native import in_use
+
 from .machine import Others
 from .rows import SCALES, Row, Scale
 
 TABLES = (
     "prefill",
     "breakdown",
+    "hooks",
     "unselected",
     "decode",
     "vllm_prefill",
@@ -54,6 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
     scale = SCALES["quick" if args.quick else "full"]
     if args.steps is not None:
         scale = dataclasses.replace(scale, long_steps=args.steps)
+    sys.stdout.write(f"hot path: {in_use()}\n")
     rows: dict[str, list[Row]] = {}
     busy: dict[str, float | None] = {}
     for name in args.names or known:
@@ -94,6 +98,7 @@ def document(rows: dict[str, list[Row]], others: dict[str, float | None], scale:
     return {
         "scale": scale.name,
         "repeats": scale.repeats,
+        "hot_path": in_use(),
         "machine": {
             "cores": len(os.sched_getaffinity(0)),
             "torch_threads": torch.get_num_threads(),
