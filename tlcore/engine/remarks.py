@@ -75,6 +75,16 @@ def missed_taps(unmatched_by: Sequence[str], silent: Sequence[str], shown: Itera
     return [unmatched(each, shown, "tap") for each in unmatched_by] + [_nothing_of(each) for each in silent]
 
 
+def replaced_within(modules: Sequence[str]) -> list[str]:
+    """Of modules whose ``forward`` was replaced where nobody looked; nothing where there is none."""
+    if not modules:
+        return []
+    return [
+        f"the forward of {some(modules)} was replaced within a captured step; what the replacement made of"
+        " arguments and result there may not be in the run"
+    ]
+
+
 def _nothing_of(pattern: str) -> str:
     what = "no call that it selects was made within a captured step, so nothing of it is in the run"
     return f"module_call_match {pattern!r}: {what}"

@@ -16,8 +16,6 @@ from torch import nn
 
 from ..config.configuration import Config
 from ..errors import CaptureError
-from ..hotpath.listening import Hearing
-from ..layout import names
 from ..layout.rows import Decided
 from ..layout.structure import class_name
 from ..ledger import Counts
@@ -25,8 +23,8 @@ from ..protocols import Sink
 from ..record import Json, RunInfo
 from ..storage import SupportsWaiting
 from . import remarks
+from .audience import Audience, as_draft, call_directory, renaming
 from .batch import Batch, StepEnd
-from .filters.modules import ModuleFilter, may_be_tap
 from .filters.requests import request_filter
 from .filters.rows import StepRows
 from .filters.samples import Samples
@@ -36,11 +34,11 @@ from .hooks.collector import Collector
 from .hooks.compiled_parts import refuse_compiled
 from .hooks.gradients import Gradients
 from .hooks.listeners import ListenerSet
-from .hooks.listening import Listener, Rename, Source
-from .hooks.module_tree import ModuleTree, Named
+from .hooks.listening import Source
+from .hooks.module_tree import ModuleTree
 from .hooks.steps import StepCalls
 from .hooks.tap_sites import Taps
-from .hooks.traced import TracedListener, TracedListeners
+from .hooks.traced import TracedListeners
 from .new_run import now, open_run
 from .pipeline.executors import InlineExecutor, ThreadExecutor
 from .pipeline.inspector import Inspection
@@ -69,7 +67,6 @@ class Session:
         self.run = run = self._documents.run
         self._inline = inline
         self._pid = os.getpid()
-        self._selector = ModuleFilter(config.module_call_match)
         self._hooks: ListenerSet | None = None
         self._draft: ListenerSet | None = None
         self._source: Source | None = None
@@ -93,7 +90,8 @@ class Session:
         self.rows = StepRows(request_filter(config), config.rows == "last")
         self.samples = Samples()
         self._collector = self._make_collector(tensors)
-        self._taps = Taps(self._collector, self._selector, _call_directory)
+        self._audience = Audience(config, self._collector)
+        self._taps = Taps(self._collector, self._audience.selector, call_directory)
         self._collector.before_hand_over = self.rows.note
         self.rows.calls_begun = self._collector.calls_begun
         atexit.register(self.close)
@@ -164,59 +162,23 @@ class Session:
             raise CaptureError("this session has a model already; open another session for a second model")
         refuse_compiled(model)
         self._source = source
-        rename = None if modules is None else _renaming(modules)
+        self._audience.source = source
+        rename = None if modules is None else renaming(modules)
         if traced is not None:
-            select = functools.partial(self._traced_listener, traced)
+            select = functools.partial(self._audience.traced_listener, traced)
             self._hooks = TracedListeners(model, select, rename)
         else:
-            self._hooks = ListenerSet(model, self._listener, rename, may_change_within, self._counts)
+            listener, counts = self._audience.listener, self._audience.counts
+            self._hooks = ListenerSet(model, listener, rename, may_change_within, counts)
         self._taps.add(self._hooks)
-        self._say_what_nobody_is_called(self._hooks, class_name(model))
+        if self._has_all_modules:
+            self._audience.say_what_nobody_is_called(self._hooks, class_name(model))
         for device in {parameter.device for parameter in model.parameters()}:
             self._stager.reserve(device)
         self._processor = Processor(
             self._sink, self._pool, self.run.ledger, self.run.rank, self._examination, self._documents.close
         )
         self._pipeline = (InlineExecutor if self._inline else ThreadExecutor)(self._processor)
-
-    def _say_what_nobody_is_called(self, hooks: ListenerSet, model: str) -> None:
-        if self._source is not None or self.run.world_size > 1:
-            return
-        names = [name for each in hooks.named(hooks.tree) for name in each.names]
-        unmatched = self._selector.unmatched(names)
-        # Whether there is such a tap is known when the model has run.
-        for text in unmatched:
-            if not may_be_tap(text):
-                log.warning("%s", remarks.unmatched(text, names))
-        if not hooks and not any(map(may_be_tap, unmatched)):
-            log.warning("no module of %s matches module_call_match; nothing will be stored", model)
-
-    def _listener(self, each: Named, names: frozenset[str], hearing: Hearing) -> Listener | None:
-        """Who listens to a module; nobody where it is not selected, or captured in another way."""
-        wanted = self._selector.calls_of_any(each.names)
-        elsewhere = () if self._source is None else self._source.modules
-        if wanted is None or each.module in elsewhere:
-            return None
-        directory = functools.partial(_call_directory, names - {""})
-        post_inputs = self.config.log_post_fwd_inputs
-        return Listener(each.name, each.module, wanted, self._collector, hearing, directory, post_inputs)
-
-    def _traced_listener(
-        self, steps: StepCalls, each: Named, names: frozenset[str], hearing: Hearing
-    ) -> Listener:
-        """Who listens to a module that may be compiled: also to one that is not selected, for its taps."""
-        wanted = self._selector.calls_of_any(each.names) or frozenset()
-        directory = functools.partial(_call_directory, names - {""})
-        post_inputs = self.config.log_post_fwd_inputs
-        given = (each.name, each.module, wanted, self._collector, hearing, directory, post_inputs)
-        made = TracedListener(*given)
-        made.steps = steps if steps.is_step(each.name) else None
-        return made
-
-    def _counts(self, each: Named) -> bool:
-        """Whether calls of a module that is not listened to are to be counted, for the sake of its taps."""
-        elsewhere = () if self._source is None else self._source.modules
-        return each.module not in elsewhere and self._selector.may_find_taps(each.names)
 
     @property
     def tree(self) -> ModuleTree | None:
@@ -235,7 +197,8 @@ class Session:
 
         It goes by ``draft``, they by their names behind that, those, too, that both models share.
         """
-        self._draft = ListenerSet(model, self._listener, _as_draft, counts=self._counts)
+        audience = self._audience
+        self._draft = ListenerSet(model, audience.listener, as_draft, counts=audience.counts)
         self._taps.add(self._draft)
 
     def turn(self, draft: bool) -> None:
@@ -356,19 +319,17 @@ class Session:
         hooks.close()
         missed_taps, shown_taps = self._taps.missed(hooks), self._taps.shown
         self._taps.close()
-        # A rank has not all modules, and a source tells what it missed by itself.
-        if self._source is not None or self.run.world_size > 1:
+        if not self._has_all_modules:
             return
         if self.captured_steps:
-            now_there = hooks.named(ModuleTree(hooks.model))
-            silent = self._selector.silent(hooks.heard, hooks.names)
-            self.remarks += remarks.unheard(hooks, silent, now_there, self._selector.calls_of_any)
+            self.remarks += self._audience.unheard(hooks)
             self.remarks += remarks.missed_taps(*missed_taps, shown_taps)
-        if hooks.replaced_within:
-            self.remarks.append(
-                f"the forward of {remarks.some(list(hooks.replaced_within))} was replaced within a captured"
-                " step; what the replacement made of arguments and result there may not be in the run"
-            )
+        self.remarks += remarks.replaced_within(list(hooks.replaced_within))
+
+    @property
+    def _has_all_modules(self) -> bool:
+        # A rank has not all of them, and a source tells what it missed by itself.
+        return self._source is None and self.run.world_size == 1
 
     def _say_remarks(self) -> None:
         if self.remarks:
@@ -446,24 +407,6 @@ class Session:
         """
         self._closed = True
         self._remove_listeners()
-
-
-def _as_draft(each: Named) -> Named:
-    return Named(f"draft.{each.name}".rstrip("."), each.module, ())
-
-
-def _renaming(modules: Mapping[str, nn.Module]) -> Rename:
-    names = {id(module): name for name, module in modules.items()}
-
-    def renamed(each: Named) -> Named | None:
-        name = names.get(id(each.module)) if each.name else ""
-        return None if name is None else Named(name, each.module, ())
-
-    return renamed
-
-
-def _call_directory(module_names: frozenset[str], module: str, call: int) -> str:
-    return names.call_dir(module, call, module_names)
 
 
 _live: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -1,0 +1,103 @@
+"""Who listens to which module of the attached model, as the configuration selects."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Container, Mapping
+
+from torch import nn
+
+from ..config.configuration import Config
+from ..hotpath.listening import Hearing
+from ..layout import names
+from . import remarks
+from .filters.modules import ModuleFilter, may_be_tap
+from .hooks.collector import Collector
+from .hooks.listeners import ListenerSet
+from .hooks.listening import Listener, Rename, Source
+from .hooks.module_tree import ModuleTree, Named
+from .hooks.steps import StepCalls
+from .hooks.traced import TracedListener
+
+log = logging.getLogger("tlcore")
+
+
+class Audience:
+    """Makes the listeners of a session's modules, and says of whom nobody heard.
+
+    ``source`` captures its modules by itself; nobody else listens to them.
+    """
+
+    def __init__(self, config: Config, collector: Collector) -> None:
+        self.selector = ModuleFilter(config.module_call_match)
+        self.source: Source | None = None
+        self._collector = collector
+        self._post_inputs = config.log_post_fwd_inputs
+
+    def listener(self, each: Named, module_names: frozenset[str], hearing: Hearing) -> Listener | None:
+        """Who listens to a module; nobody where it is not selected, or captured in another way."""
+        wanted = self.selector.calls_of_any(each.names)
+        if wanted is None or each.module in self._elsewhere:
+            return None
+        directory = functools.partial(call_directory, module_names - {""})
+        return Listener(
+            each.name, each.module, wanted, self._collector, hearing, directory, self._post_inputs
+        )
+
+    def traced_listener(
+        self, steps: StepCalls, each: Named, module_names: frozenset[str], hearing: Hearing
+    ) -> Listener:
+        """Who listens to a module that may be compiled: also to one that is not selected, for its taps."""
+        wanted = self.selector.calls_of_any(each.names) or frozenset()
+        directory = functools.partial(call_directory, module_names - {""})
+        given = (each.name, each.module, wanted, self._collector, hearing, directory, self._post_inputs)
+        made = TracedListener(*given)
+        made.steps = steps if steps.is_step(each.name) else None
+        return made
+
+    def counts(self, each: Named) -> bool:
+        """Whether calls of a module that is not listened to are to be counted, for the sake of its taps."""
+        return each.module not in self._elsewhere and self.selector.may_find_taps(each.names)
+
+    @property
+    def _elsewhere(self) -> Container[nn.Module]:
+        return () if self.source is None else self.source.modules
+
+    def say_what_nobody_is_called(self, hooks: ListenerSet, model: str) -> None:
+        """Warn of patterns that no module has, where all modules are there to tell."""
+        found = [name for each in hooks.named(hooks.tree) for name in each.names]
+        unmatched = self.selector.unmatched(found)
+        # Whether there is such a tap is known when the model has run.
+        for text in unmatched:
+            if not may_be_tap(text):
+                log.warning("%s", remarks.unmatched(text, found))
+        if not hooks and not any(map(may_be_tap, unmatched)):
+            log.warning("no module of %s matches module_call_match; nothing will be stored", model)
+
+    def unheard(self, hooks: ListenerSet) -> list[str]:
+        """What is to be said at the end of modules that were selected and never called."""
+        now_there = hooks.named(ModuleTree(hooks.model))
+        silent = self.selector.silent(hooks.heard, hooks.names)
+        return remarks.unheard(hooks, silent, now_there, self.selector.calls_of_any)
+
+
+def as_draft(each: Named) -> Named:
+    """A draft model's module, by a name that the attached model's have not."""
+    return Named(f"draft.{each.name}".rstrip("."), each.module, ())
+
+
+def renaming(modules: Mapping[str, nn.Module]) -> Rename:
+    """Modules by the names that they are given here; the others are left out."""
+    by_module = {id(module): name for name, module in modules.items()}
+
+    def renamed(each: Named) -> Named | None:
+        name = by_module.get(id(each.module)) if each.name else ""
+        return None if name is None else Named(name, each.module, ())
+
+    return renamed
+
+
+def call_directory(module_names: frozenset[str], module: str, call: int) -> str:
+    """The directory of a module's call among modules of these names."""
+    return names.call_dir(module, call, module_names)
