@@ -168,7 +168,9 @@ def test_a_multipart_upload_cut_short_is_never_seen(
     assert captured.ledger.balanced
     assert (captured.ledger.stored, captured.ledger.failed) == (2, 2)
     run = tlcore.open_run(captured.url, weed.options)
-    assert (run.steps, run.incomplete_steps) == ([1], [])
+    assert run.steps == [1]
+    # Files of step 0 that travelled beside the large one may be there; the large one is not.
+    assert not any(name for number in run.incomplete_steps for name in run.step(number))
     assert run.verify() == 2
     assert torch.equal(run.tensor("step_1/0/outputs_cpu"), x)
 
