@@ -107,7 +107,8 @@ def test_an_injected_nan(model: Any, plain: Path, dump: Callable[[Any], Path]) -
 
 def test_bfloat16_against_float32(model: Any, plain: Path, dump: Callable[[Any], Path]) -> None:
     half = copy.deepcopy(model).to(torch.bfloat16)
-    result = tlcore.compare(plain, dump(half))
+    # Value by value; by norm, as is usual between two dtypes, such angles are close.
+    result = tlcore.compare(plain, dump(half), rtol=1.6e-2, atol=1e-5)
     first, outputs = result.first_divergence, [r for r in result.results if r.direction == "outputs"]
     # The conversion rounds the rotary frequencies, so the angles are the first values that part.
     assert first is not None and (first.module, first.direction, first.born) == (

@@ -93,7 +93,7 @@ def ways(work: Work, steps: int) -> dict[str, Way]:
 def _captured(work: Work, directory: str, keys: dict[str, Any]) -> Iterator[None]:
     with tlcore.capture(work.model, output_dir=directory, **keys) as capture:
         yield
-        work.wait()
+        work.settle()
     counts = capture.ledger
     if counts.stored + counts.skipped != counts.captured:
         raise RuntimeError(f"not everything was stored: {counts.to_json()}")
@@ -118,14 +118,14 @@ def measured(work: Work, way: Way, steps: int, directory: Path) -> Run:
     on_device = work.device.type == "cuda"
     if on_device:
         torch.cuda.reset_peak_memory_stats()
-    work.wait()
+    work.settle()
     begin = time.perf_counter()
     with way(target), torch.inference_mode():
         in_host = time.perf_counter()
         for _ in range(steps):
             work.step()
         host = time.perf_counter() - in_host
-        work.wait()
+        work.settle()
     os.sync()
     total = time.perf_counter() - begin
     peak = torch.cuda.max_memory_allocated() if on_device else 0
@@ -230,8 +230,6 @@ def main(arguments: list[str] | None = None) -> int:
         sys.stderr.write("this needs a CUDA device, and torch sees none; --device cpu shows that it runs\n")
         return 2
     card = torch.cuda.get_device_name() if device.type == "cuda" else "CPU"
-    # That a run has no step is what is measured here.
-    logging.getLogger("tlcore").setLevel(logging.ERROR)
     say(f"{card}, torch {torch.__version__}; each way against the bare steps of the same round")
     say(f"  {'step':<38} {'captured':<22} {'slowdown':>8} {'host ms':>10} {'MB added':>9} {'tokens/s':>10}")
     lines, left_out = table(args.shapes, _BATCHES, device, args.steps, args.rounds, args.limit_s)
@@ -244,4 +242,6 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    # That a run has no step is what is measured here.
+    logging.getLogger("tlcore").setLevel(logging.ERROR)
     sys.exit(main())

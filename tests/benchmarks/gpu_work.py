@@ -29,7 +29,7 @@ class Work:
     tokens: int
     device: torch.device
 
-    def wait(self) -> None:
+    def settle(self) -> None:
         """Return when the device has done all that it was given."""
         if self.device.type != "cpu":
             torch.accelerator.synchronize()
@@ -107,5 +107,5 @@ def recorded(work: Work) -> Iterator[Work]:
     with torch.cuda.graph(graph), torch.inference_mode():
         work.step()
     yield Work(f"{work.what}, replayed graph", work.model, graph.replay, work.tokens, work.device)
-    work.wait()
+    work.settle()
     graph.reset()

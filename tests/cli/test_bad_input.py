@@ -23,7 +23,7 @@ CASES = {
     "compare A B --sum hidden": "sums: (0,) is not a sequence of output positions to add, such as (0, 1)",
     "compare A B --rtol -1": "rtol: -1.0 is not a tolerance, which is a number >= 0",
     "compare A B --atol nan": "atol: nan is not a tolerance, which is a number >= 0",
-    "compare A B --request X=Y": "requests: there are none to pair: not both runs have rows of requests",
+    "compare A B --request X=Y": "requests: there are none to pair: not both runs know the rows of requests",
     "compare A B --steps 7,9": "neither run has step 7, 9; A has 0, 1, B has 0, 1",
     "compare A B --modules nothing": "no tensor to compare in the modules asked for",
     "stats A --modules nothing": "no tensor to look at in the modules asked for; its whole steps are 0, 1",

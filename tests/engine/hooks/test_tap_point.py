@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import threading
-import timeit
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -181,8 +180,6 @@ def test_nobody_looks_while_nothing_is_captured() -> None:
         tlcore.tap("loose", X)
     assert {name.partition("/")[0] for name in taps(sink)} == {"step_1"}
     assert not any("loose" in name for name in sink.tensors)
-    seconds = min(timeit.repeat(lambda: tlcore.tap("q", X), number=10_000, repeat=5)) / 10_000
-    assert seconds < 5e-6
 
 
 def test_in_a_bracket_outside_any_module_it_is_the_models_own() -> None:
@@ -230,7 +227,7 @@ def test_another_thread_is_counted() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             thread = threading.Thread(target=self.show, args=(x,))
             thread.start()
-            thread.join()
+            thread.join(60)
             return x
 
         def show(self, x: torch.Tensor) -> None:

@@ -138,14 +138,16 @@ def test_other_backends_and_training(backend: str) -> None:
     sink, _, results = run(made(), whole, backend, compiled="taps")
     assert_same(sink, expected)
     plain, model = whole(made(), backend), made()
-    assert torch.equal(plain(X[0]), results[0])
+    # Inductor fuses other kernels where values are shown in between, and these round otherwise.
+    near = torch.allclose if backend == "inductor" else torch.equal
+    assert near(plain(X[0]), results[0])
     plain(X[0]).sum().backward()
     with tlcore.capture(model, backend=MemorySink(), compiled="taps") as capture, capture.step():
         whole(model, backend)(X[0]).sum().backward()
     assert capture.ledger.captured == sum(name.startswith("step_0/") for name in expected.tensors)
     for (name, gradient), wanted in zip(model.named_parameters(), plain.parameters(), strict=True):
         assert gradient.grad is not None and wanted.grad is not None
-        assert torch.equal(gradient.grad, wanted.grad), name
+        assert near(gradient.grad, wanted.grad), name
 
 
 def test_layers_that_are_alike_are_all_compiled() -> None:
