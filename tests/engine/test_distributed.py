@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import tlcore
+from tests.engine.two_processes import run_two
 
 pytestmark = [
     pytest.mark.slow,
@@ -69,39 +65,9 @@ dist.destroy_process_group()
 """
 
 
-def free_port() -> int:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        port: int = made.getsockname()[1]
-        return port
-
-
-def run_two(mode: str, place: Path) -> list[dict[str, object]]:
-    port = str(free_port())
-    processes = []
-    for rank in range(2):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        env |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, "-W", "ignore", "-c", PROGRAM, mode, str(place)]
-        processes.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    found = []
-    try:
-        for process in processes:
-            out, err = process.communicate(timeout=180)
-            assert process.returncode == 0, err[-3000:]
-            found.append(json.loads(out.splitlines()[-1]))
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait(30)
-    return found
-
-
 @pytest.mark.parametrize("mode", ["ddp", "fully_shard", "FullyShardedDataParallel"])
 def test_two_processes_train_the_same_and_each_has_its_run(mode: str, tmp_path: Path) -> None:
-    found = run_two(mode, tmp_path)
+    found = run_two(PROGRAM, mode, str(tmp_path))
     assert len({str(each["url"]) for each in found}) == 2
     for each in found:
         assert each["same"], each

@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import socket
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 import tlcore
+from tests.engine.two_processes import run_two
 from tlcore.errors import MissingError, ReadError
 from tlcore.reader.placements import assembled
 
@@ -61,36 +57,11 @@ dist.destroy_process_group()
 """
 
 
-def _two(place: Path, backend: str) -> list[dict[str, str]]:
-    with socket.socket() as made:
-        made.bind(("127.0.0.1", 0))
-        port = str(made.getsockname()[1])
-    processes = []
-    for rank in range(2):
-        env = {**os.environ, "RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
-        env |= {"MASTER_PORT": port, "OMP_NUM_THREADS": "1", "GLOO_SOCKET_IFNAME": "lo"}
-        command = [sys.executable, "-W", "ignore", "-c", PROGRAM, str(place), backend]
-        processes.append(
-            subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    found = []
-    try:
-        for process in processes:
-            out, err = process.communicate(timeout=180)
-            assert process.returncode == 0, err[-3000:]
-            found.append(json.loads(out.splitlines()[-1]))
-    finally:
-        for process in processes:
-            process.kill()
-            process.wait(30)
-    return found
-
-
 @pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
 @pytest.mark.parametrize("backend", ["pt", "safetensors"])
 def test_a_tensor_parallel_run_reads_as_the_unsharded_one(backend: str, tmp_path: Path) -> None:
-    first, second = _two(tmp_path, backend)
+    first, second = run_two(PROGRAM, str(tmp_path), backend)
     assert first["same"] and second["same"] and first["joined"] == second["joined"]
     single, joined = tlcore.open_run(first["single"]), tlcore.open_run(first["joined"])
     assert (joined.state, joined.world_size) == ("complete", 2)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import socket
 import stat
 import subprocess
 import sys
@@ -17,7 +16,7 @@ import pytest
 
 from tests.documents import EXAMPLES, GUIDES, README, ROOT, Session, blocks
 from tests.models import tiny_llama
-from tests.servers import moto
+from tests.servers import free_ports, moto
 
 pytestmark = pytest.mark.slow
 
@@ -94,9 +93,7 @@ def test_what_needs_an_engine_runs(tmp_path: Path) -> None:
 
 
 def test_what_needs_a_server_runs(tmp_path: Path) -> None:
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
+    port = str(free_ports(1)[0])
     program = tmp_path / "bin" / "vllm"
     program.parent.mkdir()
     program.write_text(VLLM.format(python=sys.executable))

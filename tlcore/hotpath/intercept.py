@@ -42,9 +42,17 @@ class StandIn:
         self.own = vars(module)
         self.dead = False
         self.replaced = found
-        self.original: Callable[..., Any] = found
-        if found is None:
-            self.original = module._call_impl if key == WHOLE_CALL else getattr(module, key)
+        self.original: Callable[..., Any] = self._without_us() if found is None else found
+
+    def _without_us(self) -> Any:
+        return self.module._call_impl if self.key == WHOLE_CALL else getattr(self.module, self.key)
+
+    def aim(self) -> None:
+        """Stand in for what is there now, before it is `put` again."""
+        found = without_dead(self.own.get(self.key))
+        if found is not self.replaced:
+            self.replaced = found
+            self.original = self._without_us() if found is None else found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Pass on, with whatever a subclass adds."""

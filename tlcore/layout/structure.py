@@ -62,6 +62,31 @@ class Leaves(Protocol):
         ...
 
 
+class KeptLeaves:
+    """Keeps the leaves of a structure as they are; what is not looked into is counted elsewhere."""
+
+    opens: Container[str] = ()
+
+    def __init__(self) -> None:
+        self.tensors: list[torch.Tensor] = []
+        self.scalars: list[Scalar] = []
+
+    def tensor(self, tensor: torch.Tensor) -> None:
+        """Keep a tensor."""
+        self.tensors.append(tensor)
+
+    def scalar(self, value: Scalar) -> None:
+        """Keep a number or string."""
+        self.scalars.append(value)
+
+    def unopened(self, value: Any, reason: str) -> None:
+        """Keep nothing."""
+
+    def first(self, tensor: torch.Tensor) -> bool:
+        """Never asked, since no cache is opened."""
+        return True
+
+
 class Branch(NamedTuple):
     """The tree spec of a container that is not just a tuple, list or dictionary."""
 

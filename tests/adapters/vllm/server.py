@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import urllib.error
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY
+from tests.servers import free_ports
 from tests.waiting import Watched, wait_until, watched
 
 # Of a machine that is busy with much else; one that has died is noticed at once.
@@ -73,9 +73,7 @@ def serving(
     directory: Path, settings: Mapping[str, Any], environment: Mapping[str, str] | None = None
 ) -> Iterator[VllmServer]:
     """A server with these settings (names of flags without dashes), ready to answer."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        port = int(listener.getsockname()[1])
+    (port,) = free_ports(1)
     # JSON is YAML.
     config = directory / "server.yaml"
     config.write_text(json.dumps({"host": "127.0.0.1", "port": port, **settings}))

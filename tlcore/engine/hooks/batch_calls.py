@@ -113,13 +113,6 @@ class _BatchCall(StandIn):
         self.taker = taker
         self.calls = calls
 
-    def aim(self) -> None:
-        """Stand in for what is there now."""
-        found = without_dead(self.own.get(WHOLE_CALL))
-        if found is not self.replaced:
-            self.replaced = found
-            self.original = self.module._call_impl if found is None else found
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _is_compiling() or self.dead or _get_ident() != self.calls.owner:
             return self.original(*args, **kwargs)

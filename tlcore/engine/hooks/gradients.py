@@ -9,14 +9,14 @@ from __future__ import annotations
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
 from torch.utils.hooks import RemovableHandle
 
 from ...layout.directions import gradient_direction
-from ...layout.structure import Scalar, TreeSpec, flatten
+from ...layout.structure import KeptLeaves, Scalar, TreeSpec, flatten
 from ...ledger import NO_GRADIENT, NO_GRADIENT_WANTED, Outcome
 from ..calls import Call
 from ..filters.tensors import TensorSpec
@@ -91,7 +91,7 @@ class Gradients:
         if not self._open or not torch.is_grad_enabled():
             return
         try:
-            found = _Tensors()
+            found = KeptLeaves()
             treespec = flatten(value, found)
             keywords = None if kwargs is None else flatten(kwargs, found)
             if any(each.requires_grad for each in found.tensors):
@@ -226,28 +226,3 @@ class _Side:
         """Wait for all of them."""
         self.came = [None] * len(self.specs)
         self.left = {at for at, spec in enumerate(self.specs) if spec.outcome == NO_GRADIENT}
-
-
-class _Tensors:
-    """Takes the leaves of a structure, for their gradients; what is not looked into is counted elsewhere."""
-
-    opens: Container[str] = ()
-
-    def __init__(self) -> None:
-        self.tensors: list[torch.Tensor] = []
-        self.scalars: list[Scalar] = []
-
-    def tensor(self, tensor: torch.Tensor) -> None:
-        """Take a tensor."""
-        self.tensors.append(tensor)
-
-    def scalar(self, value: Scalar) -> None:
-        """Take a number or string."""
-        self.scalars.append(value)
-
-    def unopened(self, value: Any, reason: str) -> None:
-        """Nothing: the values themselves are counted."""
-
-    def first(self, tensor: torch.Tensor) -> bool:
-        """Never asked, since no cache is opened."""
-        return True

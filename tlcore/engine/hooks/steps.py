@@ -328,13 +328,6 @@ class _Stray(StandIn):
         """Another one for the module."""
         return _Stray(self.module, self._name, self._calls)
 
-    def aim(self) -> None:
-        """Stand in for what is there now."""
-        found = without_dead(self.own.get(WHOLE_CALL))
-        if found is not self.replaced:
-            self.replaced = found
-            self.original = self.module._call_impl if found is None else found
-
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _is_compiling() or self.dead or not self._calls.strays(self._name):
             return self.original(*args, **kwargs)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 from collections import Counter
-from collections.abc import Callable, Container
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -19,7 +19,7 @@ from ....engine.calls import Call
 from ....engine.filters.modules import ModuleFilter
 from ....engine.filters.tensors import TensorSpec
 from ....layout.names import call_dir
-from ....layout.structure import NO_ITEMS, Scalar, TreeSpec, flatten
+from ....layout.structure import NO_ITEMS, KeptLeaves, Scalar, TreeSpec, flatten
 from ....ledger import Outcome
 from ....record import Direction
 from ..module_names import plain_modules
@@ -120,7 +120,7 @@ class DryRun:
     def _note(
         self, sides: Call, direction: Direction, value: Any, kwargs: dict[str, Any] | None, wanted: bool
     ) -> None:
-        leaves = _Leaves()
+        leaves = KeptLeaves()
         treespec = flatten(value, leaves)
         keywords = None if kwargs is None else flatten(kwargs, leaves) if kwargs else NO_ITEMS
         reached = tensors_of(value if kwargs is None else (value, kwargs))
@@ -159,27 +159,6 @@ def _slots_of(
     while (name, direction, len(found)) in numbers:
         found.append(numbers[name, direction, len(found)])
     return tuple(found)
-
-
-class _Leaves:
-    """Takes a structure's leaves as they are; what is not looked into in a dry run says so in its place."""
-
-    def __init__(self) -> None:
-        self.opens: Container[str] = ()
-        self.tensors: list[torch.Tensor] = []
-        self.scalars: list[Scalar] = []
-
-    def tensor(self, tensor: torch.Tensor) -> None:
-        self.tensors.append(tensor)
-
-    def scalar(self, value: Scalar) -> None:
-        self.scalars.append(value)
-
-    def unopened(self, value: object, reason: str) -> None:
-        pass
-
-    def first(self, tensor: torch.Tensor) -> bool:
-        return True
 
 
 def _form(tensor: torch.Tensor, outcome: Outcome) -> TensorSpec:

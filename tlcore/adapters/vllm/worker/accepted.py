@@ -118,10 +118,10 @@ def _end_of(asked: tuple[Any, int] | None, longest: int, row: Row) -> Callable[[
         try:
             from vllm.v1.core.sched.utils import check_stop
 
-            asked: Any = _Asked(params, prompt, before)
+            request: Any = _Asked(params, prompt, before)
             for count, token in enumerate(tokens, 1):
-                asked.output_token_ids.append(token)
-                if check_stop(asked, longest):
+                request.output_token_ids.append(token)
+                if check_stop(request, longest):
                     return count
         except Exception:
             log.debug("the end of a request is not known", exc_info=True)
