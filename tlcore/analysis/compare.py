@@ -51,7 +51,8 @@ def compare(
     """Compare two runs, given as paths, URLs or opened runs, tensor by tensor in order of execution.
 
     ``rtol`` and ``atol`` default by dtype, as in `torch.testing.assert_close`; they hold for each value, or
-    with ``by_norm`` for each tensor's norm, as the defaults do between two floating dtypes. ``steps`` and
+    with ``by_norm`` for the norm of each tensor, and four times of them for that of each of its rows, as the
+    defaults do between two floating dtypes. ``steps`` and
     ``modules`` (regular expressions, or one) limit what is compared. ``maps`` are ``REGEX=REPLACEMENT``
     texts, or one, that turn A's module names into B's.
     ``sums`` are the output positions of a value that one run keeps in two parts, ``(0, 1)`` for vLLM's
@@ -95,9 +96,7 @@ def _mixed(results: Sequence[TensorResult], tolerance: Tolerance) -> list[str]:
     for a, b in dict.fromkeys(each.dtypes for each in results):
         dtypes = torch_dtype(a), torch_dtype(b)
         if dtypes[0] and dtypes[1] and tolerance.between(dtypes[0], dtypes[1]) != tolerance:
-            return [
-                f"{a} is held against {b} by each tensor's norm; rounding adds up over layers: see --rtol"
-            ]
+            return [f"{a} is held against {b} by the norms of tensors and rows; rounding adds up: see --rtol"]
     return []
 
 

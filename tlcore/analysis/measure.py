@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
 import numpy.typing as npt
 import torch
+
+from .row_norms import RowNorms
 
 Floats = npt.NDArray[np.float32]
 
@@ -37,7 +40,7 @@ class Tolerance:
     """``|a - b| <= atol + rtol * |b|`` is agreement; None stands for the dtype's default.
 
     It holds for each value, or with ``norm`` for the tensor as a whole: relative L2 error at most ``rtol``,
-    or root mean square error at most ``atol``.
+    or root mean square error at most ``atol``; and four times of both for each row along its last dimension.
     """
 
     rtol: float | None = None
@@ -75,7 +78,8 @@ class Measures:
     in the Euclidean norm, and ``mismatched`` the fraction of all values that do not agree within the
     tolerance (a NaN agrees with a NaN, an infinity with the same infinity). ``cosine`` is None where
     one side is all zeros or nothing is finite, ``rel_l2`` where b is all zeros and a is not. ``agrees`` is
-    the verdict. Sums are good to about six digits for dtypes up to float32, else to those of float64.
+    the verdict. By norm ``worst_row`` is the row that is farthest off, by ``worst_row_l2`` of its norm or of
+    the median row's. Sums are good to about six digits for dtypes up to float32, else to those of float64.
     """
 
     bitwise: bool
@@ -89,6 +93,8 @@ class Measures:
     nans: tuple[int, int]
     infs: tuple[int, int]
     agrees: bool
+    worst_row: int | None = None
+    worst_row_l2: float | None = None
 
 
 EXACT = Measures(True, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, (0, 0), (0, 0), True)
@@ -98,7 +104,7 @@ def measure(a: torch.Tensor, b: torch.Tensor, tolerance: Tolerance) -> Measures:
     """The distances between two CPU tensors. Raises ValueError when their shapes differ."""
     if a.shape != b.shape:
         raise ValueError(f"shapes {tuple(a.shape)} and {tuple(b.shape)} differ")
-    sums = Sums(tolerance, a.dtype, b.dtype)
+    sums = Sums(tolerance, a.dtype, b.dtype, a.shape)
     flat_a, flat_b = a.detach().reshape(-1), b.detach().reshape(-1)
     for begin in range(0, flat_a.numel(), CHUNK):
         sums.add(flat_a[begin : begin + CHUNK], flat_b[begin : begin + CHUNK])
@@ -106,10 +112,13 @@ def measure(a: torch.Tensor, b: torch.Tensor, tolerance: Tolerance) -> Measures:
 
 
 class Sums:
-    """What is carried from one chunk of values to the next, for two dtypes."""
+    """What is carried from one chunk of values to the next, for two dtypes of one shape."""
 
-    def __init__(self, tolerance: Tolerance, a: torch.dtype, b: torch.dtype) -> None:
+    def __init__(
+        self, tolerance: Tolerance, a: torch.dtype, b: torch.dtype, shape: Sequence[int] = ()
+    ) -> None:
         self._norm = tolerance.norm
+        self._rows = RowNorms(shape[-1]) if self._norm and len(shape) > 1 and shape[-1] else None
         self._rtol, self._atol = tolerance.of(a, b)
         self._same_dtype = self._same = a == b
         self._single = _fits_float32(a) and _fits_float32(b)
@@ -149,12 +158,15 @@ class Sums:
             self._a_squares += squares[0]
             self._b_squares += squares[1]
             self._squares += squares[2]
+            if largest > 0 or self._rows is not None:
+                np.abs(y, out=sizes)
+            if self._rows is not None:
+                self._rows.add(difference, sizes)
             if largest == 0:
                 self._same = self._same and _equal_bits(a, b)
                 return True
             self._same = False
             self._max_abs = max(self._max_abs, largest)
-            np.abs(y, out=sizes)
             self._max_rel = max(self._max_rel, _largest_quotient(difference, sizes, quotients))
             self._abs += _dot(difference, _ONES[:count])
             if largest > self._atol:
@@ -171,6 +183,8 @@ class Sums:
             self._nans[side] += int(values.isnan().sum())
             self._infs[side] += int(values.isinf().sum())
         both = x.isfinite() & y.isfinite()
+        if self._rows is not None:
+            self._rows.add((x - y).abs().where(both, 0.0).numpy(), y.abs().where(both, 0.0).numpy())
         if bool(both.all()):
             wrong = self._finite_part(x, y)
         else:
@@ -207,6 +221,9 @@ class Sums:
         cosine = max(-1.0, min(1.0, self._dot / a_norm / b_norm)) if a_norm and b_norm else None
         relative = distance / b_norm if b_norm else (None if distance else 0.0)
         near = (relative is not None and relative <= self._rtol) or rms <= self._atol
+        row, row_error, rows_near = (None, None, True)
+        if self._rows is not None:
+            row, row_error, rows_near = self._rows.worst(self._rtol, self._atol)
         return Measures(
             bitwise=self._same and self._same_dtype,
             max_abs=self._max_abs,
@@ -218,7 +235,9 @@ class Sums:
             mismatched=self._mismatched / max(self._total, 1),
             nans=(self._nans[0], self._nans[1]),
             infs=(self._infs[0], self._infs[1]),
-            agrees=near and not self._special if self._norm else not self._mismatched,
+            agrees=near and rows_near and not self._special if self._norm else not self._mismatched,
+            worst_row=row,
+            worst_row_l2=row_error,
         )
 
 

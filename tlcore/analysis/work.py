@@ -154,7 +154,7 @@ def _compared(task: Task, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y
         return result_of(pair, pieces, "different", reason=f"shapes {shapes[0]} and {shapes[1]} differ")
     if task.check_dtype and x.dtype != y.dtype:
         return result_of(pair, pieces, "different", reason=f"dtypes {x.dtype} and {y.dtype} differ")
-    sums = Sums(task.tolerance.between(x.stored, y.stored), x.dtype, y.dtype)
+    sums = Sums(task.tolerance.between(x.stored, y.stored), x.dtype, y.dtype, shapes[1])
     chunks(x, y, pieces, sums.add)
     measures = sums.measures()
     status: Status = "bitwise" if measures.bitwise else "close" if measures.agrees else "different"

@@ -58,7 +58,9 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     add("--ignore-missing", action="store_true", help="leave out what only one run has, with a note")
     add(
-        "--by-norm", action="store_true", help="hold the tolerance against each tensor's norm, not each value"
+        "--by-norm",
+        action="store_true",
+        help="hold the tolerance against norms, of each tensor and of its rows, not each value",
     )
     add("--check-dtype", action="store_true", help="a difference in dtype is a difference")
     add("--deep", action="store_true", help="read also the tensors that equal hashes settle")

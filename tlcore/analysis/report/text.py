@@ -72,6 +72,9 @@ def _why(result: TensorResult) -> str:
     if result.dtypes[0] != result.dtypes[1] and None not in result.dtypes:
         parts.append(f"{result.dtypes[0]} against {result.dtypes[1]}")
     if result.measures is not None:
+        row = result.measures.worst_row
+        if row is not None and result.status == "different":
+            parts.append(f"row {row} is off by {result.measures.worst_row_l2:.3g} of a row's norm")
         for what, counts in (("NaN", result.measures.nans), ("Inf", result.measures.infs)):
             if any(counts):
                 parts.append(f"{what}: {counts[0]} against {counts[1]}")

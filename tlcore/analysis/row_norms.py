@@ -1,0 +1,51 @@
+"""How far each row of two tensors is apart: one that is wrong hides in the norm of a large tensor."""
+
+from __future__ import annotations
+
+import numpy as np
+import numpy.typing as npt
+
+Numbers = npt.NDArray[np.floating]
+Doubles = npt.NDArray[np.float64]
+
+# Rounding scatters: some rows of clean pairs are off by several times what the whole tensor is.
+_SCATTER = 4.0
+
+
+class RowNorms:
+    """Takes in flat chunks, which need not end where a row of ``size`` values does."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._taken = 0
+        self._sums: tuple[list[Doubles], list[Doubles]] = ([], [])
+
+    def add(self, difference: Numbers, values: Numbers) -> None:
+        """The absolute differences of the next values, and the absolute values they are held against."""
+        within = self._taken % self._size
+        starts = np.arange(-within, len(difference), self._size)
+        starts[0] = 0
+        for parts, each in zip(self._sums, (difference, values), strict=True):
+            sums = np.add.reduceat(np.square(each, dtype=np.float64), starts)
+            if within:
+                parts[-1][-1] += sums[0]
+                sums = sums[1:]
+            if len(sums):
+                parts.append(sums)
+        self._taken += len(difference)
+
+    def worst(self, rtol: float, atol: float) -> tuple[int, float, bool]:
+        """The worst row, its relative L2 error, and whether all rows agree within four times the tolerance.
+
+        The error is held against the row's norm, or the median row's where that is larger: a row that is
+        nearly zero has nothing but noise.
+        """
+        if not self._taken:
+            return 0, 0.0, True
+        errors, norms = (np.sqrt(np.concatenate(parts)) for parts in self._sums)
+        scale = np.maximum(norms, np.median(norms))
+        with np.errstate(all="ignore"):
+            relative = np.where(errors > 0, errors / scale, 0.0)
+        near = (relative <= _SCATTER * rtol) | (errors <= _SCATTER * atol * np.sqrt(self._size))
+        row = int(np.argmax(np.where(near, 0.0, relative))) if not near.all() else int(np.argmax(relative))
+        return row, float(relative[row]), bool(near.all())
