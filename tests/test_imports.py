@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -213,6 +214,13 @@ def test_every_built_in_entry_of_the_registry_is_what_it_should_be() -> None:
         assert isinstance(backend.located({}, "runs"), Location)
         reader = registry.resolve(backend.written_as({}))
         assert isinstance(reader.open_source(MemoryStore(), {"world_size": 1}), Source)
+
+
+def test_every_foreign_format_of_the_registry_is_one() -> None:
+    for name, target in registry._FOREIGN.items():
+        found: Any = registry._import_target(target)
+        assert found.tool == name
+        assert found.recognise(registry._import_target(registry._DUMP_FILES)(MemoryStore())) is None
 
 
 def test_no_public_name_is_a_module() -> None:

@@ -37,10 +37,17 @@ _BUILT_IN: dict[str, tuple[str, str | None, str | None]] = {
     ),
     "fsspec": ("tlcore_backends.fsspec:make_sink", None, "tlcore_backends.fsspec:location"),
 }
+# Dumps of other tools, which are only read. The first that recognises a place has it.
+_FOREIGN = {
+    "transformers-debugger": "tlcore_backends.foreign.transformers_debugger:TransformersDebugger",
+    "hidden-states": "tlcore_backends.foreign.hidden_states:HiddenStates",
+    "plain": "tlcore_backends.foreign.plain:PlainSource",
+}
 # By scheme, "" for a path; every other scheme is fsspec's.
 _BUILT_IN_STORES = dict.fromkeys(("", "file", "local"), "tlcore_backends.storage.local:open_local")
 _FSSPEC_STORE = "tlcore_backends.storage.remote:open_remote"
 _SPILL_STORE = "tlcore_backends.storage.spill.store:SpillStore"
+_DUMP_FILES = "tlcore_backends.foreign.files:DumpFiles"
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*\Z")
 _SCHEME = re.compile(r"[a-z][a-z0-9+.\-]*\Z")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.\-]*)://")
@@ -181,6 +188,9 @@ def open_source(store: Store, run: Json) -> Source:
     if not isinstance(name, str):
         raise ReadError(f"{store.url}/run.json: damaged, 'backend' is missing or no str")
     try:
+        if name in _FOREIGN:
+            foreign: Source = _import_callable(_FOREIGN[name])(store, run)
+            return foreign
         backend = _find(name) or _followed.get(name)
         if backend is None:
             why = "an import path in a run is not followed." if ":" in name else "it is not installed here."
@@ -188,6 +198,22 @@ def open_source(store: Store, run: Json) -> Source:
         return backend.open_source(store, run)
     except ConfigError as error:
         raise ReadError(f"{store.url}: {error.problem}") from error
+
+
+def recognise(store: Store) -> tuple[Json | None, list[str]]:
+    """The run document of another tool's dump in ``store``, and what is missing where one is nearly there.
+
+    The document is None where no format knows the place. Raises ReadError where it cannot be looked at.
+    """
+    near: list[str] = []
+    for name, target in _FOREIGN.items():
+        source: Any = _import_target(target)
+        found = source.recognise(_import_target(_DUMP_FILES)(store))
+        if isinstance(found, str):
+            near.append(found)
+        elif found is not None:
+            return {**found, "backend": name}, near
+    return None, near
 
 
 def open_store(

@@ -137,7 +137,7 @@ class Survey:
             return None
         step = self.origin.step(tensor.step)
         if step.has_record(tensor.name):
-            return str(step.record(tensor.name).get("hash"))
+            return str(step.record(tensor.name).get("hash") or "") or None
         return None if tensor.values is None else tensor.values.hash
 
     def _holds_plus_infinity(self, tensor: TensorStatistics) -> bool:
@@ -290,7 +290,7 @@ def _in_order(pool: ThreadPoolExecutor, records: Sequence[tuple[Step, Json]]) ->
     known: dict[tuple[int, str, str], Future[Statistics]] = {}
     for step, record in records:
         name = str(record["name"])
-        content = (step.number, str(record.get("hash", name)), str(record["dtype"]))
+        content = (step.number, str(record.get("hash") or name), str(record["dtype"]))
         future = known.get(content)
         if future is None or not ("stats" in record or step.holds(name)):
             future = known[content] = pool.submit(_statistics, step, record)

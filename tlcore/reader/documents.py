@@ -17,6 +17,8 @@ from ..layout.names import safe, step_dir
 from ..ledger import LEDGER_COLUMNS
 from ..record import NEWEST_LAYOUT, Json
 
+# Of a run.json that no file holds, since the run is a dump of another tool.
+FOREIGN = "foreign"
 MOST_RANKS = 1 << 20
 _DEEPEST = 300
 _MOST_FIELDS = 4096

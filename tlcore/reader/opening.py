@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from ..errors import MissingError, ReadError
+from ..errors import BackendError, MissingError, ReadError
 from ..locations import is_url
 from ..registry import open_store
-from ..storage import Buffer, Entry, Store
+from ..storage import Buffer, Entry, Level, Store, SupportsLevels
 
 
 def local_directory(path: str | os.PathLike[str]) -> Path | None:
@@ -43,6 +43,57 @@ def open_existing(path: str | os.PathLike[str], storage_options: Mapping[str, An
     if directory is None:
         return open_store(os.fspath(path), storage_options)
     return open_store(os.path.realpath(directory))
+
+
+def open_file(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
+    """A file as a store that holds nothing else; raises as `open_existing`, of its directory."""
+    directory, _, name = os.fspath(path).rstrip("/").rpartition("/")
+    return OneFile(open_existing(directory or ".", storage_options), name)
+
+
+class OneFile:
+    """One blob of another store, as a store of its own whose URL is the blob's."""
+
+    def __init__(self, store: Store, name: str) -> None:
+        self._store, self._name = store, name
+        self.url = f"{store.url}/{name}"
+
+    def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """As the other store does; FileNotFoundError for any other name."""
+        if name != self._name:
+            raise FileNotFoundError(f"{self.url}: is a file, and has no {name!r}")
+        return self._store.get(name, start, end)
+
+    def list(self, prefix: str = "") -> Iterator[Entry]:
+        """The blob."""
+        if self._name.startswith(prefix):
+            yield from (each for each in self.level().blobs)
+
+    def level(self, directory: str = "") -> Level:
+        """The blob."""
+        if directory:
+            return Level([], [])
+        if isinstance(self._store, SupportsLevels):
+            blobs = self._store.level().blobs
+        else:
+            blobs = list(self._store.list(self._name))
+        return Level([each for each in blobs if each.name == self._name], [])
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> int:
+        """Refused."""
+        raise BackendError(f"{self.url}: is a file that another tool wrote")
+
+    def copy(self, source: str, target: str) -> None:
+        """Refused."""
+        raise BackendError(f"{self.url}: is a file that another tool wrote")
+
+    def delete(self, name: str) -> None:
+        """Refused."""
+        raise BackendError(f"{self.url}: is a file that another tool wrote")
+
+    def close(self) -> None:
+        """Close the other store, which is nobody else's."""
+        self._store.close()
 
 
 class Below:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -20,7 +20,8 @@ from ..protocols import StepRanks
 from ..record import Json
 from ..statistics.summary import Statistics
 from ..storage import Store, SupportsLevels
-from .documents import check_run
+from .documents import FOREIGN, check_run
+from .foreign import is_file, not_recognised, open_foreign
 from .lookup import without_device
 from .opening import Below, local_directory, open_existing
 from .over_steps import tensor_over_steps
@@ -45,24 +46,39 @@ _STEP_FILE = re.compile(r"step_(0|[1-9][0-9]*)/step(?:_rank_([1-9][0-9]*))?\.jso
 def open_run(path: str | os.PathLike[str], storage_options: Options = None) -> Run:
     """The run whose directory (a path or any fsspec URL) is ``path``; only its ``run.json`` is read now.
 
-    ``storage_options`` go to the URL's fsspec filesystem. Raises ReadError when there is nothing,
+    So is a dump of another tool (a directory or a file), which is recognised by what it holds and read in
+    place. ``storage_options`` go to the URL's fsspec filesystem. Raises ReadError when there is nothing,
     something else, several runs, or a newer layout; BackendError when the URL cannot be opened.
     """
-    store = open_existing(path, storage_options)
-    try:
-        return _run_of(store)
-    except MissingError:
-        raise _not_one_run(path, storage_options) from None
+    store = None if is_file(path) else open_existing(path, storage_options)
+    if store is not None:
+        try:
+            return _run_of(store)
+        except MissingError:
+            pass
+    found, near = open_foreign(path, store, storage_options)
+    if found is not None:
+        return _foreign_run(*found)
+    raise not_recognised(path, near) if store is None else _not_one_run(path, storage_options, near)
+
+
+def _foreign_run(store: Store, document: Json) -> Run:
+    return Run(store, check_run(document, store.url))
 
 
 def is_run(path: str | os.PathLike[str], storage_options: Options = None) -> bool:
-    """Whether a path or URL has a ``run.json``. Raises as `open_run` does when it cannot be looked at."""
-    files = RunFiles(open_existing(path, storage_options))
-    try:
-        files.read(RUN_FILE, 0, LARGEST_JSON + 1)
-    except MissingError:
-        return False
-    return True
+    """Whether a path or URL has a ``run.json``, or is a dump of another tool.
+
+    Raises as `open_run` does when it cannot be looked at.
+    """
+    store = None if is_file(path) else open_existing(path, storage_options)
+    if store is not None:
+        try:
+            RunFiles(store).read(RUN_FILE, 0, LARGEST_JSON + 1)
+            return True
+        except MissingError:
+            pass
+    return open_foreign(path, store, storage_options)[0] is not None
 
 
 def _run_of(store: Store) -> Run:
@@ -143,11 +159,13 @@ def _summary(path: str, store: Store) -> RunSummary:
     )
 
 
-def _not_one_run(path: str | os.PathLike[str], storage_options: Options) -> ReadError:
+def _not_one_run(path: str | os.PathLike[str], storage_options: Options, near: Sequence[str]) -> ReadError:
     runs = list_runs(path, storage_options)
     where = redact_url(os.fspath(path))
     if not runs:
-        return ReadError(f"{where}: not a run (it has no {RUN_FILE}), and no run lies directly in it")
+        hints = "".join(f"\n  {each}" for each in near)
+        text = f"not a run (it has no {RUN_FILE}), and no run lies directly in it"
+        return ReadError(f"{where}: {text}{hints}")
     shown = "".join(f"\n  {run.path} ({run.state}, {run.created})" for run in reversed(runs[-20:-1]))
     more = f"\n  ... and {len(runs) - 20} older ones" if len(runs) > 20 else ""
     held = f"{where}: holds runs ({len(runs)}) and is none itself; give one of them"
@@ -200,6 +218,11 @@ class Run(Mapping[int, Step]):
         """
         return places_of(self.document)
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether it is a dump of another tool, which has no ledger, hashes or end marks of its own."""
+        return self.document.get(FOREIGN) is True
+
     @cached_property
     def state(self) -> str:
         """``"complete"`` once every rank has closed the run, else ``"incomplete"`` (running or crashed)."""
@@ -209,6 +232,8 @@ class Run(Mapping[int, Step]):
     @cached_property
     def _closed(self) -> frozenset[int]:
         """The ranks other than 0 that have left a close marker."""
+        if self.is_foreign:
+            return frozenset(range(1, self.world_size))
         names = self.stored.files.top if self.world_size > 1 else ()
         return frozenset(int(found[1]) for name in names if (found := _CLOSE_MARKER.fullmatch(name)))
 
@@ -249,6 +274,8 @@ class Run(Mapping[int, Step]):
 
     def ledger_of(self, rank: int) -> Counts:
         """What became of every tensor of one rank."""
+        if self.is_foreign:
+            return self._counted(rank)
         if rank == 0 and self.document["state"] == "complete":
             return counts_of(self.document, f"{self.url}/{RUN_FILE}")
         if rank in self._closed:
@@ -257,6 +284,10 @@ class Run(Mapping[int, Step]):
         known = self.stored.ledger(rank)
         if known is not None:
             return counts_of({"ledger": known}, f"{self.url}: rank {rank}")
+        return self._counted(rank)
+
+    def _counted(self, rank: int) -> Counts:
+        """The sum of what a rank's steps say."""
         total = Counts()
         for number in self.stored.numbers():
             if rank in self.stored.steps[number].committed:
@@ -340,7 +371,8 @@ class Run(Mapping[int, Step]):
 
     def refresh(self) -> None:
         """See what was committed since the run was opened; steps that are held stay as they are."""
-        self.document = _run_of(self.stored.store).document
+        if not self.is_foreign:
+            self.document = _run_of(self.stored.store).document
         self.stored.refresh()
         self._opened.clear()
         for name in ("state", "ledger", "requests", "_closed", "_whole"):

@@ -37,7 +37,7 @@ from ..protocols import (
 from ..record import Json, tensor_from_bytes
 from ..registry import open_source
 from ..storage import Store
-from .documents import check_step, check_structure
+from .documents import FOREIGN, check_step, check_structure
 
 if TYPE_CHECKING:
     import torch
@@ -62,6 +62,11 @@ class Stored:
     def is_local(self) -> bool:
         """Whether the run lies on a disk of this machine."""
         return self.files.is_local
+
+    @property
+    def is_hashed(self) -> bool:
+        """Whether records have hashes: those of a dump of another tool have none."""
+        return self._run.get(FOREIGN) is not True
 
     @cached_property
     def source(self) -> Source:

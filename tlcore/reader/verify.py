@@ -26,7 +26,7 @@ def verify_step(stored: Stored, step: int, rank: int, on_tensor: Callable[[], No
         return 0, [str(error)]
     sound, bad = 0, []
     for payload in read_payloads(stored, document["records"], keep=False):
-        problem = _tensor_problem(stored, payload)
+        problem = _tensor_problem(stored, payload) if stored.is_hashed else payload.problem
         sound += problem is None
         if problem is not None:
             bad.append(problem)

@@ -21,6 +21,7 @@ from ..locations import absolute_location, is_url, redact_url
 from ..protocols import Sink, SupportsLateCommit
 from ..reader import MissingError, Run, Step, is_run
 from ..reader.bulk import Payload, read_payloads
+from ..reader.documents import FOREIGN
 from ..reader.step import counts_of
 from ..record import Json, Origin, Record, RunInfo, StepSummary
 from ..registry import open_store, resolve
@@ -65,6 +66,8 @@ def convert(source: Run, config: Config, on_tensor: Callable[[], None] = lambda:
     if _is_taken(url, location.storage_options):
         raise ReadError(f"{redact_url(url)}: already holds a run; convert into another directory")
     document = {**source.document, "backend": backend.written_as(config.backend_options)}
+    if document.pop(FOREIGN, None):
+        document |= {"converted_from": source.document["backend"], "ledger": source.ledger_of(0).to_json()}
     for rank in reversed(range(source.world_size)):
         sink = make_sink(config)
         document["layout"] = layout_of(sink)
@@ -131,7 +134,7 @@ def _batches(source: Run, step: Step, rank: int, batch_bytes: int) -> Iterator[l
     size = 0
     hashes: dict[str, Any] = {}
     for stored in read_payloads(source.stored, step.documents[rank]["records"], keep=True):
-        record = _record(step, rank, stored)
+        record = _record(step, rank, stored, hashed=not source.is_foreign)
         if record.alias_of is not None and hashes.get(record.alias_of) != record.hash:
             raise ReadError(f"step {step.number}: {record.name} is no alias of {record.alias_of!r}")
         hashes[record.name] = record.hash
@@ -144,11 +147,11 @@ def _batches(source: Run, step: Step, rank: int, batch_bytes: int) -> Iterator[l
         yield batch
 
 
-def _record(step: Step, rank: int, stored: Payload) -> Record:
+def _record(step: Step, rank: int, stored: Payload, hashed: bool) -> Record:
     entry = stored.record
     if stored.problem is not None:
         raise ReadError(stored.problem)
-    if entry["hash"] != f"xxh3-128:{stored.digest}":
+    if hashed and entry["hash"] != f"xxh3-128:{stored.digest}":
         raise VerifyError([f"{entry['name']}: xxh3-128:{stored.digest}, step.json says {entry['hash']}"])
     origin = Origin(
         rank,
@@ -185,7 +188,8 @@ def _restore_documents(source: Run, url: str, location: Location, document: Json
     store = open_store(dataclasses.replace(location, url=url))
     for rank in range(1, source.world_size):
         marker = f"close{rank_suffix(rank)}.json"
-        store.put(marker, [_text(source.json(marker))])
+        if not source.is_foreign:
+            store.put(marker, [_text(source.json(marker))])
     store.put(RUN_FILE, [_text(document)])
     store.close()
 

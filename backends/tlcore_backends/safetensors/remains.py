@@ -14,7 +14,7 @@ _LENGTH_BYTES = 8
 # No header that we write is larger.
 _LARGEST_HEADER = 16 << 20
 _ALIAS, _DTYPE = "tlcore.alias.", "tlcore.dtype."
-_DTYPES = {
+DTYPES = {
     "F64": "float64",
     "F32": "float32",
     "F16": "float16",
@@ -68,7 +68,7 @@ def _in_shard(files: RunFiles, shard: str, directory: str) -> Iterator[Json]:
 def _record(name: str, entry: Any, shard: str, begin: int, marks: dict[str, str]) -> Json:
     dtype, shape = marks.get(_DTYPE + name), list(entry["shape"])
     if dtype is None:
-        dtype = _DTYPES[entry["dtype"]]
+        dtype = DTYPES[entry["dtype"]]
     else:
         # A dtype that the format lacks is stored as raw numbers in one more dimension.
         shape.pop()

@@ -1,0 +1,1 @@
+"""Dumps of other tools, read in place: a source for each. Private."""

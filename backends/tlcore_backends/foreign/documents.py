@@ -1,0 +1,215 @@
+"""From the tensors that a foreign dump holds to the documents of a step, as the reader takes them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from math import prod
+from typing import Any, NamedTuple
+
+from tlcore.layout.directions import is_gradient
+from tlcore.layout.dtypes import item_size
+from tlcore.layout.names import PathKey, call_dir, rank_suffix, stem, step_dir, unique, within
+from tlcore.ledger import Counts
+from tlcore.record import LAYOUT_VERSION, Json
+
+# Positions of arguments or results beyond this are names, not places in a tuple.
+_MOST_PLACES = 4096
+UNKNOWN_HASH = ""
+
+
+class Found(NamedTuple):
+    """One tensor of a dump: what it is of, how it looks, and the ``place`` by which the source reads it.
+
+    One that cannot be read has ``skipped``, the reason, in place of a ``place``, and no dtype where
+    even that is not known.
+    """
+
+    module: str
+    direction: str
+    path: tuple[PathKey, ...]
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+    place: Json | None = None
+    skipped: str | None = None
+    call: int = 0
+    device: str = "cpu"
+
+
+_DIGITS = re.compile(r"(\d+)")
+_FIRST = re.compile(r"embed|wte|tok_emb", re.IGNORECASE)
+
+
+def in_model_order(found: Iterable[Found]) -> list[Found]:
+    """The tensors of a dump without order, as a model would mostly have run: embeddings, layers, the rest.
+
+    A module's arguments come before what is within it, its results after that.
+    """
+
+    def place(each: Found) -> tuple[Any, ...]:
+        parts = _DIGITS.split(each.module)
+        numbered = [(0, int(part), "") if place % 2 else (1, 0, part) for place, part in enumerate(parts)]
+        kind = 0 if _FIRST.search(each.module) else 1 if len(parts) > 1 else 2
+        # Behind the names of all modules within it.
+        end = [(2, 0, "")] if each.direction == "outputs" else []
+        return kind, [part for part in numbered if part != (1, 0, "")] + end
+
+    return sorted(found, key=place)
+
+
+def step_document(
+    step: int,
+    rank: int,
+    found: Sequence[Found],
+    rows: Sequence[Json] | None = None,
+    calls: Sequence[tuple[str, int]] | None = None,
+) -> Json:
+    """The document of a step: records, structures, calls and ledger of the tensors in their order.
+
+    ``calls`` are modules and call numbers in order of entry; without it that is guessed from the order
+    of the tensors, a module before those within it.
+    """
+    entries = _numbered(found)
+    modules = frozenset(each.module for each in entries)
+    taken: set[str] = set()
+    records: list[Json] = []
+    sides: dict[tuple[str, str], list[tuple[Found, Json]]] = {}
+    counts = Counts()
+    for each in entries:
+        directory = call_dir(each.module, each.call, modules)
+        plain = f"{step_dir(step)}/{directory}/{stem(each.direction, each.path, each.device, rank)}"
+        name = unique(plain, taken)
+        node = _node(each, name)
+        sides.setdefault((directory, each.direction), []).append((each, node))
+        size = prod(each.shape) * (item_size(each.dtype) or 0)
+        _count(counts, each, size)
+        if each.skipped is None:
+            records.append(_record(each, name, size))
+    document: Json = {
+        "layout": LAYOUT_VERSION,
+        "step": step,
+        "rank": rank,
+        "started": "",
+        "ended": "",
+        "ledger": counts.to_json(),
+        "calls": [call_dir(module, call, modules) for module, call in calls or _entered(entries)],
+        "records": records,
+        "structures": {
+            f"{directory}/{direction}{rank_suffix(rank)}.json": _structure(direction, tensors)
+            for (directory, direction), tensors in sides.items()
+        },
+    }
+    if rows is not None:
+        document["rows"] = list(rows)
+    return document
+
+
+def _numbered(found: Iterable[Found]) -> list[Found]:
+    """The tensors, with further calls where one call would have the same tensor twice."""
+    seen: set[tuple[Any, ...]] = set()
+    entries = []
+    for each in found:
+        entry = each
+        while (key := (entry.module, entry.call, entry.direction, *map(str, entry.path))) in seen:
+            entry = entry._replace(call=entry.call + 1)
+        seen.add(key)
+        entries.append(entry)
+    return entries
+
+
+def _record(each: Found, name: str, size: int) -> Json:
+    return {
+        "name": name,
+        "module": each.module,
+        "call": each.call,
+        "direction": each.direction,
+        "path": list(each.path),
+        "dtype": each.dtype,
+        "shape": list(each.shape),
+        "device": each.device,
+        "bytes": size,
+        "hash": UNKNOWN_HASH,
+        "place": each.place,
+    }
+
+
+def _node(each: Found, name: str) -> Json:
+    if not each.dtype:
+        return {"type": "object", "class": "tensor", "skipped": each.skipped or ""}
+    where = {"file": f"{name}.pt"} if each.skipped is None else {"name": name, "skipped": each.skipped}
+    return {
+        "type": "tensor",
+        "shape": list(each.shape),
+        "dtype": f"torch.{each.dtype}",
+        "numel": prod(each.shape),
+        "device": each.device,
+        **where,
+    }
+
+
+def _count(counts: Counts, each: Found, size: int) -> None:
+    counts.captured += 1
+    counts.bytes_captured += size
+    if each.skipped is None:
+        counts.stored += 1
+        counts.bytes_stored += size
+    else:
+        counts.skipped += 1
+        counts.reasons[each.skipped] += 1
+
+
+def _entered(entries: Sequence[Found]) -> list[tuple[str, int]]:
+    """The calls in order of entry. Results come in that of return, a child's before its parent's."""
+    order = dict.fromkeys((each.module, each.call) for each in entries)
+    begun: dict[str, dict[tuple[str, int], None]] = {}
+    for module, call in order:
+        begun.setdefault(module, {})[module, call] = None
+    result: dict[tuple[str, int], None] = {}
+    for module, call in order:
+        for outer in _outer(module):
+            for each in begun.get(outer, ()):
+                if within(module, outer):
+                    result.setdefault(each)
+                    # One entry is enough for what lies within; further calls come in their own turn.
+                    break
+        result.setdefault((module, call))
+    return list(result)
+
+
+def _outer(module: str) -> list[str]:
+    """The names of all modules around one, the model itself first."""
+    parts = module.split(".")
+    return ["", *(".".join(parts[:end]) for end in range(1, len(parts)))]
+
+
+def _structure(direction: str, tensors: Sequence[tuple[Found, Json]]) -> Json:
+    """The structure document of one side of a call, from the paths of its tensors."""
+    arguments = direction in ("inputs", "post_fwd_inputs") or (
+        is_gradient(direction) and direction.startswith("grad_inputs")
+    )
+    if not arguments:
+        return _tree([(each.path, node) for each, node in tensors])
+    args = [(each.path, node) for each, node in tensors if each.path and isinstance(each.path[0], int)]
+    kwargs = [(each.path, node) for each, node in tensors if each.path and isinstance(each.path[0], str)]
+    if bare := [node for each, node in tensors if not each.path]:
+        args = [*(((place,), node) for place, node in enumerate(bare)), *args]
+    found: Json = _tree(args) if args else {"type": "tuple", "items": []}
+    if found["type"] != "tuple":
+        found = {"type": "tuple", "items": list(found["items"].values())}
+    items = _tree(kwargs)["items"] if kwargs else {}
+    return {**found, "kwargs": {"type": "dict", "items": items}}
+
+
+def _tree(tensors: Sequence[tuple[tuple[PathKey, ...], Json]]) -> Json:
+    if len(tensors) == 1 and not tensors[0][0]:
+        return tensors[0][1]
+    below: dict[PathKey, list[tuple[tuple[PathKey, ...], Json]]] = {}
+    for path, node in tensors:
+        below.setdefault(path[0] if path else "", []).append((path[1:], node))
+    children = {key: _tree(each) for key, each in below.items()}
+    places = [key for key in children if isinstance(key, int)]
+    if len(places) == len(children) and max(places) < _MOST_PLACES:
+        absent: Json = {"type": "object", "class": "what the dump has not"}
+        return {"type": "tuple", "items": [children.get(place, absent) for place in range(max(places) + 1)]}
+    taken: set[str] = set()
+    return {"type": "dict", "items": {unique(str(key), taken): each for key, each in children.items()}}

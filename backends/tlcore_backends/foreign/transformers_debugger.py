@@ -1,0 +1,192 @@
+"""What transformers' ``model_addition_debugger_context`` writes: a tree, and a file a tensor."""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from typing import Any
+
+from tlcore.errors import ReadError
+from tlcore.layout.names import PathKey
+from tlcore.protocols import StepRanks
+from tlcore.record import Json
+
+from .documents import Found
+from .files import DumpFiles, safetensors_in
+from .source import ONE_RANK, ForeignSource
+
+_TREE = "_debug_tree_FULL_TENSORS.json"
+_SUMMARY = "_debug_tree_SUMMARY.json"
+_SUFFIX = ".safetensors"
+_FILE = re.compile(r"(.*?)_(inputs_args|inputs_kwargs|outputs)(?:_(.+))?", re.DOTALL)
+_LAYER = re.compile(r"(.*?\.)(\d+)(\..*|)", re.DOTALL)
+_SHAPE = re.compile(r"torch\.Size\(\[([\d, ]*)\]\)")
+_PRINTED = "only printed, not stored: the debugger ran with use_repr=True"
+_OVERWRITTEN = "overwritten by a later call of the module in the same forward"
+Path = tuple[PathKey, ...]
+
+
+class TransformersDebugger(ForeignSource):
+    """One forward of a model: arguments of every module, results of those without children and of the model.
+
+    The tree leaves out the layers between the first and the last; their files are there and are read.
+    """
+
+    tool = "transformers-debugger"
+
+    @classmethod
+    def recognise(cls, files: DumpFiles) -> Json | str | None:
+        """A directory with one model's tree."""
+        trees = [name for name in files.top if name.endswith(_TREE)]
+        if len(trees) > 1:
+            return f"holds the debug trees of several models ({', '.join(sorted(trees))}): one a directory"
+        if not trees:
+            summaries = [name for name in files.top if name.endswith(_SUMMARY)]
+            return f"has {summaries[0]}, but no *{_TREE}" if summaries else None
+        return {"world_size": 1}
+
+    @property
+    def steps(self) -> Mapping[int, StepRanks]:
+        """One: a second forward overwrites the first."""
+        return {0: ONE_RANK}
+
+    @cached_property
+    def _tree_file(self) -> str:
+        return next(name for name in self.files.top if name.endswith(_TREE))
+
+    @cached_property
+    def _model(self) -> str:
+        """The model's class, which every name begins with."""
+        return self._tree_file.removesuffix(_TREE)
+
+    def found(self, step: int, rank: int) -> list[Found]:
+        """The tensors of the tree, and those of the layers that it leaves out, in their place."""
+        tree = self.files.json(self._tree_file)
+        if not isinstance(tree, dict) or "module_path" not in tree:
+            raise ReadError(f"{self.files.url}/{self._tree_file}: not a tree of the transformers debugger")
+        named: list[tuple[str, Found]] = list(self._in_node(tree, 0))
+        counts = Counter(file for file, _ in named)
+        result, calls = [], Counter[tuple[Any, ...]]()
+        for file, each in named:
+            counts[file] -= 1
+            key = (each.module, each.direction, *each.path)
+            entry = each._replace(call=calls[key])
+            calls[key] += 1
+            if not file:
+                result.append(entry)
+            elif counts[file]:
+                # Only the last call's is left.
+                result.append(entry._replace(place=None, skipped=_OVERWRITTEN))
+            else:
+                result.append(self._stored(file, entry))
+        return _merged(result, list(self._beside({file for file, _ in named}, result)))
+
+    def _in_node(self, node: Json, depth: int) -> Iterator[tuple[str, Found]]:
+        """Each tensor of a call with its file (none if only printed), arguments, what is within, results."""
+        if depth > 100 or not isinstance(node, dict):
+            raise ReadError(f"{self.files.url}/{self._tree_file}: damaged, nested too deep or no tree")
+        module = str(node.get("module_path", "")).removesuffix(" (top-level)")
+        module = module.removeprefix(self._model).removeprefix(".")
+        inputs = node.get("inputs") or {}
+        if isinstance(inputs, dict):
+            yield from self._tensors(inputs.get("args") or [], module, "inputs", ())
+            yield from self._tensors(inputs.get("kwargs") or {}, module, "inputs", ())
+        for child in node.get("children") or []:
+            yield from self._in_node(child, depth + 1)
+        yield from self._tensors(node.get("outputs"), module, "outputs", ())
+
+    def _tensors(self, value: Any, module: str, direction: str, path: Path) -> Iterator[tuple[str, Found]]:
+        if isinstance(value, list):
+            for place, each in enumerate(value):
+                yield from self._tensors(each, module, direction, (*path, place))
+        elif isinstance(value, dict) and isinstance(value.get("shape"), str) and "dtype" in value:
+            yield self._tensor(value, Found(module, direction, path))
+        elif isinstance(value, dict):
+            for key, each in value.items():
+                yield from self._tensors(each, module, direction, (*path, key))
+
+    def _tensor(self, value: Json, found: Found) -> tuple[str, Found]:
+        shape = _SHAPE.fullmatch(value["shape"])
+        sizes = tuple(int(each) for each in shape[1].split(",") if each.strip()) if shape else ()
+        described = found._replace(dtype=str(value["dtype"]).removeprefix("torch."), shape=sizes)
+        file = value.get("value")
+        if isinstance(file, str) and file.startswith("./"):
+            return file[2:], described
+        return "", described._replace(skipped=_PRINTED)
+
+    def _stored(self, file: str, found: Found) -> Found:
+        """A tensor as its file has it; the tree may be of another forward."""
+        if file not in self.files.top:
+            return found._replace(skipped="its file is missing")
+        data = safetensors_in(self.files, file)[0].get("data")
+        if data is None:
+            raise ReadError(f"{self.files.url}/{file}: has no tensor 'data'")
+        if found.dtype and (data.dtype, data.shape) != (found.dtype, found.shape):
+            held, told = f"{data.dtype} {list(data.shape)}", f"{found.dtype} {list(found.shape)}"
+            text = f"holds {held}, its tree says {told}: files of several forwards are mixed"
+            raise ReadError(f"{self.files.url}/{file}: {text}")
+        return found._replace(dtype=data.dtype, shape=data.shape, place=data.place())
+
+    def _beside(self, listed: set[str], known: list[Found]) -> Iterator[Found]:
+        """The tensors whose files the tree does not name: layers in the middle, the model's results."""
+        paths = {_parts(each): each.path for each in known}
+        for file in sorted(self.files.top):
+            name = file.removesuffix(_SUFFIX)
+            if file in listed or name == file or not name.startswith(self._model):
+                continue
+            split = _FILE.fullmatch(name.removeprefix(self._model).removeprefix("."))
+            if split is None:
+                continue
+            direction = split[2].partition("_")[0]
+            rest = split[3] or ""
+            path = paths.get((_pattern(split[1]), split[2], rest), _path(split[2], rest))
+            yield self._stored(file, Found(split[1], direction, path))
+
+
+def _parts(found: Found) -> tuple[str, str, str]:
+    """What a tensor's file is called by: the module without its layer's number, the side, the keys."""
+    side = "outputs"
+    if found.direction == "inputs":
+        side = "inputs_args" if found.path and isinstance(found.path[0], int) else "inputs_kwargs"
+    return _pattern(found.module), side, "_".join(map(str, found.path))
+
+
+def _pattern(module: str) -> str:
+    return _LAYER.sub(r"\1*\3", module, count=1)
+
+
+def _path(side: str, rest: str) -> Path:
+    """The keys in a file's name that no other layer explains: numbers at its end are places."""
+    parts: list[PathKey] = []
+    while found := re.fullmatch(r"(?:(.*)_)?(\d{1,4})", rest):
+        parts.insert(0, int(found[2]))
+        rest = found[1] or ""
+    return (rest, *parts) if rest else tuple(parts)
+
+
+def _merged(known: list[Found], more: list[Found]) -> list[Found]:
+    """The layers that the tree leaves out, before its last one, each in the order of its first one."""
+    order = {_parts(each): place for place, each in reversed(list(enumerate(known)))}
+    layers: dict[str, list[Found]] = {}
+    last: list[Found] = []
+    for each in more:
+        split = _LAYER.fullmatch(each.module)
+        (last if split is None else layers.setdefault(split[1], [])).append(each)
+    result = list(known)
+    for prefix, found in layers.items():
+        found.sort(key=lambda each: (_number(each.module), order.get(_parts(each), len(known))))
+        places = [
+            place
+            for place, each in enumerate(result)
+            if each.module.startswith(prefix) and _number(each.module) > _number(found[-1].module)
+        ]
+        place = min(places, default=len(result))
+        result[place:place] = found
+    return result + last
+
+
+def _number(module: str) -> int:
+    split = _LAYER.fullmatch(module)
+    return int(split[2]) if split else -1

@@ -1,0 +1,177 @@
+"""Plain files of tensors: dictionaries and single ones, and what a pickle cannot do here."""
+
+from __future__ import annotations
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+
+import tlcore
+from tests.backends.foreign.conformance import ForeignConformance, Tensors
+from tlcore.errors import ReadError
+
+
+class TestSafetensors(ForeignConformance):
+    tool = "plain"
+
+    def write(self, directory: Path, tensors: Tensors) -> Path:
+        save_file(dict(tensors), directory / "any.safetensors")
+        return directory / "any.safetensors"
+
+
+class TestTorch(ForeignConformance):
+    tool = "plain"
+
+    def write(self, directory: Path, tensors: Tensors) -> Path:
+        torch.save(dict(tensors), directory / "any.pt")
+        return directory
+
+
+class TestNumpy(ForeignConformance):
+    tool = "plain"
+    low = torch.float16
+
+    def write(self, directory: Path, tensors: Tensors) -> Path:
+        arrays: Any = {name: each.numpy() for name, each in tensors.items()}
+        np.savez(directory / "any.npz", **arrays)
+        return directory / "any.npz"
+
+
+class TestOneTensorAFile(ForeignConformance):
+    tool = "plain"
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        # Files have no order but that of their names.
+        return dict(sorted(super().tensors().items()))
+
+    def write(self, directory: Path, tensors: Tensors) -> Path:
+        for name, tensor in tensors.items():
+            torch.save(tensor, directory / f"{name}.pt")
+        return directory
+
+
+def test_names_tell_arguments_and_results_and_nesting(tmp_path: Path) -> None:
+    x = torch.arange(6.0).view(2, 3)
+    held = {
+        "m.input": x,
+        "m.outputs.1.key": x + 1,
+        "n": {"input": [x + 2, {"mask": x + 3}], "output": x + 4},
+        "input_ids": x + 5,
+        "strided": x.t(),
+        "parameter": torch.nn.Parameter(x),
+        "empty": torch.empty(0, 3),
+        "scalar": torch.tensor(True),
+    }
+    torch.save(held, tmp_path / "x.pt")
+    step = tlcore.open_run(tmp_path).step(0)
+    assert {name.removeprefix("step_0/"): tensor.tolist() for name, tensor in step.items()} == {
+        "m/inputs_cpu": x.tolist(),
+        "m/outputs_1_key_cpu": (x + 1).tolist(),
+        "n/inputs_0_cpu": (x + 2).tolist(),
+        "n/inputs_1_mask_cpu": (x + 3).tolist(),
+        "n/outputs_cpu": (x + 4).tolist(),
+        "input_ids/outputs_cpu": (x + 5).tolist(),
+        "strided/outputs_cpu": x.t().tolist(),
+        "parameter/outputs_cpu": x.tolist(),
+        "empty/outputs_cpu": [],
+        "scalar/outputs_cpu": True,
+    }
+    call = step.call("n")
+    assert call.inputs.args[1]["mask"].equal(x + 3)
+    assert step.calls[:2] == ["m", "n"]
+
+
+def test_numbered_files_are_steps_and_others_are_one(tmp_path: Path) -> None:
+    for number in (2, 10):
+        torch.save({"m": torch.full((2,), float(number))}, tmp_path / f"step_{number}.pt")
+    run = tlcore.open_run(tmp_path)
+    assert {number: run.step(number)[f"step_{number}/m/outputs_cpu"].tolist() for number in run.steps} == {
+        2: [2.0, 2.0],
+        10: [10.0, 10.0],
+    }
+    (tmp_path / "step_2.pt").rename(tmp_path / "first.pt")
+    with pytest.raises(ReadError, match=r"first\.pt and step_10\.pt both have 'm': call them step_<number>"):
+        tlcore.open_run(tmp_path).step(0).names  # noqa: B018
+
+
+def test_arrays_of_any_order_are_read_and_objects_are_not(tmp_path: Path) -> None:
+    plain = np.arange(6, dtype=np.float32).reshape(2, 3)
+    held: Any = {
+        "fortran": np.asfortranarray(plain),
+        "big": plain.astype(">f4"),
+        "object": np.array([None, 1]),
+    }
+    np.savez_compressed(tmp_path / "z.npz", **held)
+    np.savez(tmp_path / "s.npz", **held)
+    np.save(tmp_path / "fortran.npy", held["fortran"])
+    for name in ("z.npz", "s.npz"):
+        run = tlcore.open_run(tmp_path / name)
+        assert run.tensor("step_0/fortran/outputs").tolist() == plain.tolist()
+        assert run.tensor("step_0/big/outputs").tolist() == plain.tolist()
+        assert run.step(0).payload("step_0/big/outputs").read(2, 4).tolist() == [2.0, 3.0]
+        assert run.ledger.skipped == 1
+        assert "would have to be unpickled" in run.step(0).call("object").outputs.skipped
+    assert (
+        tlcore.open_run(tmp_path / "fortran.npy").tensor("step_0/fortran/outputs").tolist() == plain.tolist()
+    )
+
+
+class _Evil:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_a_pickle_runs_nothing_and_what_holds_a_tensor_is_counted(tmp_path: Path) -> None:
+    marker = tmp_path / "marker"
+    held = {"m": torch.ones(2), "evil": _Evil(marker), "sparse": torch.eye(3).to_sparse(), "n": 1}
+    torch.save(held, tmp_path / "x.pt")
+    run = tlcore.open_run(tmp_path / "x.pt")
+    assert run.step(0).names == ["step_0/m/outputs_cpu"]
+    assert run.ledger.to_json()["reasons"] == {"in a _rebuild_sparse_tensor, which is not opened": 1}
+    assert not marker.exists()
+    (tmp_path / "y.pkl").write_bytes(pickle.dumps(_Evil(marker)))
+    with pytest.raises(ReadError, match=r"y\.pkl: a pickle is not read|is a file"):
+        tlcore.open_run(tmp_path / "y.pkl")
+    assert not marker.exists()
+
+
+def test_containers_that_share_themselves_end(tmp_path: Path) -> None:
+    shared: list[Any] = [torch.ones(1)]
+    for _ in range(60):
+        shared = [shared, shared]
+    torch.save({"bomb": shared}, tmp_path / "bomb.pt")
+    cycle: dict[str, Any] = {}
+    cycle["again"] = cycle
+    torch.save(cycle, tmp_path / "cycle.pt")
+    for name in ("bomb", "cycle"):
+        with pytest.raises(ReadError, match="holds too much, or is nested too deep"):
+            tlcore.open_run(tmp_path / f"{name}.pt").step(0).names  # noqa: B018
+
+
+def test_a_near_miss_says_what_is_wrong(tmp_path: Path) -> None:
+    torch.save({"m": torch.ones(2)}, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
+    with pytest.raises(ReadError, match=r"old\.pt: not a \.pt file .*torch before 1\.6"):
+        tlcore.open_run(tmp_path)
+    (tmp_path / "old.pt").unlink()
+    (tmp_path / "x.safetensors").write_bytes(b"nothing")
+    with pytest.raises(ReadError, match=r"x\.safetensors: not a safetensors file"):
+        tlcore.open_run(tmp_path)
+
+
+def test_a_file_at_a_url_is_opened_too(tmp_path: Path) -> None:
+    import fsspec
+
+    save_file({"m": torch.ones(2)}, tmp_path / "x.safetensors")
+    with fsspec.open("memory://foreign-plain/x.safetensors", "wb") as target:
+        target.write((tmp_path / "x.safetensors").read_bytes())
+    for url in ("memory://foreign-plain/x.safetensors", "memory://foreign-plain"):
+        assert tlcore.open_run(url).tensor("step_0/m/outputs_cpu").tolist() == [1.0, 1.0]
