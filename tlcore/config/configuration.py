@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from ..errors import ConfigError
 from ..layout.jsontext import parse_json
+from ..layout.windows import Window, window_of
 from ..locations import REDACTED, is_url, redact_url
 from ..registry import NamedBackend, resolve
 from .patterns import check_regex, parse_pattern
@@ -35,7 +36,8 @@ class Config:
     backend: str
     compiled: Literal["eager-steps", "taps"]
     step: str
-    rows: Literal["all", "last"]
+    rows: Literal["last"] | Window
+    log_token_ids: bool
     request_ids: tuple[str, ...] | None
     sample_rate: float
     sample_seed: int
@@ -65,6 +67,8 @@ class Config:
         for item in fields(self):
             if item.name not in ("backend_options", "public_options"):
                 value = getattr(self, item.name)
+                if isinstance(value, Window):
+                    value = value.to_json()
                 document[item.name] = list(value) if isinstance(value, tuple) else value
         options = json.loads(json.dumps(self.backend_options))
         if redact:
@@ -77,7 +81,23 @@ class Config:
     @property
     def cuts_rows(self) -> bool:
         """Whether rows of tensors are left out, which takes knowing whose they are."""
-        return self.rows != "all" or self.request_ids is not None or self.sample_rate < 1
+        chosen = self.request_ids is not None or self.sample_rate < 1
+        return chosen or self.rows != Window()
+
+    @property
+    def last_only(self) -> bool:
+        """Whether only the last row of each request in a step is kept."""
+        return self.rows == "last"
+
+    @property
+    def window(self) -> Window:
+        """Which positions of a request are kept."""
+        return self.rows if isinstance(self.rows, Window) else Window()
+
+    @property
+    def keeps_token_ids(self) -> bool:
+        """Whether the requests' token ids are stored."""
+        return self.log_token_ids and self.capture != "stats"
 
     def selects_step(self, step: int) -> bool:
         """Whether step ``step`` (0-based) is to be captured."""
@@ -147,6 +167,7 @@ def check_config(
     found += _two_places(document)
     found += _bad_patterns("module_call_match", sound["module_call_match"], parse_pattern)
     found += _bad_patterns("request_ids", sound["request_ids"], check_regex)
+    found += _bad_rows(sound)
     try:
         config = _normal_form(sound, found)
     except ConfigError as error:
@@ -195,6 +216,18 @@ def _bad_patterns(
         except ConfigError as error:
             found.append(error)
     return found
+
+
+def _bad_rows(document: dict[str, Any]) -> list[ConfigError]:
+    """Put the window that ``rows`` means in its place; the problem of one that holds nothing."""
+    if document["rows"] == "last":
+        return []
+    try:
+        document["rows"] = window_of(document["rows"])
+    except ValueError as error:
+        document["rows"] = Window()
+        return [ConfigError("$.rows", f"{error}.")]
+    return []
 
 
 def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:

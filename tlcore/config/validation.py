@@ -141,9 +141,12 @@ def _deepest(error: Any) -> Any:
     """Follow ``anyOf`` into the alternative that was meant: the one of the value's own type."""
     while error.validator == "anyOf":
         depth = len(error.absolute_path)
-        meant = [
-            inner for inner in error.context if inner.validator != "type" or len(inner.absolute_path) > depth
-        ]
+        others = {
+            inner.relative_schema_path[0]
+            for inner in error.context
+            if inner.validator == "type" and len(inner.absolute_path) == depth
+        }
+        meant = [inner for inner in error.context if inner.relative_schema_path[0] not in others]
         if not meant:
             break
         error = meant[0]

@@ -8,6 +8,7 @@ from typing import Any
 
 from ..layout.rows import Decided, accept
 from ..layout.structure import Scalar
+from ..layout.tokens import TOKENS, stored_entries
 from ..ledger import Counts
 from ..record import Json
 from .calls import CallSide
@@ -53,20 +54,33 @@ class StepEnd:
     """A step's end: everything that is not in its batches.
 
     ``decided`` says what became of the requests' draft tokens, and may wait for a device.
-    ``unopened`` counts what was not looked into.
+    ``unopened`` counts what was not looked into. ``tokens`` makes the entries of the requests' token ids.
     """
 
     step: int
     started: str
     ended: str
     rows: Sequence[Json] | None
-    extra: Mapping[str, Any]
+    extra: dict[str, Any]
     decided: Callable[[], Mapping[str, Decided]] | None = None
     unopened: Counts = field(default_factory=Counts)
+    tokens: Callable[[], list[Json]] | None = None
 
     def settle(self) -> None:
-        """Note in the rows how many of them are of tokens that stayed in their requests."""
-        accept(self.rows or (), self.extra, {} if self.decided is None else self.decided())
+        """Note in the rows how many of them are of tokens that stayed in their requests, and the ids."""
+        entries = self._token_entries()
+        decided = {} if self.decided is None else self.decided()
+        accept([*(self.rows or ()), *entries], self.extra, decided)
+        if entries:
+            self.extra[TOKENS] = stored_entries(entries)
+
+    def _token_entries(self) -> list[Json]:
+        try:
+            return [] if self.tokens is None else self.tokens()
+        except Exception as error:
+            # The step is worth more than what it was made from.
+            self.extra["tokens_unavailable"] = str(error) or type(error).__name__
+            return []
 
 
 @dataclass(slots=True)

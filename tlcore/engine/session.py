@@ -87,8 +87,9 @@ class Session:
         # Where tensors are looked at first, only then is it known which are stored.
         at_once = None if self._examination.needed else config.max_run_bytes
         tensors = TensorFilter(devices, config.max_tensor_size, at_once)
-        self.rows = StepRows(request_filter(config), config.rows == "last")
-        self.samples = Samples()
+        self.rows = StepRows(request_filter(config), config.last_only, config.window)
+        self.samples = Samples(config.keeps_token_ids, config.window.needs_prompt)
+        self.rows.prompts = self.samples.tokens.prompts
         self._collector = self._make_collector(tensors)
         self._audience = Audience(config, self._collector)
         self._taps = Taps(self._collector, self._audience.selector, call_directory)
@@ -251,12 +252,14 @@ class Session:
         extra: Mapping[str, Any] | None = None,
         error: BaseException | None = None,
         decided: Callable[[], Mapping[str, Decided]] | None = None,
+        tokens: Callable[[], list[Json]] | None = None,
     ) -> None:
         """End the step that `begin_step` started and hand it over to be committed.
 
         ``rows`` are those of the step where ``self.rows`` was not told of them. ``error`` is what ended
         the step early, if anything: what was captured until then is kept. ``decided`` says, asked in the
-        pipeline's thread, what became of which request's draft tokens.
+        pipeline's thread, what became of which request's draft tokens, and ``tokens`` the ids of the step's
+        (`tlcore.layout.tokens`).
         """
         with self._lock:
             if self._closed or self._step is None or self._hooks is None or self._pipeline is None:
@@ -275,7 +278,10 @@ class Session:
             told = {**self.rows.document(), **self.samples.document(self.rows.chooses)}
             unopened = self._collector.end_step()
             rows = told.pop("rows", rows)
-            end = StepEnd(number, self._started, ended, rows, {**told, **details}, decided, unopened)
+            if tokens is None and (own := self.samples.tokens.document(self.rows.chooses)):
+                tokens = functools.partial(list, own)
+            extra = {**told, **details}
+            end = StepEnd(number, self._started, ended, rows, extra, decided, unopened, tokens)
             self._pipeline.submit(end)
             if not self.config.selects_any_after(number):
                 # Nothing more comes that could be stored together with what is there.

@@ -339,17 +339,19 @@ def accept(rows: Iterable[Any], document: Mapping[str, Any], decided: Mapping[st
 
     An entry's ``drafts`` are its last rows. Of one that is ``undecided`` only one row is wanted, which
     ``last`` names. One whose accepted rows are known already may still reach beyond its request's end, of
-    which rows need ``ahead`` tokens more.
+    which rows need ``ahead`` tokens more. ``drafts_before`` are draft tokens whose rows were left out before.
     """
     listed = [each["rows"] for entry in document.get("call_rows", ()) for each in entry["sets"]]
     for row in (row for entries in (rows, *listed) for row in entries):
         drafts, undecided, ahead = row.get("drafts"), row.pop("undecided", False), row.pop("ahead", 0)
+        before = row.pop("drafts_before", 0)
         known = decided.get(row["request_id"])
         if "accepted" in row and known is not None and known.end is not None:
             row["accepted"] = max(0, min(row["accepted"], known.end - ahead - row["first_position"]))
         if drafts is None or "accepted" in row or (drafts and known is None):
             continue
-        row["accepted"] = row["rows"] - drafts + (0 if known is None else min(drafts, known.kept))
+        kept = 0 if known is None else min(drafts, max(0, known.kept - before))
+        row["accepted"] = row["rows"] - drafts + kept
         if undecided and known is not None and known.sampled:
             row["last"] = row["rows"] - drafts + known.sampled - 2
         del row["drafts"]

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import MissingError, ReadError, missing
 from ..layout import names
 from ..layout.rows import Span, as_rows
+from .request_tokens import Part, RequestTokens
 from .step import Step
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ class Request(Mapping[str, "torch.Tensor"]):
         self.request_id = request_id
         self.external_id = external_id
         self._cached = 0
+        self.tokens = RequestTokens(f"{run_url}: request {request_id}")
         found: dict[_Key, list[_Place]] = defaultdict(list)
         self.steps: list[int] = []
         for step in steps:
@@ -74,6 +76,9 @@ class Request(Mapping[str, "torch.Tensor"]):
             for row in (*document.get("rows", ()), *document.get("samples", ()))
             if row["request_id"] == self.request_id
         ]
+        self.tokens.add(
+            step.number, (each for each in step.token_entries if each["request_id"] == self.request_id)
+        )
         if not own:
             return
         self.steps.append(step.number)
@@ -89,6 +94,32 @@ class Request(Mapping[str, "torch.Tensor"]):
     def names(self) -> list[str]:
         """Names such as ``model.layers.0/outputs_0_cpu``, in the order of execution."""
         return list(self._places)
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        """The token ids of all positions from 0 on, [positions], int64: the prompt's, then generated ones.
+
+        The token that was sampled last is none of them, as the model was never given it. `tokens` has more:
+        the ids at some positions, the rejected drafts. Raises MissingError where no ids were captured,
+        ReadError where some in between were not.
+        """
+        return self.tokens.tensor()
+
+    def token_ids_of(self, name: str) -> torch.Tensor:
+        """The token ids of a tensor's rows, [rows], int64. Raises ReadError where one is not known."""
+        return self.tokens.tensor(self.positions(name))
+
+    @property
+    def prompt_length(self) -> int | None:
+        """How many of the positions are the prompt's; None where that is not known."""
+        return self.tokens.prompt_length
+
+    def text(self, tokenizer: Any, part: Part = "all") -> str:
+        """What a tokenizer (with ``decode``) makes of `token_ids`: of all, of the prompt, or of the response.
+
+        Raises as `token_ids` does, and ReadError where the prompt's length is needed and not known.
+        """
+        return self.tokens.text(tokenizer, part)
 
     def positions(self, name: str) -> list[int]:
         """The position in the request of each row of a tensor, in order."""

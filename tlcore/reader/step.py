@@ -7,8 +7,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingError, ReadError, missing
+from ..layout.checks import is_whole
 from ..layout.names import step_dir
 from ..layout.rows import DECIDED, CallRows, Span
+from ..layout.tokens import checked_tokens
 from ..ledger import Counts
 from ..record import Json
 from ..statistics.summary import Statistics
@@ -121,6 +123,36 @@ class Step(Mapping[str, "torch.Tensor"]):
                 if isinstance(entry, dict):
                     found.setdefault(str(entry.get("request_id")), entry)
         return list(found.values())
+
+    @cached_property
+    def token_entries(self) -> list[Json]:
+        """The token ids that the step's documents have (`tlcore.layout.tokens`). Raises ReadError.
+
+        ``kept`` is how many leading ids of an entry stayed in the request.
+        """
+        found = []
+        for rank, document in self.documents.items():
+            try:
+                entries = list(checked_tokens(document))
+            except ValueError as error:
+                raise ReadError(f"{self._stored.url}: damaged tokens in step.json: {error}") from None
+            found += [{**each, "kept": self._kept_ids(rank, each)} for each in entries]
+        return found
+
+    def _kept_ids(self, rank: int, entry: Mapping[str, Any]) -> int:
+        count = len(entry["ids"])
+        if "accepted" in entry or not entry.get("drafts"):
+            return min(count, int(entry.get("accepted", count)))
+        # Of drafts that this rank does not know of, another rank of the model may.
+        sure = max(0, count - int(entry["drafts"]))
+        for other, document in self.documents.items():
+            if self.replica(other) != self.replica(rank):
+                continue
+            for row in document.get("rows", ()):
+                if row.get("request_id") == entry["request_id"] and is_whole(row.get("accepted")):
+                    end = row.get("first_position", 0) + row["accepted"]
+                    sure = max(sure, min(count, end - int(entry["first_position"])))
+        return sure
 
     def row_spans(self, record: Json) -> tuple[Span, ...]:
         """Whose the rows of a record's tensor are; nothing where that is not known. Raises ReadError.

@@ -54,12 +54,17 @@ def main(output_dir: str, runner: str = "first") -> dict[str, Any]:
     lengths = [chance.randint(4, 24) for _ in range(REQUESTS)]
     report: dict[str, Any] = {"prompts": prompts}
 
-    def capture(name: str, batches: list[list[int]], **sampling: Any) -> None:
+    def capture(name: str, batches: list[list[int]], rows: Any = "all", **sampling: Any) -> None:
         """One run: each batch of requests is put in at once, into an engine that has nothing cached."""
         ids: dict[int, str] = {}
         tokens: dict[int, list[int]] = {}
         with tlcore.vllm.attach(
-            llm, output_dir=output_dir, log_step_ids=[], module_call_match=MODULES, backend="safetensors"
+            llm,
+            output_dir=output_dir,
+            log_step_ids=[],
+            module_call_match=MODULES,
+            backend="safetensors",
+            rows=rows,
         ) as attached:
             for batch in batches:
                 if name != "again":
@@ -86,6 +91,7 @@ def main(output_dir: str, runner: str = "first") -> dict[str, Any]:
         report[name] = {
             "url": attached.url,
             "ids": [ids[each] for each in inside],
+            "asked": inside,
             # The last token is not fed again.
             "fed": [prompts[each] + tokens[each][:-1] for each in inside],
         }
@@ -96,6 +102,8 @@ def main(output_dir: str, runner: str = "first") -> dict[str, Any]:
     report["longest"] = longest
     capture("first", [[longest]], max_tokens=2)
     capture("again", [[longest]], max_tokens=2)
+    short = [each for each in range(REQUESTS) if len(prompts[each]) < 40]
+    capture("window", [short], rows={"from": -2, "to": 40})
     capture("samples", [[0, longest]], n=2, temperature=1.0, seed=1, max_tokens=3)
     return report
 

@@ -86,6 +86,26 @@ def test_each_requests_tokens_are_its_own(said: dict[str, Any], together: list[R
         assert not request.gaps(TOKENS)
 
 
+def test_token_ids_are_stored_whatever_was_cached_or_computed_again(said: dict[str, Any]) -> None:
+    for name, prompts in (("together", said["prompts"]), ("again", [said["prompts"][said["longest"]]])):
+        for request, fed, prompt in zip(_requests(said, name), said[name]["fed"], prompts, strict=True):
+            assert request.token_ids.tolist() == fed and not request.tokens.rejected
+            assert request.prompt_length == len(prompt)
+            assert request.token_ids_of(TOKENS).tolist() == request[TOKENS].tolist()
+    together = tlcore.open_run(said["together"]["url"])
+    told = [entry for number in together.steps for entry in together.step(number).token_entries]
+    assert sum(each["first_position"] == 0 for each in told) == len(said["prompts"])
+
+
+def test_a_window_holds_the_rows_of_its_positions(said: dict[str, Any]) -> None:
+    prompts = [said["prompts"][each] for each in said["window"]["asked"]]
+    for request, fed, prompt in zip(_requests(said, "window"), said["window"]["fed"], prompts, strict=True):
+        wanted = range(len(prompt) - 2, min(40, len(fed)))
+        assert request.positions(TOKENS) == list(wanted)
+        assert request[TOKENS].tolist() == [fed[position] for position in wanted]
+        assert request.token_ids.tolist()[: len(prompt)] == prompt
+
+
 def test_rows_are_those_of_the_request_alone(
     said: dict[str, Any], together: list[Request], alone: list[Request]
 ) -> None:

@@ -16,6 +16,7 @@ from tlcore.engine.filters.rows import StepRows
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
 from tlcore.layout.rows import Decided, RowSet, accept
+from tlcore.layout.windows import Window
 
 
 def _rows(*counts: int) -> list[dict[str, Any]]:
@@ -217,3 +218,21 @@ def test_a_draft_models_calls_of_shared_modules_go_by_names_of_their_own() -> No
     calls = ["_root", "0", "1", *drafted, "0_1"]
     assert [step.calls for step in sink.steps] == [calls, calls]
     assert "forward" not in vars(shared)
+
+
+@pytest.mark.parametrize("kept", range(4))
+@pytest.mark.parametrize(("begin", "end"), [(0, 5), (3, 5), (4, 9), (0, 3), (1, 4), (2, 4)])
+def test_a_window_among_drafts_keeps_what_stayed_in_the_request(begin: int, end: int, kept: int) -> None:
+    """Five rows from position 0 on, of which the last three are of drafts; so many of them stayed."""
+    entry = {**_rows(5)[0], "drafts": 3}
+    rows = StepRows(None, window=Window(begin, end))
+    rows.batch("a")
+    rows.enter([RowSet("tokens", [entry])], main=True)
+    cut = rows.cut(torch.arange(5))
+    document = rows.document()
+    accept(document["rows"], document, {"a": Decided(kept, kept + 1)})
+    (row,) = document["rows"]
+    first, count = row["first_position"], row["accepted"]
+    assert cut is not None and cut.tolist() == list(range(first, first + row["rows"]))
+    assert list(range(first, first + count)) == [p for p in range(2 + kept) if begin <= p < end]
+    assert row.keys().isdisjoint({"drafts", "drafts_before"})

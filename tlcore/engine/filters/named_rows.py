@@ -9,19 +9,21 @@ from typing import Any, NamedTuple
 from ...errors import CaptureError
 from .batches import Flags, UnknownRowsError
 
-_KEYS = {"request_id", "first", "rows", "first_position"}
+_KEYS = {"request_id", "first", "rows", "first_position", "prompt"}
 
 
 class Named(NamedTuple):
     """What the user says of one sequence of a batch: whose it is, and where in the batch its positions are.
 
     ``first`` and ``rows`` are a range along the axis of positions, None for what a mask says, or for all.
+    ``prompt`` is how many of its positions are its prompt's.
     """
 
     request_id: str
     first: int | None = None
     rows: int | None = None
     first_position: int = 0
+    prompt: int | None = None
 
 
 def named_rows(rows: Any) -> list[Named | None]:

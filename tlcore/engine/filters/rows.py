@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...layout.rows import NO_ROWS, Placed, RowSet, Span, as_rows, grid_entry, placed
+from ...layout.windows import Window
 from ...record import Json
 
 Chooses = Callable[[str], bool]
@@ -38,13 +39,18 @@ class StepRows:
 
     ``chooses`` says of a request id whether its rows are stored (None: all are), ``last`` keeps of each
     request only the row of its last token, or those of the tokens that may be it while drafts are not
-    decided on. ``first`` says how often which module was called in the step before the model's call that runs
-    now, where a step has several.
+    decided on, ``window`` only those of some positions. ``first`` says how often which module was called in
+    the step before the model's call that runs now, where a step has several. ``prompts`` has the length of
+    each request's prompt, by its id and sequence, as far as it is known.
     """
 
-    def __init__(self, chooses: Chooses | None = None, last: bool = False) -> None:
+    def __init__(
+        self, chooses: Chooses | None = None, last: bool = False, window: Window | None = None
+    ) -> None:
         self._chooses = chooses
         self._last = last
+        self.window = None if window == Window() else window
+        self.prompts: Mapping[tuple[str, str], int] = {}
         self.calls_begun: Callable[[], Sequence[Begun]] = list
         self.begin_step()
 
@@ -67,9 +73,11 @@ class StepRows:
         """The row sets of the calls that begin now."""
         return self._part.sets
 
-    def batch(self, requests: Sequence[str]) -> None:
+    def batch(self, requests: Sequence[str], prompts: Mapping[tuple[str, str], int] | None = None) -> None:
         """Say which requests the step runs. Where all of them are chosen, every tensor may be stored."""
         self.told = True
+        if prompts is not None:
+            self.prompts = prompts
         self._everyone = self._chooses is None or all(map(self._chooses, requests))
 
     def enter(self, sets: Sequence[RowSet], main: bool = False) -> None:
@@ -122,6 +130,10 @@ class StepRows:
         """Which rows of a span are kept: the first, and how many."""
         if self._chooses is not None and not self._chooses(str(span.row["request_id"])):
             return None
+        if self.window is not None:
+            prompt = self.prompts.get((str(span.row["request_id"]), str(span.row.get("sequence", ""))))
+            part = self.window.part(span.first, span.length, prompt)
+            return None if part is None or not part[1] else (span.begin + part[0], part[1])
         if not self._last:
             return span.begin, span.length
         accepted = span.row.get("accepted")
@@ -163,7 +175,7 @@ class StepRows:
 
     @property
     def _cuts(self) -> bool:
-        return self._chooses is not None or self._last
+        return self._chooses is not None or self._last or self.window is not None
 
     def _stored(self, part: _Part, rows: RowSet) -> tuple[list[Json], int]:
         if not self._cuts:
@@ -212,4 +224,9 @@ def _moved(span: Span, skipped: int, count: int, first_row: int) -> Json:
         row["first_position"] = span.first + skipped
     if "accepted" in row:
         row["accepted"] = min(count, max(0, row["accepted"] - skipped))
+    if row.get("drafts"):
+        # The last ones of the span are drafts, of which some may be left out before, and some behind.
+        first_draft = span.length - row["drafts"]
+        row["drafts_before"] = min(row["drafts"], max(0, skipped - first_draft))
+        row["drafts"] = max(0, skipped + count - max(skipped, first_draft))
     return row

@@ -33,9 +33,14 @@ from .batches import (
     unmasked_flags,
 )
 from .named_rows import Named, other_batch, with_ranges
+from .sample_tokens import SampleTokens
 from .sequences import Sequences, Taker, entries_of, goes_on, is_same, leave_out_ended, longer
 
 ENCODER = "encoder"
+_NO_PROMPT = (
+    "where the prompt ends is not known: several positions came on top of a cache; say it with"
+    ' `capture.step(rows=[{"request_id": ..., "prompt": 12}])`'
+)
 
 
 @dataclass(eq=False)
@@ -50,7 +55,10 @@ class Scope:
 class Samples:
     """The samples of a run: new ones get numbers as ids, unless the user gives them ``named`` ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, keeps_ids: bool = False, needs_prompts: bool = False) -> None:
+        """``keeps_ids``: also read token ids. ``needs_prompts``: rows are known only where prompts are."""
+        self.tokens = SampleTokens(keeps_ids)
+        self._needs_prompts = needs_prompts
         self.named: list[Named | None] | None = None
         # Why rows were not known, and in how many calls.
         self.problems: Counter[str] = Counter()
@@ -63,6 +71,7 @@ class Samples:
 
     def begin_step(self) -> None:
         """Forget what was said of the step before."""
+        self.tokens.begin_step()
         self._in_step: dict[str, Json] = {}
         self._problem: str | None = None
 
@@ -82,12 +91,18 @@ class Samples:
         try:
             sets = self._sets(taker, given, outer, scope)
         except UnknownRowsError as error:
-            self._problem = self._problem or str(error)
-            self.problems[str(error)] += 1
+            self._note(str(error))
             return Scope()
+        if self._lacks_prompts(scope.known):
+            self._note(_NO_PROMPT)
+            return scope
         scope.sets = tuple(sets)
         self.any_known |= bool(sets)
         return scope
+
+    def _note(self, problem: str) -> None:
+        self._problem = self._problem or problem
+        self.problems[problem] += 1
 
     def returned(self, scope: Scope, result: Any) -> None:
         """What a call of ``scope`` has returned: its cache is how the samples are known again."""
@@ -181,6 +196,7 @@ class Samples:
                 return []
             flags = np.ones((1, batch.length), bool)
         seen = Sequences(known.ids, flags, np.zeros(batch.samples, np.int64), batch.length, None, 0)
+        self.tokens.note_prompts(seen, ENCODER, None, None)
         return [self._set(taker, seen, ENCODER)]
 
     def _of_logits(self, taker: Taker, known: Sequences, given: Mapping[str, Any]) -> list[RowSet]:
@@ -232,12 +248,19 @@ class Samples:
         continued = before is not None and goes_on(before, batch, past, flags)
         known = self._new(batch, flags, before if continued else None, ids_of)
         check_positions(batch.positions, known.real)
+        self.tokens.note_prompts(known, role, before if continued else None, self.named)
         if continued and before is not None:
             leave_out_ended(known, before, taker)
         elif role == ENCODER or (ids_of is None and not begun):
             self._hash(known)
+        self.tokens.note_ids(known, role, batch, begins=not continued)
         self._last[taker.name, role] = known
         return known
+
+    def _lacks_prompts(self, known: Mapping[str, Sequences]) -> bool:
+        """Whether the prompts' lengths are asked for, and not known of all samples."""
+        owners = [(each, role) for role, those in known.items() for each in those.ids if each is not None]
+        return self._needs_prompts and not all(each in self.tokens.prompts for each in owners)
 
     def _flags(
         self, taker: Taker, batch: Batch, past: int | None, begun: bool, before: Sequences | None

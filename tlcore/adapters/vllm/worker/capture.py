@@ -176,7 +176,8 @@ class WorkerCapture:
 
     def _bracketed(self, worker: Any) -> StepWrapper:
         runner = worker.model_runner
-        bracket = StepWrapper(None, runner, _sharding(worker))
+        # The first stage of a pipeline embeds the tokens, and each of its ranks has the same.
+        bracket = StepWrapper(None, runner, _sharding(worker), writes_tokens=int(worker.rank) == 0)
         for name in WARM_UP:
             setattr(worker, name, bracket.warm_up(getattr(worker, name)))
         return bracket

@@ -21,6 +21,7 @@ from ....layout.rows import NO_ROWS, Row, RowSet
 from ....record import Json
 from .items import item_sets
 from .rows import RowError, RowReader
+from .tokens import TokenReader
 
 log = logging.getLogger("vllm.tlcore")
 Sets = Sequence[RowSet]
@@ -31,9 +32,13 @@ _TOKENWISE = frozenset({"token_embed", "token_classify", "plugin"})
 class RowScopes:
     """Tells a step's `StepRows` which rows come next; nothing of it can break a step."""
 
-    def __init__(self, runner: Any, reader: RowReader) -> None:
+    def __init__(self, runner: Any, reader: RowReader, tokens: TokenReader) -> None:
         self._runner = runner
         self._reader = reader
+        self._tokens = tokens
+        self._keeps_ids = False
+        # Makes the entries of the step's token ids.
+        self.tokens: Callable[[], list[Json]] | None = None
         self._step: StepRows | None = None
         self._scheduled: Any = None
         self.rows: list[Json] | None = None
@@ -49,10 +54,11 @@ class RowScopes:
         if reader.second_version:
             self._wrap_second_version(runner)
 
-    def begin(self, step: StepRows, scheduler_output: Any) -> None:
-        """A captured step begins."""
+    def begin(self, step: StepRows, scheduler_output: Any, keeps_ids: bool = False) -> None:
+        """A captured step begins, of which token ids are kept or not."""
         self._step, self._scheduled = step, scheduler_output
-        self.rows = self.problem = None
+        self._keeps_ids = keeps_ids
+        self.rows = self.problem = self.tokens = None
 
     def end(self) -> None:
         """The step is over."""
@@ -73,7 +79,16 @@ class RowScopes:
             self.problem = str(error)
             raise
         if self._step is not None:
-            self._step.batch([row["request_id"] for row in rows])
+            requests = [row["request_id"] for row in rows]
+            self._step.batch(requests, self._tokens.prompts(requests))
+            if self._keeps_ids:
+                self._take_tokens(rows, output, self._step)
+
+    def _take_tokens(self, rows: list[Json], batch: Any, step: StepRows) -> None:
+        try:
+            self.tokens = self._tokens.take(rows, batch, step.chooses)
+        except Exception as error:
+            self.warn("the token ids of some requests are not known", error)
 
     def _wrap_second_version(self, runner: Any) -> None:
         """The second model runner has fewer methods to go by; what they do not tell stays unknown."""

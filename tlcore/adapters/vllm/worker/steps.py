@@ -16,6 +16,7 @@ from .accepted import drafts_decided
 from .draft_scopes import DraftScopes
 from .row_scopes import RowScopes
 from .rows import RowError, RowReader
+from .tokens import TokenReader, scheduled_firsts
 
 log = logging.getLogger("vllm.tlcore")
 
@@ -29,7 +30,7 @@ class StepWrapper:
     ``execute_model`` and ends after ``sample_tokens`` (or ``pool``), or with ``execute_model`` itself
     where that returns the final output. The model's own exceptions pass through unchanged. ``eager``
     is to be set for a runner whose compiled model or CUDA graphs a captured step must leave out. ``details``
-    are further keys for each ``step.json``.
+    are further keys for each ``step.json``. Of the ranks of a model one ``writes_tokens``.
     """
 
     def __init__(
@@ -37,12 +38,14 @@ class StepWrapper:
         session: Session | None,
         runner: Any,
         details: Mapping[str, Any] | None = None,
+        writes_tokens: bool = True,
     ) -> None:
         self.details = dict(details or {})
         self.eager: EagerSteps | None = None
         self._reader = RowReader(runner)
         self._runner = runner
-        self._scopes = RowScopes(runner, self._reader)
+        self._tokens = TokenReader(runner, writes_tokens)
+        self._scopes = RowScopes(runner, self._reader, self._tokens)
         DraftScopes(self._scopes, runner, self._draft)
         self.session = session
         self._warming = 0
@@ -63,6 +66,7 @@ class StepWrapper:
     def session(self, session: Session | None) -> None:
         self._session = session
         self._reader.forget()
+        self._tokens.forget()
 
     def warm_up(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a worker's method in which no step is real."""
@@ -117,6 +121,7 @@ class StepWrapper:
         self._extra = dict(self.details)
         try:
             self._reader.begin_step(scheduler_output)
+            self._tokens.begin_step(scheduler_output)
             self._open = self._session_begins(scheduler_output)
         except Exception as error:
             self._open = False
@@ -126,12 +131,25 @@ class StepWrapper:
         session = self.session
         if session is None:
             return False
-        chooses = session.rows.chooses
-        wanted = chooses is None or any(map(chooses, scheduler_output.num_scheduled_tokens))
-        begun = session.begin_step(wanted=wanted)
+        begun = session.begin_step(wanted=self._wants(session, scheduler_output))
         if begun:
-            self._scopes.begin(session.rows, scheduler_output)
+            self._scopes.begin(session.rows, scheduler_output, session.config.keeps_token_ids)
         return begun
+
+    def _wants(self, session: Session, scheduler_output: Any) -> bool:
+        """Whether any row of a step is one of those that are kept, as far as its schedule tells."""
+        chooses, window = session.rows.chooses, session.rows.window
+        counts = scheduler_output.num_scheduled_tokens
+        chosen = [each for each in counts if chooses is None or chooses(each)]
+        # With speculation the scheduler counts positions that may not come to be.
+        if window is None or getattr(self._runner, "speculative_config", None) is not None:
+            return bool(chosen) or chooses is None
+        firsts, prompts = scheduled_firsts(scheduler_output), self._tokens.prompts(chosen)
+        for request in chosen:
+            part = window.part(firsts.get(request), int(counts[request]), prompts.get((request, "")))
+            if part is None or part[1]:
+                return True
+        return False
 
     def _draft(self, begins: bool) -> None:
         """The draft model's turn begins, or is over."""
@@ -162,7 +180,7 @@ class StepWrapper:
         self._open = False
         try:
             decided = None if error is not None else self._decided(output)
-            self.session.end_step(extra=self._extra, error=error, decided=decided)
+            self.session.end_step(extra=self._extra, error=error, decided=decided, tokens=self._scopes.tokens)
         except Exception as failure:
             self._warn("a step could not be ended", failure)
         self._scopes.end()
