@@ -6,23 +6,23 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
-from pathlib import Path
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 from ..errors import ConfigError, ReadError
 from ..layout.dtypes import torch_dtype
 from ..locations import is_url
-from ..reader import Run, open_run
+from ..reader import Run
 from .matching.match import match
 from .matching.pairs import Matching, Pair
 from .matching.rules import Rules, compiled_patterns, positions, renames
 from .measure import Tolerance
+from .noise.advice import advice
+from .noise.further import Further, RunLike, opened_run, path_of
 from .results import Comparison, Origin, TensorResult
 from .schedule import in_order
 from .work import Task, place_of, share, unshare
 
-RunLike = Run | str | os.PathLike[str]
 Progress = Callable[[int, int], None]
 # A remote read mostly waits, so that more of them than there are cores keep the cores busy.
 _REMOTE_WORKERS = 8
@@ -43,6 +43,8 @@ def compare(
     ignore_missing: bool = False,
     check_dtype: bool = False,
     deep: bool = False,
+    noise: RunLike | Sequence[RunLike] = (),
+    noise_factor: float = 3.0,
     storage_options: Mapping[str, Any] | None = None,
     storage_options_b: Mapping[str, Any] | None = None,
     executor: Executor | None = None,
@@ -58,17 +60,24 @@ def compare(
     ``sums`` are the output positions of a value that one run keeps in two parts, ``(0, 1)`` for vLLM's
     hidden state and residual. vLLM runs are compared per request and position; requests are found by their
     prompts, and ``requests`` maps ids of A to ids of B where that is not enough. ``ignore_missing`` leaves
-    out what only one run has. ``deep`` reads also what equal hashes settle. ``storage_options`` go to the
-    fsspec filesystem of a URL, ``storage_options_b`` to B's where it needs others. Any ``executor`` does
-    the work (by default threads, one a core, more for URLs); in other processes it opens the runs again, so
-    give them as paths. ``progress`` is called with the number of pairs done and in all.
+    out what only one run has. ``deep`` reads also what equal hashes settle.
+
+    ``noise`` are further runs of the reference A, or one, that differ from it in what must not matter: other
+    batches, a rerun, other kernels. A tensor is then different where A is more than ``noise_factor`` times as
+    far from B as from any of them, whatever the dtype's tolerance says; one that they lack is held against
+    its tolerance. ``rtol`` and ``atol``, where given, must be exceeded as well.
+
+    ``storage_options`` go to the fsspec filesystem of a URL, also of ``noise``, ``storage_options_b`` to B's
+    where it needs others. Any ``executor`` does the work (by default threads, one a core, more for URLs); in
+    other processes it opens the runs again, so give them as paths. ``progress`` is called with the number of
+    pairs done and in all.
 
     Raises ReadError when a run cannot be opened or there is nothing to compare, ConfigError for a
     pattern, tolerance or request that is none, BackendError when a URL cannot be opened.
     """
     options_a = dict(storage_options or {})
     options_b = options_a if storage_options_b is None else dict(storage_options_b)
-    run_a, run_b = _open(a, options_a), _open(b, options_b)
+    run_a, run_b = opened_run(a, options_a), opened_run(b, options_b)
     rules = Rules(
         maps=renames(maps),
         sums=positions(sums),
@@ -78,17 +87,28 @@ def compare(
         ignore_missing=ignore_missing,
     )
     tolerance = _tolerance(rtol, atol, by_norm)
+    further = Further.of(noise, noise_factor, options_a)
     _check_steps(rules, run_a, run_b)
     # A run lets go of steps that nobody holds; their records would be read again for every pair.
-    held = [run.step(number) for run in (run_a, run_b) for number in run.steps]
+    held = [run.step(number) for run in (run_a, run_b, *further.runs) for number in run.steps]
     matching = _matched(run_a, run_b, rules)
-    places = place_of(_path(a), options_a), place_of(_path(b), options_b)
-    task = Task(*places, tolerance, check_dtype, uuid.uuid4().hex)
-    results = _measured(task, (run_a, run_b), matching.pairs, deep, executor, progress)
+    places = place_of(path_of(a), options_a), place_of(path_of(b), options_b), *further.places
+    task = Task(places, tolerance, check_dtype, uuid.uuid4().hex)
     pieces = [(pair, each) for pair in matching.pairs for each in pair.pieces]
+    share(task, run_a, run_b, *further.runs)
+    try:
+        with _pool(executor, run_a, run_b, *further.runs) as pool:
+            results = _measured(task, (run_a, run_b), matching.pairs, deep, pool, progress)
+            if further.runs:
+                results = further.judge(pool, task, (run_a, run_b), rules, pieces, results)
+    finally:
+        unshare(task)
     origin = Origin((run_a, run_b), pieces, held, matching.left_out)
-    notes = [*matching.notes, *_mixed(results, tolerance)]
-    return Comparison(run_a.url, run_b.url, [*results, *matching.missing], notes, origin)
+    notes = [*matching.notes, *_mixed(results, tolerance), *further.notes(results)]
+    if not further.runs:
+        notes += advice(run_a, run_b, pieces, results)
+    results += matching.missing
+    return Comparison(run_a.url, run_b.url, results, notes, further.to_json(), origin)
 
 
 def _mixed(results: Sequence[TensorResult], tolerance: Tolerance) -> list[str]:
@@ -130,29 +150,19 @@ def _measured(
     runs: tuple[Run, Run],
     pairs: Sequence[Pair],
     deep: bool,
-    executor: Executor | None,
+    pool: Executor,
     progress: Progress | None,
 ) -> list[TensorResult]:
-    own = ThreadPoolExecutor(_workers(*runs)) if executor is None else nullcontext(executor)
     results: list[TensorResult] = []
-    share(task, *runs)
-    try:
-        with own as pool:
-            for done, found in enumerate(in_order(pool, task, pairs, runs, deep), 1):
-                results += found
-                if progress is not None:
-                    progress(done, len(pairs))
-    finally:
-        unshare(task)
+    for done, found in enumerate(in_order(pool, task, pairs, runs, deep), 1):
+        results += found
+        if progress is not None:
+            progress(done, len(pairs))
     return results
 
 
-def _open(run: RunLike, options: Mapping[str, Any]) -> Run:
-    return run if isinstance(run, Run) else open_run(run, options or None)
-
-
-def _path(run: RunLike) -> Run | Path | str:
-    return run if isinstance(run, Run) else os.fspath(run)
+def _pool(executor: Executor | None, *runs: Run) -> AbstractContextManager[Executor]:
+    return ThreadPoolExecutor(_workers(*runs)) if executor is None else nullcontext(executor)
 
 
 def _workers(*runs: Run) -> int:

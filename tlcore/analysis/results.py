@@ -21,11 +21,39 @@ _DIFFER = frozenset({"different", "missing", "unreadable"})
 
 
 @dataclass(frozen=True, slots=True)
+class Noise:
+    """How a tensor's difference stands to its noise: what further runs of A differ from A by.
+
+    ``units`` is how many times the noise the difference is, by the ``measure`` in which it is most: relative
+    to the tensor's ``norm``, to that of the worst ``row``, in one ``value`` relative to the largest, or
+    ``special``, the number of values that are NaN or infinite in one run alone. Of whole numbers they are
+    fractions that differ. ``difference`` and ``noise`` are those two sizes, ``seen`` is whether the further
+    runs show any, of which the tensors (or parts of one) of ``runs`` were measured: else it is what rounding
+    does by chance. Infinite where there is a difference and no noise.
+    """
+
+    units: float
+    measure: Literal["norm", "row", "value", "special"]
+    difference: float
+    noise: float
+    seen: bool
+    runs: int
+
+    def __str__(self) -> str:
+        what = {"norm": "norm", "row": "worst row", "value": "largest value", "special": "NaN and Inf"}
+        sizes = f"{what[self.measure]}: {self.difference:.3g} against {self.noise:.3g}"
+        if not self.noise:
+            return f"where there is no noise ({sizes})"
+        return f"{self.units:.3g} times the noise ({sizes})"
+
+
+@dataclass(frozen=True, slots=True)
 class TensorResult:
     """One tensor of one run against its counterpart; of vLLM runs, the rows of one request.
 
     ``step`` and ``module`` are those of run A where it has the tensor, else those of B. ``reason`` says
-    in words what is wrong, ``first_position`` is the token position of the first row compared.
+    in words what is wrong, ``first_position`` is the token position of the first row compared. With
+    ``noise`` that decides whether the tensor is different.
     """
 
     status: Status
@@ -42,6 +70,7 @@ class TensorResult:
     reason: str | None = None
     request: str | None = None
     first_position: int | None = None
+    noise: Noise | None = None
 
     @property
     def agrees(self) -> bool:
@@ -51,8 +80,9 @@ class TensorResult:
     def to_json(self) -> Json:
         """A JSON object; numbers that JSON lacks become text."""
         document = asdict(self)
-        if self.measures is not None:
-            document["measures"] = {key: _number(value) for key, value in document["measures"].items()}
+        for part in ("measures", "noise"):
+            if document[part] is not None:
+                document[part] = {key: _number(value) for key, value in document[part].items()}
         return document
 
 
@@ -94,6 +124,8 @@ class Divergence:
         }
         if self.result.request is not None:
             found |= {"request": self.result.request, "first_position": self.result.first_position}
+        if self.result.noise is not None:
+            found["noise"] = self.result.to_json()["noise"]
         return found
 
     def __str__(self) -> str:
@@ -107,7 +139,10 @@ class Divergence:
                 False: "passed on: an input already differs",
                 None: "its inputs were not compared",
             }[self.born]
-        return f"{shown_module(self.module)}{call}, {self.direction} of step {self.step}{request}; {how}"
+        size = "" if self.result.noise is None else f"; {self.result.noise}"
+        return (
+            f"{shown_module(self.module)}{call}, {self.direction} of step {self.step}{request}; {how}{size}"
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,13 +174,15 @@ def _look(result: TensorResult, side: int) -> Look:
 class Comparison:
     """The result of `tlcore.compare`: every tensor in order of execution, then what only one run has.
 
-    ``notes`` are facts to know that are no difference, such as tensors that both runs skipped.
+    ``notes`` are facts to know that are no difference, such as tensors that both runs skipped. ``noise``
+    names the further runs of A that differences were held against, and the factor.
     """
 
     a: str
     b: str
     results: Sequence[TensorResult]
     notes: Sequence[str] = ()
+    noise: Json | None = None
     origin: Origin | None = field(default=None, repr=False, compare=False)
 
     @property
@@ -235,6 +272,7 @@ class Comparison:
             "first_difference": difference.to_json() if difference else None,
             "culprits": {label: found.to_json() for label, found in self.culprits},
             "counts": self.counts,
+            "noise": self.noise,
             "notes": list(self.notes),
             "results": [result.to_json() for result in self.results],
         }

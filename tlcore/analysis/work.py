@@ -31,35 +31,35 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class Task:
-    """Where the runs lie and how to compare; ``token`` sets one comparison's open runs apart."""
+    """Where the runs lie (A, B, others) and how to compare; ``token`` sets one comparison's runs apart."""
 
-    a: Place
-    b: Place
+    places: tuple[Place, ...]
     tolerance: Tolerance
     check_dtype: bool
     token: str
 
 
-_SHARED: dict[tuple[str, str], Run] = {}
+_SHARED: dict[tuple[str, int], Run] = {}
 
 
-def share(task: Task, a: Run, b: Run) -> None:
+def share(task: Task, *runs: Run) -> None:
     """Let this process's workers use runs that are open already, until `unshare`."""
-    _SHARED[task.token, "a"], _SHARED[task.token, "b"] = a, b
+    _SHARED.update({(task.token, side): run for side, run in enumerate(runs)})
 
 
 def unshare(task: Task) -> None:
     """Forget the runs of `share`."""
-    for side in "ab":
+    for side in range(len(task.places)):
         _SHARED.pop((task.token, side), None)
 
 
-def _opened(task: Task, side: str) -> Run:
+def opened(task: Task, side: int) -> Run:
+    """The run of a side (0: A, 1: B), or the one that stands there among the task's places."""
     run = _SHARED.get((task.token, side))
-    return _reopened(task.token, task.a if side == "a" else task.b) if run is None else run
+    return _reopened(task.token, task.places[side]) if run is None else run
 
 
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _reopened(token: str, place: Place) -> Run:
     """The run in another process than the one that compares."""
     return open_run(place.path, place.options)
@@ -68,10 +68,10 @@ def _reopened(token: str, place: Place) -> Run:
 def compare_pairs(task: Task, pairs: Sequence[Pair]) -> list[list[TensorResult]]:
     """The results for each pair's pieces. A tensor that cannot be read gives a result that says so."""
     # Held, since a run lets go of steps that nobody holds.
-    held = {(side, source.step) for pair in pairs for side, source in (("a", pair.a), ("b", pair.b))}
+    held = {(side, source.step) for pair in pairs for side, source in enumerate((pair.a, pair.b))}
     steps = []
     with suppress(ReadError):
-        steps += [_opened(task, side).step(number) for side, number in held]
+        steps += [opened(task, side).step(number) for side, number in held]
     results = [compare_pair(task, pair) for pair in pairs]
     steps.clear()
     return results
@@ -81,8 +81,8 @@ def compare_pair(task: Task, pair: Pair) -> list[TensorResult]:
     """The results for a pair's pieces."""
     try:
         with ExitStack() as stack:
-            x = Operand(_opened(task, "a"), pair.a, stack, _axis(pair, 0))
-            y = Operand(_opened(task, "b"), pair.b, stack, _axis(pair, 1))
+            x = Operand(opened(task, 0), pair.a, stack, _axis(pair, 0))
+            y = Operand(opened(task, 1), pair.b, stack, _axis(pair, 1))
             return [_compared(task, pair, pieces, x, y) for pieces in pair.pieces]
     except ReadError as error:
         return [result_of(pair, pieces, "unreadable", reason=str(error)) for pieces in pair.pieces]

@@ -62,6 +62,15 @@ def options(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="hold the tolerance against norms, of each tensor and of its rows, not each value",
     )
+    add(
+        "--noise",
+        nargs="+",
+        action="extend",
+        default=[],
+        metavar="RUN",
+        help="further runs of A: a tensor differs where A is further from B than from any of them",
+    )
+    add("--noise-factor", type=float, default=3.0, metavar="N", help="how many times further (default: 3)")
     add("--check-dtype", action="store_true", help="a difference in dtype is a difference")
     add("--deep", action="store_true", help="read also the tensors that equal hashes settle")
     add("--format", choices=("table", "markdown", "json", "html"), default="table", help="default: table")
@@ -93,6 +102,8 @@ def run(args: argparse.Namespace) -> int:
             ignore_missing=args.ignore_missing,
             check_dtype=args.check_dtype,
             deep=args.deep,
+            noise=args.noise,
+            noise_factor=args.noise_factor,
             storage_options=storage_options(args),
             storage_options_b=options_b,
             executor=executor,
