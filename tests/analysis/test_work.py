@@ -209,6 +209,7 @@ def test_urls_take_storage_options(
 
 
 def test_an_unknown_scheduler_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("distributed")
     run = emitted(str(tmp_path), VALUES)
     assert main(["compare", run, run, "--dask", "nonsense://x"]) == 2
     assert "no Dask scheduler at 'nonsense://x'" in capsys.readouterr().err

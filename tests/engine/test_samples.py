@@ -9,17 +9,11 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import (
-    GPT2Config,
-    GPT2LMHeadModel,
-    LlamaConfig,
-    LlamaForCausalLM,
-    T5Config,
-    T5ForConditionalGeneration,
-)
 
 import tlcore
 from tlcore.reader import Run
+
+transformers = pytest.importorskip("transformers")
 
 PROMPTS = [[5, 6, 7, 8, 9], [10, 11, 12], [20, 21, 22, 23, 24, 25, 26]]
 LAYER = "model.layers.1/outputs_cpu"
@@ -34,18 +28,20 @@ def _few_threads() -> Iterator[None]:
     torch.set_num_threads(before)
 
 
-def llama(**keys: Any) -> LlamaForCausalLM:
+def llama(**keys: Any) -> Any:
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "eos_token_id": 1, "pad_token_id": 0}
-    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, **keys})).eval()
+    return transformers.LlamaForCausalLM(transformers.LlamaConfig(**{**sizes, **heads, **keys})).eval()
 
 
-def t5() -> T5ForConditionalGeneration:
+def t5() -> Any:
     torch.manual_seed(0)
     sizes = {"vocab_size": 64, "d_model": 32, "d_kv": 8, "d_ff": 40, "num_layers": 1, "num_heads": 4}
     sizes["pad_token_id"] = 63
-    return T5ForConditionalGeneration(T5Config(**sizes, decoder_start_token_id=0)).eval()
+    return transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, decoder_start_token_id=0)
+    ).eval()
 
 
 def padded(prompts: Sequence[list[int]], left: bool = True, more: int = 0) -> dict[str, torch.Tensor]:
@@ -313,10 +309,12 @@ def test_the_ids_of_encoder_and_decoder_are_one_where_steps_are_outermost_calls(
 
 def test_positions_in_the_weights_of_another_model(tmp_path: Path) -> None:
     torch.manual_seed(0)
-    config = GPT2Config(
+    config = transformers.GPT2Config(
         vocab_size=64, n_embd=32, n_layer=1, n_head=4, n_positions=32, bos_token_id=1, eos_token_id=1
     )
-    run = generated(GPT2LMHeadModel(config).eval(), tmp_path, padded(PROMPTS), options={"pad_token_id": 1})
+    run = generated(
+        transformers.GPT2LMHeadModel(config).eval(), tmp_path, padded(PROMPTS), options={"pad_token_id": 1}
+    )
     # GPT-2's projections work on a view [positions of all samples, width].
     name = "transformer.h.0.mlp.c_fc/outputs_cpu"
     assert run.request("0").positions(name) == list(range(8))

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
+import torch
 from torch import nn
 
 from ..config.configuration import load_config
@@ -21,6 +22,7 @@ from .hooks.batch_calls import BatchCalls
 from .hooks.compiled_parts import compiled_parts, refuse_unreachable, shown
 from .hooks.module_tree import ModuleTree
 from .hooks.steps import Step, StepCalls, method_of
+from .hooks.traced import TRACES
 from .new_run import run_of_group
 from .session import Session
 
@@ -68,6 +70,9 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._session: Session | None = None
         self._batches: BatchCalls | None = None
         self._traced = self.config.compiled == "taps"
+        if self._traced and not TRACES:
+            problem = f"compiled models cannot be tapped with torch {torch.__version__}, which is too old."
+            raise ConfigError("$.compiled", problem, "Use a newer torch, or leave it out.")
         if self._traced and self.config.log_gradients:
             problem = 'what "compiled": "taps" shows of compiled code has no gradients.'
             raise ConfigError("$.log_gradients", problem, "Leave one of the two out.")

@@ -77,9 +77,8 @@ def saved(tensor: torch.Tensor) -> bytes:
 
 
 # Releases before this one pad the archive's members otherwise; all of them load ours.
-as_torch_saves = pytest.mark.skipif(
-    tuple(map(int, torch.__version__.split(".")[:2])) < (2, 13), reason="an older torch pads otherwise"
-)
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+as_torch_saves = pytest.mark.skipif(TORCH < (2, 13), reason="an older torch pads otherwise")
 
 
 @as_torch_saves
@@ -103,6 +102,8 @@ def test_torch_loads_it_also_mapped(dtype: torch.dtype, tmp_path: Path) -> None:
     tensor = sample(dtype, (3, 5))
     path = tmp_path / "t.pt"
     path.write_bytes(encoded(tensor))
+    if dtype in (torch.uint16, torch.uint32, torch.uint64) and TORCH < (2, 5):
+        pytest.skip("this torch does not load what it saves itself")
     for mapped in (False, True):
         loaded = torch.load(path, weights_only=True, mmap=mapped)
         assert loaded.dtype == dtype

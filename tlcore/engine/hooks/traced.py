@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,7 +30,9 @@ from .steps import StepCalls
 
 log = logging.getLogger("tlcore")
 _is_compiling = torch.compiler.is_compiling
-_is_exporting = torch.compiler.is_exporting
+# Old releases, which do not have this, trace neither a listener's call nor tell an export from a compilation.
+TRACES = hasattr(torch.compiler, "is_exporting")
+_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _get_ident = threading.get_ident
 _UNTAPPABLE = "a compiled model's taps do not reach into this structure"
 _BEGIN, _END, _TAP = "begin", "end", "tap."
