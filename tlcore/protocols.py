@@ -304,6 +304,33 @@ class SupportsArrays(Protocol):
         ...
 
 
+class AlikeSteps(NamedTuple):
+    """Steps of one rank whose documents are sound if that of the first is; each has so many ``tensors``."""
+
+    steps: Sequence[int]
+    tensors: int
+
+
+class WholeCheck(NamedTuple):
+    """A check of many steps' tensors that is under way.
+
+    ``unsound()`` waits for it, and returns the steps that are not proven: of which a tensor has not the hash
+    that its record states, or cannot be read.
+    """
+
+    alike: Sequence[AlikeSteps]
+    unsound: Callable[[], Collection[int]]
+
+
+@runtime_checkable
+class SupportsWholeChecks(Protocol):
+    """A source that checks the tensors of many steps in few large reads."""
+
+    def whole_checks(self, rank: int) -> Iterator[WholeCheck]:
+        """Checks of a rank's steps, in order. What none of them proves is then read step by step."""
+        ...
+
+
 SinkFactory = Callable[..., Sink]
 SourceFactory = Callable[[Store, Json], Source]
 LocationOf = Callable[[Mapping[str, Any], str], Location | str]

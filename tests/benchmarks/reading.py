@@ -1,58 +1,110 @@
-"""``tlcore verify`` and ``tlcore convert`` against reading the same bytes plainly."""
+"""``tlcore verify`` and ``tlcore convert`` against reading, and writing, the same bytes plainly."""
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
 
 import tlcore
 from tlcore.config.configuration import load_config
+from tlcore.engine.capture import capture
 from tlcore.runs.convert import convert
 
-from .capturing import capturing
 from .rows import Row, Scale, at_most
 from .timing import interleaved, ratio, timed
-from .workload import workload
+from .workload import Kind, workload
 
+_BACKENDS: dict[str, dict[str, Any]] = {"pt": {"name": "pt"}, "safetensors": {"name": "safetensors"}}
 _OTHER = {"pt": "safetensors", "safetensors": "pt"}
+_VERIFY_LIMITS = {"pt": 1.3, "safetensors": 1.1}
+_CONVERT_LIMIT = 1.3
 
 
 def table(scale: Scale) -> list[Row]:
-    """One captured prefill per backend: verified, and converted into the other backend."""
-    work = workload("prefill", scale)
+    """A prefill, and decode steps of other tokens each, per backend: verified, and converted to the other."""
+    kinds: tuple[tuple[Kind, int], ...] = (("prefill", 1), ("decode", scale.decode_steps))
     rows = []
     with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as name:
         directory = Path(name)
-        for backend in _OTHER:
-            with capturing(work, directory, backend=backend) as capture:
-                capture.forward()
-            rows += _rows(capture.path, backend, directory, scale)
+        for kind, steps in kinds:
+            for backend in _OTHER:
+                run = _captured(kind, steps, backend, directory, scale)
+                rows += _rows(f"{kind} ({steps} steps)", run, backend, directory, scale)
+                shutil.rmtree(run)
     return rows
 
 
-def _rows(run: Path, backend: str, directory: Path, scale: Scale) -> list[Row]:
-    times = interleaved(
-        {
-            "reading": lambda: _read_s(run),
-            "verify": lambda: timed(lambda: tlcore.open_run(run).verify()),
-            "convert": lambda: _convert_s(run, _OTHER[backend], directory),
-            "copying": lambda: _copy_s(run, directory),
-        },
-        scale.repeats,
-    )
-    what = {"verify": f"verify, {backend}", "convert": f"convert, {backend} to {_OTHER[backend]}"}
-    figures = {name: f"{sorted(seconds)[len(seconds) // 2] * 1e3:.0f} ms" for name, seconds in times.items()}
+def _captured(kind: Kind, steps: int, backend: str, directory: Path, scale: Scale) -> Path:
+    work = workload(kind, scale)
+    (name, tokens), *more = work.inputs.items()
+    keys: dict[str, Any] = {"log_step_ids": [], "block_s": 600, "output_dir": str(directory)}
+    with torch.inference_mode(), capture(work.model, **keys, backend=_BACKENDS[backend]) as captured:
+        for step in range(steps):
+            work.model(**{name: (tokens + 7 * step) % 499 + 1, **dict(more)})
+    return Path(captured.url)
+
+
+class _Clock:
+    """Measures that note the seconds of all the process's threads beside those that pass."""
+
+    def __init__(self) -> None:
+        self.cpu: dict[str, list[float]] = {}
+
+    def measure(self, name: str, call: Callable[[], float]) -> Callable[[], float]:
+        """``call``, which returns its seconds."""
+        self.cpu[name] = []
+
+        def measured() -> float:
+            begin = time.process_time()
+            seconds = call()
+            self.cpu[name].append(time.process_time() - begin)
+            return seconds
+
+        return measured
+
+
+def _rows(what: str, run: Path, backend: str, directory: Path, scale: Scale) -> list[Row]:
+    other, clock = _OTHER[backend], _Clock()
+    files = _files(run)
+    buffer = bytearray(max(file.stat().st_size for file in files))
+    made = _convert(run, other, directory)
+    plain = _Plain(files, buffer, made, directory)
+    shutil.rmtree(made)
+    calls: dict[str, Callable[[], float]] = {
+        "reading": lambda: timed(lambda: _read(files, buffer)),
+        "in pieces": lambda: timed(lambda: _read(files, bytearray(256 << 10))),
+        "verify": lambda: timed(lambda: tlcore.open_run(run).verify()),
+        "convert": lambda: _removed(lambda: _convert(run, other, directory)),
+        "plain": lambda: _removed(plain.make),
+    }
+    times = interleaved({name: clock.measure(name, call) for name, call in calls.items()}, scale.repeats)
+    small = f"; by pieces of 256 KiB {median(times['in pieces']) * 1e3:.0f} ms"
+    verify, converted = f"verify, {backend}, {what}", f"convert, {backend} to {other}, {what}"
     return [
-        Row(
-            f"{what[name]} / reading the same bytes",
-            ratio(times, name, "reading"),
-            at_most(1.5),
-            "times",
-            f"{figures[name]} / {figures['reading']}; copying the files takes {figures['copying']}",
-        )
-        for name in what
-    ]
+        _row(f"{verify} / reading into a used buffer", times, clock, "verify", "reading", small,
+             _VERIFY_LIMITS[backend]),
+        _row(f"{converted} / the same files plainly", times, clock, "convert", "plain", "", _CONVERT_LIMIT),
+    ]  # fmt: skip
+
+
+def _row(
+    what: str, times: dict[str, list[float]], clock: _Clock, upper: str, lower: str, more: str, limit: float
+) -> Row:
+    shown, cpu = (
+        " / ".join(f"{median(each[name]) * 1e3:.0f}" for name in (upper, lower))
+        for each in (times, clock.cpu)
+    )
+    share = ratio(clock.cpu, upper, lower)
+    detail = f"{shown} ms; processor {cpu} ms, {share:.2f} times{more}"
+    return Row(what, ratio(times, upper, lower), at_most(limit), "times", detail)
 
 
 def _files(run: Path) -> list[Path]:
@@ -60,36 +112,60 @@ def _files(run: Path) -> list[Path]:
     return list({file.stat().st_ino: file for file in sorted(run.rglob("*")) if file.is_file()}.values())
 
 
-def _read_s(run: Path) -> float:
-    """Seconds in which one thread reads every file whole, one after the other."""
-    files = _files(run)
-
-    def read() -> None:
-        for file in files:
-            with file.open("rb") as opened:
-                opened.read()
-
-    return timed(read)
+def _read(files: Sequence[Path], buffer: bytearray) -> None:
+    """One thread reads every file, one after the other, into the same memory."""
+    view = memoryview(buffer)
+    for file in files:
+        with file.open("rb", buffering=0) as opened:
+            begin = 0
+            while count := opened.readinto(view[begin:] or view):
+                begin = (begin + count) % len(view)
 
 
-def _convert_s(run: Path, backend: str, directory: Path) -> float:
-    target = directory / "converted"
-    config = load_config(output_dir=str(target), backend=backend)
-    seconds = timed(lambda: convert(tlcore.open_run(run), config))
-    shutil.rmtree(target)
-    return seconds
+def _convert(run: Path, backend: str, directory: Path) -> Path:
+    target = directory / "made"
+    config = load_config(output_dir=str(target), backend=_BACKENDS[backend])
+    return Path(convert(tlcore.open_run(run), config))
 
 
-def _copy_s(run: Path, directory: Path) -> float:
-    """Seconds in which one thread copies every file into one directory."""
-    target = directory / "copied"
-    target.mkdir()
-    files = _files(run)
+class _Plain:
+    """Reads a run's files and makes those that converting makes, of the same names, sizes and links."""
 
-    def copy() -> None:
-        for index, file in enumerate(files):
-            shutil.copyfile(file, target / str(index))
+    def __init__(self, files: Sequence[Path], buffer: bytearray, made: Path, directory: Path) -> None:
+        self._files, self._buffer = files, buffer
+        self._target = directory / "plain"
+        self._names: list[tuple[str, int, str | None]] = []
+        first: dict[int, str] = {}
+        for file in sorted(made.rglob("*")):
+            if file.is_file():
+                state, name = file.stat(), str(file.relative_to(made))
+                known = first.setdefault(state.st_ino, name)
+                self._names.append((name, state.st_size, None if known is name else known))
+        self._directories = sorted({os.path.dirname(name) for name, _, _ in self._names})
+        self._content = memoryview(bytes(max(size for _, size, _ in self._names)))
 
-    seconds = timed(copy)
-    shutil.rmtree(target)
+    def make(self) -> Path:
+        """Read, and write, all of it."""
+        _read(self._files, self._buffer)
+        target = str(self._target)
+        for directory in self._directories:
+            os.makedirs(f"{target}/{directory}", exist_ok=True)
+        for name, size, link in self._names:
+            if link is not None:
+                os.link(f"{target}/{link}", f"{target}/{name}")
+                continue
+            handle = os.open(f"{target}/{name}", os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            view = self._content[:size]
+            while view.nbytes:
+                view = view[os.write(handle, view) :]
+            os.close(handle)
+        return self._target
+
+
+def _removed(make: Callable[[], Path]) -> float:
+    """Seconds of making a run, which is removed afterwards."""
+    begin = time.perf_counter()
+    made = make()
+    seconds = time.perf_counter() - begin
+    shutil.rmtree(made)
     return seconds

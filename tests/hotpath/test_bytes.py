@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import signal
+import struct
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +25,7 @@ TWINS: dict[str, Callable[..., Any]] = {
     "gather": copying._gather,
     "write_all": copying._write_all,
     "read_files": reading._read_files,
+    "hash_ranges": reading._hash_ranges,
     "identities": reading._identities,
 }
 
@@ -173,6 +177,58 @@ def test_identities_tell_hard_links_from_other_files(half: Half, tmp_path: Path)
     state = os.lstat(tmp_path / "a")
     assert one == same == (state.st_dev, state.st_ino, 5, state.st_mtime_ns)
     assert other != one and none is None
+
+
+def packed(ranges: list[tuple[int, int]]) -> bytes:
+    return b"".join(struct.pack("=qq", *each) for each in ranges)
+
+
+@given(
+    st.lists(st.tuples(st.integers(-2, 320), st.integers(-2, 320)), max_size=12),
+    st.lists(st.integers(0, 90), max_size=12),
+    st.integers(0, 200),
+)
+def test_ranges_of_a_file_are_hashed_as_far_as_it_goes(
+    anywhere: list[tuple[int, int]], sizes: list[int], room: int
+) -> None:
+    data = bytes(range(256)) + b"end" * 10
+    # Those that touch each other are read together.
+    ends = list(itertools.accumulate(sizes, initial=3))
+    for ranges in (anywhere, list(itertools.pairwise(ends)), [*itertools.pairwise(ends), *anywhere]):
+        expected = b""
+        for begin, end in ranges:
+            if end > len(data) and end > begin:
+                break
+            expected += xxhash.xxh3_128_digest(data[begin:end])
+        sound = all(0 <= begin <= end <= begin + room for begin, end in ranges)
+        with tempfile.TemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            found = both("hash_ranges", file.fileno(), packed(ranges), bytearray(room))
+        if not sound:
+            assert [kind for kind, _ in found] == ["ValueError"] * 2
+            continue
+        assert found[0] == found[1] and found[0][0] == "returned"
+        # Ranges are read in groups: one that fails leaves out those that were to be read with it.
+        assert expected.startswith(found[0][1])
+        if all(end <= len(data) for _, end in ranges):
+            assert found[0][1] == expected
+
+
+@pytest.mark.parametrize("pair", [(0, 2**63 - 1), (-1, 0), (2**62, -(2**62)), (5, 4), (-(2**63), 2**63 - 1)])
+def test_hostile_ranges_are_refused(half: Half, pair: tuple[int, int]) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(bytes(100))
+        file.flush()
+        with pytest.raises(ValueError, match=r"range 1: .* is none of at most 64 bytes"):
+            half("hash_ranges")(file.fileno(), packed([(0, 1), pair]), bytearray(64))
+        with pytest.raises(ValueError, match="64-bit"):
+            half("hash_ranges")(file.fileno(), bytes(15), bytearray(64))
+        with pytest.raises((TypeError, BufferError)):
+            half("hash_ranges")(file.fileno(), packed([(0, 1)]), bytes(64))
+        # Far behind the file's end there is nothing.
+        assert half("hash_ranges")(file.fileno(), packed([(2**63 - 9, 2**63 - 1)]), bytearray(64)) == b""
+    assert half("hash_ranges")(-1, packed([(0, 1)]), bytearray(64)) == b""
 
 
 @settings(max_examples=30)

@@ -26,6 +26,15 @@ void tlcore_hex_digest(const void *data, size_t size, char *hex)
     hex[32] = 0;
 }
 
+void tlcore_digest(const void *data, size_t size, unsigned char *digest)
+{
+    digest_words words = xxh3_128(size ? data : "", size);
+    for (int i = 0; i < 8; i++) {
+        digest[i] = (unsigned char)(words.high >> (56 - 8 * i));
+        digest[8 + i] = (unsigned char)(words.low >> (56 - 8 * i));
+    }
+}
+
 static PyObject *use_xxh3(PyObject *module, PyObject *address)
 {
     (void)module;

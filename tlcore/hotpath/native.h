@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 /* Counts up whenever a function changes what it takes or gives; `native.py` refuses any other. */
-#define TLCORE_INTERFACE 3
+#define TLCORE_INTERFACE 4
 
 /* Shorter work than this is over before another thread could use the interpreter, which is dear to get back. */
 #define TLCORE_SMALL_BYTES (256 << 10)
@@ -22,6 +22,10 @@
 
 /* XXH3-128 of some bytes, as lower-case hex. Needs no interpreter; `tlcore_can_hash` must have said yes. */
 void tlcore_hex_digest(const void *data, size_t size, char *hex);
+
+/* A digest as bytes, the highest first; and the same of some bytes in that form. */
+#define TLCORE_DIGEST_BYTES 16
+void tlcore_digest(const void *data, size_t size, unsigned char *digest);
 int tlcore_can_hash(void);
 
 /* An int that must lie in [0, most]; -1 with ValueError (or TypeError) set where it does not. */

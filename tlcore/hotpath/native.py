@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from . import _native
 
 SWITCH = "TLCORE_NO_EXTENSIONS"
-_INTERFACE = 3
+_INTERFACE = 4
 _TRIED = bytes(range(256)) * 3
 
 

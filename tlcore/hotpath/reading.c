@@ -1,8 +1,9 @@
-/* Reading many small files in one call, without the interpreter's lock. */
+/* Reading many small files, or hashing many ranges of one, in one call without the interpreter's lock. */
 #include "native.h"
 
 #include <errno.h>
 #include <fcntl.h>
+#include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
 
@@ -180,9 +181,114 @@ static PyObject *identities(PyObject *module, PyObject *paths)
     return found;
 }
 
+typedef struct {
+    int64_t begin, end;
+} range;
+
+/* A buffer of ranges may begin anywhere in memory. */
+static range range_at(const Py_buffer *ranges, Py_ssize_t i)
+{
+    range found;
+    memcpy(&found, (const char *)ranges->buf + (size_t)i * sizeof found, sizeof found);
+    return found;
+}
+
+static int check_ranges(const Py_buffer *ranges, Py_ssize_t count, Py_ssize_t room)
+{
+    if (ranges->len % (Py_ssize_t)sizeof(range)) {
+        PyErr_SetString(PyExc_ValueError, "ranges are pairs of 64-bit integers");
+        return 0;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        range each = range_at(ranges, i);
+        if (each.begin < 0 || each.end < each.begin || each.end - each.begin > room) {
+            PyErr_Format(PyExc_ValueError, "range %zd: [%lld, %lld) is none of at most %zd bytes", i,
+                         (long long)each.begin, (long long)each.end, room);
+            return 0;
+        }
+    }
+    return 1;
+}
+
+static int read_range(int handle, range wanted, char *target)
+{
+    while (wanted.begin < wanted.end) {
+        ssize_t count = pread(handle, target, (size_t)(wanted.end - wanted.begin), (off_t)wanted.begin);
+        if (count < 0 && errno == EINTR)
+            continue;
+        if (count <= 0)
+            return 0;
+        wanted.begin += count;
+        target += count;
+    }
+    return 1;
+}
+
+/* Ranges that touch are read together, as far as the scratch holds them: hashing finds them in the cache. */
+static Py_ssize_t hash_jobs(int handle, const Py_buffer *ranges, Py_ssize_t count, const Py_buffer *scratch,
+                            unsigned char *digests)
+{
+    Py_ssize_t done = 0;
+    while (done < count) {
+        range whole = range_at(ranges, done);
+        Py_ssize_t next = done + 1;
+        for (; next < count; next++) {
+            range more = range_at(ranges, next);
+            if (more.begin != whole.end || more.end - whole.begin > scratch->len)
+                break;
+            whole.end = more.end;
+        }
+        if (!read_range(handle, whole, scratch->buf))
+            break;
+        for (; done < next; done++) {
+            range each = range_at(ranges, done);
+            const char *data = (const char *)scratch->buf + (each.begin - whole.begin);
+            tlcore_digest(data, (size_t)(each.end - each.begin), digests + done * TLCORE_DIGEST_BYTES);
+        }
+    }
+    return done;
+}
+
+static PyObject *hash_checked(int handle, const Py_buffer *ranges, const Py_buffer *scratch)
+{
+    Py_ssize_t count = ranges->len / (Py_ssize_t)sizeof(range), done;
+    if (!tlcore_can_hash())
+        return PyErr_Format(PyExc_RuntimeError, "no hash function has been given to the extension");
+    if (!check_ranges(ranges, count, scratch->len))
+        return NULL;
+    PyObject *found = PyBytes_FromStringAndSize(NULL, count * TLCORE_DIGEST_BYTES);
+    if (found == NULL)
+        return NULL;
+    /* Nobody else has the new object yet. */
+    unsigned char *digests = (unsigned char *)PyBytes_AsString(found);
+    Py_BEGIN_ALLOW_THREADS;
+    done = hash_jobs(handle, ranges, count, scratch, digests);
+    Py_END_ALLOW_THREADS;
+    if (done == count)
+        return found;
+    PyObject *less = PyBytes_FromStringAndSize((const char *)digests, done * TLCORE_DIGEST_BYTES);
+    Py_DECREF(found);
+    return less;
+}
+
+static PyObject *hash_ranges(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int handle;
+    Py_buffer ranges, scratch;
+    if (!PyArg_ParseTuple(args, "iy*w*:hash_ranges", &handle, &ranges, &scratch))
+        return NULL;
+    PyObject *found = hash_checked(handle, &ranges, &scratch);
+    PyBuffer_Release(&ranges);
+    PyBuffer_Release(&scratch);
+    return found;
+}
+
 static PyMethodDef functions[] = {
     {"read_files", read_files, METH_VARARGS,
      "Read whole regular files into a buffer, one after the other; where each begins, -1 if it was not read."},
+    {"hash_ranges", hash_ranges, METH_VARARGS,
+     "The XXH3-128 of each range of an open file, 16 bytes each, up to the first that cannot be read."},
     {"identities", identities, METH_O,
      "Device, inode, size and time of change (ns) of each path itself; None where there is nothing."},
     {NULL, NULL, 0, NULL},

@@ -1,14 +1,17 @@
-"""Reading many small files in one call that leaves the interpreter to others."""
+"""Reading many small files, or hashing ranges of one, in one call that leaves the interpreter to others."""
 
 from __future__ import annotations
 
 import os
 import stat
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from .native import extension
+import xxhash
+
+from .native import can_hash, extension
 
 # Where a file begins in the buffer: a multiple of this.
 FILE_ALIGNMENT = 64
@@ -83,6 +86,45 @@ def _read_whole(path: str, target: memoryview) -> bool:
         os.close(handle)
 
 
+def _hash_ranges(handle: int, ranges: Any, scratch: Any) -> bytes:
+    """The XXH3-128 of each range of an open file, 16 bytes each, the highest first.
+
+    ``ranges`` holds a begin and an end of each, as 64-bit integers; those that touch are read together.
+    ``scratch`` is writable memory that has room for each of them. The digests end before the first range
+    that the file does not have or that cannot be read. Raises ValueError for a range that makes no sense.
+    """
+    with memoryview(ranges).cast("B") as raw, memoryview(scratch).cast("B") as memory:
+        if len(raw) % 16:
+            raise ValueError("ranges are pairs of 64-bit integers")
+        pairs = list(struct.iter_unpack("=qq", raw))
+        for number, (begin, end) in enumerate(pairs):
+            if begin < 0 or end < begin or end - begin > len(memory):
+                problem = f"[{begin}, {end}) is none of at most {len(memory)} bytes"
+                raise ValueError(f"range {number}: {problem}")
+        digests: list[bytes] = []
+        while (at := len(digests)) < len(pairs):
+            first, end = pairs[at]
+            stop = at + 1
+            while stop < len(pairs) and pairs[stop][0] == end and pairs[stop][1] - first <= len(memory):
+                end = pairs[stop][1]
+                stop += 1
+            if not _read_range(handle, first, memory[: end - first]):
+                break
+            for begin, until in pairs[at:stop]:
+                digests.append(xxhash.xxh3_128_digest(memory[begin - first : until - first]))
+        return b"".join(digests)
+
+
+def _read_range(handle: int, begin: int, target: memoryview) -> bool:
+    done = 0
+    try:
+        while done < len(target) and (count := os.preadv(handle, [target[done:]], begin + done)):
+            done += count
+    except OSError:
+        return False
+    return done == len(target)
+
+
 def _identities(paths: Sequence[str]) -> list[Identity | None]:
     """Device, inode, size and time of change (ns) of each path itself; None where there is nothing.
 
@@ -102,6 +144,7 @@ def _identity(path: str) -> Identity | None:
 read_files: Callable[[Any, Sequence[str], Sequence[int]], list[int]] = (
     extension.read_files if extension else _read_files
 )
+hash_ranges: Callable[[int, Any, Any], bytes] = extension.hash_ranges if can_hash else _hash_ranges
 identities: Callable[[Sequence[str]], list[Identity | None]] = (
     extension.identities if extension else _identities
 )

@@ -29,7 +29,7 @@ from .request import Request, find_request, known_requests
 from .step import Step, counts_of
 from .stored import Stored
 from .unshard import Places, all_committed, places_of
-from .verify import verify_step
+from .verify import verify_steps
 
 if TYPE_CHECKING:
     import torch
@@ -240,8 +240,12 @@ class Run(Mapping[int, Step]):
     @cached_property
     def _whole(self) -> dict[int, bool]:
         """Whether each step found is committed by every rank that took part in it, in order."""
-        steps = self.stored.steps
-        return {number: self._is_whole(steps[number]) for number in self.stored.numbers()}
+        # Mostly the same ranks have every step.
+        known: dict[StepRanks, bool] = {}
+        for _, ranks in (steps := self.stored.all_ranks()):
+            if ranks not in known:
+                known[ranks] = self._is_whole(ranks)
+        return {number: known[ranks] for number, ranks in steps}
 
     def _is_whole(self, ranks: StepRanks) -> bool:
         return all_committed(ranks.committed, ranks.begun, self.world_size, self.ranks)
@@ -384,13 +388,7 @@ class Run(Mapping[int, Step]):
         It answers for what is stored: what was lost at capture stands in `ledger`.
         ``on_tensor`` is called after each tensor. Raises VerifyError naming each damaged or missing file.
         """
-        bad: list[str] = []
-        checked = 0
-        for number in self.stored.numbers():
-            for rank in sorted(self.stored.steps[number].committed):
-                count, problems = verify_step(self.stored, number, rank, on_tensor)
-                checked += count
-                bad += problems
+        checked, bad = verify_steps(self.stored, on_tensor)
         try:
             _ = self.ledger
         except ReadError as error:

@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import contextlib
 from collections import OrderedDict
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import cached_property
+from functools import cached_property, partial
 from math import prod
+from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, MissingError, ReadError, missing
@@ -33,6 +34,8 @@ from ..protocols import (
     SupportsSizes,
     SupportsStreams,
     SupportsStructures,
+    SupportsWholeChecks,
+    WholeCheck,
 )
 from ..record import Json, tensor_from_bytes
 from ..registry import open_source
@@ -74,6 +77,22 @@ class Stored:
         with self._asking():
             return open_source(self.store, self._run)
 
+    # Whether an object has a protocol's methods takes long to find out, and is asked for every tensor.
+    @cached_property
+    def _structured(self) -> SupportsStructures | None:
+        source = self.source
+        return source if isinstance(source, SupportsStructures) else None
+
+    @cached_property
+    def _identifying(self) -> SupportsIdentity | None:
+        source = self.source
+        return source if isinstance(source, SupportsIdentity) else None
+
+    @cached_property
+    def _sizing(self) -> SupportsSizes | None:
+        source = self.source
+        return source if isinstance(source, SupportsSizes) else None
+
     def refresh(self) -> None:
         """Look at the run anew; a source that cannot is made again."""
         self.files = RunFiles(self.store)
@@ -82,7 +101,8 @@ class Stored:
             with self._asking():
                 source.refresh()
         else:
-            self.__dict__.pop("source", None)
+            for name in ("source", "_structured", "_identifying", "_sizing"):
+                self.__dict__.pop(name, None)
 
     @property
     def steps(self) -> Mapping[int, StepRanks]:
@@ -97,8 +117,12 @@ class Stored:
 
     def numbers(self) -> list[int]:
         """The numbers of all steps, in order."""
+        return [number for number, _ in self.all_ranks()]
+
+    def all_ranks(self) -> list[tuple[int, StepRanks]]:
+        """Each step's ranks, in order."""
         with self._asking():
-            return sorted(self.source.steps)
+            return sorted(self.source.steps.items(), key=itemgetter(0))
 
     def document(self, step: int, rank: int) -> Json:
         """What a rank has committed of a step, checked; the last few are kept.
@@ -144,8 +168,8 @@ class Stored:
     def structure(self, step: int, rank: int, name: str) -> Json:
         """A tensor structure, checked. Raises MissingError or ReadError."""
         ranked = f"{name.removesuffix('.json')}{rank_suffix(rank)}.json"
-        source = self.source
-        if isinstance(source, SupportsStructures):
+        source = self._structured
+        if source is not None:
             with self._asking():
                 document = source.structure(step, rank, name)
         else:
@@ -164,6 +188,9 @@ class Stored:
 
     def _packed(self, step: int, rank: int) -> Mapping[str, Any]:
         """The structures in a rank's document; none of a step that it has not committed."""
+        known = self._documents.get((step, rank))
+        if known is not None:
+            return known.get("structures", {})  # type: ignore[no-any-return]
         ranks = self.step_ranks(step)
         if ranks is None or rank not in ranks.committed:
             return {}
@@ -261,24 +288,24 @@ class Stored:
 
     def identity(self, record: Mapping[str, Any]) -> Hashable | None:
         """Equal for records that share stored bytes and mean the same by them; None if unknown."""
-        source = self.source
-        if not isinstance(source, SupportsIdentity):
+        source = self._identifying
+        if source is None:
             return None
         with self._asking():
             return source.identity(record)
 
     def holds(self, record: Mapping[str, Any]) -> bool:
         """Whether the record's bytes are there, as far as can be seen without reading them."""
-        source = self.source
-        if not isinstance(source, SupportsSizes):
+        source = self._sizing
+        if source is None:
             return True
         with self._asking():
             return source.holds(record)
 
     def misfit(self, record: Mapping[str, Any]) -> str | None:
         """What is wrong with the size of what holds a record's bytes, in words."""
-        source = self.source
-        if not isinstance(source, SupportsSizes):
+        source = self._sizing
+        if source is None:
             return None
         with self._asking():
             return source.misfit(record)
@@ -300,6 +327,23 @@ class Stored:
                     yield from source.problems(step, rank, self.document(step, rank), thorough)
             except ReadError as error:
                 yield str(error)
+
+    def whole_checks(self, rank: int) -> Generator[WholeCheck, None, None]:
+        """Checks of many steps of a rank at once; none from a source without them. Never raises ReadError."""
+        source = self.source
+        if not isinstance(source, SupportsWholeChecks):
+            return
+        # What is wrong is found, and told, step by step.
+        with contextlib.suppress(ReadError), self._asking():
+            for check in source.whole_checks(rank):
+                yield WholeCheck(check.alike, partial(self._unsound, check))
+
+    def _unsound(self, check: WholeCheck) -> Collection[int]:
+        try:
+            with self._asking():
+                return check.unsound()
+        except ReadError:
+            return [step for each in check.alike for step in each.steps]
 
     @contextlib.contextmanager
     def _asking(self) -> Iterator[None]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack, closing
 
 from ..errors import ReadError
 from ..layout.names import rank_suffix, step_dir
+from ..protocols import WholeCheck
 from ..record import Json
 from .bulk import Payload, read_payloads
 from .documents import children
@@ -14,12 +16,77 @@ from .stored import Stored
 _HASH = "xxh3-128:"
 
 
-def verify_step(stored: Stored, step: int, rank: int, on_tensor: Callable[[], None]) -> tuple[int, list[str]]:
-    """How many tensors of a rank's step are sound, and a line for each problem.
+def verify_steps(stored: Stored, on_tensor: Callable[[], None]) -> tuple[int, list[str]]:
+    """How many tensors of all committed steps are sound, and a line for each problem.
 
     ``on_tensor`` is called after each tensor. Every tensor is read and hashed; the structures must be
-    there, be JSON, and refer to stored tensors; what else a format can check, its source does.
+    there, be JSON, and refer to stored tensors; what else a format can check, its source does. Where the
+    source can prove many steps at once, only what it does not prove is looked at step by step.
     """
+    sound, bad = 0, []
+    with ExitStack() as stack:
+        proven: dict[int, _Proven] = {}
+        for number, ranks in stored.all_ranks():
+            for rank in sorted(ranks.committed):
+                if rank not in proven:
+                    proven[rank] = _Proven(stored, rank)
+                    stack.enter_context(closing(proven[rank].checks))
+                tensors = proven[rank].tensors(number)
+                if tensors is None:
+                    count, problems = _verify_step(stored, number, rank, on_tensor)
+                    sound += count
+                    bad += problems
+                    continue
+                sound += tensors
+                for _ in range(tensors):
+                    on_tensor()
+    return sound, bad
+
+
+class _Proven:
+    """The steps of a rank that need not be looked at by themselves; asked for in ascending order."""
+
+    def __init__(self, stored: Stored, rank: int) -> None:
+        self._stored = stored
+        self._rank = rank
+        self.checks = stored.whole_checks(rank)
+        self._known: dict[int, int] = {}
+        self._last = -1
+        self._ended = False
+
+    def tensors(self, step: int) -> int | None:
+        """How many tensors a step has, where all that it has is sound; None where that is not known."""
+        while step > self._last and not self._ended:
+            check = next(self.checks, None)
+            if check is None:
+                self._ended = True
+                break
+            self._known = self._proven(check)
+            self._last = max((each.steps[-1] for each in check.alike), default=self._last)
+        return self._known.get(step)
+
+    def _proven(self, check: WholeCheck) -> dict[int, int]:
+        found: dict[int, int] = {}
+        for each in check.alike:
+            # While the documents are looked at, the tensors are read in other threads.
+            if not _document_problems(self._stored, each.steps[0], self._rank):
+                found |= dict.fromkeys(each.steps, each.tensors)
+        for step in check.unsound():
+            found.pop(step, None)
+        return found
+
+
+def _document_problems(stored: Stored, step: int, rank: int) -> list[str]:
+    try:
+        document = stored.document(step, rank)
+    except ReadError as error:
+        return [str(error)]
+    return [*stored.problems(step, rank), *_structure_problems(stored, step, rank, document)]
+
+
+def _verify_step(
+    stored: Stored, step: int, rank: int, on_tensor: Callable[[], None]
+) -> tuple[int, list[str]]:
     try:
         document = stored.document(step, rank)
     except ReadError as error:
@@ -31,9 +98,7 @@ def verify_step(stored: Stored, step: int, rank: int, on_tensor: Callable[[], No
         if problem is not None:
             bad.append(problem)
         on_tensor()
-    bad += stored.problems(step, rank)
-    bad += _structure_problems(stored, step, rank, document)
-    return sound, bad
+    return sound, bad + _document_problems(stored, step, rank)
 
 
 def _tensor_problem(stored: Stored, payload: Payload) -> str | None:

@@ -45,6 +45,10 @@ class Changing:
             self._next = position + 1
             return found
 
+    def follow(self, pairs: Iterable[tuple[Any, Any]]) -> list[tuple[int, list[int]]]:
+        """The skeletons of the next step's values, and the numbers of each; to be asked step by step."""
+        return [(skeleton, self._numbers(skeleton, change)) for skeleton, change in pairs]
+
     def _value(self, skeleton: Any, change: Any) -> Any:
         numbers = self._numbers(skeleton, change)
         try:

@@ -21,6 +21,8 @@ from .changing import Changing
 from .compact import time_text
 from .described import restored
 
+# The end of the year 9000, in microseconds since 1970.
+_LATEST = 221_000_000_000 * 10**6
 # Ranges of numbers are short to write and long to read.
 _MOST_ITEMS = 16_000_000
 _TABLES = ("files", "calls", "structures", "arrays", "plans", "extents", "skeletons", "changes", "rows")
@@ -95,7 +97,7 @@ class SegmentIndex:
         """
         position = self._position(number)
         directory = f"step_{number}"
-        plan = self._plan(position)
+        plan = self.plan(self._columns["plan"][position])
         records = [record for _, record in self._numbered_records(position, plan)]
         details = self._details(position)
         head = {"layout": 1, "step": number, "rank": self.rank, **self._times(position, details)}
@@ -159,7 +161,7 @@ class SegmentIndex:
         """Which rows of an array each step has. Raises ReadError."""
         found: list[ArrayRows] = []
         for position, step in enumerate(self.steps):
-            plan = self._plan(position)
+            plan = self.plan(self._columns["plan"][position])
             if number not in plan.arrays:
                 continue
             for _, record in self._numbered_records(position, plan, (number,)):
@@ -167,6 +169,36 @@ class SegmentIndex:
                 extent = record["shape"][0] if record["shape"] else 1
                 found.append(ArrayRows(step, begin, begin + extent, record))
         return found
+
+    def pairs(self) -> tuple[list[tuple[Plan, list[int]]], list[int]]:
+        """The plans with the extents that steps have, and for each step which of these. Raises ReadError."""
+        known: dict[tuple[int, int], int] = {}
+        ids: list[int] = []
+        for pair in zip(self._columns["plan"], self._columns["extents"], strict=True):
+            if type(pair[0]) is not int or type(pair[1]) is not int:
+                raise self.damaged("a step has no plan")
+            ids.append(known.setdefault(pair, len(known)))
+        return [(self.plan(plan), self._extents(extents)) for plan, extents in known], ids
+
+    def forms(self) -> Iterator[tuple[Any, ...]]:
+        """For each step its plan, extents and values; and what else its document depends on.
+
+        Documents of steps with equal ones differ in numbers only, each of which may stand there.
+        """
+        details = Changing(self.table, self.damaged)
+        rows = Changing(self.table, self.damaged)
+        row_lists = self._columns.get("rows") or itertools.repeat(None)
+        values = self._columns.get("values") or itertools.repeat(None)
+        told = zip(self._columns["details"], self._columns["change"], strict=True)
+        own = zip(self._columns["plan"], self._columns["extents"], values, told, row_lists, strict=False)
+        for position, (plan, extents, value, pair, row_list) in enumerate(own):
+            ((skeleton, numbers),) = details.follow((pair,))
+            # A number that no ledger and no calendar has makes a step one of a kind.
+            usual = min(numbers, default=0) >= 0 and max(numbers, default=0) <= LARGEST
+            usual = usual and self._has_usual_times(position)
+            lists = () if row_list is None else rows.follow(self._row_list(row_list))
+            forms = None if row_list is None else tuple(each for each, _ in lists)
+            yield plan, extents, value, skeleton, None if usual else position, forms
 
     def _position(self, number: int) -> int:
         position = bisect_left(self.steps, number)
@@ -188,6 +220,12 @@ class SegmentIndex:
             return {"started": time_text(started), "ended": time_text(started + took)}
         except OverflowError:
             raise self.damaged("a time that no calendar has") from None
+
+    def _has_usual_times(self, position: int) -> bool:
+        started, took = self._starts[position], self._columns["took"][position]
+        if started is None or type(took) is not int:
+            return False
+        return 0 <= started <= _LATEST and 0 <= started + took <= _LATEST
 
     @cached_property
     def _starts(self) -> list[int | None]:
@@ -243,7 +281,7 @@ class SegmentIndex:
             last, known = 0, {}
         found = dict(known)
         for plan_number, extents_number, count in self._groups(last, position):
-            plan, extents = self._plan_numbered(plan_number), self._extents(extents_number)
+            plan, extents = self.plan(plan_number), self._extents(extents_number)
             for array, group in zip(plan.arrays, plan.groups, strict=True):
                 if group >= len(extents):
                     raise self.damaged(f"there is no extent {group}")
@@ -263,10 +301,8 @@ class SegmentIndex:
         # The sums are the same in any order.
         yield from ((plan, extents, count) for (plan, extents), count in counted.items())
 
-    def _plan(self, position: int) -> Plan:
-        return self._plan_numbered(self._columns["plan"][position])
-
-    def _plan_numbered(self, number: Any) -> Plan:
+    def plan(self, number: Any) -> Plan:
+        """A plan of the index. Raises ReadError."""
         known = self._plans.get(number) if type(number) is int else None
         if known is None:
             entry = self.table("plans", number)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping
 from heapq import merge
-from itertools import groupby
+from itertools import groupby, repeat
+from operator import itemgetter
 from typing import Any
 
 from tlcore.errors import BackendError, MissingError, ReadError
@@ -82,11 +83,33 @@ class Steps(Mapping[int, StepRanks]):
             return chains[0]
         return (step for step, _ in groupby(merge(*chains)))
 
+    def items(self) -> ItemsView[int, StepRanks]:
+        """The steps with their ranks; none is looked for."""
+        return _Items(self)
+
+    def each(self) -> Iterator[tuple[int, StepRanks]]:
+        """The same, in order."""
+        chains = [zip(_chained(indexes), repeat(rank)) for rank, indexes in self._listing.by_rank.items()]
+        if len(chains) == 1:
+            (rank,) = self._listing.by_rank
+            return zip(_chained(self._listing.by_rank[rank]), repeat(self._ranks(frozenset((rank,)))))
+        together = groupby(merge(*chains), itemgetter(0))
+        return ((step, self._ranks(frozenset(rank for _, rank in ranks))) for step, ranks in together)
+
     def __len__(self) -> int:
         by_rank = list(self._listing.by_rank.values())
         if len(by_rank) == 1:
             return sum(len(index.steps) for index in by_rank[0])
         return sum(1 for _ in self)
+
+
+class _Items(ItemsView[int, StepRanks]):
+    def __init__(self, steps: Steps) -> None:
+        super().__init__(steps)
+        self._steps = steps
+
+    def __iter__(self) -> Iterator[tuple[int, StepRanks]]:
+        return self._steps.each()
 
 
 def _chained(indexes: list[IndexName]) -> Iterator[int]:

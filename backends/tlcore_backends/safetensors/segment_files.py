@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import BinaryIO
 
+import numpy as np
+
 from tlcore.errors import BackendError, MissingError, ReadError
+from tlcore.hotpath.hashing import hex_digests
+from tlcore.hotpath.reading import Scratch, hash_ranges
 from tlcore.protocols import Buffer
 from tlcore.storage import Store, SupportsFiles
 
@@ -18,6 +23,8 @@ _MOST_WHOLE = 2
 _ALONG_BYTES = 256 << 10
 _AHEAD_BYTES = 64 << 20
 _LARGEST_WHOLE = 1 << 30
+# What a core's own cache holds: hashing then finds there what was just read.
+_SCRATCH_BYTES = 256 << 10
 
 
 class SegmentFiles:
@@ -30,6 +37,7 @@ class SegmentFiles:
         self._whole: OrderedDict[str, _Whole] = OrderedDict()
         self._ahead: tuple[str, int, Buffer] = ("", 0, b"")
         self._last: tuple[str, int] = ("", 0)
+        self._scratch = Scratch()
         self._lock = threading.Lock()
 
     def read(self, name: str, begin: int, end: int, array_end: int) -> Buffer:
@@ -68,6 +76,36 @@ class SegmentFiles:
                 raise ReadError(f"{self._store.url}/{name}: ends too early, it has {len(data)} bytes")
         view = memoryview(data)
         return [view[begin:end] for begin, end in ranges]
+
+    def hash_ranges(self, name: str, ranges: np.ndarray) -> bytes:
+        """The XXH3-128 of ascending ranges ``[n, 2]`` of a file, 16 bytes each, up to one that is not there.
+
+        Raises MissingError or ReadError.
+        """
+        store = self._store
+        if not isinstance(store, SupportsFiles):
+            return self._hash_remote(name, ranges)
+        try:
+            with store.open_file(name) as file:
+                behind = np.flatnonzero(ranges[:, 1] > os.fstat(file.fileno()).st_size)
+                # No memory is taken for a range that is not there.
+                there = ranges[: int(behind[0])] if len(behind) else ranges
+                room = max(_SCRATCH_BYTES, _largest(there))
+                with memoryview(self._scratch.take(room)) as memory:
+                    return hash_ranges(file.fileno(), np.ascontiguousarray(there), memory[:room])
+        except FileNotFoundError:
+            raise MissingError(f"{store.url}: no file {name!r}") from None
+        except (BackendError, OSError, MemoryError) as error:
+            raise ReadError(f"{store.url}/{name}: cannot be read: {error}") from error
+
+    def _hash_remote(self, name: str, ranges: np.ndarray) -> bytes:
+        if not len(ranges):
+            return b""
+        begin, end = int(ranges[0, 0]), int(ranges[:, 1].max())
+        data = memoryview(self._get(name, begin, end))
+        pairs = (ranges - begin).tolist()
+        there = list(itertools.takewhile(lambda pair: pair[1] <= len(data), pairs))
+        return bytes.fromhex("".join(hex_digests([data[first:last] for first, last in there])))
 
     def close(self) -> None:
         """Close files, and forget what was read ahead."""
@@ -131,6 +169,10 @@ class SegmentFiles:
         if len(self._open) > _MOST_OPEN:
             self._open.popitem(last=False)[1].close()
         return file
+
+
+def _largest(ranges: np.ndarray) -> int:
+    return int((ranges[:, 1] - ranges[:, 0]).max(initial=0))
 
 
 class _Whole:

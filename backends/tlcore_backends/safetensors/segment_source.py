@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from bisect import bisect_right
-from collections import OrderedDict, defaultdict
+from collections import OrderedDict, defaultdict, deque
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import partial
 from typing import Any
 
 from tlcore.errors import MissingError, ReadError
-from tlcore.protocols import Array, Buffer, StepRanks
+from tlcore.protocols import Array, Buffer, StepRanks, WholeCheck
 from tlcore.record import Json
 from tlcore.storage import Store, SupportsFiles
 
@@ -22,9 +25,11 @@ from .listing import Listing, list_segments
 from .segment_check import segment_problems
 from .segment_files import SegmentFiles
 from .segment_names import IndexName, is_data
+from .whole_check import check_index
 
 _MOST_INDEXES = 16
 _REMOTE_THREADS = 8
+_LOCAL_THREADS = min(4, os.cpu_count() or 1)
 
 
 class SegmentSource:
@@ -175,6 +180,27 @@ class SegmentSource:
         if step == index.steps[0]:
             yield from segment_problems(self._store, index, self._sizes() if thorough else {}, thorough)
 
+    def whole_checks(self, rank: int) -> Iterator[WholeCheck]:
+        """Checks of the rank's segments; the arrays of the next one are read while one is looked at."""
+        names = self._known.by_rank.get(rank, ())
+        waiting: deque[WholeCheck] = deque()
+        with ThreadPoolExecutor(max(self._threads, _LOCAL_THREADS), "tlcore-read") as pool:
+            try:
+                for index in in_order(partial(self._index_or_none, rank), names, self._threads):
+                    if index is not None:
+                        with suppress(ReadError):
+                            waiting.append(check_index(index, self._data.hash_ranges, pool))
+                    if len(waiting) > 1:
+                        yield waiting.popleft()
+                yield from waiting
+            finally:
+                pool.shutdown(cancel_futures=True)
+
+    def _index_or_none(self, rank: int, name: IndexName) -> SegmentIndex | None:
+        with suppress(ReadError):
+            return self._index(name.steps[0], rank)
+        return None
+
     def _sizes(self) -> Mapping[str, int]:
         """The data files as they are, whatever a catalogue says of them."""
         with self._lock:
@@ -203,6 +229,7 @@ class SegmentSource:
 
     @property
     def _threads(self) -> int:
+        """How many requests are on their way at a time."""
         return 1 if isinstance(self._store, SupportsFiles) else _REMOTE_THREADS
 
     def read_array(self, array: Array, begin: int = 0, end: int | None = None) -> Buffer:

@@ -1,0 +1,224 @@
+"""Checking a segment by whole arrays: which of its steps are proven sound, without making their documents.
+
+What is wrong is not told here: a step that is not proven is looked at by itself, by those who then say it.
+"""
+
+from __future__ import annotations
+
+import json
+from bisect import bisect_left
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import Executor, Future
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from tlcore.errors import ReadError
+from tlcore.layout.checks import LARGEST_SIZE
+from tlcore.protocols import AlikeSteps, WholeCheck
+
+from .array_places import LARGEST, Place
+from .index import Plan, SegmentIndex
+
+_HASH_BYTES = 16
+# What one thread reads and hashes at a time.
+_UNIT_BYTES = 16 << 20
+_UNIT_RANGES = 1 << 16
+
+Numbers = np.ndarray
+# The digests of ranges ``[n, 2]`` of a data file, up to the first that cannot be read. Raises ReadError.
+HashRanges = Callable[[str, Numbers], bytes]
+
+
+class _Pieces(NamedTuple):
+    """Ranges ``[n, 2]`` of a file, the hashes ``[n, 16]`` that they should have, and whose they are ``[n]``.
+
+    An owner is a step's position in the index, or -1 - k for all steps of entry k of a list beside.
+    """
+
+    ranges: Numbers
+    hashes: Numbers
+    owners: Numbers
+
+
+class _Unit(NamedTuple):
+    file: str
+    pieces: _Pieces
+    digests: Future[bytes]
+
+
+def check_index(index: SegmentIndex, hash_ranges: HashRanges, pool: Executor) -> WholeCheck:
+    """The check of a segment, which is under way in ``pool``. Raises ReadError for a damaged index."""
+    shared: list[Numbers] = []
+    units: list[_Unit] = []
+    by_file = _by_file(index, shared)
+    groups = _alike(index)
+    for number, pieces in by_file.items():
+        if number >= len(index.files):
+            raise index.damaged(f"there is no file {number}")
+        file, size = index.files[number]
+        if int(pieces.ranges[:, 1].max(initial=0)) > size:
+            raise index.damaged(f"an array ends behind the end of {file}")
+        for part in _cut(pieces):
+            units.append(_Unit(file, part, pool.submit(hash_ranges, file, part.ranges)))
+    return WholeCheck(groups, lambda: _unsound(index, units, shared))
+
+
+def _unsound(index: SegmentIndex, units: Sequence[_Unit], shared: Sequence[Numbers]) -> Collection[int]:
+    """The steps some of whose bytes have another hash, or cannot be read."""
+    bad: set[int] = set()
+    for unit in units:
+        try:
+            digests = unit.digests.result()
+        except ReadError:
+            digests = b""
+        expected = unit.pieces.hashes
+        if digests == expected.tobytes():
+            continue
+        there = np.frombuffer(digests, np.uint8).reshape(-1, _HASH_BYTES)
+        sound = np.zeros(len(expected), bool)
+        sound[: len(there)] = (there == expected[: len(there)]).all(axis=1)
+        for owner in unit.pieces.owners[~sound].tolist():
+            bad.update((owner,) if owner >= 0 else shared[-1 - owner].tolist())
+    return {index.steps[position] for position in bad}
+
+
+def _alike(index: SegmentIndex) -> list[AlikeSteps]:
+    """The steps, together where their documents are alike but for numbers that any step may have."""
+    found: dict[Any, list[int]] = {}
+    forms = index.forms()
+    for (plan, extents, values, *own), step in zip(forms, index.steps, strict=True):
+        found.setdefault((plan, extents, _form(values), *own), []).append(step)
+    return [AlikeSteps(steps, len(index.plan(key[0]).arrays)) for key, steps in found.items()]
+
+
+def _form(values: Any) -> str | None:
+    """The kinds of the values that a step's structures leave open; those of text and others themselves."""
+    if values is None:
+        return None
+    return json.dumps([_kind(value) for value in values] if isinstance(values, list) else 0)
+
+
+def _kind(value: Any) -> Any:
+    if type(value) is int and abs(value) <= LARGEST_SIZE:
+        return "negative" if value < 0 else "int"
+    return "float" if type(value) is float else [value]
+
+
+def _by_file(index: SegmentIndex, shared: list[Numbers]) -> dict[int, _Pieces]:
+    """The pieces of each data file in the order in which they lie there."""
+    pairs, ids = index.pairs()
+    parts: dict[int, list[_Pieces]] = {}
+    found = (
+        _uniform(index, *pairs[0], len(ids), shared) if len(pairs) == 1 else _mixed(index, pairs, ids, shared)
+    )
+    for file, pieces in found:
+        parts.setdefault(file, []).append(pieces)
+    joined = {file: _joined(each) for file, each in parts.items()}
+    return {file: _sorted(pieces) for file, pieces in joined.items()}
+
+
+def _joined(parts: Sequence[_Pieces]) -> _Pieces:
+    return _Pieces(*(np.concatenate(each) for each in zip(*parts, strict=True)))
+
+
+def _sorted(pieces: _Pieces) -> _Pieces:
+    order = np.argsort(pieces.ranges[:, 0], kind="stable")
+    return _Pieces(pieces.ranges[order], pieces.hashes[order], pieces.owners[order])
+
+
+def _cut(pieces: _Pieces) -> Iterator[_Pieces]:
+    ends = np.cumsum(pieces.ranges[:, 1] - pieces.ranges[:, 0])
+    begin = 0
+    while begin < len(ends):
+        before = int(ends[begin - 1]) if begin else 0
+        end = bisect_left(ends, before + _UNIT_BYTES, begin, min(len(ends), begin + _UNIT_RANGES))
+        end = max(end, begin + 1)
+        yield _Pieces(*(each[begin:end] for each in pieces))
+        begin = end
+
+
+def _uniform(
+    index: SegmentIndex, plan: Plan, extents: Sequence[int], times: int, shared: list[Numbers]
+) -> Iterator[tuple[int, _Pieces]]:
+    """The pieces of steps that are all alike, file by file."""
+    everywhere = np.arange(times)
+    places: dict[tuple[int, bool], list[tuple[Place, int]]] = {}
+    known: set[tuple[object, ...]] = set()
+    for number, rows in _rows_of(index, plan, extents):
+        place = index.places.of(number)
+        nbytes = rows * place.row_bytes
+        stored = 1 if place.constant else times
+        _check(index, number, place, nbytes * stored, stored)
+        key = place.file, place.begin, place.constant, place.hashes, nbytes
+        if key not in known:
+            known.add(key)
+            places.setdefault((place.file, place.constant), []).append((place, nbytes))
+    for (file, constant), each in places.items():
+        count = 1 if constant else times
+        begins = np.array([place.begin for place, _ in each], np.int64)[:, None]
+        sizes = np.array([nbytes for _, nbytes in each], np.int64)[:, None]
+        first = begins + sizes * np.arange(count)
+        hashes = b"".join(place.hashes[: _HASH_BYTES * count] for place, _ in each)
+        if constant:
+            shared.append(everywhere)
+        owners = np.full(len(each), -len(shared)) if constant else np.tile(everywhere, len(each))
+        yield file, _pieces(first.reshape(-1), (first + sizes).reshape(-1), hashes, owners)
+
+
+def _mixed(
+    index: SegmentIndex,
+    pairs: Sequence[tuple[Plan, Sequence[int]]],
+    ids: Sequence[int],
+    shared: list[Numbers],
+) -> Iterator[tuple[int, _Pieces]]:
+    """The pieces of steps of several kinds, array by array."""
+    occurrences: dict[int, list[tuple[int, int]]] = {}
+    for pair, (plan, extents) in enumerate(pairs):
+        for number, rows in _rows_of(index, plan, extents):
+            occurrences.setdefault(number, []).append((pair, rows))
+    every, known = np.asarray(ids, np.int64), set()
+    for number, its in occurrences.items():
+        table = np.full(len(pairs), -1, np.int64)
+        for pair, rows in its:
+            table[pair] = rows
+        rows_of_steps = table[every]
+        owners = positions = np.flatnonzero(rows_of_steps >= 0)
+        counts = rows_of_steps[positions]
+        place = index.places.of(number)
+        if place.constant:
+            if len(set(counts.tolist())) > 1:
+                raise index.damaged(f"array {number} is constant and has different extents")
+            counts = counts[:1]
+        # What has no elements may have rows of any size.
+        _check(index, number, place, max(sum(counts.tolist()), 1) * place.row_bytes, len(counts))
+        key = place.file, place.begin, place.hashes, counts.tobytes(), positions.tobytes()
+        if key in known:
+            continue
+        known.add(key)
+        if place.constant:
+            shared.append(positions)
+            owners = np.full(len(counts), -len(shared))
+        ends = place.begin + np.cumsum(counts * place.row_bytes)
+        hashes = place.hashes[: _HASH_BYTES * len(counts)]
+        yield place.file, _pieces(ends - counts * place.row_bytes, ends, hashes, owners)
+
+
+def _rows_of(index: SegmentIndex, plan: Plan, extents: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """How many rows each array of a step has."""
+    for number, group in zip(plan.arrays, plan.groups, strict=True):
+        if group >= len(extents):
+            raise index.damaged(f"there is no extent {group}")
+        yield number, extents[group]
+
+
+def _check(index: SegmentIndex, number: int, place: Place, nbytes: int, hashes: int) -> None:
+    if place.begin + nbytes > LARGEST:
+        raise index.damaged(f"array {number} is larger than any file")
+    if len(place.hashes) < _HASH_BYTES * hashes:
+        raise index.damaged(f"array {number} has too few hashes")
+
+
+def _pieces(begins: Numbers, ends: Numbers, hashes: bytes, owners: Numbers) -> _Pieces:
+    table = np.frombuffer(hashes, np.uint8).reshape(-1, _HASH_BYTES)
+    return _Pieces(np.stack((begins, ends), axis=1), table, owners)
