@@ -95,7 +95,7 @@ WINDOWS: list[tuple[Any, Any]] = [
 ]
 
 
-@pytest.mark.parametrize(("rows", "holds"), WINDOWS, ids=str)
+@pytest.mark.parametrize(("rows", "holds"), WINDOWS, ids=[str(rows) for rows, _ in WINDOWS])
 @pytest.mark.parametrize("left", [True, False])
 def test_windows_hold_the_same_rows_as_the_whole(rows: Any, holds: Any, left: bool, tmp_path: Path) -> None:
     model, batch = llama(), padded(PROMPTS, left)
