@@ -23,7 +23,9 @@ def verify_steps(stored: Stored, on_tensor: Callable[[], None]) -> tuple[int, li
     there, be JSON, and refer to stored tensors; what else a format can check, its source does. Where the
     source can prove many steps at once, only what it does not prove is looked at step by step.
     """
-    sound, bad = 0, []
+    sound = 0
+    # What is wrong with a file of many steps is said once.
+    bad: dict[str, None] = {}
     with ExitStack() as stack:
         proven: dict[int, _Proven] = {}
         for number, ranks in stored.all_ranks():
@@ -35,12 +37,12 @@ def verify_steps(stored: Stored, on_tensor: Callable[[], None]) -> tuple[int, li
                 if tensors is None:
                     count, problems = _verify_step(stored, number, rank, on_tensor)
                     sound += count
-                    bad += problems
+                    bad |= dict.fromkeys(problems)
                     continue
                 sound += tensors
                 for _ in range(tensors):
                     on_tensor()
-    return sound, bad
+    return sound, list(bad)
 
 
 class _Proven:

@@ -11,10 +11,11 @@ from typing import Any, NamedTuple, overload
 from tlcore.errors import ReadError
 from tlcore.layout.dtypes import item_size
 from tlcore.protocols import ArrayRows
+from tlcore.record import Json
 
 LARGEST = 1 << 50
-# What an array's entry says beside what is a record's.
-PLACE_KEYS = frozenset(("key", "file", "offset", "constant", "same_as", "hashes"))
+# What an array's entry says beside what is a record's, and what only the step tells.
+PLACE_KEYS = frozenset(("key", "file", "offset", "constant", "same_as", "hashes", "alias_of"))
 _HASH_BYTES = 16
 _MOST_DIMENSIONS = 64
 
@@ -59,14 +60,16 @@ class Places:
             raise self._damaged(f"array {array} has too few hashes")
         return digest.hex()
 
-    def begins(self, file: int) -> list[int]:
-        """Where the arrays of a data file begin, in order."""
-        offsets = (
-            entry.get("offset")
-            for entry in self._entries
-            if isinstance(entry, dict) and entry.get("file") == file
-        )
-        return sorted(offset for offset in offsets if type(offset) is int)
+    def begins(self) -> dict[int, list[int]]:
+        """Where the arrays of each data file begin, in order."""
+        found: dict[int, list[int]] = {}
+        for entry in self._entries:
+            file, offset = (
+                (entry.get("file"), entry.get("offset")) if isinstance(entry, dict) else (None, None)
+            )
+            if type(file) is int and type(offset) is int:
+                found.setdefault(file, []).append(offset)
+        return {file: sorted(offsets) for file, offsets in found.items()}
 
     def _entry(self, number: Any) -> Any:
         if type(number) is not int or not 0 <= number < len(self._entries):
@@ -82,27 +85,34 @@ class Places:
         if not isinstance(shape, list) or width is None or len(shape) > _MOST_DIMENSIONS:
             raise self._damaged(f"array {number} has no dtype or shape")
         row = tuple(numbers_of(shape[1:], self._damaged))
-        stored = entry
         if entry.get("same_as") is not None:
-            stored = self._entry(number_of(entry["same_as"], self._damaged))
-            if not isinstance(stored, dict) or stored.get("same_as") is not None:
-                raise self._damaged(f"array {number} is the same as one that has no bytes")
-            if stored.get("dtype") != entry["dtype"] or stored.get("shape") != shape:
-                raise self._damaged(f"array {number} is the same as one of another form")
+            return self._same(number, entry, number_of(entry["same_as"], self._damaged))
+        hashes = entry.get("hashes")
         try:
-            hashes = base64.b64decode(str(stored.get("hashes")), validate=True)
+            digests = base64.b64decode(hashes, validate=True) if isinstance(hashes, str) else None
         except (binascii.Error, ValueError):
-            raise self._damaged(f"the hashes of array {number} are not in base64") from None
+            digests = None
+        if digests is None:
+            raise self._damaged(f"the hashes of array {number} are not in base64")
         return Place(
-            number_of(stored.get("file"), self._damaged),
-            number_of(stored.get("offset"), self._damaged),
-            stored.get("constant") is True,
-            hashes,
+            number_of(entry.get("file"), self._damaged),
+            number_of(entry.get("offset"), self._damaged),
+            entry.get("constant") is True,
+            digests,
             row,
             prod(row) * width,
             str(entry["dtype"]),
             not shape,
         )
+
+    def _same(self, number: int, entry: Json, other: int) -> Place:
+        """The place of another array, which has the hashes only once however many are the same."""
+        stored = self._entry(other)
+        if not isinstance(stored, dict) or stored.get("same_as") is not None:
+            raise self._damaged(f"array {number} is the same as one that has no bytes")
+        if stored.get("dtype") != entry["dtype"] or stored.get("shape") != entry["shape"]:
+            raise self._damaged(f"array {number} is the same as one of another form")
+        return self.of(other)
 
 
 class ArrayOfRows(Sequence[ArrayRows]):

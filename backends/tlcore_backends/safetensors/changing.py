@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 from tlcore.errors import ReadError
@@ -11,6 +11,8 @@ from tlcore.errors import ReadError
 from .compact import joined
 
 _LARGEST_CHANGED = 1 << 200
+# What the values of one step may consist of, all together: a list of few numbers can repeat a large value.
+_MOST_PARTS = 4_000_000
 
 
 class Changing:
@@ -23,6 +25,7 @@ class Changing:
         self._table = table
         self._damaged = damaged
         self._lock = threading.Lock()
+        self._sizes: dict[int, int] = {}
         self._start()
 
     def _start(self) -> None:
@@ -38,7 +41,10 @@ class Changing:
                 for earlier in range(self._next, position):
                     for skeleton, change in pairs_of(earlier):
                         self._numbers(skeleton, change)
-                found = [self._value(*pair) for pair in pairs_of(position)]
+                pairs = list(pairs_of(position))
+                if len(pairs) > 1 and sum(self._size(skeleton) for skeleton, _ in pairs) > _MOST_PARTS:
+                    raise self._damaged("a step's values have more parts than any step's")
+                found = [self._value(*pair) for pair in pairs]
             except BaseException:
                 self._start()
                 raise
@@ -48,6 +54,13 @@ class Changing:
     def follow(self, pairs: Iterable[tuple[Any, Any]]) -> list[tuple[int, list[int]]]:
         """The skeletons of the next step's values, and the numbers of each; to be asked step by step."""
         return [(skeleton, self._numbers(skeleton, change)) for skeleton, change in pairs]
+
+    def _size(self, skeleton: Any) -> int:
+        """How many values a skeleton consists of."""
+        size = self._sizes.get(skeleton) if type(skeleton) is int else None
+        if size is None:
+            size = self._sizes[skeleton] = sum(1 for _ in _parts(self._table("skeletons", skeleton)))
+        return size
 
     def _value(self, skeleton: Any, change: Any) -> Any:
         numbers = self._numbers(skeleton, change)
@@ -68,19 +81,24 @@ class Changing:
             or not all(type(each) is int for each in changes)
         ):
             raise self._damaged("a change makes no sense")
+        before = -1
         for place, difference in zip(changes[::2], changes[1::2], strict=True):
-            if not 0 <= place < len(last) or abs(last[place] + difference) > _LARGEST_CHANGED:
+            if not before < place < len(last) or abs(last[place] + difference) > _LARGEST_CHANGED:
                 raise self._damaged("a change of what is not there")
             last[place] += difference
+            before = place
         return last
 
 
-def _count(skeleton: Any) -> int:
-    waiting, count = [skeleton], 0
+def _parts(skeleton: Any) -> Iterator[Any]:
+    """All values in a skeleton, itself among them."""
+    waiting = [skeleton]
     while waiting:
         node = waiting.pop()
-        if type(node) is int:
-            count += 1
-        elif isinstance(node, (dict, list)):
+        yield node
+        if isinstance(node, (dict, list)):
             waiting += node.values() if isinstance(node, dict) else node
-    return count
+
+
+def _count(skeleton: Any) -> int:
+    return sum(type(node) is int for node in _parts(skeleton))

@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Container, Iterator
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 from tlcore.errors import ReadError
 from tlcore.protocols import Array, ArrayRows
@@ -20,23 +20,29 @@ from .array_places import LARGEST, PLACE_KEYS, ArrayOfRows, Places, number_of, n
 from .changing import Changing
 from .compact import time_text
 from .described import restored
+from .segment_names import is_data
+from .stored_plans import Plan, StoredPlans
 
 # The end of the year 9000, in microseconds since 1970.
 _LATEST = 221_000_000_000 * 10**6
-# Ranges of numbers are short to write and long to read.
-_MOST_ITEMS = 16_000_000
 _TABLES = ("files", "calls", "structures", "arrays", "plans", "extents", "skeletons", "changes", "rows")
 _COLUMNS = ("number", "plan", "extents", "started", "took", "details", "change")
-
-
-class Plan(NamedTuple):
-    """What steps that are alike share, by their numbers in the index."""
-
-    calls: Sequence[int]
-    structures: Sequence[int]
-    arrays: Sequence[int]
-    # For each array, which of the step's extents is that of its first dimension.
-    groups: Sequence[int]
+# What the index itself says of a step.
+_OWN = frozenset(
+    (
+        "layout",
+        "step",
+        "rank",
+        "started",
+        "ended",
+        "ledger",
+        "calls",
+        "records",
+        "rows",
+        "structures",
+        "shards",
+    )
+)
 
 
 class SegmentIndex:
@@ -67,6 +73,7 @@ class SegmentIndex:
             raise self.damaged("its steps do not ascend")
         self.rank = self._number(document.get("rank"), 1 << 20)
         self.places = Places(document["arrays"], self.damaged)
+        self._plans = StoredPlans(self.table, lambda table: len(document[table]), self.damaged)
         self._counted: tuple[int, dict[int, tuple[int, int]]] = (0, {})
         self._told_details = Changing(self.table, self.damaged)
         self._told_rows = Changing(self.table, self.damaged)
@@ -83,12 +90,13 @@ class SegmentIndex:
     @cached_property
     def files(self) -> list[tuple[str, int]]:
         """The data files and their sizes in bytes."""
-        found = []
+        found: dict[str, int] = {}
         for entry in self._document["files"]:
-            if not isinstance(entry, dict) or not isinstance(entry.get("file"), str):
-                raise self.damaged("a file has no name")
-            found.append((entry["file"], self._number(entry.get("bytes"), LARGEST)))
-        return found
+            name = entry.get("file") if isinstance(entry, dict) else None
+            if not isinstance(name, str) or not is_data(name) or name in found:
+                raise self.damaged("a file has no name that is its own")
+            found[name] = self._number(entry.get("bytes"), LARGEST)
+        return list(found.items())
 
     def document(self, number: int) -> Json:
         """A step's document as ``step.json`` has it, its records with ``shard`` and ``offsets``.
@@ -128,7 +136,10 @@ class SegmentIndex:
             if place.constant and times:
                 rows //= times
             end = place.begin + rows * place.row_bytes
-            found.append((place.file, place.begin, end, str(entry.get("key", entry["name"]))))
+            key = entry.get("key", entry["name"])
+            if not isinstance(key, str):
+                raise self.damaged(f"array {number} has no key")
+            found.append((place.file, place.begin, end, key))
         return found
 
     def arrays(
@@ -187,6 +198,8 @@ class SegmentIndex:
         """
         details = Changing(self.table, self.damaged)
         rows = Changing(self.table, self.damaged)
+        # However many steps have the same list of rows, and however many lists are alike.
+        kinds: dict[tuple[int, ...], int] = {}
         row_lists = self._columns.get("rows") or itertools.repeat(None)
         values = self._columns.get("values") or itertools.repeat(None)
         told = zip(self._columns["details"], self._columns["change"], strict=True)
@@ -196,9 +209,11 @@ class SegmentIndex:
             # A number that no ledger and no calendar has makes a step one of a kind.
             usual = min(numbers, default=0) >= 0 and max(numbers, default=0) <= LARGEST
             usual = usual and self._has_usual_times(position)
-            lists = () if row_list is None else rows.follow(self._row_list(row_list))
-            forms = None if row_list is None else tuple(each for each, _ in lists)
-            yield plan, extents, value, skeleton, None if usual else position, forms
+            kind = None
+            if row_list is not None:
+                its = rows.follow(self._row_list(row_list))
+                kind = kinds.setdefault(tuple(each for each, _ in its), len(kinds))
+            yield plan, extents, value, skeleton, None if usual else position, kind
 
     def _position(self, number: int) -> int:
         position = bisect_left(self.steps, number)
@@ -208,8 +223,9 @@ class SegmentIndex:
 
     def _extra(self, details: Json) -> Json:
         extra = details.get("extra", {})
-        if not isinstance(extra, dict):
-            raise self.damaged("'extra' is no object")
+        if not isinstance(extra, dict) or not _OWN.isdisjoint(extra):
+            # What stands elsewhere was checked there.
+            raise self.damaged("'extra' is no object, or has what the index says itself")
         return extra
 
     def _times(self, position: int, details: Json) -> Json:
@@ -303,34 +319,10 @@ class SegmentIndex:
 
     def plan(self, number: Any) -> Plan:
         """A plan of the index. Raises ReadError."""
-        known = self._plans.get(number) if type(number) is int else None
-        if known is None:
-            entry = self.table("plans", number)
-            if not isinstance(entry, dict):
-                raise self.damaged(f"plan {number} is no object")
-            calls, structures, arrays = (
-                list(self._spread(entry.get(key), 1)) for key in ("calls", "structures", "arrays")
-            )
-            known = Plan(calls, structures, arrays, list(self._spread(entry.get("extents"), 0)))
-            if len(known.arrays) != len(known.groups) or len(set(known.arrays)) != len(known.arrays):
-                raise self.damaged(f"plan {number} says nothing of some array's rows, or has one twice")
-            self._plans[number] = known
-        return known
-
-    @cached_property
-    def _plans(self) -> dict[int, Plan]:
-        return {}
-
-    def _spread(self, pairs: Any, stride: int) -> Iterable[int]:
-        """``[5, 3, 2, 1]`` as 5, 6, 7, 2 for stride 1, and as 5, 5, 5, 2 for stride 0."""
-        numbers = self._numbers(pairs, 1 << 40)
-        if len(numbers) % 2 or sum(numbers[1::2]) > _MOST_ITEMS:
-            raise self.damaged("a run of numbers makes no sense")
-        for begin, count in zip(numbers[::2], numbers[1::2], strict=True):
-            yield from range(begin, begin + count) if stride else itertools.repeat(begin, count)
+        return self._plans.of(number)
 
     def _extents(self, number: Any) -> list[int]:
-        return self._numbers(self.table("extents", number), LARGEST)
+        return self._plans.extents(number)
 
     def _details(self, position: int) -> Json:
         """What a step says of itself: its ledger, and what only some steps have."""

@@ -11,13 +11,16 @@ from tlcore.storage import Store
 
 def read_json(store: Store, name: str) -> Any:
     """The value of a JSON file. Raises MissingError or ReadError."""
-    where = f"{store.url}/{name}"
+    return parse(read_bytes(store, name), f"{store.url}/{name}")
+
+
+def read_bytes(store: Store, name: str) -> bytes:
+    """The bytes of a JSON file, of a too large one not all. Raises MissingError or ReadError."""
     try:
-        data = store.get(name, 0, LARGEST_JSON + 1)
+        return store.get(name, 0, LARGEST_JSON + 1)
     except FileNotFoundError:
         raise MissingError(f"{store.url}: no file {name!r}") from None
     except (BackendError, OSError) as error:
         raise ReadError(str(error)) from error
     except (MemoryError, OverflowError):
-        raise ReadError(f"{where}: larger than this machine's memory") from None
-    return parse(data, where)
+        raise ReadError(f"{store.url}/{name}: larger than this machine's memory") from None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import ItemsView, Iterable, Iterator, Mapping
+from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
 from heapq import merge
 from itertools import groupby, repeat
 from operator import itemgetter
@@ -20,6 +20,11 @@ from .segment_names import DIRECTORY, IndexName, catalogue_name, is_data, parse_
 # Of a run with more ranks, one listing tells more than so many catalogues.
 _MOST_CATALOGUES = 64
 _LARGEST_SIZE = 1 << 50
+# So many steps are believed of a few names. For more, the indexes must be large enough to have them.
+_BELIEVED = 1 << 20
+# Of a step in an index: a number of one digit and a comma in each column that every index has.
+_LEAST_BYTES_A_STEP = 14
+_MOST_STEPS = 1 << 26
 
 
 class Listing:
@@ -137,20 +142,43 @@ def list_segments(store: Store, run: Mapping[str, Any]) -> Listing:
 def _listed(store: Store) -> Listing:
     indexes: list[IndexName] = []
     sizes: dict[str, int] = {}
+    lengths: dict[str, int] = {}
     try:
         for entry in store.list(f"{DIRECTORY}/"):
             index = parse_index_name(entry.name)
             if index is not None:
                 indexes.append(index)
+                lengths[index.file] = entry.size
             elif is_data(entry.name):
                 sizes[entry.name] = entry.size
     except (BackendError, OSError) as error:
         raise ReadError(str(error)) from error
+    _check_claims(store.url, indexes, lengths)
     return Listing(indexes, sizes, {})
 
 
+def _count(indexes: Iterable[IndexName]) -> int:
+    return sum(len(index.steps) for index in indexes)
+
+
+def _check_claims(url: str, indexes: Sequence[IndexName], lengths: Mapping[str, int]) -> None:
+    """Raise ReadError where names say that there are very many steps, and the files cannot have them."""
+    count = _count(indexes)
+    if count <= _BELIEVED:
+        return
+    for index in indexes:
+        if lengths[index.file] < _LEAST_BYTES_A_STEP * (len(index.steps) - 1):
+            problem = f"has {lengths[index.file]} bytes, which {len(index.steps)} steps do not fit into"
+            raise ReadError(f"{url}/{index.file}: damaged, it {problem}")
+    if count > _MOST_STEPS:
+        raise ReadError(f"{url}: {count} steps are more than can be read as one run ({_MOST_STEPS})")
+
+
 def _catalogued(store: Store, run: Mapping[str, Any]) -> Listing | None:
-    """What the catalogues of a closed run say; None where it is not closed, or one is missing."""
+    """What the catalogues of a closed run say.
+
+    None where it is not closed, one is missing, or more is said than a few letters are believed.
+    """
     world_size = run.get("world_size")
     if run.get("state") != "complete" or not isinstance(world_size, int) or world_size > _MOST_CATALOGUES:
         return None
@@ -172,6 +200,9 @@ def _catalogued(store: Store, run: Mapping[str, Any]) -> Listing | None:
             for file, size in _files(entry, where):
                 sizes[file] = size
         ledgers[rank] = document.get("ledger")
+    if _count(indexes) > _BELIEVED:
+        # A listing tells the indexes' sizes as well.
+        return None
     return Listing(indexes, sizes, ledgers)
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import pairwise
-from typing import Any
+from typing import NamedTuple
 
 from tlcore.errors import BackendError, ReadError
+from tlcore.layout.run_files import parse
 from tlcore.storage import Store
 
 from .columns import LENGTH_BYTES
@@ -26,37 +26,42 @@ def segment_problems(
     except ReadError as error:
         yield str(error)
         return
+    by_file: dict[int, list[_Extent]] = {}
+    for place, begin, end, key in extents:
+        by_file.setdefault(place, []).append(_Extent(begin, end, key))
     for number, (file, size) in enumerate(index.files):
-        mine = sorted(
-            (begin, end, key) for place, begin, end, key in extents if place == number and end > begin
-        )
-        own = [each for each in mine if each[1] > each[0]]
-        for (_, end, one), (begin, _, other) in pairwise(own):
-            if begin < end:
-                yield f"{file}: {one} and {other} claim the same bytes"
+        mine = by_file.get(number, [])
+        own = sorted(each for each in mine if each.end > each.begin)
+        for one, other in pairwise(own):
+            if other.begin < one.end:
+                yield f"{file}: {one.key} and {other.key} claim the same bytes"
         if thorough and sizes.get(file) != size:
             yield f"missing or of another size than in the index: {file}"
         elif thorough:
-            yield from _header_problems(store, file, size, [each for each in extents if each[0] == number])
+            yield from _header_problems(store, file, size, mine)
 
 
-def _header_problems(
-    store: Store, file: str, size: int, arrays: list[tuple[int, int, int, str]]
-) -> Iterator[str]:
+class _Extent(NamedTuple):
+    begin: int
+    end: int
+    key: str
+
+
+def _header_problems(store: Store, file: str, size: int, arrays: Sequence[_Extent]) -> Iterator[str]:
     try:
         length = int.from_bytes(store.get(file, 0, LENGTH_BYTES), "little")
         begin = LENGTH_BYTES + length
         if length > _LARGEST_HEADER or begin > size:
             yield f"{file}: its header would have {length} bytes, which no segment has"
             return
-        header: Any = json.loads(store.get(file, LENGTH_BYTES, begin))
-    except (BackendError, OSError, ValueError, RecursionError) as error:
+        header = parse(store.get(file, LENGTH_BYTES, begin), f"{store.url}/{file}: header")
+    except (BackendError, OSError, ReadError) as error:
         yield f"{file}: its header cannot be read ({error})"
         return
     if not isinstance(header, dict):
         yield f"{file}: its header is no JSON object"
         return
-    for _, first, last, key in arrays:
+    for first, last, key in arrays:
         entry = header.get(key)
         stated = entry.get("data_offsets") if isinstance(entry, dict) else None
         if stated != [first - begin, last - begin]:

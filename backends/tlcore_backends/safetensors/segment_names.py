@@ -10,12 +10,15 @@ from typing import NamedTuple
 DIRECTORY = "segments"
 # Longer than this no name gets: a segment of steps without any order is closed early.
 LONGEST_STEPS = 150
-_MOST_STEPS = 1 << 24
+# A name says in a few letters how many steps there are: a segment is closed long before it has so many.
+MOST_STEPS = 1 << 17
+_MOST_STEPS = 1 << 20
+_LONGEST_NAME = 1000
 _LARGEST_NUMBER = 1 << 53
-_INDEX = re.compile(
-    rf"{DIRECTORY}/rank_(0|[1-9]\d*)_(\d{{6,}})_steps_(\d+(?:-\d+(?:by\d+)?)?(?:,\d+(?:-\d+(?:by\d+)?)?)*)\.json"
-)
-_DATA = re.compile(rf"{DIRECTORY}/rank_(0|[1-9]\d*)_(\d{{6,}})(?:_(\d+))?\.safetensors")
+_RANK, _NUMBER = r"(0|[1-9]\d{0,15})", r"(\d{6,16})"
+_STEPS = r"\d{1,16}(?:-\d{1,16}(?:by\d{1,16})?)?"
+_INDEX = re.compile(rf"{DIRECTORY}/rank_{_RANK}_{_NUMBER}_steps_({_STEPS}(?:,{_STEPS})*)\.json", re.ASCII)
+_DATA = re.compile(rf"{DIRECTORY}/rank_{_RANK}_{_NUMBER}(?:_(\d{{1,16}}))?\.safetensors", re.ASCII)
 
 
 class IndexName(NamedTuple):
@@ -60,7 +63,7 @@ def steps_text(steps: Sequence[int]) -> str:
 
 def parse_index_name(name: str) -> IndexName | None:
     """What an index's name says; None for any other file, or one that says nonsense."""
-    found = _INDEX.fullmatch(name)
+    found = _INDEX.fullmatch(name) if len(name) <= _LONGEST_NAME else None
     if found is None:
         return None
     try:

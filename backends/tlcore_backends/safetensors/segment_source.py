@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from tlcore.errors import MissingError, ReadError
+from tlcore.layout.run_files import parse
 from tlcore.protocols import Array, Buffer, StepRanks, WholeCheck
 from tlcore.record import Json
 from tlcore.storage import Store, SupportsFiles
@@ -20,7 +21,7 @@ from tlcore.storage import Store, SupportsFiles
 from ..storage.threads import in_order
 from .array_places import ArrayOfRows
 from .index import SegmentIndex
-from .json_files import read_json
+from .json_files import read_bytes
 from .listing import Listing, list_segments
 from .segment_check import segment_problems
 from .segment_files import SegmentFiles
@@ -44,6 +45,8 @@ class SegmentSource:
         self._indexes: OrderedDict[str, SegmentIndex] = OrderedDict()
         # Of each data file, where the arrays begin, as far as its index was read.
         self._bounds: OrderedDict[str, list[int]] = OrderedDict()
+        # What is wrong with an index.
+        self._damaged: dict[str, str] = {}
         self._lock = threading.Lock()
 
     @property
@@ -58,6 +61,7 @@ class SegmentSource:
         found = list_segments(self._store, {})
         with self._lock:
             self._listing, self._listed = found, found.sizes
+            self._damaged.clear()
 
     @property
     def steps(self) -> Mapping[int, StepRanks]:
@@ -77,16 +81,33 @@ class SegmentSource:
             if index is not None:
                 self._indexes.move_to_end(name.file)
                 return index
-        index = SegmentIndex(read_json(self._store, name.file), f"{self._store.url}/{name.file}")
-        if index.rank != rank or index.steps != list(name.steps):
-            raise index.damaged("it is not of the rank and steps that its name says")
+            damaged = self._damaged.get(name.file)
+        if damaged is not None:
+            # Of each of its steps the same is said, and it is not read for each.
+            raise ReadError(damaged)
+        index = self._read_index(name)
         with self._lock:
             self._indexes[name.file] = index
+            begins = index.places.begins()
             for number, (file, size) in enumerate(index.files):
-                self._bounds[file] = [*index.places.begins(number), size]
+                self._bounds[file] = [*begins.get(number, ()), size]
             while len(self._indexes) > _MOST_INDEXES:
                 for file, _ in self._indexes.popitem(last=False)[1].files:
                     self._bounds.pop(file, None)
+        return index
+
+    def _read_index(self, name: IndexName) -> SegmentIndex:
+        where = f"{self._store.url}/{name.file}"
+        data = read_bytes(self._store, name.file)
+        try:
+            index = SegmentIndex(parse(data, where), where)
+            if index.rank != name.rank or index.steps != list(name.steps):
+                raise index.damaged("it is not of the rank and steps that its name says")
+            _ = index.files
+        except ReadError as error:
+            with self._lock:
+                self._damaged[name.file] = str(error)
+            raise
         return index
 
     def read(self, record: Mapping[str, Any], begin: int = 0, end: int | None = None) -> Buffer:

@@ -17,8 +17,9 @@ from tlcore.record import Json, Record, StepSummary
 from .columns import Chunk, Column, lay_out
 from .compact import Changing, Table, microseconds, repeats, runs, split
 from .plans import OpenStep, Plan, Plans, hash_table
-from .segment_names import LONGEST_STEPS, data_name, index_name, steps_text
+from .segment_names import LONGEST_STEPS, MOST_STEPS, data_name, index_name, steps_text
 from .shard_buffer import ShardBuffer, ShardBuffers
+from .stored_plans import MOST_ITEMS
 
 MOST_ARRAYS = 50_000
 _MOST_HEADER_BYTES = 16 << 20
@@ -74,6 +75,7 @@ class Segment:
         self._steps: list[_Step] = []
         self._numbers: dict[int, tuple[int, list[int]]] = {}
         self._bound: list[Plan] = []
+        self._plan_items = 0
         self._calls, self._structures, self._arrays = Table(), Table(), Table()
         self._plan_table, self._extents = Table(), Table()
         self._skeletons, self._deltas, self._row_lists = Table(), Table(), Table()
@@ -167,6 +169,8 @@ class Segment:
         header = len(self._arrays.texts) * _ENTRY_BYTES + self._arrays.nbytes
         self.full |= len(self._arrays.texts) >= MOST_ARRAYS or header >= _MOST_HEADER_BYTES
         self.full |= self._tables_bytes >= _MOST_HEADER_BYTES or bool(self._files)
+        # Readers refuse what claims far more.
+        self.full |= len(self._steps) >= MOST_STEPS or self._plan_items >= MOST_ITEMS // 4
 
     @property
     def _tables_bytes(self) -> int:
@@ -190,6 +194,7 @@ class Segment:
             }
         )
         number = self._plan_table.number(text)
+        self._plan_items += len(plan.calls) + len(plan.structures) + 2 * len(plan.slots)
         self._numbers[id(plan)] = number, arrays
         # As long as it lives no other can get its id.
         self._bound.append(plan)

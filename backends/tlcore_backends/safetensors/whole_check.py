@@ -18,9 +18,15 @@ from tlcore.layout.checks import LARGEST_SIZE
 from tlcore.protocols import AlikeSteps, WholeCheck
 
 from .array_places import LARGEST, Place
-from .index import Plan, SegmentIndex
+from .index import SegmentIndex
+from .stored_plans import Plan
 
 _HASH_BYTES = 16
+# What steps of several kinds may have together: kinds times arrays, steps times arrays, and the steps of
+# arrays that have not the same ones. An index of more is small to write and large to look at.
+_MOST_OF_KINDS = 8_000_000
+_MOST_LOOKED_AT = 1 << 33
+_MOST_DISTINCT = 1 << 24
 # What one thread reads and hashes at a time.
 _UNIT_BYTES = 16 << 20
 _UNIT_RANGES = 1 << 16
@@ -174,10 +180,15 @@ def _mixed(
 ) -> Iterator[tuple[int, _Pieces]]:
     """The pieces of steps of several kinds, array by array."""
     occurrences: dict[int, list[tuple[int, int]]] = {}
+    if sum(len(plan.arrays) for plan, _ in pairs) > _MOST_OF_KINDS:
+        raise _too_many(index)
     for pair, (plan, extents) in enumerate(pairs):
         for number, rows in _rows_of(index, plan, extents):
             occurrences.setdefault(number, []).append((pair, rows))
+    if len(occurrences) * len(ids) > _MOST_LOOKED_AT:
+        raise _too_many(index)
     every, known = np.asarray(ids, np.int64), set()
+    distinct, places = _Distinct(index), dict[int, int]()
     for number, its in occurrences.items():
         table = np.full(len(pairs), -1, np.int64)
         for pair, rows in its:
@@ -192,16 +203,43 @@ def _mixed(
             counts = counts[:1]
         # What has no elements may have rows of any size.
         _check(index, number, place, max(sum(counts.tolist()), 1) * place.row_bytes, len(counts))
-        key = place.file, place.begin, place.hashes, counts.tobytes(), positions.tobytes()
+        steps = distinct.number(positions)
+        key = place.file, place.begin, place.hashes, distinct.number(counts), steps
         if key in known:
             continue
         known.add(key)
         if place.constant:
-            shared.append(positions)
-            owners = np.full(len(counts), -len(shared))
+            if steps not in places:
+                places[steps] = len(shared)
+                shared.append(positions)
+            owners = np.full(len(counts), -1 - places[steps])
         ends = place.begin + np.cumsum(counts * place.row_bytes)
         hashes = place.hashes[: _HASH_BYTES * len(counts)]
         yield place.file, _pieces(ends - counts * place.row_bytes, ends, hashes, owners)
+
+
+class _Distinct:
+    """Gives lists of numbers a number each, equal ones the same. Mostly the same steps have every array."""
+
+    def __init__(self, index: SegmentIndex) -> None:
+        self._index = index
+        self._known: dict[bytes, int] = {}
+        self._size = 0
+
+    def number(self, values: Numbers) -> int:
+        """The number of a list. Raises ReadError for more than a segment of a capture has."""
+        text = values.tobytes()
+        found = self._known.get(text)
+        if found is None:
+            self._size += len(values)
+            if self._size > _MOST_DISTINCT:
+                raise _too_many(self._index)
+            found = self._known[text] = len(self._known)
+        return found
+
+
+def _too_many(index: SegmentIndex) -> ReadError:
+    return ReadError(f"{index.where}: too much to be looked at together")
 
 
 def _rows_of(index: SegmentIndex, plan: Plan, extents: Sequence[int]) -> Iterator[tuple[int, int]]:

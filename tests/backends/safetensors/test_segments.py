@@ -20,6 +20,7 @@ from tests.waiting import wait_until
 from tlcore.errors import BackendError
 from tlcore.protocols import Buffer
 from tlcore.testing import MemoryStore
+from tlcore_backends.safetensors import segments
 from tlcore_backends.safetensors.segment_sink import SegmentSink
 from tlcore_backends.safetensors.segment_source import SegmentSource
 from tlcore_backends.storage.local import LocalStore
@@ -141,6 +142,22 @@ def test_a_segment_closes_at_its_size_and_a_larger_step_spans_files(tmp_path: Pa
     assert [name.partition("_steps_")[2] for name in indexes] == ["0-2.json", "3-4.json", "5.json", "6.json"]
     assert sum(name.startswith("segments/rank_0_000002") and name.endswith("s") for name in names(store)) == 4
     emitter.check(SegmentSource(store, CLOSED))
+
+
+@pytest.mark.parametrize(("limit", "most"), [("MOST_STEPS", 4), ("MOST_ITEMS", 4 * 4 * 4)])
+def test_a_segment_closes_before_readers_would_refuse_it(
+    monkeypatch: pytest.MonkeyPatch, limit: str, most: int
+) -> None:
+    """At so many steps, or items in plans: of each step here four, since its tensor has a name of its own."""
+    monkeypatch.setattr(segments, limit, most)
+    store = MemoryStore()
+    sink, emitter = opened(store, commit_s=100)
+    for step in range(8):
+        emitter.step(step, {f"a/outputs_{step}_cpu": torch.randn(2, 3)})
+    sink.close()
+    emitter.check(SegmentSource(store, CLOSED))
+    indexes = [name for name in names(store) if "_steps_" in name]
+    assert [name.rpartition("_steps_")[2] for name in indexes] == ["0-3.json", "4-7.json"]
 
 
 def test_a_step_that_is_abandoned_leaves_nothing(tmp_path: Path) -> None:
