@@ -19,6 +19,7 @@ from .hooks.listening import Listener, Rename, Source
 from .hooks.module_tree import ModuleTree, Named
 from .hooks.steps import StepCalls
 from .hooks.traced import TracedListener
+from .hooks.tracing import PassedBy
 
 log = logging.getLogger("tlcore")
 
@@ -75,11 +76,12 @@ class Audience:
         if not hooks and not any(map(may_be_tap, unmatched)):
             log.warning("no module of %s matches module_call_match; nothing will be stored", model)
 
-    def unheard(self, hooks: ListenerSet) -> list[str]:
-        """What is to be said at the end of modules that were selected and never called."""
+    def unheard(self, hooks: ListenerSet, passed_by: PassedBy) -> list[str]:
+        """What is to be said at the end of modules that were selected and never called, or ``passed_by``."""
         now_there = hooks.named(ModuleTree(hooks.model))
         silent = self.selector.silent(hooks.heard, hooks.names)
-        return remarks.unheard(hooks, silent, now_there, self.selector.calls_of_any)
+        told = {name for names in passed_by.by.values() for name in names}
+        return remarks.unheard(hooks, silent, now_there, self.selector.calls_of_any, told)
 
 
 def as_draft(each: Named) -> Named:

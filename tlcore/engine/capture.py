@@ -20,9 +20,10 @@ from . import remarks
 from .filters.named_rows import Named, named_rows
 from .hooks.batch_calls import BatchCalls
 from .hooks.compiled_parts import compiled_parts, refuse_unreachable, shown
+from .hooks.compiled_versions import CompiledVersions
 from .hooks.module_tree import ModuleTree
 from .hooks.steps import Step, StepCalls, method_of
-from .hooks.traced import TRACES
+from .hooks.tracing import COMPILED, TRACES
 from .new_run import run_of_group
 from .session import Session
 
@@ -78,6 +79,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
             raise ConfigError("$.log_gradients", problem, "Leave one of the two out.")
         given = (self._begin_step, self._end_step, self.config.step, self._around)
         self._steps = StepCalls(*given, watches=not self._traced)
+        self._versions = CompiledVersions()
         self._entered = False
         # Steps that were a call of the model alone, although gradients are wanted.
         self._without_backward = 0
@@ -127,6 +129,8 @@ class capture:  # noqa: N801 - a context manager reads like a function
         tree = self._session.tree
         assert tree is not None
         self._steps.install(tree)
+        if not self._traced:
+            self._versions.install()
         self._entered = True
         return self
 
@@ -135,6 +139,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
     ) -> None:
         self._entered = False
         self._steps.remove()
+        self._versions.remove()
         if self._session is None:
             return
         self._note_what_passed_by(self._model)
@@ -196,10 +201,14 @@ class capture:  # noqa: N801 - a context manager reads like a function
     def _note_what_passed_by(self, model: nn.Module) -> None:
         session = self.session
         calls = self._steps.calls
-        compiled = compiled_parts(ModuleTree(model).modules)
+        tree = ModuleTree(model)
+        compiled = compiled_parts(tree.modules)
         # What of a traced model was not heard is told module by module.
         for name, how in () if self._traced else compiled.items():
             session.remarks.append(f"{shown(name)} is {how}; what ran compiled is not in the run")
+        for name in self._versions.names(tree):
+            session.passed_by.note(name, COMPILED)
+        session.passed_by.add(self._steps.passed_by)
         stray = remarks.outside(self._steps.outside, self.config.step)
         if stray is not None:
             session.remarks.append(stray)

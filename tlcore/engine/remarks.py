@@ -6,7 +6,7 @@ import difflib
 import functools
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Container, Iterable, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import nn
 from .hooks.compiled_parts import compiled_parts, is_compiled, shown
 from .hooks.listeners import ListenerSet
 from .hooks.module_tree import Named
+from .hooks.tracing import COMPILED, SYMBOLIC, TRANSFORMED
 
 _SHOWN = 4
 _FAST_PATH = (
@@ -40,14 +41,20 @@ def unmatched(pattern: str, names: Iterable[str], what: str = "module") -> str:
     return said + (f"; did you mean {hint}?" if hint else "")
 
 
-def unheard(hooks: ListenerSet, silent: Sequence[str], modules: Sequence[Named], selects: Any) -> list[str]:
+def unheard(
+    hooks: ListenerSet,
+    silent: Sequence[str],
+    modules: Sequence[Named],
+    selects: Any,
+    told: Container[str] = (),
+) -> list[str]:
     """What to say of selected modules that no captured step called, and of patterns that found only such.
 
     ``modules`` are those of the model now; ``silent`` are patterns with modules of which nothing was heard.
-    ``selects`` says of a module's names whether it is selected.
+    ``selects`` says of a module's names whether it is selected; of those ``told`` of it is known why.
     """
     said = [_nothing_of(text) for text in silent]
-    never = [name for name, called in hooks.called.items() if not called and name]
+    never = [name for name, called in hooks.called.items() if not called and name and name not in told]
     reasons = _Reasons(modules)
     grouped: dict[str, list[str]] = {}
     for name in never:
@@ -68,6 +75,39 @@ def unheard(hooks: ListenerSet, silent: Sequence[str], modules: Sequence[Named],
     if late:
         said.append(f"{some(late)} came into the model after the last captured step had begun: not heard")
     return said
+
+
+def traced(by: Mapping[str, Iterable[str]], modules: Sequence[Named]) -> list[str]:
+    """What to say of calls that were only traced, ``by`` what; ``modules`` are those of the model now."""
+    compiled = compiled_parts(modules)
+    said = []
+    for reason, found in by.items():
+        names = [name for name in found if reason != COMPILED or not compiled.keys() & _above(name)]
+        if not names:
+            continue
+        if reason == COMPILED:
+            said.append(
+                f"torch.compile compiled calls of {_listed(names)}; what ran compiled is not in the run. Call"
+                ' the original instead, or capture with "compiled": "taps" and compile inside the block'
+            )
+        else:
+            # A symbolic trace calls the modules of the original.
+            made = "" if reason in (SYMBOLIC, TRANSFORMED) else ", nor those of what that made"
+            said.append(f"calls of {_listed(names)} within {reason} are not captured{made}")
+    return said
+
+
+def _above(name: str) -> set[str]:
+    """A module's name and those of the modules that it is part of."""
+    parts = name.split(".")
+    return {".".join(parts[:count]) for count in range(len(parts) + 1)}
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first few names in a sentence, without those of parts of others."""
+    known = set(names)
+    top = [shown(each) for each in names if not (_above(each) - {each}) & known]
+    return ", ".join(top[:_SHOWN]) + (f" and {len(top) - _SHOWN} more" if len(top) > _SHOWN else "")
 
 
 def missed_taps(unmatched_by: Sequence[str], silent: Sequence[str], shown: Iterable[str]) -> list[str]:
@@ -122,9 +162,7 @@ class _Reasons:
             return _REPLACED
         if not has_forward(module):
             return None
-        above = [name]
-        while above[-1]:
-            above.append(above[-1].rpartition(".")[0])
+        above = sorted(_above(name), key=len, reverse=True)
         for each in above:
             if each in self._compiled:
                 return f"{shown(each)} is {self._compiled[each]}, where they run without Python"

@@ -39,6 +39,7 @@ from .hooks.module_tree import ModuleTree
 from .hooks.steps import StepCalls
 from .hooks.tap_sites import Taps
 from .hooks.traced import TracedListeners
+from .hooks.tracing import PassedBy
 from .new_run import now, open_run
 from .pipeline.executors import InlineExecutor, ThreadExecutor
 from .pipeline.inspector import Inspection
@@ -118,6 +119,11 @@ class Session:
         """What a ``spill_dir``, or a sink that waits, has not delivered to its place yet, in words."""
         waiting = self._sink.waiting if isinstance(self._sink, SupportsWaiting) else None
         return waiting or self._documents.waiting
+
+    @property
+    def passed_by(self) -> PassedBy:
+        """Which calls were only traced, and by what."""
+        return self._collector.passed_by
 
     @property
     def failing(self) -> BaseException | None:
@@ -325,10 +331,11 @@ class Session:
         hooks.close()
         missed_taps, shown_taps = self._taps.missed(hooks), self._taps.shown
         self._taps.close()
+        self.remarks += remarks.traced(self.passed_by.by, ModuleTree(hooks.model).modules)
         if not self._has_all_modules:
             return
         if self.captured_steps:
-            self.remarks += self._audience.unheard(hooks)
+            self.remarks += self._audience.unheard(hooks, self.passed_by)
             self.remarks += remarks.missed_taps(*missed_taps, shown_taps)
         self.remarks += remarks.replaced_within(list(hooks.replaced_within))
 

@@ -29,10 +29,10 @@ typedef struct {
 } listening_object;
 
 static PyTypeObject *hearing_type, *sides_type, *listening_type;
-static PyObject *global_hooks, *backward;
+static PyObject *global_hooks, *backward, *tracing, *modes, *flags, *flag;
 static PyObject *forward_key, *hooks_key, *inputs_word, *outputs_word;
 static PyObject *new_call_name, *raised_name, *behind_name, *arguments_name, *result_name, *broken_name, *post_name;
-static PyObject *covered_name;
+static PyObject *covered_name, *traced_name;
 
 /* --- taking one side --- */
 
@@ -130,6 +130,33 @@ static int in_backward(void)
     return number >= 0;
 }
 
+/* Whether a call of a function is true; -1 with an exception set. */
+static int says(PyObject *function)
+{
+    PyObject *answer = PyObject_CallNoArgs(function);
+    int yes = answer == NULL ? -1 : PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    return yes;
+}
+
+/* Whether the call is only traced, as the listener says where anything may mean that; -1 with an exception set. */
+static int is_traced(PyObject *listener)
+{
+    if (tracing == NULL)
+        return 0;
+    int maybe = says(tracing);
+    if (maybe == 0)
+        maybe = says(modes);
+    if (maybe == 0)
+        maybe = PyDict_GetItemWithError(flags, flag) == Py_True;
+    if (maybe <= 0)
+        return maybe;
+    PyObject *answer = PyObject_CallMethodObjArgs(listener, traced_name, NULL);
+    int yes = answer == NULL ? -1 : PyObject_IsTrue(answer);
+    Py_XDECREF(answer);
+    return yes;
+}
+
 /* Notes whether others have put something around the listener within the step; -1 with an exception set. */
 static int look_around(listening_object *mine, PyObject *listener)
 {
@@ -213,9 +240,10 @@ static PyObject *hear(PyObject *self, PyObject *const *given, Py_ssize_t count)
     hearing_object *hearing = (hearing_object *)held;
     int ours = PyThread_get_thread_ident() == hearing->owner;
     int recomputed = hearing->owner ? in_backward() : 0;
-    if (recomputed < 0) {
+    int traced = ours && !recomputed ? is_traced(listener) : 0;
+    if (recomputed < 0 || traced < 0) {
         output = NULL;
-    } else if (!ours || recomputed) {
+    } else if (!ours || recomputed || traced) {
         mine->elsewhere += hearing->owner && !ours && !recomputed;
         output = pass_on(original, args, kwargs);
     } else if ((sides = next_call(mine, listener)) != NULL) {
@@ -484,17 +512,23 @@ static PyType_Spec listening_spec = {
 static PyObject *use_torch(PyObject *module, PyObject *args)
 {
     (void)module;
-    PyObject *hooks, *which;
-    if (!PyArg_ParseTuple(args, "O!O:use_torch", &PyDict_Type, &hooks, &which))
+    PyObject *hooks, *which, *is_tracing, *count, *found, *key;
+    if (!PyArg_ParseTuple(args, "O!OOOO!U:use_torch", &PyDict_Type, &hooks, &which, &is_tracing, &count, &PyDict_Type,
+                          &found, &key))
         return NULL;
     tlcore_set(&global_hooks, hooks);
     tlcore_set(&backward, which);
+    tlcore_set(&tracing, is_tracing);
+    tlcore_set(&modes, count);
+    tlcore_set(&flags, found);
+    tlcore_set(&flag, key);
     Py_RETURN_NONE;
 }
 
 static PyMethodDef functions[] = {
     {"use_torch", use_torch, METH_VARARGS,
-     "The dictionary of the hooks that all modules have, and what says in which backward a thread is, -1 for none."},
+     "The dictionary of the hooks that all modules have; what says in which backward a thread is, -1 for none; what says "
+     "whether it traces, and how many dispatch modes it is in; a dictionary, and its key of another tracer's flag."},
     {"put_all", put_all, METH_VARARGS, "Put listeners in their places, up to the first unusual one."},
     {"take_all", take_all, METH_VARARGS, "Take listeners away, up to the first unusual one."},
     {NULL, NULL, 0, NULL},
@@ -510,6 +544,7 @@ static int make_names(void)
         {&outputs_word, "outputs"},     {&new_call_name, "_new_call"},     {&raised_name, "_raised"},
         {&behind_name, "_hear_behind_hooks"}, {&arguments_name, "end_inputs"}, {&result_name, "end_outputs"},
         {&broken_name, "broken"},       {&post_name, "post_fwd_inputs"}, {&covered_name, "_is_covered"},
+        {&traced_name, "_is_traced_now"},
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if ((*all[i].place = PyUnicode_InternFromString(all[i].text)) == NULL)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,11 @@ _get_ident = threading.get_ident
 # Which backward this thread is in; -1 for none.
 _backward = torch._C._current_graph_task_id
 _global_hooks = torch_module._global_forward_hooks
+# What may mean that a call is only traced; the listener knows whether it does.
+_is_tracing = torch._C._is_tracing
+_modes = torch._C._len_torch_dispatch_stack
+_fx = vars(sys.modules["torch.fx._symbolic_trace"])
+_FX_FLAG = "_is_fx_tracing_flag"
 
 
 class _Hearing:
@@ -103,6 +109,8 @@ class _Listening:
         if _backward() >= 0:
             # What backward calls, it computes once more, as activation checkpointing does.
             return original(*args, **kwargs)
+        if (_is_tracing() or _modes() or _fx.get(_FX_FLAG)) and listener._is_traced_now():
+            return original(*args, **kwargs)
         call = self.count
         self.count = call + 1
         sides = self.sites[call] if call < len(self.sites) else listener._new_call()
@@ -165,7 +173,7 @@ else:
     Hearing = extension.Hearing if extension else _Hearing
     KnownSides = extension.KnownSides if extension else _KnownSides
     if extension:
-        extension.use_torch(_global_hooks, _backward)
+        extension.use_torch(_global_hooks, _backward, _is_tracing, _modes, _fx, _FX_FLAG)
 
 
 def listening_of(walker: Any, *given: Any) -> _Listening:

@@ -13,7 +13,7 @@ from torch import nn
 
 import tlcore
 from tests.sinks import MemorySink
-from tlcore.engine.hooks.traced import TRACES
+from tlcore.engine.hooks.tracing import TRACES
 
 if not TRACES:
     pytest.skip("this torch is too old for taps of compiled models", allow_module_level=True)

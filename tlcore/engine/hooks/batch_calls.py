@@ -16,6 +16,7 @@ from ..filters.rows import StepRows
 from ..filters.samples import Samples, Scope
 from ..filters.sequences import Taker, Whole, token_numbers
 from .module_tree import ModuleTree, Named
+from .tracing import why_traced
 
 log = logging.getLogger("tlcore")
 _is_compiling = torch.compiler.is_compiling
@@ -114,7 +115,9 @@ class _BatchCall(StandIn):
         self.calls = calls
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _is_compiling() or self.dead or _get_ident() != self.calls.owner:
+        if _is_compiling():
+            return self.original(*args, **kwargs)
+        if self.dead or _get_ident() != self.calls.owner or why_traced() is not None:
             return self.original(*args, **kwargs)
         given = {**dict(zip(self.taker.parameters, args, strict=False)), **kwargs}
         entered = self.calls.enter(self.taker, given)

@@ -29,6 +29,7 @@ from ..staging.host_memory import NO_CHUNK, Chunk
 from ..staging.stager import FreedError, Stager, with_memory
 from .gradients import Gradients
 from .objects_of_step import ObjectsOfStep
+from .tracing import PassedBy
 
 log = logging.getLogger("tlcore")
 # A tensor's form, and where its copy lies.
@@ -63,6 +64,7 @@ class Collector:
         self.before_hand_over: Callable[[], object] | None = None
         # Of the tensors that calls take and give, where these are captured, too.
         self.gradients: Gradients | None = None
+        self.passed_by = PassedBy()
         self._noted = 0
         self._objects = ObjectsOfStep(self._forms)
         self._leaving = False

@@ -31,6 +31,7 @@ from ..staging.dtensors import has_dtensors
 from .collector import Collector
 from .counting import CallCounter
 from .module_tree import Named
+from .tracing import compiles, key_of, why_traced
 
 NOBODY = 0
 _is_compiling = torch.compiler.is_compiling
@@ -53,6 +54,7 @@ class Listener(StandIn):
         "_sites",
         "_wanted",
         "handles",
+        "known_as",
         "listening",
         "name",
     )
@@ -76,6 +78,7 @@ class Listener(StandIn):
         self._hearing = hearing
         self._post = post_inputs
         self.handles: list[RemovableHandle] = []
+        self.known_as = key_of(self)
         given = (collector, hearing, self.own, self._sites, self.handles, post_inputs)
         # The extension knows nothing of gradients.
         walker = collector.walker if collector.gradients is None else None
@@ -160,8 +163,20 @@ class Listener(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's ``forward``."""
         if _is_compiling():
+            compiles(self.known_as)
             return self.original(*args, **kwargs)
         return self._hear(self, args, kwargs)
+
+    def is_traced(self, reason: str) -> None:
+        """A call of it is only traced."""
+        if not self.dead:
+            self._collector.passed_by.note(self.name, reason)
+
+    def _is_traced_now(self) -> bool:
+        reason = why_traced()
+        if reason is not None:
+            self.is_traced(reason)
+        return reason is not None
 
     def _is_covered(self) -> bool:
         """Whether a call comes from what others have put around this, and not only another listener."""

@@ -16,33 +16,16 @@ from torch import nn
 
 from ...errors import CaptureError
 from ...hotpath.intercept import WHOLE_CALL, StandIn, without_dead
-from ..staging.accelerator import recording
 from .module_tree import ModuleTree
 from .stack_room import StackRoom
+from .tracing import COMPILED, PassedBy, compiles, key_of, why_not_real
 
 log = logging.getLogger("tlcore")
-_MODE = torch._C._TorchDispatchModeKey
 _LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 _is_compiling = torch.compiler.is_compiling
 _get_ident = threading.get_ident
 # Which backward this thread is in; -1 for none. What it calls, it computes once more.
 _backward = torch._C._current_graph_task_id
-
-
-def why_not_real() -> str | None:
-    """Why a call now computes nothing real, such as one that is only traced; None for an ordinary call."""
-    if torch.compiler.is_compiling():
-        return "torch.compile or torch.export"
-    if torch._C._is_tracing():
-        return "torch.jit.trace"
-    if torch._C._functorch.peek_interpreter_stack() is not None:
-        return "a torch.func transform (vmap, grad, ...)"
-    modes = torch._C._get_dispatch_mode
-    if modes(_MODE.FAKE) is not None or modes(_MODE.PROXY) is not None:
-        return "tracing with fake tensors or proxies"
-    if recording():
-        return "a CUDA graph being captured"
-    return None
 
 
 def method_of(model: nn.Module, kind: str) -> str:
@@ -102,6 +85,7 @@ class StepCalls:
         self.more_than_a_call = False
         # Outermost calls of modules outside any step, where somebody listens for them.
         self.outside: Counter[str] = Counter()
+        self.passed_by = PassedBy()
 
     def install(self, tree: ModuleTree) -> None:
         """Begin to listen to a model."""
@@ -135,7 +119,7 @@ class StepCalls:
             self._steps = [each for each in self._steps if id(each.module) in left]
             for named in tree.modules:
                 if id(named.module) not in has:
-                    self._put(named.module, WHOLE_CALL)
+                    self._put(named.module, WHOLE_CALL, named.name)
             return
         key = WHOLE_CALL if self._kind == "root" else method_of(root, self._kind)
         if not self._steps:
@@ -148,8 +132,8 @@ class StepCalls:
             and not (named.module is root and self._kind == "root")
         ]
 
-    def _put(self, module: nn.Module, key: str) -> None:
-        each = _StepCall(module, key, self)
+    def _put(self, module: nn.Module, key: str, name: str = "") -> None:
+        each = _StepCall(module, key, self, name)
         each.put()
         self._steps.append(each)
 
@@ -183,7 +167,7 @@ class StepCalls:
         if self._steps and not self._owner:
             self._watch()
 
-    def enters(self, bracket: bool = False) -> bool:
+    def enters(self, bracket: bool = False, name: str = "") -> bool:
         """Whether what comes now, a call or ``bracket``, is a step that begins; `leaves` is its end."""
         thread = _get_ident()
         if self._owner == thread or _backward() >= 0:
@@ -191,6 +175,7 @@ class StepCalls:
         reason = why_not_real()
         if reason is not None:
             self._say_once(f"a call of the model within {reason} is not captured")
+            self.is_traced(name, reason)
             return False
         with self._lock:
             if self._owner:
@@ -205,6 +190,11 @@ class StepCalls:
             self._room.take(self._tree.depth)
         self._guarded(self._begin_it)
         return True
+
+    def is_traced(self, name: str, reason: str) -> None:
+        """A module's call is only traced; where nobody watches, what is compiled tells of itself."""
+        if self._watches or reason != COMPILED:
+            self.passed_by.note(name, reason)
 
     def _begin_it(self) -> None:
         self._captured = self._begin()
@@ -292,17 +282,25 @@ class Step:
 class _StepCall(StandIn):
     """Stands in for a call that is a step, with all hooks of others inside."""
 
-    __slots__ = ("_calls",)
+    __slots__ = ("_calls", "_known_as", "_name")
 
-    def __init__(self, module: nn.Module, key: str, calls: StepCalls) -> None:
+    def __init__(self, module: nn.Module, key: str, calls: StepCalls, name: str) -> None:
         super().__init__(module, key, without_dead(vars(module).get(key)))
         self._calls = calls
+        self._name = name
+        self._known_as = key_of(self)
+
+    def is_traced(self, reason: str) -> None:
+        """The call is only traced."""
+        if not self.dead:
+            self._calls.is_traced(self._name, reason)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         # Asked first, and alone: torch.compile traces this and must not meet anything else.
         if _is_compiling():
+            compiles(self._known_as)
             return self.original(*args, **kwargs)
-        if self.dead or not self._calls.enters():
+        if self.dead or not self._calls.enters(name=self._name):
             return self.original(*args, **kwargs)
         around = self._calls.around(self.module) if self.key == WHOLE_CALL else None
         try:
@@ -317,19 +315,28 @@ class _StepCall(StandIn):
 class _Stray(StandIn):
     """Stands in for a module's call between steps, to tell that it is in none."""
 
-    __slots__ = ("_calls", "_name")
+    __slots__ = ("_calls", "_known_as", "_name")
 
     def __init__(self, module: nn.Module, name: str, calls: StepCalls) -> None:
         super().__init__(module, WHOLE_CALL, None)
         self._name = name
         self._calls = calls
+        self._known_as = key_of(self)
+
+    def is_traced(self, reason: str) -> None:
+        """The call is only traced."""
+        if not self.dead:
+            self._calls.is_traced(self._name, reason)
 
     def successor(self) -> _Stray:
         """Another one for the module."""
         return _Stray(self.module, self._name, self._calls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _is_compiling() or self.dead or not self._calls.strays(self._name):
+        if _is_compiling():
+            compiles(self._known_as)
+            return self.original(*args, **kwargs)
+        if self.dead or not self._calls.strays(self._name):
             return self.original(*args, **kwargs)
         try:
             return self.original(*args, **kwargs)

@@ -21,6 +21,7 @@ from .collector import Collector
 from .counting import in_backward
 from .listeners import ListenerSet
 from .module_tree import ModuleTree, Named
+from .tracing import why_traced
 
 # Names that a model makes up anew in each step must not fill the memory.
 _MOST_SITES = 1 << 14
@@ -121,8 +122,8 @@ class TapSites:
     def tapped(self, name: str, value: Any, frame: FrameType | None) -> None:
         """Take a value for the module whose code runs in ``frame``, the model's own where that is none's."""
         owner = self._hooks.owner
-        # What is recomputed for the backward pass was there before.
-        if not owner or in_backward() >= 0:
+        # What is recomputed for the backward pass was there before, and what is traced is nothing yet.
+        if not owner or in_backward() >= 0 or why_traced() is not None:
             return
         self._tree = self._hooks.tree
         modules = self._hooks.known

@@ -10,7 +10,7 @@ import itertools
 import logging
 import threading
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -27,12 +27,10 @@ from .listeners import ListenerSet
 from .listening import OURS, Listener, Rename, Select
 from .module_tree import Named
 from .steps import StepCalls
+from .tracing import compiles, is_exporting
 
 log = logging.getLogger("tlcore")
 _is_compiling = torch.compiler.is_compiling
-# Old releases, which do not have this, trace neither a listener's call nor tell an export from a compilation.
-TRACES = hasattr(torch.compiler, "is_exporting")
-_is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _get_ident = threading.get_ident
 _UNTAPPABLE = "a compiled model's taps do not reach into this structure"
 _BEGIN, _END, _TAP = "begin", "end", "tap."
@@ -167,7 +165,10 @@ class TracedListener(Listener):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's ``forward``."""
         if _is_compiling():
-            return self.original(*args, **kwargs) if _is_exporting() else self._traced(args, kwargs)
+            if not is_exporting():
+                return self._traced(args, kwargs)
+            compiles(self.known_as)
+            return self.original(*args, **kwargs)
         steps = self.steps
         if steps is None or not steps.enters():
             return self._hear(self, args, kwargs)
@@ -301,7 +302,7 @@ def _traced(listeners: Sequence[Listener]) -> list[TracedListener]:
 
 def _trace_tap(name: str, value: Any) -> None:
     """Let the graph show a tap, of the module whose code is traced or else of the one that runs then."""
-    if not _is_exporting():
+    if not is_exporting():
         _show(_TAP + name, value, None, _inside[-1] if _inside else _nobody)
 
 

@@ -1,0 +1,95 @@
+"""What `torch.compile` made of a model's modules and the user keeps beside them: whether it was called.
+
+Such an object runs past everything that stands in for the modules' own calls.
+"""
+
+from __future__ import annotations
+
+import gc
+import sys
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
+from torch.utils.hooks import RemovableHandle
+
+from ...hotpath.intercept import WHOLE_CALL, StandIn, without_dead
+from .module_tree import ModuleTree
+
+_ORIGINAL = "_orig_mod"
+_is_compiling = torch.compiler.is_compiling
+
+
+class CompiledVersions:
+    """Notes calls of objects that `torch.compile` makes, or has made, of any module, while it looks on."""
+
+    def __init__(self) -> None:
+        self._handle: RemovableHandle | None = None
+        # By the module, so that none is kept alive.
+        self._versions: list[weakref.ref[_Version]] = []
+        self._called: dict[int, weakref.ref[nn.Module]] = {}
+
+    def install(self) -> None:
+        """Begin to look on."""
+        for each in _made():
+            self._note(each, each._modules.get(_ORIGINAL))
+        self._handle = register_module_module_registration_hook(self._registered)
+
+    def _registered(self, parent: nn.Module, key: str, part: nn.Module | None) -> None:
+        if key == _ORIGINAL and type(parent).__name__ == "OptimizedModule":
+            self._note(parent, part)
+
+    def _note(self, version: nn.Module, original: nn.Module | None) -> None:
+        if original is not None:
+            each = _Version(version, original, self)
+            each.put()
+            self._versions.append(weakref.ref(each))
+
+    def called(self, original: nn.Module) -> None:
+        """What was made of a module is called."""
+        self._called[id(original)] = weakref.ref(original)
+
+    def remove(self) -> None:
+        """Leave everything as it was."""
+        if self._handle is not None:
+            self._handle.remove()
+        for reference in reversed(self._versions):
+            each = reference()
+            if each is not None:
+                each.take_away()
+                each.dead = True
+        self._versions = []
+
+    def names(self, tree: ModuleTree) -> list[str]:
+        """The modules of a model of which something compiled was called."""
+        found = ((each, self._called.get(id(each.module))) for each in tree.modules)
+        return [each.name for each, known in found if known is not None and known() is each.module]
+
+
+def _made() -> Iterator[Any]:
+    """All there are already; none where the compiler was never asked for."""
+    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+    cls = getattr(eval_frame, "OptimizedModule", None)
+    return (each for each in gc.get_objects() if type(each) is cls) if cls is not None else iter(())
+
+
+class _Version(StandIn):
+    """Stands in for the call of one of them."""
+
+    __slots__ = ("_of", "_versions")
+
+    def __init__(self, version: nn.Module, original: nn.Module, versions: CompiledVersions) -> None:
+        super().__init__(version, WHOLE_CALL, without_dead(vars(version).get(WHOLE_CALL)))
+        self._of = weakref.ref(original)
+        self._versions = versions
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling():
+            return self.original(*args, **kwargs)
+        original = None if self.dead else self._of()
+        if original is not None:
+            self._versions.called(original)
+        return self.original(*args, **kwargs)

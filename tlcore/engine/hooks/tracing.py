@@ -1,0 +1,103 @@
+"""Calls that compute nothing real, since somebody only traces them, and who is told of them.
+
+What a compiler, an exporter or a tracer makes of a module runs later without Python, so that it can only be
+said that there is such a thing.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import weakref
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from ..staging.accelerator import recording
+
+_MODE = torch._C._TorchDispatchModeKey
+# Old releases, which do not have this, trace neither a listener's call nor tell an export from a compilation.
+TRACES = hasattr(torch.compiler, "is_exporting")
+is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
+_is_compiling = torch.compiler.is_compiling
+_fx = vars(sys.modules["torch.fx._symbolic_trace"])
+COMPILED, EXPORTED = "torch.compile", "torch.export"
+SYMBOLIC = "torch.fx.symbolic_trace"
+TRANSFORMED = "a torch.func transform (vmap, grad, ...)"
+
+
+def why_traced() -> str | None:
+    """By what a call is traced now; None for one that computes."""
+    if _is_compiling():
+        return EXPORTED if is_exporting() else COMPILED
+    if torch._C._is_tracing():
+        return "torch.jit.trace"
+    modes = torch._C._get_dispatch_mode
+    if modes(_MODE.FAKE) is not None or modes(_MODE.PROXY) is not None:
+        return "tracing with fake tensors or proxies"
+    return SYMBOLIC if _fx.get("_is_fx_tracing_flag") else None
+
+
+def why_not_real() -> str | None:
+    """Why a call now cannot be captured, such as one that is only traced; None for an ordinary call."""
+    reason = why_traced()
+    if reason is None and torch._C._functorch.peek_interpreter_stack() is not None:
+        return TRANSFORMED
+    if reason is None and recording():
+        return "a CUDA graph being captured"
+    return reason
+
+
+class Told(Protocol):
+    """Who is told that its call is traced."""
+
+    def is_traced(self, reason: str) -> object:
+        """It is, by what ``reason`` says."""
+        ...
+
+
+class PassedBy:
+    """Which modules' calls were traced, and by what."""
+
+    def __init__(self) -> None:
+        self.by: dict[str, dict[str, None]] = {}
+
+    def note(self, name: str, reason: str) -> None:
+        """A module's call is traced."""
+        self.by.setdefault(reason, {})[name] = None
+
+    def add(self, other: PassedBy) -> None:
+        """What another one knows, too."""
+        for reason, names in other.by.items():
+            self.by.setdefault(reason, {}).update(names)
+
+
+_next = itertools.count(1)
+# By a string, which a compiler takes for a constant.
+_told: weakref.WeakValueDictionary[str, Told] = weakref.WeakValueDictionary()
+
+
+def key_of(each: Told) -> str:
+    """By which `compiles` finds who is to be told."""
+    key = str(next(_next))
+    _told[key] = each
+    return key
+
+
+def compiles(key: str) -> None:
+    """The call of whoever has this key is compiled or exported. Traced along, and leaves nothing behind."""
+    if not torch.compiler.is_dynamo_compiling():
+        _tell(key)
+    elif TRACES:
+        torch._dynamo.comptime.comptime(_tell_traced)
+
+
+def _tell_traced(context: Any) -> None:
+    _tell(context.get_local("key").as_python_constant())
+
+
+def _tell(key: str) -> None:
+    each = _told.get(key)
+    if each is not None:
+        each.is_traced(EXPORTED if is_exporting() else COMPILED)
