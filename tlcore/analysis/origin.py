@@ -125,7 +125,10 @@ class _Around:
         self._by_call: dict[Call, list[Placed]] = defaultdict(list)
         self._by_directory: dict[tuple[int, tuple[str, str]], list[Placed]] = defaultdict(list)
         for place, each in enumerate(seen):
-            if each.rank != self._found.rank or each.request not in (None, self._found.request):
+            if each.rank != self._found.rank:
+                continue
+            # What is of no request is computed from those of all.
+            if self._found.request is not None and each.request not in (None, self._found.request):
                 continue
             # Requests are computed in other steps of B, so that a name tells more than the step.
             for side, name in enumerate(each.names):

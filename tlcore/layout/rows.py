@@ -254,6 +254,12 @@ class CallRows:
         found = self._indices.get(str(record["name"]).split("/")[1], record["call"])
         return int(found)
 
+    def batch(self, record: Mapping[str, Any]) -> tuple[Grid, Sequence[Row]] | None:
+        """The grid of a record's call and its rows; None unless there is one."""
+        found = {each.grid: each.rows for each in self.sets(str(record["name"]).split("/")[1]) if each.grid}
+        ((grid, rows),) = found.items() if len(found) == 1 else ((None, ()),)
+        return (grid, rows) if grid is not None and grid.length else None
+
     def layout(self, record: Mapping[str, Any]) -> tuple[Any, ...]:
         """The row sets of a record's call without their owners: what lies where."""
         keys = ("first_row", "rows", "first_position", "sequence")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MissingError, ReadError, missing
 from ..layout.checks import is_whole
 from ..layout.names import step_dir
-from ..layout.rows import DECIDED, CallRows, Span
+from ..layout.rows import DECIDED, CallRows, Grid, Row, Span
 from ..layout.tokens import checked_tokens
 from ..ledger import Counts
 from ..record import Json
@@ -166,6 +166,10 @@ class Step(Mapping[str, "torch.Tensor"]):
     def fits_rows(self, record: Json) -> bool:
         """Whether a record's tensor may have rows of requests, known or not."""
         return self._call_rows[record["rank"]].placed(record).fits
+
+    def batch_of(self, record: Json) -> tuple[Grid, Sequence[Row]] | None:
+        """The batch of samples that a record's call was of, and its rows; None where that is not known."""
+        return self._call_rows[record["rank"]].batch(record)
 
     def layout_of(self, record: Json) -> tuple[Any, ...]:
         """What is known of the rows of a record's call, whosever they are; empty where nothing is."""

@@ -141,9 +141,12 @@ def _spans(
             counted = (rank, module, step.index_in_model(source.records[0]), direction, path)
             if step.rows is not None:
                 counted = key
-            spans = [] if _is_mask(step, path) else list(_rows_of(source, step, labels))
-            if not spans:
-                loose.add(step, key, counted, source)
+            mask = _is_mask(step, path)
+            spans = [] if mask else list(_rows_of(source, step, labels))
+            if spans:
+                loose.add_rows(step, key, counted, source, labels)
+            else:
+                loose.add(step, key, counted, source, labels, mask)
             for span in spans:
                 found[counted, span.request].append(span)
     return found

@@ -26,6 +26,8 @@ _BATCH = 32
 _CHANCE = 9
 # The standard normal deviate that is exceeded once in a hundred times, and what a quotient is at least.
 _RARE, _LEAST = 2.33, 0.04
+# By how many epsilons of the largest value one value may be off by chance.
+_ROUNDINGS = 1.5
 NOTHING: Sizes = (0.0, 0.0, 0.0)
 
 
@@ -120,7 +122,7 @@ def judged(
 
 @dataclass(frozen=True, slots=True)
 class Level:
-    """A tensor's noise in all its rows, by each measure."""
+    """A tensor's noise in all its rows, by each measure; ``norm`` is what was seen by the first of them."""
 
     sizes: Sizes = NOTHING
     unlike: int = 0
@@ -128,13 +130,14 @@ class Level:
     counted: int = 0
     runs: int = 0
     seen: bool = False
+    norm: float = 0.0
 
     def joined(self, more: Distance) -> Level:
         """With what another run or other rows show."""
         spread = self.spread[0] + more.spread[0], self.spread[1] + more.spread[1]
         sizes, unlike = _largest(self.sizes, more.sizes), max(self.unlike, more.unlike)
         counted = self.counted + max(1, more.count // more.width)
-        return Level(sizes, unlike, spread, counted, self.runs + 1, self.seen or more.any)
+        return Level(sizes, unlike, spread, counted, self.runs + 1, self.seen or more.any, sizes[0])
 
     @property
     def rows(self) -> float:
@@ -147,22 +150,40 @@ class Level:
         rounding = difference.rounding
         if not rounding:
             return self
+        value = _ROUNDINGS * rounding
         if not self.rows:
-            return replace(self, sizes=_largest((rounding / 2, rounding / 2, rounding), before))
+            return replace(self, sizes=_largest((rounding / 2, rounding / 2, value), before))
         norm = rounding * math.sqrt(_CHANCE / max(difference.count, _CHANCE))
         row = rounding * math.sqrt(_CHANCE / max(difference.width, _CHANCE))
         usual = math.sqrt(self.spread[0] / self.counted) * _doubt(self.rows)
-        return replace(self, sizes=_largest(self.sizes, (max(norm, usual), max(row, usual), rounding)))
+        return replace(self, sizes=_largest(self.sizes, (max(norm, usual), max(row, usual), value)))
 
     def of(self, difference: Distance) -> Noise:
-        """A difference in units of this noise."""
+        """A difference in units of this noise.
+
+        Where it is larger than what was seen in all rows, its extremes are so by chance, too.
+        """
         if difference.unlike > self.unlike:
             units = _units(difference.unlike, self.unlike)
             return Noise(units, "special", difference.unlike, self.unlike, self.seen, self.runs)
-        each = [_units(size, level) for size, level in zip(difference.sizes, self.sizes, strict=True)]
+        row, value = self._scatter(difference)
+        levels = self.sizes[0], self.sizes[1] * row, self.sizes[2] * value
+        each = [_units(size, level) for size, level in zip(difference.sizes, levels, strict=True)]
         at = each.index(max(each))
         name = cast(By, get_args(By)[at])
-        return Noise(each[at], name, difference.sizes[at], self.sizes[at], self.seen, self.runs)
+        return Noise(each[at], name, difference.sizes[at], levels[at], self.seen, self.runs)
+
+    def _scatter(self, difference: Distance) -> tuple[float, float]:
+        """How much larger the worst row and value may be: the root of how much larger the rest is.
+
+        The rest is all other rows for a row, and everything for a value.
+        """
+        usual = self.spread[0] / self.counted if self.counted else 0.0
+        rows = max(1, difference.count // difference.width)
+        rest = max(0.0, difference.spread[0] - difference.row**2) / max(1, rows - 1)
+        squares = rest / usual if usual else 1.0, (difference.norm / self.norm) ** 2 if self.norm else 1.0
+        row, value = (max(1.0, each) ** 0.25 if math.isfinite(each) else 1.0 for each in squares)
+        return row, value
 
 
 def _doubt(rows: float) -> float:
