@@ -35,7 +35,7 @@ def _every_access(run: Run) -> Iterator[Callable[[], Any]]:
         yield partial(getattr, step, "calls")
         yield from (partial(step.tensor, name) for name in names)
         for call in calls:
-            for name in ("inputs", "outputs", "post_fwd_inputs", "module", "index"):
+            for name in ("inputs", "outputs", "post_fwd_inputs", "operators", "module", "index"):
                 yield partial(_of_call, step, call, name)
 
 

@@ -19,6 +19,7 @@ from .matching.rules import Rules, compiled_patterns, positions, renames
 from .measure import Tolerance
 from .noise.advice import advice
 from .noise.further import Further, RunLike, opened_run, path_of
+from .other_code import other_code
 from .results import Comparison, Origin, TensorResult
 from .schedule import in_order
 from .work import Task, place_of, share, unshare
@@ -107,6 +108,7 @@ def compare(
     notes = [*matching.notes, *_mixed(results, tolerance), *further.notes(results)]
     if not further.runs:
         notes += advice(run_a, run_b, pieces, results)
+    notes += other_code(matching.missing, (run_a, run_b))
     results += matching.missing
     return Comparison(run_a.url, run_b.url, results, notes, further.to_json(), origin)
 

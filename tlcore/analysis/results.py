@@ -8,12 +8,14 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, get_args
 
+from ..layout.directions import is_operator
 from ..layout.names import PathKey, shown_module
 from ..reader import Run, Step
 from ..record import Direction, Json
 from .culprit import Culprit, Look, culprit
 from .frames import data_frame
 from .measure import Measures
+from .operators import Used, advice, used_for
 from .origin import Birth, Entered, Seen, birth, entered_in
 
 Status = Literal["bitwise", "close", "different", "missing", "unreadable"]
@@ -99,7 +101,8 @@ class Divergence:
 
     ``within`` is for an input that is the first tensor to differ: the module, and which call of it, in whose
     own code it was born, between its captured submodules. It is ``""`` for the model; where its inputs were
-    not captured, the fault may come from outside (``born`` is None).
+    not captured, the fault may come from outside (``born`` is None). ``operator`` is for the result of one:
+    which, and where it is called; ``born`` then speaks of its inputs.
     """
 
     step: int
@@ -110,6 +113,7 @@ class Divergence:
     result: TensorResult
     within: str | None = None
     within_call: int = 0
+    operator: Used | None = None
 
     def to_json(self) -> Json:
         """The divergence as a JSON object."""
@@ -122,6 +126,8 @@ class Divergence:
             "within": self.within,
             "within_call": self.within_call,
         }
+        if self.operator is not None:
+            found["operator"] = self.operator.to_json()
         if self.result.request is not None:
             found |= {"request": self.result.request, "first_position": self.result.first_position}
         if self.result.noise is not None:
@@ -131,7 +137,9 @@ class Divergence:
     def __str__(self) -> str:
         call = f" (call {self.call})" if self.call else ""
         request = f", request {self.result.request}" if self.result.request is not None else ""
-        if self.direction == "inputs" and self.born is not False:
+        if self.operator is not None:
+            how = str(self.operator)
+        elif self.direction == "inputs" and self.born is not False:
             how = Birth(self.born, self.within, self.within_call).between("agree")
         else:
             how = {
@@ -221,20 +229,37 @@ class Comparison:
             found[result.status] += 1
         return found
 
+    @property
+    def advice(self) -> str | None:
+        """How to see more of the first divergence than its module; None where there is no more."""
+        found = self.first_divergence
+        if found is None or not found.born or found.operator is not None:
+            return None
+        module, call = found.module, found.call
+        if found.direction == "inputs":
+            if found.within is None:
+                return None
+            module, call = found.within, found.within_call
+        known = ((each.step, each.module, each.call) for each in self.results if is_operator(each.direction))
+        return None if (found.step, module, call) in known else advice(module)
+
     def _first(self, statuses: set[str]) -> Divergence | None:
         for place, result in enumerate(self.results):
             if result.status in statuses:
                 left_out = result.direction == "inputs"
-                found = birth(self._seen(statuses, left_out), place, self._entered())
+                seen = self._seen(statuses, left_out)
+                found = birth(seen, place, self._entered())
+                used = None if self.origin is None else used_for(seen[place], self.origin.runs, seen)
                 return Divergence(
                     result.step,
                     result.module,
                     result.call,
                     result.direction,
-                    found.born,
+                    found.born if used is None else used.born,
                     result,
                     found.within,
                     found.within_call,
+                    used,
                 )
         return None
 
@@ -271,6 +296,7 @@ class Comparison:
             "first_divergence": first.to_json() if first else None,
             "first_difference": difference.to_json() if difference else None,
             "culprits": {label: found.to_json() for label, found in self.culprits},
+            "advice": self.advice,
             "counts": self.counts,
             "noise": self.noise,
             "notes": list(self.notes),

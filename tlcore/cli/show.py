@@ -12,6 +12,7 @@ from ..errors import ReadError
 from ..layout.directions import DIRECTIONS
 from ..layout.names import shown_module
 from ..reader import Call, MissingError, Run, Step, open_run
+from ..reader.operator import operator_in
 from ..record import Json
 from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable, size
@@ -136,6 +137,10 @@ def _show_call(call: Call, step: Step, as_json: bool) -> None:
     for direction, node in structures.items():
         for line in _tree(direction, node, 0):
             print(printable(line))
+        if "operator" in node:
+            operator = operator_in(node, direction, call.directory)
+            print(printable(f"  {operator.function} at {operator.file}:{operator.line}"))
+            print(printable(f"  of {', '.join(map(_operand, operator.operands()))}"))
 
 
 def _show_structure(structure: Json, name: str, as_json: bool) -> None:
@@ -148,7 +153,8 @@ def _show_structure(structure: Json, name: str, as_json: bool) -> None:
 
 def _structures(call: Call) -> dict[str, Json]:
     found: dict[str, Json] = {}
-    for direction in (*DIRECTIONS[:1], *call.taps_shown, *DIRECTIONS[1:], *call.gradients_shown):
+    amid = *call.taps_shown, *call.operators_shown
+    for direction in (*DIRECTIONS[:1], *amid, *DIRECTIONS[1:], *call.gradients_shown):
         try:
             found[direction] = call.structure(direction)
         except MissingError:
@@ -174,6 +180,12 @@ def _tree(label: str, node: Json, depth: int) -> Iterator[str]:
             yield from _tree(f"{key}=", item, depth + 1)
     else:
         yield f"{indent}{label}: {kind} {node.get('value', node.get('class', ''))}".rstrip()
+
+
+def _operand(operand: Json) -> str:
+    kind, what = next(iter(operand.items()))
+    note = " (changed since)" if operand.get("changed_since") else ""
+    return (str(what) if kind in ("from", "value") else f"{kind} {what}") + note
 
 
 def _items(node: Json) -> Iterable[tuple[Any, Json]]:

@@ -32,6 +32,7 @@ class Config:
     device_names: tuple[str, ...]
     log_post_fwd_inputs: bool
     log_gradients: bool
+    ops: tuple[str, ...]
     capture_objects: tuple[Literal["cache"], ...]
     backend: str
     compiled: Literal["eager-steps", "taps"]
@@ -166,8 +167,10 @@ def check_config(
     sound |= {key: item for key, item in document.items() if not _concerns(key, found)}
     found += _two_places(document)
     found += _bad_patterns("module_call_match", sound["module_call_match"], parse_pattern)
+    found += _bad_patterns("ops", sound["ops"], parse_pattern)
     found += _bad_patterns("request_ids", sound["request_ids"], check_regex)
     found += _bad_rows(sound)
+    found += _ops_compiled(sound)
     try:
         config = _normal_form(sound, found)
     except ConfigError as error:
@@ -230,6 +233,14 @@ def _bad_rows(document: dict[str, Any]) -> list[ConfigError]:
     return []
 
 
+def _ops_compiled(document: Mapping[str, Any]) -> list[ConfigError]:
+    """The problem of operators asked of compiled code, where there are none to be heard."""
+    if not document["ops"] or document["compiled"] != "taps":
+        return []
+    problem = 'operators can be captured in eager steps only, not with "compiled": "taps".'
+    return [ConfigError("$.ops", problem, "Leave one of the two out.")]
+
+
 def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
     """The object for a sound document; problems of the backend and its place are added to ``found``."""
     given = document["backend"]
@@ -253,6 +264,7 @@ def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
             **document,
             "output_dir": output_dir,
             "module_call_match": _tuple(document["module_call_match"]),
+            "ops": tuple(document["ops"]),
             "request_ids": _tuple(document["request_ids"]),
             "log_step_ids": tuple(document["log_step_ids"]),
             "device_names": tuple(document["device_names"]),

@@ -17,6 +17,8 @@ from .hooks.collector import Collector
 from .hooks.listeners import ListenerSet
 from .hooks.listening import Listener, Rename, Source
 from .hooks.module_tree import ModuleTree, Named
+from .hooks.operator_listener import OperatorListener, may_ask
+from .hooks.operators import Operators
 from .hooks.steps import StepCalls
 from .hooks.traced import TracedListener
 from .hooks.tracing import PassedBy
@@ -35,16 +37,21 @@ class Audience:
         self.source: Source | None = None
         self._collector = collector
         self._post_inputs = config.log_post_fwd_inputs
+        self._chooser = ModuleFilter(config.ops, "ops")
+        self.operators = Operators(collector, self._chooser.calls_of_any) if config.ops else None
 
     def listener(self, each: Named, module_names: frozenset[str], hearing: Hearing) -> Listener | None:
         """Who listens to a module; nobody where it is not selected, or captured in another way."""
         wanted = self.selector.calls_of_any(each.names)
-        if wanted is None or each.module in self._elsewhere:
+        operators = self.operators
+        chosen = operators is not None and self._chooser.calls_of_any(each.names) is not None
+        watched = chosen or (operators is not None and may_ask(each.module))
+        if each.module in self._elsewhere or (wanted is None and not watched):
             return None
         directory = functools.partial(call_directory, module_names - {""})
-        return Listener(
-            each.name, each.module, wanted, self._collector, hearing, directory, self._post_inputs
-        )
+        of_module = each.name, each.module, wanted or frozenset()
+        given = *of_module, self._collector, hearing, directory, self._post_inputs
+        return Listener(*given) if operators is None else OperatorListener(operators, chosen, *given)
 
     def traced_listener(
         self, steps: StepCalls, each: Named, module_names: frozenset[str], hearing: Hearing
@@ -68,6 +75,8 @@ class Audience:
     def say_what_nobody_is_called(self, hooks: ListenerSet, model: str) -> None:
         """Warn of patterns that no module has, where all modules are there to tell."""
         found = [name for each in hooks.named(hooks.tree) for name in each.names]
+        for text in self._chooser.unmatched(found):
+            log.warning("%s", remarks.unmatched(text, found, key="ops"))
         unmatched = self.selector.unmatched(found)
         # Whether there is such a tap is known when the model has run.
         for text in unmatched:
@@ -81,7 +90,23 @@ class Audience:
         now_there = hooks.named(ModuleTree(hooks.model))
         silent = self.selector.silent(hooks.heard, hooks.names)
         told = {name for names in passed_by.by.values() for name in names}
-        return remarks.unheard(hooks, silent, now_there, self.selector.calls_of_any, told)
+        said = remarks.unheard(hooks, silent, now_there, self.selector.calls_of_any, told)
+        return said + ([] if self.operators is None else self._unwatched(hooks, self.operators))
+
+    def _unwatched(self, hooks: ListenerSet, operators: Operators) -> list[str]:
+        known = {**operators.seen, **dict.fromkeys(operators.left_out, True)}
+        chosen = {name: name in known for name in hooks.names}
+        return remarks.without_operators(self._chooser.silent(chosen, hooks.names), operators.left_out)
+
+    def listen_within(self, hooks: ListenerSet) -> None:
+        """Also hear the operators in chosen modules among those that ``hooks`` listen to."""
+
+        def directory(module: str, call: int) -> str:
+            names = frozenset(each.name for each in hooks.named(hooks.tree))
+            return call_directory(names - {""}, module, call)
+
+        if self.operators is not None:
+            self.operators.add(hooks, directory)
 
 
 def as_draft(each: Named) -> Named:

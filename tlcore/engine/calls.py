@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 from ..hotpath.listening import KnownSides
 from ..layout.directions import is_gradient
 from ..layout.structure import TreeSpec, count_leaves
 from ..record import Direction
+
+Operand = tuple[Any, ...]
+
+
+class Operator(NamedTuple):
+    """One use of an operator in a call: the function, the line that calls it, and where its inputs are from.
+
+    Each of ``inputs``, and of the values of ``keywords``, is a pair of a kind and what it says.
+    """
+
+    name: str
+    function: str
+    file: str
+    line: int
+    inputs: tuple[Operand, ...]
+    keywords: tuple[tuple[str, Operand], ...] = ()
+
 
 # A call whose structure keeps changing must not fill the memory.
 _MOST_STRUCTURES = 64
@@ -16,7 +35,8 @@ class CallSide:
 
     ``file`` is the name of its structure document in the step. ``keywords`` is the tree spec of keyword
     arguments, None for a result. ``begins`` says that a reader learns from this side of the call: the
-    inputs, or what taps show of a call that is not captured else.
+    inputs, or what taps show of a call that is not captured else. ``operator`` is what gave these values,
+    where that is no module.
     """
 
     __slots__ = (
@@ -27,6 +47,7 @@ class CallSide:
         "file",
         "keywords",
         "module",
+        "operator",
         "scalars",
         "tensors",
         "treespec",
@@ -53,6 +74,7 @@ class CallSide:
         self.directory = directory
         self.treespec = treespec
         self.keywords = keywords
+        self.operator: Operator | None = None
 
 
 Sides = dict[TreeSpec, CallSide]

@@ -29,7 +29,9 @@ _REPLACED = "they were replaced or taken out of the model"
 _UNKNOWN = "the model's own code passed them by"
 
 
-def unmatched(pattern: str, names: Iterable[str], what: str = "module") -> str:
+def unmatched(
+    pattern: str, names: Iterable[str], what: str = "module", key: str = "module_call_match"
+) -> str:
     """That no module, or other ``what``, has a name which ``pattern`` finds, with the nearest ones."""
     few = list(names)[:10_000]
     bare = re.sub(r"\\(.)|[\^$*+?(){}|\[\]]", r"\1", pattern).partition(":")[0]
@@ -37,7 +39,7 @@ def unmatched(pattern: str, names: Iterable[str], what: str = "module") -> str:
     near = difflib.get_close_matches(bare, few, n=2, cutoff=0.6)
     near += [parts[each] for each in difflib.get_close_matches(bare, parts, n=2, cutoff=0.6)]
     hint = " or ".join(repr(each) for each in dict.fromkeys(near[:3]))
-    said = f"module_call_match {pattern!r}: no {what} has a name that it finds"
+    said = f"{key} {pattern!r}: no {what} has a name that it finds"
     return said + (f"; did you mean {hint}?" if hint else "")
 
 
@@ -113,6 +115,17 @@ def _listed(names: Iterable[str]) -> str:
 def missed_taps(unmatched_by: Sequence[str], silent: Sequence[str], shown: Iterable[str]) -> list[str]:
     """What to say of patterns that find none of the taps ``shown``, and of those that found no value."""
     return [unmatched(each, shown, "tap") for each in unmatched_by] + [_nothing_of(each) for each in silent]
+
+
+def without_operators(silent: Sequence[str], left_out: Iterable[str]) -> list[str]:
+    """What to say of patterns of `ops` that found none, and of modules in which they were left out."""
+    said = [f"ops {each!r}: no operator was captured in the modules that it selects" for each in silent]
+    if names := sorted(left_out):
+        said.append(
+            f"ops: not captured in {some(names)}: PyTorch's fast path would compute otherwise there if its"
+            " operators were watched (torch.backends.mha.set_fastpath_enabled(False) lets them be)"
+        )
+    return said
 
 
 def replaced_within(modules: Sequence[str]) -> list[str]:

@@ -178,6 +178,7 @@ class Session:
             listener, counts = self._audience.listener, self._audience.counts
             self._hooks = ListenerSet(model, listener, rename, may_change_within, counts)
         self._taps.add(self._hooks)
+        self._audience.listen_within(self._hooks)
         if self._has_all_modules:
             self._audience.say_what_nobody_is_called(self._hooks, class_name(model))
         for device in {parameter.device for parameter in model.parameters()}:
@@ -207,6 +208,7 @@ class Session:
         audience = self._audience
         self._draft = ListenerSet(model, audience.listener, as_draft, counts=audience.counts)
         self._taps.add(self._draft)
+        audience.listen_within(self._draft)
 
     def turn(self, draft: bool) -> None:
         """Within a step: listen to the draft model's calls from now on, or again to the attached model's."""
@@ -248,6 +250,8 @@ class Session:
                 self._draft.install()
                 self._draft.rest()
             self._taps.begin_step()
+            if self._audience.operators is not None:
+                self._audience.operators.begin_step()
             if self._source is not None:
                 self._source.begin_step(self._collector)
             return True
@@ -331,6 +335,8 @@ class Session:
         hooks.close()
         missed_taps, shown_taps = self._taps.missed(hooks), self._taps.shown
         self._taps.close()
+        if self._audience.operators is not None:
+            self._audience.operators.close()
         self.remarks += remarks.traced(self.passed_by.by, ModuleTree(hooks.model).modules)
         if not self._has_all_modules:
             return

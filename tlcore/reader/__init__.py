@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..errors import MissingError
 from .call import Call
+from .operator import Operator
 from .rebuild import Arguments, OpaqueObject, Skipped
 from .request import Gap, Request
 from .run import Run, RunSummary, is_run, list_runs, open_run
@@ -16,6 +17,7 @@ __all__ = [
     "Gap",
     "MissingError",
     "OpaqueObject",
+    "Operator",
     "Request",
     "Run",
     "RunSummary",

@@ -7,9 +7,10 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingError
-from ..layout.directions import is_gradient, is_tap
+from ..layout.directions import is_gradient, is_operator, is_tap
 from ..layout.names import module_of, rank_suffix, step_dir
 from ..record import Json
+from .operator import Operator, operator_in
 from .rebuild import Arguments, rebuild, rebuild_arguments
 from .stored import Stored
 
@@ -92,6 +93,26 @@ class Call:
     def taps_shown(self) -> list[str]:
         """The directions under which the call's taps are stored: ``tap.<name>[_<i>]``."""
         return [each for each in self._directions if is_tap(each)]
+
+    @cached_property
+    def operators(self) -> list[Operator]:
+        """The operators that the module's own code used, in order, where ``ops`` selected the module.
+
+        What one of them gave is ``call.result_of(operator)``. Raises ReadError for a damaged one.
+        """
+        where = f"{self._stored.url}: {step_dir(self._step.number)}/{self.directory}"
+        found = ((each, self.structure(each)) for each in self.operators_shown)
+        return [operator_in(structure, each, f"{where}/{each}.json") for each, structure in found]
+
+    def result_of(self, operator: Operator) -> Any:
+        """What one of the call's operators gave, with tensors; what it wrote to, where it gives nothing."""
+        return rebuild(self.structure(operator.direction), self._step.tensor)
+
+    @property
+    def operators_shown(self) -> list[str]:
+        """The directions under which the call's operators are stored: ``op.<number>.<name>``."""
+        found = [each for each in self._directions if is_operator(each)]
+        return sorted(found, key=lambda each: int(each.split(".")[1]))
 
     @property
     def _directions(self) -> list[str]:

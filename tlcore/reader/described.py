@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import ReadError
 from ..layout.checks import LARGEST_SIZE, is_whole
-from ..layout.directions import DIRECTIONS, gradient_direction, is_tap
+from ..layout.directions import DIRECTIONS, gradient_direction, is_amid
 from ..layout.names import PathKey, rank_suffix, step_dir, within
 from ..record import Json
 from ..statistics.summary import KEYS, Statistics
@@ -48,12 +48,12 @@ def _of_rank(step: Step, rank: int) -> Iterator[Json]:
         if call not in identities:
             unstored = step.call(call, rank)
             identities[call] = unstored.module, unstored.index
-    taps: dict[str, list[str]] = {}
+    amid: dict[str, list[str]] = {}
     for name in structures:
         directory, _, file = name.rpartition("/")
-        if is_tap(file):
-            taps.setdefault(directory, []).append(file.removesuffix(".json"))
-    order = list(_in_order([(call, identities[call][0]) for call in calls], taps))
+        if is_amid(file):
+            amid.setdefault(directory, []).append(file.removesuffix(".json"))
+    order = list(_in_order([(call, identities[call][0]) for call in calls], amid))
     for call, direction in (*order, *_backwards(order, structures)):
         name = f"{call}/{direction}.json"
         if name not in structures:
@@ -86,24 +86,24 @@ def _entry(
 
 
 def _in_order(
-    calls: Sequence[tuple[str, str]], taps: Mapping[str, Sequence[str]]
+    calls: Sequence[tuple[str, str]], amid: Mapping[str, Sequence[str]]
 ) -> Iterator[tuple[str, str]]:
     """The sides of calls in order of execution, from the calls (directory, module) in order of entry.
 
-    A call lasts as long as calls of modules within its own follow. What it tapped comes before its result.
+    A call lasts as long as calls of modules within its own follow. What came amid it is before its result.
     """
     lasting: list[tuple[str, str]] = []
     for call, module in calls:
         while lasting and not within(module, lasting[-1][1]):
-            yield from _end(lasting.pop()[0], taps)
+            yield from _end(lasting.pop()[0], amid)
         yield call, "inputs"
         lasting.append((call, module))
     while lasting:
-        yield from _end(lasting.pop()[0], taps)
+        yield from _end(lasting.pop()[0], amid)
 
 
-def _end(call: str, taps: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
-    yield from ((call, direction) for direction in (*taps.get(call, ()), *DIRECTIONS[1:]))
+def _end(call: str, amid: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str]]:
+    yield from ((call, direction) for direction in (*amid.get(call, ()), *DIRECTIONS[1:]))
 
 
 def _backwards(order: Sequence[tuple[str, str]], structures: Container[str]) -> Iterator[tuple[str, str]]:

@@ -30,8 +30,8 @@ def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def captured(output_dir: Path) -> dict[str, Any]:
-    """The engine with every module of every step captured."""
-    config = {"output_dir": str(output_dir), "log_step_ids": []}
+    """The engine with every module of every step captured, and the operators of a layer."""
+    config = {"output_dir": str(output_dir), "log_step_ids": [], "ops": [r"layers\.5\."]}
     return report(SCRIPT, str(smollm2()), json.dumps(config))
 
 
@@ -109,3 +109,25 @@ def test_layer_0_agrees_with_transformers(captured: dict[str, Any], recorded: An
         # Both sides round to bfloat16 (relative 2**-9) a dozen times within the layer.
         assert bool(((mine - theirs).norm(dim=1) < 2**-6 * theirs.norm(dim=1)).all())
         assert float((mine - theirs).norm()) < 2**-7 * float(theirs.norm())
+
+
+def test_the_operators_of_a_layer_are_captured(recorded: Any) -> None:
+    for number in (0, 31):
+        step = recorded.step(number)
+        (split,) = step.call("model.layers.5.self_attn").operators
+        assert split.name == "split" and split.file.endswith("models/llama.py")
+        query, key, value = step.call("model.layers.5.self_attn").result_of(split)
+        ours = step.call("model.layers.5.self_attn.qkv_proj")
+        assert torch.equal(torch.cat([query, key, value], -1), ours.outputs[0])
+        attention = step.call("model.layers.5.self_attn.attn")
+        (used,) = [each for each in attention.operators if "unified_attention" in each.name]
+        assert not used.file.endswith("_ops.py")
+        assert torch.equal(attention.result_of(attention.operators[-1]), attention.outputs)
+        weights = [
+            each["parameter"]
+            for used in step.call("model.layers.5.input_layernorm").operators
+            for each in used.operands()
+            if "parameter" in each
+        ]
+        assert weights == ["model.layers.5.input_layernorm.weight"]
+    assert not any("/op." in name for name in recorded.step(0).names if ".layers.5." not in name)

@@ -33,6 +33,8 @@ def verdict(comparison: Comparison) -> list[str]:
         lines = ["what both runs have agrees, but tensors are missing"]
     if difference is not None and (first is None or difference.result is not first.result):
         lines.append(f"first difference in any bit: {difference}")
+    if comparison.advice is not None:
+        lines.append(comparison.advice)
     lines += [f"{label}: {found}" for label, found in comparison.culprits]
     counted = ", ".join(f"{count} {status}" for status, count in comparison.counts.items() if count)
     return [*lines, f"tensors: {counted}", *(f"note: {note}" for note in comparison.notes)]

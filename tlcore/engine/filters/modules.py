@@ -25,14 +25,17 @@ def _before_tap(pattern: str) -> re.Pattern[str]:
 
 
 class ModuleFilter:
-    """The union of several patterns; None selects every call of every module, no patterns select none."""
+    """The union of several patterns, those of a configuration's ``key``.
 
-    def __init__(self, patterns: Sequence[str] | None) -> None:
+    None selects every call of every module, no patterns select none.
+    """
+
+    def __init__(self, patterns: Sequence[str] | None, key: str = "module_call_match") -> None:
         self._patterns = tuple(patterns or ())
         self._parsed: tuple[tuple[re.Pattern[str], int | None], ...] | None = None
         if patterns is not None:
             named = enumerate(patterns)
-            self._parsed = tuple(parse_pattern(text, f"$.module_call_match[{i}]") for i, text in named)
+            self._parsed = tuple(parse_pattern(text, f"$.{key}[{i}]") for i, text in named)
         self._before_taps = [_before_tap(text) for text in self._patterns if may_be_tap(text)]
 
     def calls(self, module_name: str) -> Calls | None:

@@ -83,8 +83,15 @@ class Listener(StandIn):
         # The extension knows nothing of gradients.
         walker = collector.walker if collector.gradients is None else None
         self.listening = listening_of(walker, *given)
-        self.listening.aim(self.original, self.replaced)
+        self._aim_it()
         self._hear = self.listening.hear
+
+    def _aim_it(self) -> None:
+        self.listening.aim(self._given(), self.replaced)
+
+    def _given(self) -> Callable[..., Any]:
+        """What a call goes on to."""
+        return self.original
 
     def successor(self: Self) -> Self:
         """A new listener for the module, around whatever stands for its ``forward`` now.
@@ -124,7 +131,7 @@ class Listener(StandIn):
             return False
         self.replaced = without_dead(found)
         self.original = self.module.forward if self.replaced is None else self.replaced
-        self.listening.aim(self.original, self.replaced)
+        self._aim_it()
         return True
 
     @property

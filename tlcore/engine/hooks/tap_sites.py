@@ -127,7 +127,7 @@ class TapSites:
             return
         self._tree = self._hooks.tree
         modules = self._hooks.known
-        named = _running(frame, modules) or modules[id(self._hooks.model)]
+        named = module_of(frame, modules) or modules[id(self._hooks.model)]
         site = self._site(named, name)
         if _get_ident() != owner:
             if site.wanted is not None:
@@ -238,7 +238,7 @@ class Taps:
         return unmatched, [text for text in silent if text in alone]
 
 
-def _running(frame: FrameType | None, modules: Mapping[int, Named]) -> Named | None:
+def module_of(frame: FrameType | None, modules: Mapping[int, Named]) -> Named | None:
     """The module whose code runs in a frame or nearest around it."""
     while frame is not None:
         code = frame.f_code

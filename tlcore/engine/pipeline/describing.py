@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ...layout import names
 from ...layout.names import PathKey
@@ -14,7 +14,7 @@ from ...layout.templates import HOLE, STEP_DIR, Template
 from ...ledger import Counts
 from ...record import Json, Origin
 from ...statistics.summary import KEYS
-from ..calls import CallSide
+from ..calls import CallSide, Operand, Operator
 from ..filters.tensors import TensorSpec
 
 
@@ -61,7 +61,30 @@ def describe_side(
     document = describe(side.treespec, (), tensor, values)
     if side.keywords is not None:
         document["kwargs"] = describe(side.keywords, (), tensor, values)
+    if side.operator is not None:
+        document["operator"] = describe_operator(side.operator)
     return Described(tuple(stored), Template(document), count_specs(specs))
+
+
+def describe_operator(operator: Operator) -> Json:
+    """An operator's entry in its result's structure document."""
+    document: Json = {
+        "name": operator.name,
+        "function": operator.function,
+        "file": operator.file,
+        "line": operator.line,
+        "inputs": [_describe_operand(each) for each in operator.inputs],
+    }
+    if operator.keywords:
+        document["kwargs"] = {key: _describe_operand(each) for key, each in operator.keywords}
+    return document
+
+
+def _describe_operand(operand: Operand) -> Any:
+    kind, *rest = operand
+    if kind == "items":
+        return {"items": [_describe_operand(each) for each in rest[0]]}
+    return {kind: rest[0], **({"changed_since": True} if len(rest) > 1 else {})}
 
 
 def _origin(side: CallSide, spec: TensorSpec, path: tuple[PathKey, ...], rank: int) -> Origin:

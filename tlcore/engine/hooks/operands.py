@@ -1,0 +1,131 @@
+"""Where the inputs of an operator come from: earlier results, arguments, parameters, or plain values."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from ..calls import Operand
+
+_DEEPEST, _MOST, _LONGEST = 3, 64, 80
+# Tensors within arguments and results are looked for up to here.
+_MOST_PARTS = 4096
+
+
+class Operands:
+    """Remembers, within a step, which tensor object is which, without keeping any of them alive."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[weakref.ref[torch.Tensor], Operand, int]] = {}
+        # Memory that nobody has written yet holds anything.
+        self._raw: dict[int, weakref.ref[torch.Tensor]] = {}
+        self._models: list[nn.Module] = []
+
+    def begin_step(self) -> None:
+        """Forget the step before."""
+        self._known.clear()
+        self._raw.clear()
+        self._models = []
+
+    def use(self, model: nn.Module) -> None:
+        """Know the parameters and buffers of a model, as they are when the step asks first."""
+        if any(each is model for each in self._models):
+            return
+        self._models.append(model)
+        for kind, found in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
+            for name, tensor in found:
+                self._note(tensor, (kind, name))
+
+    def note(self, value: Any, place: str, again: bool = True) -> None:
+        """Each tensor in a value is from now on what stands at a place; where known, only ``again``."""
+        for path, tensor in parts_of(value):
+            if again or self._found(tensor) is None:
+                self._note(tensor, ("from", place + path))
+
+    def _note(self, tensor: torch.Tensor, operand: Operand) -> None:
+        self._known[id(tensor)] = weakref.ref(tensor), operand, _version(tensor)
+
+    def _found(self, tensor: torch.Tensor) -> tuple[Operand, int] | None:
+        entry = self._known.get(id(tensor))
+        return entry[1:] if entry is not None and entry[0]() is tensor else None
+
+    def of(self, value: Any, depth: int = 0) -> Operand:
+        """What an argument of an operator is, in words that are the same in each step."""
+        if isinstance(value, torch.Tensor):
+            found = self._found(value)
+            if found is None and self.is_raw(value):
+                return "value", "<not written yet>"
+            if found is None:
+                return "unknown", f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+            operand, version = found
+            changed = version >= 0 and version != _version(value)
+            return (*operand, "changed") if changed else operand
+        if isinstance(value, (tuple, list)) and depth < _DEEPEST:
+            return "items", tuple([self.of(each, depth + 1) for each in value[:_MOST]])
+        if value is None or isinstance(value, (bool, int, float, str)):
+            return "value", repr(value)[:_LONGEST]
+        if isinstance(value, (torch.dtype, torch.device, slice, complex, type(Ellipsis))):
+            return "value", str(value)[:_LONGEST]
+        return "value", f"<{type(value).__name__}>"
+
+    def same(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
+        """A tensor shows what another one holds."""
+        found = self._found(other)
+        if found is not None:
+            self._note(tensor, found[0])
+        if self.is_raw(other):
+            self.mark_raw(tensor)
+
+    def mark_raw(self, tensor: torch.Tensor) -> None:
+        """What it holds is not written yet."""
+        self._raw[id(tensor)] = weakref.ref(tensor)
+
+    def is_raw(self, tensor: torch.Tensor) -> bool:
+        """Whether what it holds may not all be written yet."""
+        entry = self._raw.get(id(tensor))
+        return entry is not None and entry() is tensor
+
+    def written(self, tensor: torch.Tensor) -> None:
+        """All of it is written now."""
+        self._raw.pop(id(tensor), None)
+
+    def shows_raw(self, tensor: torch.Tensor, args: tuple[Any, ...]) -> bool:
+        """Whether a result shows memory that may not all be written yet."""
+        if not self._raw:
+            return False
+        raw = [each for _, each in parts_of(args) if self.is_raw(each)]
+        return any(each is tensor or _share(each, tensor) for each in raw)
+
+
+def parts_of(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors in plain containers, each with ``_<key>`` for every key that leads to it."""
+    waiting: list[tuple[str, Any, int]] = [("", value, 0)]
+    for _ in range(_MOST_PARTS):
+        if not waiting:
+            return
+        path, each, depth = waiting.pop()
+        if isinstance(each, torch.Tensor):
+            yield path, each
+        elif depth >= _DEEPEST:
+            continue
+        elif isinstance(each, Mapping):
+            waiting += [(f"{path}_{key}", part, depth + 1) for key, part in each.items()]
+        elif isinstance(each, (tuple, list)):
+            waiting += [(f"{path}_{place}", part, depth + 1) for place, part in enumerate(each)]
+
+
+def _version(tensor: torch.Tensor) -> int:
+    """How often it has been changed in place; -1 where that is not counted."""
+    return -1 if tensor.is_inference() else tensor._version
+
+
+def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
+    try:
+        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
+    except (RuntimeError, NotImplementedError):
+        # There is no storage, as in sparse tensors.
+        return False

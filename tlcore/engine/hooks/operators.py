@@ -1,0 +1,255 @@
+"""What the operators give that a chosen module's own code uses, while a selected step runs eagerly.
+
+A mode of PyTorch's hears every function of torch that Python code calls, before any of it runs. It stands
+only around calls of chosen modules, and takes no part in what is computed.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+import threading
+from collections.abc import Callable, Sequence
+from types import CodeType, FrameType
+from typing import Any
+
+import torch
+from torch import overrides
+from torch.overrides import TorchFunctionMode
+
+from ...layout.directions import operator_direction
+from ...layout.structure import TreeSpec
+from ..calls import Call, CallSide, Operator, Sides
+from ..filters.modules import Calls
+from .collector import Collector
+from .counting import in_backward
+from .functions_of_torch import function_of
+from .listeners import ListenerSet
+from .module_tree import ModuleTree
+from .operands import Operands, parts_of
+from .tap_sites import module_of
+
+log = logging.getLogger("tlcore")
+_get_ident = threading.get_ident
+_is_compiling = torch.compiler.is_compiling
+# One that is called by other lines, or with other numbers, in each step must not fill the memory.
+_MOST_USES = 16
+# What hands functions of torch around.
+_HANDS_ON = frozenset({overrides.__file__, torch._ops.__file__})
+_OURS = __name__.partition(".")[0] + "."
+
+
+_innermost: Callable[[], Any] = overrides._get_current_function_mode
+
+
+class Operators:
+    """Hands what operators give to the collector; ``select`` says of which calls of a module, by its names.
+
+    ``directory`` gives a call's directory, as for the module's own tensors.
+    """
+
+    def __init__(self, collector: Collector, select: Callable[[Sequence[str]], Calls | None]) -> None:
+        self.operands = Operands()
+        self.depth = 0
+        # Modules of which PyTorch's own code wants to know whether anybody watches.
+        self.left_out: dict[str, None] = {}
+        # The modules of which any was captured.
+        self.seen: dict[str, bool] = {}
+        self._collector = collector
+        self._select = select
+        self._of: list[tuple[ListenerSet, Callable[[str, int], str]]] = []
+        self._tree: ModuleTree | None = None
+        self._wanted: dict[int, Calls | None] = {}
+        self._calls: dict[tuple[int, int, bool], _Uses] = {}
+        self._mode = _Mode(self)
+        self._said = False
+
+    def add(self, hooks: ListenerSet, directory: Callable[[str, int], str]) -> None:
+        """Take operators of the model that ``hooks`` listen to, too."""
+        self._of.append((hooks, directory))
+
+    def begin_step(self) -> None:
+        """A step begins; modules may be others than in the one before."""
+        self.operands.begin_step()
+        self.depth = 0
+        if self._of and self._of[0][0].tree is not self._tree:
+            self._tree = self._of[0][0].tree
+            self._wanted.clear()
+            self._calls.clear()
+        for uses in self._calls.values():
+            uses.count = 0
+
+    def close(self) -> None:
+        """Forget the models."""
+        self._of = []
+        self.begin_step()
+        self._calls.clear()
+
+    def within(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call of a chosen module, heard by the mode; one around it hears those inside."""
+        if self.depth:
+            return call(*args, **kwargs)
+        self.depth += 1
+        try:
+            with self._mode:
+                return call(*args, **kwargs)
+        finally:
+            self.depth -= 1
+
+    def aside(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Make a call that the mode does not hear, where it can step aside."""
+        if not self.depth or _innermost() is not self._mode:
+            return call(*args, **kwargs)
+        depth, self.depth = self.depth, 0
+        self._mode.__exit__(None, None, None)
+        try:
+            return call(*args, **kwargs)
+        finally:
+            self._mode.__enter__()
+            self.depth = depth
+
+    def listens(self) -> bool:
+        """Whether this thread's calls are those of a step that is captured now; then they may begin."""
+        heard = self._heard()
+        if heard is not None:
+            self.operands.use(heard[0].model)
+        return heard is not None
+
+    def _heard(self) -> tuple[ListenerSet, Callable[[str, int], str]] | None:
+        ident = _get_ident()
+        # What is computed once more in a backward pass has been captured before.
+        return next((each for each in self._of if each[0].owner == ident and in_backward() < 0), None)
+
+    def took(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, frame: FrameType | None
+    ) -> None:
+        """An operator has given a result; whatever goes wrong here is not the model's business."""
+        try:
+            self._take(func, args, kwargs, result, frame)
+        except Exception as error:
+            if not self._said:
+                self._said = True
+                log.warning("an operator could not be captured: %s: %s", type(error).__name__, error)
+
+    def _take(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, frame: FrameType | None
+    ) -> None:
+        function = function_of(func)
+        if function.raw:
+            for _, tensor in parts_of(result):
+                self.operands.mark_raw(tensor)
+            return
+        if function.name == "data":
+            # The same values behind another object.
+            self.operands.same(result, args[0])
+        value = function.given(args, kwargs, result)
+        if value is None:
+            return
+        at = _line_of(frame, function.code)
+        uses = self._uses_at(at)
+        of = self.operands.of
+        inputs = tuple([of(each) for each in args])
+        keywords = tuple([(key, of(each)) for key, each in kwargs.items()])
+        if at is None or uses is None or not self._is_settled(value, args, function.writes_all(args, kwargs)):
+            return
+        place = at.f_code.co_filename, at.f_lineno
+        operator = Operator(function.name, function.shown, *place, inputs, keywords)
+        direction = operator_direction(function.name, uses.count)
+        uses.count += 1
+        self.operands.note(value, f"{uses.call.directory}/{direction}")
+        known, make = uses.sides(direction, operator)
+        self._collector.tapped(uses.call, direction, known, value, make)
+
+    def _is_settled(self, value: Any, args: tuple[Any, ...], written: bool) -> bool:
+        """Whether no part of a value is memory that was not written yet; if ``written``, all of it is now."""
+        operands = self.operands
+        for _, tensor in parts_of(value):
+            if written:
+                operands.written(tensor)
+            elif operands.shows_raw(tensor, args):
+                operands.mark_raw(tensor)
+                return False
+        return True
+
+    def _uses_at(self, frame: FrameType | None) -> _Uses | None:
+        """Those of the call whose code runs in a frame; None where they are not to be captured."""
+        heard = self._heard()
+        if heard is None:
+            return None
+        hooks, directory = heard
+        named = module_of(frame, hooks.known)
+        if named is None:
+            return None
+        key = id(named.module)
+        if key not in self._wanted:
+            self._wanted[key] = self._select(named.names)
+        wanted = self._wanted[key]
+        if wanted is None:
+            return None
+        counter = hooks.counter(named)
+        call = counter.running if counter.running >= 0 else max(0, counter.count - 1)
+        if wanted != "all" and call not in wanted:
+            return None
+        only = counter.running < 0 or not counter.wants(call)
+        uses = self._calls.get((key, call, only))
+        if uses is None:
+            self.seen[named.name] = True
+            made = Call(named.name, call, directory(named.name, call), only)
+            uses = self._calls[key, call, only] = _Uses(made)
+        return uses
+
+
+class _Uses:
+    """The operators that one call of a module uses: ``count`` of them in this step so far."""
+
+    __slots__ = ("_known", "call", "count")
+
+    def __init__(self, call: Call) -> None:
+        self.call = call
+        self.count = 0
+        self._known: dict[str, dict[Operator, Sides]] = {}
+
+    def sides(self, direction: str, operator: Operator) -> tuple[Sides, Callable[[TreeSpec], CallSide]]:
+        """The sides of one use of an operator by structure, and what makes another."""
+        uses = self._known.setdefault(direction, {})
+        known = uses.get(operator)
+        if known is None:
+            if len(uses) >= _MOST_USES:
+                uses.clear()
+            known = uses[operator] = {}
+
+        def make(treespec: TreeSpec) -> CallSide:
+            side = self.call.add(known, treespec, direction, treespec, None)
+            side.operator = operator
+            return side
+
+        return known, make
+
+
+class _Mode(TorchFunctionMode):
+    """Hears which function of torch gave what."""
+
+    def __init__(self, operators: Operators) -> None:
+        super().__init__()
+        self._took = operators.took
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call the function as it would have been called, and tell of it."""
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if not _is_compiling():
+            self._took(func, args, kwargs, result, sys._getframe(1))
+        return result
+
+
+def _line_of(frame: FrameType | None, own: CodeType | None) -> FrameType | None:
+    """The frame that calls a function, behind those by which torch hands it around."""
+    while frame is not None:
+        code = frame.f_code
+        if code.co_filename not in _HANDS_ON and code is not own and code.co_name != "__torch_function__":
+            # What this package itself does with tensors is no part of the model.
+            return None if str(frame.f_globals.get("__name__", "")).startswith(_OURS) else frame
+        frame = frame.f_back
+    return None
