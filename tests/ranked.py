@@ -60,11 +60,13 @@ def requests_run(
     steps: Sequence[Rows],
     tensors: Callable[[int, list[dict[str, Any]]], Mapping[str, torch.Tensor]],
     cached: Mapping[str, int] | None = None,
-    backend: str = "pt",
+    backend: str | Mapping[str, Any] = "pt",
+    extra: Callable[[int], Mapping[str, Any]] | None = None,
 ) -> Run:
     """A run with these rows in its steps; ``tensors`` gives a step's tensors from its number and rows.
 
-    What is called ``logits`` has a row for each request's last token.
+    What is called ``logits`` has a row for each request's last token. ``extra`` gives more of a
+    step's document.
     """
     config = load_config(output_dir=str(path), log_step_ids=[], backend=backend, module_call_match=".")
     session = Session(config, new_run(config))
@@ -82,7 +84,8 @@ def requests_run(
             for i, row in enumerate(listed)
         ]
         logits = {"calls": ["logits"], "sets": [{"kind": "sampled", "rows": lasts}]}
-        session.end_step(rows=listed, extra={"call_rows": [logits]})
+        more = {} if extra is None else extra(number)
+        session.end_step(rows=listed, extra={"call_rows": [logits], **more})
     session.close()
     return tlcore.open_run(session.url)
 

@@ -40,6 +40,7 @@ TABLES = (
     "long_growth",
     "long_decode",
     "long_uploads",
+    "dataset",
 )
 
 

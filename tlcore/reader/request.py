@@ -87,7 +87,7 @@ class Request(Mapping[str, "torch.Tensor"]):
         for record in step.records:
             for span in map(Span.kept, step.row_spans(record)):
                 if span.row["request_id"] == self.request_id and span.length and span.first is not None:
-                    key = _name_in_model(step, record, modules), str(span.row.get("sequence", ""))
+                    key = name_in_model(step, record, modules), str(span.row.get("sequence", ""))
                     found[key].append(_Place(step, record["name"], span, span.first))
 
     @property
@@ -196,7 +196,7 @@ class Request(Mapping[str, "torch.Tensor"]):
         return f"<Request {self.request_id} of {self._url}, steps {self.steps}>"
 
 
-def _name_in_model(step: Step, record: Mapping[str, Any], modules: frozenset[str]) -> str:
+def name_in_model(step: Step, record: Mapping[str, Any], modules: frozenset[str]) -> str:
     """A record's logical name without its step, as if the model had been called once in it."""
     _, directory, file = str(record["name"]).split("/", 2)
     index = step.index_in_model(dict(record))

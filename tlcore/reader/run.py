@@ -34,7 +34,11 @@ from .verify import verify_steps
 if TYPE_CHECKING:
     import torch
 
+    from .dataset.dataset import RowDataset
+    from .dataset.items import Per
+
 Options = Mapping[str, Any] | None
+OpenedAs = tuple[str, Options]
 
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]*)/")
 _RUN_BELOW = re.compile(r"[^/]+/run\.json")
@@ -51,19 +55,20 @@ def open_run(path: str | os.PathLike[str], storage_options: Options = None) -> R
     something else, several runs, or a newer layout; BackendError when the URL cannot be opened.
     """
     store = None if is_file(path) else open_existing(path, storage_options)
+    opened_as = os.fspath(path), storage_options
     if store is not None:
         try:
-            return _run_of(store)
+            return _run_of(store, opened_as)
         except MissingError:
             pass
     found, near = open_foreign(path, store, storage_options)
     if found is not None:
-        return _foreign_run(*found)
+        return _foreign_run(*found, opened_as)
     raise not_recognised(path, near) if store is None else _not_one_run(path, storage_options, near)
 
 
-def _foreign_run(store: Store, document: Json) -> Run:
-    return Run(store, check_run(document, store.url))
+def _foreign_run(store: Store, document: Json, opened_as: OpenedAs) -> Run:
+    return Run(store, check_run(document, store.url), opened_as)
 
 
 def is_run(path: str | os.PathLike[str], storage_options: Options = None) -> bool:
@@ -81,9 +86,9 @@ def is_run(path: str | os.PathLike[str], storage_options: Options = None) -> boo
     return open_foreign(path, store, storage_options)[0] is not None
 
 
-def _run_of(store: Store) -> Run:
+def _run_of(store: Store, opened_as: OpenedAs | None = None) -> Run:
     files = RunFiles(store)
-    return Run(store, check_run(files.json(RUN_FILE), f"{files.url}/{RUN_FILE}"))
+    return Run(store, check_run(files.json(RUN_FILE), f"{files.url}/{RUN_FILE}"), opened_as)
 
 
 @dataclass(frozen=True, slots=True)
@@ -179,8 +184,10 @@ class Run(Mapping[int, Step]):
     A snapshot: what a running capture adds later is seen by opening the run again.
     """
 
-    def __init__(self, store: Store, document: Json) -> None:
+    def __init__(self, store: Store, document: Json, opened_as: OpenedAs | None = None) -> None:
+        """``opened_as`` are the path and options by which `open_run` finds it again in another process."""
         self.stored = Stored(store, document)
+        self.opened_as = opened_as
         # A step that nobody looks at any more is let go, however many there are.
         self._opened: WeakValueDictionary[int, Step] = WeakValueDictionary()
         self.document = document
@@ -361,6 +368,25 @@ class Run(Mapping[int, Step]):
         full = find_request(self.requests, request_id, sample, self.url)
         steps = [self.step(number) for number in self.steps]
         return Request(self.url, full, self.requests[full], steps)
+
+    def dataset(
+        self,
+        names: str | Sequence[str],
+        rows: str | Mapping[str, Any] = "all",
+        context: int | None = None,
+        per: Per = "token",
+    ) -> RowDataset:
+        """The rows of requests (or samples) as a data set of torch, one item a token.
+
+        ``names`` are names without their step, such as ``model.layers.5/outputs_0``, with or without the
+        device; only positions that all of these tensors have are in it. ``rows`` is a window as in the
+        configuration: ``"all"``, ``"prompt"``, ``"response"``, ``{"from": a, "to": b}``. With ``context`` an
+        item is that many positions which follow one another, with ``per="request"`` a whole request; one with
+        gaps is left out, never padded. Raises MissingError for a name without rows, ReadError.
+        """
+        from .dataset.dataset import make_dataset
+
+        return make_dataset(self, names, rows, context, per)
 
     def json(self, name: str) -> Any:
         """The value of one of the run's JSON documents, such as ``step_0/layers.0/outputs.json``.

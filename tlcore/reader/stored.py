@@ -254,12 +254,12 @@ class Stored:
             with self._asking():
                 yield from source.arrays(rank, keys)
 
-    def read_array(self, array: Array) -> Buffer:
-        """All bytes of an array. Raises MissingError or ReadError, also for too few or too many."""
+    def read_array(self, array: Array, begin: int = 0, end: int | None = None) -> Buffer:
+        """The bytes of rows ``[begin, end)`` of an array, all by default. Raises MissingError, ReadError."""
         source = self.source
         assert isinstance(source, SupportsArrays)
         with self._asking():
-            return source.read_array(array)
+            return source.read_array(array, begin, end)
 
     def tensor(self, record: Mapping[str, Any]) -> torch.Tensor:
         """The tensor of a record, on the CPU. Raises MissingError or ReadError."""

@@ -1,0 +1,353 @@
+"""A run's rows, or those of several runs, as data sets of torch."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections import OrderedDict
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+from torch.utils.data import Dataset
+
+from ...errors import ReadError
+from ...layout.windows import window_of
+from .items import Items, Per, items_of
+from .order import Order, Plan
+from .reading import AllRows, Batch, Rows, new_tensor
+from .table import Numbers, Table
+
+if TYPE_CHECKING:
+    from ..run import Run
+    from .loader import Loader
+
+BUFFER_BYTES = 256 << 20
+_REMOTE_THREADS = 8
+_LOCAL_THREADS = 2
+_OF_ITEM = ("request",)
+
+
+class RowDataset(Dataset[Batch]):
+    """Tokens, pieces of ``context`` positions, or whole requests, in the order in which they were captured.
+
+    An item is a dictionary: each tensor by the name that was asked for (``[...]`` of a token, ``[positions,
+    ...]`` of a sequence), ``positions``, ``request`` (a number: `requests` has the ids), and where they are
+    known of all rows ``token_ids``, and ``response``: whether a position lies behind its request's prompt.
+    ``left_out`` says which requests nothing is there of, and why. Made by `Run.dataset`; ``+`` joins several.
+    """
+
+    def __init__(self, parts: Sequence[tuple[Table, Items]], per: Per, context: int | None) -> None:
+        self._made_of = list(parts)
+        self.per, self.context = per, context
+        self.requests: list[str] = []
+        self.left_out: dict[str, str] = {}
+        rows: list[Rows] = []
+        for table, items in parts:
+            rows.append(Rows(table, items, len(self.requests)))
+            self.requests += table.requests
+            self.left_out |= items.left_out
+        self._rows = AllRows(rows)
+        self._starts, self._counts = _joined([items for _, items in parts], [each.count for each in rows])
+        self._count = sum(each.count for each in rows) if self._starts is None else len(self._starts)
+        self._threads = _Threads(self._rows.is_local)
+
+    @property
+    def names(self) -> list[str]:
+        """The names of the tensors, as they were asked for."""
+        return list(self._rows.names)
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all runs lie on disks of this machine."""
+        return self._rows.is_local
+
+    @property
+    def ragged(self) -> bool:
+        """Whether items differ in length: whole requests."""
+        return self.context is None and self.per == "request"
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
+        """Several items, read together."""
+        items = np.array([_checked(index, self._count) for index in indices], dtype=np.int64)
+        return list(self._split(items, self._load(items, self._threads.pool())))
+
+    def __iter__(self) -> Iterator[Batch]:
+        """The items in their order, read in large pieces."""
+        return iter(OrderedDataset(self, Plan(None, 0, BUFFER_BYTES // 2)))
+
+    def __add__(self, other: Dataset[Any]) -> RowDataset:  # type: ignore[override]  # torch's own is no map
+        """The items of this and, behind them, another's. Raises ReadError where they differ in kind."""
+        if not isinstance(other, RowDataset):
+            raise ReadError(f"{type(other).__name__} is no data set of a run, which alone can be joined")
+        for what, own, its in zip(("names", "rows", "kind"), self._kind, other._kind, strict=True):
+            if own != its:
+                raise ReadError(f"data sets cannot be joined: their {what} differ, {own} and {its}")
+        return RowDataset([*self._made_of, *other._made_of], self.per, self.context)
+
+    @property
+    def _kind(self) -> tuple[Any, ...]:
+        return self.names, self._rows.forms, (self.per, self.context)
+
+    @property
+    def fingerprint(self) -> str:
+        """Equal for data sets of the same items in the same order."""
+        digest = hashlib.sha256(repr((self._kind, self._count, self.requests)).encode())
+        for table, items in self._made_of:
+            digest.update(os.path.basename(table.url).encode())
+            for column in (items.pieces.request, items.pieces.first, items.pieces.length, items.starts):
+                digest.update(b"" if column is None else column.tobytes())
+        return digest.hexdigest()
+
+    def shuffled(self, seed: int, epoch: int = 0, buffer_bytes: int = BUFFER_BYTES) -> OrderedDataset:
+        """The same items shuffled over all runs, as a data set to be read from its first item to its last.
+
+        The same order for the same ``seed``, ``epoch`` and ``buffer_bytes``, wherever it is read. As much is
+        kept in memory at most: the items being read, and those read ahead.
+        """
+        if seed < 0 or epoch < 0:
+            raise ValueError(f"seed {seed} and epoch {epoch} must not be negative")
+        return OrderedDataset(self, Plan(seed, epoch, max(1, buffer_bytes // 2)))
+
+    def loader(self, batch_size: int, **options: Any) -> Loader:
+        """A `Loader`: batches in a shuffled order that can be interrupted and taken up again."""
+        from .loader import Loader
+
+        return Loader(self, batch_size, **options)
+
+    def order(self, plan: Plan) -> Order:
+        """The order that a plan means."""
+        return Order(self._count, self._rows.row_bytes, self._counts, plan)
+
+    def load(self, items: Numbers, pool: Executor | None) -> Loaded:
+        """Items by number, in memory. Raises ReadError."""
+        ordered = np.sort(items)
+        places = np.searchsorted(ordered, items)
+        return Loaded(self, self._load(ordered, pool), ordered, places)
+
+    def _load(self, items: Numbers, pool: Executor | None) -> Batch:
+        return self._rows.load(self.rows_of(items), pool)
+
+    def rows_of(self, items: Numbers) -> Numbers:
+        """The numbers of the rows of items, one item after the other."""
+        if self._starts is None or self._counts is None:
+            return items
+        starts, counts = self._starts[items], self._counts[items]
+        ends = np.cumsum(counts)
+        rows: Numbers = np.repeat(starts - (ends - counts), counts) + np.arange(ends[-1] if len(ends) else 0)
+        return rows
+
+    def counts_of(self, items: Numbers) -> Numbers:
+        """How many rows items have."""
+        return np.ones(len(items), dtype=np.int64) if self._counts is None else self._counts[items]
+
+    def _split(self, items: Numbers, rows: Batch) -> Iterator[Batch]:
+        """The items, of whose rows one after the other is given."""
+        begin = 0
+        for count in self.counts_of(items).tolist():
+            own = {name: values[begin : begin + count] for name, values in rows.items()}
+            yield self.item(own)
+            begin += count
+
+    def item(self, rows: Batch) -> Batch:
+        """An item of its rows: a token's without the dimension of positions, a sequence's request once."""
+        if self._starts is None:
+            return {name: values[0] for name, values in rows.items()}
+        return {name: values[0] if name in _OF_ITEM else values for name, values in rows.items()}
+
+    def stacked(self, rows: Batch, items: int) -> Batch:
+        """Items of equal length as one dictionary of tensors ``[items, ...]``."""
+        if self._starts is None:
+            return rows
+        found = {name: values.view(items, -1, *values.shape[1:]) for name, values in rows.items()}
+        return found | {name: found[name][:, 0] for name in _OF_ITEM}
+
+    def __repr__(self) -> str:
+        what = f"pieces of {self.context} positions" if self.context else f"{self.per}s"
+        runs = f" of {len(self._made_of)} runs" if len(self._made_of) > 1 else ""
+        return f"<RowDataset: {self._count} {what}{runs}, {', '.join(self.names)}>"
+
+
+class Loaded:
+    """Items in memory. ``items`` are sorted, and at ``places`` of them are those that were asked for."""
+
+    def __init__(self, data: RowDataset, rows: Batch, items: Numbers, places: Numbers) -> None:
+        self._data, self._rows, self._places = data, rows, places
+        self._counts = data.counts_of(items)
+        self._ends = np.cumsum(self._counts)
+
+    def take(self, begin: int, end: int) -> list[Batch] | Batch:
+        """Those asked for at ``[begin, end)``: one dictionary, of items of different length several."""
+        import torch
+
+        places = self._places[begin:end]
+        if self._data.ragged:
+            return [self._one(place) for place in places.tolist()]
+        if self._ends[-1] == len(self._ends):
+            chosen = places
+        else:
+            width = int(self._counts[0])
+            chosen = ((places * width)[:, None] + np.arange(width)).reshape(-1)
+        rows = torch.from_numpy(chosen)
+        found = {name: _selected(values, rows) for name, values in self._rows.items()}
+        return self._data.stacked(found, end - begin)
+
+    def one(self, place: int) -> Batch:
+        """The one that was asked for at a place."""
+        return self._one(int(self._places[place]))
+
+    def _one(self, at: int) -> Batch:
+        end = int(self._ends[at])
+        own = slice(end - int(self._counts[at]), end)
+        # Of its own memory: what is kept of an item must not keep the others.
+        return self._data.item({name: values[own].clone() for name, values in self._rows.items()})
+
+
+def _selected(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
+    import torch
+
+    target = new_tensor((len(rows), *values.shape[1:]), values.dtype)
+    return torch.index_select(values, 0, rows, out=target)
+
+
+class OrderedDataset(Dataset[Batch]):
+    """The items of a data set in the order of a plan, one window after the other in memory.
+
+    Made to be read in order, by any sampler that goes forward: one window is in memory, and the next is read
+    meanwhile.
+    """
+
+    def __init__(self, data: RowDataset, plan: Plan) -> None:
+        self.data = data
+        self.order = data.order(plan)
+        self._windows: OrderedDict[int, Future[Loaded]] = OrderedDict()
+        self._threads = _Threads(data.is_local)
+        self._ahead = _Threads(True, 1)
+
+    def __len__(self) -> int:
+        return len(self.data)
+
+    def __getitem__(self, index: int) -> Batch:
+        return self.__getitems__([index])[0]
+
+    def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
+        """Several items."""
+        found = []
+        for index in indices:
+            place = _checked(index, len(self))
+            window = self.order.window_of(place)
+            found.append(self._window(window, len(self)).one(place - self.order.bounds(window)[0]))
+        return found
+
+    def __iter__(self) -> Iterator[Batch]:
+        """All items in order."""
+        count = len(self)
+        for number in range(self.order.windows):
+            window, bounds = self._window(number, count), self.order.bounds(number)
+            yield from map(window.one, range(bounds[1] - bounds[0]))
+
+    def batches(self, begin: int, end: int, stop: int) -> Iterator[list[Batch] | Batch]:
+        """The items at places ``[begin, end)``, a part for each window; none is wanted from ``stop`` on."""
+        while begin < end:
+            window = self.order.window_of(begin)
+            first, last = self.order.bounds(window)
+            until = min(end, last)
+            yield self._window(window, stop).take(begin - first, until - first)
+            begin = until
+
+    def _window(self, number: int, stop: int) -> Loaded:
+        """A window, while the next is read."""
+        if self._ahead.changed():
+            # Another process has threads and files of its own.
+            self._windows.clear()
+        current = self._windows.pop(number, None) or self._start(number)
+        ahead = number + 1
+        following = self._windows.pop(ahead, None)
+        self._windows.clear()
+        self._windows[number] = current
+        found = current.result()
+        if ahead < self.order.windows and self.order.bounds(ahead)[0] < stop:
+            self._windows[ahead] = following or self._start(ahead)
+        return found
+
+    def _start(self, number: int) -> Future[Loaded]:
+        pool = self._threads.pool()
+        return self._ahead.always().submit(lambda: self.data.load(self.order.items(number), pool))
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        return {**self.__dict__, "_windows": OrderedDict()}
+
+    def __repr__(self) -> str:
+        return f"<OrderedDataset of {self.data!r}, {self.order.plan}>"
+
+
+class _Threads:
+    """Threads that read, made when they are needed, in each process anew."""
+
+    def __init__(self, is_local: bool, count: int | None = None) -> None:
+        self._count = count or (_LOCAL_THREADS if is_local else _REMOTE_THREADS)
+        self._single = is_local and count is None
+        self._pool: ThreadPoolExecutor | None = None
+        self._pid = os.getpid()
+
+    def changed(self) -> bool:
+        """Whether this is another process than that of the threads."""
+        return self._pid != os.getpid()
+
+    def pool(self) -> Executor | None:
+        """The threads; None where a local disk is faster without them."""
+        return None if self._single else self.always()
+
+    def always(self) -> Executor:
+        """The threads."""
+        if self._pool is None or self.changed():
+            self._pool, self._pid = ThreadPoolExecutor(self._count, "tlcore-read"), os.getpid()
+        return self._pool
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        return {**self.__dict__, "_pool": None}
+
+
+def _joined(items: Sequence[Items], rows: Sequence[int]) -> tuple[Numbers | None, Numbers | None]:
+    """Starts and counts over all runs; none where each row is an item."""
+    if items[0].starts is None:
+        return None, None
+    offsets = np.cumsum([0, *rows])[:-1]
+    starts = [
+        cast(Numbers, each.starts) + offset for each, offset in zip(items, offsets.tolist(), strict=True)
+    ]
+    return np.concatenate(starts), np.concatenate([cast(Numbers, each.counts) for each in items])
+
+
+def _checked(index: int, count: int) -> int:
+    found = int(index) + (count if index < 0 else 0)
+    if not 0 <= found < count:
+        raise IndexError(f"item {index} of {count}")
+    return found
+
+
+def make_dataset(
+    run: Run, names: str | Sequence[str], rows: Any, context: int | None, per: Per
+) -> RowDataset:
+    """The data set of one run; as `Run.dataset` says. Raises ReadError."""
+    asked = [names] if isinstance(names, str) else list(names)
+    if not asked or len(set(asked)) != len(asked):
+        raise ReadError(f"{run.url}: a data set needs names of tensors, each once: {asked}")
+    if per not in ("token", "request"):
+        raise ReadError(f'{run.url}: per={per!r} is neither "token" nor "request"')
+    if context is not None and (per == "request" or type(context) is not int or context < 1):
+        problem = "is a number of positions, at least 1, and not for whole requests"
+        raise ReadError(f"{run.url}: context={context!r}: it {problem}")
+    try:
+        window = window_of(rows)
+    except ValueError as error:
+        raise ReadError(f"{run.url}: rows={rows!r}: {error}") from None
+    table = Table(run, asked)
+    return RowDataset([(table, items_of(table, window, per, context))], per, context)

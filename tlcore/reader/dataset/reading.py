@@ -1,0 +1,208 @@
+"""Reading rows: those that lie near each other by one ranged read, several reads at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Executor
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ...layout.dtypes import torch_dtype
+from .items import Items
+from .table import Form, Numbers, Table
+
+if TYPE_CHECKING:
+    import torch
+
+# A request takes as long as this many bytes do, so rows between two that are wanted are read along.
+_REMOTE_GAP_BYTES = 256 << 10
+_LOCAL_GAP_BYTES = 4 << 10
+_MOST_BYTES = 8 << 20
+
+Batch = dict[str, "torch.Tensor"]
+
+
+class _Read(NamedTuple):
+    """Rows ``[first, last)`` of a source; ``wanted`` of them go to the places ``into``."""
+
+    source: int
+    first: int
+    last: int
+    wanted: Numbers
+    into: Numbers
+
+
+class Rows:
+    """The rows of one run's items by number, with what is known of each: token id, position, request.
+
+    ``offset`` is the number of its first request among those of all runs that are read together.
+    """
+
+    def __init__(self, table: Table, items: Items, offset: int) -> None:
+        self.names, self.forms = table.names, table.forms
+        self.sources = table.sources
+        self.count = int(items.ends[-1]) if len(items.ends) else 0
+        self._pieces, self._ends = items.pieces, items.ends
+        self._offset = offset
+        self._ids, self._id_begins = _token_ids(table)
+        prompts = [table.tokens[each].prompt if each in table.tokens else None for each in table.requests]
+        self._prompts = np.array([-1 if each is None else each for each in prompts], dtype=np.int64)
+        used = np.unique(self._pieces.request)
+        self.has_prompts = bool((self._prompts[used] >= 0).all())
+        self.has_token_ids = self._all_ids()
+
+    def _all_ids(self) -> bool:
+        ends = self._pieces.first + self._pieces.length
+        begins = self._id_begins[self._pieces.request]
+        if (begins + ends > self._id_begins[self._pieces.request + 1]).any():
+            return False
+        unknown = np.concatenate([[0], np.cumsum(self._ids < 0)])
+        return bool((unknown[begins + ends] == unknown[begins + self._pieces.first]).all())
+
+    def known_of(self, rows: Numbers) -> dict[str, Numbers]:
+        """Position and request of rows by number, and token id and whether it is of the response."""
+        piece = np.searchsorted(self._ends, rows, "right")
+        positions = self._pieces.first[piece] + rows - self._begins(piece)
+        request = self._pieces.request[piece]
+        found: dict[str, Any] = {"positions": positions, "request": request + self._offset}
+        if self.has_token_ids:
+            found["token_ids"] = self._ids[self._id_begins[request] + positions]
+        if self.has_prompts:
+            found["response"] = positions >= self._prompts[request]
+        return found
+
+    def _begins(self, piece: Numbers) -> Numbers:
+        begins: Numbers = self._ends[piece] - self._pieces.length[piece]
+        return begins
+
+    def jobs(self, rows: Numbers, into: Sequence[torch.Tensor]) -> Iterator[Callable[[], None]]:
+        """Reads that together put the rows of each tensor into ``into`` (bytes, a row for each)."""
+        piece = np.searchsorted(self._ends, rows, "right")
+        offset = rows - self._begins(piece)
+        for number, target in enumerate(into):
+            if not target.shape[1]:
+                continue
+            source = self._pieces.source[piece, number]
+            row = self._pieces.begin[piece, number] + offset
+            buffer = target.numpy()
+            for read in self._reads(source, row, target.shape[1]):
+                yield _job(self, read, buffer)
+
+    def _reads(self, source: Numbers, row: Numbers, width: int) -> Iterator[_Read]:
+        order = np.lexsort((row, source))
+        source, row = source[order], row[order]
+        gap = _LOCAL_GAP_BYTES if self.sources.is_local else _REMOTE_GAP_BYTES
+        far = np.diff(row) * width > max(gap, width)
+        borders = np.flatnonzero(far | (np.diff(source) != 0)) + 1
+        most = max(1, _MOST_BYTES // width)
+        for begin, end in zip([0, *borders.tolist()], [*borders.tolist(), len(row)], strict=True):
+            while begin < end:
+                first = int(row[begin])
+                until = begin + int(np.searchsorted(row[begin:end], first + most, "left"))
+                own = slice(begin, until)
+                yield _Read(int(source[begin]), first, int(row[until - 1]) + 1, row[own] - first, order[own])
+                begin = until
+
+
+def _job(rows: Rows, read: _Read, buffer: Any) -> Callable[[], None]:
+    def work() -> None:
+        data = rows.sources.read(read.source, read.first, read.last)
+        found = np.frombuffer(data, dtype=np.uint8).reshape(read.last - read.first, -1)
+        buffer[_as_slice(read.into)] = found[_as_slice(read.wanted)]
+
+    return work
+
+
+def _as_slice(numbers: Numbers) -> slice | Numbers:
+    """Numbers that follow one another as a slice, which copies nothing twice."""
+    first, last = int(numbers[0]), int(numbers[-1])
+    follow = last - first == len(numbers) - 1 and bool((np.diff(numbers) == 1).all())
+    return slice(first, last + 1) if follow else numbers
+
+
+def _token_ids(table: Table) -> tuple[Numbers, Numbers]:
+    """All known ids one after the other, -1 where one is not known, and where each request's begin."""
+    parts = [table.tokens[each].ids if each in table.tokens else () for each in table.requests]
+    begins = np.cumsum([0, *map(len, parts)])
+    ids = [np.array(part, dtype=np.int64) for part in parts]
+    return (np.concatenate(ids) if ids else np.zeros(0, np.int64)), begins
+
+
+class AllRows:
+    """The rows of several runs, those of the first run first."""
+
+    def __init__(self, parts: Sequence[Rows]) -> None:
+        self.parts = list(parts)
+        self.names, self.forms = parts[0].names, parts[0].forms
+        self._begins = np.cumsum([0, *(part.count for part in parts)])
+        self.is_local = all(part.sources.is_local for part in parts)
+        self.known = ["positions", "request"]
+        self.known += ["token_ids"] if all(part.has_token_ids for part in parts) else []
+        self.known += ["response"] if all(part.has_prompts for part in parts) else []
+
+    @property
+    def row_bytes(self) -> int:
+        """How many bytes one row has of all tensors together."""
+        return sum(map(_width, self.forms))
+
+    def load(self, rows: Numbers, pool: Executor | None) -> Batch:
+        """Rows by number: each tensor's ``[rows, ...]``, and what is known of them. Raises ReadError."""
+        import torch
+
+        data = [new_tensor((len(rows), _width(form)), torch.uint8) for form in self.forms]
+        known = {name: np.empty(len(rows), dtype=np.int64) for name in self.known}
+        jobs: list[Callable[[], None]] = []
+        for number, part in enumerate(self.parts):
+            first, last = self._begins[number : number + 2]
+            own = np.flatnonzero((rows >= first) & (rows < last))
+            if not len(own):
+                continue
+            whole = len(own) == len(rows)
+            targets = data if whole else [each.new_empty((len(own), each.shape[1])) for each in data]
+            chosen = rows[own] - first
+            for name, values in part.known_of(chosen).items():
+                if name in known:
+                    known[name][own] = values
+            jobs += part.jobs(chosen, targets)
+            if not whole:
+                _run(jobs, pool)
+                jobs = []
+                for target, source in zip(data, targets, strict=True):
+                    target[torch.from_numpy(own)] = source
+        _run(jobs, pool)
+        tensors = [_typed(each, form) for each, form in zip(data, self.forms, strict=True)]
+        found: Batch = dict(zip(self.names, tensors, strict=True))
+        found |= {name: torch.from_numpy(values) for name, values in known.items()}
+        if "response" in found:
+            found["response"] = found["response"].bool()
+        return found
+
+
+def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
+    """Memory for a tensor. NumPy asks the system for large pages, without which touching it takes longer."""
+    import torch
+
+    return torch.from_numpy(np.empty(prod(shape) * dtype.itemsize, np.uint8)).view(dtype).view(*shape)
+
+
+def _run(jobs: Sequence[Callable[[], None]], pool: Executor | None) -> None:
+    if pool is None or len(jobs) < 2:
+        for job in jobs:
+            job()
+        return
+    for future in [pool.submit(job) for job in jobs]:
+        future.result()
+
+
+def _width(form: Form) -> int:
+    dtype = torch_dtype(form.dtype)
+    assert dtype is not None
+    return prod(form.shape) * dtype.itemsize
+
+
+def _typed(data: torch.Tensor, form: Form) -> torch.Tensor:
+    dtype = torch_dtype(form.dtype)
+    assert dtype is not None
+    return data.view(-1).view(dtype).view(data.shape[0], *form.shape)

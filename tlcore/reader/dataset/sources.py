@@ -1,0 +1,190 @@
+"""Where rows of tensors lie: in arrays of many steps, in one step's tensor, or where only the whole is."""
+
+from __future__ import annotations
+
+import os
+from bisect import bisect_left
+from collections.abc import Mapping, Sequence
+from math import prod
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from ...errors import ReadError
+from ...layout.dtypes import item_size
+from ...layout.rows import as_rows
+from ...protocols import Array, Buffer
+from ...record import Json
+from ..placements import is_part
+from ..step import Step
+from ..stored import payload
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+
+def row_form(shape: Sequence[int], axis: int) -> tuple[int, ...]:
+    """The shape of one row of a tensor whose positions lie along ``axis`` (`tlcore.layout.rows.as_rows`)."""
+    return (
+        tuple(shape[1:]) if axis == 0 else tuple(each for at, each in enumerate(shape[1:], 1) if at != axis)
+    )
+
+
+class _InArray(NamedTuple):
+    """An array by its number among the rank's; ``unit`` is how many bytes one of its rows has."""
+
+    rank: int
+    number: int
+    row_bytes: int
+    unit: int
+
+
+class _InRecord(NamedTuple):
+    """A step's tensor, whose rows follow one another."""
+
+    record: Json
+    row_bytes: int
+
+
+class _Whole(NamedTuple):
+    """A step's tensor that is read as a whole: its rows do not follow one another, or ranks hold parts."""
+
+    step: int
+    name: str
+    axis: int
+    row_bytes: int
+
+
+class _ArrayRows(NamedTuple):
+    """Where the tensors of an array's steps begin in it, in the order of steps.
+
+    ``rows_each`` is how many rows one of the array's own stands for.
+    """
+
+    source: int
+    rows_each: int
+    steps: list[int]
+    begins: list[int]
+
+
+class Sources:
+    """The places that a run's rows lie in, by number.
+
+    Goes into other processes, where the run is opened again: no connection may cross a fork.
+    """
+
+    def __init__(self, run: Run) -> None:
+        self._run: Run | None = run
+        self._pid = os.getpid()
+        self._opened_as = run.opened_as
+        self._url = run.url
+        self._has_arrays = run.stored.has_arrays
+        self._is_local = run.stored.is_local
+        self._sources: list[_InArray | _InRecord | _Whole] = []
+        self._located: dict[tuple[int, str], list[_ArrayRows]] = {}
+        self._keys: dict[int, list[str]] = {}
+        self._arrays: dict[tuple[int, int], Array] = {}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the run lies on a disk of this machine."""
+        return self._is_local
+
+    def of(self, step: Step, record: Json, axis: int) -> tuple[int, int]:
+        """The source of a record's rows, and the row there that is the record's first. Raises ReadError."""
+        width = item_size(record["dtype"]) or 0
+        row_bytes = prod(row_form(record["shape"], axis)) * width
+        if axis == 2 or "part" in record or is_part(record):
+            return self._append(_Whole(step.number, str(record["name"]), axis, row_bytes)), 0
+        if self._has_arrays:
+            found = self._in_array(step, record, row_bytes, width)
+            if found is not None:
+                return found
+        kept = {key: value for key, value in record.items() if key not in ("hash", "path", "module")}
+        return self._append(_InRecord(kept, row_bytes)), 0
+
+    def _append(self, source: _InArray | _InRecord | _Whole) -> int:
+        self._sources.append(source)
+        return len(self._sources) - 1
+
+    def _in_array(self, step: Step, record: Json, row_bytes: int, width: int) -> tuple[int, int] | None:
+        rank, key = int(record["rank"]), str(record["name"]).partition("/")[2]
+        if (rank, key) not in self._located:
+            self._locate(rank, key, row_bytes, width)
+        for each in self._located[rank, key]:
+            at = bisect_left(each.steps, step.number)
+            if at < len(each.steps) and each.steps[at] == step.number:
+                return each.source, each.begins[at] * each.rows_each
+        return None
+
+    def _locate(self, rank: int, key: str, row_bytes: int, width: int) -> None:
+        """Note the arrays of a tensor. The rows of each are asked for once, and not kept."""
+        run, found = self.run(), self._located.setdefault((rank, key), [])
+        for number, array in enumerate(run.stored.arrays(rank, {key})):
+            unit = prod(array.shape[1:]) * width
+            if not row_bytes or unit % row_bytes:
+                # Rows of another form, which are refused where they are met.
+                continue
+            source = self._append(_InArray(rank, self._number(rank, key, number), row_bytes, unit))
+            steps, begins = [each.step for each in array.rows], [each.begin for each in array.rows]
+            found.append(_ArrayRows(source, unit // row_bytes, steps, begins))
+
+    def _number(self, rank: int, key: str, number: int) -> int:
+        keys = self._keys.setdefault(rank, [])
+        if key not in keys:
+            keys.append(key)
+        return keys.index(key) << 32 | number
+
+    def forget_steps(self) -> None:
+        """Let go of what only the pass over the steps needed."""
+        self._located.clear()
+
+    def run(self) -> Run:
+        """The run, opened once in each process. Raises ReadError where it cannot be."""
+        if self._run is None or self._pid != os.getpid():
+            if self._run is not None and not self._is_local:
+                raise ReadError(
+                    f"{self._url}: a run at a URL is not read in a forked process;"
+                    ' give the DataLoader multiprocessing_context="spawn"'
+                )
+            if self._opened_as is None:
+                raise ReadError(
+                    f"{self._url}: it was not opened by open_run, so no other process can open it"
+                )
+            from ..run import open_run
+
+            self._run, self._pid = open_run(*self._opened_as), os.getpid()
+            self._arrays.clear()
+        return self._run
+
+    def read(self, source: int, begin: int, end: int) -> Buffer:
+        """The bytes of rows ``[begin, end)`` of a source. Raises MissingError or ReadError."""
+        place, run = self._sources[source], self.run()
+        first, last = begin * place.row_bytes, end * place.row_bytes
+        if isinstance(place, _InRecord):
+            data = run.stored.read_range(place.record, first, last)
+        elif isinstance(place, _Whole):
+            tensor = run.step(place.step).tensor(place.name, unshard=True)
+            data = payload(as_rows(tensor, place.axis)[begin:end])
+        else:
+            array, unit = self._array(run, place), place.unit
+            data = run.stored.read_array(array, first // unit, -(-last // unit))
+            data = memoryview(data).cast("B")[first % unit :][: last - first]
+        size = memoryview(data).nbytes
+        if size != last - first:
+            raise ReadError(f"{self._url}: source of rows ends too early, {size} bytes of {last - first}")
+        return data
+
+    def row_bytes(self, source: int) -> int:
+        """How many bytes a row has."""
+        return self._sources[source].row_bytes
+
+    def _array(self, run: Run, place: _InArray) -> Array:
+        known = self._arrays.get((place.rank, place.number))
+        if known is None:
+            for at, key in enumerate(self._keys[place.rank]):
+                for number, array in enumerate(run.stored.arrays(place.rank, {key})):
+                    self._arrays[place.rank, at << 32 | number] = array
+            known = self._arrays[place.rank, place.number]
+        return known
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        return {**self.__dict__, "_run": None, "_arrays": {}, "_located": {}}

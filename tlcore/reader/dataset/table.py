@@ -1,0 +1,239 @@
+"""Whose rows lie where: one pass over a run's steps, kept as columns of numbers."""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+
+from ...errors import ReadError, missing
+from ...layout import names as naming
+from ...layout.rows import Span
+from ...record import Json
+from ..placements import is_part
+from ..request import name_in_model
+from ..step import Step
+from .sources import Sources, row_form
+
+if TYPE_CHECKING:
+    from ..run import Run
+
+_REMOTE_THREADS = 8
+_ENCODER = "@encoder"
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+
+
+class Form(NamedTuple):
+    """What all rows of a tensor have in common."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+
+@dataclass
+class Tokens:
+    """The token ids of one request by position, -1 where one is not known, and how long its prompt is."""
+
+    ids: array[int] = field(default_factory=lambda: array("q"))
+    prompts: set[int | None] = field(default_factory=set)
+
+    def add(self, entry: Json) -> None:
+        """Take up an entry of `Step.token_entries`; of an id that was read several times the last counts."""
+        first, kept = entry["first_position"], entry["kept"]
+        if len(self.ids) < first:
+            self.ids.extend([-1] * (first - len(self.ids)))
+        self.ids[first : first + kept] = array("q", entry["ids"][:kept])
+        self.prompts.add(entry.get("prompt"))
+
+    @property
+    def prompt(self) -> int | None:
+        """The prompt's length; None where the steps do not all say the same."""
+        return next(iter(self.prompts)) if len(self.prompts) == 1 else None
+
+
+@dataclass
+class Pieces:
+    """Rows that lie together: of one request, at positions that follow one another, in one step.
+
+    Columns of equal length; ``source`` and ``begin`` have a column for each tensor.
+    """
+
+    request: Numbers
+    first: Numbers
+    length: Numbers
+    source: Numbers
+    begin: Numbers
+
+    def take(self, chosen: Any) -> Pieces:
+        """The chosen ones, by mask or by number."""
+        columns = (self.request, self.first, self.length, self.source, self.begin)
+        return Pieces(*(column[chosen] for column in columns))
+
+    def cut(self, before: Numbers, length: Numbers) -> Pieces:
+        """Each without so many rows before, and with so many rows from there on; empty ones are left out."""
+        begin = self.begin + before[:, None]
+        cut = Pieces(self.request, self.first + before, length, self.source, begin)
+        return cut.take(length > 0)
+
+
+class _Part(NamedTuple):
+    first: int
+    length: int
+    source: int
+    begin: int
+
+
+class Table:
+    """The rows that a run has of some tensors, in the order of its steps.
+
+    ``names`` may leave out the device, and end in ``@encoder`` as in `Request`. Only rows that every one of
+    them has in the same step are there. Raises MissingError for a name without rows, ReadError where rows of
+    one are not all of the same form.
+    """
+
+    def __init__(self, run: Run, names: Sequence[str]) -> None:
+        self.url = run.url
+        self.names = list(names)
+        self.forms: list[Form] = []
+        self.requests: list[str] = []
+        self.tokens: dict[str, Tokens] = {}
+        self._numbers: dict[str, int] = {}
+        self._wanted = [(name.removesuffix(_ENCODER), name.endswith(_ENCODER)) for name in names]
+        self._seen: dict[str, None] = {}
+        self._forms: list[Form | None] = [None] * len(self.names)
+        # Of a tensor with rows of both, those of the decoder are meant.
+        self._encoder: list[set[bool]] = [set() for _ in self.names]
+        self.sources = Sources(run)
+        self._columns: tuple[array[int], ...] = tuple(array("q") for _ in range(3))
+        self._places = array("q")
+        for step in _steps(run):
+            self._look_at(step, bool(run.ranks))
+        self.sources.forget_steps()
+        self._check()
+        self.pieces = self._newest()
+        del self._columns, self._places, self._seen
+
+    def _look_at(self, step: Step, of_vllm: bool) -> None:
+        for entry in step.token_entries:
+            if not entry.get("sequence"):
+                self.tokens.setdefault(str(entry["request_id"]), Tokens()).add(entry)
+        records = step.wholes if of_vllm or any(map(is_part, step.records)) else step.records
+        modules = frozenset(str(record["module"]) for record in step.records)
+        found: list[dict[str, list[_Part]]] = [{} for _ in self.names]
+        for record in records:
+            own = name_in_model(step, record, modules)
+            short = _without_device(own, record)
+            self._seen[short] = None
+            for number, (name, _) in enumerate(self._wanted):
+                if name in (own, short):
+                    self._add(step, record, number, found[number])
+        for request in found[0] if found else ():
+            self._join(request, [each.get(request, []) for each in found])
+
+    def _add(self, step: Step, record: Json, number: int, found: dict[str, list[_Part]]) -> None:
+        encoder = self._wanted[number][1]
+        for span in map(Span.kept, step.row_spans(record)):
+            if not span.length or span.first is None:
+                continue
+            of_encoder = bool(span.row.get("sequence"))
+            self._encoder[number].add(of_encoder)
+            if encoder and not of_encoder:
+                continue
+            source, begin = self.sources.of(step, record, span.axis)
+            self._check_form(number, Form(str(record["dtype"]), row_form(record["shape"], span.axis)))
+            part = _Part(span.first, span.length, source, begin + span.begin)
+            found.setdefault(str(span.row["request_id"]), []).append(part)
+
+    def _check_form(self, number: int, form: Form) -> None:
+        known = self._forms[number]
+        if known is None:
+            self._forms[number] = form
+        elif known != form:
+            shown = f"{known.dtype} {list(known.shape)} and {form.dtype} {list(form.shape)}"
+            raise ReadError(f"{self.url}: {self.names[number]!r} has rows of different forms ({shown})")
+
+    def _check(self) -> None:
+        for number, name in enumerate(self.names):
+            form = self._forms[number]
+            if form is None:
+                raise missing("tensor with rows of requests", name, self.url, self._seen)
+            if self._encoder[number] == {False, True} and not self._wanted[number][1]:
+                hint = f"; name {name}{_ENCODER} for those of the encoder alone"
+                raise ReadError(f"{self.url}: {name!r} has rows of encoder and decoder{hint}")
+            self.forms.append(form)
+
+    def _join(self, request: str, parts: Sequence[list[_Part]]) -> None:
+        """Add the positions that every tensor has a row of in this step."""
+        if all(len(each) == 1 and each[0][:2] == parts[0][0][:2] for each in parts):
+            self._append(request, *parts[0][0][:2], [each[0] for each in parts])
+            return
+        rows: list[dict[int, tuple[int, int]]] = []
+        for each in parts:
+            own: dict[int, tuple[int, int]] = {}
+            for first, length, source, begin in each:
+                own.update({first + at: (source, begin + at) for at in range(length)})
+            rows.append(own)
+        for position in sorted(set(rows[0]).intersection(*rows[1:])):
+            self._append(request, position, 1, [_Part(position, 1, *own[position]) for own in rows])
+
+    def _append(self, request: str, first: int, length: int, parts: Sequence[_Part]) -> None:
+        number = self._numbers.setdefault(request, len(self._numbers))
+        if number == len(self.requests):
+            self.requests.append(request)
+        for column, value in zip(self._columns, (number, first, length), strict=True):
+            column.append(value)
+        for part in parts:
+            self._places.extend((part.source, part.begin))
+
+    def _newest(self) -> Pieces:
+        """The pieces, without what was computed again later: the tokens that follow were made from that."""
+        request, first, length = (np.array(column, dtype=np.int64) for column in self._columns)
+        places = np.array(self._places, dtype=np.int64).reshape(-1, len(self.names), 2)
+        pieces = Pieces(request, first, length, places[:, :, 0], places[:, :, 1])
+        order = np.lexsort((first, request))
+        ends = (first + length)[order]
+        again = (request[order][1:] == request[order][:-1]) & (first[order][1:] < ends[:-1])
+        twice = np.unique(request[order][1:][again])
+        if not len(twice):
+            return pieces
+        plain = ~np.isin(request, twice)
+        parts = [pieces.take(plain), *(_newest_of(pieces.take(request == each)) for each in twice)]
+        return Pieces(*(np.concatenate(columns) for columns in zip(*map(_columns, parts), strict=True)))
+
+
+def _columns(pieces: Pieces) -> tuple[Numbers, ...]:
+    return pieces.request, pieces.first, pieces.length, pieces.source, pieces.begin
+
+
+def _newest_of(pieces: Pieces) -> Pieces:
+    """Of one request's pieces, in the order of steps, each position's last row, as a piece of its own."""
+    newest: dict[int, tuple[int, int]] = {}
+    for number, (first, length) in enumerate(zip(pieces.first.tolist(), pieces.length.tolist(), strict=True)):
+        newest.update({first + at: (number, at) for at in range(length)})
+    positions = sorted(newest)
+    chosen = np.array([newest[position][0] for position in positions], dtype=np.int64)
+    before = np.array([newest[position][1] for position in positions], dtype=np.int64)
+    return pieces.take(chosen).cut(before, np.ones_like(before))
+
+
+def _steps(run: Run) -> Iterator[Step]:
+    """The whole steps with their documents; of a remote run several are on their way at a time."""
+    numbers = run.steps
+    if run.stored.is_local:
+        yield from map(run.step, numbers)
+        return
+    with ThreadPoolExecutor(_REMOTE_THREADS, "tlcore-read") as pool:
+        for begin in range(0, len(numbers), 4 * _REMOTE_THREADS):
+            steps = list(map(run.step, numbers[begin : begin + 4 * _REMOTE_THREADS]))
+            list(pool.map(lambda step: step.documents, steps))
+            yield from steps
+
+
+def _without_device(name: str, record: Json) -> str:
+    """A name without what tells the device and the rank."""
+    return name.removesuffix(f"_{naming.device_label(str(record['device']), int(record['rank']))}")
