@@ -10,6 +10,7 @@ from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
+import torch
 from torch.utils.data import Dataset
 
 from ...errors import ReadError
@@ -185,8 +186,6 @@ class Loaded:
 
     def take(self, begin: int, end: int) -> list[Batch] | Batch:
         """Those asked for at ``[begin, end)``: one dictionary, of items of different length several."""
-        import torch
-
         places = self._places[begin:end]
         if self._data.ragged:
             return [self._one(place) for place in places.tolist()]
@@ -211,8 +210,6 @@ class Loaded:
 
 
 def _selected(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
-    import torch
-
     target = new_tensor((len(rows), *values.shape[1:]), values.dtype)
     return torch.index_select(values, 0, rows, out=target)
 
