@@ -7,10 +7,12 @@ Everything here reads arguments of transformers' kind, by name; what it does not
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import numpy as np
 import torch
+
+from .host_values import HostValues, Values
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
@@ -21,13 +23,33 @@ class UnknownRowsError(Exception):
     """Whose the rows of a call are is not known; the message says why."""
 
 
-class Batch(NamedTuple):
+class Batch:
     """The tokens or embeddings of a call ([samples, positions, ...]), and what goes with them."""
 
-    tokens: torch.Tensor
-    mask: Any
-    positions: Any
-    cache: Any
+    def __init__(self, tokens: torch.Tensor, mask: Any, positions: Any, cache: Any) -> None:
+        self.tokens = tokens
+        self.mask = mask
+        self.cache = cache
+        self.positions = positions
+        small = {"mask": mask if self.has_mask else None, "ids": tokens if self.has_ids else None}
+        # Of a single position nothing is to be learnt from where it lies.
+        small["positions"] = positions if self.length > 1 and _is_flat(positions) else None
+        self._values = HostValues({name: each for name, each in small.items() if each is not None})
+
+    @property
+    def mask_values(self) -> Values:
+        """The values of a mask [samples, positions]."""
+        return self._values["mask"]
+
+    @property
+    def ids(self) -> Values:
+        """The token ids."""
+        return self._values["ids"]
+
+    @property
+    def position_values(self) -> Values:
+        """The ``position_ids`` [samples, positions]."""
+        return self._values["positions"]
 
     @property
     def samples(self) -> int:
@@ -40,9 +62,18 @@ class Batch(NamedTuple):
         return int(self.tokens.shape[1])
 
     @property
+    def has_mask(self) -> bool:
+        """Whether the mask is one of [samples, positions]."""
+        return _is_flat(self.mask)
+
+    @property
     def has_ids(self) -> bool:
         """Whether the tokens are ids, not embeddings."""
         return is_ids(self.tokens)
+
+
+def _is_flat(value: Any) -> bool:
+    return is_plain(value) and value.dim() == 2
 
 
 def is_ids(value: Any) -> TypeGuard[torch.Tensor]:
@@ -80,8 +111,9 @@ def batch_of(given: Mapping[str, Any], prefix: str = "", any_tensor: bool = Fals
     return Batch(tokens, mask, given.get(f"{prefix}position_ids"), given.get("past_key_values"))
 
 
-def mask_flags(mask: Any, batch: Batch, past: int | None) -> Flags:
-    """Which of the [samples, keys] positions up to now are real. Raises UnknownRowsError."""
+def mask_flags(batch: Batch, past: int | None) -> Flags:
+    """Which of the [samples, keys] positions up to now the mask calls real. Raises UnknownRowsError."""
+    mask = batch.mask
     if not is_plain(mask):
         raise UnknownRowsError(f"attention_mask is a {type(mask).__name__}")
     if mask.dim() != 2:
@@ -94,10 +126,11 @@ def mask_flags(mask: Any, batch: Batch, past: int | None) -> Flags:
         raise UnknownRowsError(
             f"attention_mask has {keys} columns for {batch.length} positions and {past} in the cache"
         )
-    values = mask.detach().to("cpu", torch.float32 if mask.is_floating_point() else mask.dtype).numpy()
-    if not np.isin(values, (0, 1)).all():
+    values = batch.mask_values
+    flags: Flags = values != 0
+    if values.dtype != np.bool_ and not ((values == 1) == flags).all():
         raise UnknownRowsError("attention_mask has values other than 0 and 1")
-    return np.asarray(values, bool)
+    return flags
 
 
 def unmasked_flags(batch: Batch, past: int | None, begun: bool, padding: Collection[int]) -> Flags:
@@ -116,15 +149,18 @@ def _is_full(batch: Batch, padding: Collection[int]) -> bool:
     """Whether no sequence begins or ends with padding."""
     if not (padding and batch.has_ids):
         return False
-    edges = batch.tokens[:, [0, -1]].detach().cpu().numpy()
+    edges = batch.ids[:, [0, -1]]
     return not np.isin(edges, list(padding)).any()
 
 
-def check_positions(positions: Any, real: Flags) -> None:
+def check_positions(batch: Batch, real: Flags) -> None:
     """Raises UnknownRowsError where a sample's ``position_ids`` do not follow one another."""
-    if not is_plain(positions) or positions.dim() != 2 or positions.shape[-1] != real.shape[1]:
+    positions, length = batch.positions, real.shape[1]
+    if length < 2 or not _is_flat(positions) or positions.shape[1] != length:
         return
-    values = positions.detach().cpu().numpy()
+    values = batch.position_values
+    if (np.diff(values) > 0).all():
+        return
     for sample, flags in enumerate(real):
         own = values[sample if len(values) > 1 else 0][flags]
         # They may leap over padding.
@@ -134,7 +170,7 @@ def check_positions(positions: Any, real: Flags) -> None:
 
 def token_ids(batch: Batch) -> Numbers | None:
     """The token ids, where there are any."""
-    return batch.tokens.detach().cpu().numpy().astype(np.int64) if batch.has_ids else None
+    return batch.ids.astype(np.int64) if batch.has_ids else None
 
 
 def cached_positions(cache: Any) -> int | None:

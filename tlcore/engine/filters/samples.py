@@ -7,7 +7,6 @@ a cache that nobody has touched since, or with its own tokens and more of them. 
 from __future__ import annotations
 
 import weakref
-from array import array
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -190,7 +189,7 @@ class Samples:
         if not isinstance(states, torch.Tensor) or states.dim() != 3 or states.shape[0] != len(known.ids):
             return []
         batch = Batch(states, mask, None, None)
-        flags = mask_flags(mask, batch, None) if mask is not None else None
+        flags = mask_flags(batch, None) if mask is not None else None
         if flags is None:
             if batch.samples > 1:
                 return []
@@ -215,6 +214,8 @@ class Samples:
         ]
 
     def _set(self, taker: Taker, known: Sequences, role: str) -> RowSet:
+        if known.row_set is not None:
+            return known.row_set
         more = {"sequence": role} if role else {}
         samples, length = len(known.ids), known.length
         weights = tuple(sorted({length, samples * length} & taker.model.weights))
@@ -226,7 +227,9 @@ class Samples:
                     entry["prompt_hash"] = self._hashes[request]
                 if ended:
                     entry["ended"] = True
-        return RowSet("tokens", entries_of(known.ids, known.real, known.positions, more), grid=grid)
+        entries = entries_of(known.ids, known.real, known.positions, more)
+        known.row_set = RowSet("tokens", entries, grid=grid)
+        return known.row_set
 
     # Who they are
 
@@ -247,7 +250,7 @@ class Samples:
         flags = self._flags(taker, batch, past, begun, before)
         continued = before is not None and goes_on(before, batch, past, flags)
         known = self._new(batch, flags, before if continued else None, ids_of)
-        check_positions(batch.positions, known.real)
+        check_positions(batch, known.real)
         self.tokens.note_prompts(known, role, before if continued else None, self.named)
         if continued and before is not None:
             leave_out_ended(known, before, taker)
@@ -266,7 +269,7 @@ class Samples:
         self, taker: Taker, batch: Batch, past: int | None, begun: bool, before: Sequences | None
     ) -> Flags:
         if batch.mask is not None:
-            flags = mask_flags(batch.mask, batch, past)
+            flags = mask_flags(batch, past)
         else:
             more = None if before is None or past is None else longer(before.flags, past + batch.length)
             if more is not None and before is not None and goes_on(before, batch, past, more):
@@ -311,7 +314,7 @@ class Samples:
             return
         for request, tokens, real in zip(known.ids, known.tokens, known.real, strict=True):
             if request is not None and real.any():
-                digest = xxhash.xxh3_128_hexdigest(array("q", tokens[real].tolist()).tobytes())
+                digest = xxhash.xxh3_128_hexdigest(tokens[real].tobytes())
                 self._hashes[request] = f"xxh3-128:{digest}"
 
 

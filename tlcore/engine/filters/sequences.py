@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ...layout.rows import RowSet
 from ...record import Json
 from .batches import Batch, Flags, Numbers, cached_keys, token_ids
 
@@ -55,6 +56,7 @@ class Sequences:
     keys: weakref.ref[torch.Tensor] | None = None
     ended: list[bool] = field(default_factory=list)
     left_out: Flags | None = None
+    row_set: RowSet | None = None
 
     @property
     def real(self) -> Flags:
@@ -73,12 +75,10 @@ def is_same(known: Sequences, batch: Batch) -> bool:
     """Whether a call inside another has the very batch of that one."""
     if (len(known.ids), known.length) != (batch.samples, batch.length):
         return False
-    mask = batch.mask
-    if mask is None or mask is known.mask or not isinstance(mask, torch.Tensor) or mask.dim() != 2:
+    if batch.mask is known.mask or not batch.has_mask:
         return True
-    return tuple(mask.shape) == known.flags.shape and bool(
-        np.array_equal(mask.cpu().numpy() != 0, known.flags)
-    )
+    shape = tuple(batch.mask.shape)
+    return shape == known.flags.shape and np.array_equal(batch.mask_values != 0, known.flags)
 
 
 def longer(flags: Flags, length: int) -> Flags | None:
@@ -128,15 +128,18 @@ def entries_of(
 ) -> list[Json]:
     """An entry for each run of a sample's positions that follow one another."""
     found: list[Json] = []
-    length = real.shape[1]
-    for sample, request in enumerate(ids):
-        own = np.flatnonzero(real[sample])
-        if request is None or not len(own):
-            continue
-        for run in np.split(own, np.flatnonzero(np.diff(own) != 1) + 1):
-            first = int(run[0])
-            entry: Json = {"request_id": request, "first_row": sample * length + first, "rows": len(run)}
-            found.append({**entry, "first_position": int(positions[sample, first]), **(more or {})})
+    samples, length = real.shape
+    edges = np.zeros((samples, length + 2), np.int8)
+    edges[:, 1:-1] = real
+    steps = np.diff(edges)
+    owners, firsts = np.nonzero(steps == 1)
+    ends = np.nonzero(steps == -1)[1]
+    runs = zip(*(each.tolist() for each in (owners, firsts, ends, positions[owners, firsts])), strict=True)
+    for sample, first, end, position in runs:
+        request = ids[sample]
+        if request is not None:
+            entry: Json = {"request_id": request, "first_row": sample * length + first, "rows": end - first}
+            found.append({**entry, "first_position": position, **(more or {})})
     return found
 
 
