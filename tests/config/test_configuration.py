@@ -62,7 +62,7 @@ def test_every_key_has_a_title_a_description_and_a_valid_default() -> None:
         Draft202012Validator(entry).validate(entry["default"])
 
 
-@pytest.mark.parametrize("name", ["config.v1", "run.v1", "step.v1", "backend/pt.v1"])
+@pytest.mark.parametrize("name", ["config.v1", "rules.v1", "run.v1", "step.v1", "backend/pt.v1"])
 def test_schemas_are_valid_json_schema(name: str) -> None:
     Draft202012Validator.check_schema(tlcore_schemas.load(name))
 

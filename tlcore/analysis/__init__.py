@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from .compare import compare
+from .details import Details
 from .measure import Measures, Tolerance
 from .results import Comparison, Divergence, TensorResult
 from .stats import Sighting, Survey, TensorStatistics, stats
 
 __all__ = [
     "Comparison",
+    "Details",
     "Divergence",
     "Measures",
     "Sighting",

@@ -6,27 +6,32 @@ import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import replace
 from typing import Any
 
 from ..errors import ConfigError, ReadError
 from ..layout.dtypes import torch_dtype
 from ..locations import is_url
 from ..reader import Run
+from .details import Details
 from .matching.match import match
 from .matching.pairs import Matching, Pair
 from .matching.rules import Rules, compiled_patterns, positions, renames
 from .measure import Tolerance
 from .noise.advice import advice
+from .noise.counterparts import Pieces
 from .noise.further import Further, RunLike, opened_run, path_of
 from .other_code import other_code
 from .results import Comparison, Origin, TensorResult
+from .rulebook import RulesLike, rulebook
 from .schedule import in_order
-from .work import Task, place_of, share, unshare
+from .work import Task, details_of, place_of, share, unshare
 
 Progress = Callable[[int, int], None]
 # A remote read mostly waits, so that more of them than there are cores keep the cores busy.
 _REMOTE_WORKERS = 8
+_DETAILED = 20
 
 
 def compare(
@@ -46,6 +51,7 @@ def compare(
     deep: bool = False,
     noise: RunLike | Sequence[RunLike] = (),
     noise_factor: float = 3.0,
+    rules: RulesLike | None = None,
     storage_options: Mapping[str, Any] | None = None,
     storage_options_b: Mapping[str, Any] | None = None,
     executor: Executor | None = None,
@@ -68,42 +74,50 @@ def compare(
     far from B as from any of them, whatever the dtype's tolerance says; one that they lack is held against
     its tolerance. ``rtol`` and ``atol``, where given, must be exceeded as well.
 
+    ``rules`` are a JSON file, or the same as a mapping, with tolerances by the names of tensors, what must
+    be there and what is left out; what none of them fits is held as without them. With ``noise`` they must
+    be broken as well.
+
     ``storage_options`` go to the fsspec filesystem of a URL, also of ``noise``, ``storage_options_b`` to B's
     where it needs others. Any ``executor`` does the work (by default threads, one a core, more for URLs); in
     other processes it opens the runs again, so give them as paths. ``progress`` is called with the number of
     pairs done and in all.
 
     Raises ReadError when a run cannot be opened or there is nothing to compare, ConfigError for a
-    pattern, tolerance or request that is none, BackendError when a URL cannot be opened.
+    pattern, tolerance, rule or request that is none, BackendError when a URL cannot be opened.
     """
     options_a = dict(storage_options or {})
     options_b = options_a if storage_options_b is None else dict(storage_options_b)
     run_a, run_b = opened_run(a, options_a), opened_run(b, options_b)
-    rules = Rules(
+    book = rulebook(rules)
+    pairing = Rules(
         maps=renames(maps),
         sums=positions(sums),
         steps=None if steps is None else frozenset(steps),
         modules=compiled_patterns(modules, "modules"),
         requests=tuple((requests or {}).items()),
         ignore_missing=ignore_missing,
+        require=book.require,
+        leave_out=book.leave_out,
     )
     tolerance = _tolerance(rtol, atol, by_norm)
     further = Further.of(noise, noise_factor, options_a)
-    _check_steps(rules, run_a, run_b)
+    _check_steps(pairing, run_a, run_b)
     # A run lets go of steps that nobody holds; their records would be read again for every pair.
     held = [run.step(number) for run in (run_a, run_b, *further.runs) for number in run.steps]
-    matching = _matched(run_a, run_b, rules)
+    matching = _matched(run_a, run_b, pairing)
     places = place_of(path_of(a), options_a), place_of(path_of(b), options_b), *further.places
-    task = Task(places, tolerance, check_dtype, uuid.uuid4().hex)
+    task = Task(places, tolerance, check_dtype, uuid.uuid4().hex, book)
     pieces = [(pair, each) for pair in matching.pairs for each in pair.pieces]
     share(task, run_a, run_b, *further.runs)
     try:
         with _pool(executor, run_a, run_b, *further.runs) as pool:
             results = _measured(task, (run_a, run_b), matching.pairs, deep, pool, progress)
             if further.runs:
-                results = further.judge(pool, task, (run_a, run_b), rules, pieces, results)
+                results = further.judge(pool, task, (run_a, run_b), pairing, pieces, results)
     finally:
         unshare(task)
+    results = _detailed((run_a, run_b), pieces, results)
     origin = Origin((run_a, run_b), pieces, held, matching.left_out)
     notes = [*matching.notes, *_mixed(results, tolerance), *further.notes(results)]
     if not further.runs:
@@ -111,6 +125,25 @@ def compare(
     notes += other_code(matching.missing, (run_a, run_b))
     results += matching.missing
     return Comparison(run_a.url, run_b.url, results, notes, further.to_json(), origin)
+
+
+def _detailed(
+    runs: tuple[Run, Run], pieces: Sequence[tuple[Pair, Pieces]], results: Sequence[TensorResult]
+) -> list[TensorResult]:
+    """The results with the details of those that differ first: each means reading its tensors again."""
+    found = list(results)
+    differing = [at for at, each in enumerate(found) if each.status == "different" and each.measures]
+    first = next((at for at, each in enumerate(found) if each.status == "close"), None)
+    known: dict[object, Details] = {}
+    for at in [*differing[:_DETAILED], *([] if first is None else [first])]:
+        pair, each = pieces[at]
+        contents = *((r.get("hash") or id(r), r["dtype"]) for r in (*pair.a.records, *pair.b.records)), each
+        # What could be read before may be gone.
+        with suppress(ReadError):
+            details = found[at].details or known.get(contents) or details_of(runs, pair, each)
+            known[contents] = details
+            found[at] = replace(found[at], details=details)
+    return found
 
 
 def _mixed(results: Sequence[TensorResult], tolerance: Tolerance) -> list[str]:

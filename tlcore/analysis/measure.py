@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -79,7 +80,9 @@ class Measures:
     tolerance (a NaN agrees with a NaN, an infinity with the same infinity). ``cosine`` is None where
     one side is all zeros or nothing is finite, ``rel_l2`` where b is all zeros and a is not. ``agrees`` is
     the verdict. By norm ``worst_row`` is the row that is farthest off, by ``worst_row_l2`` of its norm or of
-    the median row's. Sums are good to about six digits for dtypes up to float32, else to those of float64.
+    the median row's. ``largest_at`` are the coordinates of the largest difference (of the first value that
+    is not finite in one tensor alone, where there is one), ``largest`` both values there. Sums are good to
+    about six digits for dtypes up to float32, else to those of float64.
     """
 
     bitwise: bool
@@ -95,6 +98,8 @@ class Measures:
     agrees: bool
     worst_row: int | None = None
     worst_row_l2: float | None = None
+    largest_at: tuple[int, ...] | None = None
+    largest: tuple[float, float] | None = None
 
 
 EXACT = Measures(True, 0.0, 0.0, 0.0, 0.0, 1.0, 0.0, 0.0, (0, 0), (0, 0), True)
@@ -117,7 +122,9 @@ class Sums:
     def __init__(
         self, tolerance: Tolerance, a: torch.dtype, b: torch.dtype, shape: Sequence[int] = ()
     ) -> None:
-        self._norm = tolerance.norm
+        self._norm, self._shape = tolerance.norm, tuple(shape)
+        self._largest: tuple[int, float, float] | None = None
+        self._unlike = False
         self._rows = RowNorms(shape[-1]) if self._norm and len(shape) > 1 and shape[-1] else None
         self._rtol, self._atol = tolerance.of(a, b)
         self._same_dtype = self._same = a == b
@@ -130,9 +137,9 @@ class Sums:
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Take in two flat chunks of equal length, at most `CHUNK`."""
-        self._total += a.numel()
         if not (self._single and a.numel() and self._add_single(a, b)):
             self._add_double(a, b)
+        self._total += a.numel()
 
     def _add_single(self, a: torch.Tensor, b: torch.Tensor) -> bool:
         """The chunk in float32; False, with nothing added, where that is not exact enough.
@@ -166,7 +173,9 @@ class Sums:
                 self._same = self._same and _equal_bits(a, b)
                 return True
             self._same = False
-            self._max_abs = max(self._max_abs, largest)
+            if largest > self._max_abs:
+                self._max_abs = largest
+                self._seen(int(difference.argmax()), x, y)
             self._max_rel = max(self._max_rel, _largest_quotient(difference, sizes, quotients))
             self._abs += _dot(difference, _ONES[:count])
             if largest > self._atol:
@@ -183,13 +192,20 @@ class Sums:
             self._nans[side] += int(values.isnan().sum())
             self._infs[side] += int(values.isinf().sum())
         both = x.isfinite() & y.isfinite()
+        apart = (x - y).abs().where(both, 0.0)
         if self._rows is not None:
-            self._rows.add((x - y).abs().where(both, 0.0).numpy(), y.abs().where(both, 0.0).numpy())
+            self._rows.add(apart.numpy(), y.abs().where(both, 0.0).numpy())
+        if apart.numel() and float(apart.max()) > self._max_abs:
+            self._seen(int(apart.argmax()), x, y)
         if bool(both.all()):
             wrong = self._finite_part(x, y)
         else:
             alike = ((x == y) | (x.isnan() & y.isnan())) & ~both
-            special = int((~both & ~alike).sum())
+            unlike = ~both & ~alike
+            special = int(unlike.sum())
+            if special and not self._special:
+                self._seen(int(unlike.int().argmax()), x, y)
+                self._unlike = True
             self._special += special
             wrong = self._finite_part(x[both], y[both]) + special
         whole = not (a.is_floating_point() or a.is_complex())
@@ -197,6 +213,13 @@ class Sums:
             # Large integers are not exact in float64.
             wrong = int(unequal.sum())
         self._mismatched += wrong
+
+    def _seen(self, at: int, x: Any, y: Any) -> None:
+        """Keep where the largest difference is; what is not finite in one tensor alone is larger than any."""
+        if not self._unlike:
+            a, b = (complex(side[at]) for side in (x, y))
+            sides = (abs(a), abs(b)) if a.imag or b.imag else (a.real, b.real)
+            self._largest = self._total + at, *sides
 
     def _finite_part(self, x: torch.Tensor, y: torch.Tensor) -> int:
         """Add up finite values; returns how many are out of tolerance."""
@@ -238,7 +261,14 @@ class Sums:
             agrees=near and rows_near and not self._special if self._norm else not self._mismatched,
             worst_row=row,
             worst_row_l2=row_error,
+            largest_at=self._coordinates(),
+            largest=None if self._largest is None else self._largest[1:],
         )
+
+    def _coordinates(self) -> tuple[int, ...] | None:
+        if self._largest is None or not math.prod(self._shape) > self._largest[0]:
+            return None
+        return tuple(int(each) for each in np.unravel_index(self._largest[0], self._shape))
 
 
 def _fits_float32(dtype: torch.dtype) -> bool:

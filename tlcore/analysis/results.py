@@ -13,6 +13,7 @@ from ..layout.names import PathKey, shown_module
 from ..reader import Run, Step
 from ..record import Direction, Json
 from .culprit import Culprit, Look, culprit
+from .details import Details
 from .frames import data_frame
 from .measure import Measures
 from .operators import Used, advice, used_for
@@ -55,7 +56,8 @@ class TensorResult:
 
     ``step`` and ``module`` are those of run A where it has the tensor, else those of B. ``reason`` says
     in words what is wrong, ``first_position`` is the token position of the first row compared. With
-    ``noise`` that decides whether the tensor is different.
+    ``noise`` that decides whether the tensor is different. ``rule`` is the pattern of the rule that
+    it was held against. The first tensors that are different have ``details``.
     """
 
     status: Status
@@ -73,6 +75,8 @@ class TensorResult:
     request: str | None = None
     first_position: int | None = None
     noise: Noise | None = None
+    rule: str | None = None
+    details: Details | None = None
 
     @property
     def agrees(self) -> bool:
@@ -82,13 +86,15 @@ class TensorResult:
     def to_json(self) -> Json:
         """A JSON object; numbers that JSON lacks become text."""
         document = asdict(self)
-        for part in ("measures", "noise"):
+        for part in ("measures", "noise", "details"):
             if document[part] is not None:
                 document[part] = {key: _number(value) for key, value in document[part].items()}
         return document
 
 
 def _number(value: Any) -> Any:
+    if isinstance(value, (tuple, list)):
+        return [_number(each) for each in value]
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value
 
 

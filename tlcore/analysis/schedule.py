@@ -8,9 +8,9 @@ from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field, replace
 
 from ..reader import Run
-from .matching.pairs import Located, Pair
+from .matching.pairs import Located, Pair, key_name
 from .results import TensorResult
-from .work import Task, compare_pairs, result_of
+from .work import Task, compare_pairs, growth, result_of
 
 Identity = tuple[object, ...]
 Found = list[TensorResult]
@@ -53,7 +53,7 @@ def in_order(
     waiting: deque[_Batch] = deque()
     compared: dict[Identity, Found] = {}
     try:
-        for batch in _batches(pairs, runs, deep):
+        for batch in _batches(task, pairs, runs, deep):
             todo = [pair for _, pair in batch.open_pairs()]
             if todo:
                 _read_ahead(todo, runs)
@@ -73,12 +73,12 @@ def _finished(batch: _Batch) -> bool:
     return batch.future is None or batch.future.done()
 
 
-def _batches(pairs: Iterable[Pair], runs: tuple[Run, Run], deep: bool) -> Iterator[_Batch]:
+def _batches(task: Task, pairs: Iterable[Pair], runs: tuple[Run, Run], deep: bool) -> Iterator[_Batch]:
     batch, seen = _Batch(), set[Identity]()
     for pair in pairs:
         place = len(batch.pairs)
         batch.pairs.append(pair)
-        identity = None if deep else _identity(pair, runs)
+        identity = None if deep else _identity(task, pair, runs)
         if identity is not None and _equal(pair):
             batch.settled[place] = [result_of(pair, pieces, "bitwise") for pieces in pair.pieces]
         elif identity is not None and identity in seen:
@@ -103,7 +103,12 @@ def _collected(batch: _Batch, compared: dict[Identity, Found]) -> Iterator[Found
     for place, pair in enumerate(batch.pairs):
         if place in batch.twins:
             found = [
-                replace(result_of(pair, pieces, twin.status, twin.reason), measures=twin.measures)
+                replace(
+                    result_of(pair, pieces, twin.status, twin.reason),
+                    measures=twin.measures,
+                    rule=twin.rule,
+                    details=twin.details,
+                )
                 for pieces, twin in zip(pair.pieces, compared[batch.twins[place]], strict=True)
             ]
         else:
@@ -113,7 +118,7 @@ def _collected(batch: _Batch, compared: dict[Identity, Found]) -> Iterator[Found
         yield found
 
 
-def _identity(pair: Pair, runs: tuple[Run, Run]) -> Identity | None:
+def _identity(task: Task, pair: Pair, runs: tuple[Run, Run]) -> Identity | None:
     """What determines a pair's results; None without hashes, or where a file is not as ``step.json`` says."""
     records = (*pair.a.records, *pair.b.records)
     hashed = all(record.get("hash") for record in records)
@@ -121,7 +126,9 @@ def _identity(pair: Pair, runs: tuple[Run, Run]) -> Identity | None:
         return None
     described = tuple((str(r["hash"]), str(r["dtype"]), tuple(r["shape"])) for r in records)
     rows = tuple((one.rows, one.axis, other.rows, other.axis) for one, other in pair.pieces)
-    return (len(pair.a.records), described, rows)
+    rule = task.rulebook.of(key_name(pair.key))
+    held = () if rule is None else (rule, *(growth(rule, pair, pieces) for pieces in pair.pieces))
+    return (len(pair.a.records), described, rows, held)
 
 
 def _held(run: Run, source: Located) -> bool:

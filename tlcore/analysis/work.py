@@ -16,9 +16,11 @@ from ..layout.rows import as_rows
 from ..reader import Run, TensorStream, open_run
 from ..reader.tensor_stream import in_memory
 from ..record import Json
-from .matching.pairs import Located, Pair, Piece
+from .details import Details, DetailSums
+from .matching.pairs import Located, Pair, Piece, key_name
 from .measure import CHUNK, EXACT, Sums, Tolerance
 from .results import Status, TensorResult
+from .rulebook import Rule, Rulebook
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,7 @@ class Task:
     tolerance: Tolerance
     check_dtype: bool
     token: str
+    rulebook: Rulebook = field(default_factory=Rulebook)
 
 
 _SHARED: dict[tuple[str, int], Run] = {}
@@ -154,11 +157,51 @@ def _compared(task: Task, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y
         return result_of(pair, pieces, "different", reason=f"shapes {shapes[0]} and {shapes[1]} differ")
     if task.check_dtype and x.dtype != y.dtype:
         return result_of(pair, pieces, "different", reason=f"dtypes {x.dtype} and {y.dtype} differ")
+    rule = task.rulebook.of(key_name(pair.key))
+    if rule is not None:
+        return _ruled(rule, pair, pieces, x, y)
     sums = Sums(task.tolerance.between(x.stored, y.stored), x.dtype, y.dtype, shapes[1])
     chunks(x, y, pieces, sums.add)
     measures = sums.measures()
     status: Status = "bitwise" if measures.bitwise else "close" if measures.agrees else "different"
     return replace(result_of(pair, pieces, status), measures=measures)
+
+
+def _ruled(rule: Rule, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y: Operand) -> TensorResult:
+    """The result of a tensor that a rule is for."""
+    times = growth(rule, pair, pieces)
+    sums = Sums(rule.tolerance(times), x.dtype, y.dtype, y.cut(pieces[1])[1])
+    chunks(x, y, pieces, sums.add)
+    details = None if rule.ulp is None else _details(x, y, pieces)
+    measures = sums.measures()
+    broken = rule.broken(measures, details, times)
+    status: Status = "different" if broken else "bitwise" if measures.bitwise else "close"
+    found = result_of(pair, pieces, status, broken)
+    measures = replace(measures, agrees=broken is None)
+    return replace(found, measures=measures, rule=rule.match.pattern, details=details)
+
+
+def growth(rule: Rule, pair: Pair, pieces: tuple[Piece, Piece]) -> float:
+    """How many times a rule's tolerance holds for a piece of a pair."""
+    first, rows = pieces[0].first_position, pieces[0].rows
+    last = None if first is None or rows is None else first + rows[1] - rows[0] - 1
+    return rule.times(pair.key[1], last, pair.a.step)
+
+
+def details_of(runs: tuple[Run, Run], pair: Pair, pieces: tuple[Piece, Piece]) -> Details:
+    """The details of one compared pair. Raises ReadError when a tensor cannot be read any more."""
+    with ExitStack() as stack:
+        x, y = (
+            Operand(run, source, stack, piece.axis)
+            for run, source, piece in zip(runs, (pair.a, pair.b), pieces, strict=True)
+        )
+        return _details(x, y, pieces)
+
+
+def _details(x: Operand, y: Operand, pieces: tuple[Piece, Piece]) -> Details:
+    sums = DetailSums(x.dtype, y.dtype)
+    chunks(x, y, pieces, sums.add)
+    return sums.details()
 
 
 def without_batch(shape: Sequence[int]) -> tuple[int, ...]:

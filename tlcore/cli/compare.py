@@ -71,6 +71,11 @@ def options(parser: argparse.ArgumentParser) -> None:
         help="further runs of A: a tensor differs where A is further from B than from any of them",
     )
     add("--noise-factor", type=float, default=3.0, metavar="N", help="how many times further (default: 3)")
+    add(
+        "--rules",
+        metavar="FILE",
+        help="JSON: tolerances by tensors' names, what must be there, what is left out",
+    )
     add("--check-dtype", action="store_true", help="a difference in dtype is a difference")
     add("--deep", action="store_true", help="read also the tensors that equal hashes settle")
     add("--format", choices=("table", "markdown", "json", "html"), default="table", help="default: table")
@@ -104,6 +109,7 @@ def run(args: argparse.Namespace) -> int:
             deep=args.deep,
             noise=args.noise,
             noise_factor=args.noise_factor,
+            rules=args.rules,
             storage_options=storage_options(args),
             storage_options_b=options_b,
             executor=executor,

@@ -25,6 +25,8 @@ def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Located]:
         if not rules.wants(module, direction):
             continue
         key = (rank, module, call, direction, tuple(record["path"]))
+        if rules.leaves_out(key):
+            continue
         found[key] = Located(step.number, (str(record["name"]),), (record,), rules.unshard)
     return found
 

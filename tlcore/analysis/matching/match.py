@@ -10,7 +10,7 @@ from ...reader import Run, Step
 from ..results import TensorResult
 from .bridge import bridged
 from .keyed import keyed
-from .pairs import Matching, Pair, absent
+from .pairs import Matching, Pair, absent, key_name
 from .requests import match_requests
 from .rules import Rules
 from .scalars import differing_values
@@ -33,10 +33,15 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
         notes += differing_values(steps_a, steps_b, rules)
     notes += [*more_notes, *_not_stored("A", steps_a), *_not_stored("B", steps_b)]
     if rules.ignore_missing:
-        if absent:
-            notes.append(f"{len(absent)} tensors that only one run has were left out")
-        left_out += absent
-        absent = []
+        ignored = [each for each in absent if not rules.requires(each)]
+        if ignored:
+            notes.append(f"{len(ignored)} tensors that only one run has were left out")
+        left_out += ignored
+        absent = [each for each in absent if rules.requires(each)]
+    if rules.leave_out:
+        named = ", ".join(repr(each.pattern) for each in rules.leave_out)
+        notes.append(f"tensors that fit {named} were not compared, as the rules say")
+    absent += _not_there(pairs, rules)
     if a.state != "complete" or b.state != "complete":
         states = f"A is {a.state}, B is {b.state}"
         notes.append(f"not every run was closed ({states}); only what was committed can be compared")
@@ -61,6 +66,15 @@ def _unusable(run: Run, side: int, rules: Rules) -> Iterator[TensorResult]:
             yield _missing_step(number, f"step {number} of {label} was not committed by every rank")
     for number in sorted((rules.steps or frozenset()) - {*run.steps, *run.incomplete_steps}):
         yield _missing_step(number, f"{label} has no step {number}")
+
+
+def _not_there(pairs: Sequence[Pair], rules: Rules) -> Iterator[TensorResult]:
+    """A missing result for each pattern that must fit a tensor of both runs and does not."""
+    names = {key_name(pair.key) for pair in pairs}
+    for pattern in rules.require:
+        if not any(pattern.search(name) for name in names):
+            reason = f"the rules require a tensor that fits {pattern.pattern!r}, and none was compared"
+            yield TensorResult("missing", 0, 0, "", 0, "outputs", (), (None, None), reason=reason)
 
 
 def _missing_step(step: int, reason: str) -> TensorResult:

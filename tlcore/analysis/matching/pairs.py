@@ -8,8 +8,14 @@ from dataclasses import dataclass
 from ...layout.names import PathKey
 from ...record import Json
 from ..results import TensorResult
+from ..rulebook import tensor_name
 
 Key = tuple[int, str, int, str, tuple[PathKey, ...]]
+
+
+def key_name(key: Key) -> str:
+    """The name that rules are searched in."""
+    return tensor_name(key[1], key[3], key[4])
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,6 +8,9 @@ from dataclasses import dataclass
 
 from ...errors import ConfigError
 from ...layout.directions import pattern_names
+from ..results import TensorResult
+from ..rulebook import Patterns, fits, tensor_name
+from .pairs import Key, key_name
 
 Rename = tuple[re.Pattern[str], str]
 
@@ -18,6 +21,7 @@ class Rules:
 
     ``steps`` and ``modules`` limit the comparison (None: all); ``requests`` maps A's request ids to B's.
     ``unshard`` compares the model's tensors, whichever ranks hold them, instead of each rank's own.
+    ``require`` and ``leave_out`` are what must be there and what is not compared, by tensors' names.
     """
 
     maps: tuple[Rename, ...] = ()
@@ -27,6 +31,16 @@ class Rules:
     requests: tuple[tuple[str, str], ...] = ()
     ignore_missing: bool = False
     unshard: bool = False
+    require: Patterns = ()
+    leave_out: Patterns = ()
+
+    def leaves_out(self, key: Key) -> bool:
+        """Whether a tensor counts as if it were not there."""
+        return fits(self.leave_out, key_name(key))
+
+    def requires(self, result: TensorResult) -> bool:
+        """Whether a tensor must be there, also where what only one run has is ignored."""
+        return fits(self.require, tensor_name(result.module, result.direction, result.path))
 
     def wants(self, module: str, direction: str = "") -> bool:
         """Whether a module's tensor is to be compared; that of a tap is also found by the tap's name."""

@@ -61,6 +61,8 @@ def _of_rank(a: Step, b: Step, rank: int, rules: Rules) -> Iterator[str]:
             continue
         call = f" (call {index})" if index else ""
         for path, (mine, other) in differing:
+            if rules.leaves_out((rank, module, index, file.removesuffix(".json"), path)):
+                continue
             keys = "".join(f"[{key}]" for key in path)
             side = file.removesuffix(".json")
             where = f"{shown_module(module)}{call}, {side}{keys} of step {a.number}"

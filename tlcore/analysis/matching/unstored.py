@@ -29,7 +29,9 @@ def skipped(step: Step, rules: Rules, rename: bool) -> dict[Key, str]:
             if not rules.wants(module, direction):
                 continue
             for path, reason in _nodes(structure, ()):
-                found[step.replica(rank) if rules.unshard else rank, module, index, direction, path] = reason
+                key = (step.replica(rank) if rules.unshard else rank, module, index, direction, path)
+                if not rules.leaves_out(key):
+                    found[key] = reason
     return found
 
 

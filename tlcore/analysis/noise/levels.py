@@ -82,11 +82,12 @@ def judged(
 ) -> Iterator[TensorResult]:
     """The results anew: those with noise are different where they are beyond ``factor`` times it.
 
-    What is within a tolerance that was ``asked`` for is not. A tensor's noise is that of all its rows,
-    whichever requests they belong to. Where it rests on few rows, or none, it is taken for no less than what
-    rounding does by chance, and the difference that was taken for noise just before, in the call's inputs.
-    Not so where the runs should be ``exact`` and the further runs are, bit by bit, in all that differs; where
-    they are and the runs should not, they tell nothing, and the dtype's tolerance must be exceeded, too.
+    What is within a tolerance that was ``asked`` for, or a rule's, is not. A tensor's noise is that of
+    all its rows, whichever requests they belong to. Where it rests on few rows, or none, it is taken for
+    no less than what rounding does by chance, and the difference that was taken for noise just before, in
+    the call's inputs. Not so where the runs should be ``exact`` and the further runs are, bit by bit, in
+    all that differs; where they are and the runs should not, they tell nothing, and the dtype's tolerance
+    must be exceeded, too.
     """
     shown = any(each.any for found in measured.values() for each in found.noise)
     noisy = shown or not exact
@@ -109,7 +110,7 @@ def judged(
         if noisy:
             level = level.raised(found.difference, before.get(whose if inputs else call, NOTHING))
         noise = level.of(found.difference)
-        near = result.agrees and (asked or not (shown or exact))
+        near = result.agrees and (asked or result.rule is not None or not (shown or exact))
         beyond = noise.units > factor and not near
         if not beyond and found.difference.rounding:
             sizes = found.difference.sizes

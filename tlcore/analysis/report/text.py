@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 
 from ...layout.names import call_name, printable
 from ..results import Comparison, TensorResult
+from .closeness import closeness
 
 COLUMNS = (
     "step",
@@ -26,7 +27,7 @@ def verdict(comparison: Comparison) -> list[str]:
     """The lines that stand above the table: where the runs part, the counts, and the notes."""
     first, difference = comparison.first_divergence, comparison.first_difference
     if first is not None:
-        lines = [f"first divergence: {first}"]
+        lines = [f"first divergence: {first}", *closeness(first.result)]
     elif comparison.equal:
         lines = ["the runs agree"]
     else:

@@ -1,0 +1,101 @@
+"""What one pair of tensors tells beyond its measures: units in the last place, percentiles, rounded."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+PERCENTILES = (50.0, 90.0, 99.0, 99.9)
+# Differences are counted by the upper half of their bits in float32: 0.4 % of their size.
+_BINS, _SHIFT = 1 << 16, 16
+
+
+@dataclass(frozen=True, slots=True)
+class Details:
+    """How a tensor's differences are spread.
+
+    ``ulps`` is the largest distance in units in the last place of the coarser dtype, None for whole
+    numbers. ``percentiles`` of the absolute differences are those of `PERCENTILES`, to half a percent.
+    Where the dtypes differ, ``rounded_equal`` is the fraction of values that are equal once both are
+    rounded to the coarser one, and ``rounded_max_abs`` the largest difference then. Values that are not
+    finite are left out.
+    """
+
+    ulps: int | None
+    percentiles: tuple[float, ...]
+    rounded_equal: float | None = None
+    rounded_max_abs: float | None = None
+
+    def __str__(self) -> str:
+        parts = [] if self.ulps is None else [f"up to {self.ulps} ulp"]
+        shown = (f"{value:.3g} at {at:g} %" for at, value in zip(PERCENTILES, self.percentiles, strict=False))
+        parts.append(f"percentiles of |A - B|: {', '.join(shown)}")
+        if self.rounded_equal is not None and self.rounded_max_abs is not None:
+            coarse = f"rounded to the coarser dtype {self.rounded_equal:.2%} are equal"
+            parts.append(f"{coarse}, the rest up to {self.rounded_max_abs:.3g} apart")
+        return "; ".join(parts)
+
+
+class DetailSums:
+    """Takes in flat chunks of two dtypes."""
+
+    def __init__(self, a: torch.dtype, b: torch.dtype) -> None:
+        floating = a.is_floating_point and b.is_floating_point
+        self._coarse = _coarser(a, b) if floating else None
+        self._mixed = floating and a != b
+        self._bins = np.zeros(_BINS, np.int64)
+        self._ulps = self._count = self._equal = 0
+        self._largest = 0.0
+
+    def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        """Take in two chunks of equal length."""
+        wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+        x, y = a.to(wide), b.to(wide)
+        both = x.isfinite() & y.isfinite()
+        bits = (x - y).abs()[both].to(torch.float32).numpy().view(np.int32)
+        self._bins += np.bincount(bits >> _SHIFT, minlength=_BINS)
+        if self._coarse is None:
+            return
+        rounded = a.to(self._coarse), b.to(self._coarse)
+        both &= rounded[0].isfinite() & rounded[1].isfinite()
+        apart = (rounded[0].to(torch.float64) - rounded[1].to(torch.float64)).abs()[both]
+        self._count += apart.numel()
+        self._equal += int((apart == 0).sum())
+        if apart.numel():
+            self._largest = max(self._largest, float(apart.max()))
+            self._ulps = max(self._ulps, _ulps(rounded[0][both], rounded[1][both]))
+
+    def details(self) -> Details:
+        """Of all that was added."""
+        counted = np.cumsum(self._bins)
+        total = int(counted[-1])
+        places = [int(np.searchsorted(counted, at / 100 * total)) for at in PERCENTILES] if total else []
+        # The middle of a bin; the first one's is 0, which most differences are.
+        middles = (np.array(places, np.int32) << _SHIFT) + [(1 << (_SHIFT - 1)) * bool(at) for at in places]
+        found = tuple(float(each) for each in middles.astype(np.int32).view(np.float32))
+        ulps = None if self._coarse is None else self._ulps
+        if not self._mixed:
+            return Details(ulps, found)
+        return Details(ulps, found, self._equal / max(self._count, 1), self._largest)
+
+
+def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
+    return a if torch.finfo(a).eps >= torch.finfo(b).eps else b
+
+
+def _ulps(a: torch.Tensor, b: torch.Tensor) -> int:
+    """The largest number of steps from one value to the next between two tensors of a dtype, all finite."""
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
+    top = torch.iinfo(kind).max
+    sides = []
+    for each in (a, b):
+        bits = each.contiguous().view(kind).to(torch.int64)
+        sides.append(torch.where(bits < 0, -(bits & top), bits))
+    steps = (sides[0] - sides[1]).abs()
+    if kind == torch.int64:
+        # The steps between large values of different signs do not fit.
+        far = (sides[0].double() - sides[1].double()).abs()
+        return int(far.max().item()) if bool((far > 2.0**62).any()) else int(steps.max())
+    return int(steps.max())
