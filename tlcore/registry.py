@@ -41,6 +41,8 @@ _BUILT_IN: dict[str, tuple[str, str | None, str | None]] = {
 _FOREIGN = {
     "transformers-debugger": "tlcore_backends.foreign.transformers_debugger:TransformersDebugger",
     "hidden-states": "tlcore_backends.foreign.hidden_states:HiddenStates",
+    "sglang-dumper": "tlcore_backends.foreign.sglang_dumper:SglangDumper",
+    "sglang-folder": "tlcore_backends.foreign.sglang_folder:SglangFolder",
     "plain": "tlcore_backends.foreign.plain:PlainSource",
 }
 # By scheme, "" for a path; every other scheme is fsspec's.

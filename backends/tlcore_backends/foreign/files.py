@@ -54,10 +54,19 @@ class DumpFiles(RunFiles):
         below = (name[len(begin) :] for name in self.sizes if name.startswith(begin))
         return sorted({begin + name.partition("/")[0] for name in below if "/" in name})
 
-    def files_in(self, directory: str) -> dict[str, int]:
-        """The files directly in a directory by their full names, and their sizes."""
+    def files_in(self, directory: str) -> Mapping[str, int]:
+        """The files directly in a directory by their full names, and sizes, as they were at first use."""
         if not directory:
-            return dict(self.top)
+            return self.top
+        if directory not in self._in:
+            self._in[directory] = self._files_in(directory)
+        return self._in[directory]
+
+    @cached_property
+    def _in(self) -> dict[str, dict[str, int]]:
+        return {}
+
+    def _files_in(self, directory: str) -> dict[str, int]:
         if isinstance(self.store, SupportsLevels):
             try:
                 return {entry.name: entry.size for entry in self.store.level(directory).blobs}
