@@ -128,6 +128,17 @@ def without_operators(silent: Sequence[str], left_out: Iterable[str]) -> list[st
     return said
 
 
+def compiled_taps(names: Sequence[str]) -> list[str]:
+    """What to say of `tlcore.tap` in code of which only modules are tapped when it is compiled."""
+    if not names:
+        return []
+    listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+    return [
+        f"tlcore.tap shows nothing where vLLM runs compiled: {listed}. To have these values, pass them"
+        ' through a submodule of their own (torch.nn.Identity), or write "compiled": "eager-steps"'
+    ]
+
+
 def replaced_within(modules: Sequence[str]) -> list[str]:
     """Of modules whose ``forward`` was replaced where nobody looked; nothing where there is none."""
     if not modules:

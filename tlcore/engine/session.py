@@ -81,6 +81,8 @@ class Session:
         self._said_elsewhere = False
         # What is said at the end, of that which is not in the run.
         self.remarks: list[str] = []
+        # Taps in code that may be compiled, where it is known of them before.
+        self.code_taps: Sequence[str] = ()
         self._closed = False
         self._lock = threading.RLock()
         self._stager = Stager(self._pool, config.block_s)
@@ -337,6 +339,8 @@ class Session:
         self._taps.close()
         if self._audience.operators is not None:
             self._audience.operators.close()
+        left_out = [name for name in self.code_taps if not shown_taps.get(name)]
+        self.remarks += remarks.compiled_taps(left_out if self.captured_steps else ())
         self.remarks += remarks.traced(self.passed_by.by, ModuleTree(hooks.model).modules)
         if not self._has_all_modules:
             return

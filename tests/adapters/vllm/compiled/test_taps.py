@@ -11,6 +11,7 @@ import torch
 from torch import nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
+import tlcore
 from tests.sinks import MemorySink
 from tlcore.adapters.vllm.compiled.dry_run import DryRun, Plan
 from tlcore.adapters.vllm.compiled.graph_copies import StaticCopies
@@ -99,6 +100,7 @@ def _tapped(model: Model, session: Session, device: str = "cpu") -> Taps:
         install_taps(module, slots, anchor)
     taps = Taps(plan, torch.device(device))
     session.attach(model, taps)
+    session.code_taps = plan.code_taps
     return taps
 
 
@@ -205,6 +207,37 @@ def test_a_slot_table_changes_with_what_is_tapped() -> None:
     assert table("first") == ["inner.first/inputs/0", "inner.first/outputs/0"]
     assert table("first", "norm") != table("first")
     assert table("nothing") == []
+
+
+def test_taps_in_code_are_named_when_it_is_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    class Shows(Rotates):
+        def __init__(self) -> None:
+            super().__init__()
+            self.kept = nn.Identity()
+
+        def forward(self, x: torch.Tensor, *, state: torch.Tensor) -> Any:
+            return super().forward(self.kept(tlcore.tap("x", x)), state=state)
+
+    def shown(compiled: bool, **keys: Any) -> tuple[list[str], MemorySink]:
+        model, sink = _model(), MemorySink()
+        model.inner.rotates = Shows()
+        session = _session(sink, **keys)
+        _tapped(model, session)
+        if compiled:
+            model.inner.forward = torch.compile(model.inner.forward, fullgraph=True, backend="eager")  # type: ignore[method-assign]
+        _step(session, model, torch.randn(3, 4))
+        session.close()
+        return session.remarks, sink
+
+    remarks, sink = shown(compiled=True)
+    assert len(remarks) == 1 and "inner.rotates.tap.x" in remarks[0] and "torch.nn.Identity" in remarks[0]
+    assert remarks[0] in caplog.text
+    # What it says to write instead does it.
+    assert "step_0/inner.rotates.kept/outputs_cpu" in sink.tensors
+    assert shown(compiled=True, module_call_match=["norm"])[0] == []
+    remarks, sink = shown(compiled=False)
+    assert remarks == []
+    assert "step_0/inner.rotates_1/tap.x_cpu" in sink.tensors
 
 
 def test_static_copies_follow_each_replay() -> None:

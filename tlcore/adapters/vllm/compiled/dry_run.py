@@ -10,6 +10,7 @@ import functools
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import FrameType
 from typing import Any, Literal
 
 import torch
@@ -18,6 +19,10 @@ from torch import nn
 from ....engine.calls import Call
 from ....engine.filters.modules import ModuleFilter
 from ....engine.filters.tensors import TensorSpec
+from ....engine.hooks import tap_point
+from ....engine.hooks.module_tree import Named
+from ....engine.hooks.tap_sites import module_of
+from ....layout.directions import tap_name
 from ....layout.names import call_dir
 from ....layout.structure import NO_ITEMS, KeptLeaves, Scalar, TreeSpec, flatten
 from ....ledger import Outcome
@@ -52,12 +57,14 @@ class Plan:
 
     ``users`` has, for each slot, the sides that use it, in the order in which its tap fires, each with the
     tensor's position in the side. ``table`` says what each slot is; it changes when the graph does.
+    ``code_taps`` are selected values that the model's code shows by `tlcore.tap`; a compiler leaves them out.
     """
 
     sides: list[Side] = field(default_factory=list)
     slots: dict[nn.Module, Slots] = field(default_factory=dict)
     users: list[list[tuple[Side, int]]] = field(default_factory=list)
     table: list[str] = field(default_factory=list)
+    code_taps: list[str] = field(default_factory=list)
 
 
 class DryRun:
@@ -74,6 +81,8 @@ class DryRun:
         self._depth = 0
         self._counts: Counter[str] = Counter()
         self._noted: list[tuple[str, Side]] = []
+        self._known = {id(module): Named(name, module, ()) for name, module in self._modules.items()}
+        self._code_taps: dict[str, None] = {}
 
     def run(self, forward_pass: Callable[[], object]) -> Plan:
         """Call ``forward_pass`` and plan the taps for the last pass of the model in it."""
@@ -83,15 +92,33 @@ class DryRun:
             replaced.append((own, own.get("forward")))
             heard = self._whole if module is self._model else functools.partial(self._call, name)
             own["forward"] = functools.partial(heard, module.forward)
+        tap_point.receive(self)
         try:
             forward_pass()
         finally:
+            tap_point.receive_no_more(self)
             for own, before in replaced:
                 if before is None:
                     del own["forward"]
                 else:
                     own["forward"] = before
         return self._plan()
+
+    def tapped(self, name: str, value: Any, frame: FrameType | None) -> None:
+        """The code of ``frame`` shows a value, which nobody will see when it is compiled."""
+        named = module_of(frame, self._known) if self._depth else None
+        if named is not None:
+            self._note_tap(tap_name(named.name, name))
+
+    def tapped_in(self, name: str, value: Any, module: nn.Module) -> None:
+        """The code of a module shows a value."""
+        named = self._known.get(id(module))
+        if named is not None and self._depth:
+            self._note_tap(tap_name(named.name, name))
+
+    def _note_tap(self, name: str) -> None:
+        if self._selector.calls(name) is not None:
+            self._code_taps[name] = None
 
     def _whole(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         self._counts.clear()
@@ -131,7 +158,7 @@ class DryRun:
         self._noted.append((sides.module, side))
 
     def _plan(self) -> Plan:
-        plan = Plan(sides=[side for _, side in self._noted])
+        plan = Plan(sides=[side for _, side in self._noted], code_taps=list(self._code_taps))
         numbers: dict[tuple[str, Direction, int], int] = {}
         for name, side in self._noted:
             for i in range(len(side.specs) if side.tappable else 0):

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ....engine import remarks
 from ....engine.filters.modules import ModuleFilter
 from ....engine.hooks import tap_op
 from ....engine.hooks.collector import Collector, Taken
@@ -135,6 +136,9 @@ def tap_model(worker: Any, session: Session) -> list[str]:
     for module, slots in plan.slots.items():
         install_taps(module, slots, anchor)
     session.attach(model, taps)
+    session.code_taps = plan.code_taps
+    for text in remarks.compiled_taps(plan.code_taps):
+        log.warning("%s", text)
     when_pass_begins(taps.begin_pass)
     # For the graphs that are recorded before the first step.
     tap_op.receive_with(taps)
