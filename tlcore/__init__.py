@@ -10,6 +10,7 @@ from .adapters.vllm import install_import_hook
 
 if TYPE_CHECKING:
     from .analysis import compare, stats
+    from .analysis.replay import replay
     from .engine.capture import capture
     from .engine.hooks.tap_point import tap
     from .errors import BackendError, CaptureError, ConfigError, ReadError, TlcoreError, VerifyError
@@ -41,6 +42,7 @@ _LAZY = {
     "register_store": "registry",
     "capture": "engine.capture",
     "compare": "analysis",
+    "replay": "analysis.replay",
     "stats": "analysis",
     "tap": "engine.hooks.tap_point",
 }
@@ -67,6 +69,7 @@ __all__ = [
     "register_backend",
     "register_sink",
     "register_store",
+    "replay",
     "stats",
     "tap",
 ]

@@ -17,6 +17,7 @@ COMMANDS = {
     "verify": ("verify", "check that everything a run stored is there, whole and unchanged"),
     "compare": ("compare", "compare two runs and find where they part"),
     "stats": ("stats", "statistics of every tensor, and where NaN and Inf are first seen"),
+    "replay": ("replay", "call a module again with a captured call's inputs, and compare"),
     "convert": ("convert", "write a run into another backend, losslessly"),
     "push": ("push", "deliver what waits in a spill_dir"),
     "prune": ("prune", "remove old or crashed runs and unfinished uploads, after asking"),

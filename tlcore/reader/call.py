@@ -42,6 +42,11 @@ class Call:
         return module_of(self.directory), 0
 
     @property
+    def step(self) -> int:
+        """The number of its step."""
+        return self._step.number
+
+    @property
     def module(self) -> str:
         """The module's dotted name in the model."""
         return self._identity[0]

@@ -1,0 +1,266 @@
+"""A captured call again, with a live module."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tlcore
+from tests.analysis.replay.layers import Block, Mixes, made
+from tlcore.__main__ import main
+from tlcore.analysis.measure import Tolerance
+from tlcore.analysis.replay.again import call_in
+from tlcore.analysis.replay.minimise import minimised
+
+X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
+
+
+def captured(tmp_path: Path, model: nn.Module, given: Any = X, **keys: Any) -> str:
+    with tlcore.capture(model, output_dir=str(tmp_path / "runs"), **keys) as capture, torch.no_grad():
+        model(given)
+    return str(capture.url)
+
+
+@pytest.mark.parametrize("backend", ["pt", "safetensors"])
+def test_where_nothing_differs_the_result_is_equal_bit_for_bit(tmp_path: Path, backend: str) -> None:
+    model = made()
+    url = captured(tmp_path, model, backend=backend)
+    for call in tlcore.open_run(url).step(0).calls:
+        if call != "_root":
+            found = tlcore.replay(url, f"step_0/{call}", model.get_submodule(call))
+            assert found.bitwise and "equal to what was captured" in str(found), call
+    assert tlcore.replay(url, "step_0/_root", model).bitwise
+
+
+def test_a_later_call_and_keywords_and_a_module_that_changes_its_input(tmp_path: Path) -> None:
+    class Adds(nn.Module):
+        def forward(self, x: torch.Tensor, *, by: float, also: dict[str, torch.Tensor]) -> Any:
+            x.add_(by)
+            return {"sum": x + also["more"], "by": by}, (x,)
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.adds = Adds()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for by in (1.0, 2.0):
+                found = self.adds(x.clone(), by=by, also={"more": x})
+            result: torch.Tensor = found[0]["sum"]
+            return result
+
+    url = captured(tmp_path, Model())
+    found = tlcore.replay(url, "step_0/adds_1", Adds())
+    assert found.bitwise and [each.path for each in found.results] == [(0, "sum"), (1, 0)]
+    assert torch.equal(found.output[0]["sum"], X + 2 + X)
+    assert tlcore.replay(url, "step_0/adds_1", Adds()).bitwise
+
+
+def test_a_difference_is_told_with_its_size(tmp_path: Path) -> None:
+    model = made()
+    url = captured(tmp_path, model)
+    with torch.no_grad():
+        model.get_submodule("first.mix").get_parameter("weight")[2] += 0.5
+    found = tlcore.replay(url, "step_0/first", model.get_submodule("first"))
+    assert not found.equal and "outputs differs from what was captured, by" in str(found)
+    assert found.results[0].status == "different" and found.results[0].module == "first"
+    assert tlcore.replay(url, "step_0/first", model.get_submodule("first"), rtol=10, atol=10).equal
+
+
+def test_another_dtype_runs_a_copy(tmp_path: Path) -> None:
+    model = made()
+    url = captured(tmp_path, model)
+    module = model.get_submodule("first")
+    found = tlcore.replay(url, "step_0/first", module, dtype=torch.float64, device="cpu")
+    assert found.equal and not found.bitwise and found.output.dtype == torch.float64
+    assert found.results[0].dtypes == ("float32", "float64")
+    assert next(model.parameters()).dtype == torch.float32
+
+
+def test_what_was_not_stored_is_asked_for(tmp_path: Path) -> None:
+    class Takes(nn.Module):
+        def forward(self, x: torch.Tensor, cache: Any = None, scale: float = 1.0) -> torch.Tensor:
+            return x * scale
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.takes = Takes()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.takes(x, cache=object())
+
+    url = captured(tmp_path, Model())
+    with pytest.raises(tlcore.ReadError, match=r"argument cache is a .*object.*--set cache=JSON"):
+        tlcore.replay(url, "step_0/takes", Takes())
+    assert tlcore.replay(url, "step_0/takes", Takes(), replace={"cache": None}).bitwise
+    assert not tlcore.replay(url, "step_0/takes", Takes(), replace={"cache": None, "scale": 2.0}).equal
+    with pytest.raises(tlcore.ReadError, match="no positional argument 1"):
+        tlcore.replay(url, "step_0/takes", Takes(), replace={1: None})
+    large = captured(tmp_path, Model(), max_tensor_size=4)
+    with pytest.raises(tlcore.ReadError, match=r"argument 0 was not stored \(larger than"):
+        tlcore.replay(large, "step_0/takes", Takes(), replace={"cache": None})
+
+
+@pytest.mark.parametrize("call", ["model", "step_x/first", "step_0", "step_0/", "0/first"])
+def test_names_of_another_form_are_refused(tmp_path: Path, call: str) -> None:
+    url = captured(tmp_path, made())
+    with pytest.raises(tlcore.ConfigError, match=r"step_0/model\.layers\.5"):
+        tlcore.replay(url, call, made())
+
+
+def test_another_structure_or_shape_of_the_result_is_a_difference(tmp_path: Path) -> None:
+    url = captured(tmp_path, made())
+    found = tlcore.replay(url, "step_0/first", lambda x: {"more": x})
+    assert {each.status for each in found.results} == {"missing"} and not found.equal
+    found = tlcore.replay(url, "step_0/first", lambda x: x[:1])
+    assert found.results[0].status == "different" and "shapes" in str(found)
+
+
+def stored(url: str, call: str) -> Any:
+    return call_in(tlcore.open_run(url), call).outputs
+
+
+def wrong_at(row: int, sample: int) -> nn.Module:
+    """A module whose result was wrong in one row of one sample when it was captured."""
+    block = Block()
+
+    class Wrong(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first = block
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = x.clone()
+            block.wrong = (sample, row)
+            try:
+                result: torch.Tensor = self.first(x)
+            finally:
+                block.wrong = None
+            return result
+
+    return Wrong()
+
+
+def test_rows_that_show_it_alone_are_all_that_is_left(tmp_path: Path) -> None:
+    model = wrong_at(3, 1)
+    url = captured(tmp_path, model)
+    module = model.get_submodule("first")
+    found = tlcore.replay(url, "step_0/first", module)
+    assert not found.equal
+    smallest = minimised(found, stored(url, "step_0/first"), module, Tolerance())
+    assert smallest.rows == {0: (1, 2), 1: (3, 4)}
+    assert smallest.arguments.args[0].shape == (1, 1, 8)
+
+
+def test_rows_that_need_those_before_them_keep_these(tmp_path: Path) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.mixes = Mixes()
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.mixes(x)
+
+    model = Model()
+    url = captured(tmp_path, model)
+    mixes = Mixes()
+    mixes.from_row = 2
+    found = tlcore.replay(url, "step_0/mixes", mixes)
+    smallest = minimised(found, stored(url, "step_0/mixes"), mixes, Tolerance())
+    first, end = smallest.rows[1]
+    assert (first, end) == (0, 3) and smallest.arguments.args[0].shape == (1, 3, 8)
+    equal = tlcore.replay(url, "step_0/mixes", Mixes())
+    with pytest.raises(tlcore.ReadError, match="nothing differs"):
+        minimised(equal, stored(url, "step_0/mixes"), Mixes(), Tolerance())
+
+
+SPEC = "tests.analysis.replay.layers:Block"
+
+
+@pytest.mark.parametrize("suffix", [".pt", ".safetensors"])
+def test_the_command_makes_the_module_from_class_and_weights(
+    tmp_path: Path, suffix: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = made()
+    url = captured(tmp_path, model)
+    file = tmp_path / f"weights{suffix}"
+    _save(model.state_dict(), file)
+    given = ["replay", url, "step_0/first", "--module", SPEC, "--init", '{"size": 8}', "--weights", str(file)]
+    assert main(given) == 0
+    assert capsys.readouterr().out == "step_0/first: equal to what was captured, in every bit\n"
+    with torch.no_grad():
+        model.get_submodule("first.mix").get_parameter("weight")[0] += 1
+    _save(model.state_dict(), file)
+    assert main([*given, "--json"]) == 1
+    document = json.loads(capsys.readouterr().out)
+    assert not document["equal"] and document["results"][0]["status"] == "different"
+    assert main([*given, "--atol", "100", "--dtype", "float64"]) == 0
+
+
+def _save(state: dict[str, torch.Tensor], file: Path) -> None:
+    if file.suffix == ".pt":
+        torch.save(state, file)
+    else:
+        from safetensors.torch import save_file
+
+        save_file(state, file)
+
+
+def test_a_script_shows_the_difference_without_tlcore(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = wrong_at(2, 0)
+    url = captured(tmp_path, model)
+    torch.save(model.get_submodule("first").state_dict(), tmp_path / "weights.pt")
+    script = tmp_path / "repro" / "shows.py"
+    script.parent.mkdir()
+    given = ["--module", SPEC, "--init", '{"size": 8}', "--weights", str(tmp_path / "weights.pt")]
+    assert main(["replay", url, "step_0/first", *given, "--minimise", str(script)]) == 1
+    assert "0 to 0 of dimension 0, 2 to 2 of dimension 1" in capsys.readouterr().err
+    repository = Path(__file__).parents[3]
+    code = f"import sys; sys.modules['tlcore'] = None; sys.path.insert(0, {str(repository)!r})"
+    run = subprocess.run(
+        [sys.executable, "-c", f"{code}; import runpy; runpy.run_path({str(script)!r})"],
+        capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path,
+    )  # fmt: skip
+    assert run.returncode == 1 and "outputs[]: (1, 1, 8), off by" in run.stdout, run.stderr
+    assert "AssertionError" in run.stderr and "are not close" in run.stderr
+    assert script.with_suffix(".pt").stat().st_size < 10_000
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        (["--module", "layers"], "--module: 'layers' is no pkg.mod:Class"),
+        (["--module", "no.such:Layer"], "--module: 'no.such:Layer' cannot be imported"),
+        (["--module", SPEC, "--init", '{"sice": 8}'], "--init"),
+        (["--module", SPEC, "--init", "[]"], "--init: must be a JSON object"),
+        (["--module", "torch:ones", "--init", '{"size": [2]}'], "gives a Tensor, not a torch.nn.Module"),
+        (["--module", SPEC, "--weights", "missing.pt"], "missing.pt: no weights can be read from it"),
+        (["--module", SPEC, "--set", "x"], "--set: 'x' is not ARG=JSON"),
+        (["--module", SPEC, "--dtype", "flot"], "--dtype: 'flot' is no dtype"),
+        (["--model", "missing"], "--model: 'missing' cannot be loaded"),
+    ],
+)
+def test_bad_input_is_named(
+    tmp_path: Path, given: list[str], problem: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = captured(tmp_path, made())
+    assert main(["replay", url, "step_0/first", *given]) == 2
+    assert problem in capsys.readouterr().err
+
+
+def test_weights_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    url = captured(tmp_path, made())
+    torch.save({"first.other": torch.ones(1)}, tmp_path / "weights.pt")
+    given = ["--module", SPEC, "--weights", str(tmp_path / "weights.pt")]
+    assert main(["replay", url, "step_0/first", *given]) == 2
+    assert "the weights do not fit Block" in capsys.readouterr().err

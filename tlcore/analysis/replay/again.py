@@ -1,0 +1,186 @@
+"""Running one captured call again and holding its result against the stored one."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError, ReadError
+from ...layout.structure import KeptLeaves, describe, flatten
+from ...reader import Arguments, Call, Run, Skipped, open_run
+from ..measure import Tolerance, measure
+from ..results import Status, TensorResult
+from .given import Place, arguments_of, on_each, tensors_of
+
+Callee = nn.Module | Callable[..., Any]
+_Path = tuple[Any, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Replayed:
+    """What a call gave again: ``results`` holds each tensor of it against the stored one, A against B.
+
+    ``output`` is the new result, ``arguments`` what the module was called with.
+    """
+
+    run: str
+    call: str
+    results: Sequence[TensorResult]
+    output: Any = field(repr=False, compare=False)
+    arguments: Arguments = field(repr=False, compare=False)
+
+    @property
+    def equal(self) -> bool:
+        """Whether all of the result agrees within the tolerance."""
+        return all(each.agrees for each in self.results)
+
+    @property
+    def bitwise(self) -> bool:
+        """Whether all of the result is equal in every bit."""
+        return all(each.status == "bitwise" for each in self.results)
+
+    def __str__(self) -> str:
+        if self.bitwise:
+            return f"{self.call}: equal to what was captured, in every bit"
+        if self.equal:
+            return f"{self.call}: agrees with what was captured, within the tolerance"
+        wrong = next(each for each in self.results if not each.agrees)
+        path = "".join(f"[{key}]" for key in wrong.path)
+        size = "" if wrong.measures is None else f", by {wrong.measures.max_abs:.3g} at most"
+        return f"{self.call}: outputs{path} differs from what was captured{size}" + (
+            f" ({wrong.reason})" if wrong.reason else ""
+        )
+
+
+def replay(
+    run: Run | str | os.PathLike[str],
+    call: str,
+    module: Callee,
+    *,
+    replace: Mapping[Place, Any] | None = None,
+    device: str | torch.device | None = None,
+    dtype: torch.dtype | None = None,
+    rtol: float | None = None,
+    atol: float | None = None,
+    rank: int = 0,
+    storage_options: Mapping[str, Any] | None = None,
+) -> Replayed:
+    """Call a module with the inputs of a captured call, and compare the result with the stored one.
+
+    ``call`` is its directory in a step, ``step_0/model.layers.5``. ``replace`` has arguments, by position or
+    name, that stand in the place of stored ones, such as of a cache that was not captured. With a ``device``
+    or ``dtype`` a copy of the module runs there, its floating tensors in that dtype. It runs without
+    gradients, in the mode (training or not) that it is in. ``rtol`` and ``atol`` are those of `compare`.
+
+    Raises ReadError when the call, an argument or the result is not in the run, and whatever the module does.
+    """
+    opened = run if isinstance(run, Run) else open_run(run, storage_options)
+    found = call_in(opened, call, rank)
+    given = arguments_of(found, dict(replace or {}))
+    if device is not None or dtype is not None:
+        if isinstance(module, nn.Module):
+            module = copy.deepcopy(module).to(device=device, dtype=dtype)
+        given = Arguments(*on_each((given.args, given.kwargs), lambda tensor: _moved(tensor, device, dtype)))
+    stored = tensors_of(found.outputs)
+    tolerance = Tolerance(rtol, atol)
+    output = run_again(module, given)
+    results = _compared(found, stored, tensors_in(output), tolerance)
+    return Replayed(opened.url, call, results, output, given)
+
+
+def run_again(module: Callee, given: Arguments) -> Any:
+    """A module's result for copies of arguments, which it may change in place."""
+    args, kwargs = on_each((given.args, given.kwargs), torch.Tensor.clone)
+    with torch.no_grad():
+        return module(*args, **kwargs)
+
+
+def tensors_in(value: Any) -> dict[_Path, torch.Tensor]:
+    """The tensors that capture finds in a value, by the keys that lead to them."""
+    leaves, paths = KeptLeaves(), []
+
+    def note(path: _Path) -> dict[str, Any]:
+        paths.append(path)
+        return {}
+
+    describe(flatten(value, leaves), (), note, iter(leaves.scalars))
+    return dict(zip(paths, leaves.tensors, strict=True))
+
+
+def call_in(run: Run, name: str, rank: int = 0) -> Call:
+    """A call by its directory in a step. Raises ConfigError for a name of another form, MissingError."""
+    step, _, directory = name.partition("/")
+    number = step.removeprefix("step_")
+    if not number.isdigit() or not directory or step == number:
+        raise ConfigError("call", f"{name!r} names no call of a step", "Write step_0/model.layers.5.")
+    return run.step(int(number)).call(directory.rstrip("/"), rank)
+
+
+def _moved(tensor: torch.Tensor, device: Any, dtype: torch.dtype | None) -> torch.Tensor:
+    return tensor.to(device=device, dtype=dtype if tensor.is_floating_point() else None)
+
+
+def _compared(
+    call: Call,
+    stored: Mapping[_Path, torch.Tensor | Skipped],
+    again: Mapping[_Path, torch.Tensor],
+    tolerance: Tolerance,
+) -> list[TensorResult]:
+    if not stored:
+        raise ReadError(f"{call.directory}: no tensor of its result was stored")
+    left = {_text(path): (path, tensor) for path, tensor in again.items()}
+    results = []
+    for path, tensor in stored.items():
+        _, mine = left.pop(_text(path), (path, None))
+        results.append(_result(call, path, tensor, mine, tolerance))
+    return results + [_result(call, path, None, tensor, tolerance) for path, tensor in left.values()]
+
+
+def _result(
+    call: Call,
+    path: _Path,
+    stored: torch.Tensor | Skipped | None,
+    again: torch.Tensor | None,
+    tolerance: Tolerance,
+) -> TensorResult:
+    status: Status = "missing"
+    measures, reason = None, None
+    if isinstance(stored, Skipped):
+        reason = f"it was not stored ({stored.reason})"
+    elif stored is None or again is None:
+        reason = f"only {'the run' if again is None else 'the new result'} has it"
+    elif stored.shape != again.shape:
+        status, reason = "different", f"the shapes {tuple(stored.shape)} and {tuple(again.shape)} differ"
+    else:
+        allowed = tolerance.between(stored.dtype, again.dtype)
+        measures = measure(stored, again.detach().cpu(), allowed)
+        status = "bitwise" if measures.bitwise else "close" if measures.agrees else "different"
+    both = stored if isinstance(stored, torch.Tensor) else None, again
+    return TensorResult(
+        status=status,
+        step=call.step,
+        rank=call.rank,
+        module=call.module,
+        call=call.index,
+        direction="outputs",
+        path=path,
+        names=(call.directory, None),
+        dtypes=_both(both, lambda each: str(each.dtype).removeprefix("torch.")),
+        shapes=_both(both, lambda each: tuple(each.shape)),
+        measures=measures,
+        reason=reason,
+    )
+
+
+def _both(both: tuple[torch.Tensor | None, torch.Tensor | None], what: Callable[[torch.Tensor], Any]) -> Any:
+    return tuple(None if each is None else what(each) for each in both)
+
+
+def _text(path: _Path) -> str:
+    return "/".join(str(key) for key in path)

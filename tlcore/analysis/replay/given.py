@@ -1,0 +1,73 @@
+"""What a captured call was given, as values that a module can be called with again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+
+from ...errors import ReadError
+from ...reader import Arguments, Call, OpaqueObject, Skipped
+
+Place = int | str
+
+
+def arguments_of(call: Call, replaced: Mapping[Place, Any]) -> Arguments:
+    """A call's stored arguments, some of them ``replaced`` by position or name.
+
+    Raises ReadError where one was not stored, or is an object of which only its tensors were.
+    """
+    args, kwargs = call.inputs
+    for key in replaced:
+        if isinstance(key, int) and not 0 <= key < len(args):
+            raise ReadError(f"{call.directory}: there is no positional argument {key}, it had {len(args)}")
+    positional = [replaced.get(place, value) for place, value in enumerate(args)]
+    named = {**kwargs, **{key: value for key, value in replaced.items() if isinstance(key, str)}}
+    everything: list[tuple[Place, Any]] = [*enumerate(positional), *named.items()]
+    for place, value in everything:
+        if place not in replaced:
+            _check(value, place, (place,), call)
+    return Arguments(tuple(positional), named)
+
+
+def _check(value: Any, place: Place, path: tuple[Any, ...], call: Call) -> None:
+    where = f"{call.directory}: argument {'.'.join(map(str, path))}"
+    hint = f"give the argument in its place: --set {place}=JSON, or replace={{{place!r}: ...}}"
+    if isinstance(value, Skipped):
+        raise ReadError(f"{where} was not stored ({value.reason}); {hint}")
+    if isinstance(value, OpaqueObject):
+        raise ReadError(f"{where} is a {value.class_name}, which a run does not hold; {hint}")
+    for key, item in _items(value):
+        _check(item, place, (*path, key), call)
+
+
+def on_each(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
+    """The value with each tensor in plain containers changed."""
+    if isinstance(value, torch.Tensor):
+        return change(value)
+    if isinstance(value, Mapping):
+        return {key: on_each(item, change) for key, item in value.items()}
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(on_each(item, change) for item in value))
+    if isinstance(value, (tuple, list)):
+        return type(value)(on_each(item, change) for item in value)
+    return value
+
+
+def tensors_of(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], torch.Tensor | Skipped]:
+    """The tensors in a value by the keys that lead to them, in order; what was not stored, too."""
+    if isinstance(value, (torch.Tensor, Skipped)):
+        return {path: value}
+    if isinstance(value, OpaqueObject):
+        value = value.items
+    found: dict[tuple[Any, ...], torch.Tensor | Skipped] = {}
+    for key, item in _items(value):
+        found |= tensors_of(item, (*path, key))
+    return found
+
+
+def _items(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, Mapping):
+        return value.items()
+    return enumerate(value) if isinstance(value, (tuple, list)) else ()

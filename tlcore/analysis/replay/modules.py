@@ -1,0 +1,162 @@
+"""Making the module that a call is replayed with: from its class and weights, or out of a checkpoint."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ...errors import ConfigError, ReadError
+
+# Weights up to here go into the file beside a script.
+_MOST_SAVED = 256 << 20
+
+
+@dataclass
+class Recipe:
+    """How a module is made: ``module`` is ``pkg.mod:Class`` or a function, called with ``init``.
+
+    Else ``model`` is a checkpoint that transformers loads, of which the submodule ``name`` is taken.
+    """
+
+    name: str
+    module: str | None = None
+    init: Mapping[str, Any] = field(default_factory=dict)
+    weights: str | None = None
+    prefix: str | None = None
+    model: str | None = None
+    made: nn.Module | None = field(default=None, repr=False)
+
+    def make(self) -> nn.Module:
+        """The module, in evaluation mode.
+
+        Raises ConfigError for a name that leads nowhere, ReadError for weights that do not fit or cannot be
+        read.
+        """
+        if self.model is not None:
+            self.made = _submodule(_pretrained(self.model), self.name, self.model)
+        else:
+            self.made = _constructed(self.module or "", self.init)
+            if self.weights is not None:
+                _load(
+                    self.made, _state(Path(self.weights)), self.name if self.prefix is None else self.prefix
+                )
+        self.made.eval()
+        return self.made
+
+    def saved(self) -> dict[str, Any]:
+        """What the code of `code` reads beside the arguments."""
+        return {"weights": self._weights()} if self._weights() is not None else {}
+
+    def _weights(self) -> dict[str, torch.Tensor] | None:
+        if self.made is None or self.model is not None:
+            return None
+        state = {key: each for key, each in self.made.state_dict().items() if isinstance(each, torch.Tensor)}
+        return state if sum(each.nbytes for each in state.values()) <= _MOST_SAVED else None
+
+    def code(self) -> str:
+        """Lines of Python that make ``module`` again."""
+        if self.model is not None:
+            return (
+                "from transformers import AutoModelForCausalLM\n\n"
+                f'model = AutoModelForCausalLM.from_pretrained({self.model!r}, dtype="auto")\n'
+                f"module = model.get_submodule({self.name!r}).eval()"
+            )
+        package, _, name = (self.module or "").partition(":")
+        lines = [f"from {package} import {name}\n", f"module = {name}(**{dict(self.init)!r}).eval()"]
+        if self._weights() is not None:
+            lines.append('module.load_state_dict(saved["weights"])')
+        return "\n".join(lines)
+
+
+def _constructed(spec: str, init: Mapping[str, Any]) -> nn.Module:
+    package, _, name = spec.partition(":")
+    if not package or not name.isidentifier():
+        raise ConfigError("--module", f"{spec!r} is no pkg.mod:Class.", "Such as my_model.layers:Mixer.")
+    try:
+        made = getattr(import_module(package), name)(**init)
+    except (ImportError, AttributeError) as error:
+        raise ConfigError("--module", f"{spec!r} cannot be imported: {error}") from error
+    except TypeError as error:
+        hint = "Give its arguments with --init, or name a function that makes it."
+        raise ConfigError(
+            "--module", f"{spec!r} cannot be called with {dict(init)}: {error}", hint
+        ) from error
+    if not isinstance(made, nn.Module):
+        raise ConfigError("--module", f"{spec!r} gives a {type(made).__name__}, not a torch.nn.Module")
+    return made
+
+
+def _pretrained(model: str) -> nn.Module:
+    try:
+        from transformers import AutoModelForCausalLM
+
+        # Also refused when transformers finds nothing there, by whichever error.
+        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+    except ImportError as error:
+        raise ConfigError("--model", "transformers is not installed", "pip install transformers") from error
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            "--model", f"{model!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from error
+    return loaded
+
+
+def _submodule(model: nn.Module, name: str, where: str) -> nn.Module:
+    try:
+        return model.get_submodule(name)
+    except AttributeError as error:
+        raise ConfigError("--model", f"{where!r} has no module {name!r}: {error}") from error
+
+
+def _state(path: Path) -> dict[str, torch.Tensor]:
+    """The weights of a file, or of all of a checkpoint's safetensors files."""
+    files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
+    if not files:
+        raise ReadError(f"{path}: there is no .safetensors file in it")
+    found: dict[str, torch.Tensor] = {}
+    for file in files:
+        try:
+            found |= _read(file)
+        except Exception as error:
+            raise ReadError(f"{file}: no weights can be read from it: {error}") from error
+    return found
+
+
+def _read(file: Path) -> dict[str, torch.Tensor]:
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    loaded = torch.load(file, map_location="cpu", weights_only=True)
+    if not isinstance(loaded, Mapping):
+        raise ReadError(f"it holds a {type(loaded).__name__}, not a state dict")
+    return dict(loaded)
+
+
+def _load(module: nn.Module, state: Mapping[str, torch.Tensor], prefix: str) -> None:
+    begin = f"{prefix.rstrip('.')}." if prefix else ""
+    inner = {key.removeprefix(begin): each for key, each in state.items() if key.startswith(begin)}
+    wanted = inner if inner else dict(state)
+    try:
+        module.load_state_dict(wanted)
+    except RuntimeError as error:
+        said = " ".join(str(error).split())[:400]
+        raise ReadError(f"the weights do not fit {type(module).__name__}: {said}") from error
+
+
+def init_of(text: str) -> dict[str, Any]:
+    """Keyword arguments from JSON text. Raises ConfigError for anything else."""
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise ConfigError("--init", f"not JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError("--init", 'must be a JSON object, such as {"size": 8}')
+    return value
