@@ -43,6 +43,7 @@ _FOREIGN = {
     "hidden-states": "tlcore_backends.foreign.hidden_states:HiddenStates",
     "sglang-dumper": "tlcore_backends.foreign.sglang_dumper:SglangDumper",
     "sglang-folder": "tlcore_backends.foreign.sglang_folder:SglangFolder",
+    "msprobe": "tlcore_backends.foreign.msprobe:Msprobe",
     "plain": "tlcore_backends.foreign.plain:PlainSource",
 }
 # By scheme, "" for a path; every other scheme is fsspec's.
