@@ -83,8 +83,8 @@ def test_capture_keeps_nothing_of_its_steps(tmp_path: Any) -> None:
         session.end_step()
 
     step()
-    assert session._hooks is not None
-    calls = [call for each in session._hooks._listeners for call in each._sites if call is not None]
+    assert session._hookup.hooks is not None
+    calls = [call for each in session._hookup.hooks._listeners for call in each._sites if call is not None]
     sides = [side for call in calls for side in call.inputs.values()]
     words = ["tensor", "scalar", "none", "dict", "outputs", "forward"]
     specs = session._collector._forms._known.values()

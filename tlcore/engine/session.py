@@ -22,8 +22,6 @@ from ..ledger import Counts
 from ..protocols import Sink
 from ..record import Json, RunInfo
 from ..storage import SupportsWaiting
-from . import remarks
-from .audience import Audience, as_draft, call_directory, renaming
 from .batch import Batch, StepEnd
 from .filters.requests import request_filter
 from .filters.rows import StepRows
@@ -31,15 +29,12 @@ from .filters.samples import Samples
 from .filters.tensors import TensorFilter, known_devices
 from .hooks.batch_calls import BatchCalls
 from .hooks.collector import Collector
-from .hooks.compiled_parts import refuse_compiled
 from .hooks.gradients import Gradients
-from .hooks.listeners import ListenerSet
 from .hooks.listening import Source
 from .hooks.module_tree import ModuleTree
 from .hooks.steps import StepCalls
-from .hooks.tap_sites import Taps
-from .hooks.traced import TracedListeners
 from .hooks.tracing import PassedBy
+from .hookup import Hookup
 from .new_run import now, open_run
 from .pipeline.executors import InlineExecutor, ThreadExecutor
 from .pipeline.inspector import Inspection
@@ -68,21 +63,14 @@ class Session:
         self.run = run = self._documents.run
         self._inline = inline
         self._pid = os.getpid()
-        self._hooks: ListenerSet | None = None
-        self._draft: ListenerSet | None = None
-        self._source: Source | None = None
-        self._batches: BatchCalls | None = None
         self._pipeline: InlineExecutor | ThreadExecutor | None = None
         self._processor: Processor | None = None
         self._next_step = 0
         self._step: int | None = None
         self._started = ""
         self.captured_steps = 0
-        self._said_elsewhere = False
         # What is said at the end, of that which is not in the run.
         self.remarks: list[str] = []
-        # Taps in code that may be compiled, where it is known of them before.
-        self.code_taps: Sequence[str] = ()
         self._closed = False
         self._lock = threading.RLock()
         self._stager = Stager(self._pool, config.block_s)
@@ -94,8 +82,7 @@ class Session:
         self.samples = Samples(config.keeps_token_ids, config.window.needs_prompt)
         self.rows.prompts = self.samples.tokens.prompts
         self._collector = self._make_collector(tensors)
-        self._audience = Audience(config, self._collector)
-        self._taps = Taps(self._collector, self._audience.selector, call_directory)
+        self._hookup = Hookup(config, self._collector, run.world_size == 1)
         self._collector.before_hand_over = self.rows.note
         self.rows.calls_begun = self._collector.calls_begun
         atexit.register(self.close)
@@ -169,20 +156,7 @@ class Session:
         """
         if self._pipeline is not None:
             raise CaptureError("this session has a model already; open another session for a second model")
-        refuse_compiled(model)
-        self._source = source
-        self._audience.source = source
-        rename = None if modules is None else renaming(modules)
-        if traced is not None:
-            select = functools.partial(self._audience.traced_listener, traced)
-            self._hooks = TracedListeners(model, select, rename)
-        else:
-            listener, counts = self._audience.listener, self._audience.counts
-            self._hooks = ListenerSet(model, listener, rename, may_change_within, counts)
-        self._taps.add(self._hooks)
-        self._audience.listen_within(self._hooks)
-        if self._has_all_modules:
-            self._audience.say_what_nobody_is_called(self._hooks, class_name(model))
+        self._hookup.attach(model, source, modules, may_change_within, traced)
         for device in {parameter.device for parameter in model.parameters()}:
             self._stager.reserve(device)
         self._processor = Processor(
@@ -193,32 +167,28 @@ class Session:
     @property
     def tree(self) -> ModuleTree | None:
         """The modules of the attached model, as they were at the last look; None without one."""
-        return self._hooks.tree if self._hooks is not None else None
+        hooks = self._hookup.hooks
+        return hooks.tree if hooks is not None else None
+
+    def hears_code_taps(self, names: Sequence[str]) -> None:
+        """Say at the end which of these taps, in code that may be compiled, stayed silent."""
+        self._hookup.code_taps = names
 
     def listen_to_batches(self) -> BatchCalls:
         """Let `samples` tell whose the rows of a step's tensors are, from what the model is given."""
-        if self._hooks is None:
-            raise CaptureError("no model is attached")
-        self._batches = BatchCalls(self.rows, self.samples, self._hooks.counts)
-        return self._batches
+        return self._hookup.listen_to_batches(self.rows, self.samples)
 
     def attach_draft(self, model: nn.Module) -> None:
         """Also listen to the modules of a model that proposes what the attached one verifies, in its `turn`.
 
         It goes by ``draft``, they by their names behind that, those, too, that both models share.
         """
-        audience = self._audience
-        self._draft = ListenerSet(model, audience.listener, as_draft, counts=audience.counts)
-        self._taps.add(self._draft)
-        audience.listen_within(self._draft)
+        self._hookup.attach_draft(model)
 
     def turn(self, draft: bool) -> None:
         """Within a step: listen to the draft model's calls from now on, or again to the attached model's."""
-        if self._step is None or self._hooks is None or self._draft is None:
-            return
-        listening, resting = (self._draft, self._hooks) if draft else (self._hooks, self._draft)
-        resting.rest()
-        listening.resume()
+        if self._step is not None:
+            self._hookup.turn(draft)
 
     def begin_step(
         self, step: int | None = None, wanted: bool = True, more_than_a_call: bool = False
@@ -229,7 +199,7 @@ class Session:
         others may replace what stands for a ``forward``.
         """
         with self._lock:
-            if self._closed or self._hooks is None:
+            if self._closed or self._hookup.hooks is None:
                 return False
             if self._step is not None:
                 self.end_step(extra={"error": "the step was cut short"})
@@ -243,19 +213,7 @@ class Session:
             self._started = now()
             self._collector.begin_step(number)
             self.rows.begin_step()
-            self._hooks.install(more_than_a_call)
-            if self._batches is not None:
-                self.samples.begin_step()
-                self._batches.install(self._hooks.tree)
-            if self._draft is not None:
-                # Around the attached model's listeners on modules that both share.
-                self._draft.install()
-                self._draft.rest()
-            self._taps.begin_step()
-            if self._audience.operators is not None:
-                self._audience.operators.begin_step()
-            if self._source is not None:
-                self._source.begin_step(self._collector)
+            self._hookup.install(more_than_a_call, self.samples)
             return True
 
     def end_step(
@@ -274,17 +232,17 @@ class Session:
         (`tlcore.layout.tokens`).
         """
         with self._lock:
-            if self._closed or self._step is None or self._hooks is None or self._pipeline is None:
+            if self._closed or self._step is None or self._pipeline is None:
                 return
             number, self._step = self._step, None
             self.captured_steps += 1
-            details = {**self._calls_elsewhere(self._hooks), **(extra or {})}
-            self._remove_listeners()
+            details = {**self._hookup.calls_elsewhere(), **(extra or {})}
+            self._hookup.remove()
             if error is not None:
                 details["error"] = class_name(error)
             ended = now()
             self.rows.resume_main()
-            problem = None if self._source is None else self._source.end_step()
+            problem = self._hookup.end_source()
             if problem is not None:
                 details.setdefault("error", problem)
             told = {**self.rows.document(), **self.samples.document(self.rows.chooses)}
@@ -300,59 +258,8 @@ class Session:
                 self._pipeline.settle()
                 self._give_memory_back()
 
-    def _remove_listeners(self) -> None:
-        if self._batches is not None:
-            self._batches.remove()
-        self._taps.rest()
-        if self._draft is not None:
-            self._draft.remove()
-        if self._hooks is not None:
-            self._hooks.remove()
-
-    def _calls_elsewhere(self, hooks: ListenerSet) -> Json:
-        """What `step.json` says of calls in other threads; the log says it once."""
-        calls = hooks.elsewhere
-        calls |= self._taps.elsewhere
-        if not calls:
-            return {}
-        if not self._said_elsewhere:
-            self._said_elsewhere = True
-            log.warning(
-                "%d calls in other threads than the step's own are not captured, of %s; step.json counts"
-                " them (calls_in_other_threads)",
-                sum(calls.values()),
-                ", ".join(list(calls)[:3]) + (", ..." if len(calls) > 3 else ""),
-            )
-        return {"calls_in_other_threads": calls}
-
     def _close_hooks(self) -> None:
-        """Take the listeners away, and find out what they did not hear."""
-        hooks, self._hooks = self._hooks, None
-        draft, self._draft = self._draft, None
-        self._batches = None
-        if draft is not None:
-            draft.close()
-        if hooks is None:
-            return
-        hooks.close()
-        missed_taps, shown_taps = self._taps.missed(hooks), self._taps.shown
-        self._taps.close()
-        if self._audience.operators is not None:
-            self._audience.operators.close()
-        left_out = [name for name in self.code_taps if not shown_taps.get(name)]
-        self.remarks += remarks.compiled_taps(left_out if self.captured_steps else ())
-        self.remarks += remarks.traced(self.passed_by.by, ModuleTree(hooks.model).modules)
-        if not self._has_all_modules:
-            return
-        if self.captured_steps:
-            self.remarks += self._audience.unheard(hooks, self.passed_by)
-            self.remarks += remarks.missed_taps(*missed_taps, shown_taps)
-        self.remarks += remarks.replaced_within(list(hooks.replaced_within))
-
-    @property
-    def _has_all_modules(self) -> bool:
-        # A rank has not all of them, and a source tells what it missed by itself.
-        return self._source is None and self.run.world_size == 1
+        self.remarks += self._hookup.close(bool(self.captured_steps))
 
     def _say_remarks(self) -> None:
         if self.remarks:
@@ -371,7 +278,7 @@ class Session:
         """Take the hooks away until the next selected step; for whoever compiles between two steps."""
         with self._lock:
             if self._step is None:
-                self._remove_listeners()
+                self._hookup.remove()
 
     def flush(self) -> None:
         """Wait until every step that has ended is stored or booked as failed."""
@@ -429,7 +336,7 @@ class Session:
         The pipeline's thread does not exist there, and the run belongs to the parent.
         """
         self._closed = True
-        self._remove_listeners()
+        self._hookup.remove()
 
 
 _live: weakref.WeakSet[Session] = weakref.WeakSet()

@@ -100,7 +100,7 @@ def _tapped(model: Model, session: Session, device: str = "cpu") -> Taps:
         install_taps(module, slots, anchor)
     taps = Taps(plan, torch.device(device))
     session.attach(model, taps)
-    session.code_taps = plan.code_taps
+    session.hears_code_taps(plan.code_taps)
     return taps
 
 

@@ -136,7 +136,7 @@ def tap_model(worker: Any, session: Session) -> list[str]:
     for module, slots in plan.slots.items():
         install_taps(module, slots, anchor)
     session.attach(model, taps)
-    session.code_taps = plan.code_taps
+    session.hears_code_taps(plan.code_taps)
     for text in remarks.compiled_taps(plan.code_taps):
         log.warning("%s", text)
     when_pass_begins(taps.begin_pass)

@@ -1,0 +1,174 @@
+"""Everything that listens to a session's models: there while a step runs, and told of at the end."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Mapping, Sequence
+
+from torch import nn
+
+from ..config.configuration import Config
+from ..errors import CaptureError
+from ..layout.structure import class_name
+from ..record import Json
+from . import remarks
+from .audience import Audience, as_draft, call_directory, renaming
+from .filters.rows import StepRows
+from .filters.samples import Samples
+from .hooks.batch_calls import BatchCalls
+from .hooks.collector import Collector
+from .hooks.compiled_parts import refuse_compiled
+from .hooks.listeners import ListenerSet
+from .hooks.listening import Source
+from .hooks.module_tree import ModuleTree
+from .hooks.steps import StepCalls
+from .hooks.tap_sites import Taps
+from .hooks.traced import TracedListeners
+
+log = logging.getLogger("tlcore")
+
+
+class Hookup:
+    """The listeners of one model, perhaps of the draft model beside it, with their taps and operators.
+
+    ``one_rank`` says that this process has all modules there are.
+    """
+
+    def __init__(self, config: Config, collector: Collector, one_rank: bool) -> None:
+        self.hooks: ListenerSet | None = None
+        # Taps in code that may be compiled, where it is known of them before.
+        self.code_taps: Sequence[str] = ()
+        self._draft: ListenerSet | None = None
+        self._source: Source | None = None
+        self._batches: BatchCalls | None = None
+        self._collector = collector
+        self._one_rank = one_rank
+        self._said_elsewhere = False
+        self._audience = Audience(config, collector)
+        self._taps = Taps(collector, self._audience.selector, call_directory)
+
+    def attach(
+        self,
+        model: nn.Module,
+        source: Source | None = None,
+        modules: Mapping[str, nn.Module] | None = None,
+        may_change_within: bool = False,
+        traced: StepCalls | None = None,
+    ) -> None:
+        """Plan the hooks, as `Session.attach` describes. Raises CaptureError for a compiled model."""
+        refuse_compiled(model)
+        audience = self._audience
+        self._source = audience.source = source
+        rename = None if modules is None else renaming(modules)
+        if traced is not None:
+            select = functools.partial(audience.traced_listener, traced)
+            self.hooks = TracedListeners(model, select, rename)
+        else:
+            self.hooks = ListenerSet(model, audience.listener, rename, may_change_within, audience.counts)
+        self._listen_within(self.hooks)
+        if self._has_all_modules:
+            audience.say_what_nobody_is_called(self.hooks, class_name(model))
+
+    def attach_draft(self, model: nn.Module) -> None:
+        """Also listen to a draft model's modules, by names behind ``draft``, in its `turn`."""
+        audience = self._audience
+        self._draft = ListenerSet(model, audience.listener, as_draft, counts=audience.counts)
+        self._listen_within(self._draft)
+
+    def _listen_within(self, hooks: ListenerSet) -> None:
+        self._taps.add(hooks)
+        self._audience.listen_within(hooks)
+
+    def listen_to_batches(self, rows: StepRows, samples: Samples) -> BatchCalls:
+        """Let ``samples`` tell whose a step's rows are. Raises CaptureError where no model is attached."""
+        if self.hooks is None:
+            raise CaptureError("no model is attached")
+        self._batches = BatchCalls(rows, samples, self.hooks.counts)
+        return self._batches
+
+    def install(self, more_than_a_call: bool, samples: Samples) -> None:
+        """A step begins, which may be ``more_than_a_call`` of the model: listen."""
+        if self.hooks is None:
+            return
+        self.hooks.install(more_than_a_call)
+        if self._batches is not None:
+            samples.begin_step()
+            self._batches.install(self.hooks.tree)
+        if self._draft is not None:
+            # Around the attached model's listeners on modules that both share.
+            self._draft.install()
+            self._draft.rest()
+        self._taps.begin_step()
+        if self._audience.operators is not None:
+            self._audience.operators.begin_step()
+        if self._source is not None:
+            self._source.begin_step(self._collector)
+
+    def turn(self, draft: bool) -> None:
+        """Listen to the draft model's calls from now on, or again to the attached model's."""
+        if self.hooks is None or self._draft is None:
+            return
+        listening, resting = (self._draft, self.hooks) if draft else (self.hooks, self._draft)
+        resting.rest()
+        listening.resume()
+
+    def remove(self) -> None:
+        """Listen no more, until the next step."""
+        if self._batches is not None:
+            self._batches.remove()
+        self._taps.rest()
+        if self._draft is not None:
+            self._draft.remove()
+        if self.hooks is not None:
+            self.hooks.remove()
+
+    def end_source(self) -> str | None:
+        """Let the source of a step add what is missing; what went wrong there, if anything."""
+        return None if self._source is None else self._source.end_step()
+
+    def calls_elsewhere(self) -> Json:
+        """What `step.json` says of calls in other threads; the log says it once."""
+        calls = {} if self.hooks is None else self.hooks.elsewhere
+        calls |= self._taps.elsewhere
+        if not calls:
+            return {}
+        if not self._said_elsewhere:
+            self._said_elsewhere = True
+            log.warning(
+                "%d calls in other threads than the step's own are not captured, of %s; step.json counts"
+                " them (calls_in_other_threads)",
+                sum(calls.values()),
+                ", ".join(list(calls)[:3]) + (", ..." if len(calls) > 3 else ""),
+            )
+        return {"calls_in_other_threads": calls}
+
+    def close(self, captured_any: bool) -> list[str]:
+        """Take the listeners away for good; what is to be said of that which they did not hear."""
+        hooks, self.hooks = self.hooks, None
+        draft, self._draft = self._draft, None
+        self._batches = None
+        if draft is not None:
+            draft.close()
+        if hooks is None:
+            return []
+        hooks.close()
+        missed_taps, shown_taps = self._taps.missed(hooks), self._taps.shown
+        self._taps.close()
+        if self._audience.operators is not None:
+            self._audience.operators.close()
+        passed_by = self._collector.passed_by
+        left_out = [name for name in self.code_taps if not shown_taps.get(name)]
+        said = remarks.compiled_taps(left_out if captured_any else ())
+        said += remarks.traced(passed_by.by, ModuleTree(hooks.model).modules)
+        if not self._has_all_modules:
+            return said
+        if captured_any:
+            said += self._audience.unheard(hooks, passed_by)
+            said += remarks.missed_taps(*missed_taps, shown_taps)
+        return said + remarks.replaced_within(list(hooks.replaced_within))
+
+    @property
+    def _has_all_modules(self) -> bool:
+        # A rank has not all of them, and a source tells what it missed by itself.
+        return self._source is None and self._one_rank
