@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import copyreg
+import inspect
 import operator
 import sys
 import threading
@@ -34,7 +35,7 @@ class StandIn:
     no ``__dict__``, since `functools.update_wrapper` copies that into whatever wraps a ``forward``.
     """
 
-    __slots__ = ("__weakref__", "dead", "key", "module", "original", "own", "replaced")
+    __slots__ = ("__weakref__", "_by_class", "dead", "key", "module", "original", "own", "replaced")
 
     def __init__(self, module: nn.Module, key: str, found: Any) -> None:
         self.module = module
@@ -42,21 +43,38 @@ class StandIn:
         self.own = vars(module)
         self.dead = False
         self.replaced = found
+        self._by_class = self._given_by_class()
         self.original: Callable[..., Any] = self._without_us() if found is None else found
 
     def _without_us(self) -> Any:
         return self.module._call_impl if self.key == WHOLE_CALL else getattr(self.module, self.key)
+
+    def _given_by_class(self) -> Any:
+        return getattr(type(self.module), "_call_impl" if self.key == WHOLE_CALL else self.key, None)
+
+    def now(self) -> Callable[..., Any]:
+        """What it stands for: what the module's class gives it, which others may exchange at any time."""
+        if self.replaced is None:
+            given = self._given_by_class()
+            if given is not self._by_class and given != self._by_class:
+                self._by_class = given
+                cls = type(self.module)
+                found = inspect.getattr_static(cls, "_call_impl" if self.key == WHOLE_CALL else self.key)
+                bind = getattr(type(found), "__get__", None)
+                self.original = found if bind is None else bind(found, self.module, cls)
+        return self.original
 
     def aim(self) -> None:
         """Stand in for what is there now, before it is `put` again."""
         found = without_dead(self.own.get(self.key))
         if found is not self.replaced:
             self.replaced = found
+            self._by_class = self._given_by_class()
             self.original = self._without_us() if found is None else found
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Pass on, with whatever a subclass adds."""
-        return self.original(*args, **kwargs)
+        return self.now()(*args, **kwargs)
 
     def put(self) -> None:
         """Begin to stand in."""

@@ -23,7 +23,7 @@ typedef struct {
 
 typedef struct {
     PyObject_HEAD
-    PyObject *walker, *collector, *hearing, *own, *original, *replaced, *sites, *handles;
+    PyObject *walker, *collector, *hearing, *own, *original, *replaced, *sites, *handles, *module, *given;
     Py_ssize_t count, elsewhere, running;
     char post, dead, covered;
 } listening_object;
@@ -32,7 +32,7 @@ static PyTypeObject *hearing_type, *sides_type, *listening_type;
 static PyObject *global_hooks, *backward, *tracing, *modes, *flags, *flag;
 static PyObject *forward_key, *hooks_key, *inputs_word, *outputs_word;
 static PyObject *new_call_name, *raised_name, *behind_name, *arguments_name, *result_name, *broken_name, *post_name;
-static PyObject *covered_name, *traced_name;
+static PyObject *covered_name, *traced_name, *anew_name, *self_name, *function_name;
 
 /* --- taking one side --- */
 
@@ -128,6 +128,16 @@ static int in_backward(void)
     if (number == -1 && PyErr_Occurred())
         return -1;
     return number >= 0;
+}
+
+/* Whether the module's class gives it another function than it gave: others may exchange that for all modules at once. */
+static int is_exchanged(const listening_object *mine)
+{
+    PyObject *found = PyObject_GetAttr((PyObject *)Py_TYPE(mine->module), forward_key);
+    if (found == NULL)
+        PyErr_Clear();
+    Py_XDECREF(found);
+    return found != mine->given;
 }
 
 /* Whether a call of a function is true; -1 with an exception set. */
@@ -236,6 +246,8 @@ static PyObject *hear(PyObject *self, PyObject *const *given, Py_ssize_t count)
     if (mine->original == NULL)
         return PyErr_Format(PyExc_RuntimeError, "call aim() first");
     PyObject *listener = given[0], *args = given[1], *kwargs = given[2], *output = NULL, *sides;
+    if (mine->given != NULL && is_exchanged(mine) && done(PyObject_CallMethodObjArgs(listener, anew_name, NULL)))
+        return NULL;
     PyObject *original = Py_NewRef(mine->original), *held = Py_NewRef(mine->hearing);
     hearing_object *hearing = (hearing_object *)held;
     int ours = PyThread_get_thread_ident() == hearing->owner;
@@ -434,6 +446,8 @@ static int listening_traverse(PyObject *self, visitproc visit, void *arg)
     Py_VISIT(mine->replaced);
     Py_VISIT(mine->sites);
     Py_VISIT(mine->handles);
+    Py_VISIT(mine->module);
+    Py_VISIT(mine->given);
     return 0;
 }
 
@@ -448,6 +462,8 @@ static int listening_clear(PyObject *self)
     Py_CLEAR(mine->replaced);
     Py_CLEAR(mine->sites);
     Py_CLEAR(mine->handles);
+    Py_CLEAR(mine->module);
+    Py_CLEAR(mine->given);
     return 0;
 }
 
@@ -466,6 +482,15 @@ static PyObject *aim(PyObject *self, PyObject *args)
         return PyErr_Format(PyExc_RuntimeError, "it was not made whole");
     tlcore_set(&mine->original, original);
     tlcore_set(&mine->replaced, replaced);
+    Py_CLEAR(mine->module);
+    Py_CLEAR(mine->given);
+    if (replaced == Py_None) {
+        mine->module = PyObject_GetAttr(original, self_name);
+        mine->given = mine->module == NULL ? NULL : PyObject_GetAttr(original, function_name);
+        PyErr_Clear();
+        if (mine->given != NULL && is_exchanged(mine))
+            Py_CLEAR(mine->given);
+    }
     Py_RETURN_NONE;
 }
 
@@ -544,7 +569,8 @@ static int make_names(void)
         {&outputs_word, "outputs"},     {&new_call_name, "_new_call"},     {&raised_name, "_raised"},
         {&behind_name, "_hear_behind_hooks"}, {&arguments_name, "end_inputs"}, {&result_name, "end_outputs"},
         {&broken_name, "broken"},       {&post_name, "post_fwd_inputs"}, {&covered_name, "_is_covered"},
-        {&traced_name, "_is_traced_now"},
+        {&traced_name, "_is_traced_now"}, {&anew_name, "_aim_anew"},
+        {&self_name, "__self__"},       {&function_name, "__func__"},
     };
     for (size_t i = 0; i < sizeof all / sizeof *all; i++)
         if ((*all[i].place = PyUnicode_InternFromString(all[i].text)) == NULL)

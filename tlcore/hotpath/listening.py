@@ -58,8 +58,10 @@ class _Listening:
         "covered",
         "dead",
         "elsewhere",
+        "given",
         "handles",
         "hearing",
+        "module",
         "original",
         "own",
         "post",
@@ -87,11 +89,15 @@ class _Listening:
         self.running = -1
         self.dead = self.covered = False
         self.original: Callable[..., Any] | None = None
-        self.replaced: Any = None
+        self.replaced = self.module = self.given = None  # type: Any
 
     def aim(self, original: Callable[..., Any], replaced: Any) -> None:
         """What it stands for, and what the module's own ``__dict__`` had under its name, None for nothing."""
         self.original, self.replaced = original, replaced
+        module, given = getattr(original, "__self__", None), getattr(original, "__func__", None)
+        usual = replaced is None and getattr(type(module), _FORWARD, None) is given
+        # The function that the module's class gave, and which others may exchange for all modules at once.
+        self.module, self.given = (module, given) if usual else (None, None)
 
     def deafen(self, hearing: Any) -> None:
         """Hear nobody but this `Hearing`, and stand in no more."""
@@ -100,6 +106,8 @@ class _Listening:
 
     def hear(self, listener: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """One call of what it stands for."""
+        if self.given is not None and getattr(type(self.module), _FORWARD, None) is not self.given:
+            listener._aim_anew()
         original, hearing, collector = self.original, self.hearing, self.collector
         assert original is not None
         if _get_ident() != hearing.owner:

@@ -198,3 +198,89 @@ def test_a_capture_that_is_over_keeps_no_model_alive() -> None:
     assert known() is None and captured.ledger.stored
     with pytest.raises(tlcore.CaptureError, match="gone"), captured:
         pass
+
+
+class Part(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shown: torch.Tensor = tlcore.tap("x", self.inner(x))
+        return shown
+
+
+class Patches(nn.Module):
+    """Gives its part's class another ``forward`` while it runs, as context managers of libraries do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.part = Part()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        before = Part.forward
+        with mock.patch.object(Part, "forward", lambda self, x: before(self, x) * 100):
+            x = self.part(x)
+        found: torch.Tensor = self.part(x)
+        return found
+
+
+@pytest.mark.parametrize("bracket", [False, True])
+@pytest.mark.parametrize("match", [".*", "^part$", r"tap\.x$"])
+def test_a_class_that_gets_another_forward_within_a_step(match: str, bracket: bool) -> None:
+    torch.manual_seed(0)
+    model, sink = Patches(), MemorySink()
+    x = torch.linspace(-1, 1, 8).reshape(2, 4)
+    first = model.part.inner(x)
+    expected = [first, model.part.inner(first * 100)]
+    keys: dict[str, Any] = {"log_step_ids": [], "module_call_match": match}
+    with tlcore.capture(model, backend=sink, inline=True, **keys) as capture:
+        for _ in range(2):
+            if bracket:
+                with capture.step():
+                    result = model(x)
+            else:
+                result = model(x)
+            assert torch.equal(result, expected[1])
+    for step in (0, 1):
+        for call, value in (("part", expected[0]), ("part_1", expected[1])):
+            if match != "^part$":
+                assert torch.equal(sink.tensors[f"step_{step}/{call}/tap.x_cpu"], value)
+            if "tap" not in match:
+                shown = value * 100 if call == "part" else value
+                assert torch.equal(sink.tensors[f"step_{step}/{call}/outputs_cpu"], shown)
+
+
+@pytest.mark.parametrize("how", ["forward", "class"])
+def test_a_module_whose_taps_alone_are_captured_changes_between_steps(how: str) -> None:
+    class Other(Part):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            shown: torch.Tensor = tlcore.tap("x", self.inner(x) + 1)
+            return shown
+
+    part, sink = Part(), MemorySink()
+    model = nn.Sequential(part)
+    x = torch.ones(2, 4)
+    with tlcore.capture(model, backend=sink, inline=True, log_step_ids=[], module_call_match=r"tap\.x$"):
+        model(x)
+        expected = part.inner(x) + 1
+        with mock.patch.object(Part, "forward", Part.forward if how == "class" else Other.forward):
+            if how == "class":
+                part.__class__ = Other
+            assert torch.equal(model(x), expected)
+    assert torch.equal(sink.tensors["step_1/0/tap.x_cpu"], expected)
+
+
+@pytest.mark.parametrize("step", ["method:generate", "root"])
+def test_a_class_that_gets_another_method_between_steps(step: str) -> None:
+    class Generates(Part):
+        def generate(self, x: torch.Tensor) -> torch.Tensor:
+            found: torch.Tensor = self(x)
+            return found
+
+    model, x = Generates(), torch.ones(2, 4)
+    with tlcore.capture(model, backend=MemorySink(), log_step_ids=[], step=step):
+        expected = model.generate(x) + 1
+        before = Generates.generate
+        with mock.patch.object(Generates, "generate", lambda self, x: before(self, x) + 1):
+            assert torch.equal(model.generate(x), expected)

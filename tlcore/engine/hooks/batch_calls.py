@@ -118,12 +118,12 @@ class _BatchCall(StandIn):
         if _is_compiling():
             return self.original(*args, **kwargs)
         if self.dead or _get_ident() != self.calls.owner or why_traced() is not None:
-            return self.original(*args, **kwargs)
+            return self.now()(*args, **kwargs)
         given = {**dict(zip(self.taker.parameters, args, strict=False)), **kwargs}
         entered = self.calls.enter(self.taker, given)
         result = None
         try:
-            result = self.original(*args, **kwargs)
+            result = self.now()(*args, **kwargs)
         finally:
             self.calls.leave(entered, result)
         return result

@@ -92,4 +92,4 @@ class _Version(StandIn):
         original = None if self.dead else self._of()
         if original is not None:
             self._versions.called(original)
-        return self.original(*args, **kwargs)
+        return self.now()(*args, **kwargs)

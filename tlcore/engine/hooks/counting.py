@@ -64,10 +64,10 @@ class CallCounter(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's ``forward``."""
         if _is_compiling() or self.dead or _get_ident() != self._hearing.owner or in_backward() >= 0:
-            return self.original(*args, **kwargs)
+            return self.now()(*args, **kwargs)
         before, self.running = self.running, self.count
         self.count += 1
         try:
-            return self.original(*args, **kwargs)
+            return self.now()(*args, **kwargs)
         finally:
             self.running = before

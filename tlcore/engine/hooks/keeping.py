@@ -36,7 +36,7 @@ class Keeper(StandIn):
         if (changed or self.own.get(FORWARD) is not self.listener) and not self.dead:
             self._class = type(self.module)
             self._refit(self.module, changed)
-        return self.original(*args, **kwargs)
+        return self.now()(*args, **kwargs)
 
     def keep(self, listener: Any) -> None:
         """Begin to look after a listener."""
@@ -48,6 +48,7 @@ class Keeper(StandIn):
             return
         if found is not self.replaced:
             self.replaced = found
+            self._by_class = self._given_by_class()
             self.original = self.module._call_impl if found is None else found
         self.put()
 

@@ -130,6 +130,7 @@ class Listener(StandIn):
         if self.dead or base is not mine:
             return False
         self.replaced = without_dead(found)
+        self._by_class = self._given_by_class()
         self.original = self.module.forward if self.replaced is None else self.replaced
         self._aim_it()
         return True
@@ -184,6 +185,10 @@ class Listener(StandIn):
         if reason is not None:
             self.is_traced(reason)
         return reason is not None
+
+    def _aim_anew(self) -> None:
+        self.now()
+        self._aim_it()
 
     def _is_covered(self) -> bool:
         """Whether a call comes from what others have put around this, and not only another listener."""

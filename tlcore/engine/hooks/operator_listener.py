@@ -37,8 +37,10 @@ class OperatorListener(Listener):
         return self._watched
 
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
-        operators, original = self.operators, self.original
-        if _is_compiling() or not operators.listens():
+        if _is_compiling():
+            return self.original(*args, **kwargs)
+        operators, original = self.operators, self.now()
+        if not operators.listens():
             return original(*args, **kwargs)
         if not (self.chosen or operators.depth):
             return original(*args, **kwargs)

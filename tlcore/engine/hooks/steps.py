@@ -301,10 +301,10 @@ class _StepCall(StandIn):
             compiles(self._known_as)
             return self.original(*args, **kwargs)
         if self.dead or not self._calls.enters(name=self._name):
-            return self.original(*args, **kwargs)
+            return self.now()(*args, **kwargs)
         around = self._calls.around(self.module) if self.key == WHOLE_CALL else None
         try:
-            result = (self.original if around is None else around)(*args, **kwargs)
+            result = (self.now() if around is None else around)(*args, **kwargs)
         except BaseException as error:
             self._calls.leaves(error)
             raise
@@ -337,8 +337,8 @@ class _Stray(StandIn):
             compiles(self._known_as)
             return self.original(*args, **kwargs)
         if self.dead or not self._calls.strays(self._name):
-            return self.original(*args, **kwargs)
+            return self.now()(*args, **kwargs)
         try:
-            return self.original(*args, **kwargs)
+            return self.now()(*args, **kwargs)
         finally:
             self._calls.strays_no_more()
