@@ -44,6 +44,7 @@ _FOREIGN = {
     "sglang-dumper": "tlcore_backends.foreign.sglang_dumper:SglangDumper",
     "sglang-folder": "tlcore_backends.foreign.sglang_folder:SglangFolder",
     "msprobe": "tlcore_backends.foreign.msprobe:Msprobe",
+    "polygraphy": "tlcore_backends.foreign.polygraphy:Polygraphy",
     "plain": "tlcore_backends.foreign.plain:PlainSource",
 }
 # By scheme, "" for a path; every other scheme is fsspec's.

@@ -18,6 +18,7 @@ from tlcore.record import Json
 from tlcore.storage import Buffer
 
 from .documents import Found
+from .files import Readable, read_at
 
 _NAMES = {
     "?": "bool",
@@ -81,7 +82,7 @@ def _header(stream: Any) -> tuple[np.dtype[Any], bool, tuple[int, ...]]:
     return np.dtype(entry["descr"]), bool(entry["fortran_order"]), tuple(shape)
 
 
-def describe_npy(files: RunFiles, file: str, module: str) -> Found:
+def describe_npy(files: Readable, file: str, module: str) -> Found:
     """The array of an ``.npy`` file as a module's output. Raises ReadError."""
     head = files.read(file, 0, _LARGEST_HEADER + 16)
     header = ArrayHeader(io.BytesIO(head), f"{files.url}/{file}")
@@ -109,13 +110,21 @@ def describe_npz(files: RunFiles, file: str) -> Iterator[tuple[str, Found]]:
             yield name, _found(name, header, place)
 
 
+def read_npy(files: Readable, record: Any) -> Buffer:
+    """The values of a record whose place is one of `describe_npy`."""
+    place, size = record["place"], int(record["bytes"])
+    if "at" in place:
+        return read_at(files, record)
+    data = files.read(place["npy"], 0, place["skip"] + size)
+    return _in_order(io.BytesIO(data), size, f"{files.url}/{place['npy']}")
+
+
 def read_array(files: RunFiles, record: Any) -> Buffer:
     """The values of a record whose place is one of `describe_npy` or `describe_npz` that is not direct."""
     place = record["place"]
     size = int(record["bytes"])
     if "npy" in place:
-        data = files.read(place["npy"], 0, place["skip"] + size)
-        return _in_order(io.BytesIO(data), size, f"{files.url}/{place['npy']}")
+        return read_npy(files, record)
     where = f"{files.url}/{place['npz']}: {place['member']!r}"
     try:
         with _archive(files, place["npz"]) as archive, archive.open(place["member"]) as stream:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -77,6 +77,16 @@ class DumpFiles(RunFiles):
         return {name: size for name, size in found.items() if "/" not in name[len(begin) :]}
 
 
+class Readable(Protocol):
+    """What tensors are read from: files by name, as `RunFiles` has them."""
+
+    url: str
+    store: Any
+
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes ``[start, end)`` of a file, all of it by default. Raises ReadError."""
+
+
 class StoredAt(NamedTuple):
     """Where a tensor's values lie in a file: from byte ``at`` on, in elements' ``strides`` if given."""
 
@@ -92,7 +102,7 @@ class StoredAt(NamedTuple):
         return found if self.strides is None else {**found, "strides": list(self.strides)}
 
 
-def read_at(files: RunFiles, record: Mapping[str, Any]) -> Buffer:
+def read_at(files: Readable, record: Mapping[str, Any]) -> Buffer:
     """The values of a record whose place is a `StoredAt`. Raises ReadError where the file is too short."""
     place, shape = record["place"], tuple(record["shape"])
     begin = int(place["at"])
@@ -110,7 +120,7 @@ def read_at(files: RunFiles, record: Mapping[str, Any]) -> Buffer:
     return np.ascontiguousarray(laid).reshape(-1).view(np.uint8).data
 
 
-def _span(files: RunFiles, file: str, begin: int, size: int) -> Any:
+def _span(files: Readable, file: str, begin: int, size: int) -> Any:
     """The bytes of a range; of a large one of this machine only what is looked at is read."""
     if isinstance(files.store, SupportsFiles) and size > 1 << 20:
         with files.store.open_file(file) as opened:
@@ -168,7 +178,7 @@ def _described(file: str, begin: int, entry: Json) -> StoredAt:
 class TorchFile:
     """A file of `torch.save`, in the archive format: its value as `pickled` has it, and where bytes lie."""
 
-    def __init__(self, files: RunFiles, file: str, size: int) -> None:
+    def __init__(self, files: Readable, file: str, size: int) -> None:
         """``size`` is the file's. Raises ReadError for a file that is no such archive."""
         self._files, self._file, self._size = files, file, size
         # Small files are read once, of large ones their end.

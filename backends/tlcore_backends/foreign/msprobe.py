@@ -11,12 +11,13 @@ from tlcore.errors import MissingError, ReadError
 from tlcore.layout.checks import is_shape
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.names import PathKey
+from tlcore.layout.run_files import LARGEST_JSON, parse
 from tlcore.protocols import Buffer, StepRanks
 from tlcore.record import Json
 
-from .arrays import describe_npy, read_array
+from .arrays import describe_npy, read_npy
 from .documents import Found
-from .files import DumpFiles, TorchFile, read_at
+from .files import DumpFiles, TorchFile
 from .pickled import TensorAt, plain
 from .source import ForeignSource
 
@@ -28,6 +29,7 @@ _MODULE = re.compile(
     r"(?:Module|Cell)\.(.*)\.[^.]+\.(forward|backward|parameters_grad)\.(\d{1,9})", re.DOTALL
 )
 _FUNCTION = re.compile(r"(.+)\.(\d{1,9})\.(forward|backward)", re.DOTALL)
+_NO_NUMBER = re.compile(rb"(?<=[\s:,\[])(?:NaN|-?Infinity)(?=[\s,\]}])")
 _DEEPEST = 50
 Path = tuple[PathKey, ...]
 
@@ -59,7 +61,7 @@ class Msprobe(ForeignSource):
             beside = [each for each in _BESIDE if each in files.top or each in files.directories]
             return f"has {', '.join(beside)} of msprobe, but no {_DUMP}" if len(beside) > 1 else None
         first = next(iter(places.values()))
-        document = files.json(f"{first}{_DUMP}")
+        document = _document(files, f"{first}{_DUMP}")
         if not isinstance(document, dict) or not {"task", "level", "data"} <= document.keys():
             # Another tool's file may be called so.
             return f"{first}{_DUMP}: has no task, level and data, as msprobe's has"
@@ -84,7 +86,7 @@ class Msprobe(ForeignSource):
         """The tensors: a call's arguments where it begins, its results where it ends."""
         place = self._places[step, rank]
         where = f"{self.files.url}/{place}{_DUMP}"
-        document = self.files.json(f"{place}{_DUMP}")
+        document = _document(self.files, f"{place}{_DUMP}")
         data = document.get("data") if isinstance(document, dict) else None
         if not isinstance(data, dict) or not all(isinstance(each, dict) for each in data.values()):
             raise ReadError(f"{where}: damaged, its data are no entries")
@@ -120,7 +122,7 @@ class Msprobe(ForeignSource):
             held, told = f"{found.dtype} {list(found.shape)}", f"{record['dtype']} {list(record['shape'])}"
             raise ReadError(f"{where}: holds {held}, {_DUMP} says {told}")
         moved = {**record, "place": found.place}
-        return read_at(self.files, moved) if "at" in (found.place or {}) else read_array(self.files, moved)
+        return read_npy(self.files, moved)
 
 
 class _Nodes:
@@ -208,6 +210,12 @@ def _places(files: DumpFiles) -> dict[tuple[int, int], str] | str:
                 return f"holds several dumps of step {step} ({found[step, rank]}, {name}/): open one of them"
             found[step, rank] = f"{name}/"
     return found
+
+
+def _document(files: DumpFiles, name: str) -> Any:
+    """A JSON file in which statistics may be no numbers."""
+    data = files.read(name, 0, LARGEST_JSON + 1)
+    return parse(_NO_NUMBER.sub(b"null", data), f"{files.url}/{name}")
 
 
 def _entry(key: str, held: Json) -> _Entry:

@@ -150,7 +150,7 @@ def test_what_is_not_there_or_does_not_fit_is_said(tmp_path: Path) -> None:
     x = torch.ones(2)
     data = {
         "Module.a.L.forward.0": {"output": [{**_node("a", x), "data_name": None}]},
-        "Module.b.L.forward.0": {"output": [_node("gone", x)]},
+        "Module.b.L.forward.0": {"output": [_node("gone", x, Max=float("nan"), Min=-float("inf"))]},
         "Module.c.L.forward.0": {"output": [_node("c", torch.ones(3))]},
         "Module.d.L.forward.0": {"output": [_node("../../outside", x)]},
         "Module.e.L.forward.0": {"output": [{**_node("e", x), "data_name": "e.npy", "dtype": "Float32"}]},
