@@ -7,7 +7,8 @@ from .call import Call
 from .operator import Operator
 from .rebuild import Arguments, OpaqueObject, Skipped
 from .request import Gap, Request
-from .run import Run, RunSummary, is_run, list_runs, open_run
+from .run import Run
+from .runs import RunSummary, is_run, list_runs, open_run
 from .step import Step
 from .tensor_stream import TensorStream
 

@@ -1,29 +1,24 @@
-"""A whole run: opening it, listing the runs of a directory, its steps, its ledger."""
+"""A whole run: its steps, its ledger, and what goes over all of its steps."""
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 from weakref import WeakValueDictionary
 
-from ..errors import BackendError, MissingError, ReadError, VerifyError, missing
+from ..errors import MissingError, ReadError, VerifyError, missing
 from ..layout.directions import PATTERN
 from ..layout.names import rank_suffix
-from ..layout.run_files import LARGEST_JSON, RUN_FILE, RunFiles
+from ..layout.run_files import RUN_FILE, RunFiles
 from ..ledger import Counts
-from ..locations import redact_url
 from ..protocols import StepRanks
 from ..record import Json
 from ..statistics.summary import Statistics
-from ..storage import Store, SupportsLevels
+from ..storage import Store
 from .documents import FOREIGN, check_run
-from .foreign import is_file, not_recognised, open_foreign
 from .lookup import without_device
-from .opening import Below, local_directory, open_existing
 from .over_steps import tensor_over_steps
 from .request import Request, find_request, known_requests
 from .step import Step, counts_of
@@ -41,141 +36,15 @@ Options = Mapping[str, Any] | None
 OpenedAs = tuple[str, Options]
 
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]*)/")
-_RUN_BELOW = re.compile(r"[^/]+/run\.json")
 _STRUCTURE = re.compile(rf"step_(\d+)/(.+/{PATTERN})(?:_rank_([1-9]\d*))?\.json", re.DOTALL)
 _CLOSE_MARKER = re.compile(r"close_rank_([1-9][0-9]*)\.json")
 _STEP_FILE = re.compile(r"step_(0|[1-9][0-9]*)/step(?:_rank_([1-9][0-9]*))?\.json")
 
 
-def open_run(path: str | os.PathLike[str], storage_options: Options = None) -> Run:
-    """The run whose directory (a path or any fsspec URL) is ``path``; only its ``run.json`` is read now.
-
-    So is a dump of another tool (a directory or a file), which is recognised by what it holds and read in
-    place. ``storage_options`` go to the URL's fsspec filesystem. Raises ReadError when there is nothing,
-    something else, several runs, or a newer layout; BackendError when the URL cannot be opened.
-    """
-    store = None if is_file(path) else open_existing(path, storage_options)
-    opened_as = os.fspath(path), storage_options
-    if store is not None:
-        try:
-            return _run_of(store, opened_as)
-        except MissingError:
-            pass
-    found, near = open_foreign(path, store, storage_options)
-    if found is not None:
-        return _foreign_run(*found, opened_as)
-    raise not_recognised(path, near) if store is None else _not_one_run(path, storage_options, near)
-
-
-def _foreign_run(store: Store, document: Json, opened_as: OpenedAs) -> Run:
-    return Run(store, check_run(document, store.url), opened_as)
-
-
-def is_run(path: str | os.PathLike[str], storage_options: Options = None) -> bool:
-    """Whether a path or URL has a ``run.json``, or is a dump of another tool.
-
-    Raises as `open_run` does when it cannot be looked at.
-    """
-    store = None if is_file(path) else open_existing(path, storage_options)
-    if store is not None:
-        try:
-            RunFiles(store).read(RUN_FILE, 0, LARGEST_JSON + 1)
-            return True
-        except MissingError:
-            pass
-    return open_foreign(path, store, storage_options)[0] is not None
-
-
-def _run_of(store: Store, opened_as: OpenedAs | None = None) -> Run:
+def run_document(store: Store) -> Json:
+    """The checked ``run.json`` of a run. Raises MissingError without one, ReadError for a damaged one."""
     files = RunFiles(store)
-    return Run(store, check_run(files.json(RUN_FILE), f"{files.url}/{RUN_FILE}"), opened_as)
-
-
-@dataclass(frozen=True, slots=True)
-class RunSummary:
-    """One run of an ``output_dir``; ``problem`` says why it cannot be read, where it cannot.
-
-    ``dropped`` and ``failed`` of the ``captured`` tensors were lost at capture and are not in the run.
-    """
-
-    run_id: str
-    path: str
-    state: str
-    created: str
-    steps: int
-    tensors: int
-    bytes: int
-    problem: str | None = None
-    captured: int = 0
-    dropped: int = 0
-    failed: int = 0
-
-
-def list_runs(output_dir: str | os.PathLike[str], storage_options: Options = None) -> list[RunSummary]:
-    """The runs in a directory or at a URL, the newest last; damaged ones are listed with their problem.
-
-    Raises ReadError when there is no such directory, BackendError when the URL cannot be opened.
-    """
-    directory = local_directory(output_dir)
-    if directory is not None:
-        children = sorted(child for child in directory.iterdir() if (child / RUN_FILE).is_file())
-        runs = [_summary(str(child), open_existing(child)) for child in children]
-    else:
-        runs = _runs_in(open_existing(output_dir, storage_options))
-    return sorted(runs, key=lambda run: (run.created, run.run_id))
-
-
-def _runs_in(store: Store) -> list[RunSummary]:
-    """The runs directly below a remote directory, found without listing what they hold where that can be."""
-    try:
-        if isinstance(store, SupportsLevels):
-            names = {name.rpartition("/")[2] for name in store.level().directories}
-        else:
-            listed = (entry.name for entry in store.list())
-            names = {name.partition("/")[0] for name in listed if _RUN_BELOW.fullmatch(name)}
-    except (BackendError, OSError) as error:
-        raise ReadError(str(error)) from error
-    stores = [Below(store, name) for name in sorted(names)]
-    return [_summary(below.url, below) for below in stores if RUN_FILE in RunFiles(below).top]
-
-
-def _summary(path: str, store: Store) -> RunSummary:
-    run_id, state, created, counts = path.rpartition("/")[2], "unreadable", "", Counts()
-    steps, problem = 0, None
-    try:
-        run = _run_of(store)
-        run_id, state, created = run.id, run.state, run.created
-        counts = run.ledger
-        steps = len(run.steps)
-    except ReadError as error:
-        problem = str(error)
-    return RunSummary(
-        run_id,
-        path,
-        state,
-        created,
-        steps,
-        counts.stored,
-        counts.bytes_stored,
-        problem,
-        captured=counts.captured,
-        dropped=counts.dropped,
-        failed=counts.failed,
-    )
-
-
-def _not_one_run(path: str | os.PathLike[str], storage_options: Options, near: Sequence[str]) -> ReadError:
-    runs = list_runs(path, storage_options)
-    where = redact_url(os.fspath(path))
-    if not runs:
-        hints = "".join(f"\n  {each}" for each in near)
-        text = f"not a run (it has no {RUN_FILE}), and no run lies directly in it"
-        return ReadError(f"{where}: {text}{hints}")
-    shown = "".join(f"\n  {run.path} ({run.state}, {run.created})" for run in reversed(runs[-20:-1]))
-    more = f"\n  ... and {len(runs) - 20} older ones" if len(runs) > 20 else ""
-    held = f"{where}: holds runs ({len(runs)}) and is none itself; give one of them"
-    others = f"\nbefore it:{shown}{more}" if shown else ""
-    return ReadError(f"{held}; the newest is {runs[-1].path}{others}")
+    return check_run(files.json(RUN_FILE), f"{files.url}/{RUN_FILE}")
 
 
 class Run(Mapping[int, Step]):
@@ -402,7 +271,7 @@ class Run(Mapping[int, Step]):
     def refresh(self) -> None:
         """See what was committed since the run was opened; steps that are held stay as they are."""
         if not self.is_foreign:
-            self.document = _run_of(self.stored.store).document
+            self.document = run_document(self.stored.store)
         self.stored.refresh()
         self._opened.clear()
         for name in ("state", "ledger", "requests", "_closed", "_whole"):

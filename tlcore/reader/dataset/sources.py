@@ -149,7 +149,7 @@ class Sources:
                 raise ReadError(
                     f"{self._url}: it was not opened by open_run, so no other process can open it"
                 )
-            from ..run import open_run
+            from ..runs import open_run
 
             self._run, self._pid = open_run(*self._opened_as), os.getpid()
             self._arrays.clear()

@@ -1,0 +1,147 @@
+"""Runs where they lie: opening one, listing those of a directory."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from ..errors import BackendError, MissingError, ReadError
+from ..layout.run_files import LARGEST_JSON, RUN_FILE, RunFiles
+from ..ledger import Counts
+from ..locations import redact_url
+from ..record import Json
+from ..storage import Store, SupportsLevels
+from .documents import check_run
+from .foreign import is_file, not_recognised, open_foreign
+from .opening import Below, local_directory, open_existing
+from .run import OpenedAs, Options, Run, run_document
+
+_RUN_BELOW = re.compile(r"[^/]+/run\.json")
+
+
+def open_run(path: str | os.PathLike[str], storage_options: Options = None) -> Run:
+    """The run whose directory (a path or any fsspec URL) is ``path``; only its ``run.json`` is read now.
+
+    So is a dump of another tool (a directory or a file), which is recognised by what it holds and read in
+    place. ``storage_options`` go to the URL's fsspec filesystem. Raises ReadError when there is nothing,
+    something else, several runs, or a newer layout; BackendError when the URL cannot be opened.
+    """
+    store = None if is_file(path) else open_existing(path, storage_options)
+    opened_as = os.fspath(path), storage_options
+    if store is not None:
+        try:
+            return Run(store, run_document(store), opened_as)
+        except MissingError:
+            pass
+    found, near = open_foreign(path, store, storage_options)
+    if found is not None:
+        return _foreign_run(*found, opened_as)
+    raise not_recognised(path, near) if store is None else _not_one_run(path, storage_options, near)
+
+
+def _foreign_run(store: Store, document: Json, opened_as: OpenedAs) -> Run:
+    return Run(store, check_run(document, store.url), opened_as)
+
+
+def is_run(path: str | os.PathLike[str], storage_options: Options = None) -> bool:
+    """Whether a path or URL has a ``run.json``, or is a dump of another tool.
+
+    Raises as `open_run` does when it cannot be looked at.
+    """
+    store = None if is_file(path) else open_existing(path, storage_options)
+    if store is not None:
+        try:
+            RunFiles(store).read(RUN_FILE, 0, LARGEST_JSON + 1)
+            return True
+        except MissingError:
+            pass
+    return open_foreign(path, store, storage_options)[0] is not None
+
+
+@dataclass(frozen=True, slots=True)
+class RunSummary:
+    """One run of an ``output_dir``; ``problem`` says why it cannot be read, where it cannot.
+
+    ``dropped`` and ``failed`` of the ``captured`` tensors were lost at capture and are not in the run.
+    """
+
+    run_id: str
+    path: str
+    state: str
+    created: str
+    steps: int
+    tensors: int
+    bytes: int
+    problem: str | None = None
+    captured: int = 0
+    dropped: int = 0
+    failed: int = 0
+
+
+def list_runs(output_dir: str | os.PathLike[str], storage_options: Options = None) -> list[RunSummary]:
+    """The runs in a directory or at a URL, the newest last; damaged ones are listed with their problem.
+
+    Raises ReadError when there is no such directory, BackendError when the URL cannot be opened.
+    """
+    directory = local_directory(output_dir)
+    if directory is not None:
+        children = sorted(child for child in directory.iterdir() if (child / RUN_FILE).is_file())
+        runs = [_summary(str(child), open_existing(child)) for child in children]
+    else:
+        runs = _runs_in(open_existing(output_dir, storage_options))
+    return sorted(runs, key=lambda run: (run.created, run.run_id))
+
+
+def _runs_in(store: Store) -> list[RunSummary]:
+    """The runs directly below a remote directory, found without listing what they hold where that can be."""
+    try:
+        if isinstance(store, SupportsLevels):
+            names = {name.rpartition("/")[2] for name in store.level().directories}
+        else:
+            listed = (entry.name for entry in store.list())
+            names = {name.partition("/")[0] for name in listed if _RUN_BELOW.fullmatch(name)}
+    except (BackendError, OSError) as error:
+        raise ReadError(str(error)) from error
+    stores = [Below(store, name) for name in sorted(names)]
+    return [_summary(below.url, below) for below in stores if RUN_FILE in RunFiles(below).top]
+
+
+def _summary(path: str, store: Store) -> RunSummary:
+    run_id, state, created, counts = path.rpartition("/")[2], "unreadable", "", Counts()
+    steps, problem = 0, None
+    try:
+        run = Run(store, run_document(store))
+        run_id, state, created = run.id, run.state, run.created
+        counts = run.ledger
+        steps = len(run.steps)
+    except ReadError as error:
+        problem = str(error)
+    return RunSummary(
+        run_id,
+        path,
+        state,
+        created,
+        steps,
+        counts.stored,
+        counts.bytes_stored,
+        problem,
+        captured=counts.captured,
+        dropped=counts.dropped,
+        failed=counts.failed,
+    )
+
+
+def _not_one_run(path: str | os.PathLike[str], storage_options: Options, near: Sequence[str]) -> ReadError:
+    runs = list_runs(path, storage_options)
+    where = redact_url(os.fspath(path))
+    if not runs:
+        hints = "".join(f"\n  {each}" for each in near)
+        text = f"not a run (it has no {RUN_FILE}), and no run lies directly in it"
+        return ReadError(f"{where}: {text}{hints}")
+    shown = "".join(f"\n  {run.path} ({run.state}, {run.created})" for run in reversed(runs[-20:-1]))
+    more = f"\n  ... and {len(runs) - 20} older ones" if len(runs) > 20 else ""
+    held = f"{where}: holds runs ({len(runs)}) and is none itself; give one of them"
+    others = f"\nbefore it:{shown}{more}" if shown else ""
+    return ReadError(f"{held}; the newest is {runs[-1].path}{others}")
