@@ -1,7 +1,7 @@
 """Runs requests through an engine whose batches are hard to tell apart, and prints a JSON line.
 
-``python rows_script.py OUTPUT_DIR WAY [RUNNER]``: `ways` are known. Each captures a run of all rows, one of
-each request's last row, and one of a single request.
+``python rows_script.py OUTPUT_DIR WAY RUNNER MIXES PLANTS``: `ways` are known. Each captures a run of all
+rows, one of each request's last row, one of a single request, and random mixes, some with planted faults.
 """
 
 from __future__ import annotations
@@ -9,64 +9,59 @@ from __future__ import annotations
 import json
 import os
 import random
-import shutil
 import sys
 from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+from tests.adapters.vllm.drafters import speculator, target_of
+from tests.adapters.vllm.mixes import run_mix
 from tests.adapters.vllm.second_runner import use_second_runner
+from tests.fuzz.plants import PLANTS
 
-MODULES = [r"embed_tokens$", r"model\.norm$", r"layers\.2$", "logits"]
+MODULES = [r"embed_tokens$", r"model\.norm$", r"layers\.2$", "logits", r"^draft\."]
 COMMON = {"enforce_eager": True, "max_model_len": 128, "max_num_seqs": 4, "enable_prefix_caching": False}
-NGRAM = {"method": "ngram", "num_speculative_tokens": 3, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
+# So little room that a few requests preempt each other.
+CROWDED = {
+    "async_scheduling": True,
+    "enable_prefix_caching": True,
+    "block_size": 32,
+    "num_gpu_blocks_override": 7,
+}
 
 
-def drafter(directory: Path) -> str:
-    """The tiny model with other weights in its last layer, so that only some of what it proposes is right."""
-    import torch
-    from safetensors.torch import load_file, save_file
-
-    from tests.models import tiny_llama
-
-    shutil.copytree(tiny_llama(), directory)
-    weights = load_file(directory / "model.safetensors")
-    torch.manual_seed(0)
-    for name, weight in weights.items():
-        if "layers.3.mlp" in name:
-            weight += torch.randn_like(weight) * weight.std()
-    save_file(weights, directory / "model.safetensors", {"format": "pt"})
-    return str(directory)
+def ways(way: str, output_dir: Path) -> dict[str, Any]:
+    """The engine's arguments, by the name of what is hard about them; else ``way`` is a speculator."""
+    if way == "chunks":
+        return {"max_num_batched_tokens": 24, "async_scheduling": True, **CROWDED}
+    return {"speculative_config": speculator(way, output_dir)}
 
 
-def ways(output_dir: str) -> dict[str, dict[str, Any]]:
-    """The engine's arguments, by the name of what is hard about them."""
-    draft = {"method": "draft_model", "num_speculative_tokens": 3, "model": f"{output_dir}/draft"}
-    return {
-        "ngram": {"speculative_config": NGRAM},
-        "draft": {"speculative_config": draft},
-        "chunks": {"max_num_batched_tokens": 24, "enable_chunked_prefill": True},
-        "async": {"async_scheduling": True},
-    }
-
-
-def main(output_dir: str, way: str, runner: str = "first") -> dict[str, Any]:
+def main(output_dir: str, way: str, runner: str, mixes: str, plants: str) -> dict[str, Any]:
     """Capture the same requests in three ways, with the first or the second of vLLM's model runners."""
     if runner == "second":
         use_second_runner()
-    from vllm import LLM, SamplingParams
+    from vllm import LLM
+
+    model, arguments = target_of(way, Path(output_dir)), ways(way, Path(output_dir))
+    llm = LLM(str(model), dtype="float32", **{**COMMON, **arguments})
+    speculates = "speculative_config" in arguments
+    report = {"model": str(model), **_three_ways(llm, output_dir, speculates)}
+    found = [run_mix(llm, output_dir, seed) for seed in range(int(mixes))]
+    for seed in range(int(plants)):
+        found += [run_mix(llm, output_dir, seed, name) for name in PLANTS if name != "believed" or speculates]
+    return {**report, "mixes": found}
+
+
+def _three_ways(llm: Any, output_dir: str, speculates: bool) -> dict[str, Any]:
+    from vllm import SamplingParams
 
     import tlcore.vllm
-    from tests.models import tiny_llama
 
-    if way == "draft":
-        drafter(Path(output_dir) / "draft")
-    arguments = ways(output_dir)[way]
-    llm = LLM(str(tiny_llama()), dtype="float32", **{**COMMON, **arguments})
     chance = random.Random(3)
     prompts = [[chance.randrange(3, 512) for _ in range(n)] for n in (5, 31, 12, 3, 18, 9)]
-    # Repetition, for the n-gram speculator to find.
+    # Repetition, for a speculator to find.
     prompts = [prompt + prompt[-4:] * 2 for prompt in prompts]
     lengths = [14, 20, 8, 18, 3, 11]
     report: dict[str, Any] = {"prompts": prompts}
@@ -80,10 +75,11 @@ def main(output_dir: str, way: str, runner: str = "first") -> dict[str, Any]:
                 temperature=0.0,
                 max_tokens=length,
                 ignore_eos=True,
-                prompt_logprobs=0 if i % 2 and "speculative_config" not in arguments else None,
+                prompt_logprobs=0 if i % 2 and not speculates else None,
             )
             for i, length in enumerate(lengths)
         ]
+        llm.reset_prefix_cache()
         with tlcore.vllm.attach(
             llm,
             output_dir=output_dir,

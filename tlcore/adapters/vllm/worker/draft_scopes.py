@@ -60,7 +60,7 @@ class DraftScopes:
         metadata = kwargs.get("common_attn_metadata")
         if metadata is None:
             return self._one_each(rows) if "target_hidden_states" in kwargs else NO_ROWS
-        self._target = _counted(rows, metadata.query_start_loc_cpu.tolist())
+        self._target = _with_drafts(_counted(rows, metadata.query_start_loc_cpu.tolist()), rows)
         return [RowSet("tokens", self._target)]
 
     def _one_each(self, rows: Sequence[Json]) -> Sets:
@@ -138,4 +138,12 @@ def _counted(rows: Sequence[Json], starts: Sequence[int]) -> list[Json]:
     return [
         rows_of(row, begin, end - begin, row["first_position"])
         for row, begin, end in zip(rows, starts, starts[1:], strict=False)
+    ]
+
+
+def _with_drafts(rows: Sequence[Json], target: Sequence[Json]) -> list[Json]:
+    """Rows of the target's states, which still have those of its draft tokens unless they were taken out."""
+    return [
+        {**row, "drafts": asked["drafts"]} if row["rows"] == asked["rows"] and "drafts" in asked else row
+        for row, asked in zip(rows, target, strict=False)
     ]

@@ -1,0 +1,151 @@
+"""Random mixes of requests in a real engine: aborts, samples, beams, prompt logits, structured output.
+
+Each mix is captured in a run of its own. What a mix asked for is told as JSON data.
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from tests.fuzz.plants import PLANTS, Rows
+
+VOCABULARY, LONGEST = 512, 40
+# Which requests and rows are stored, with how often.
+_CHOSEN = {"request_ids": r"\.[02]-"}
+_KEYS: list[dict[str, Any]] = [{}, {}, {}, {"rows": "last"}, {"rows": "response"}, _CHOSEN]
+
+
+@dataclass
+class Asked:
+    """A request: its id, its prompt, the samples' tokens so far, and what is special about it."""
+
+    name: str
+    prompt: list[int]
+    samples: int
+    longest: int
+    arrival: int
+    abort_after: int | None
+    prompt_logprobs: bool
+    choice: bool
+    tokens: list[list[int]]
+
+    def sampling(self) -> Any:
+        from vllm import SamplingParams
+        from vllm.sampling_params import StructuredOutputsParams
+
+        choice = StructuredOutputsParams(choice=["the quick fox", "a lazy dog"]) if self.choice else None
+        return SamplingParams(
+            n=self.samples,
+            temperature=1.0 if self.samples > 1 else 0.0,
+            max_tokens=self.longest,
+            ignore_eos=not self.choice,
+            prompt_logprobs=0 if self.prompt_logprobs else None,
+            structured_outputs=choice,
+        )
+
+
+def run_mix(llm: Any, output_dir: str, seed: int, plant: str | None = None) -> dict[str, Any]:
+    """Capture one mix; with a ``plant`` that fault is in the rows of each step."""
+    import tlcore.vllm
+
+    chance = random.Random(seed)
+    speculates = llm.llm_engine.vllm_config.speculative_config is not None
+    keys = {} if plant else chance.choice(_KEYS)
+    changes = 0
+
+    def spoil(rows: Rows) -> None:
+        nonlocal changes
+        before = repr(rows)
+        PLANTS[str(plant)](rows)
+        changes += repr(rows) != before
+
+    with tlcore.vllm.attach(
+        llm,
+        output_dir=output_dir,
+        log_step_ids=[],
+        module_call_match=[r"embed_tokens$", r"model\.norm$", "logits"],
+        backend="safetensors",
+        **keys,
+    ) as attached:
+        restore = _planted(llm, spoil) if plant else None
+        beams = chance.random() < 0.15 and not speculates and plant is None
+        asked = [] if beams else _asked(chance, seed, speculates, plant is None)
+        if beams:
+            _search(llm, chance)
+        else:
+            _run(llm, asked)
+        if restore is not None:
+            restore()
+    found = {"url": attached.url, "keys": keys, "beams": beams, "plant": plant, "changes": changes}
+    return {**found, "seed": seed, "asked": [asdict(each) for each in asked]}
+
+
+def _asked(chance: random.Random, seed: int, speculates: bool, aborts: bool) -> list[Asked]:
+    found: list[Asked] = []
+    for place in range(chance.randint(1, 7)):
+        prompt = [chance.randrange(3, VOCABULARY) for _ in range(chance.randint(1, LONGEST))]
+        if found and chance.random() < 0.3:
+            # The beginning of another one's, for the prefix cache.
+            prompt = found[-1].prompt[: chance.randint(1, LONGEST)] + prompt[:5]
+        if speculates:
+            # Repetition, for a speculator to find.
+            prompt = prompt + prompt[-4:] * 2
+        samples = chance.choice([1, 1, 1, 2])
+        found.append(
+            Asked(
+                name=f"mix{seed}.{place}",
+                prompt=prompt,
+                samples=samples,
+                longest=chance.randint(1, 16),
+                arrival=chance.randint(0, 6),
+                abort_after=chance.randint(1, 6) if chance.random() < 0.2 and aborts else None,
+                prompt_logprobs=chance.random() < 0.3 and not speculates,
+                choice=chance.random() < 0.2,
+                tokens=[[] for _ in range(samples)],
+            )
+        )
+    return found
+
+
+def _run(llm: Any, asked: list[Asked]) -> None:
+    """Put requests in when it is their turn, and take some out again."""
+    engine, by_name = llm.llm_engine, {each.name: each for each in asked}
+    turn = 0
+    while turn <= 6 or engine.has_unfinished_requests():
+        for each in asked:
+            if each.arrival == turn:
+                engine.add_request(each.name, {"prompt_token_ids": each.prompt}, each.sampling())
+            if each.abort_after is not None and each.arrival + each.abort_after == turn:
+                engine.abort_request([each.name])
+        for output in engine.step() if engine.has_unfinished_requests() else ():
+            for sample in output.outputs:
+                by_name[output.request_id].tokens[sample.index] = list(sample.token_ids)
+        turn += 1
+
+
+def _search(llm: Any, chance: random.Random) -> None:
+    from vllm.sampling_params import BeamSearchParams
+
+    prompts = [
+        {"prompt_token_ids": [chance.randrange(3, VOCABULARY) for _ in range(chance.randint(1, LONGEST))]}
+        for _ in range(2)
+    ]
+    llm.beam_search(prompts, BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True))
+
+
+def _planted(llm: Any, spoil: Callable[[Rows], None]) -> Callable[[], None]:
+    """Let what reads the rows of the engine's worker, in this process, spoil them."""
+    core = llm.llm_engine.engine_core.engine_core
+    reader = core.model_executor.driver_worker.worker.__tlcore__._bracket._reader
+    original = reader.rows
+
+    def rows(scheduled: Any) -> Rows:
+        found: Rows = original(scheduled)
+        spoil(found)
+        return found
+
+    reader.rows = rows
+    return lambda: reader.__dict__.pop("rows")

@@ -1,0 +1,129 @@
+"""What the rows of requests are, as transformers computes them in float32, and what is wrong with a run's."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import tlcore
+from tlcore.errors import MissingError
+from tlcore.reader import Request, Run
+
+IDS, HIDDEN = "model.embed_tokens/inputs_0_cpu", "model.norm/outputs_0_cpu"
+LOGITS = "logits_processor/outputs_cpu"
+_LAST = -1
+# A speculator's tensor of the target's states: its name, how far ahead its token ids are, which columns are
+# the states, and of which of transformers' hidden states.
+STATES: dict[str, tuple[str, int, slice, int]] = {
+    "eagle": ("draft.model.fc/inputs_0_cpu", 1, slice(128, 256), _LAST),
+    "eagle3": ("draft.model.fc/inputs_0_cpu", 1, slice(256, 384), 3),
+    "medusa": ("draft.blocks.0/inputs_0_cpu", 0, slice(None), _LAST),
+    "mtp": ("draft.model.layers.2.hnorm/inputs_0_cpu", 1, slice(None), _LAST),
+    "extract_hidden_states": ("draft.cache_only_layers.4/inputs_0_cpu", 0, slice(None), 1),
+    "draft_model": ("draft.model.embed_tokens/outputs_cpu", 0, slice(None), 0),
+}
+
+
+class Truth:
+    """A checkpoint's own states and logits."""
+
+    def __init__(self, checkpoint: Path) -> None:
+        self._checkpoint = checkpoint
+
+    @cached_property
+    def _model(self) -> Any:
+        from transformers import AutoModelForCausalLM
+
+        return AutoModelForCausalLM.from_pretrained(str(self._checkpoint), dtype=torch.float32)
+
+    def of(self, tokens: Sequence[int]) -> tuple[tuple[torch.Tensor, ...], torch.Tensor]:
+        """The hidden states of each layer and the logits, a row for each position."""
+        with torch.inference_mode():
+            found = self._model(torch.tensor([tokens]), output_hidden_states=True)
+        return tuple(each[0] for each in found.hidden_states), found.logits[0]
+
+    def agrees(self, rows: torch.Tensor, tokens: Sequence[int], positions: list[int], layer: int) -> bool:
+        """Whether rows are a layer's states at these positions."""
+        return bool(positions) and _close(rows, self.of(tokens)[0][layer][positions])
+
+
+def _close(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return one.shape == other.shape and torch.allclose(one, other, atol=2e-4, rtol=2e-3)
+
+
+def wrong_rows(
+    request: Request,
+    tokens: Sequence[int],
+    truth: Truth,
+    prompt: int | None = None,
+    further: bool = False,
+) -> list[str]:
+    """What is wrong with a request's rows, of which ``tokens`` are known.
+
+    With the length of its ``prompt``, also what is missing. It may have ``further`` tokens that nobody knows.
+    """
+    states, logits = truth.of(tokens)
+    wanted: dict[str, torch.Tensor] = {IDS: torch.tensor(tokens), HIDDEN: states[_LAST], LOGITS: logits}
+    for name in request:
+        if name.startswith("logits_processor_") and name.endswith("outputs_cpu"):
+            wanted[name] = logits
+    found = []
+    for name, true in wanted.items():
+        if name not in request:
+            continue
+        positions = request.positions(name)
+        if positions != sorted(set(positions)) or (positions[-1] >= len(tokens) and not further):
+            found.append(f"{name}: positions {positions} of {len(tokens)} tokens")
+            continue
+        inside = [place for place, position in enumerate(positions) if position < len(tokens)]
+        if not _close(request[name][inside].float(), true[[positions[i] for i in inside]].float()):
+            found.append(f"{name}: not the rows of positions {positions}")
+    return found if prompt is None else [*found, *_missing(request, len(tokens), prompt)]
+
+
+def _missing(request: Request, tokens: int, prompt: int) -> Iterator[str]:
+    cached = {
+        position
+        for gap in (request.gaps(IDS) if IDS in request else ())
+        if gap.reason == "prefix cache"
+        for position in range(gap.begin, gap.end)
+    }
+    for name, begin in ((IDS, 0), (HIDDEN, 0), (LOGITS, prompt - 1)):
+        there = set(request.positions(name)) if name in request else set()
+        lacking = set(range(begin, tokens - 1)) - there - cached
+        if lacking:
+            yield f"{name}: no rows of positions {sorted(lacking)}"
+
+
+def complaints(mix: Mapping[str, Any], truth: Truth) -> list[str]:
+    """What is wrong with the run of a random mix of requests."""
+    run = tlcore.open_run(mix["url"])
+    if mix["beams"]:
+        # What a beam that was given up had, only the run tells.
+        own = [run.request(each) for each in run.requests]
+        return [text for each in own for text in wrong_rows(each, each.token_ids.tolist(), truth)]
+    return [text for asked in mix["asked"] for text in _of_one(run, asked, mix["keys"], truth)]
+
+
+def _of_one(run: Run, asked: Mapping[str, Any], keys: Mapping[str, Any], truth: Truth) -> Iterator[str]:
+    name, prompt, aborted = asked["name"], asked["prompt"], asked["abort_after"] is not None
+    chosen = "request_ids" not in keys or name.endswith((".0", ".2"))
+    for sample, tokens in enumerate(asked["tokens"]):
+        try:
+            request = run.request(name) if asked["samples"] == 1 else run.request(name, sample=sample)
+        except MissingError:
+            # One that was taken back may never have run.
+            if chosen and not aborted and (keys.get("rows") != "response" or len(tokens) > 1):
+                yield f"{name} is missing"
+            continue
+        if not chosen:
+            yield f"{name} was not asked for"
+        if keys.get("rows") == "response" and IDS in request and request.positions(IDS)[0] < len(prompt):
+            yield f"{name}: rows of its prompt"
+        whole = len(prompt) if "rows" not in keys and not aborted else None
+        for text in wrong_rows(request, [*prompt, *tokens], truth, whole, further=aborted):
+            yield f"{name}, sample {sample}: {text}"
