@@ -15,6 +15,7 @@ from ..layout.dtypes import torch_dtype
 from ..locations import is_url
 from ..reader import Run
 from .details import Details
+from .makings import causes
 from .matching.match import match
 from .matching.pairs import Matching, Pair
 from .matching.rules import Rules, compiled_patterns, positions, renames
@@ -119,7 +120,7 @@ def compare(
         unshare(task)
     results = _detailed((run_a, run_b), pieces, results)
     origin = Origin((run_a, run_b), pieces, held, matching.left_out)
-    notes = [*matching.notes, *_mixed(results, tolerance), *further.notes(results)]
+    notes = [*matching.notes, *causes(run_a, run_b), *_mixed(results, tolerance), *further.notes(results)]
     if not further.runs:
         notes += advice(run_a, run_b, pieces, results)
     notes += other_code(matching.missing, (run_a, run_b))

@@ -19,6 +19,13 @@ from .measure import Measures
 from .operators import Used, advice, used_for
 from .origin import Birth, Entered, Seen, birth, entered_in
 
+
+class Gap(str):
+    """A note on what was not compared: it stands beside the verdict."""
+
+    __slots__ = ()
+
+
 Status = Literal["bitwise", "close", "different", "missing", "unreadable"]
 _DIFFER = frozenset({"different", "missing", "unreadable"})
 
@@ -205,6 +212,11 @@ class Comparison:
         return all(result.agrees for result in self.results)
 
     @property
+    def not_compared(self) -> list[str]:
+        """The notes on what the verdict does not cover."""
+        return [note for note in self.notes if isinstance(note, Gap)]
+
+    @property
     def first_divergence(self) -> Divergence | None:
         """The first tensor in order of execution whose values or shapes differ beyond the tolerance."""
         return self._first({"different"})
@@ -306,6 +318,7 @@ class Comparison:
             "counts": self.counts,
             "noise": self.noise,
             "notes": list(self.notes),
+            "not_compared": self.not_compared,
             "results": [result.to_json() for result in self.results],
         }
 

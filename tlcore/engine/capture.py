@@ -17,6 +17,7 @@ from ..layout.structure import class_name
 from ..ledger import Counts
 from ..protocols import Sink
 from . import remarks
+from .environment import environment
 from .filters.named_rows import Named, named_rows
 from .hooks.batch_calls import BatchCalls
 from .hooks.compiled_parts import compiled_parts, refuse_unreachable, shown
@@ -120,6 +121,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
             method_of(model, self.config.step)
         backend = class_name(self._sink) if self._sink is not None else None
         run = run_of_group(self.config, self._group, backend)
+        run.document["environment"] = environment(model)
         self._session = Session(self.config, run, self._sink, self._inline)
         if self._traced:
             self._session.attach(model, traced=self._steps)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from ...layout.rows import Grid
 from ...reader import Step
-from ..results import TensorResult
+from ..results import Gap, TensorResult
 from .pairs import Key, Located, Pair, Piece, absent
 
 _Place = tuple[int, Key]
@@ -171,18 +171,18 @@ def _shape(source: Located) -> tuple[int, ...]:
 
 def loose_notes(a: Loose, b: Loose) -> list[str]:
     """What to know of tensors that were not compared."""
-    notes = []
+    notes: list[str] = []
     names = [*a.names.values(), *b.names.values()]
     if names:
         text = f"{len(names)} tensors have no row per token and were not compared, such as {_shown(names)}"
-        notes.append(text)
+        notes.append(Gap(text))
     unsure = a.unsure | b.unsure
     if unsure:
         shown = _shown(sorted({key[1] or "_root" for key in unsure}))
         text = (
             f"{len(unsure)} tensors were not compared, as in one run their shape leaves open whose rows they"
         )
-        notes.append(f"{text} have, of {shown}")
+        notes.append(Gap(f"{text} have, of {shown}"))
     return notes
 
 

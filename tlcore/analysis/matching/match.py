@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from ...errors import ConfigError
 from ...reader import Run, Step
-from ..results import TensorResult
+from ..results import Gap, TensorResult
 from .bridge import bridged
 from .keyed import keyed
 from .pairs import Matching, Pair, absent, key_name
@@ -15,6 +15,9 @@ from .requests import match_requests
 from .rules import Rules
 from .scalars import differing_values
 from .unstored import one_sided
+
+# Patterns that every module fits.
+_ALL = (".", ".*", "")
 
 
 def match(a: Run, b: Run, rules: Rules) -> Matching:
@@ -35,16 +38,17 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
     if rules.ignore_missing:
         ignored = [each for each in absent if not rules.requires(each)]
         if ignored:
-            notes.append(f"{len(ignored)} tensors that only one run has were left out")
+            notes.append(Gap(f"{len(ignored)} tensors that only one run has were left out"))
         left_out += ignored
         absent = [each for each in absent if rules.requires(each)]
     if rules.leave_out:
         named = ", ".join(repr(each.pattern) for each in rules.leave_out)
-        notes.append(f"tensors that fit {named} were not compared, as the rules say")
+        notes.append(Gap(f"tensors that fit {named} were not compared, as the rules say"))
     absent += _not_there(pairs, rules)
     if a.state != "complete" or b.state != "complete":
         states = f"A is {a.state}, B is {b.state}"
-        notes.append(f"not every run was closed ({states}); only what was committed can be compared")
+        notes.append(Gap(f"not every run was closed ({states}); only what was committed can be compared"))
+    notes += _never_captured(a, b, [] if rules.modules else pairs)
     return Matching(pairs, [*missing, *absent], notes, left_out)
 
 
@@ -68,6 +72,23 @@ def _unusable(run: Run, side: int, rules: Rules) -> Iterator[TensorResult]:
         yield _missing_step(number, f"{label} has no step {number}")
 
 
+def _never_captured(a: Run, b: Run, pairs: Sequence[Pair]) -> Iterator[str]:
+    """Notes on what neither run was meant to have, or could have."""
+    given = [_patterns(run) for run in (a, b)]
+    if not any(given) and pairs and not any(pair.key[1] == "" for pair in pairs):
+        yield Gap("the model's own inputs and outputs were not captured in both runs")
+    for shown in dict.fromkeys(each for each in given if each not in ("", *_ALL)):
+        labels = " and ".join(label for label, each in zip("AB", given, strict=True) if each == shown)
+        yield Gap(f"{labels} captured only what fits {shown}")
+
+
+def _patterns(run: Run) -> str:
+    """The patterns of the modules that a run was to capture; empty for all."""
+    config = run.document.get("config")
+    found = config.get("module_call_match") if isinstance(config, Mapping) else None
+    return found if isinstance(found, str) else ", ".join(map(str, found)) if isinstance(found, list) else ""
+
+
 def _not_there(pairs: Sequence[Pair], rules: Rules) -> Iterator[TensorResult]:
     """A missing result for each pattern that must fit a tensor of both runs and does not."""
     names = {key_name(pair.key) for pair in pairs}
@@ -82,11 +103,11 @@ def _missing_step(step: int, reason: str) -> TensorResult:
 
 
 def _not_stored(label: str, steps: Sequence[Step]) -> list[str]:
-    notes = []
+    notes: list[str] = []
     for column in ("skipped", "dropped", "failed"):
         count = sum(getattr(step.ledger, column) for step in steps)
         if count:
-            notes.append(f"{count} tensors of {label} were {column} at capture: they cannot be compared")
+            notes.append(Gap(f"{count} tensors of {label} were {column} at capture: they cannot be compared"))
     return notes
 
 

@@ -12,7 +12,7 @@ from ...layout.names import PathKey
 from ...layout.rows import Span
 from ...reader import Step
 from ...record import Json
-from ..results import TensorResult
+from ..results import Gap, TensorResult
 from .bridge import Plan, bridge
 from .keyed import keyed
 from .loose import Loose, loose_notes, pair_loose
@@ -119,7 +119,7 @@ class _Cached:
             return []
         positions = sum(self._ends[request] for request in self._used)
         where = f"{positions} leading positions of {len(self._used)} requests"
-        return [f"{self._run} took {where} from its prefix cache and has no values of them"]
+        return [Gap(f"{self._run} took {where} from its prefix cache and has no values of them")]
 
 
 def _merged(steps: Sequence[tuple[Step, dict[Key, Located]]]) -> dict[Key, Located]:

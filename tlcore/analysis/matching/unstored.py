@@ -8,7 +8,7 @@ from typing import Any
 from ...layout.names import PathKey
 from ...reader import Step
 from ...record import Json
-from ..results import TensorResult
+from ..results import Gap, TensorResult
 from .keyed import keyed, renamed
 from .pairs import Key
 from .rules import Rules
@@ -67,8 +67,8 @@ def one_sided(
         missing += _lacking(step.number, "B", theirs, {*mine, *stored_a})
     for step in by_number.values():
         missing += _lacking(step.number, "B", skipped(step, rules, False), set())
-    notes = [f"{len(both)} tensors were stored by neither run and cannot be compared"] if both else []
-    return missing, both, notes
+    notes = [Gap(f"{len(both)} tensors were stored by neither run and cannot be compared")] if both else []
+    return missing, both, [*notes]
 
 
 def _lacking(step: int, label: str, found: Mapping[Key, str], others: set[Key]) -> Iterator[TensorResult]:

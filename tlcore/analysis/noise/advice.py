@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 
 from ...layout.dtypes import torch_dtype
 from ...reader import Run
+from ..makings import settings_apart
 from ..matching.pairs import Pair
 from ..results import TensorResult
 from .counterparts import Pieces
@@ -45,6 +46,7 @@ def known_apart(a: Run, b: Run, results: Sequence[TensorResult]) -> Iterator[str
     for name in {**sides[0], **sides[1]}:
         if sides[0].get(name) != sides[1].get(name):
             yield f"{name} ({sides[0].get(name, 'none')} against {sides[1].get(name, 'none')})"
+    yield from settings_apart(a, b)
     if a.document.get("host") != b.document.get("host"):
         yield "the host"
     if a.world_size != b.world_size:

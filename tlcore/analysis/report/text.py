@@ -32,13 +32,19 @@ def verdict(comparison: Comparison) -> list[str]:
         lines = ["the runs agree"]
     else:
         lines = ["what both runs have agrees, but tensors are missing"]
+    lines += [f"not compared: {gap}" for gap in comparison.not_compared]
     if difference is not None and (first is None or difference.result is not first.result):
         lines.append(f"first difference in any bit: {difference}")
     if comparison.advice is not None:
         lines.append(comparison.advice)
     lines += [f"{label}: {found}" for label, found in comparison.culprits]
     counted = ", ".join(f"{count} {status}" for status, count in comparison.counts.items() if count)
-    return [*lines, f"tensors: {counted}", *(f"note: {note}" for note in comparison.notes)]
+    return [*lines, f"tensors: {counted}", *_noted(comparison)]
+
+
+def _noted(comparison: Comparison) -> Iterator[str]:
+    gaps = comparison.not_compared
+    yield from (f"note: {note}" for note in comparison.notes if note not in gaps)
 
 
 def shown(comparison: Comparison, verbose: bool) -> list[TensorResult]:

@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ....config.configuration import Config, load_config
+from ....engine.environment import environment
 from ....engine.new_run import new_run
 from ....engine.session import Session
 from ....errors import CaptureError, TlcoreError
@@ -231,6 +232,8 @@ def _run(worker: Any, config: Config, carrier: Mapping[str, Any]) -> RunInfo:
     versions = {"vllm": str(vllm.__version__)}
     run = new_run(config, rank, world_size, carrier.get("run_id"), versions)
     run.document["ranks"] = layout
+    if rank == 0:
+        run.document["environment"] = environment(worker.model_runner.get_model())
     return run
 
 

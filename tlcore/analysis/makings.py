@@ -1,0 +1,59 @@
+"""What two runs say in ``run.json`` that they were made with: software, devices, configuration, weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..reader import Run
+
+_SHOWN = 3
+
+
+def settings_apart(a: Run, b: Run) -> Iterator[str]:
+    """What of packages, settings and devices differs: other rounding comes of it, and nothing else should."""
+    for part in ("packages", "settings", "devices"):
+        mine, other = (_part(run, part) for run in (a, b))
+        if mine and other:
+            yield from (f"{key} ({one} against {two})" for key, one, two in _differing(mine, other))
+
+
+def causes(a: Run, b: Run) -> list[str]:
+    """Notes on what makes two models give other values: their configurations and their weights."""
+    notes = []
+    configurations = [_part(run, "configuration") for run in (a, b)]
+    if all(configurations):
+        found = [f"{key} ({one} against {two})" for key, one, two in _differing(*configurations)]
+        if found:
+            more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
+            notes.append(f"the models' configurations differ: {', '.join(found[:_SHOWN])}{more}")
+    mine, other = (_part(run, "weights").get("tensors") for run in (a, b))
+    if isinstance(mine, Mapping) and isinstance(other, Mapping):
+        notes += _weights_apart(mine, other)
+    return notes
+
+
+def _weights_apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
+    """What of the tensors that both models have in one dtype; those of two dtypes differ anyway."""
+    both = [name for name in a if name in b and str(a[name]).split()[:1] == str(b[name]).split()[:1]]
+    found = [name for name in both if a[name] != b[name]]
+    if found:
+        shown = ", ".join(found[:_SHOWN])
+        yield f"the models' weights differ in {len(found)} of {len(both)} tensors, such as {shown}"
+
+
+def _part(run: Run, name: str) -> Mapping[str, Any]:
+    environment = run.document.get("environment")
+    found = environment.get(name) if isinstance(environment, Mapping) else None
+    return found if isinstance(found, Mapping) else {}
+
+
+def _differing(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
+    for key in {**a, **b}:
+        if a.get(key) != b.get(key):
+            yield key, _short(a.get(key)), _short(b.get(key))
+
+
+def _short(value: Any) -> str:
+    text = "none" if value is None else str(value)
+    return text if len(text) <= 40 else f"{text[:40]}..."
