@@ -190,3 +190,29 @@ def test_a_step_number_comes_once() -> None:
         begin(5)
         with pytest.raises(CaptureError, match="step 5 has been; the next one is 6 or later"):
             begin(5)
+
+
+class _Property(nn.Module):
+    @property
+    def forward(self) -> Callable[[torch.Tensor], torch.Tensor]:  # type: ignore[override]
+        return torch.relu
+
+
+def test_a_module_that_nothing_can_stand_in_for_is_named() -> None:
+    _, captured = run(Holder(_Property()))
+    assert any("forward is a property" in text for text in captured.remarks), captured.remarks
+
+
+class _Splices(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.part: nn.Module = nn.Sequential(nn.Linear(4, 4))
+
+    def forward(self, x: torch.Tensor) -> Any:
+        self.part = nn.Sequential(self.part, nn.ReLU())
+        return self.part(x)
+
+
+def test_a_part_that_is_wrapped_while_it_runs_is_heard_and_nothing_is_said() -> None:
+    sink, captured = run(_Splices())
+    assert len(sink.steps[0].calls) == 4 and captured.remarks == []

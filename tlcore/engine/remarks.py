@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import functools
+import inspect
 import re
 from collections import Counter
 from collections.abc import Container, Iterable, Mapping, Sequence
@@ -26,6 +27,7 @@ _FAST_PATH = (
 _ATTENTION = "nn.MultiheadAttention uses its weights and does not call it"
 _SCRIPT = "TorchScript calls them without Python"
 _REPLACED = "they were replaced or taken out of the model"
+_PROPERTY = "their class's forward is a property, which nothing can stand in for"
 _UNKNOWN = "the model's own code passed them by"
 
 
@@ -72,7 +74,11 @@ def unheard(
     late = [
         each.name
         for each in modules
-        if each.name and each.name not in hooks.names and selects(each.names) and has_forward(each.module)
+        if each.name not in hooks.names
+        # One that only goes by another name now was heard by its old one.
+        and id(each.module) not in hooks.known
+        and selects(each.names)
+        and has_forward(each.module)
     ]
     if late:
         said.append(f"{some(late)} came into the model after the last captured step had begun: not heard")
@@ -197,6 +203,8 @@ class _Reasons:
         parents = [self._modules.get(each) for each in above[1:]]
         if any(isinstance(each, torch.jit.ScriptModule) for each in parents):
             return _SCRIPT
+        if isinstance(inspect.getattr_static(type(module), "forward", None), property):
+            return _PROPERTY
         if isinstance(parents[0], nn.MultiheadAttention):
             return _ATTENTION
         if any(isinstance(each, nn.TransformerEncoderLayer) and not each.training for each in parents):
