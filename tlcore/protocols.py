@@ -304,6 +304,15 @@ class SupportsArrays(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsKinds(Protocol):
+    """A source that knows which steps' documents are alike, so that one of them is checked for all."""
+
+    def kind(self, step: int, rank: int) -> Hashable | None:
+        """Equal for steps whose documents are sound if that of one of them is; None where it is not known."""
+        ...
+
+
 class AlikeSteps(NamedTuple):
     """Steps of one rank whose documents are sound if that of the first is; each has so many ``tensors``."""
 

@@ -47,8 +47,13 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         seen.append(record["name"])
         return original(stored, record)
 
-    original = tensor_stream.open_stream
+    def spied_together(stored: Stored, records: Any) -> Any:
+        seen.extend(record["name"] for record in records)
+        return together(stored, records)
+
+    original, together = tensor_stream.open_stream, tensor_stream.open_together
     monkeypatch.setattr("tlcore.reader.step.open_stream", spied)
+    monkeypatch.setattr("tlcore.analysis.work.open_together", spied_together)
     return seen
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
 from html import escape
 from math import prod
@@ -16,13 +16,13 @@ from ..layout.names import PathKey, shown_module
 from ..locations import is_url
 from ..reader import Run, Step, open_run
 from ..record import Direction, Json
-from ..statistics.stored import Statistics, summarize_pieces
+from ..statistics.stored import Statistics
 from .culprit import Culprit, Look, culprit, may_be_mask
 from .frames import data_frame
+from .groups import Group
 from .matching.keyed import keyed
 from .matching.rules import Rules, compiled_patterns
 from .matching.unstored import skipped
-from .measure import CHUNK
 from .origin import Birth, Seen, birth, entered_in
 
 RunLike = Run | str | os.PathLike[str]
@@ -266,7 +266,7 @@ def stats(
     cores = os.cpu_count() or 1
     tensors = []
     with ThreadPoolExecutor(max(cores, _REMOTE_WORKERS) if is_url(opened.url) else cores) as pool:
-        for done, found in enumerate(_in_order(pool, records), 1):
+        for done, found in enumerate(_in_order(pool, opened, records), 1):
             tensors.append(found)
             if progress is not None:
                 progress(done, len(records))
@@ -284,39 +284,34 @@ def _records(step: Step, rules: Rules, measured: bool) -> list[Json]:
     return [*described, *(record for record in stored if record["name"] not in names)]
 
 
-def _in_order(pool: ThreadPoolExecutor, records: Sequence[tuple[Step, Json]]) -> Iterator[TensorStatistics]:
+def _in_order(
+    pool: ThreadPoolExecutor, run: Run, records: Sequence[tuple[Step, Json]]
+) -> Iterator[TensorStatistics]:
     """The tensors' statistics; identical tensors of a step are read once."""
-    waiting: deque[tuple[Step, Json, Future[Statistics]]] = deque()
-    known: dict[tuple[int, str, str], Future[Statistics]] = {}
+    waiting: deque[tuple[Step, Json, Group, int]] = deque()
+    known: dict[tuple[int, str, str], tuple[Group, int]] = {}
+    group = Group(run, _AHEAD)
     for step, record in records:
         name = str(record["name"])
         content = (step.number, str(record.get("hash") or name), str(record["dtype"]))
-        future = known.get(content)
-        if future is None or not ("stats" in record or step.holds(name)):
-            future = known[content] = pool.submit(_statistics, step, record)
-        waiting.append((step, record, future))
-        if len(waiting) > _AHEAD:
+        place = known.get(content)
+        if place is None or not ("stats" in record or step.holds(name)):
+            place = known[content] = group, group.add(step, record)
+            if group.is_full:
+                group.submit(pool)
+                group = Group(run, _AHEAD)
+        waiting.append((step, record, *place))
+        if len(waiting) > _AHEAD and waiting[0][2] is not group:
             yield _described(*waiting.popleft())
+    group.submit(pool)
     while waiting:
         yield _described(*waiting.popleft())
 
 
-def _statistics(step: Step, record: Json) -> Statistics:
-    name = str(record["name"])
-    if "stats" in record:
-        return step.stats[name]
-    payload = step.payload(name)
-    total = prod(payload.shape)
-    try:
-        return summarize_pieces(payload.read(at, min(at + CHUNK, total)) for at in range(0, total, CHUNK))
-    finally:
-        payload.close()
-
-
-def _described(step: Step, record: Json, future: Future[Statistics]) -> TensorStatistics:
+def _described(step: Step, record: Json, group: Group, place: int) -> TensorStatistics:
     values, problem = None, None
     try:
-        values = future.result()
+        values = group.found(place)
     except ReadError as error:
         problem = str(error)
     return TensorStatistics(

@@ -14,13 +14,16 @@ import torch
 from ..errors import ReadError
 from ..layout.rows import as_rows
 from ..reader import Run, TensorStream, open_run
-from ..reader.tensor_stream import in_memory
+from ..reader.tensor_stream import SMALL, in_memory, open_together
 from ..record import Json
 from .details import Details, DetailSums
 from .matching.pairs import Located, Pair, Piece, key_name
 from .measure import CHUNK, EXACT, Sums, Tolerance
 from .results import Status, TensorResult
 from .rulebook import Rule, Rulebook
+
+# Tensors that were read already, by step and name, and those that could not be.
+Ready = dict[tuple[int, str], TensorStream | ReadError]
 
 
 @dataclass(frozen=True)
@@ -75,17 +78,34 @@ def compare_pairs(task: Task, pairs: Sequence[Pair]) -> list[list[TensorResult]]
     steps = []
     with suppress(ReadError):
         steps += [opened(task, side).step(number) for side, number in held]
-    results = [compare_pair(task, pair) for pair in pairs]
+    ready = [_ready(task, side, pairs) for side in (0, 1)]
+    results = [compare_pair(task, pair, ready) for pair in pairs]
     steps.clear()
     return results
 
 
-def compare_pair(task: Task, pair: Pair) -> list[TensorResult]:
-    """The results for a pair's pieces."""
+def _ready(task: Task, side: int, pairs: Sequence[Pair]) -> Ready:
+    """A side's small tensors, read together; not those that are joined from parts or turned."""
+    sources = ((pair.a, pair.b)[side] for pair in pairs if _axis(pair, side) <= 1)
+    records = {
+        (source.step, name): record
+        for source in sources
+        if not source.unshard
+        for name, record in zip(source.names, source.records, strict=True)
+        if record["bytes"] <= SMALL
+    }
+    with suppress(ReadError):
+        streams = open_together(opened(task, side).stored, list(records.values()))
+        return dict(zip(records, streams, strict=True))
+    return {}
+
+
+def compare_pair(task: Task, pair: Pair, ready: Sequence[Ready | None] = (None, None)) -> list[TensorResult]:
+    """The results for a pair's pieces; ``ready`` has tensors of both sides that were read already."""
     try:
         with ExitStack() as stack:
-            x = Operand(opened(task, 0), pair.a, stack, _axis(pair, 0))
-            y = Operand(opened(task, 1), pair.b, stack, _axis(pair, 1))
+            x = Operand(opened(task, 0), pair.a, stack, _axis(pair, 0), ready[0])
+            y = Operand(opened(task, 1), pair.b, stack, _axis(pair, 1), ready[1])
             return [_compared(task, pair, pieces, x, y) for pieces in pair.pieces]
     except ReadError as error:
         return [result_of(pair, pieces, "unreadable", reason=str(error)) for pieces in pair.pieces]
@@ -102,14 +122,20 @@ class Operand:
     With an ``axis`` of positions its samples and positions are one leading axis of rows.
     """
 
-    def __init__(self, run: Run, source: Located, stack: ExitStack, axis: int = 0) -> None:
+    def __init__(
+        self, run: Run, source: Located, stack: ExitStack, axis: int = 0, ready: Ready | None = None
+    ) -> None:
         step = run.step(source.step)
         self._payloads: list[TensorStream] = []
         for name in source.names:
             if axis > 1:
                 payload = in_memory(as_rows(step.tensor(name, source.unshard), axis))
             else:
-                payload = step.payload(name, source.unshard)
+                # It is closed when this pair is done; whoever has the same one again reads it again.
+                held = None if ready is None else ready.pop((source.step, name), None)
+                if isinstance(held, ReadError):
+                    raise held
+                payload = step.payload(name, source.unshard) if held is None else held
             stack.callback(payload.close)
             self._payloads.append(payload)
         first = self._payloads[0]

@@ -21,6 +21,8 @@ from .stored import Stored
 # What one thread takes at a time. A larger tensor is read alone.
 _GROUP_BYTES = 8 << 20
 _GROUP_RECORDS = 64
+# Of a format in which the tensors of consecutive steps touch.
+_GROUP_OF_ARRAYS = 8192
 _LOCAL_THREADS = min(4, os.cpu_count() or 1)
 _REMOTE_THREADS = 8
 _NOTHING = memoryview(b"")
@@ -45,7 +47,7 @@ def read_payloads(stored: Stored, records: Sequence[Json], keep: bool) -> Iterat
     At most a few groups of 8 MiB, or of one larger tensor, are in memory.
     """
     reader = _Reader(stored, keep)
-    groups = list(_groups(records))
+    groups = list(_groups(records, _GROUP_OF_ARRAYS if stored.has_arrays else _GROUP_RECORDS))
     if len(groups) < 2:
         # A small step: making a thread takes longer than reading it.
         for group in groups:
@@ -65,10 +67,10 @@ def read_payloads(stored: Stored, records: Sequence[Json], keep: bool) -> Iterat
         pool.shutdown(cancel_futures=True)
 
 
-def _groups(records: Sequence[Json]) -> Iterator[Sequence[Json]]:
+def _groups(records: Sequence[Json], most: int) -> Iterator[Sequence[Json]]:
     begin, size = 0, 0
     for index, record in enumerate(records):
-        if index > begin and (size + record["bytes"] > _GROUP_BYTES or index - begin >= _GROUP_RECORDS):
+        if index > begin and (size + record["bytes"] > _GROUP_BYTES or index - begin >= most):
             yield records[begin:index]
             begin, size = index, 0
         size += record["bytes"]

@@ -7,7 +7,6 @@ ReadError, and whatever it returns is believed only as far as it makes sense.
 from __future__ import annotations
 
 import contextlib
-from collections import OrderedDict
 from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
@@ -28,6 +27,7 @@ from ..protocols import (
     SupportsArrays,
     SupportsCheck,
     SupportsIdentity,
+    SupportsKinds,
     SupportsLedger,
     SupportsReadMany,
     SupportsRefresh,
@@ -41,12 +41,11 @@ from ..record import Json, tensor_from_bytes
 from ..registry import open_source
 from ..storage import Store
 from .documents import FOREIGN, check_step, check_structure
+from .kept import Kept, Sound
 
 if TYPE_CHECKING:
     import torch
 
-# Those of a step that many ranks wrote are needed together.
-_MOST_DOCUMENTS = 64
 _REMOTE_THREADS = 8
 
 
@@ -58,8 +57,10 @@ class Stored:
         self.url = store.url
         self.files = RunFiles(store)
         self._run = run
-        self._documents: OrderedDict[tuple[int, int], Json] = OrderedDict()
-        self._structure_names: OrderedDict[tuple[int, int], frozenset[str]] = OrderedDict()
+        self._documents = Kept[Json]()
+        self._kinds = Kept[Hashable | None]()
+        self._sound = Sound()
+        self._structure_names = Kept[frozenset[str]]()
 
     @property
     def is_local(self) -> bool:
@@ -93,6 +94,11 @@ class Stored:
         source = self.source
         return source if isinstance(source, SupportsSizes) else None
 
+    @cached_property
+    def _knowing(self) -> SupportsKinds | None:
+        source = self.source
+        return source if isinstance(source, SupportsKinds) else None
+
     def refresh(self) -> None:
         """Look at the run anew; a source that cannot is made again."""
         self.files = RunFiles(self.store)
@@ -101,7 +107,7 @@ class Stored:
             with self._asking():
                 source.refresh()
         else:
-            for name in ("source", "_structured", "_identifying", "_sizing"):
+            for name in ("source", "_structured", "_identifying", "_sizing", "_knowing"):
                 self.__dict__.pop(name, None)
 
     @property
@@ -133,10 +139,12 @@ class Stored:
         if key not in self._documents:
             with self._asking():
                 document = self.source.document(step, rank)
-            self._documents[key] = check_step(
-                document, self._where(step, f"step{rank_suffix(rank)}.json"), step
-            )
-            _forget(self._documents)
+                kind = None if self._knowing is None else self._knowing.kind(step, rank)
+            if not self._sound.has(kind):
+                check_step(document, self._where(step, f"step{rank_suffix(rank)}.json"), step)
+                self._sound.add(kind)
+            self._kinds.keep(key, kind)
+            return self._documents.keep(key, document)
         return self._documents[key]
 
     def ledger(self, rank: int) -> Json | None:
@@ -161,8 +169,7 @@ class Stored:
                 names = frozenset(
                     f"{name.removesuffix(suffix).removesuffix('.json')}.json" for name in packed
                 )
-            self._structure_names[key] = names
-            _forget(self._structure_names)
+            return self._structure_names.keep(key, names)
         return self._structure_names[key]
 
     def structure(self, step: int, rank: int, name: str) -> Json:
@@ -177,7 +184,11 @@ class Stored:
             document = packed.get(ranked, packed.get(name))
             if document is None:
                 raise missing("file", f"{step_dir(step)}/{ranked}", self.url, ())
-        return check_structure(document, self._where(step, ranked))
+        kind = self._kinds.get((step, rank))
+        if not self._sound.has(kind, name):
+            check_structure(document, self._where(step, ranked))
+            self._sound.add(kind, name)
+        return document  # type: ignore[no-any-return]
 
     def structures(self, step: int, rank: int, names: Sequence[str]) -> list[Json]:
         """Tensor structures, checked, in order. Raises as `structure`."""
@@ -365,13 +376,6 @@ class Stored:
 
     def _where(self, step: int, name: str) -> str:
         return f"{self.url}/{step_dir(step)}/{name}"
-
-
-def _forget(kept: OrderedDict[Any, Any]) -> None:
-    if len(kept) > _MOST_DOCUMENTS:
-        # Another thread may have been here first.
-        with contextlib.suppress(KeyError):
-            kept.popitem(last=False)
 
 
 def kind(record: Mapping[str, Any], where: str) -> tuple[torch.dtype, tuple[int, ...]]:

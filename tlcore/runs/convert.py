@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -30,6 +31,8 @@ from ..storage import Location
 # Records are handed over in batches: a remote place gets many at a time, the local disk what the cache holds.
 _REMOTE_BATCH_BYTES = 64 << 20
 _LOCAL_BATCH_BYTES = 16 << 20
+# Records of small steps that are read together.
+_MOST_TOGETHER = 8192
 _OF_EVERY_STEP = frozenset(
     (
         "layout",
@@ -102,20 +105,15 @@ def _convert_rank(source: Run, sink: Sink, documents: RunDocuments, on_tensor: C
     if isinstance(sink, SupportsLateCommit):
         sink.tell_stored(stored)
     batch_bytes = _REMOTE_BATCH_BYTES if is_url(run.url) else _LOCAL_BATCH_BYTES
-    for step in source.values():
-        if run.rank not in step.ranks:
-            continue
-        for problem in source.stored.problems(step.number, run.rank, thorough=False):
-            raise ReadError(f"{source.url}: {problem}")
-        for batch in _batches(source, step, run.rank, batch_bytes):
+    for records, summary in _steps(source, run.rank, batch_bytes):
+        for batch in _batches(records, batch_bytes):
             sink.write(batch)
             for _ in batch:
                 on_tensor()
-        summary = summary_of(step, run.rank)
-        accepted[step.number] = summary.counts
+        accepted[summary.step] = summary.counts
         sink.commit_step(summary)
         if not isinstance(sink, SupportsLateCommit):
-            stored(step.number, None)
+            stored(summary.step, None)
         if lost:
             break
     if isinstance(sink, SupportsLateCommit):
@@ -128,16 +126,55 @@ def _convert_rank(source: Run, sink: Sink, documents: RunDocuments, on_tensor: C
         raise lost[0]
 
 
-def _batches(source: Run, step: Step, rank: int, batch_bytes: int) -> Iterator[list[Record]]:
-    """The records of a step in the order they were stored, about ``batch_bytes`` at a time."""
+def _steps(source: Run, rank: int, window_bytes: int) -> Iterator[tuple[Iterator[Record], StepSummary]]:
+    """Each step that a rank has: its records, to be used up before the next one's, and all else of it.
+
+    Small steps are read together, as far as their bytes fit into ``window_bytes``.
+    """
+    for window in _windows(source, rank, window_bytes):
+        entries = [entry for records, _ in window for entry in records]
+        # Once a batch was handed on nobody looks at its bytes again.
+        payloads = read_payloads(source.stored, entries, keep=True)
+        for records, summary in window:
+            own = itertools.islice(payloads, len(records))
+            yield _records(own, summary.step, rank, hashed=not source.is_foreign), summary
+
+
+def _windows(source: Run, rank: int, window_bytes: int) -> Iterator[list[tuple[list[Json], StepSummary]]]:
+    """The records and all else of steps, a few small steps at a time, or a large one alone."""
+    window: list[tuple[list[Json], StepSummary]] = []
+    size = count = 0
+    for step in source.values():
+        if rank not in step.ranks:
+            continue
+        for problem in source.stored.problems(step.number, rank, thorough=False):
+            raise ReadError(f"{source.url}: {problem}")
+        records = step.documents[rank]["records"]
+        nbytes = sum(record["bytes"] for record in records)
+        if window and (size + nbytes > window_bytes or count + len(records) > _MOST_TOGETHER):
+            yield window
+            window, size, count = [], 0, 0
+        window.append((records, summary_of(step, rank)))
+        size, count = size + nbytes, count + max(1, len(records))
+    if window:
+        yield window
+
+
+def _records(payloads: Iterable[Payload], step: int, rank: int, hashed: bool) -> Iterator[Record]:
+    hashes: dict[str, Any] = {}
+    for payload in payloads:
+        record = _record(step, rank, payload, hashed)
+        if record.alias_of is not None and hashes.get(record.alias_of) != record.hash:
+            raise ReadError(f"step {step}: {record.name} is no alias of {record.alias_of!r}")
+        hashes[record.name] = record.hash
+        yield record
+
+
+def _batches(records: Iterable[Record], batch_bytes: int) -> Iterator[list[Record]]:
+    """Records in the order they were stored, about ``batch_bytes`` at a time."""
     batch: list[Record] = []
     size = 0
-    hashes: dict[str, Any] = {}
-    for stored in read_payloads(source.stored, step.documents[rank]["records"], keep=True):
-        record = _record(step, rank, stored, hashed=not source.is_foreign)
-        if record.alias_of is not None and hashes.get(record.alias_of) != record.hash:
-            raise ReadError(f"step {step.number}: {record.name} is no alias of {record.alias_of!r}")
-        hashes[record.name] = record.hash
+    for record in records:
         batch.append(record)
         size += record.nbytes
         if size >= batch_bytes:
@@ -147,7 +184,7 @@ def _batches(source: Run, step: Step, rank: int, batch_bytes: int) -> Iterator[l
         yield batch
 
 
-def _record(step: Step, rank: int, stored: Payload, hashed: bool) -> Record:
+def _record(step: int, rank: int, stored: Payload, hashed: bool) -> Record:
     entry = stored.record
     if stored.problem is not None:
         raise ReadError(stored.problem)
@@ -164,7 +201,7 @@ def _record(step: Step, rank: int, stored: Payload, hashed: bool) -> Record:
         entry["device"],
         compact(entry["placements"]) if "placements" in entry else "",
     )
-    return Record(entry["name"], step.number, origin, stored.data, stored.digest, entry.get("alias_of"))
+    return Record(entry["name"], step, origin, stored.data, stored.digest, entry.get("alias_of"))
 
 
 def summary_of(step: Step, rank: int) -> StepSummary:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Container, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -16,13 +16,17 @@ from tlcore.errors import ReadError
 from tlcore.protocols import Array, ArrayRows
 from tlcore.record import Json
 
-from .array_places import LARGEST, PLACE_KEYS, ArrayOfRows, Places, number_of, numbers_of
+from .array_places import LARGEST, ArrayOfRows, Places, number_of, numbers_of
 from .changing import Changing
 from .compact import time_text
 from .described import restored
+from .kinds import kinds_of
+from .record_forms import RecordForm, RecordForms
 from .segment_names import is_data
 from .stored_plans import Plan, StoredPlans
 
+# Who asks for fewer steps does not wait until all were looked at.
+_FEW_ASKED = 4
 # The end of the year 9000, in microseconds since 1970.
 _LATEST = 221_000_000_000 * 10**6
 _TABLES = ("files", "calls", "structures", "arrays", "plans", "extents", "skeletons", "changes", "rows")
@@ -53,6 +57,7 @@ class SegmentIndex:
 
     def __init__(self, document: Any, where: str) -> None:
         self.where = where
+        self._token = object()
         if not isinstance(document, dict) or document.get("layout") != 2:
             raise self.damaged("not an index of layout version 2")
         for key in _TABLES:
@@ -74,6 +79,11 @@ class SegmentIndex:
         self.rank = self._number(document.get("rank"), 1 << 20)
         self.places = Places(document["arrays"], self.damaged)
         self._plans = StoredPlans(self.table, lambda table: len(document[table]), self.damaged)
+        self._record_forms = RecordForms(
+            self._plans, self.places, self.table, lambda: self.files, self.damaged
+        )
+        self._asked = 0
+        self._kinds: list[int] | None = None
         self._counted: tuple[int, dict[int, tuple[int, int]]] = (0, {})
         self._told_details = Changing(self.table, self.damaged)
         self._told_rows = Changing(self.table, self.damaged)
@@ -106,7 +116,7 @@ class SegmentIndex:
         position = self._position(number)
         directory = f"step_{number}"
         plan = self.plan(self._columns["plan"][position])
-        records = [record for _, record in self._numbered_records(position, plan)]
+        records = self._records(position)
         details = self._details(position)
         head = {"layout": 1, "step": number, "rank": self.rank, **self._times(position, details)}
         document: Json = {
@@ -171,14 +181,13 @@ class SegmentIndex:
     def rows_of_array(self, number: int) -> list[ArrayRows]:
         """Which rows of an array each step has. Raises ReadError."""
         found: list[ArrayRows] = []
+        row = 0
         for position, step in enumerate(self.steps):
-            plan = self.plan(self._columns["plan"][position])
-            if number not in plan.arrays:
-                continue
-            for _, record in self._numbered_records(position, plan, (number,)):
-                begin = found[-1].end if found else 0
-                extent = record["shape"][0] if record["shape"] else 1
-                found.append(ArrayRows(step, begin, begin + extent, record))
+            form = self._forms_at(position).get(number)
+            if form is not None:
+                record = self._record(form, len(found), row, f"step_{step}")
+                found.append(ArrayRows(step, row, row + form.rows, record))
+                row += form.rows
         return found
 
     def pairs(self) -> tuple[list[tuple[Plan, list[int]]], list[int]]:
@@ -214,6 +223,18 @@ class SegmentIndex:
                 its = rows.follow(self._row_list(row_list))
                 kind = kinds.setdefault(tuple(each for each, _ in its), len(kinds))
             yield plan, extents, value, skeleton, None if usual else position, kind
+
+    def kind(self, number: int) -> Hashable | None:
+        """Equal for steps of this index whose documents are sound if that of one is; None if not known."""
+        self._asked += 1
+        if self._asked < _FEW_ASKED:
+            return None
+        if self._kinds is None:
+            try:
+                self._kinds = kinds_of(self.forms())
+            except ReadError:
+                self._kinds = []
+        return (self._token, self._kinds[self._position(number)]) if self._kinds else None
 
     def _position(self, number: int) -> int:
         position = bisect_left(self.steps, number)
@@ -253,41 +274,35 @@ class SegmentIndex:
             found.append(last if type(change) is int else None)
         return found
 
-    def _numbered_records(
-        self, position: int, plan: Plan, only: Container[int] | None = None
-    ) -> Iterator[tuple[int, Json]]:
-        """A step's records, with their arrays' numbers; of those that are left out no alias is known."""
-        directory = f"step_{self.steps[position]}"
-        extents = self._extents(self._columns["extents"][position])
-        firsts = self._firsts(position)
+    def _records(self, position: int) -> list[Json]:
+        """A step's records in order."""
         known: dict[tuple[str, str, tuple[int, ...]], str] = {}
-        for array, group in zip(plan.arrays, plan.groups, strict=True):
-            if only is not None and array not in only:
-                continue
-            if group >= len(extents):
-                raise self.damaged(f"{directory} has no extent {group}")
-            record, shape = self._record(array, extents[group], *firsts.get(array, (0, 0)), directory)
-            original = known.setdefault((record["hash"], str(record.get("dtype")), shape), record["name"])
+        firsts, directory = self._firsts(position), f"step_{self.steps[position]}"
+        found = []
+        for form in self._forms_at(position).values():
+            record = self._record(form, *firsts.get(form.array, (0, 0)), directory)
+            # Equal bytes and meaning: an alias of the first such record, which stands before its own place.
+            content = record["hash"], str(record.get("dtype")), form.shape
+            original = known.setdefault(content, record["name"])
             if original is not record["name"]:
                 place = {key: record.pop(key) for key in ("shard", "offsets")}
                 record |= {"alias_of": original, **place}
-            yield array, record
+            found.append(record)
+        return found
 
-    def _record(
-        self, array: int, rows: int, occurrence: int, row: int, directory: str
-    ) -> tuple[Json, tuple[int, ...]]:
-        place, entry = self.places.of(array), self.table("arrays", array)
+    def _forms_at(self, position: int) -> dict[int, RecordForm]:
+        return self._record_forms.of(self._columns["plan"][position], self._columns["extents"][position])
+
+    def _record(self, form: RecordForm, occurrence: int, row: int, directory: str) -> Json:
+        place = form.place
         begin = place.begin + (0 if place.constant else row * place.row_bytes)
-        shape = () if place.scalar else (rows, *place.row)
-        nbytes = rows * place.row_bytes
-        record: Json = {key: value for key, value in entry.items() if key not in PLACE_KEYS}
-        record |= {"name": f"{directory}/{entry['name']}", "shape": list(shape)}
-        if "bytes" in record:
-            record["bytes"] = nbytes
-        record["hash"] = f"xxh3-128:{self.places.hash(array, occurrence)}"
-        record["shard"] = self.files[place.file][0] if place.file < len(self.files) else None
-        record["offsets"] = [begin, begin + nbytes]
-        return record, shape
+        record = form.content.copy()
+        record["name"] = f"{directory}/{form.tail}"
+        record["shape"] = list(form.shape)
+        record["hash"] = f"xxh3-128:{self.places.hash(form.array, occurrence)}"
+        record["shard"] = form.shard
+        record["offsets"] = [begin, begin + form.nbytes]
+        return record
 
     def _firsts(self, position: int) -> dict[int, tuple[int, int]]:
         """How often each array occurred before a step, and with how many rows in all."""

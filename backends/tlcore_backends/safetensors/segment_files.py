@@ -6,7 +6,7 @@ import itertools
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import BinaryIO
 
 import numpy as np
@@ -68,7 +68,9 @@ class SegmentFiles:
 
     def read_many(self, name: str, size: int, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
         """Several ranges of a file of ``size`` bytes; a remote one is read as a whole, once."""
-        if self._is_local or size > _LARGEST_WHOLE or len(ranges) == 1:
+        if self._is_local:
+            return self._read_touching(name, ranges)
+        if size > _LARGEST_WHOLE or len(ranges) == 1:
             return [self.read(name, begin, end, end) for begin, end in ranges]
         data = self._whole_file(name, size)
         for begin, end in ranges:
@@ -76,6 +78,16 @@ class SegmentFiles:
                 raise ReadError(f"{self._store.url}/{name}: ends too early, it has {len(data)} bytes")
         view = memoryview(data)
         return [view[begin:end] for begin, end in ranges]
+
+    def _read_touching(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
+        """Ranges of a local file; those that touch, as of one array in consecutive steps, by one read."""
+        found: dict[tuple[int, int], Buffer] = {}
+        for run in _touching(sorted(set(ranges))):
+            first = run[0][0]
+            data = memoryview(self.read(name, first, run[-1][1], run[-1][1]))
+            for begin, end in run:
+                found[begin, end] = data[begin - first : end - first]
+        return [found[each] for each in ranges]
 
     def hash_ranges(self, name: str, ranges: np.ndarray) -> bytes:
         """The XXH3-128 of ascending ranges ``[n, 2]`` of a file, 16 bytes each, up to one that is not there.
@@ -169,6 +181,17 @@ class SegmentFiles:
         if len(self._open) > _MOST_OPEN:
             self._open.popitem(last=False)[1].close()
         return file
+
+
+def _touching(ranges: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+    run: list[tuple[int, int]] = []
+    for each in ranges:
+        if run and (each[0] != run[-1][1] or each[1] - run[0][0] > _AHEAD_BYTES):
+            yield run
+            run = []
+        run.append(each)
+    if run:
+        yield run
 
 
 def _largest(ranges: np.ndarray) -> int:

@@ -72,6 +72,10 @@ class SegmentSource:
         """What a rank has committed of a step. Raises MissingError or ReadError."""
         return self._index(step, rank).document(step)
 
+    def kind(self, step: int, rank: int) -> Hashable | None:
+        """Equal for steps whose documents are sound if that of one of them is."""
+        return self._index(step, rank).kind(step)
+
     def _index(self, step: int, rank: int) -> SegmentIndex:
         name = self._known.find(step, rank)
         if name is None:

@@ -5,20 +5,19 @@ What is wrong is not told here: a step that is not proven is looked at by itself
 
 from __future__ import annotations
 
-import json
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
 from tlcore.errors import ReadError
-from tlcore.layout.checks import LARGEST_SIZE
 from tlcore.protocols import AlikeSteps, WholeCheck
 
 from .array_places import LARGEST, Place
 from .index import SegmentIndex
+from .kinds import kinds_of
 from .stored_plans import Plan
 
 _HASH_BYTES = 16
@@ -91,24 +90,11 @@ def _unsound(index: SegmentIndex, units: Sequence[_Unit], shared: Sequence[Numbe
 
 def _alike(index: SegmentIndex) -> list[AlikeSteps]:
     """The steps, together where their documents are alike but for numbers that any step may have."""
-    found: dict[Any, list[int]] = {}
-    forms = index.forms()
-    for (plan, extents, values, *own), step in zip(forms, index.steps, strict=True):
-        found.setdefault((plan, extents, _form(values), *own), []).append(step)
-    return [AlikeSteps(steps, len(index.plan(key[0]).arrays)) for key, steps in found.items()]
-
-
-def _form(values: Any) -> str | None:
-    """The kinds of the values that a step's structures leave open; those of text and others themselves."""
-    if values is None:
-        return None
-    return json.dumps([_kind(value) for value in values] if isinstance(values, list) else 0)
-
-
-def _kind(value: Any) -> Any:
-    if type(value) is int and abs(value) <= LARGEST_SIZE:
-        return "negative" if value < 0 else "int"
-    return "float" if type(value) is float else [value]
+    found: dict[int, tuple[list[int], int]] = {}
+    pairs, ids = index.pairs()
+    for kind, pair, step in zip(kinds_of(index.forms()), ids, index.steps, strict=True):
+        found.setdefault(kind, ([], len(pairs[pair][0].arrays)))[0].append(step)
+    return [AlikeSteps(steps, tensors) for steps, tensors in found.values()]
 
 
 def _by_file(index: SegmentIndex, shared: list[Numbers]) -> dict[int, _Pieces]:

@@ -1,0 +1,75 @@
+"""What the records of steps that are alike have in common: each is a copy with its own name and place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+from tlcore.record import Json
+
+from .array_places import PLACE_KEYS, Damaged, Place, Places
+from .stored_plans import StoredPlans
+
+# Records that are kept; those of a step larger than this are made for that step.
+_MOST_KEPT = 200_000
+
+
+class RecordForm(NamedTuple):
+    """One tensor of steps that are alike; ``content`` is the record, still without the step's own."""
+
+    array: int
+    tail: str
+    content: Json
+    shape: tuple[int, ...]
+    rows: int
+    nbytes: int
+    place: Place
+    shard: str | None
+
+
+class RecordForms:
+    """The forms of an index's records by plan and extents, the last ones kept."""
+
+    def __init__(
+        self,
+        plans: StoredPlans,
+        places: Places,
+        table: Callable[[str, Any], Any],
+        files: Callable[[], Sequence[tuple[str, int]]],
+        damaged: Damaged,
+    ) -> None:
+        self._plans = plans
+        self._places = places
+        self._table = table
+        self._files = files
+        self._damaged = damaged
+        self._known: dict[tuple[int, int], dict[int, RecordForm]] = {}
+        self._kept = 0
+
+    def of(self, plan_number: Any, extents_number: Any) -> dict[int, RecordForm]:
+        """The forms by the number of their array, in order. Raises ReadError."""
+        plan, extents = self._plans.of(plan_number), self._plans.extents(extents_number)
+        known = self._known.get((plan_number, extents_number))
+        if known is None:
+            if self._kept + len(plan.arrays) > _MOST_KEPT:
+                self._known, self._kept = {}, 0
+            if plan.groups and max(plan.groups) >= len(extents):
+                raise self._damaged(f"there is no extent {max(plan.groups)}")
+            known = {
+                array: self._form(array, extents[group])
+                for array, group in zip(plan.arrays, plan.groups, strict=True)
+            }
+            self._known[plan_number, extents_number] = known
+            self._kept += len(known)
+        return known
+
+    def _form(self, array: int, rows: int) -> RecordForm:
+        place, entry, files = self._places.of(array), self._table("arrays", array), self._files()
+        shape = () if place.scalar else (rows, *place.row)
+        nbytes = rows * place.row_bytes
+        content: Json = {key: value for key, value in entry.items() if key not in PLACE_KEYS}
+        content |= {"name": "", "shape": list(shape)}
+        if "bytes" in content:
+            content["bytes"] = nbytes
+        shard = files[place.file][0] if place.file < len(files) else None
+        return RecordForm(array, entry["name"], content, shape, rows, nbytes, place, shard)
