@@ -45,6 +45,7 @@ _FOREIGN = {
     "sglang-folder": "tlcore_backends.foreign.sglang_folder:SglangFolder",
     "msprobe": "tlcore_backends.foreign.msprobe:Msprobe",
     "polygraphy": "tlcore_backends.foreign.polygraphy:Polygraphy",
+    "saelens": "tlcore_backends.foreign.saelens:Saelens",
     "plain": "tlcore_backends.foreign.plain:PlainSource",
 }
 # By scheme, "" for a path; every other scheme is fsspec's.

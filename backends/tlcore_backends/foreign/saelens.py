@@ -1,0 +1,152 @@
+"""Activations that SAELens caches: a data set of `datasets` on disk, a row for each sequence."""
+
+from __future__ import annotations
+
+import struct
+from bisect import bisect_right
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from itertools import accumulate
+from math import prod
+from typing import Any, NamedTuple
+
+from tlcore.errors import MissingError, ReadError
+from tlcore.layout.dtypes import item_size
+from tlcore.protocols import StepRanks
+from tlcore.record import Json
+
+from .arrow import Column, ColumnAt, Rows, Span, read_stream
+from .documents import Found
+from .files import DumpFiles, StoredAt
+from .source import ONE_RANK, ForeignSource
+
+_INFO, _STATE = "dataset_info.json", "state.json"
+_TOKENS = "token_ids"
+_FLOATS = ("float16", "float32", "float64")
+_MOST_EXTENT = 1 << 31
+
+
+class _Batch(NamedTuple):
+    file: str
+    rows: Rows
+
+
+class Saelens(ForeignSource):
+    """Each sequence is a step and a request: its tokens, and the activations at the hook, whose name the
+    module has."""
+
+    tool = "saelens"
+
+    @classmethod
+    def recognise(cls, files: DumpFiles) -> Json | str | None:
+        """A data set on disk that has a column [context, width] of floats."""
+        if _INFO not in files.top and _STATE not in files.top:
+            return None
+        names = _data_files(files)
+        if isinstance(names, str):
+            return names
+        try:
+            columns, _ = read_stream(files, names[0], files.top[names[0]])
+        except ReadError as error:
+            return str(error)
+        if not any(map(_is_activations, columns)):
+            listed = ", ".join(each.name for each in columns)
+            return f"{names[0]}: no column has activations [context, width], there are {listed}"
+        return {"world_size": 1}
+
+    @cached_property
+    def _data(self) -> tuple[list[Column], list[_Batch], list[int]]:
+        """The columns, the batches, and with which row each of them ends."""
+        names = _data_files(self.files)
+        if isinstance(names, str):
+            raise ReadError(f"{self.files.url}: {names}")
+        columns: list[Column] = []
+        batches: list[_Batch] = []
+        for name in names:
+            found, rows = read_stream(self.files, name, self.files.top[name])
+            if columns and found != columns:
+                raise ReadError(f"{self.files.url}/{name}: its columns are not those of {names[0]}")
+            columns = found
+            batches += [_Batch(name, each) for each in rows if each.number]
+        return columns, batches, list(accumulate(each.rows.number for each in batches))
+
+    @cached_property
+    def steps(self) -> Mapping[int, StepRanks]:
+        """The rows."""
+        ends = self._data[2]
+        return dict.fromkeys(range(ends[-1] if ends else 0), ONE_RANK)
+
+    def found(self, step: int, rank: int) -> list[Found]:
+        """The tokens, as the model's argument, and the hooks' activations."""
+        columns, batches, ends = self._data
+        place = bisect_right(ends, step)
+        batch = batches[place]
+        row = step - (ends[place] - batch.rows.number)
+        tokens, states = [], []
+        for column in columns:
+            held = batch.rows.columns.get(column.name)
+            if held is not None and column.name == _TOKENS and len(column.sizes) == 1:
+                at = self._at(batch.file, column, held, row)
+                tokens.append(Found("", "inputs", ("input_ids",), at.dtype, at.shape, at.place()))
+            elif held is not None and _is_activations(column):
+                at = self._at(batch.file, column, held, row)
+                states.append(Found(column.name, "outputs", (), at.dtype, at.shape, at.place()))
+        return [*tokens, *states]
+
+    def rows(self, step: int, rank: int) -> Sequence[Json]:
+        """All of a sequence, from its first position on: what came before a slice of it is not told."""
+        found = self.found(step, rank)
+        row = {"request_id": str(step), "external_request_id": str(step)}
+        count = found[0].shape[0] if found else 0
+        return [{**row, "first_row": 0, "rows": count, "first_position": 0}]
+
+    def _at(self, file: str, column: Column, held: ColumnAt, row: int) -> StoredAt:
+        """Where one row of a column lies, whose lists must all be of one size."""
+        where = f"{self.files.url}/{file}: row {row} of {column.name!r}"
+        if held.nulls:
+            raise ReadError(f"{where}: has missing values")
+        begin, count = row, 1
+        shape: list[int] = []
+        for fixed, offsets in zip(column.sizes, held.offsets, strict=True):
+            if offsets is None:
+                size = fixed or 0
+            else:
+                begin, size = self._lists(file, offsets, begin, count, where)
+            shape.append(size)
+            begin, count = (begin * size if offsets is None else begin), count * size
+        width = item_size(column.dtype or "") or 1
+        if not all(0 <= each < _MOST_EXTENT for each in shape):
+            raise ReadError(f"{where}: a size makes no sense")
+        if begin < 0 or (begin + prod(shape)) * width > held.values.size:
+            raise ReadError(f"{where}: leads out of the file")
+        return StoredAt(file, held.values.at + begin * width, column.dtype or "", tuple(shape))
+
+    def _lists(self, file: str, offsets: Span, begin: int, count: int, where: str) -> tuple[int, int]:
+        """Where ``count`` lists from the one of number ``begin`` on begin, and how long each is."""
+        if begin < 0 or count > _MOST_EXTENT or (begin + count + 1) * 4 > offsets.size:
+            raise ReadError(f"{where}: leads out of the file")
+        at = offsets.at + begin * 4
+        values = struct.unpack(f"<{count + 1}i", self.files.read(file, at, at + (count + 1) * 4))
+        size = values[1] - values[0] if count else 0
+        if size < 0 or any(values[i + 1] - values[i] != size for i in range(count)):
+            raise ReadError(f"{where}: its lists are not all of one length")
+        return values[0], size
+
+
+def _data_files(files: DumpFiles) -> list[str] | str:
+    """The files of a data set in order, or what is missing."""
+    for name, other in ((_STATE, _INFO), (_INFO, _STATE)):
+        if name not in files.top:
+            return f"has {other} of a data set on disk, but no {name}"
+    try:
+        state: Any = files.json(_STATE)
+        names = [str(each["filename"]) for each in state["_data_files"]]
+    except (TypeError, KeyError, MissingError):
+        return f"{_STATE}: has no _data_files, as that of a data set has"
+    if lacking := next((each for each in names if each not in files.top), None):
+        return f"{_STATE}: names {lacking}, which is missing"
+    return names or f"{_STATE}: the data set is empty"
+
+
+def _is_activations(column: Column) -> bool:
+    return column.dtype in _FLOATS and len(column.sizes) == 2
