@@ -25,6 +25,7 @@ TABLES = (
     "prefill",
     "breakdown",
     "hooks",
+    "operators",
     "unselected",
     "decode",
     "vllm_prefill",

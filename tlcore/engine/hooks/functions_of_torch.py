@@ -5,6 +5,8 @@ from __future__ import annotations
 from types import CodeType
 from typing import Any
 
+import torch
+
 from .operands import parts_of
 
 _MOST_FUNCTIONS = 1 << 14
@@ -38,6 +40,8 @@ class Function:
         """What it has given: its result, or what it wrote to; None where there is no tensor in that."""
         if self.name in _HELD:
             return None
+        if isinstance(result, torch.Tensor):
+            return result
         if result is None and self.written:
             names = [each for _, each in self.written]
             places = [args[at] if at < len(args) else kwargs.get(name) for at, name in self.written]

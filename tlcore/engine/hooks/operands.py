@@ -42,6 +42,9 @@ class Operands:
 
     def note(self, value: Any, place: str, again: bool = True) -> None:
         """Each tensor in a value is from now on what stands at a place; where known, only ``again``."""
+        if again and isinstance(value, torch.Tensor):
+            self._note(value, ("from", place))
+            return
         for path, tensor in parts_of(value):
             if again or self._found(tensor) is None:
                 self._note(tensor, ("from", place + path))
@@ -83,6 +86,11 @@ class Operands:
     def mark_raw(self, tensor: torch.Tensor) -> None:
         """What it holds is not written yet."""
         self._raw[id(tensor)] = weakref.ref(tensor)
+
+    @property
+    def any_raw(self) -> bool:
+        """Whether there is any memory that was not written yet."""
+        return bool(self._raw)
 
     def is_raw(self, tensor: torch.Tensor) -> bool:
         """Whether what it holds may not all be written yet."""

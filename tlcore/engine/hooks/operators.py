@@ -34,6 +34,7 @@ _get_ident = threading.get_ident
 _is_compiling = torch.compiler.is_compiling
 # One that is called by other lines, or with other numbers, in each step must not fill the memory.
 _MOST_USES = 16
+_MOST_LINES = 1 << 14
 # What hands functions of torch around.
 _HANDS_ON = frozenset({overrides.__file__, torch._ops.__file__})
 _OURS = __name__.partition(".")[0] + "."
@@ -62,6 +63,7 @@ class Operators:
         self._wanted: dict[int, Calls | None] = {}
         self._calls: dict[tuple[int, int, bool], _Uses] = {}
         self._mode = _Mode(self)
+        self._lines: dict[tuple[int, int], tuple[CodeType, int]] = {}
         self._said = False
 
     def add(self, hooks: ListenerSet, directory: Callable[[str, int], str]) -> None:
@@ -117,8 +119,11 @@ class Operators:
 
     def _heard(self) -> tuple[ListenerSet, Callable[[str, int], str]] | None:
         ident = _get_ident()
-        # What is computed once more in a backward pass has been captured before.
-        return next((each for each in self._of if each[0].owner == ident and in_backward() < 0), None)
+        for each in self._of:
+            # What is computed once more in a backward pass has been captured before.
+            if each[0].owner == ident:
+                return each if in_backward() < 0 else None
+        return None
 
     def took(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, frame: FrameType | None
@@ -152,17 +157,28 @@ class Operators:
         keywords = tuple([(key, of(each)) for key, each in kwargs.items()])
         if at is None or uses is None or not self._is_settled(value, args, function.writes_all(args, kwargs)):
             return
-        place = at.f_code.co_filename, at.f_lineno
-        operator = Operator(function.name, function.shown, *place, inputs, keywords)
-        direction = operator_direction(function.name, uses.count)
-        uses.count += 1
-        self.operands.note(value, f"{uses.call.directory}/{direction}")
+        operator = Operator(function.name, function.shown, *self._place(at), inputs, keywords)
+        direction, place = uses.next_place(function.name)
+        self.operands.note(value, place)
         known, make = uses.sides(direction, operator)
         self._collector.tapped(uses.call, direction, known, value, make)
+
+    def _place(self, at: FrameType) -> tuple[str, int]:
+        """File and line of a frame; finding a line in a long function takes as long as an operator."""
+        code = at.f_code
+        key = id(code), at.f_lasti
+        found = self._lines.get(key)
+        if found is None or found[0] is not code:
+            if len(self._lines) >= _MOST_LINES:
+                self._lines.clear()
+            found = self._lines[key] = (code, at.f_lineno)
+        return code.co_filename, found[1]
 
     def _is_settled(self, value: Any, args: tuple[Any, ...], written: bool) -> bool:
         """Whether no part of a value is memory that was not written yet; if ``written``, all of it is now."""
         operands = self.operands
+        if not operands.any_raw:
+            return True
         for _, tensor in parts_of(value):
             if written:
                 operands.written(tensor)
@@ -202,12 +218,23 @@ class Operators:
 class _Uses:
     """The operators that one call of a module uses: ``count`` of them in this step so far."""
 
-    __slots__ = ("_known", "call", "count")
+    __slots__ = ("_known", "_places", "call", "count")
 
     def __init__(self, call: Call) -> None:
         self.call = call
         self.count = 0
         self._known: dict[str, dict[Operator, Sides]] = {}
+        self._places: dict[tuple[int, str], tuple[str, str]] = {}
+
+    def next_place(self, name: str) -> tuple[str, str]:
+        """The direction of the next one, and how others refer to what it gives."""
+        key = self.count, name
+        self.count += 1
+        found = self._places.get(key)
+        if found is None:
+            direction = operator_direction(name, key[0])
+            found = self._places[key] = direction, f"{self.call.directory}/{direction}"
+        return found
 
     def sides(self, direction: str, operator: Operator) -> tuple[Sides, Callable[[TreeSpec], CallSide]]:
         """The sides of one use of an operator by structure, and what makes another."""

@@ -1,0 +1,86 @@
+"""What the operators of one decoder layer cost: a Llama layer of SmolLM2-135M's size, eager, on the CPU."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import nn
+from transformers import LlamaConfig
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer, LlamaRotaryEmbedding
+
+import tlcore
+
+from .rows import Row, Scale, at_most
+from .timing import interleaved, ratio, timed
+
+_TOKENS = {"a prompt's": 256, "a decode step's": 8}
+
+
+class _OneLayer(nn.Module):
+    """The layer with what it is given besides the hidden states."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        config = LlamaConfig(
+            hidden_size=size * 9, intermediate_size=size * 24, num_hidden_layers=1, num_attention_heads=9,
+            num_key_value_heads=3, attn_implementation="eager", vocab_size=64,
+        )  # fmt: skip
+        self.layer = LlamaDecoderLayer(config, 0)
+        self.rotary = LlamaRotaryEmbedding(config)
+
+    def forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """One pass of the layer."""
+        places = torch.arange(hidden.shape[1])[None]
+        found = self.layer(hidden, position_embeddings=self.rotary(hidden, places), position_ids=places)
+        result: torch.Tensor = found[0] if isinstance(found, tuple) else found
+        return result
+
+
+def table(scale: Scale) -> list[Row]:
+    """The layer's time with its operators captured, against none and against its modules alone."""
+    size = 8 if scale.tiny else 64
+    model = _OneLayer(size).eval()
+    rows: list[Row] = []
+    for what, tokens in _TOKENS.items():
+        hidden = torch.randn(1, tokens, size * 9)
+        rows += _rows(what, model, hidden, scale)
+    return rows
+
+
+def _rows(what: str, model: nn.Module, hidden: torch.Tensor, scale: Scale) -> list[Row]:
+    measures: dict[str, Callable[[], float]] = {"plain": lambda: _plain(model, hidden)}
+    with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as directory:
+        for name, ops in (("modules", []), ("operators", [r"^layer\b"])):
+            measures[name] = lambda ops=ops: _captured(model, hidden, ops, directory)  # type: ignore[misc]
+        times = interleaved(measures, scale.pairs)
+    base = f"{median(times['plain']) * 1e3:.3g} ms plain"
+    return [
+        Row(
+            f"{what} layer, its operators captured / plain",
+            ratio(times, "operators", "plain"),
+            at_most(3),
+            "",
+            base,
+        ),
+        Row(f"{what} layer, its modules captured / plain", ratio(times, "modules", "plain"), None, "", base),
+    ]
+
+
+def _plain(model: nn.Module, hidden: torch.Tensor) -> float:
+    with torch.inference_mode():
+        model(hidden)
+        return timed(lambda: model(hidden))
+
+
+def _captured(model: nn.Module, hidden: torch.Tensor, ops: list[str], directory: str) -> float:
+    """The second captured step: the first one plans names and pools."""
+    with (
+        torch.inference_mode(),
+        tlcore.capture(model, output_dir=directory, backend="safetensors", log_step_ids=[], ops=ops),
+    ):
+        model(hidden)
+        return timed(lambda: model(hidden))
