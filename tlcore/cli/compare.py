@@ -88,14 +88,21 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Compare and report; returns the exit status. Raises TlcoreError when it cannot compare."""
+    comparison = compared(args, args.a, args.b)
+    report(comparison, args)
+    return 0 if comparison.equal else 1
+
+
+def compared(args: argparse.Namespace, a: str, b: str) -> Comparison:
+    """The comparison of two runs as the `options` say. Raises TlcoreError when it cannot compare."""
     # Imported where it is needed, as below, since torch comes with it: help answers at once.
     from ..analysis import compare
 
     options_b = storage_options(args, "--storage-options-b", args.storage_options_b)
     with _executor(args.dask) as executor, progress("comparing", "tensors") as on_progress:
-        comparison = compare(
-            args.a,
-            args.b,
+        return compare(
+            a,
+            b,
             rtol=args.rtol,
             atol=args.atol,
             by_norm=args.by_norm,
@@ -115,8 +122,6 @@ def run(args: argparse.Namespace) -> int:
             executor=executor,
             progress=on_progress,
         )
-    report(comparison, args)
-    return 0 if comparison.equal else 1
 
 
 @contextmanager

@@ -25,12 +25,13 @@ def progress(verb: str, what: str) -> Iterator[Callable[[int, int], None] | None
         yield lambda done, total: bar.update(task, completed=done, total=total)
 
 
-def write_text(text: str, output: str | None) -> None:
-    """Print a report, or write it to a file. Raises TlcoreError when the file cannot be written."""
+def write_text(text: str, output: str | None, append: bool = False) -> None:
+    """Print a report, or write it to a file, or to its end. Raises TlcoreError when it cannot be written."""
     if output is None:
         sys.stdout.write(text)
         return
     try:
-        Path(output).write_text(text, encoding="utf-8")
+        with Path(output).open("a" if append else "w", encoding="utf-8") as file:
+            file.write(text)
     except OSError as error:
         raise TlcoreError(f"{output}: cannot be written ({error.strerror})") from error
