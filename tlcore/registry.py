@@ -46,6 +46,8 @@ _FOREIGN = {
     "msprobe": "tlcore_backends.foreign.msprobe:Msprobe",
     "polygraphy": "tlcore_backends.foreign.polygraphy:Polygraphy",
     "saelens": "tlcore_backends.foreign.saelens:Saelens",
+    "nxd-capture": "tlcore_backends.foreign.nxd:NeuronCapture",
+    "transformer-engine": "tlcore_backends.foreign.transformer_engine:TransformerEngine",
     "plain": "tlcore_backends.foreign.plain:PlainSource",
 }
 # By scheme, "" for a path; every other scheme is fsspec's.

@@ -1,0 +1,118 @@
+"""What TransformerEngine's ``DumpTensors`` writes: a file for each tensor of a layer and iteration."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+
+from tlcore.errors import ReadError
+from tlcore.protocols import StepRanks
+from tlcore.record import Json
+
+from .documents import Found, in_model_order
+from .files import DumpFiles, TorchFile
+from .plain import described
+from .source import ForeignSource
+
+_FOLDER = "tensor_dumps"
+_RANK = re.compile(r"rank_(\d{1,6})")
+_ITERATION = re.compile(r"iter_(\d{1,12})")
+_SUFFIX = ".pt"
+_HIGH, _QUANTIZED = "high_precision", "quantized"
+# What a tensor of a layer is: its direction, and which argument. A parameter's has no direction of its own.
+_KINDS = {
+    "activation": ("inputs", (0,)),
+    "output": ("outputs", ()),
+    "gradient": ("grad_outputs", ()),
+    "dgrad": ("grad_inputs", (0,)),
+    "weight": ("", ()),
+    "wgrad": ("grad_", ()),
+}
+_NAMED = re.compile(rf"(.+)_({'|'.join(_KINDS)})", re.DOTALL)
+
+
+class TransformerEngine(ForeignSource):
+    """A layer's activation is its argument; weights are modules called ``param.<layer>.weight``.
+
+    What is quantized can be read by TransformerEngine alone and counts as skipped, beside the tensor in
+    high precision, under the layer's name with ``.quantized`` behind it.
+    """
+
+    tool = "transformer-engine"
+
+    @classmethod
+    def recognise(cls, files: DumpFiles) -> Json | str | None:
+        """The log's directory, that of the dumps in it, or that of a rank."""
+        ranks = _ranks(files)
+        iterations = {rank: _iterations(files, place) for rank, place in ranks.items()}
+        places = [place for each in iterations.values() for place in each.values()]
+        if not places:
+            return f"has {_FOLDER}, but no rank_<r>/iter_<n> in it" if _FOLDER in files.directories else None
+        names = [name for place in places for name in files.files_in(place) if name.endswith(_SUFFIX)]
+        if not names:
+            return f"has {places[0]}, but no tensor in it"
+        try:
+            value = TorchFile(files, names[0], _size(files, names[0])).value
+        except ReadError as error:
+            return str(error)
+        if not isinstance(value, dict) or not {_HIGH, _QUANTIZED} & value.keys():
+            return f"{names[0]}: has neither {_HIGH} nor {_QUANTIZED}, as a dump of TransformerEngine has"
+        return {"world_size": max(ranks) + 1}
+
+    @cached_property
+    def _places(self) -> Mapping[int, Mapping[int, str]]:
+        """The directory of each iteration of each rank."""
+        return {rank: _iterations(self.files, place) for rank, place in _ranks(self.files).items()}
+
+    @cached_property
+    def steps(self) -> Mapping[int, StepRanks]:
+        """The iterations, with the ranks that have them."""
+        numbers = sorted({number for each in self._places.values() for number in each})
+        return {
+            number: StepRanks(frozenset(rank for rank, each in self._places.items() if number in each))
+            for number in numbers
+        }
+
+    def found(self, step: int, rank: int) -> list[Found]:
+        """The tensors in the order of a model: that in which they came about is not told."""
+        names = sorted(self.files.files_in(self._places[rank][step]))
+        tensors = (each for name in names if name.endswith(_SUFFIX) for each in self._tensors(name))
+        return in_model_order(tensors)
+
+    def _tensors(self, name: str) -> Iterator[Found]:
+        stem = name.rpartition("/")[2].removesuffix(_SUFFIX)
+        named = _NAMED.fullmatch(stem)
+        layer, kind = (named[1], named[2]) if named else (stem, "output")
+        direction, path = _KINDS[kind]
+        module = layer
+        if direction in ("", "grad_"):
+            module, direction = f"param.{layer}.weight", f"{direction}outputs"
+        opened = TorchFile(self.files, name, _size(self.files, name))
+        for keys, leaf in opened.leaves():
+            if (each := described(opened, leaf)) is None:
+                continue
+            if keys[:1] == (_HIGH,):
+                yield each._replace(module=module, direction=direction, path=(*path, *keys[1:]))
+            else:
+                beside = f"{module}.{keys[0]}" if keys else module
+                yield each._replace(module=beside, direction=direction, path=(*path, *keys[1:]))
+
+
+def _ranks(files: DumpFiles) -> dict[int, str]:
+    """The directory of each rank; of one that was opened alone it is the dump itself."""
+    top = [name for name in files.directories if _RANK.fullmatch(name)]
+    if not top and _FOLDER in files.directories:
+        top = [name for name in files.directories_in(_FOLDER) if _RANK.fullmatch(name.rpartition("/")[2])]
+    found = {int(name.rpartition("_")[2]): name for name in top}
+    return dict(sorted(found.items())) or {0: ""}
+
+
+def _iterations(files: DumpFiles, place: str) -> dict[int, str]:
+    below = files.directories_in(place) if place else files.directories
+    found = {name: _ITERATION.fullmatch(name.rpartition("/")[2]) for name in below}
+    return dict(sorted((int(number[1]), name) for name, number in found.items() if number))
+
+
+def _size(files: DumpFiles, name: str) -> int:
+    return files.files_in(name.rpartition("/")[0]).get(name, 0)
