@@ -6,8 +6,9 @@ import contextlib
 import io
 from collections.abc import Callable, Iterator
 from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import fsspec
 
@@ -15,6 +16,7 @@ import tlcore
 from tlcore.__main__ import main
 from tlcore.errors import TlcoreError
 from tlcore.reader import Run, Step, list_runs
+from tlcore.reader.dataset.items import Per
 
 
 def attempt(call: Callable[[], Any]) -> str | None:
@@ -61,12 +63,30 @@ def read_all(path: str | Path) -> list[str]:
         found.append(attempt(partial(getattr, run, name)))
     with contextlib.suppress(TlcoreError):
         found += [attempt(call) for call in _every_access(run)]
+    for name in _names(run):
+        found.append(attempt(partial(_as_items, run, name)))
     found += [
         attempt(run.verify),
         attempt(lambda: list_runs(Path(path).parent)),
         attempt(lambda: _walk(path)),
     ]
     return [message for message in found if message is not None]
+
+
+def _names(run: Run) -> list[str]:
+    """A few tensors' names without their step."""
+    try:
+        return [name.partition("/")[2] for number in run.steps[:2] for name in run.step(number).names[:4]]
+    except TlcoreError:
+        return []
+
+
+def _as_items(run: Run, name: str) -> None:
+    """Read a tensor's rows as a data set; a run may claim more items than can be read."""
+    for per in get_args(Per):
+        data = run.dataset(name, per=per)
+        list(islice(data, 4))
+        list(islice(data.loader(2), 2))
 
 
 def _walk(path: str | Path) -> None:

@@ -1,7 +1,7 @@
-"""Environments with other releases of vLLM, torch and Python, each made once, in the user's cache.
+"""Environments with other releases of vLLM, torch and Python, and with what reads exports, each made once.
 
-``python -m tests.compat.environments`` makes them all. The releases of vLLM are those whose torch is the one
-that ``make venv`` installs, so that everything but vLLM itself is pinned already.
+They lie in the user's cache; ``python -m tests.compat.environments`` makes them all. The releases of vLLM are
+those whose torch is the one that ``make venv`` installs, so that all but vLLM itself is pinned already.
 """
 
 from __future__ import annotations
@@ -20,6 +20,10 @@ RELEASES = ("0.27.1", "0.30.0")
 # The oldest that tlcore takes, and the newest: Python, torch.
 PAIRS = (("3.10", "2.4.1"), ("3.10", "2.14.1"), ("3.13", "2.14.1"))
 _TORCH = "torch==2.13.0"
+# What reads exports, beside torch: what else it wants comes with it.
+CONSUMERS = {"speculators": "speculators==0.9.0", "sae-lens": "sae-lens==6.54.12"}
+# Built for other releases of torch than ours, and not needed.
+_UNWANTED = ("torchvision", "torchaudio")
 _MADE = "made"
 
 
@@ -52,6 +56,20 @@ def python_with(version: str, torch: str) -> Path | None:
         _pip(python, f"torch=={torch}", "-r", needed)
         (home / _MADE).touch()
     _install_tlcore(python, python)
+    return python
+
+
+def consumer(name: str) -> Path:
+    """The Python that has a package which reads exports, pandas and this torch; tlcore is not there."""
+    home = CACHE / "consumers" / CONSUMERS[name]
+    python = home / "bin" / "python"
+    if not (home / _MADE).exists():
+        shutil.rmtree(home, ignore_errors=True)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        _run(sys.executable, "-m", "venv", str(home))
+        _pip(python, _TORCH, "pandas", "pyarrow", CONSUMERS[name])
+        _run(str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *_UNWANTED)
+        (home / _MADE).touch()
     return python
 
 
@@ -104,5 +122,7 @@ def _run(*command: str) -> None:
 if __name__ == "__main__":
     for each in RELEASES:
         sys.stdout.write(f"{python_of(each)}\n")
+    for name in CONSUMERS:
+        sys.stdout.write(f"{consumer(name)}\n")
     for pair in PAIRS:
         sys.stdout.write(f"{python_with(*pair)}\n")

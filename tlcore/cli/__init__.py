@@ -20,6 +20,7 @@ COMMANDS = {
     "stats": ("stats", "statistics of every tensor, and where NaN and Inf are first seen"),
     "replay": ("replay", "call a module again with a captured call's inputs, and compare"),
     "convert": ("convert", "write a run into another backend, losslessly"),
+    "export": ("export", "write the rows of requests as training sets of other tools"),
     "push": ("push", "deliver what waits in a spill_dir"),
     "prune": ("prune", "remove old or crashed runs and unfinished uploads, after asking"),
     "check-config": ("check_config", "check a configuration and print its normal form"),

@@ -18,7 +18,7 @@ from ...layout.windows import window_of
 from .items import Items, Per, items_of
 from .order import Order, Plan
 from .reading import AllRows, Batch, Rows, new_tensor
-from .table import Numbers, Table
+from .table import Form, Numbers, Table
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -58,6 +58,31 @@ class RowDataset(Dataset[Batch]):
     def names(self) -> list[str]:
         """The names of the tensors, as they were asked for."""
         return list(self._rows.names)
+
+    @property
+    def forms(self) -> dict[str, Form]:
+        """The dtype, and the shape of one row, of each tensor."""
+        return dict(zip(self.names, self._rows.forms, strict=True))
+
+    @property
+    def known(self) -> list[str]:
+        """What items have beside their tensors."""
+        return list(self._rows.known)
+
+    @property
+    def has_token_ids(self) -> bool:
+        """Whether the token ids of all rows are known."""
+        return "token_ids" in self._rows.known
+
+    @property
+    def has_prompts(self) -> bool:
+        """Whether it is known of all requests where their prompt ends."""
+        return "response" in self._rows.known
+
+    @property
+    def row_bytes(self) -> int:
+        """How many bytes one row has of all tensors together."""
+        return self._rows.row_bytes
 
     @property
     def is_local(self) -> bool:

@@ -46,20 +46,12 @@ class Rows:
         self.count = int(items.ends[-1]) if len(items.ends) else 0
         self._pieces, self._ends = items.pieces, items.ends
         self._offset = offset
-        self._ids, self._id_begins = _token_ids(table)
+        self._ids = _token_ids(table, items)
         prompts = [table.tokens[each].prompt if each in table.tokens else None for each in table.requests]
         self._prompts = np.array([-1 if each is None else each for each in prompts], dtype=np.int64)
         used = np.unique(self._pieces.request)
         self.has_prompts = bool((self._prompts[used] >= 0).all())
-        self.has_token_ids = self._all_ids()
-
-    def _all_ids(self) -> bool:
-        ends = self._pieces.first + self._pieces.length
-        begins = self._id_begins[self._pieces.request]
-        if (begins + ends > self._id_begins[self._pieces.request + 1]).any():
-            return False
-        unknown = np.concatenate([[0], np.cumsum(self._ids < 0)])
-        return bool((unknown[begins + ends] == unknown[begins + self._pieces.first]).all())
+        self.has_token_ids = bool((self._ids >= 0).all())
 
     def known_of(self, rows: Numbers) -> dict[str, Numbers]:
         """Position and request of rows by number, and token id and whether it is of the response."""
@@ -68,7 +60,7 @@ class Rows:
         request = self._pieces.request[piece]
         found: dict[str, Any] = {"positions": positions, "request": request + self._offset}
         if self.has_token_ids:
-            found["token_ids"] = self._ids[self._id_begins[request] + positions]
+            found["token_ids"] = self._ids[rows]
         if self.has_prompts:
             found["response"] = positions >= self._prompts[request]
         return found
@@ -122,12 +114,22 @@ def _as_slice(numbers: Numbers) -> slice | Numbers:
     return slice(first, last + 1) if follow else numbers
 
 
-def _token_ids(table: Table) -> tuple[Numbers, Numbers]:
-    """All known ids one after the other, -1 where one is not known, and where each request's begin."""
-    parts = [table.tokens[each].ids if each in table.tokens else () for each in table.requests]
-    begins = np.cumsum([0, *map(len, parts)])
-    ids = [np.array(part, dtype=np.int64) for part in parts]
-    return (np.concatenate(ids) if ids else np.zeros(0, np.int64)), begins
+def _token_ids(table: Table, items: Items) -> Numbers:
+    """The token id of each row, -1 where it is not known; nothing where none is."""
+    pieces, ends = items.pieces, items.ends
+    if not table.tokens or not len(ends):
+        return np.full(1, -1)
+    found = np.full(int(ends[-1]), -1)
+    order = np.argsort(pieces.request, kind="stable")
+    borders = np.flatnonzero(np.diff(pieces.request[order])) + 1
+    for own in np.split(order, borders):
+        tokens = table.tokens.get(table.requests[int(pieces.request[own[0]])])
+        if tokens is not None:
+            lengths = pieces.length[own]
+            within = np.arange(int(lengths.sum())) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+            rows = np.repeat(ends[own] - lengths, lengths) + within
+            found[rows] = tokens.at(np.repeat(pieces.first[own], lengths) + within)
+    return found
 
 
 class AllRows:

@@ -6,12 +6,15 @@ from array import array
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ...errors import ReadError, missing
 from ...layout import names as naming
+from ...layout.checks import LARGEST_SIZE
+from ...layout.dtypes import item_size
 from ...layout.rows import Span
 from ...record import Json
 from ..placements import is_part
@@ -24,6 +27,8 @@ if TYPE_CHECKING:
 
 _REMOTE_THREADS = 8
 _ENCODER = "@encoder"
+# Of one request in one step. A run may come from anybody: no memory is taken for rows that are only claimed.
+_MOST_ROWS = 1 << 26
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -37,18 +42,33 @@ class Form(NamedTuple):
 
 @dataclass
 class Tokens:
-    """The token ids of one request by position, -1 where one is not known, and how long its prompt is."""
+    """The token ids that one request's steps tell of, and how long they say that its prompt is."""
 
-    ids: array[int] = field(default_factory=lambda: array("q"))
+    firsts: list[int] = field(default_factory=list)
+    parts: list[array[int]] = field(default_factory=list)
     prompts: set[int | None] = field(default_factory=set)
 
     def add(self, entry: Json) -> None:
-        """Take up an entry of `Step.token_entries`; of an id that was read several times the last counts."""
-        first, kept = entry["first_position"], entry["kept"]
-        if len(self.ids) < first:
-            self.ids.extend([-1] * (first - len(self.ids)))
-        self.ids[first : first + kept] = array("q", entry["ids"][:kept])
+        """Take up an entry of `Step.token_entries`. Raises OverflowError for a position that there is not."""
+        if entry["first_position"] > LARGEST_SIZE:
+            raise OverflowError
+        self.firsts.append(entry["first_position"])
+        self.parts.append(array("q", entry["ids"][: entry["kept"]]))
         self.prompts.add(entry.get("prompt"))
+
+    def at(self, positions: Numbers) -> Numbers:
+        """The ids at these positions, -1 where one is unknown; of one that was read again the last counts."""
+        if not self.firsts:
+            return np.full(len(positions), -1)
+        pairs = zip(self.firsts, map(len, self.parts), strict=True)
+        known = np.concatenate([np.arange(first, first + count) for first, count in pairs])
+        # The last comes first, and is found.
+        places, where = np.unique(known[::-1], return_index=True)
+        if not len(places):
+            return np.full(len(positions), -1)
+        ids = np.concatenate([np.array(part, dtype=np.int64) for part in self.parts])[::-1][where]
+        found = np.searchsorted(places, positions).clip(0, len(places) - 1)
+        return np.where(places[found] == positions, ids[found], -1)
 
     @property
     def prompt(self) -> int | None:
@@ -111,8 +131,11 @@ class Table:
         self.sources = Sources(run)
         self._columns: tuple[array[int], ...] = tuple(array("q") for _ in range(3))
         self._places = array("q")
-        for step in _steps(run):
-            self._look_at(step, bool(run.ranks))
+        try:
+            for step in _steps(run):
+                self._look_at(step, bool(run.ranks))
+        except OverflowError:
+            raise ReadError(f"{run.url}: a step has numbers that are no positions or token ids") from None
         self.sources.forget_steps()
         self._check()
         self.pieces = self._newest()
@@ -140,12 +163,17 @@ class Table:
         for span in map(Span.kept, step.row_spans(record)):
             if not span.length or span.first is None:
                 continue
+            if span.length > _MOST_ROWS:
+                raise ReadError(f"{self.url}: {record['name']!r} has {span.length} rows of one request")
             of_encoder = bool(span.row.get("sequence"))
             self._encoder[number].add(of_encoder)
             if encoder and not of_encoder:
                 continue
             source, begin = self.sources.of(step, record, span.axis)
-            self._check_form(number, Form(str(record["dtype"]), row_form(record["shape"], span.axis)))
+            form = Form(str(record["dtype"]), row_form(record["shape"], span.axis))
+            if not prod(form.shape) or item_size(form.dtype) is None:
+                raise ReadError(f"{self.url}: {record['name']!r} has rows without values")
+            self._check_form(number, form)
             part = _Part(span.first, span.length, source, begin + span.begin)
             found.setdefault(str(span.row["request_id"]), []).append(part)
 
@@ -182,6 +210,8 @@ class Table:
             self._append(request, position, 1, [_Part(position, 1, *own[position]) for own in rows])
 
     def _append(self, request: str, first: int, length: int, parts: Sequence[_Part]) -> None:
+        if first > LARGEST_SIZE:
+            raise OverflowError
         number = self._numbers.setdefault(request, len(self._numbers))
         if number == len(self.requests):
             self.requests.append(request)

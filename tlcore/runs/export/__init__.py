@@ -1,0 +1,1 @@
+"""A run's rows written as other tools read them (private)."""
