@@ -21,6 +21,13 @@ RUN_FILE = "run.json"
 # The step.json of a model with 100 000 captured tensors has about 100 MB and six million values.
 LARGEST_JSON = 256 << 20
 MOST_VALUES = 16_000_000
+# What every step's document has; whatever else stands there is the step's own.
+STEP_KEYS = frozenset(
+    {
+        *("layout", "step", "rank", "started", "ended", "ledger"),
+        *("calls", "records", "rows", "structures", "shards"),
+    }
+)
 _LEAVES_THE_RUN = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
 # One request to a store that is not a local disk.
 _BLOCK_BYTES = 8 << 20

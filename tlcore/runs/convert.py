@@ -15,7 +15,7 @@ from ..engine.new_run import layout_of, make_sink
 from ..engine.run_documents import RunDocuments, close_run
 from ..errors import ConfigError, ReadError, VerifyError
 from ..layout.names import rank_suffix
-from ..layout.run_files import RUN_FILE
+from ..layout.run_files import RUN_FILE, STEP_KEYS
 from ..layout.templates import compact
 from ..ledger import Counts, Ledger
 from ..locations import absolute_location, is_url, redact_url
@@ -33,21 +33,6 @@ _REMOTE_BATCH_BYTES = 64 << 20
 _LOCAL_BATCH_BYTES = 16 << 20
 # Records of small steps that are read together.
 _MOST_TOGETHER = 8192
-_OF_EVERY_STEP = frozenset(
-    (
-        "layout",
-        "step",
-        "rank",
-        "started",
-        "ended",
-        "ledger",
-        "calls",
-        "records",
-        "rows",
-        "structures",
-        "shards",
-    )
-)
 
 
 def convert(source: Run, config: Config, on_tensor: Callable[[], None] = lambda: None) -> str:
@@ -216,7 +201,7 @@ def summary_of(step: Step, rank: int) -> StepSummary:
         started=str(document.get("started", "")),
         ended=str(document.get("ended", "")),
         rows=document.get("rows"),
-        extra={key: value for key, value in document.items() if key not in _OF_EVERY_STEP},
+        extra={key: value for key, value in document.items() if key not in STEP_KEYS},
     )
 
 

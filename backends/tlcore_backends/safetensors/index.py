@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from tlcore.errors import ReadError
+from tlcore.layout.run_files import STEP_KEYS
 from tlcore.protocols import Array, ArrayRows
 from tlcore.record import Json
 
@@ -31,22 +32,6 @@ _FEW_ASKED = 4
 _LATEST = 221_000_000_000 * 10**6
 _TABLES = ("files", "calls", "structures", "arrays", "plans", "extents", "skeletons", "changes", "rows")
 _COLUMNS = ("number", "plan", "extents", "started", "took", "details", "change")
-# What the index itself says of a step.
-_OWN = frozenset(
-    (
-        "layout",
-        "step",
-        "rank",
-        "started",
-        "ended",
-        "ledger",
-        "calls",
-        "records",
-        "rows",
-        "structures",
-        "shards",
-    )
-)
 
 
 class SegmentIndex:
@@ -244,7 +229,7 @@ class SegmentIndex:
 
     def _extra(self, details: Json) -> Json:
         extra = details.get("extra", {})
-        if not isinstance(extra, dict) or not _OWN.isdisjoint(extra):
+        if not isinstance(extra, dict) or not STEP_KEYS.isdisjoint(extra):
             # What stands elsewhere was checked there.
             raise self.damaged("'extra' is no object, or has what the index says itself")
         return extra
