@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +12,7 @@ import torch.distributed as dist
 
 import tlcore
 from tests.engine.two_processes import run_two
+from tlcore.engine.staging.dtensors import placements_of_rows
 from tlcore.errors import MissingError, ReadError
 from tlcore.reader.placements import assembled
 
@@ -87,6 +90,90 @@ def test_a_tensor_parallel_run_reads_as_the_unsharded_one(backend: str, tmp_path
     with pytest.raises(MissingError, match=r"part of a tensor, and that of rank 0 is not here"):
         own.tensor("step_0/up/outputs_cpu")
     assert own.step(0).part("step_0/up/outputs_cpu").shape == (3, 6)
+
+
+ROWS = """
+import json, sys
+from datetime import timedelta
+import torch, torch.distributed as dist, tlcore
+from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
+
+dist.init_process_group("gloo", timeout=timedelta(seconds=60))
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.embed, self.kept, self.end = nn.Embedding(9, 5), nn.Linear(5, 6), nn.Identity()
+    def forward(self, input_ids, attention_mask=None):
+        kept = self.kept(self.embed(input_ids))
+        return self.end(kept.full_tensor() if hasattr(kept, "full_tensor") else kept)
+
+torch.manual_seed(0)
+model, group = Model(), dist.group.WORLD
+ids, mask = torch.tensor([[0, 1, 2], [3, 4, 5]]), torch.tensor([[0, 1, 1], [1, 1, 1]])
+urls = {}
+for kind in ("single", "joined"):
+    if kind == "joined":
+        plan = {"kept": ColwiseParallel(use_local_output=False)}
+        parallelize_module(model, init_device_mesh("cpu", (2,)), plan)
+    elif dist.get_rank():
+        continue
+    for name, keys in {"rows": {"rows": "last"}, "gradients": {"log_gradients": True}}.items():
+        where = {"output_dir": sys.argv[1], "group": group if kind == "joined" else None}
+        with tlcore.capture(model, **where, **keys) as capture, capture.step():
+            model(ids, attention_mask=mask).square().sum().backward()
+        urls[f"{kind} {name}"] = capture.url
+print(json.dumps(urls))
+dist.barrier()
+dist.destroy_process_group()
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="needs gloo")
+def test_rows_and_gradients_of_sharded_tensors_are_joined(tmp_path: Path) -> None:
+    urls, _ = run_two(ROWS, str(tmp_path))
+    single, joined = (tlcore.open_run(urls[f"{kind} rows"]) for kind in ("single", "joined"))
+    for name in ("kept/outputs_cpu", "end/outputs_cpu"):
+        whole = single.tensor(f"step_0/{name}")
+        assert whole.shape == (2, 6) and torch.allclose(joined.tensor(f"step_0/{name}"), whole, atol=1e-6)
+        for sample in ("0", "1"):
+            expected = single.request(sample)[name]
+            assert torch.allclose(joined.request(sample)[name], expected, atol=1e-6)
+    assert joined.step(0).part("step_0/kept/outputs_cpu").shape == (2, 3)
+    single, joined = (tlcore.open_run(urls[f"{kind} gradients"]) for kind in ("single", "joined"))
+    name = "step_0/kept/grad_outputs_cpu"
+    assert torch.allclose(joined.tensor(name), single.tensor(name), atol=1e-6)
+    assert joined.step(0).part(name).shape == (2, 3, 3)
+
+
+@pytest.mark.parametrize(
+    ("placements", "axis", "shape", "expected", "whole"),
+    [
+        (["S2"], 1, [5, 4], ["S1"], [5, 8]),
+        (["S1"], 2, [5, 2, 4], ["S1"], [5, 4, 4]),
+        (["S3"], 2, [5, 2, 4], ["S2"], [5, 2, 8]),
+        (["S1"], 0, [5, 4], ["S1"], [5, 8]),
+        (["R"], 1, [5, 4], ["R"], [5, 4]),
+        (["Psum"], 1, [5, 4], ["Psum"], [5, 4]),
+        (["S0"], 1, [5, 4], None, None),
+        (["S1"], 1, [5, 4], None, None),
+    ],
+)
+def test_rows_that_are_cut_have_placements_of_their_own(
+    placements: list[str], axis: int, shape: list[int], expected: Any, whole: Any
+) -> None:
+    shapes = {0: [9, 8], 1: [3, 3, 8], 2: [3, 4, 3, 8]}
+    known = {"mesh": [0, 1], "rank": 0, "shape": shapes[axis], "placements": placements}
+    found = placements_of_rows(json.dumps(known), axis, shape)
+    assert (found is None) == (expected is None)
+    if found is not None:
+        assert json.loads(found) == {**known, "placements": expected, "shape": whole}
+    known["mesh"] = [0]
+    alone = placements_of_rows(json.dumps(known), axis, shape)
+    assert alone is not None and json.loads(alone)["placements"] == (expected or ["R"])
 
 
 def _records(

@@ -62,6 +62,8 @@ class StepRows:
         self._parts = [self._part]
         self._everyone = self._chooses is None
         self.told = False
+        # Along which axis the positions lay of the tensor that was cut last; None where it was left whole.
+        self.cut_along: int | None = None
 
     @property
     def chooses(self) -> Chooses | None:
@@ -109,11 +111,13 @@ class StepRows:
     def cut(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor's rows that are kept, the tensor itself where all are; None if it must not be stored."""
         found = Placed(None, 0, False)
+        self.cut_along = None
         plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
         if plain and self.told:
             whole_numbers = not (tensor.is_floating_point() or tensor.is_complex())
             found = placed(tensor.shape, whole_numbers, self._part.sets)
         if found.rows is not None:
+            self.cut_along = found.axis
             return self._kept(self._part, found.rows).of(as_rows(tensor, found.axis))
         if not (self._everyone and self.told):
             return None

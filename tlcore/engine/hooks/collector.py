@@ -24,7 +24,14 @@ from ..calls import Call, CallSide, Sides
 from ..filters.rows import Begun, StepRows
 from ..filters.tensors import TensorFilter, TensorSpec, TensorSpecs
 from ..staging.accelerator import accelerator_of, recording
-from ..staging.dtensors import arrived, is_dtensor, is_on_its_way, local_part, placements_of
+from ..staging.dtensors import (
+    arrived,
+    is_dtensor,
+    is_on_its_way,
+    local_part,
+    placements_of,
+    placements_of_rows,
+)
 from ..staging.host_memory import NO_CHUNK, Chunk
 from ..staging.stager import FreedError, Stager, with_memory
 from .gradients import Gradients
@@ -278,9 +285,12 @@ class Collector:
             return self._taken_part(tensor, self._parts[tensor.data_ptr()])
         if self._rows is not None:
             kept = self._rows.cut(tensor)
-            if kept is None:
+            placements: str | None = self._placements
+            if kept is not None and placements and self._rows.cut_along is not None:
+                placements = placements_of_rows(placements, self._rows.cut_along, kept.shape)
+            if kept is None or placements is None:
                 return self.without_copy(self._forms.find(tensor).refused(ROWS_UNKNOWN))
-            tensor = kept
+            tensor, self._placements = kept, placements
         spec = self._forms.find(tensor)
         if self._placements:
             spec = spec.as_part(self._placements)

@@ -20,6 +20,7 @@ from ...layout.structure import KeptLeaves, Scalar, TreeSpec, flatten
 from ...ledger import NO_GRADIENT, NO_GRADIENT_WANTED, Outcome
 from ..calls import Call
 from ..filters.tensors import TensorSpec
+from ..staging.dtensors import is_dtensor, local_part
 from ..staging.host_memory import Chunk
 
 log = logging.getLogger("tlcore")
@@ -101,7 +102,8 @@ class Gradients:
 
     def _wait(self, side: _Side, tensors: Sequence[torch.Tensor]) -> None:
         for number, tensor in enumerate(tensors):
-            spec = self._collector.spec_of(tensor)
+            # A gradient has the parts that its tensor has.
+            spec = self._collector.spec_of(local_part(tensor) if is_dtensor(tensor) else tensor)
             if not tensor.requires_grad:
                 spec = spec.unwanted(NO_GRADIENT_WANTED)
             elif spec.outcome is None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -52,6 +54,32 @@ def placements_of(tensor: Any) -> str:
             "placements": [_placement(each) for each in tensor.placements],
         }
     )
+
+
+def placements_of_rows(placements: str, axis: int, shape: Sequence[int]) -> str | None:
+    """The same for rows that were cut out of the part, of this ``shape``; positions lay along ``axis``.
+
+    None where the rows themselves are spread over ranks: which of them a rank holds is not known.
+    """
+    known = json.loads(placements)
+    whole, extents, mesh = list(shape), [], known["mesh"]
+    while isinstance(mesh, list):
+        extents.append(len(mesh))
+        mesh = mesh[0]
+    for place, kind in enumerate(known["placements"]):
+        if kind[:1] != "S":
+            continue
+        dim = int(kind[1:])
+        if dim in (0, axis):
+            if extents[place] > 1:
+                return None
+            known["placements"][place] = "R"
+            continue
+        # Samples and positions have become one axis in front of the others.
+        now = dim if dim < axis or axis == 0 else dim - 1
+        known["placements"][place] = f"S{now}"
+        whole[now] = known["shape"][dim]
+    return compact({**known, "shape": whole})
 
 
 def _placement(placement: Any) -> str:
