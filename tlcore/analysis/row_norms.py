@@ -42,10 +42,18 @@ class RowNorms:
         """
         if not self._taken:
             return 0, 0.0, True
-        errors, norms = (np.sqrt(np.concatenate(parts)) for parts in self._sums)
-        scale = np.maximum(norms, np.median(norms))
-        with np.errstate(all="ignore"):
-            relative = np.where(errors > 0, errors / scale, 0.0)
+        errors, relative = self._errors()
         near = (relative <= _SCATTER * rtol) | (errors <= _SCATTER * atol * np.sqrt(self._size))
         row = int(np.argmax(np.where(near, 0.0, relative))) if not near.all() else int(np.argmax(relative))
         return row, float(relative[row]), bool(near.all())
+
+    def relative(self) -> Doubles:
+        """The relative L2 error of each row, held against the same as in `worst`."""
+        return self._errors()[1] if self._taken else np.zeros(0)
+
+    def _errors(self) -> tuple[Doubles, Doubles]:
+        errors, norms = (np.sqrt(np.concatenate(parts)) for parts in self._sums)
+        scale = np.maximum(norms, np.median(norms))
+        with np.errstate(all="ignore"):
+            relative: Doubles = np.where(errors > 0, errors / scale, 0.0)
+        return errors, relative

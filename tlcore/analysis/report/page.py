@@ -9,6 +9,7 @@ from ...errors import ReadError
 from ..results import Comparison, TensorResult
 from .charts import in_order, worst
 from .frame import document, section, table
+from .map_section import map_section
 from .sample import sample
 from .text import COLUMNS, rows, verdict
 
@@ -20,6 +21,7 @@ def page(comparison: Comparison) -> str:
     """The page. Raises BackendError without matplotlib, which the extra ``report`` brings."""
     lines = zip(rows(comparison.results), (not result.agrees for result in comparison.results), strict=True)
     sections = [
+        map_section(comparison),
         section(
             "Error in order of execution",
             "Each point is a module's output; 1 where only one side has a NaN or Inf. The line marks the"
