@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import pytest
 
 import tlcore
+from tests.servers import moto
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -50,3 +53,22 @@ def test_the_demo_shows_a_real_model(tmp_path: Path) -> None:
     for run in runs:
         assert (run.state, run.steps) == ("complete", [0])
         assert "model.layers.0" in run.step(0).calls
+
+
+@pytest.mark.slow
+def test_an_autoencoder_learns_from_a_bucket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, no_aws_variables: None
+) -> None:
+    pytest.importorskip("matplotlib")
+    with moto(tmp_path) as server:
+        monkeypatch.setenv("AWS_ENDPOINT_URL", server.options["endpoint_url"])
+        monkeypatch.setenv("AWS_ACCESS_KEY_ID", server.options["key"])
+        monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", server.options["secret"])
+        fsspec.filesystem("s3", skip_instance_cache=True, **server.options).mkdir("activations")
+        small = ["--prompts", "96", "--layer", "5", "--epochs", "6", "--batch-size", "128"]
+        places = ["--output-dir", "s3://activations/runs", "--plot", str(tmp_path / "loss.png")]
+        text = run_example("sparse_autoencoder.py", *small, *places, timeout=900)
+    assert re.search(r"s3://activations/runs/\S+: [1-9]\d\d tokens of 96 prompts", text)
+    first, last = map(float, re.findall(r"unexplained variance: (\S+) at first, (\S+) in the end", text)[0])
+    assert last < 0.6 < first
+    assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
