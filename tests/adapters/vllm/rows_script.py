@@ -1,7 +1,8 @@
 """Runs requests through an engine whose batches are hard to tell apart, and prints a JSON line.
 
 ``python rows_script.py OUTPUT_DIR WAY RUNNER MIXES PLANTS``: `ways` are known. Each captures a run of all
-rows, one of each request's last row, one of a single request, and random mixes, some with planted faults.
+rows, one of each request's last row, one of a single request, one of the rows behind the prompts, and random
+mixes, some with planted faults.
 """
 
 from __future__ import annotations
@@ -66,6 +67,7 @@ def _three_ways(llm: Any, output_dir: str, speculates: bool) -> dict[str, Any]:
     lengths = [14, 20, 8, 18, 3, 11]
     report: dict[str, Any] = {"prompts": prompts}
     runs: list[tuple[str, dict[str, Any]]] = [("all", {}), ("last", {"rows": "last"}), ("one", {})]
+    runs.append(("response", {"rows": "response"}))
     for name, keys in runs:
         if name == "one":
             # Requests are numbered through.

@@ -10,7 +10,7 @@ import pytest
 
 import tlcore
 from tests.adapters.vllm.helpers import REPOSITORY, report
-from tests.adapters.vllm.truth import IDS, STATES, Truth, complaints, wrong_rows
+from tests.adapters.vllm.truth import HIDDEN, IDS, STATES, Truth, complaints, wrong_rows
 from tests.deep import scaled
 from tlcore.errors import TlcoreError
 from tlcore.reader import Run
@@ -51,6 +51,20 @@ def test_every_row_is_its_requests(captured: dict[str, Any]) -> None:
             whole = None if name == "last" else len(captured["prompts"][place])
             assert wrong_rows(run.request(identity), tokens, captured["truth"], whole) == []
         _check_steps(run, dict(zip(found["ids"], found["tokens"], strict=True)))
+
+
+def test_token_ids_and_windows_are_its_requests(captured: dict[str, Any]) -> None:
+    for name in ("all", "response"):
+        run, found = tlcore.open_run(captured[name]["url"]), captured[name]
+        for place, (identity, tokens) in enumerate(zip(found["ids"], found["tokens"], strict=True)):
+            request, prompt, end = run.request(identity), len(captured["prompts"][place]), len(tokens) - 1
+            assert request.prompt_length == prompt and len(request.token_ids) in (end, end + 1)
+            assert request.token_ids.tolist() == tokens[: len(request.token_ids)]
+            rows = request.positions(HIDDEN)
+            assert request.token_ids_of(HIDDEN).tolist() == [tokens[position] for position in rows]
+            begin = prompt if name == "response" else 0
+            assert min(rows, default=begin) == begin and set(range(begin, end)) <= set(rows)
+            assert captured["truth"].agrees(request[HIDDEN], tokens, rows, -1), (name, place)
 
 
 def _check_steps(run: Run, tokens: dict[str, list[int]]) -> None:
