@@ -80,7 +80,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
             raise ConfigError("$.log_gradients", problem, "Leave one of the two out.")
         given = (self._begin_step, self._end_step, self.config.step, self._around)
         self._steps = StepCalls(*given, watches=not self._traced)
-        self._versions = CompiledVersions()
+        self._versions = CompiledVersions(self._steps.heard)
         self._entered = False
         # Steps that were a call of the model alone, although gradients are wanted.
         self._without_backward = 0

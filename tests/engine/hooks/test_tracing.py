@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -157,6 +158,28 @@ def test_a_compiled_version_beside_steps_is_said_when_it_is_called(
     assert [step.calls for step in sink.steps] == [CALLS] * 2
     assert len(capture.remarks) == 1 and said in capture.remarks[0]
     assert all(torch.equal(each, expected) for each in results)
+
+
+def test_a_compiled_version_of_what_holds_the_model_is_said() -> None:
+    model = net()
+    outer = compiled(nn.Sequential(model))
+    with tlcore.capture(model, backend=MemorySink(), log_step_ids=[]) as capture:
+        model(X)
+        outer(X)
+    assert len(capture.remarks) == 1 and COMPILED.format("the model") in capture.remarks[0]
+
+
+@pytest.mark.parametrize("bracket", [False, True])
+def test_what_runs_eagerly_after_all_is_captured_and_not_said(bracket: bool) -> None:
+    model, sink = net(), MemorySink()
+    disabled, kept = torch.compiler.disable(model), compiled(model)  # type: ignore[no-untyped-call]
+    capture = tlcore.capture(model, backend=sink, inline=True, log_step_ids=[])
+    with capture, capture.step() if bracket else contextlib.nullcontext():
+        disabled(X)
+        with torch.compiler.set_stance("force_eager"):
+            kept(X)
+    assert sum(len(step.calls) for step in sink.steps) == 2 * len(CALLS)
+    assert capture.remarks == []
 
 
 def test_one_that_is_not_called_is_not_said() -> None:

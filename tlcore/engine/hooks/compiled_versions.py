@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -24,9 +24,14 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class CompiledVersions:
-    """Notes calls of objects that `torch.compile` makes, or has made, of any module, while it looks on."""
+    """Notes calls of objects that `torch.compile` makes, or has made, of any module, while it looks on.
 
-    def __init__(self) -> None:
+    ``heard`` says how many calls of the captured model were heard, and is None within a step, where the
+    modules themselves tell what is compiled of them. One that runs eagerly after all is heard.
+    """
+
+    def __init__(self, heard: Callable[[], int | None]) -> None:
+        self.heard = heard
         self._handle: RemovableHandle | None = None
         # By the module, so that none is kept alive.
         self._versions: list[weakref.ref[_Version]] = []
@@ -64,9 +69,10 @@ class CompiledVersions:
         self._versions = []
 
     def names(self, tree: ModuleTree) -> list[str]:
-        """The modules of a model of which something compiled was called."""
-        found = ((each, self._called.get(id(each.module))) for each in tree.modules)
-        return [each.name for each, known in found if known is not None and known() is each.module]
+        """The modules of a model that are in something compiled which was called."""
+        called = [original for known in self._called.values() if (original := known()) is not None]
+        within = {id(each) for original in called for each in original.modules()}
+        return [each.name for each in tree.modules if id(each.module) in within]
 
 
 def _made() -> Iterator[Any]:
@@ -89,7 +95,9 @@ class _Version(StandIn):
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         if _is_compiling():
             return self.original(*args, **kwargs)
-        original = None if self.dead else self._of()
-        if original is not None:
+        before = None if self.dead else self._versions.heard()
+        result = self.now()(*args, **kwargs)
+        original = self._of()
+        if original is not None and before is not None and self._versions.heard() == before:
             self._versions.called(original)
-        return self.now()(*args, **kwargs)
+        return result

@@ -191,6 +191,10 @@ class StepCalls:
         self._guarded(self._begin_it)
         return True
 
+    def heard(self) -> int | None:
+        """How many calls were steps or outside any; None within a step."""
+        return None if self._owner else self.calls + self.outside.total()
+
     def is_traced(self, name: str, reason: str) -> None:
         """A module's call is only traced; where nobody watches, what is compiled tells of itself."""
         if self._watches or reason != COMPILED:
