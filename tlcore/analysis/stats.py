@@ -27,7 +27,9 @@ from .origin import Birth, Seen, birth, entered_in
 
 RunLike = Run | str | os.PathLike[str]
 _REMOTE_WORKERS = 8
-_AHEAD = 256
+_AHEAD = 1024
+# What one thread takes at a time: of many steps in one piece, of local files, of remote ones.
+_TOGETHER = (64, 16, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -290,7 +292,9 @@ def _in_order(
     """The tensors' statistics; identical tensors of a step are read once."""
     waiting: deque[tuple[Step, Json, Group, int]] = deque()
     known: dict[tuple[int, str, str], tuple[Group, int]] = {}
-    group = Group(run, _AHEAD)
+    stored = run.stored
+    most = _TOGETHER[0 if stored.has_arrays else 1 if stored.is_local else 2]
+    group = Group(run, most)
     for step, record in records:
         name = str(record["name"])
         content = (step.number, str(record.get("hash") or name), str(record["dtype"]))
@@ -299,7 +303,7 @@ def _in_order(
             place = known[content] = group, group.add(step, record)
             if group.is_full:
                 group.submit(pool)
-                group = Group(run, _AHEAD)
+                group = Group(run, most)
         waiting.append((step, record, *place))
         if len(waiting) > _AHEAD and waiting[0][2] is not group:
             yield _described(*waiting.popleft())

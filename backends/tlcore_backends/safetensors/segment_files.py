@@ -67,11 +67,15 @@ class SegmentFiles:
         return memoryview(found)[: end - begin]
 
     def read_many(self, name: str, size: int, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
-        """Several ranges of a file of ``size`` bytes; a remote one is read as a whole, once."""
-        if self._is_local:
-            return self._read_touching(name, ranges)
-        if size > _LARGEST_WHOLE or len(ranges) == 1:
+        """Several ranges of a file of ``size`` bytes; those that touch, as of one array, by one read.
+
+        A remote file is read as a whole, once, where that takes less than a request for each of them.
+        """
+        if len(ranges) == 1:
             return [self.read(name, begin, end, end) for begin, end in ranges]
+        runs = list(_touching(sorted(set(ranges))))
+        if self._is_local or size > _LARGEST_WHOLE or not self._wants_whole(name, size, runs):
+            return self._read_runs(name, ranges, runs)
         data = self._whole_file(name, size)
         for begin, end in ranges:
             if not 0 <= begin <= end <= len(data):
@@ -79,10 +83,18 @@ class SegmentFiles:
         view = memoryview(data)
         return [view[begin:end] for begin, end in ranges]
 
-    def _read_touching(self, name: str, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
-        """Ranges of a local file; those that touch, as of one array in consecutive steps, by one read."""
+    def _wants_whole(self, name: str, size: int, runs: Sequence[Sequence[tuple[int, int]]]) -> bool:
+        with self._lock:
+            if name in self._whole:
+                return True
+        wanted = sum(_ALONG_BYTES + run[-1][1] - run[0][0] for run in runs)
+        return wanted >= size
+
+    def _read_runs(
+        self, name: str, ranges: Sequence[tuple[int, int]], runs: Sequence[Sequence[tuple[int, int]]]
+    ) -> list[Buffer]:
         found: dict[tuple[int, int], Buffer] = {}
-        for run in _touching(sorted(set(ranges))):
+        for run in runs:
             first = run[0][0]
             data = memoryview(self.read(name, first, run[-1][1], run[-1][1]))
             for begin, end in run:
