@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.fx import _symbolic_trace
 from torch.nn.modules import module as torch_module
 
 from .native import extension
@@ -20,7 +20,7 @@ _global_hooks = torch_module._global_forward_hooks
 # What may mean that a call is only traced; the listener knows whether it does.
 _is_tracing = torch._C._is_tracing
 _modes = torch._C._len_torch_dispatch_stack
-_fx = vars(sys.modules["torch.fx._symbolic_trace"])
+_fx = vars(_symbolic_trace)
 _FX_FLAG = "_is_fx_tracing_flag"
 
 

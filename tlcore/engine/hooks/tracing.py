@@ -7,12 +7,12 @@ said that there is such a thing.
 from __future__ import annotations
 
 import itertools
-import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
+from torch.fx import _symbolic_trace
 
 from ..staging.accelerator import recording
 
@@ -21,7 +21,7 @@ _MODE = torch._C._TorchDispatchModeKey
 TRACES = hasattr(torch.compiler, "is_exporting")
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _is_compiling = torch.compiler.is_compiling
-_fx = vars(sys.modules["torch.fx._symbolic_trace"])
+_fx = vars(_symbolic_trace)
 COMPILED, EXPORTED = "torch.compile", "torch.export"
 SYMBOLIC = "torch.fx.symbolic_trace"
 TRANSFORMED = "a torch.func transform (vmap, grad, ...)"
