@@ -42,6 +42,7 @@ TABLES = (
     "long_decode",
     "long_uploads",
     "dataset",
+    "exporting",
 )
 
 

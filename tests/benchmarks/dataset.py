@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 import tlcore
-from tests.servers import BUCKET, Server, seaweedfs
+from tests.servers import BUCKET, seaweedfs
 from tlcore.engine.capture import capture
 
 from .object_storage import obstore_of
@@ -23,7 +23,7 @@ from .timing import interleaved, ratio
 
 _WIDTH = 2048
 _SAMPLES, _LENGTH = 8, 512
-_STEP_BYTES = _SAMPLES * _LENGTH * _WIDTH * 2
+STEP_BYTES = _SAMPLES * _LENGTH * _WIDTH * 2
 _BATCH = 4096
 NAME = "embed/outputs"
 
@@ -44,7 +44,8 @@ def table(scale: Scale) -> list[Row]:
     """Rows a second of all batches of an epoch, and the memory that a process has for it at most."""
     steps = {"full": 64, "quick": 32, "tiny": 1}[scale.name]
     with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as name, seaweedfs(Path(name)) as server:
-        url = _captured(server, steps)
+        backend = {"name": "fsspec", "format": "safetensors", "storage_options": server.options}
+        url = captured(f"{server.url}/sets", backend, steps)
         plain = obstore_of(server)
         files = fsspec.filesystem("s3", skip_instance_cache=True, **server.options).find(
             f"{url.removeprefix('s3://')}/segments"
@@ -59,7 +60,7 @@ def table(scale: Scale) -> list[Row]:
         memory = report(
             "dataset", url, server.options["endpoint_url"], server.options["key"], server.options["secret"]
         )
-    total = steps * _STEP_BYTES
+    total = steps * STEP_BYTES
     speeds = ", ".join(f"{each} {total / min(seconds) / 1e6:.0f}" for each, seconds in times.items())
     return [
         Row(
@@ -79,15 +80,15 @@ def table(scale: Scale) -> list[Row]:
     ]
 
 
-def _captured(server: Server, steps: int) -> str:
+def captured(output_dir: str, backend: Any, steps: int) -> str:
+    """A run of so many steps of 8 samples each; returns its URL."""
     model = _Embeds()
-    options = {"name": "fsspec", "format": "safetensors", "storage_options": server.options}
-    keys: dict[str, Any] = {"output_dir": f"{server.url}/sets", "backend": options, "log_step_ids": []}
-    with torch.inference_mode(), capture(model, module_call_match="embed", block_s=600, **keys) as captured:
+    keys: dict[str, Any] = {"output_dir": output_dir, "backend": backend, "log_step_ids": []}
+    with torch.inference_mode(), capture(model, module_call_match="embed", block_s=600, **keys) as made:
         for step in range(steps):
             ids = torch.randint(4096, (_SAMPLES, _LENGTH), generator=torch.Generator().manual_seed(step))
             model(ids, attention_mask=torch.ones_like(ids))
-    return captured.url
+    return made.url
 
 
 def _check(data: Any) -> None:

@@ -19,7 +19,9 @@ _SLOW = [
 ]
 
 
-@pytest.mark.parametrize("name", ["prefill", "breakdown", "unselected", "decode", "reading", *_SLOW])
+@pytest.mark.parametrize(
+    "name", ["prefill", "breakdown", "unselected", "decode", "reading", "exporting", *_SLOW]
+)
 def test_every_row_has_a_finite_ratio(name: str) -> None:
     rows = program.run(name, SCALES["tiny"])
     assert rows

@@ -227,11 +227,18 @@ class Loaded:
         """The one that was asked for at a place."""
         return self._one(int(self._places[place]))
 
+    def view(self, place: int) -> Batch:
+        """The same, in the memory of all of them."""
+        return self._view(int(self._places[place]))
+
     def _one(self, at: int) -> Batch:
+        # Of its own memory: what is kept of an item must not keep the others.
+        return {name: values.clone() for name, values in self._view(at).items()}
+
+    def _view(self, at: int) -> Batch:
         end = int(self._ends[at])
         own = slice(end - int(self._counts[at]), end)
-        # Of its own memory: what is kept of an item must not keep the others.
-        return self._data.item({name: values[own].clone() for name, values in self._rows.items()})
+        return self._data.item({name: values[own] for name, values in self._rows.items()})
 
 
 def _selected(values: torch.Tensor, rows: torch.Tensor) -> torch.Tensor:
@@ -270,10 +277,18 @@ class OrderedDataset(Dataset[Batch]):
 
     def __iter__(self) -> Iterator[Batch]:
         """All items in order."""
-        count = len(self)
+        for window, count in self._all():
+            yield from map(window.one, range(count))
+
+    def views(self) -> Iterator[Batch]:
+        """All items in order, not copied: whoever keeps one keeps all of its window."""
+        for window, count in self._all():
+            yield from map(window.view, range(count))
+
+    def _all(self) -> Iterator[tuple[Loaded, int]]:
         for number in range(self.order.windows):
-            window, bounds = self._window(number, count), self.order.bounds(number)
-            yield from map(window.one, range(bounds[1] - bounds[0]))
+            begin, end = self.order.bounds(number)
+            yield self._window(number, len(self)), end - begin
 
     def batches(self, begin: int, end: int, stop: int) -> Iterator[list[Batch] | Batch]:
         """The items at places ``[begin, end)``, a part for each window; none is wanted from ``stop`` on."""

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import torch
-from safetensors.torch import save_file
 
 from ...errors import ReadError
+from ...hotpath.reading import Scratch
+from ...reader.stored import payload
 from .disk import write_disk
 from .export import Job, pyarrow
+from .safetensors_file import write_safetensors
 from .tables import feature, list_feature
 from .values import in_order
 
@@ -47,14 +50,19 @@ def _batches(job: Job, schema: Any) -> Iterator[Any]:
     """Writes the files, and gives the rows that describe them."""
     pa = pyarrow()
     rows: list[dict[str, Any]] = []
-    for number, item in enumerate(in_order(job.data)):
+    scratch = Scratch()
+    for number, item in enumerate(in_order(job.data).views()):
         ids = item["token_ids"]
         loss = item["response"] if job.loss == "response" else torch.ones_like(ids)
-        states = torch.stack([column.tensor(item) for column in job.columns], 1)
         request_id = job.data.requests[int(item["request"])]
-        save_file(
-            {"hidden_states": states, "token_ids": ids},
+        (column, *_), count = job.columns, len(ids)
+        shape = (count, len(job.columns), *column.shape)
+        write_safetensors(
             job.target / "hidden_states" / f"hs_{number}.safetensors",
+            {
+                "hidden_states": (column.dtype, shape, _states(job, item, scratch)),
+                "token_ids": ("int64", (count,), payload(ids)),
+            },
             {"request_id": request_id, "layers": ", ".join(column.name for column in job.columns)},
         )
         mask = loss.long().tolist()
@@ -67,3 +75,17 @@ def _batches(job: Job, schema: Any) -> Iterator[Any]:
         job.done(number + 1)
     if rows:
         yield pa.RecordBatch.from_pylist(rows, schema)
+
+
+def _states(job: Job, item: dict[str, torch.Tensor], scratch: Scratch) -> memoryview:
+    """The layers of each token side by side, ``[tokens, layers, size]``, as bytes until the next ones."""
+    layers = [payload(column.tensor(item)) for column in job.columns]
+    if len(layers) == 1:
+        return layers[0]
+    count, size = len(item["token_ids"]), sum(map(len, layers))
+    # Memory that was touched before: taking new memory costs more than copying.
+    memory = memoryview(scratch.take(size))[:size]
+    target = np.frombuffer(memory, np.uint8).reshape(count, len(layers), -1)
+    for number, layer in enumerate(layers):
+        target[:, number] = np.frombuffer(layer, np.uint8).reshape(count, -1)
+    return memory
