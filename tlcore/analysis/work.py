@@ -177,9 +177,7 @@ def chunks(x: Operand, y: Operand, pieces: tuple[Piece, Piece], add: Callable[..
 
 def _compared(task: Task, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y: Operand) -> TensorResult:
     shapes = x.cut(pieces[0])[1], y.cut(pieces[1])[1]
-    if without_batch(shapes[0]) != without_batch(shapes[1]) or abs(len(shapes[0]) - len(shapes[1])) > 1:
-        return result_of(pair, pieces, "different", reason=f"shapes {shapes[0]} and {shapes[1]} differ")
-    if len(shapes[0]) == len(shapes[1]) and shapes[0] != shapes[1]:
+    if not _alike(*shapes, pair.reordered):
         return result_of(pair, pieces, "different", reason=f"shapes {shapes[0]} and {shapes[1]} differ")
     if task.check_dtype and x.dtype != y.dtype:
         return result_of(pair, pieces, "different", reason=f"dtypes {x.dtype} and {y.dtype} differ")
@@ -228,6 +226,15 @@ def _details(x: Operand, y: Operand, pieces: tuple[Piece, Piece]) -> Details:
     sums = DetailSums(x.dtype, y.dtype)
     chunks(x, y, pieces, sums.add)
     return sums.details()
+
+
+def _alike(a: Sequence[int], b: Sequence[int], reordered: bool) -> bool:
+    """Whether values of two shapes stand in the same order, but for a batch of one."""
+    if reordered and [each for each in a if each != 1] == [each for each in b if each != 1]:
+        return True
+    if len(a) == len(b):
+        return tuple(a) == tuple(b)
+    return without_batch(a) == without_batch(b) and abs(len(a) - len(b)) == 1
 
 
 def without_batch(shape: Sequence[int]) -> tuple[int, ...]:

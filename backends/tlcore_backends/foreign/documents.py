@@ -47,14 +47,19 @@ def in_model_order(found: Iterable[Found]) -> list[Found]:
     """
 
     def place(each: Found) -> tuple[Any, ...]:
-        parts = _DIGITS.split(each.module)
-        numbered = [(0, int(part), "") if place % 2 else (1, 0, part) for place, part in enumerate(parts)]
-        kind = 0 if _FIRST.search(each.module) else 1 if len(parts) > 1 else 2
+        kind = 0 if _FIRST.search(each.module) else 1 if _DIGITS.search(each.module) else 2
         # Behind the names of all modules within it.
-        end = [(2, 0, "")] if each.direction == "outputs" else []
-        return kind, [part for part in numbered if part != (1, 0, "")] + end
+        end: list[tuple[Any, ...]] = [(2,)] if each.direction == "outputs" else []
+        return kind, [_numbered_part(part) for part in each.module.split(".")] + end
 
     return sorted(found, key=place)
+
+
+def _numbered_part(part: str) -> tuple[Any, ...]:
+    """How a part of a name sorts: numbers by their values."""
+    if part.isdecimal():
+        return 0, int(part[:18])
+    return 1, [int(each[:18]) if place % 2 else each for place, each in enumerate(_DIGITS.split(part))]
 
 
 def step_document(

@@ -24,7 +24,8 @@ _BEGIN = "captured_tensors_"
 _FILE = re.compile(
     r"captured_tensors_(.+?)_step_(\d{1,9})_(?:module_(.+)|(manual_tensor_\d+))\.pt", re.DOTALL
 )
-_SIDE = re.compile(r"(.+?)_(input|output)s?((?:_\w+)*)", re.DOTALL)
+# The last such word tells the side: a module may be called so, too.
+_SIDE = re.compile(r"(.+)_(input|output)s?((?:_\w+)*)", re.DOTALL)
 _MISSING = "its file is missing"
 
 

@@ -87,6 +87,21 @@ def test_names_tell_arguments_and_results_and_nesting(tmp_path: Path) -> None:
     assert step.calls[:2] == ["m", "n"]
 
 
+def test_names_give_an_order_in_which_what_is_within_a_module_comes_before_its_result(tmp_path: Path) -> None:
+    order = [
+        "embed",
+        "m.layers.2.a",
+        "m.layers.2.mlp.down",
+        "m.layers.2.mlp",
+        "m.layers.2",
+        "m.layers.10.a",
+        "m",
+    ]
+    save_file({name: torch.ones(1) for name in sorted(order)}, tmp_path / "x.safetensors")
+    found = [record["module"] for record in tlcore.open_run(tmp_path).step(0).records]
+    assert found == order
+
+
 def test_numbered_files_are_steps_and_others_are_one(tmp_path: Path) -> None:
     for number in (2, 10):
         torch.save({"m": torch.full((2,), float(number))}, tmp_path / f"step_{number}.pt")

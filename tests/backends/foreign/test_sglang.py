@@ -115,9 +115,13 @@ class TestFolder(ForeignConformance):
     tool = "sglang-folder"
 
     def write(self, directory: Path, tensors: Tensors) -> Path:
+        return self.written(directory, {**tensors, **_batch([5, 3, 9, 1, 7], [0, 1, 2, 0, 1], [3, 2])})
+
+    @staticmethod
+    def written(directory: Path, held: dict[str, Any]) -> Path:
         process = directory / "TP0_PP0_Rank0_pid7"
         process.mkdir()
-        torch.save({**tensors, **_batch([5, 3, 9, 1, 7], [0, 1, 2, 0, 1], [3, 2])}, process / "Pass00000.pt")
+        torch.save(held, process / "Pass00000.pt")
         return directory
 
 

@@ -7,8 +7,9 @@ from collections.abc import Iterator, Sequence
 
 from ...reader import Step
 from ...record import Json
+from .conventions import Rename, apply
 from .pairs import Key, Located
-from .rules import Rename, Rules
+from .rules import Rules
 
 
 def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Located]:
@@ -46,8 +47,8 @@ def _ordered(step: Step, unshard: bool) -> Iterator[tuple[int, Json]]:
 
 
 def renamed(rules: Rules, rename: bool) -> Calls:
-    """The names that a step's modules go by, with A's (``rename``) turned into B's."""
-    return Calls(rules.maps if rename else ())
+    """The names that a step's modules go by: A's (``rename``) are turned into B's, or both into others."""
+    return Calls(rules.maps if rename else rules.maps_b)
 
 
 class Calls:
@@ -59,9 +60,7 @@ class Calls:
 
     def of(self, rank: int, module: str, call: int) -> tuple[str, int]:
         """The module and call that one counts as."""
-        name = module
-        for pattern, replacement in self._maps:
-            name = pattern.sub(replacement, name)
+        name = apply(module, self._maps)
         calls = self._seen[rank, name]
         if all(other == module for other, _ in calls):
             return name, calls.setdefault((module, call), call)

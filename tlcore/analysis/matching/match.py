@@ -9,6 +9,7 @@ from ...errors import ConfigError
 from ...reader import Run, Step
 from ..results import Gap, TensorResult
 from .bridge import bridged
+from .conventions import naming
 from .keyed import keyed
 from .pairs import Matching, Pair, absent, key_name
 from .requests import match_requests
@@ -18,18 +19,25 @@ from .unstored import one_sided
 
 # Patterns that every module fits.
 _ALL = (".", ".*", "")
+_STEPS_LOOKED_AT = 3
 
 
 def match(a: Run, b: Run, rules: Rules) -> Matching:
     """Pair the tensors of two runs: per request where both have request rows, else per step."""
-    rules = replace(rules, unshard=_layout(a) != _layout(b))
-    missing = [*_unusable(a, 0, rules), *_unusable(b, 1, rules)]
     steps_a, steps_b = _steps(a, rules), _steps(b, rules)
+    found = None if rules.maps else naming(_modules(steps_a), _modules(steps_b))
+    rules = _between_tools(a, b, replace(rules, unshard=_layout(a) != _layout(b)))
+    if found is not None:
+        rules = replace(rules, maps=found.a, maps_b=found.b)
+    missing = [*_unusable(a, 0, rules), *_unusable(b, 1, rules)]
     per_request = any(step.samples for step in steps_a) and any(step.samples for step in steps_b)
     if rules.requests and not per_request:
         problem = "there are none to pair: not both runs know the rows of requests or samples"
         raise ConfigError("requests", problem)
     pairs, absent, notes = (match_requests if per_request else _match_steps)(steps_a, steps_b, rules)
+    if found is not None:
+        pairs = [replace(each, reordered=True) for each in pairs]
+        notes.append(found.note)
     lacking, left_out, more_notes = one_sided(steps_a, steps_b, rules)
     absent += lacking
     if not per_request:
@@ -50,6 +58,23 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
         notes.append(Gap(f"not every run was closed ({states}); only what was committed can be compared"))
     notes += _never_captured(a, b, [] if rules.modules else pairs)
     return Matching(pairs, [*missing, *absent], notes, left_out)
+
+
+def _modules(steps: Sequence[Step]) -> set[str]:
+    """The modules of the first steps: later ones have the same."""
+    return {str(record["module"]) for step in steps[:_STEPS_LOOKED_AT] for record in step.records}
+
+
+def _between_tools(a: Run, b: Run, rules: Rules) -> Rules:
+    """The rules where another tool than the other's made a run.
+
+    SGLang keeps the hidden state and the residual apart, as vLLM does, and nothing else in two such parts.
+    """
+    tools = a.document.get("backend"), b.document.get("backend")
+    if not (a.is_foreign or b.is_foreign) or tools[0] == tools[1]:
+        return rules
+    split = any(str(tool).startswith("sglang-") for tool in tools)
+    return replace(rules, other_tool=True, sums=rules.sums or ((0, 1) if split else ()))
 
 
 def _layout(run: Run) -> tuple[int, ...]:

@@ -49,12 +49,16 @@ class Located:
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """Two tensors to be compared, whole or piece by piece (of A, of B)."""
+    """Two tensors to be compared, whole or piece by piece (of A, of B).
+
+    ``reordered``: dimensions of one may stand elsewhere, as Megatron has [tokens, 1, ...].
+    """
 
     key: Key
     a: Located
     b: Located
     pieces: tuple[tuple[Piece, Piece], ...] = ((WHOLE, WHOLE),)
+    reordered: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -149,9 +149,17 @@ def _common(x: Tokens, y: Tokens) -> int:
 def _learn_tokens(steps: Sequence[Step], requests: Sequence[Request]) -> bool:
     """Fill in each request's tokens from the captured token ids; False where a request has none."""
     known = {request.id: request.tokens for request in requests}
+    by_id = {request.id: request for request in requests}
     for step in steps:
+        entries = [each for each in step.token_entries if "sequence" not in each]
+        for entry in entries:
+            if (request := by_id.get(str(entry["request_id"]))) is not None:
+                told = entry["ids"][: entry["kept"]]
+                request.tokens.update(enumerate(told, int(entry["first_position"])))
+                # A sample has no rows of its own that would say how long its prompt is.
+                request.first_rows = request.first_rows or int(entry.get("prompt", len(told)))
         rows = step.rows or []
-        ids = _token_ids(step)
+        ids = None if entries else _token_ids(step)
         for row in rows:
             tokens = known.get(row["request_id"])
             if ids is not None and tokens is not None:

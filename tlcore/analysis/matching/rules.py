@@ -10,9 +10,8 @@ from ...errors import ConfigError
 from ...layout.directions import pattern_names
 from ..results import TensorResult
 from ..rulebook import Patterns, fits, tensor_name
+from .conventions import Rename
 from .pairs import Key, key_name
-
-Rename = tuple[re.Pattern[str], str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +20,8 @@ class Rules:
 
     ``steps`` and ``modules`` limit the comparison (None: all); ``requests`` maps A's request ids to B's.
     ``unshard`` compares the model's tensors, whichever ranks hold them, instead of each rank's own.
+    ``maps_b`` rename B's modules, too, where both get other names. ``other_tool``: the runs are of different
+    tools, so that what a call takes and returns may be told otherwise.
     ``require`` and ``leave_out`` are what must be there and what is not compared, by tensors' names.
     """
 
@@ -33,6 +34,8 @@ class Rules:
     unshard: bool = False
     require: Patterns = ()
     leave_out: Patterns = ()
+    maps_b: tuple[Rename, ...] = ()
+    other_tool: bool = False
 
     def leaves_out(self, key: Key) -> bool:
         """Whether a tensor counts as if it were not there."""
@@ -50,7 +53,7 @@ class Rules:
     @property
     def bridges(self) -> bool:
         """Whether two implementations are compared, whose calls take and return different structures."""
-        return bool(self.maps or self.sums)
+        return bool(self.maps or self.sums or self.maps_b or self.other_tool)
 
 
 def renames(texts: str | Iterable[str]) -> tuple[Rename, ...]:
