@@ -13,6 +13,7 @@ from typing import Any
 
 from ..errors import ReadError
 from ..layout.names import PathKey, shown_module
+from ..ledger import Counts
 from ..locations import is_url
 from ..reader import Run, Step, open_run
 from ..record import Direction, Json
@@ -340,8 +341,11 @@ def _notes(run: Run, steps: Sequence[Step], wanted: frozenset[int] | None, unsto
     absent = sorted((wanted or frozenset()) - {*run.steps, *run.incomplete_steps})
     if absent:
         yield f"there is no step {', '.join(map(str, absent))}"
+    total = Counts()
+    for step in steps:
+        total.add(step.ledger)
     for column in ("skipped", "dropped", "failed"):
-        count = sum(getattr(step.ledger, column) for step in steps)
+        count = getattr(total, column)
         count -= unstored if column == "skipped" else 0
         if count > 0:
             yield f"{count} tensors were {column} at capture and are not among these"

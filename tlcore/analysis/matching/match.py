@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 from ...errors import ConfigError
+from ...ledger import Counts
 from ...reader import Run, Step
 from ..results import Gap, TensorResult
 from .bridge import bridged
@@ -129,8 +130,11 @@ def _missing_step(step: int, reason: str) -> TensorResult:
 
 def _not_stored(label: str, steps: Sequence[Step]) -> list[str]:
     notes: list[str] = []
+    total = Counts()
+    for step in steps:
+        total.add(step.ledger)
     for column in ("skipped", "dropped", "failed"):
-        count = sum(getattr(step.ledger, column) for step in steps)
+        count = getattr(total, column)
         if count:
             notes.append(Gap(f"{count} tensors of {label} were {column} at capture: they cannot be compared"))
     return notes

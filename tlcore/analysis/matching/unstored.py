@@ -16,7 +16,8 @@ from .rules import Rules
 
 def skipped(step: Step, rules: Rules, rename: bool) -> dict[Key, str]:
     """A step's described tensors that were not stored, with the reason."""
-    if not any((step.ledger.skipped, step.ledger.dropped, step.ledger.failed)):
+    counts = step.ledger
+    if not any((counts.skipped, counts.dropped, counts.failed)):
         return {}
     found: dict[Key, str] = {}
     calls = renamed(rules, rename)
