@@ -17,7 +17,7 @@ from tests.models import CACHE
 
 REPOSITORY = Path(__file__).parents[2]
 RELEASES = ("0.27.1", "0.30.0")
-# The oldest that tlcore takes, and the newest: Python, torch.
+# The oldest that tlcore takes, and the newest that were tried: Python, torch.
 PAIRS = (("3.10", "2.4.1"), ("3.10", "2.14.1"), ("3.13", "2.14.1"))
 _TORCH = "torch==2.13.0"
 # What reads exports, beside torch: what else it wants comes with it.

