@@ -11,7 +11,7 @@ from jsonschema import Draft202012Validator
 
 import tlcore
 import tlcore_schemas
-from tests.engine.test_samples import LAYER, LOGITS, PROMPTS, forward, generated, llama, padded, run_of, t5
+from tests.engine.samples import LAYER, LOGITS, PROMPTS, forward, generated, llama, padded, run_of, t5
 from tlcore.config.configuration import load_config
 from tlcore.errors import MissingError, ReadError
 from tlcore.runs.convert import convert

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tlcore
-from tests.engine.test_samples import LAYER, LOGITS, PROMPTS, generated, llama, padded, run_of
+from tests.engine.samples import LAYER, LOGITS, PROMPTS, generated, llama, padded, run_of
 from tests.ranked import Rows, requests_run
 from tests.reader.dataset.served import NAMES, Served, seen
 from tlcore.errors import MissingError, ReadError
