@@ -17,7 +17,10 @@ from tlcore.reader import Run
 
 pytestmark = pytest.mark.slow
 SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "rows_script.py")
-DEEP = ["eagle-first", "medusa-first", "mtp-first", "suffix-first", "extract_hidden_states-first"]
+DEEP = [
+    "eagle-first", "medusa-first", "mtp-first", "suffix-first", "extract_hidden_states-first",
+    "adapters-first",
+]  # fmt: skip
 WAYS = [
     "ngram-first", "draft_model-first", "eagle3-first", "chunks-first",
     "draft_model-second", "chunks-second",
@@ -33,7 +36,7 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     way, runner = request.param.split("-")
     if way == "suffix" and importlib.util.find_spec("arctic_inference") is None:
         pytest.skip("vLLM's suffix decoding needs the package arctic-inference")
-    counts = (MIXES, PLANTED) if runner == "first" else (0, 0)
+    counts = (MIXES, PLANTED) if runner == "first" and way != "adapters" else (0, 0)
     directory = str(tmp_path_factory.mktemp(request.param))
     found = report(SCRIPT, directory, way, runner, *map(str, counts), timeout=scaled(600, 3000))
     return {**found, "way": way, "runner": runner, "truth": Truth(Path(found["model"]))}
@@ -122,7 +125,7 @@ def test_every_row_of_a_random_mix_is_its_requests(captured: dict[str, Any]) -> 
 
 def test_faults_planted_in_a_mix_are_found(captured: dict[str, Any]) -> None:
     planted = [mix for mix in captured["mixes"] if mix["plant"] is not None and mix["changes"]]
-    assert bool(planted) == (captured["runner"] == "first")
+    assert bool(planted) == bool(captured["mixes"])
     for mix in planted:
         try:
             told = bool(complaints(mix, captured["truth"]))
@@ -131,3 +134,25 @@ def test_faults_planted_in_a_mix_are_found(captured: dict[str, Any]) -> None:
             told = True
         # Drafts that were all kept are right, whatever was believed of them.
         assert told or mix["plant"] == "believed", (mix["seed"], mix["plant"])
+
+
+def test_adapters_of_one_prompt_are_told_apart(captured: dict[str, Any]) -> None:
+    """Against the model that has them merged; the modules' names are those without adapters."""
+    if "adapters" not in captured:
+        pytest.skip("takes no adapters")
+    found = captured["adapters"]
+    run = tlcore.open_run(found["url"])
+    assert run.step(0).calls == tlcore.open_run(captured["all"]["url"]).step(0).calls
+    truths = {name: Truth(Path(path)) for name, path in found["merged"].items()}
+    names = {
+        row["external_request_id"]: row["adapter"]
+        for number in run.steps
+        for row in run.step(number).rows or ()
+    }
+    hashes = {row["prompt_hash"] for number in run.steps for row in run.step(number).rows or ()}
+    assert len(hashes) == len(found["requests"])
+    for each in found["requests"]:
+        assert names[each["id"]] == each["name"]
+        for name, truth in truths.items():
+            agrees = wrong_rows(run.request(each["id"]), each["tokens"], truth) == []
+            assert agrees == (name == each["name"]), (each, name)
