@@ -13,7 +13,7 @@ import torch
 
 import tlcore
 from tests.compat.environments import CONSUMERS, consumer
-from tests.engine.test_samples import generated, llama
+from tests.engine.samples import generated, llama
 from tlcore.runs.export.export import export
 
 pytestmark = [pytest.mark.slow, pytest.mark.deep]
