@@ -23,7 +23,8 @@ from tests.reading import read_all, run_commands
 from tlcore.errors import ReadError, TlcoreError
 from tlcore.layout.run_files import parse
 from tlcore.reader.documents import check_run, check_step, check_structure
-from tlcore_backends.pt.decode import PtError, decode
+from tlcore_backends.pt.decode import decode
+from tlcore_backends.pt.zip_parts import PtError
 
 pytestmark = pytest.mark.slow
 __all__ = ["sound"]

@@ -22,7 +22,8 @@ import tlcore
 from tests.hostile.files import TENSOR, edit, hostile, in_place_of, record, snapshot, sound
 from tests.reading import attempt, read_all, run_commands
 from tlcore.errors import VerifyError
-from tlcore_backends.pt.decode import PtError, decode
+from tlcore_backends.pt.decode import decode
+from tlcore_backends.pt.zip_parts import PtError
 
 __all__ = ["hostile", "sound"]
 

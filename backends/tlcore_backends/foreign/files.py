@@ -19,17 +19,13 @@ from tlcore.layout.run_files import RunFiles
 from tlcore.record import Json
 from tlcore.storage import Buffer, SupportsFiles, SupportsLevels
 
-from ..pt.decode import PtError
+from ..pt.zip_parts import END, ENTRY, LOCAL, LOCATOR, WIDE_END, ZIP64, PtError, unpack, wide
 from ..safetensors.remains import DTYPES
 from .pickled import LARGEST_PICKLE, Leaf, TensorAt, leaves, load
 
 # What is read of a file at its first look; most small dumps are whole then.
 _FIRST = 64 << 10
 _LARGEST_HEADER = 100 << 20
-_END = struct.Struct("<4s4H2IH")
-_ENTRY = struct.Struct("<4s6H3I5H2I")
-_LOCAL = struct.Struct("<4s5H3I2H")
-_ZIP64 = 0xFFFFFFFF
 _LARGEST_DIRECTORY = 64 << 20
 # What an archive has between an entry's name and its bytes is less, so that one read mostly gets both.
 _PADDING = 256
@@ -236,26 +232,25 @@ class TorchFile:
         found: dict[str, tuple[int, int]] = {}
         position = 0
         while position < len(view):
-            fields = _unpack(_ENTRY, view, position, b"PK\x01\x02")
+            fields = unpack(ENTRY, view, position, b"PK\x01\x02")
             method, (packed, plain) = fields[4], fields[8:10]
             name_size, extra_size, comment_size, offset = *fields[10:13], fields[16]
-            position += _ENTRY.size
+            position += ENTRY.size
             name = bytes(view[position : position + name_size]).decode("utf-8", "replace")
             extra = view[position + name_size : position + name_size + extra_size]
             position += name_size + extra_size + comment_size
-            plain, packed, offset = _wide(extra, [plain, packed, offset])
+            plain, packed, offset = wide(extra, [plain, packed, offset])
             if method != 0 or plain != packed:
                 raise PtError("it is compressed, which torch.save never does")
             found[name] = offset, plain
         return found
 
     def _directory(self) -> memoryview:
-        at = self._size - _END.size
-        size, begin = _unpack(_END, self._tail, at - self._begin, b"PK\x05\x06")[5:7]
-        if begin == _ZIP64 or size == _ZIP64:
-            locator = _unpack(struct.Struct("<4sIQI"), self._tail, at - 20 - self._begin, b"PK\x06\x07")
-            wide = struct.Struct("<4sQHHIIQQQQ")
-            size, begin = _unpack(wide, self._bytes(locator[2], wide.size), 0, b"PK\x06\x06")[8:10]
+        at = self._size - END.size
+        size, begin = unpack(END, self._tail, at - self._begin, b"PK\x05\x06")[5:7]
+        if begin == ZIP64 or size == ZIP64:
+            locator = unpack(LOCATOR, self._tail, at - 20 - self._begin, b"PK\x06\x07")
+            size, begin = unpack(WIDE_END, self._bytes(locator[2], WIDE_END.size), 0, b"PK\x06\x06")[8:10]
         if size > _LARGEST_DIRECTORY or begin + size > self._size:
             raise PtError("its directory is damaged")
         return self._bytes(begin, size)
@@ -263,18 +258,18 @@ class TorchFile:
     def _place(self, name: str) -> tuple[int, int]:
         """Where an entry's bytes begin, and how many they are."""
         offset, size = self._entries[name]
-        local = _unpack(_LOCAL, self._bytes(offset, _LOCAL.size), 0, b"PK\x03\x04")
-        begin = offset + _LOCAL.size + local[9] + local[10]
+        local = unpack(LOCAL, self._bytes(offset, LOCAL.size), 0, b"PK\x03\x04")
+        begin = offset + LOCAL.size + local[9] + local[10]
         if begin + size > self._size:
             raise PtError("it ends too early")
         return begin, size
 
     def _entry(self, name: str) -> memoryview:
         offset, size = self._entries[name]
-        room = _LOCAL.size + len(name) + _PADDING
+        room = LOCAL.size + len(name) + _PADDING
         block = self._bytes(offset, min(room + size, self._size - offset))
-        local = _unpack(_LOCAL, block, 0, b"PK\x03\x04")
-        begin = _LOCAL.size + local[9] + local[10]
+        local = unpack(LOCAL, block, 0, b"PK\x03\x04")
+        begin = LOCAL.size + local[9] + local[10]
         if begin + size <= len(block):
             return block[begin : begin + size]
         return self._bytes(offset + begin, size)
@@ -285,26 +280,3 @@ class TorchFile:
         if begin >= self._begin:
             return self._tail[begin - self._begin : begin - self._begin + size]
         return memoryview(self._files.read(self._file, begin, begin + size))
-
-
-def _unpack(form: struct.Struct, view: memoryview, at: int, magic: bytes) -> tuple[Any, ...]:
-    if not 0 <= at <= len(view) - form.size:
-        raise PtError("not a zip archive (torch before 1.6 wrote none), or it ends too early")
-    fields = form.unpack_from(view, at)
-    if fields[0] != magic:
-        raise PtError("not a zip archive (torch before 1.6 wrote none), or a damaged one")
-    return fields
-
-
-def _wide(extra: memoryview, values: list[int]) -> list[int]:
-    """Sizes and offset of an entry, from its zip64 field where 32 bits are too few."""
-    position = 0
-    while position + 4 <= len(extra):
-        kind, size = struct.unpack_from("<HH", extra, position)
-        field = extra[position + 4 : position + 4 + size]
-        if kind == 1:
-            count = min(size, len(field)) // 8
-            wide = iter(struct.unpack(f"<{count}Q", field[: count * 8]))
-            values = [next(wide, value) if value == _ZIP64 else value for value in values]
-        position += 4 + size
-    return values

@@ -14,8 +14,8 @@ from typing import Any, NamedTuple
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.names import PathKey
 
-from ..pt.decode import PtError
 from ..pt.encode import STORAGES
+from ..pt.zip_parts import PtError
 
 LARGEST_PICKLE = 256 << 20
 _LEAST_LIMIT = 10_000

@@ -8,7 +8,6 @@ entries, so that a file can neither run code nor grow when it is read.
 from __future__ import annotations
 
 import pickletools
-import struct
 import sys
 from collections.abc import Callable, Iterator
 from math import prod
@@ -18,23 +17,16 @@ from tlcore.layout.dtypes import item_size, torch_dtype
 from tlcore.record import tensor_from_bytes
 
 from .encode import STORAGES
+from .zip_parts import END, ENTRY, LOCAL, LOCATOR, WIDE_END, ZIP64, PtError, unpack, wide
 
 if TYPE_CHECKING:
     import torch
 
-_END = struct.Struct("<4s4H2IH")
-_ENTRY = struct.Struct("<4s6H3I5H2I")
-_LOCAL = struct.Struct("<4s5H3I2H")
-_ZIP64 = 0xFFFFFFFF
 _LARGEST_DIRECTORY = 1 << 16
 _LARGEST_PICKLE = 1 << 16
 _MOST_DIMENSIONS = 64
 _DTYPES = {f"torch {storage}": dtype for dtype, storage in STORAGES.items()}
 _UNTYPED = ("torch.storage UntypedStorage", "torch UntypedStorage")
-
-
-class PtError(ValueError):
-    """The bytes are no ``.pt`` file of one plain tensor; the message says why."""
 
 
 class Global(NamedTuple):
@@ -93,18 +85,18 @@ def _entries(data: bytes) -> Iterator[tuple[str, memoryview]]:
     begin, size = _directory(view)
     position, end = begin, begin + size
     while position < end:
-        fields = _unpack(_ENTRY, view, position, b"PK\x01\x02")
+        fields = unpack(ENTRY, view, position, b"PK\x01\x02")
         method, (packed, plain) = fields[4], fields[8:10]
         name_size, extra_size, comment_size, offset = *fields[10:13], fields[16]
-        position += _ENTRY.size
+        position += ENTRY.size
         name = bytes(view[position : position + name_size])
         extra = view[position + name_size : position + name_size + extra_size]
         position += name_size + extra_size + comment_size
-        plain, packed, offset = _wide(extra, [plain, packed, offset])
+        plain, packed, offset = wide(extra, [plain, packed, offset])
         if method != 0 or plain != packed:
             raise PtError("it is compressed, which torch.save never does")
-        local = _unpack(_LOCAL, view, offset, b"PK\x03\x04")
-        start = offset + _LOCAL.size + local[9] + local[10]
+        local = unpack(LOCAL, view, offset, b"PK\x03\x04")
+        start = offset + LOCAL.size + local[9] + local[10]
         if start + plain > len(view):
             raise PtError("it ends too early")
         yield name.decode("utf-8", "replace"), view[start : start + plain]
@@ -112,36 +104,14 @@ def _entries(data: bytes) -> Iterator[tuple[str, memoryview]]:
 
 def _directory(view: memoryview) -> tuple[int, int]:
     """Where the archive's central directory begins, and its size."""
-    at = len(view) - _END.size
-    size, begin = _unpack(_END, view, at, b"PK\x05\x06")[5:7]
-    if begin == _ZIP64:
-        locator = _unpack(struct.Struct("<4sIQI"), view, at - 20, b"PK\x06\x07")
-        size, begin = _unpack(struct.Struct("<4sQHHIIQQQQ"), view, locator[2], b"PK\x06\x06")[8:10]
+    at = len(view) - END.size
+    size, begin = unpack(END, view, at, b"PK\x05\x06")[5:7]
+    if begin == ZIP64:
+        locator = unpack(LOCATOR, view, at - 20, b"PK\x06\x07")
+        size, begin = unpack(WIDE_END, view, locator[2], b"PK\x06\x06")[8:10]
     if size > _LARGEST_DIRECTORY or begin + size > len(view):
         raise PtError("its directory is damaged")
     return begin, size
-
-
-def _unpack(form: struct.Struct, view: memoryview, at: int, magic: bytes) -> tuple[Any, ...]:
-    if not 0 <= at <= len(view) - form.size:
-        raise PtError("not a zip archive, or it ends too early")
-    fields = form.unpack_from(view, at)
-    if fields[0] != magic:
-        raise PtError("not a zip archive, or a damaged one")
-    return fields
-
-
-def _wide(extra: memoryview, values: list[int]) -> list[int]:
-    """Sizes and offset of an entry, from its zip64 field where 32 bits are too few."""
-    position = 0
-    while position + 4 <= len(extra):
-        kind, size = struct.unpack_from("<HH", extra, position)
-        field = extra[position + 4 : position + 4 + size]
-        if kind == 1:
-            wide = iter(struct.unpack(f"<{len(field) // 8}Q", field[: len(field) // 8 * 8]))
-            values = [next(wide, value) if value == _ZIP64 else value for value in values]
-        position += 4 + size
-    return values
 
 
 def described(value: Any) -> tuple[str, str, tuple[int, ...]]:

@@ -17,8 +17,9 @@ from tlcore.record import Json
 from tlcore.storage import Store
 
 from ..storage.step_files import StepFiles
-from .decode import PtError, parts
+from .decode import parts
 from .encode import head, payload_in
+from .zip_parts import PtError
 
 _TENSOR_FILE = ".pt"
 # What a .pt file holds beside its payload is far less.
