@@ -14,8 +14,11 @@ from ...reader.stored import payload
 from .disk import write_disk
 from .export import Job, pyarrow
 from .safetensors_file import write_safetensors
-from .tables import feature, list_feature
+from .tables import Array, feature, list_feature, listed
 from .values import in_order
+
+# Token ids, loss mask, and whose they are.
+_Row = tuple[Array, Array, str]
 
 
 def write(job: Job) -> None:
@@ -48,8 +51,7 @@ def write(job: Job) -> None:
 
 def _batches(job: Job, schema: Any) -> Iterator[Any]:
     """Writes the files, and gives the rows that describe them."""
-    pa = pyarrow()
-    rows: list[dict[str, Any]] = []
+    rows: list[_Row] = []
     scratch = Scratch()
     for number, item in enumerate(in_order(job.data).views()):
         ids = item["token_ids"]
@@ -65,16 +67,24 @@ def _batches(job: Job, schema: Any) -> Iterator[Any]:
             },
             {"request_id": request_id, "layers": ", ".join(column.name for column in job.columns)},
         )
-        mask = loss.long().tolist()
-        rows.append(
-            {"input_ids": ids.tolist(), "loss_mask": mask, "seq_len": len(ids), "request_id": request_id}
-        )
+        # Copied: what is kept of an item keeps all that was read with it.
+        rows.append((ids.numpy().copy(), loss.numpy().astype(np.int64), request_id))
         if len(rows) == 1000:
-            yield pa.RecordBatch.from_pylist(rows, schema)
+            yield _table(rows, schema)
             rows = []
         job.done(number + 1)
     if rows:
-        yield pa.RecordBatch.from_pylist(rows, schema)
+        yield _table(rows, schema)
+
+
+def _table(rows: list[_Row], schema: Any) -> Any:
+    """Requests as a record batch."""
+    pa = pyarrow()
+    counts = [len(ids) for ids, _, _ in rows]
+    ids, masks, requests = zip(*rows, strict=True)
+    arrays = [listed(pa.array(np.concatenate(column)), counts) for column in (ids, masks)]
+    arrays += [pa.array(counts, pa.int64()), pa.array(requests, pa.string())]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
 def _states(job: Job, item: dict[str, torch.Tensor], scratch: Scratch) -> memoryview:
