@@ -5,6 +5,7 @@ from __future__ import annotations
 import binascii
 import mmap
 import re
+import string
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from typing import Any
@@ -24,7 +25,8 @@ _CLASS = "polygraphy_class"
 _OLD = "polygraphy_serialized_json_type"
 _KIND = re.compile(rb'"(?:polygraphy_class|polygraphy_serialized_json_type)":\s*"(\w+)"\s*\}\s*\Z')
 # No array is shorter in base64, for its header alone is longer; few names are as long.
-_LONG = re.compile(rb'"([A-Za-z0-9+/]{160,}={0,2})"')
+_SHORTEST = 160
+_BASE64 = (string.ascii_letters + string.digits + "+/=").encode()
 _STANDING_IN = re.compile(r"(\d{1,15}):(\d{1,15})")
 _TIME = re.compile(r"-\d\d/\d\d/\d\d-\d\d:\d\d:\d\d\Z")
 _TAIL = 200
@@ -173,10 +175,15 @@ def _outline(files: DumpFiles, name: str) -> bytes:
 
 
 def _without_arrays(data: bytes | mmap.mmap) -> bytes:
+    """The same without what stands between two quotes and is long and base64 alone, which no JSON between
+    two texts is."""
     parts, done = [], 0
-    for found in _LONG.finditer(data):
-        parts += [data[done : found.start(1)], b"%d:%d" % found.span(1)]
-        done = found.end(1)
+    begin = data.find(b'"') + 1
+    while begin and (end := data.find(b'"', begin)) >= 0:
+        if end - begin >= _SHORTEST and not data[begin:end].translate(None, _BASE64):
+            parts += [data[done:begin], b"%d:%d" % (begin, end)]
+            done = end
+        begin = end + 1
     return b"".join([*parts, data[done:]])
 
 

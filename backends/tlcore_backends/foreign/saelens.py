@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import struct
 from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from itertools import accumulate
 from math import prod
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
 
 from tlcore.errors import MissingError, ReadError
 from tlcore.layout.dtypes import item_size
@@ -16,7 +18,7 @@ from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .arrow import Column, ColumnAt, Rows, Span, read_stream
-from .documents import Found
+from .documents import Found, step_document
 from .files import DumpFiles, StoredAt
 from .source import ONE_RANK, ForeignSource
 
@@ -24,6 +26,8 @@ _INFO, _STATE = "dataset_info.json", "state.json"
 _TOKENS = "token_ids"
 _FLOATS = ("float16", "float32", "float64")
 _MOST_EXTENT = 1 << 31
+_KEPT = 4
+IntArray: TypeAlias = npt.NDArray[np.int64]
 
 
 class _Batch(NamedTuple):
@@ -95,7 +99,14 @@ class Saelens(ForeignSource):
 
     def rows(self, step: int, rank: int) -> Sequence[Json]:
         """All of a sequence, from its first position on: what came before a slice of it is not told."""
+        return self._rows(step, self.found(step, rank))
+
+    def document(self, step: int, rank: int) -> Json:
+        """The step as a capture would have told it."""
         found = self.found(step, rank)
+        return step_document(step, rank, found, self._rows(step, found))
+
+    def _rows(self, step: int, found: Sequence[Found]) -> list[Json]:
         row = {"request_id": str(step), "external_request_id": str(step)}
         count = found[0].shape[0] if found else 0
         return [{**row, "first_row": 0, "rows": count, "first_position": 0}]
@@ -125,12 +136,27 @@ class Saelens(ForeignSource):
         """Where ``count`` lists from the one of number ``begin`` on begin, and how long each is."""
         if begin < 0 or count > _MOST_EXTENT or (begin + count + 1) * 4 > offsets.size:
             raise ReadError(f"{where}: leads out of the file")
-        at = offsets.at + begin * 4
-        values = struct.unpack(f"<{count + 1}i", self.files.read(file, at, at + (count + 1) * 4))
-        size = values[1] - values[0] if count else 0
-        if size < 0 or any(values[i + 1] - values[i] != size for i in range(count)):
+        values = self._offsets(file, offsets)[begin : begin + count + 1]
+        sizes = np.diff(values)
+        size = int(sizes[0]) if count else 0
+        if size < 0 or (sizes != size).any():
             raise ReadError(f"{where}: its lists are not all of one length")
-        return values[0], size
+        return int(values[0]), size
+
+    def _offsets(self, file: str, span: Span) -> IntArray:
+        """All offsets of a batch, which its next rows need, too."""
+        found = self._known.get((file, span))
+        if found is None:
+            data = self.files.read(file, span.at, span.at + span.size // 4 * 4)
+            found = np.frombuffer(data, np.dtype("<i4")).astype(np.int64)
+            while len(self._known) >= _KEPT:
+                self._known.pop(next(iter(self._known)), None)
+            self._known[file, span] = found
+        return found
+
+    @cached_property
+    def _known(self) -> dict[tuple[str, Span], IntArray]:
+        return {}
 
 
 def _data_files(files: DumpFiles) -> list[str] | str:
