@@ -183,6 +183,19 @@ def test_the_filters_and_the_ledger_are_those_of_all_tensors() -> None:
     assert sink.steps[0].structures["gate/op.0003.cat.json"]["skipped"].startswith("larger than")
 
 
+def test_setting_a_tensors_data_is_an_operator_and_its_gradient_is_none() -> None:
+    class Sets(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x + 1
+            y.data = x * 2
+            y.grad = None
+            return y + 1
+
+    found = given_by(captured(Sets(), "^$"))
+    assert [name.split(".", 2)[2] for name in found] == ["add", "mul", "set_data", "add"]
+    assert torch.equal(list(found.values())[2], X * 2)
+
+
 @pytest.mark.parametrize("backend", ["pt", "safetensors"])
 def test_a_reader_finds_operators_in_their_call(tmp_path: Path, backend: str) -> None:
     model = Model()

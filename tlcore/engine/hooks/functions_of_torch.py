@@ -33,7 +33,7 @@ class Function:
         self.code: CodeType | None = getattr(func, "__code__", None)
         self.written = _written_by(func)
         # Names of what works in place end in one underscore.
-        in_place = name == "setitem" or (name.endswith("_") and name not in _WRITING_NOTHING)
+        in_place = name in ("setitem", "set_data") or (name.endswith("_") and name not in _WRITING_NOTHING)
         self.writes = bool(self.written) or in_place
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
@@ -86,7 +86,7 @@ def _names_of(func: Any) -> tuple[str, str]:
     owner: Any = getattr(func, "__self__", None)
     if name in ("__get__", "__set__") and hasattr(owner, "__name__"):
         held = str(owner.__name__)
-        return held, f"torch.Tensor.{held}"
+        return ("set_" if name == "__set__" else "") + held, f"torch.Tensor.{held}"
     short = name[2:-2] if name.startswith("__") and name.endswith("__") else name
     if hasattr(func, "__objclass__"):
         return short, f"torch.Tensor.{name}"

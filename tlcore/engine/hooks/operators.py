@@ -144,7 +144,7 @@ class Operators:
             for _, tensor in parts_of(result):
                 self.operands.mark_raw(tensor)
             return
-        if function.name == "data":
+        if function.name == "data" and isinstance(result, torch.Tensor):
             # The same values behind another object.
             self.operands.same(result, args[0])
         value = function.given(args, kwargs, result)
