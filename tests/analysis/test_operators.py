@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 import tlcore
+from tests.engine.samples import PROMPTS, llama, run_of
 from tlcore.analysis.report.text import verdict
 from tlcore.analysis.results import Comparison
 
@@ -100,6 +101,17 @@ def test_other_operators_are_told_from_the_first_on(tmp_path: Path) -> None:
     assert note.startswith("the code of 1 uses other operators from op.0002.")
     assert f"A uses clamp at {line('h = h.clamp(-1, 1)')}" in note
     assert f"B uses abs at {line('h = h.abs()')}" in note
+
+
+def test_what_has_no_rows_of_its_own_has_inputs_of_every_request(tmp_path: Path) -> None:
+    # As many tokens as heads: whose rows the attention of all heads has cannot be told.
+    model, ids = llama(), torch.tensor([PROMPTS[0][:4]])
+    inside: dict[str, Any] = {"ops": [r"^model\.layers\.1\b"]}
+    right = run_of(model, tmp_path, lambda _: model(ids), **inside)
+    model.model.layers[1].self_attn.scaling = 1.0
+    first = tlcore.compare(right, run_of(model, tmp_path, lambda _: model(ids), **inside)).first_divergence
+    assert first is not None and first.operator is not None and first.operator.a is not None
+    assert first.operator.a.name == "scaled_dot_product_attention" and first.born is True
 
 
 def test_equal_runs_have_no_advice(tmp_path: Path) -> None:

@@ -72,11 +72,21 @@ def _born(operator: Operator, side: int, result: Seen, seen: Sequence[Seen]) -> 
     bad: dict[str, bool | None] = {}
     for each in seen:
         found, _, rest = (each.names[side] or "").partition("/")
-        if found == step and each.rank == result.rank and each.request == result.request:
-            path = "".join(f"_{key}" for key in each.path)
-            bad[f"{rest.partition('/')[0]}/{each.direction}{path}"] = each.bad
+        if found != step or each.rank != result.rank:
+            continue
+        # What has no rows of a request's own, has those of all of them.
+        if None not in (each.request, result.request) and each.request != result.request:
+            continue
+        path = "".join(f"_{key}" for key in each.path)
+        name = f"{rest.partition('/')[0]}/{each.direction}{path}"
+        bad[name] = _worse(bad.get(name, False), each.bad)
     given = [_differs(each, bad) for each in operator.operands()]
     return False if True in given else None if None in given else True
+
+
+def _worse(one: bool | None, other: bool | None) -> bool | None:
+    """Whether any of two differs; None where that is not known."""
+    return True if True in (one, other) else None if None in (one, other) else False
 
 
 def _differs(operand: Json, bad: dict[str, bool | None]) -> bool | None:
