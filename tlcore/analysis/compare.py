@@ -123,6 +123,7 @@ def compare(
     notes = [*matching.notes, *causes(run_a, run_b), *_mixed(results, tolerance), *further.notes(results)]
     if not further.runs:
         notes += advice(run_a, run_b, pieces, results)
+    notes += [injected(label, run) for label, run in zip("AB", (run_a, run_b), strict=True) if run.injected]
     notes += other_code(matching.missing, (run_a, run_b))
     results += matching.missing
     return Comparison(run_a.url, run_b.url, results, notes, further.to_json(), origin)
@@ -145,6 +146,13 @@ def _detailed(
             known[contents] = details
             found[at] = replace(found[at], details=details)
     return found
+
+
+def injected(label: str, run: Run) -> str:
+    """A note that a run is of a model into which results were injected."""
+    told = run.injected or {}
+    modules = ", ".join(str(each) for each in told.get("modules", ()))
+    return f"{label} was injected: results of {told.get('run')} stand in for those of {modules}"
 
 
 def _mixed(results: Sequence[TensorResult], tolerance: Tolerance) -> list[str]:

@@ -74,12 +74,20 @@ def _list_runs(runs: list[RunSummary], as_json: bool) -> None:
         print("no runs")
     else:
         columns = ["run", "state", "created", "steps", "tensors", "bytes"]
-        rows = [[s.run_id, s.problem or s.state, s.created, s.steps, s.tensors, size(s.bytes)] for s in runs]
+        states = [s.problem or _shown_state(s.state, s.injected) for s in runs]
+        rows = [
+            [s.run_id, state, s.created, s.steps, s.tensors, size(s.bytes)]
+            for s, state in zip(runs, states, strict=True)
+        ]
         lost = [cell(summary) for summary in runs]
         if any(lost):
             columns.append("lost at capture")
             rows = [[*row, shown] for row, shown in zip(rows, lost, strict=True)]
         print_table(columns, rows)
+
+
+def _shown_state(state: str, injected: bool) -> str:
+    return f"{state}, injected" if injected else state
 
 
 def _list_steps(opened: Run, as_json: bool) -> None:
@@ -189,6 +197,7 @@ def _described_run(opened: Run) -> Json:
         "run_id": opened.id,
         "path": opened.url,
         "state": opened.state,
+        "injected": opened.injected is not None,
         "created": opened.created,
         "ranks": list(opened.ranks.values()),
         "ledger": opened.ledger.to_json(),
@@ -207,7 +216,8 @@ def _described_step(step: Step) -> Json:
 
 
 def _headline(opened: Run, losses: str | None) -> str:
-    line = printable(f"run {opened.id}  {opened.state}  {opened.created}")
+    state = _shown_state(opened.state, opened.injected is not None)
+    line = printable(f"run {opened.id}  {state}  {opened.created}")
     return line + _ranks(opened) + (f"  {losses}" if losses else "")
 
 

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from ..errors import ConfigError
 from ..layout.jsontext import parse_json
@@ -18,6 +18,17 @@ from ..locations import REDACTED, is_url, redact_url
 from ..registry import NamedBackend, resolve
 from .patterns import check_regex, parse_pattern
 from .validation import coerce, plain, problems, unknown_key
+
+
+class Inject(NamedTuple):
+    """The run whose results stand in for those of modules, which patterns select."""
+
+    run: str
+    modules: tuple[str, ...]
+
+    def to_json(self, redact: bool) -> dict[str, Any]:
+        """JSON data; with ``redact`` without credentials in the URL."""
+        return {"run": redact_url(self.run) if redact else self.run, "modules": list(self.modules)}
 
 
 @dataclass(frozen=True, repr=False)
@@ -33,6 +44,7 @@ class Config:
     log_post_fwd_inputs: bool
     log_gradients: bool
     ops: tuple[str, ...]
+    inject: Inject | None
     capture_objects: tuple[Literal["cache"], ...]
     backend: str
     compiled: Literal["eager-steps", "taps"]
@@ -70,6 +82,8 @@ class Config:
                 value = getattr(self, item.name)
                 if isinstance(value, Window):
                     value = value.to_json()
+                if isinstance(value, Inject):
+                    value = value.to_json(redact)
                 document[item.name] = list(value) if isinstance(value, tuple) else value
         options = json.loads(json.dumps(self.backend_options))
         if redact:
@@ -170,7 +184,9 @@ def check_config(
     found += _bad_patterns("ops", sound["ops"], parse_pattern)
     found += _bad_patterns("request_ids", sound["request_ids"], check_regex)
     found += _bad_rows(sound)
-    found += _ops_compiled(sound)
+    found += _alone(sound)
+    if isinstance(sound["inject"], dict):
+        found += _bad_patterns("inject.modules", sound["inject"]["modules"], parse_pattern)
     try:
         config = _normal_form(sound, found)
     except ConfigError as error:
@@ -233,12 +249,18 @@ def _bad_rows(document: dict[str, Any]) -> list[ConfigError]:
     return []
 
 
-def _ops_compiled(document: Mapping[str, Any]) -> list[ConfigError]:
-    """The problem of operators asked of compiled code, where there are none to be heard."""
-    if not document["ops"] or document["compiled"] != "taps":
-        return []
-    problem = 'operators can be captured in eager steps only, not with "compiled": "taps".'
-    return [ConfigError("$.ops", problem, "Leave one of the two out.")]
+def _alone(document: Mapping[str, Any]) -> list[ConfigError]:
+    """The problems of what takes eager steps, or does not go together."""
+    problems, hint = [], "Leave one of the two out."
+    if document["ops"] and document["compiled"] == "taps":
+        problem = 'operators can be captured in eager steps only, not with "compiled": "taps".'
+        problems.append(ConfigError("$.ops", problem, hint))
+    if document["inject"] is not None and document["compiled"] == "taps":
+        problem = 'results can be injected in eager steps only, not with "compiled": "taps".'
+        problems.append(ConfigError("$.inject", problem, hint))
+    if document["inject"] is not None and document["ops"]:
+        problems.append(ConfigError("$.inject", "it does not go together with $.ops.", hint))
+    return problems
 
 
 def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
@@ -265,6 +287,7 @@ def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
             "output_dir": output_dir,
             "module_call_match": _tuple(document["module_call_match"]),
             "ops": tuple(document["ops"]),
+            "inject": _inject(document["inject"]),
             "request_ids": _tuple(document["request_ids"]),
             "log_step_ids": tuple(document["log_step_ids"]),
             "device_names": tuple(document["device_names"]),
@@ -320,6 +343,10 @@ def _tuple(patterns: str | list[str] | None) -> tuple[str, ...] | None:
     if patterns is None:
         return None
     return (patterns,) if isinstance(patterns, str) else tuple(patterns)
+
+
+def _inject(given: Mapping[str, Any] | None) -> Inject | None:
+    return None if given is None else Inject(given["run"], tuple(given["modules"]))
 
 
 def _public(backend: NamedBackend) -> frozenset[str]:

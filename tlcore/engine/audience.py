@@ -12,8 +12,9 @@ from ..config.configuration import Config
 from ..hotpath.listening import Hearing
 from ..layout import names
 from . import remarks
-from .filters.modules import ModuleFilter, may_be_tap
+from .filters.modules import Calls, ModuleFilter, may_be_tap
 from .hooks.collector import Collector
+from .hooks.injecting import InjectListener
 from .hooks.listeners import ListenerSet
 from .hooks.listening import Listener, Rename, Source
 from .hooks.module_tree import ModuleTree, Named
@@ -22,6 +23,7 @@ from .hooks.operators import Operators
 from .hooks.steps import StepCalls
 from .hooks.traced import TracedListener
 from .hooks.tracing import PassedBy
+from .injection import Injection
 
 log = logging.getLogger("tlcore")
 
@@ -29,20 +31,25 @@ log = logging.getLogger("tlcore")
 class Audience:
     """Makes the listeners of a session's modules, and says of whom nobody heard.
 
-    ``source`` captures its modules by itself; nobody else listens to them.
+    ``source`` captures its modules by itself; nobody else listens to them. ``injection`` has results that
+    stand in for those of modules.
     """
 
-    def __init__(self, config: Config, collector: Collector) -> None:
+    def __init__(self, config: Config, collector: Collector, injection: Injection | None = None) -> None:
         self.selector = ModuleFilter(config.module_call_match)
         self.source: Source | None = None
         self._collector = collector
         self._post_inputs = config.log_post_fwd_inputs
         self._chooser = ModuleFilter(config.ops, "ops")
         self.operators = Operators(collector, self._chooser.calls_of_any) if config.ops else None
+        self.injection = injection
+        self._injected = ModuleFilter(config.inject.modules if config.inject else (), "inject.modules")
 
     def listener(self, each: Named, module_names: frozenset[str], hearing: Hearing) -> Listener | None:
         """Who listens to a module; nobody where it is not selected, or captured in another way."""
         wanted = self.selector.calls_of_any(each.names)
+        if self.injection is not None:
+            return self._injecting(each, wanted, module_names, hearing)
         operators = self.operators
         chosen = operators is not None and self._chooser.calls_of_any(each.names) is not None
         watched = chosen or (operators is not None and may_ask(each.module))
@@ -52,6 +59,17 @@ class Audience:
         of_module = each.name, each.module, wanted or frozenset()
         given = *of_module, self._collector, hearing, directory, self._post_inputs
         return Listener(*given) if operators is None else OperatorListener(operators, chosen, *given)
+
+    def _injecting(
+        self, each: Named, wanted: Calls | None, module_names: frozenset[str], hearing: Hearing
+    ) -> Listener | None:
+        chosen = self._injected.calls_of_any(each.names)
+        if self.injection is None or (wanted is None and chosen is None and each.name):
+            return None
+        directory = functools.partial(call_directory, module_names - {""})
+        of_module = each.name, each.module, wanted or frozenset()
+        given = *of_module, self._collector, hearing, directory, self._post_inputs
+        return InjectListener(self.injection, functools.partial(_is_among, chosen), *given)
 
     def traced_listener(
         self, steps: StepCalls, each: Named, module_names: frozenset[str], hearing: Hearing
@@ -75,8 +93,9 @@ class Audience:
     def say_what_nobody_is_called(self, hooks: ListenerSet, model: str) -> None:
         """Warn of patterns that no module has, where all modules are there to tell."""
         found = [name for each in hooks.named(hooks.tree) for name in each.names]
-        for text in self._chooser.unmatched(found):
-            log.warning("%s", remarks.unmatched(text, found, key="ops"))
+        for chooser, key in ((self._chooser, "ops"), (self._injected, "inject.modules")):
+            for text in chooser.unmatched(found):
+                log.warning("%s", remarks.unmatched(text, found, key=key))
         unmatched = self.selector.unmatched(found)
         # Whether there is such a tap is known when the model has run.
         for text in unmatched:
@@ -107,6 +126,10 @@ class Audience:
 
         if self.operators is not None:
             self.operators.add(hooks, directory)
+
+
+def _is_among(calls: Calls | None, call: int) -> bool:
+    return calls == "all" or (calls is not None and call in calls)
 
 
 def as_draft(each: Named) -> Named:

@@ -25,6 +25,7 @@ from .hooks.module_tree import ModuleTree
 from .hooks.steps import StepCalls
 from .hooks.tap_sites import Taps
 from .hooks.traced import TracedListeners
+from .injection import Injection
 
 log = logging.getLogger("tlcore")
 
@@ -35,7 +36,9 @@ class Hookup:
     ``one_rank`` says that this process has all modules there are.
     """
 
-    def __init__(self, config: Config, collector: Collector, one_rank: bool) -> None:
+    def __init__(
+        self, config: Config, collector: Collector, one_rank: bool, injection: Injection | None
+    ) -> None:
         self.hooks: ListenerSet | None = None
         # Taps in code that may be compiled, where it is known of them before.
         self.code_taps: Sequence[str] = ()
@@ -45,7 +48,7 @@ class Hookup:
         self._collector = collector
         self._one_rank = one_rank
         self._said_elsewhere = False
-        self._audience = Audience(config, collector)
+        self._audience = Audience(config, collector, injection)
         self._taps = Taps(collector, self._audience.selector, call_directory)
 
     def attach(
@@ -87,7 +90,7 @@ class Hookup:
         self._batches = BatchCalls(rows, samples, self.hooks.counts)
         return self._batches
 
-    def install(self, more_than_a_call: bool, samples: Samples) -> None:
+    def install(self, step: int, more_than_a_call: bool, samples: Samples) -> None:
         """A step begins, which may be ``more_than_a_call`` of the model: listen."""
         if self.hooks is None:
             return
@@ -102,6 +105,8 @@ class Hookup:
         self._taps.begin_step()
         if self._audience.operators is not None:
             self._audience.operators.begin_step()
+        if self._audience.injection is not None:
+            self._audience.injection.begin_step(step)
         if self._source is not None:
             self._source.begin_step(self._collector)
 
@@ -127,8 +132,13 @@ class Hookup:
         """Let the source of a step add what is missing; what went wrong there, if anything."""
         return None if self._source is None else self._source.end_step()
 
-    def calls_elsewhere(self) -> Json:
-        """What `step.json` says of calls in other threads; the log says it once."""
+    def told(self) -> Json:
+        """What `step.json` says of a step's calls, beside what was captured of them."""
+        injection = self._audience.injection
+        return self._calls_elsewhere() | ({} if injection is None else injection.end_step())
+
+    def _calls_elsewhere(self) -> Json:
+        """Of calls in other threads; the log says it once."""
         calls = {} if self.hooks is None else self.hooks.elsewhere
         calls |= self._taps.elsewhere
         if not calls:
@@ -160,6 +170,8 @@ class Hookup:
         passed_by = self._collector.passed_by
         left_out = [name for name in self.code_taps if not shown_taps.get(name)]
         said = remarks.compiled_taps(left_out if captured_any else ())
+        if self._audience.injection is not None:
+            said += self._audience.injection.remarks()
         said += remarks.traced(passed_by.by, ModuleTree(hooks.model).modules)
         if not self._has_all_modules:
             return said

@@ -35,6 +35,7 @@ from .hooks.module_tree import ModuleTree
 from .hooks.steps import StepCalls
 from .hooks.tracing import PassedBy
 from .hookup import Hookup
+from .injection import Injection
 from .new_run import now, open_run
 from .pipeline.executors import InlineExecutor, ThreadExecutor
 from .pipeline.inspector import Inspection
@@ -58,6 +59,9 @@ class Session:
     def __init__(self, config: Config, run: RunInfo, sink: Sink | None = None, inline: bool = False) -> None:
         devices = known_devices(config.device_names)
         self.config = config
+        injection = None if config.inject is None else Injection(config.inject)
+        if injection is not None:
+            run = replace(run, document={**run.document, "injected": injection.document})
         self._pool = HostPool(config.queue_bytes, config.on_full)
         self._documents, self._sink = open_run(config, replace(run, hold=self._pool.hold), sink)
         self.run = run = self._documents.run
@@ -82,7 +86,7 @@ class Session:
         self.samples = Samples(config.keeps_token_ids, config.window.needs_prompt)
         self.rows.prompts = self.samples.tokens.prompts
         self._collector = self._make_collector(tensors)
-        self._hookup = Hookup(config, self._collector, run.world_size == 1)
+        self._hookup = Hookup(config, self._collector, run.world_size == 1, injection)
         self._collector.before_hand_over = self.rows.note
         self.rows.calls_begun = self._collector.calls_begun
         atexit.register(self.close)
@@ -213,7 +217,7 @@ class Session:
             self._started = now()
             self._collector.begin_step(number)
             self.rows.begin_step()
-            self._hookup.install(more_than_a_call, self.samples)
+            self._hookup.install(number, more_than_a_call, self.samples)
             return True
 
     def end_step(
@@ -236,7 +240,7 @@ class Session:
                 return
             number, self._step = self._step, None
             self.captured_steps += 1
-            details = {**self._hookup.calls_elsewhere(), **(extra or {})}
+            details = {**self._hookup.told(), **(extra or {})}
             self._hookup.remove()
             if error is not None:
                 details["error"] = class_name(error)

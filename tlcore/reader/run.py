@@ -95,6 +95,12 @@ class Run(Mapping[int, Step]):
         return places_of(self.document)
 
     @property
+    def injected(self) -> Json | None:
+        """The run, and the modules, whose results stood in for this model's own; None where none did."""
+        found = self.document.get("injected")
+        return found if isinstance(found, dict) else None
+
+    @property
     def is_foreign(self) -> bool:
         """Whether it is a dump of another tool, which has no ledger, hashes or end marks of its own."""
         return self.document.get(FOREIGN) is True

@@ -64,7 +64,8 @@ def is_run(path: str | os.PathLike[str], storage_options: Options = None) -> boo
 class RunSummary:
     """One run of an ``output_dir``; ``problem`` says why it cannot be read, where it cannot.
 
-    ``dropped`` and ``failed`` of the ``captured`` tensors were lost at capture and are not in the run.
+    ``dropped`` and ``failed`` of the ``captured`` tensors were lost at capture and are not in the run. Of an
+    ``injected`` one, results of another run stood in for some of its model's own.
     """
 
     run_id: str
@@ -78,6 +79,7 @@ class RunSummary:
     captured: int = 0
     dropped: int = 0
     failed: int = 0
+    injected: bool = False
 
 
 def list_runs(output_dir: str | os.PathLike[str], storage_options: Options = None) -> list[RunSummary]:
@@ -110,12 +112,12 @@ def _runs_in(store: Store) -> list[RunSummary]:
 
 def _summary(path: str, store: Store) -> RunSummary:
     run_id, state, created, counts = path.rpartition("/")[2], "unreadable", "", Counts()
-    steps, problem = 0, None
+    steps, problem, injected = 0, None, False
     try:
         run = Run(store, run_document(store))
         run_id, state, created = run.id, run.state, run.created
         counts = run.ledger
-        steps = len(run.steps)
+        steps, injected = len(run.steps), run.injected is not None
     except ReadError as error:
         problem = str(error)
     return RunSummary(
@@ -130,6 +132,7 @@ def _summary(path: str, store: Store) -> RunSummary:
         captured=counts.captured,
         dropped=counts.dropped,
         failed=counts.failed,
+        injected=injected,
     )
 
 

@@ -32,6 +32,9 @@ def check(given: Config | Mapping[str, Any] | str) -> Config:
     if config.enabled:
         if config.log_gradients:
             raise ConfigError("$.log_gradients", "vLLM computes no gradients.", "Leave the key out.")
+        if config.inject is not None:
+            problem = "results are injected into plain PyTorch models, not into vLLM."
+            raise ConfigError("$.inject", problem, "Leave the key out.")
         located = resolve(config.backend, portable=True).located(config.backend_options, config.output_dir)
         if not is_url(located.url):
             _probe_directory(absolute_location(located.url), "output_dir")

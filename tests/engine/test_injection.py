@@ -1,0 +1,249 @@
+"""``inject``: another run's results in the place of a model's own."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from jsonschema import Draft202012Validator
+from torch import nn
+
+import tlcore
+import tlcore_schemas
+from tests.engine.samples import PROMPTS, llama, padded
+from tests.sinks import MemorySink
+from tests.toys import hook_count
+from tlcore.__main__ import main
+
+X = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
+
+
+class Two(nn.Module):
+    """Two layers and a module of a structured result; ``faults`` are those that go wrong."""
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__()
+        torch.manual_seed(1)
+        self.first, self.second, self.last = Layer("first" in faults), Layer("second" in faults), Layer()
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> Any:
+        pair, kept = self.first(x * scale)["pair"]
+        return self.last(self.second(pair + kept)["pair"][0])["pair"]
+
+
+class Layer(nn.Module):
+    def __init__(self, wrong: bool = False) -> None:
+        super().__init__()
+        self.linear = nn.Linear(6, 6)
+        self.by = 1.5 if wrong else 1.0
+
+    def forward(self, x: torch.Tensor) -> Any:
+        y = self.linear(x) * self.by
+        return {"pair": (y, x), "size": 6, "none": None}
+
+
+def run(tmp_path: Path, model: nn.Module, *given: Any, **keys: Any) -> Any:
+    """The run of a capture, its result and remarks."""
+    with tlcore.capture(model, output_dir=str(tmp_path), log_step_ids=[], **keys) as capture:
+        results = [model(*(each if isinstance(each, tuple) else (each,))) for each in given or (X,)]
+    assert capture.ledger.balanced and not capture.ledger.failed and hook_count(model) == 0
+    return tlcore.open_run(capture.url), results, capture.remarks
+
+
+def inject(other: Any, *modules: str) -> dict[str, Any]:
+    return {"run": other.url, "modules": list(modules)}
+
+
+def test_of_two_faults_the_second_is_seen_once_the_first_is_injected(tmp_path: Path) -> None:
+    right, results, _ = run(tmp_path, Two())
+    found = tlcore.compare(right, run(tmp_path, Two("first", "second"))[0]).first_divergence
+    assert found is not None and found.module == "first"
+    once, _, remarks = run(tmp_path, Two("first", "second"), inject=inject(right, "^first$"))
+    compared = tlcore.compare(right, once)
+    # The layer's own code still shows its fault inside; what it hands on is right.
+    assert [each.status for each in compared.results if each.module == "first"] == ["bitwise"] * 3
+    after = [each for each in compared.results if each.module == "second" and not each.agrees]
+    assert after and after[0].direction == "outputs"
+    assert any("B was injected: results of" in note for note in compared.notes)
+    assert remarks[0].startswith("inject: 1 results are those of")
+    both, injected, _ = run(tmp_path, Two("first", "second"), inject=inject(right, "^first$", "^second$"))
+    assert torch.equal(injected[0][0], results[0][0])
+    assert tlcore.compare(right, both, modules="^(first|second|last|)$").equal
+
+
+def test_where_nothing_differs_nothing_changes(tmp_path: Path) -> None:
+    right, results, _ = run(tmp_path, Two())
+    again, injected, _ = run(tmp_path, Two(), inject=inject(right, "."))
+    assert torch.equal(injected[0][0], results[0][0])
+    compared = tlcore.compare(right, again)
+    assert compared.equal and compared.counts["bitwise"] == len(compared.results)
+
+
+def test_a_run_is_marked_wherever_it_is_listed_and_converted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    right, _, _ = run(tmp_path / "a", Two())
+    injected, _, _ = run(tmp_path / "b", Two(), inject=inject(right, "^first$"))
+    assert injected.injected == {"run": right.url, "run_id": right.id, "modules": ["^first$"]}
+    assert right.injected is None
+    Draft202012Validator(tlcore_schemas.load("run.v1")).validate(injected.document)
+    step = injected.step(0).documents[0]
+    assert step["injected"] == {"calls": 1, "left_out": {}}
+    schema = tlcore_schemas.load("step.v1")["properties"]["injected"]
+    Draft202012Validator(schema).validate(step["injected"])
+    assert main(["ls", str(tmp_path / "b")]) == 0
+    assert "complete, injected" in capsys.readouterr().out
+    assert main(["ls", injected.url]) == 0
+    assert "complete, injected" in capsys.readouterr().out
+    assert main(["ls", str(tmp_path / "b"), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"][0]["injected"] is True
+    assert main(["ls", str(tmp_path / "a")]) == 0
+    assert "injected" not in capsys.readouterr().out
+    assert main(["convert", injected.url, str(tmp_path / "c"), "--backend", "safetensors"]) == 0
+    assert tlcore.open_run(tmp_path / "c" / injected.id).injected == injected.injected
+
+
+def test_only_what_was_given_the_same_is_injected(tmp_path: Path) -> None:
+    right, _, _ = run(tmp_path, Two(), X, X + 1, (X, 2.0))
+    again, results, remarks = run(
+        tmp_path, Two("first"), X, X + 2, (X, 3.0), X, inject=inject(right, "^first$")
+    )
+    told = [again.step(number).documents[0]["injected"] for number in again.steps]
+    other = {"the model was given something else than in the other run": 1}
+    assert told[0] == {"calls": 1, "left_out": {}}
+    assert told[1] == told[2] == {"calls": 0, "left_out": other}
+    (missing,) = told[3]["left_out"]
+    assert "the other run has no arguments of the model itself in this step" in missing
+    assert torch.equal(results[1][0], Two("first")(X + 2)[0])
+    assert any(each.startswith("inject: 2 calls kept their own result: the model was") for each in remarks)
+
+
+def test_results_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
+    right, _, _ = run(tmp_path, Two(), module_call_match=["^first$", "^$"])
+    _, results, remarks = run(tmp_path, Two("first"), inject=inject(right, "^first$", "^second$"))
+    assert torch.equal(results[0][0], Two()(X)[0])
+    assert any("kept their own result: the other run has no result of this call" in each for each in remarks)
+    large, _, _ = run(tmp_path, Two(), max_tensor_size=17)
+    _, results, remarks = run(tmp_path, Two("first"), inject=inject(large, "^first$"))
+    assert torch.equal(results[0][0], Two("first")(X)[0])
+    assert any("the other run did not store all that the model was given" in each for each in remarks)
+
+    class Other(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.first = Grows(size)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.first(x)
+
+    class Grows(nn.Module):
+        def __init__(self, size: int) -> None:
+            super().__init__()
+            self.size = size
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.repeat(self.size, 1)
+
+    grown, _, _ = run(tmp_path, Other(2))
+    _, results, remarks = run(tmp_path, Other(3), inject=inject(grown, "first"))
+    assert results[0].shape == (9, 6)
+    assert any("kept their own result: the other run's result has another shape" in each for each in remarks)
+
+
+def test_a_generation_is_injected_as_long_as_its_tokens_are_the_same(tmp_path: Path) -> None:
+    model, batch = llama(), padded(PROMPTS[:1])
+
+    def generated(**keys: Any) -> Any:
+        with tlcore.capture(model, output_dir=str(tmp_path), log_step_ids=[], **keys) as capture:
+            ids = model.generate(**batch, max_new_tokens=5, do_sample=False)
+        return tlcore.open_run(capture.url), ids
+
+    right, ids = generated()
+    layer = model.model.layers[0].self_attn
+    layer.scaling *= 3
+    _, other = generated()
+    injected, same = generated(inject=inject(right, r"layers\.0\.self_attn$"))
+    assert torch.equal(ids, same)
+    told = [injected.step(number).documents[0]["injected"]["calls"] for number in injected.steps]
+    assert told == [1] * len(right.steps)
+    batch["input_ids"][0, 0] = 9
+    changed, _ = generated(inject=inject(right, r"layers\.0\.self_attn$"))
+    told = [changed.step(number).documents[0]["injected"] for number in changed.steps]
+    assert all(each["calls"] == 0 for each in told)
+    reasons = [next(iter(each["left_out"])) for each in told]
+    assert reasons[0].startswith("the model was given something else")
+    assert all(each.startswith("its cache goes back to a step") for each in reasons[1:])
+    assert other.shape[0] == 1
+
+
+def test_calls_of_one_module_are_told_apart(tmp_path: Path) -> None:
+    class Twice(nn.Module):
+        def __init__(self, wrong: bool) -> None:
+            super().__init__()
+            torch.manual_seed(2)
+            self.layer = Layer(wrong)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.layer(self.layer(x)["pair"][0])["pair"][0]
+
+    right, _, _ = run(tmp_path, Twice(False))
+    second, _, _ = run(tmp_path, Twice(True), inject=inject(right, "^layer$:1"))
+    compared = tlcore.compare(right, second, modules="^layer$")
+    first = [each.agrees for each in compared.results if each.call == 0 and each.direction == "outputs"]
+    assert not all(first)
+    assert all(each.agrees for each in compared.results if each.call == 1 and each.direction == "outputs"
+               and each.path[1] == 0)  # fmt: skip
+
+
+def test_hooks_of_others_see_what_was_injected(tmp_path: Path) -> None:
+    right, _, _ = run(tmp_path, Two())
+    model = Two("first")
+    seen: list[Any] = []
+    model.first.register_forward_hook(lambda module, args, output: seen.append(output["pair"][0]))
+    with tlcore.capture(model, output_dir=str(tmp_path), inject=inject(right, "^first$")):
+        model(X)
+    assert torch.equal(seen[0], Two().first(X)["pair"][0])
+
+
+def test_what_is_not_there_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with (
+        pytest.raises(tlcore.ReadError, match="missing"),
+        tlcore.capture(
+            Two(),
+            output_dir=str(tmp_path / "new"),
+            inject={"run": str(tmp_path / "missing"), "modules": ["a"]},
+        ),
+    ):
+        pass
+    assert not (tmp_path / "new").exists()
+    right, _, _ = run(tmp_path, Two())
+    with caplog.at_level(logging.WARNING, "tlcore"):
+        _, _, remarks = run(tmp_path, Two(), inject=inject(right, "^frist$"))
+    assert "inject.modules '^frist$': no module has a name that it finds; did you mean 'first'" in caplog.text
+    assert remarks == ["inject: none of its modules was called"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"inject": {"run": "a"}}, r"\$\.inject"),
+        ({"inject": {"run": "a", "modules": []}}, r"\$\.inject\.modules"),
+        ({"inject": {"run": "a", "modules": ["("]}}, r"\$\.inject\.modules\[0\]"),
+        ({"inject": {"run": "a", "modules": ["b"]}, "ops": ["c"]}, r"\$\.inject: it does not go together"),
+        ({"inject": {"run": "a", "modules": ["b"]}, "compiled": "taps"}, r"\$\.inject: results can be"),
+    ],
+)
+def test_bad_configurations_are_refused(keys: dict[str, Any], problem: str) -> None:
+    with pytest.raises(tlcore.ConfigError, match=problem):
+        tlcore.capture(Two(), backend=MemorySink(), **keys)
+
+
+def test_vllm_refuses_it() -> None:
+    from tlcore.adapters.vllm.frontend.check import check
+
+    with pytest.raises(tlcore.ConfigError, match=r"\$\.inject: results are injected into plain PyTorch"):
+        check({"enabled": True, "inject": {"run": "a", "modules": ["b"]}})

@@ -1,0 +1,66 @@
+"""Listening to modules whose results give way to those of another run."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import torch
+
+from .counting import in_backward
+from .listening import Listener
+
+_get_ident = threading.get_ident
+_is_compiling = torch.compiler.is_compiling
+
+
+class Injector(Protocol):
+    """Who has results of another run."""
+
+    def enters(self, directory: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model itself is called, with these arguments."""
+        ...
+
+    def result_for(self, directory: str, own: Any) -> Any:
+        """What stands in for the result of a selected call; that itself, where nothing may."""
+        ...
+
+
+class InjectListener(Listener):
+    """A listener that hands on another run's result in the place of its module's own.
+
+    ``injects`` says of which calls. The model itself, which is the one with an empty name, is only watched.
+    """
+
+    __slots__ = ("injector", "injects")
+
+    def __init__(self, injector: Injector, injects: Callable[[int], bool], *given: Any) -> None:
+        self.injector = injector
+        self.injects = injects
+        super().__init__(*given)
+
+    def successor(self) -> InjectListener:
+        """A new listener for the module, around whatever stands for its ``forward`` now."""
+        self.dead = True
+        self._wanted, wanted = frozenset(), self._wanted
+        given = (wanted, self._collector, self._hearing, self._directory, self._post)
+        next_one = InjectListener(self.injector, self.injects, self.name, self.module, *given)
+        next_one.goes_on_from(self)
+        return next_one
+
+    def _given(self) -> Callable[..., Any]:
+        return self._injected
+
+    def _injected(self, *args: Any, **kwargs: Any) -> Any:
+        if _is_compiling() or _get_ident() != self._hearing.owner or in_backward() >= 0:
+            return self.original(*args, **kwargs)
+        call = max(0, self.running)
+        if not self.name:
+            self.injector.enters(self._directory(self.name, call), args, kwargs)
+        output = self.original(*args, **kwargs)
+        return (
+            self.injector.result_for(self._directory(self.name, call), output)
+            if self.injects(call)
+            else output
+        )
