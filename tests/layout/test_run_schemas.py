@@ -29,8 +29,8 @@ def test_run_json_fits_its_schema(tmp_path: Path) -> None:
     document = json.loads((capture_run(tmp_path) / "run.json").read_text())
     Draft202012Validator(RUN).validate(document)
     assert document["state"] == "complete"
-    # Only vLLM has ranks with places.
-    assert set(document) == set(RUN["properties"]) - {"ranks"}
+    # Only vLLM has ranks with places, and only a run with `inject` was injected.
+    assert set(document) == set(RUN["properties"]) - {"ranks", "injected"}
     assert document["config"]["output_dir"] == str(tmp_path)
 
 
