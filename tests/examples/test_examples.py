@@ -72,3 +72,16 @@ def test_an_autoencoder_learns_from_a_bucket(
     first, last = map(float, re.findall(r"unexplained variance: (\S+) at first, (\S+) in the end", text)[0])
     assert last < 0.6 < first
     assert (tmp_path / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_probe_on_the_last_token_tells_words_it_has_not_seen(tmp_path: Path) -> None:
+    places = ["--output-dir", str(tmp_path), "--layers", "16", "--steps", "200"]
+    text = run_example("last_token_probe.py", *places, timeout=600)
+    right, count = map(int, re.findall(r"layer 16: (\d+)% of (\d+) prompts", text)[0])
+    # A coin is right half of the time.
+    assert right >= 85 and count == 144
+    (directory,) = tmp_path.iterdir()
+    run = tlcore.open_run(directory)
+    assert len(run.requests) == 384
+    assert {run.tensor(name).shape[0] for name in run.step(0).names if "/outputs" in name} == {32}
