@@ -18,6 +18,7 @@ from tlcore.config.configuration import check_config, load_config
 from tlcore.config.patterns import parse_pattern
 from tlcore.config.validation import coerce
 from tlcore.errors import ConfigError
+from tlcore.layout.windows import window_of
 
 pytestmark = pytest.mark.slow
 SCHEMA = tlcore_schemas.load("config.v1")
@@ -50,12 +51,16 @@ URLS = st.sampled_from(
 
 def values(schema: dict[str, Any]) -> st.SearchStrategy[Any]:
     """What a schema allows. Objects are put together here: the library's own way is out of date."""
+    if "anyOf" in schema:
+        return st.one_of([values(each) for each in schema["anyOf"]])
     if schema.get("type") != "object":
         return from_schema(schema)
-    known = schema.get("properties", {})
+    known = {key: values(entry) for key, entry in schema.get("properties", {}).items()}
     if not known:
         return st.dictionaries(st.text(max_size=8), JSON, max_size=3)
-    return st.fixed_dictionaries({}, optional={key: values(entry) for key, entry in known.items()})
+    needed = {key: known.pop(key) for key in schema.get("required", ())}
+    least = schema.get("minProperties", 0)
+    return st.fixed_dictionaries(needed, optional=known).filter(lambda found: len(found) >= least)
 
 
 def backends() -> st.SearchStrategy[Any]:
@@ -75,6 +80,9 @@ def documents() -> st.SearchStrategy[dict[str, Any]]:
         "backend": backends(),
         "module_call_match": PATTERNS | st.lists(PATTERNS, min_size=1, max_size=3),
         "output_dir": URLS,
+        "ops": st.lists(PATTERNS, max_size=2),
+        "inject": st.none()
+        | st.fixed_dictionaries({"run": URLS, "modules": st.lists(PATTERNS, min_size=1, max_size=2)}),
     }
     rest = {key: values(value) for key, value in SCHEMA["properties"].items() if key not in telling}
     # What one key says of another is left to chance.
@@ -110,10 +118,17 @@ def sound_by_the_schemas(document: dict[str, Any]) -> bool:
     if not is_valid(document):
         return False
     patterns = document.get("module_call_match") or []
+    injected = document.get("inject") or {"modules": []}
+    chosen = [*document.get("ops", []), *injected["modules"]]
     try:
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
-            parse_pattern(pattern)
-    except ConfigError:
+        for pattern in [*([patterns] if isinstance(patterns, str) else patterns), *chosen]:
+            parse_pattern(pattern, "$")
+        if document.get("rows", "all") != "last":
+            window_of(document.get("rows", "all"))
+    except ValueError:
+        return False
+    eager = [key for key in ("ops", "inject") if document.get(key)]
+    if len(eager) > 1 or (eager and document.get("compiled") == "taps"):
         return False
     requests = document.get("request_ids") or []
     try:
@@ -144,7 +159,7 @@ def test_what_the_schema_allows_is_accepted(document: dict[str, Any]) -> None:
     assert (config is not None) == (not found)
     if config is None:
         about = {re.split(r"[.\[]", error.path.removeprefix("$."))[0] for error in found}
-        allowed = {"module_call_match", "request_ids", "backend", "output_dir"}
+        allowed = {"module_call_match", "request_ids", "backend", "output_dir", "ops", "inject", "rows"}
         # What two keys may not say together stands in no schema of one of them.
         assert about <= {*allowed, "spill_dir"}, found
         # Which backends can spill stands in no schema.
