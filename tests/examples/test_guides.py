@@ -89,7 +89,8 @@ def test_what_needs_an_engine_runs(tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "the runs agree" in done.stdout.rpartition("--- examples/comparing.md")[2]
+    compared = done.stdout.partition("--- examples/comparing.md")[2]
+    assert "the runs agree" in compared and "born in scaled_dot_product_attention at" in compared
 
 
 def test_what_needs_a_server_runs(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ from torch import nn
 
 import tlcore
 from tests.analysis.replay.layers import Block, Mixes, made
+from tests.engine.samples import PROMPTS, llama, run_of
 from tlcore.__main__ import main
 from tlcore.analysis.measure import Tolerance
 from tlcore.analysis.replay.again import call_in
@@ -247,7 +248,7 @@ def test_a_script_shows_the_difference_without_tlcore(
         (["--module", SPEC, "--weights", "missing.pt"], "missing.pt: no weights can be read from it"),
         (["--module", SPEC, "--set", "x"], "--set: 'x' is not ARG=JSON"),
         (["--module", SPEC, "--dtype", "flot"], "--dtype: 'flot' is no dtype"),
-        (["--model", "missing"], "--model: 'missing' cannot be loaded"),
+        (["--model", "missing"], "--model: 'missing' is no directory"),
     ],
 )
 def test_bad_input_is_named(
@@ -256,6 +257,28 @@ def test_bad_input_is_named(
     url = captured(tmp_path, made())
     assert main(["replay", url, "step_0/first", *given]) == 2
     assert problem in capsys.readouterr().err
+
+
+def test_a_checkpoint_has_the_calls_module(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = llama()
+    model.save_pretrained(tmp_path / "checkpoint")
+    run = run_of(model, tmp_path / "runs", lambda _: model(torch.tensor(PROMPTS[:1])))
+    given = ["--model", str(tmp_path / "checkpoint")]
+    assert main(["replay", run.url, "step_0/model.layers.1.mlp", *given]) == 0
+    assert "equal to what was captured, in every bit" in capsys.readouterr().out
+    assert main(["replay", run.url, "step_0/model.layers.0.self_attn", *given]) == 2
+    assert "--set past_key_values=JSON" in capsys.readouterr().err
+    cache = ["--set", "past_key_values=null"]
+    assert main(["replay", run.url, "step_0/model.layers.0.self_attn", *given, *cache]) == 0
+
+
+def test_a_directory_without_a_checkpoint_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    url = captured(tmp_path, made())
+    (tmp_path / "empty").mkdir()
+    assert main(["replay", url, "step_0/first", "--model", str(tmp_path / "empty")]) == 2
+    assert "empty' cannot be loaded" in capsys.readouterr().err
 
 
 def test_weights_that_do_not_fit_are_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

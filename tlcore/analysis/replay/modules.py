@@ -94,6 +94,9 @@ def _constructed(spec: str, init: Mapping[str, Any]) -> nn.Module:
 
 
 def _pretrained(model: str) -> nn.Module:
+    if not Path(model).is_dir():
+        # Transformers would look for it in the network, for a long time.
+        raise ConfigError("--model", f"{model!r} is no directory.", "Give that of a checkpoint.")
     try:
         from transformers import AutoModelForCausalLM
 
