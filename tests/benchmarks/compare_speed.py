@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -99,14 +100,20 @@ def _plain(a: str, b: str) -> float:
     files = [sorted(Path(run).rglob("*outputs*.pt")) for run in (a, b)]
     for one, other in zip(*files, strict=True):
         largest = max(largest, _distance(torch.load(one), torch.load(other)))
-    shards = [sorted(Path(run).rglob("*.safetensors")) for run in (a, b)]
-    for one, other in zip(*shards, strict=True):
-        opened: Any = safe_open
-        with opened(one, "pt") as left, opened(other, "pt") as right:
-            for name in left.keys():  # noqa: SIM118  # no mapping
-                if "outputs" in name:
-                    largest = max(largest, _distance(left.get_tensor(name), right.get_tensor(name)))
+    # A large step lies in several files, and not every run's are cut at the same tensors.
+    with ExitStack() as held:
+        left, right = (_arrays(run, held) for run in (a, b))
+        for name, file in left.items():
+            if "outputs" in name:
+                largest = max(largest, _distance(file.get_tensor(name), right[name].get_tensor(name)))
     return largest
+
+
+def _arrays(run: str, held: ExitStack) -> dict[str, Any]:
+    """The opened file that has each array of a run."""
+    opened: Any = safe_open
+    files = [held.enter_context(opened(file, "pt")) for file in sorted(Path(run).rglob("*.safetensors"))]
+    return {name: file for file in files for name in file.keys()}  # noqa: SIM118  # no mapping
 
 
 def _distance(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import uuid
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,8 @@ Progress = Callable[[int, int], None]
 # A remote read mostly waits, so that more of them than there are cores keep the cores busy.
 _REMOTE_WORKERS = 8
 _DETAILED = 20
+# As many values take a few hundredths of a second.
+_DETAILED_VALUES = 1 << 22
 
 
 def compare(
@@ -132,13 +135,20 @@ def compare(
 def _detailed(
     runs: tuple[Run, Run], pieces: Sequence[tuple[Pair, Pieces]], results: Sequence[TensorResult]
 ) -> list[TensorResult]:
-    """The results with the details of those that differ first: each means reading its tensors again."""
+    """The results with the details of those that differ first: each means reading its tensors again.
+
+    Of large ones that are fewer; the first always is among them.
+    """
     found = list(results)
     differing = [at for at, each in enumerate(found) if each.status == "different" and each.measures]
     first = next((at for at, each in enumerate(found) if each.status == "close"), None)
     known: dict[object, Details] = {}
+    values = 0
     for at in [*differing[:_DETAILED], *([] if first is None else [first])]:
         pair, each = pieces[at]
+        if values >= _DETAILED_VALUES:
+            break
+        values += math.prod(found[at].shapes[0] or ())
         contents = *((r.get("hash") or id(r), r["dtype"]) for r in (*pair.a.records, *pair.b.records)), each
         # What could be read before may be gone.
         with suppress(ReadError):

@@ -45,12 +45,27 @@ class DetailSums:
         floating = a.is_floating_point and b.is_floating_point
         self._coarse = _coarser(a, b) if floating else None
         self._mixed = floating and a != b
+        self._narrow = floating and a == b and a.itemsize <= torch.float32.itemsize
         self._bins = np.zeros(_BINS, np.int64)
         self._ulps = self._count = self._equal = 0
         self._largest = 0.0
 
     def add(self, a: torch.Tensor, b: torch.Tensor) -> None:
         """Take in two chunks of equal length."""
+        if not (self._narrow and self._add_narrow(a, b)):
+            self._add_wide(a, b)
+
+    def _add_narrow(self, a: torch.Tensor, b: torch.Tensor) -> bool:
+        """Two chunks of one dtype that float32 holds; False, with nothing added, where not all is finite."""
+        apart = (a.to(torch.float32) - b.to(torch.float32)).abs()
+        if not bool(apart.isfinite().all()):
+            return False
+        self._bins += np.bincount(apart.numpy().view(np.int32) >> _SHIFT, minlength=_BINS)
+        if apart.numel():
+            self._ulps = max(self._ulps, _ulps(a, b))
+        return True
+
+    def _add_wide(self, a: torch.Tensor, b: torch.Tensor) -> None:
         wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
         x, y = a.to(wide), b.to(wide)
         both = x.isfinite() & y.isfinite()
@@ -89,9 +104,11 @@ def _ulps(a: torch.Tensor, b: torch.Tensor) -> int:
     """The largest number of steps from one value to the next between two tensors of a dtype, all finite."""
     kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
     top = torch.iinfo(kind).max
+    # Steps between narrow values fit into less, which takes half the time.
+    wide = torch.int32 if kind.itemsize <= 2 else torch.int64
     sides = []
     for each in (a, b):
-        bits = each.contiguous().view(kind).to(torch.int64)
+        bits = each.contiguous().view(kind).to(wide)
         sides.append(torch.where(bits < 0, -(bits & top), bits))
     steps = (sides[0] - sides[1]).abs()
     if kind == torch.int64:
