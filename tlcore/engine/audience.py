@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Container, Mapping
+from typing import Any
 
 from torch import nn
 
@@ -55,10 +56,16 @@ class Audience:
         watched = chosen or (operators is not None and may_ask(each.module))
         if each.module in self._elsewhere or (wanted is None and not watched):
             return None
+        given = self._given(each, wanted, module_names, hearing)
+        return Listener(*given) if operators is None else OperatorListener(operators, chosen, *given)
+
+    def _given(
+        self, each: Named, wanted: Calls | None, module_names: frozenset[str], hearing: Hearing
+    ) -> tuple[Any, ...]:
+        """What every kind of listener is made with."""
         directory = functools.partial(call_directory, module_names - {""})
         of_module = each.name, each.module, wanted or frozenset()
-        given = *of_module, self._collector, hearing, directory, self._post_inputs
-        return Listener(*given) if operators is None else OperatorListener(operators, chosen, *given)
+        return (*of_module, self._collector, hearing, directory, self._post_inputs)
 
     def _injecting(
         self, each: Named, wanted: Calls | None, module_names: frozenset[str], hearing: Hearing
@@ -66,19 +73,15 @@ class Audience:
         chosen = self._injected.calls_of_any(each.names)
         if self.injection is None or (wanted is None and chosen is None and each.name):
             return None
-        directory = functools.partial(call_directory, module_names - {""})
-        of_module = each.name, each.module, wanted or frozenset()
-        given = *of_module, self._collector, hearing, directory, self._post_inputs
+        given = self._given(each, wanted, module_names, hearing)
         return InjectListener(self.injection, functools.partial(_is_among, chosen), *given)
 
     def traced_listener(
         self, steps: StepCalls, each: Named, module_names: frozenset[str], hearing: Hearing
     ) -> Listener:
         """Who listens to a module that may be compiled: also to one that is not selected, for its taps."""
-        wanted = self.selector.calls_of_any(each.names) or frozenset()
-        directory = functools.partial(call_directory, module_names - {""})
-        given = (each.name, each.module, wanted, self._collector, hearing, directory, self._post_inputs)
-        made = TracedListener(*given)
+        wanted = self.selector.calls_of_any(each.names)
+        made = TracedListener(*self._given(each, wanted, module_names, hearing))
         made.steps = steps if steps.is_step(each.name) else None
         return made
 

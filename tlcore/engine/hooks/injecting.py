@@ -40,14 +40,8 @@ class InjectListener(Listener):
         self.injects = injects
         super().__init__(*given)
 
-    def successor(self) -> InjectListener:
-        """A new listener for the module, around whatever stands for its ``forward`` now."""
-        self.dead = True
-        self._wanted, wanted = frozenset(), self._wanted
-        given = (wanted, self._collector, self._hearing, self._directory, self._post)
-        next_one = InjectListener(self.injector, self.injects, self.name, self.module, *given)
-        next_one.goes_on_from(self)
-        return next_one
+    def _like_this(self, *given: Any) -> InjectListener:
+        return InjectListener(self.injector, self.injects, *given)
 
     def _given(self) -> Callable[..., Any]:
         return self._injected

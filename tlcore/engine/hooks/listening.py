@@ -101,9 +101,13 @@ class Listener(StandIn):
         self.dead = True
         self._wanted, wanted = frozenset(), self._wanted
         given = (wanted, self._collector, self._hearing, self._directory, self._post)
-        next_one = type(self)(self.name, self.module, *given)
+        next_one = self._like_this(self.name, self.module, *given)
         next_one.goes_on_from(self)
         return next_one
+
+    def _like_this(self: Self, *given: Any) -> Self:
+        """Another of the same kind, with all that is the kind's own."""
+        return type(self)(*given)
 
     def goes_on_from(self, other: Listener) -> None:
         """Count on where another listener ends, which hears nothing any more."""

@@ -24,14 +24,8 @@ class OperatorListener(Listener):
         self.chosen = chosen
         super().__init__(*given)
 
-    def successor(self) -> OperatorListener:
-        """A new listener for the module, around whatever stands for its ``forward`` now."""
-        self.dead = True
-        self._wanted, wanted = frozenset(), self._wanted
-        given = (wanted, self._collector, self._hearing, self._directory, self._post)
-        next_one = OperatorListener(self.operators, self.chosen, self.name, self.module, *given)
-        next_one.goes_on_from(self)
-        return next_one
+    def _like_this(self, *given: Any) -> OperatorListener:
+        return OperatorListener(self.operators, self.chosen, *given)
 
     def _given(self) -> Callable[..., Any]:
         return self._watched

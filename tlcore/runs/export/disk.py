@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from .export import pyarrow
+from .parts import write_parts
 from .tables import with_features
 
 _FILE_BYTES = 512 << 20
@@ -23,20 +24,12 @@ def write_disk(
     """
     pa = pyarrow()
     schema = with_features(schema, features)
-    made: list[Path] = []
-    writer: Any = None
-    try:
-        for batch in batches:
-            if writer is None:
-                made.append(directory / f"part-{len(made)}")
-                writer = pa.ipc.new_stream(str(made[-1]), schema)
-            writer.write_batch(batch)
-            if made[-1].stat().st_size > _FILE_BYTES:
-                writer.close()
-                writer = None
-    finally:
-        if writer is not None:
-            writer.close()
+    made = write_parts(
+        batches,
+        _FILE_BYTES,
+        lambda number: directory / f"part-{number}",
+        lambda file: pa.ipc.new_stream(str(file), schema),
+    )
     names = []
     for number, part in enumerate(made):
         names.append(f"data-{number:05d}-of-{len(made):05d}.arrow")

@@ -8,6 +8,7 @@ from typing import Any
 
 from .export import Job, pyarrow
 from .items import pieces
+from .parts import write_parts
 from .tables import fixed, fixed_type
 
 _FILE_BYTES = 256 << 20
@@ -44,27 +45,13 @@ def write_parquet(directory: Path, begin: str, end: str, schema: Any, batches: I
     # The bytes of numbers one place after the other: what float32 adds to bfloat16 takes no room.
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": False}
     options["use_byte_stream_split"] = _split(schema)
-    made: list[Path] = []
-    writer: Any = None
-    try:
-        for batch in batches:
-            if writer is None:
-                made.append(directory / f"{begin}{len(made):05d}{end}")
-                writer = parquet.ParquetWriter(
-                    made[-1],
-                    schema,
-                    compression="zstd",
-                    use_dictionary=False,
-                    use_byte_stream_split=_split(schema),
-                )
-            writer.write_batch(batch, row_group_size=1 << 30)
-            if made[-1].stat().st_size > _FILE_BYTES:
-                writer.close()
-                writer = None
-    finally:
-        if writer is not None:
-            writer.close()
-    return made
+    return write_parts(
+        batches,
+        _FILE_BYTES,
+        lambda number: directory / f"{begin}{number:05d}{end}",
+        lambda file: parquet.ParquetWriter(file, schema, **options),
+        row_group_size=1 << 30,
+    )
 
 
 def _split(schema: Any) -> list[str]:
