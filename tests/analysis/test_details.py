@@ -38,6 +38,25 @@ def test_ulps_are_the_steps_from_one_value_to_the_next(dtype: torch.dtype) -> No
     assert far is not None and far > 2 ** (8 * dtype.itemsize - 2)
 
 
+@pytest.mark.parametrize(
+    "dtype", [torch.float8_e4m3fn, torch.float16, torch.bfloat16, torch.float32, torch.float64]
+)
+def test_ulps_of_any_bits_are_counted_exactly(dtype: torch.dtype) -> None:
+    width = dtype.itemsize
+    bits = np.random.default_rng(0).integers(0, 256, (2, 4000, width), np.uint8)
+    sides = [torch.from_numpy(each).view(dtype).flatten() for each in bits]
+    finite = sides[0].to(torch.float64).isfinite() & sides[1].to(torch.float64).isfinite()
+    a, b = (torch.from_numpy(each[finite.numpy()]).view(dtype).flatten() for each in bits)
+    top = 1 << (8 * width - 1)
+    places = []
+    for each in bits[:, finite.numpy()]:
+        numbers = [int.from_bytes(each_value.tobytes(), "little") for each_value in each]
+        places.append([number if number < top else top - number for number in numbers])
+    for begin in (0, 1000, 2000):
+        apart = (abs(one - two) for one, two in zip(*(p[begin : begin + 1000] for p in places), strict=True))
+        assert details(a[begin : begin + 1000], b[begin : begin + 1000]).ulps == max(apart)
+
+
 def test_percentiles_are_those_of_numpy() -> None:
     generator = torch.Generator().manual_seed(0)
     a = torch.randn(20_011, generator=generator)

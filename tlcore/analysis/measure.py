@@ -150,7 +150,7 @@ class Sums:
             self._scratch = [np.empty(a.numel(), np.float32) for _ in range(5)]
         count = a.numel()
         difference, sizes, quotients, *wide = (each[:count] for each in self._scratch)
-        x, y = _as_float32(a, wide[0]), _as_float32(b, wide[1])
+        x, y = as_float32(a, wide[0]), as_float32(b, wide[1])
         with np.errstate(all="ignore"):
             np.abs(np.subtract(x, y, out=difference), out=difference)
             largest = float(difference.max())
@@ -275,7 +275,8 @@ def _fits_float32(dtype: torch.dtype) -> bool:
     return dtype.is_floating_point and dtype.itemsize <= torch.float32.itemsize
 
 
-def _as_float32(values: torch.Tensor, scratch: Floats) -> Floats:
+def as_float32(values: torch.Tensor, scratch: Floats) -> Floats:
+    """The values of a flat tensor of no wider dtype; in ``scratch``, which is as long, unless they lie so."""
     if values.dtype == torch.float32:
         found: Floats = values.numpy()
         return found
