@@ -78,13 +78,15 @@ def _speaker(tmp_path: Path, program: str) -> tuple[subprocess.Popen[bytes], Pat
 
 
 def test_a_wait_ends_with_the_log_of_a_server_that_died(tmp_path: Path) -> None:
-    process, log = _speaker(tmp_path, "print('first'); print('out of luck'); raise SystemExit(3)")
+    chatter = "nanobind: leaked 1 types!\\n - leaked type x"
+    says = f"print('first'); print('out of luck'); print('{chatter}'); raise SystemExit(3)"
+    process, log = _speaker(tmp_path, says)
     with watched("the server", process, log) as entry:
         begin = time.monotonic()
         with pytest.raises(pytest.fail.Exception, match=r"the server has ended with status 3(.|\n)*luck"):
             wait_until(lambda: False, "never", 60)
         assert time.monotonic() - begin < 30
-        assert dict(tails()) == {"log of the server (ended with status 3)": "first\nout of luck\n"}
+        assert dict(tails()) == {"log of the server (ended with status 3)": "first\nout of luck"}
         entry.may_end = True
         with pytest.raises(pytest.fail.Exception, match="still not so: never"):
             wait_until(lambda: False, "never", 0.1)

@@ -45,7 +45,7 @@ def test_a_completion_is_captured_and_sigterm_completes_the_run(served: VllmServ
 
     served.end()
     run = tlcore.open_run(directory)
-    assert run.state == "complete", served.log.read_text()
+    assert run.state == "complete", served.watched.tail()
     assert run.steps == [0, 2]
     assert run.step(0).calls == ["model.embed_tokens", "model.layers.3.mlp"]
     assert run.verify() > 0

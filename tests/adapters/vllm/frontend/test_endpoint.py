@@ -135,7 +135,7 @@ def test_sigterm_completes_a_run_that_nobody_stopped(server: VllmServer) -> None
     _complete(server, "CCC")
     server.end()
     run = tlcore.open_run(started["url"])
-    assert (run.state, run.steps) == ("complete", [0]), server.log.read_text()
+    assert (run.state, run.steps) == ("complete", [0]), server.watched.tail()
 
 
 @pytest.fixture

@@ -12,11 +12,14 @@ from ...patching import when_imported
 
 _VARIABLE = "VLLM_WORKER_SHUTDOWN_TIMEOUT_SECONDS"
 _SECONDS = 60
+# The engine waits as long for its workers, then signals those that have not heard of the end and waits 4 s
+# more; whoever waits for the engine must not kill both before that.
+_ENGINE_SECONDS = 15
 _MARK = "__tlcore__"
 
 
 def give_workers_time() -> None:
-    """Let engine and worker processes that are asked to stop finish by themselves, up to 60 s.
+    """Let workers that are asked to stop finish by themselves, up to 60 s, and their engines after them.
 
     By default vLLM kills them after 0 to 5 s. Committed steps survive that; this is for the rest and
     for the run's end mark. Processes that end sooner are not waited for, and requests are aborted as
@@ -45,7 +48,7 @@ def _for_server(original: Callable[..., Any]) -> Callable[..., Any]:
         chosen = original(request_timeout, process_timeout)
         # A positive request timeout is a deadline that the user set; only "at once" gets the wait.
         if request_timeout == 0 and process_timeout == 0:
-            return max(float(chosen or 0), _seconds())
+            return max(float(chosen or 0), _seconds() + _ENGINE_SECONDS)
         return chosen
 
     return timeout
@@ -53,6 +56,6 @@ def _for_server(original: Callable[..., Any]) -> Callable[..., Any]:
 
 def _at_exit(original: Callable[..., Any]) -> Callable[..., Any]:
     def shutdown(processes: Any, timeout: float | None = None) -> Any:
-        return original(processes, timeout=_seconds() if timeout is None else timeout)
+        return original(processes, timeout=_seconds() + _ENGINE_SECONDS if timeout is None else timeout)
 
     return shutdown
