@@ -247,3 +247,13 @@ def test_only_the_vllm_adapter_imports_vllm() -> None:
         if not module.startswith("tlcore.adapters.vllm"):
             package = module if is_package else module.rpartition(".")[0]
             assert not [name for name in imports(file, package) if name.split(".")[0] == "vllm"], module
+
+
+def test_what_one_kind_of_device_is_called_stands_in_one_place() -> None:
+    for module, (file, _) in SOURCES.items():
+        if module == "tlcore.engine.staging.accelerator" or not module.startswith("tlcore."):
+            continue
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            asked = ast.unparse(node) if isinstance(node, (ast.Attribute, ast.Compare)) else ""
+            assert not asked.endswith(".is_cuda") and asked != "torch.cuda", f"{module}: {asked}"
+            assert not asked.endswith("== 'cuda'"), f"{module}: {asked}"

@@ -19,6 +19,7 @@ import xxhash
 from torch import nn
 
 from ..record import Json
+from .staging.accelerator import device_name
 
 log = logging.getLogger("tlcore")
 # Packages that compute, or say what is computed, as far as the process has loaded them.
@@ -77,12 +78,10 @@ def _settings() -> Json:
 def _devices(model: nn.Module) -> Json:
     found = {}
     for device in sorted({each.device for each in model.parameters()}, key=str):
-        if device.type == "cuda":
-            found[str(device)] = torch.cuda.get_device_name(device)
-        elif device.type == "cpu":
+        if device.type == "cpu":
             found[str(device)] = torch.backends.cpu.get_cpu_capability()
         else:
-            found[str(device)] = device.type
+            found[str(device)] = device_name(device)
     return found
 
 

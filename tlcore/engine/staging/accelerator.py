@@ -128,6 +128,13 @@ def accelerator_of(kind: str) -> Accelerator | None:
     return TorchAccelerator(kind) if known and hasattr(torch.get_device_module(kind), "stream") else None
 
 
+def device_name(device: torch.device) -> str:
+    """What the maker calls it (``"NVIDIA H200"``), its type where torch does not tell."""
+    with contextlib.suppress(Exception):
+        return str(getattr(torch, device.type).get_device_name(device))
+    return device.type
+
+
 def recording() -> bool:
     """Whether the current stream's work is being recorded into a graph instead of done."""
     kinds = {"cuda"}

@@ -10,6 +10,8 @@ from collections.abc import Iterator
 
 import torch
 
+from ....engine.staging.accelerator import accelerator_of
+
 # Taps in all graphs together; vLLM records a graph for each of some fifty batch sizes.
 _MOST_COPIES = 1 << 17
 
@@ -23,7 +25,9 @@ class StaticCopies:
     def __init__(self, device: torch.device) -> None:
         # Made here, since memory that is zeroed while a graph is recorded is zeroed again by each replay.
         self._counters = torch.zeros(
-            _MOST_COPIES if device.type == "cuda" else 1024, dtype=torch.int64, device=device
+            _MOST_COPIES if accelerator_of(device.type) is not None else 1024,
+            dtype=torch.int64,
+            device=device,
         )
         self._buffers: dict[tuple[int, int], torch.Tensor] = {}
         self._copies: list[tuple[int, int, torch.Tensor]] = []
