@@ -19,6 +19,7 @@ COMMANDS = {
     "baseline": ("baseline", "keep a run beside the code, and fail a change that parts from it"),
     "stats": ("stats", "statistics of every tensor, and where NaN and Inf are first seen"),
     "replay": ("replay", "call a module again with a captured call's inputs, and compare"),
+    "selftest": ("selftest", "check a model's captured rows against transformers: whose, and of which layer"),
     "convert": ("convert", "write a run into another backend, losslessly"),
     "export": ("export", "write the rows of requests as training sets of other tools"),
     "push": ("push", "deliver what waits in a spill_dir"),
