@@ -41,22 +41,32 @@ def _found() -> Path | None:
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[tuple[Any, list[str]]]:
-    """A page that shows a local file, and the list that collects its errors and its requests elsewhere."""
+def launched() -> Iterator[Any]:
+    """A browser for several pages."""
     from playwright.sync_api import sync_playwright
 
-    troubles: list[str] = []
     with sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium(), args=["--no-sandbox"])
         try:
-            page = browser.new_page(viewport={"width": 1280, "height": 900})
-            page.on("pageerror", lambda error: troubles.append(str(error)))
-            page.on("console", lambda line: troubles.append(line.text) if line.type == "error" else None)
-            page.on("request", lambda it: None if it.url == file.as_uri() else troubles.append(it.url))
-            page.goto(file.as_uri())
-            yield page, troubles
+            yield browser
         finally:
             browser.close()
+
+
+@contextmanager
+def opened(browser: Any, file: Path, dark: bool = False) -> Iterator[tuple[Any, list[str]]]:
+    """A page that shows a local file, and the list that collects its errors and its requests elsewhere."""
+    troubles: list[str] = []
+    scheme = "dark" if dark else "light"
+    page = browser.new_page(viewport={"width": 1280, "height": 900}, color_scheme=scheme)
+    page.on("pageerror", lambda error: troubles.append(str(error)))
+    page.on("console", lambda line: troubles.append(line.text) if line.type == "error" else None)
+    page.on("request", lambda it: None if it.url == file.as_uri() else troubles.append(it.url))
+    try:
+        page.goto(file.as_uri())
+        yield page, troubles
+    finally:
+        page.close()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from .tables import print_table, printable
 
 if TYPE_CHECKING:
     from ..analysis import Comparison
+    from ..analysis.report.tokens import Decoder
 
 HELP = (
     "Compare two runs tensor by tensor in order of execution. Exits with 0 when they agree, with 1 when"
@@ -80,6 +81,11 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--deep", action="store_true", help="read also the tensors that equal hashes settle")
     add("--format", choices=("table", "markdown", "json", "html"), default="table", help="default: table")
     add("--output", metavar="FILE", help="write the report there")
+    add(
+        "--tokenizer",
+        metavar="PATH",
+        help="a directory or tokenizer.json: the HTML report then shows the texts of tokens",
+    )
     add("--dask", metavar="ADDRESS", help="let a Dask cluster do the work; it must be able to open both runs")
     add_storage_options(parser)
     add("--storage-options-b", metavar="JSON", help="those of B, where they are not those of A")
@@ -99,6 +105,8 @@ def compared(args: argparse.Namespace, a: str, b: str) -> Comparison:
     from ..analysis import compare
 
     options_b = storage_options(args, "--storage-options-b", args.storage_options_b)
+    # A mistake in it is answered before the work.
+    _tokenizer(args)
     with _executor(args.dask) as executor, progress("comparing", "tensors") as on_progress:
         return compare(
             a,
@@ -155,9 +163,20 @@ def report(comparison: Comparison, args: argparse.Namespace) -> None:
     elif args.format == "json":
         write_text(json.dumps(comparison.to_json(), indent=1) + "\n", args.output)
     elif args.format == "html":
-        write_text(page(comparison), args.output)
+        write_text(page(comparison, _tokenizer(args)), args.output)
     else:
         write_text(markdown(comparison, args.verbose), args.output)
+
+
+def _tokenizer(args: argparse.Namespace) -> Decoder | None:
+    """Raises TlcoreError where what was given is no tokenizer, or nothing would show it."""
+    if args.tokenizer is None:
+        return None
+    if args.format != "html":
+        raise ConfigError("--tokenizer", "only --format html shows the texts of tokens")
+    from ..analysis.report.tokens import load_tokenizer
+
+    return load_tokenizer(args.tokenizer)
 
 
 def _print(comparison: Comparison, verbose: bool) -> None:

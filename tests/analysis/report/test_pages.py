@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -12,10 +12,19 @@ import torch
 from torch import nn
 
 import tlcore
-from tests.browser import opened
+from tests.browser import launched, opened
+from tests.engine.samples import generated, llama, padded
+from tests.models import tiny_llama
 from tlcore.__main__ import main
 
+AutoTokenizer: Any = pytest.importorskip("transformers").AutoTokenizer
 pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Any]:
+    with launched() as found:
+        yield found
 
 
 class Block(nn.Module):
@@ -57,10 +66,10 @@ def _visible(page: Any) -> list[str]:
     return lines
 
 
-def test_the_comparison_in_a_browser(runs: tuple[str, str], tmp_path: Path) -> None:
+def test_the_comparison_in_a_browser(browser: Any, runs: tuple[str, str], tmp_path: Path) -> None:
     report, picture = tmp_path / "report.html", tmp_path / "report.png"
     assert main(["compare", *runs, "--format", "html", "--output", str(report)]) == 1
-    with opened(report) as (page, troubles):
+    with opened(browser, report) as (page, troubles):
         page.screenshot(path=picture, full_page=True)
         assert (
             "first divergence: 4.norm, outputs of step 0; born here" in page.locator(".verdict").inner_text()
@@ -88,28 +97,108 @@ def test_the_comparison_in_a_browser(runs: tuple[str, str], tmp_path: Path) -> N
     assert picture.stat().st_size > 50_000
 
 
-def test_equal_runs_in_a_browser(runs: tuple[str, str], tmp_path: Path) -> None:
+def test_equal_runs_in_a_browser(browser: Any, runs: tuple[str, str], tmp_path: Path) -> None:
     report = tmp_path / "equal.html"
     assert main(["compare", runs[0], runs[0], "--format", "html", "--output", str(report)]) == 0
-    with opened(report) as (page, troubles):
+    with opened(browser, report) as (page, troubles):
         assert page.locator(".verdict").inner_text().startswith("the runs agree")
         assert len(_visible(page)) == 74
     assert troubles == []
 
 
 def test_the_statistics_in_a_browser(
-    runs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    browser: Any, runs: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     report = tmp_path / "stats.html"
     assert main(["stats", runs[1], "--html", str(report)]) == 0
     said = capsys.readouterr().out
     assert said.startswith("NaN or Inf come from 9.linear in step 0: its inputs are finite")
     assert "\nNaN first seen in 9.linear, outputs of step 0 (24 of 1152 values); born here" in said
-    with opened(report) as (page, troubles):
+    with opened(browser, report) as (page, troubles):
         page.screenshot(path=tmp_path / "stats.png", full_page=True)
         assert "NaN first seen in 9.linear" in page.locator(".verdict").inner_text()
         assert page.locator("svg").count() == 1
         with_nan = len(_visible(page))
         page.locator("#only").uncheck()
         assert 0 < with_nan < len(_visible(page)) == 74
+    assert troubles == []
+
+
+CONTRASTS = Path(__file__).with_name("contrasts.js").read_text(encoding="utf-8")
+TEXT = "the quick 東 fox"
+
+
+@pytest.fixture(scope="module")
+def generations(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
+    """Two generations of two prompts, of which one model has another epsilon, and their tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny_llama())
+    ids = [tokenizer(each)["input_ids"] for each in (TEXT, "over the lazy dog")]
+    urls = []
+    for epsilon in (1e-6, 1e-2):
+        model = llama(vocab_size=512, eos_token_id=None)
+        model.model.layers[1].input_layernorm.variance_epsilon = epsilon
+        urls.append(generated(model, tmp_path_factory.mktemp("runs"), padded(ids), new=3).url)
+    return urls[0], urls[1], tiny_llama()
+
+
+def cell(page: Any) -> str:
+    told: str = page.locator("#cell").inner_text()
+    return told
+
+
+def test_the_map_in_a_browser(browser: Any, generations: tuple[str, str, Path], tmp_path: Path) -> None:
+    report = tmp_path / "report.html"
+    words = ["--format", "html", "--output", str(report), "--tokenizer", str(generations[2])]
+    assert main(["compare", *generations[:2], *words]) == 1
+    with opened(browser, report) as (page, troubles):
+        page.screenshot(path=tmp_path / "map.png")
+        assert page.locator("#which option").all_inner_texts()[:2] == [
+            "step 0, request 0",
+            "step 0, request 1",
+        ]
+        # The first divergence is framed and read first, with its token; the rest by keys alone.
+        assert cell(page).startswith("model.layers.1.input_layernorm outputs, position 0 “")
+        page.locator("#goto").focus()
+        page.keyboard.press("Enter")
+        told = []
+        for _ in range(20):
+            told.append(cell(page).split("“")[1].split("”: ")[0])
+            page.keyboard.press("ArrowRight")
+        assert page.evaluate("document.activeElement.id") == "map"
+        assert "".join(dict.fromkeys(told)).replace("⋯", "").startswith(TEXT.replace(" ", "·"))
+        assert cell(page).endswith("relative error")
+        page.keyboard.press("ArrowUp")
+        assert ": equal" in cell(page) and not cell(page).startswith("model.layers.1.")
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("Enter")
+        assert page.locator("#filter").input_value() == "model.layers.1.input_layernorm outputs"
+        assert all("layers.1.input" in line for line in _visible(page))
+        # The pointer reads the same cell.
+        box = page.locator("#map").bounding_box()
+        page.keyboard.press("Home")
+        place = page.evaluate("[theme.grids[0].left, theme.grids[0].top - theme.grids[0].box.scrollTop]")
+        page.mouse.move(box["x"] + place[0] + 30, box["y"] + place[1] + 14 * 8 + 5)
+        assert "position 1 " in cell(page)
+        page.locator("#which").select_option("1")
+        assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
+    assert troubles == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_text_has_contrast(
+    browser: Any, generations: tuple[str, str, Path], dark: bool, tmp_path: Path
+) -> None:
+    report = tmp_path / "report.html"
+    main(["compare", *generations[:2], "--format", "html", "--output", str(report)])
+    with opened(browser, report, dark) as (page, troubles):
+        page.screenshot(path=tmp_path / "page.png", full_page=True)
+        (background,) = page.evaluate(CONTRASTS, "body")[:1]
+        assert (background["luminance"] < 0.1) == dark
+        texts = page.evaluate(
+            CONTRASTS, "h1, h2, h3, p, td, th button, label, button, select, span, .told, .runs"
+        )
+        assert len(texts) > 50
+        assert [each for each in texts if each["contrast"] < 4.5] == []
+        # The ink of the canvas and of the charts is that of the page.
+        assert page.evaluate("theme.grids[0].ink.text") == page.evaluate("themed('--ink')")
     assert troubles == []

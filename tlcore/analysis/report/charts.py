@@ -15,7 +15,13 @@ from ...errors import BackendError
 if TYPE_CHECKING:
     from .sample import Sample
 
-A_COLOR, B_COLOR, BAD, GOOD, SOFT = "#2b6cb0", "#dd8a1d", "#b3261e", "#1e7d4f", "#8a97a8"
+# What matplotlib draws in these colours becomes the page's own, which a dark page has otherwise.
+A_COLOR, B_COLOR, BAD, GOOD, SOFT = "#2b6cb1", "#b86a0a", "#b3261f", "#1a7047", "#718097"
+_LINE = "#d5dce5"
+_OF_PAGE = {
+    **{A_COLOR: "var(--a)", B_COLOR: "var(--b)", BAD: "var(--bad)", GOOD: "var(--good)", SOFT: "var(--mid)"},
+    **{"#000000": "var(--ink)", _LINE: "var(--line)"},
+}
 # Points beyond this many become an image inside the SVG.
 _MOST_POINTS = 3000
 
@@ -31,13 +37,16 @@ def _figure(width: float, height: float) -> Any:
 
 def _svg(figure: Any) -> str:
     drawn = io.StringIO()
-    figure.savefig(drawn, format="svg", metadata={"Date": None})
+    figure.savefig(drawn, format="svg", metadata={"Date": None}, facecolor="none")
     text = drawn.getvalue()
+    for colour, name in _OF_PAGE.items():
+        text = text.replace(colour, name)
     return text[text.index("<svg") :]
 
 
 def _plain(axes: Any) -> None:
     axes.spines[["top", "right"]].set_visible(False)
+    axes.patch.set_visible(False)
     axes.tick_params(labelsize=8)
 
 
@@ -72,7 +81,7 @@ def in_order(
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.set_xlabel(x_label, fontsize=9)
     axes.set_ylabel(y_label, fontsize=9)
-    axes.grid(axis="y", color="#e6ebf0")
+    axes.grid(axis="y", color=_LINE)
     axes.set_axisbelow(True)
     _plain(axes)
     axes.legend(frameon=False, loc="lower right", bbox_to_anchor=(1, 1), ncols=2, fontsize=9)
@@ -120,6 +129,7 @@ def worst(sample: Sample) -> str:
 
 def _heatmap(figure: Any, axes: Any, sample: Sample) -> None:
     from matplotlib.colors import LogNorm
+    from matplotlib.ticker import MaxNLocator
 
     shown = np.where(sample.heat > 0, sample.heat, np.nan)
     known = sample.heat[sample.heat > 0]
@@ -141,5 +151,9 @@ def _heatmap(figure: Any, axes: Any, sample: Sample) -> None:
     )
     axes.set_xlabel("last dimension", fontsize=8)
     axes.set_ylabel("rows", fontsize=8)
+    # Equal values are white in a dark page, too, since the colours of an image stay what they are.
+    axes.set_facecolor("white")
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_locator(MaxNLocator(integer=True))
     axes.tick_params(labelsize=8)
     figure.colorbar(image, ax=axes, pad=0.02).ax.tick_params(labelsize=7)

@@ -12,16 +12,20 @@ from .frame import document, section, table
 from .map_section import map_section
 from .sample import sample
 from .text import COLUMNS, rows, verdict
+from .tokens import Decoder
 
 _NUMBERS = ("step", "max abs", "max rel", "rel L2", "cosine", "mismatched")
 _WORST = 4
 
 
-def page(comparison: Comparison) -> str:
-    """The page. Raises BackendError without matplotlib, which the extra ``report`` brings."""
+def page(comparison: Comparison, tokenizer: Decoder | None = None) -> str:
+    """The page; with a tokenizer, its texts stand along the map's tokens.
+
+    Raises BackendError without matplotlib, which the extra ``report`` brings.
+    """
     lines = zip(rows(comparison.results), (not result.agrees for result in comparison.results), strict=True)
     sections = [
-        map_section(comparison),
+        map_section(comparison, tokenizer),
         section(
             "Error in order of execution",
             "Each point is a module's output; 1 where only one side has a NaN or Inf. The line marks the"

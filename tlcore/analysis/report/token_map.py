@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from math import prod
 from typing import Any
@@ -19,42 +19,101 @@ from ..matching.pairs import Pair, Piece
 from ..results import Comparison, TensorResult
 from ..row_norms import RowNorms
 from ..work import Operand, chunks
+from .tokens import Decoder, token_texts
 
 Doubles = npt.NDArray[np.float64]
 Cells = npt.NDArray[np.uint8]
 # A byte: equal, 14 decades of size, in one run alone not finite, not compared.
 EQUAL, LEAST, MOST, BROKEN, UNKNOWN = 0, 1, 250, 254, 255
-_LOW, _DECADES = -10.0, 14.0
-_MOST_COLUMNS, _MOST_MAPS = 256, 32
+LOW, DECADES = -10.0, 14.0
+MOST_MAPS = 64
+_MOST_COLUMNS, _LEAST_COLUMNS = 256, 16
+# All maps together: more rows have fewer columns.
+_MOST_CELLS = 1 << 23
 # What is read again for the picture; beyond that a tensor has one colour.
 _READ_BYTES = 1 << 30
 
 
-def maps(comparison: Comparison) -> list[dict[str, Any]]:
-    """One map for each step and request, in order: modules down, tokens (or rows) across.
+def maps(comparison: Comparison, tokenizer: Decoder | None = None) -> tuple[list[dict[str, Any]], int]:
+    """One map for each step and request, in order: modules down, tokens (or rows) across; and of how many.
 
     Cells are in units of noise where the comparison has noise, else relative to the row's norm.
     """
     if comparison.origin is None:
-        return []
+        return [], 0
     first = comparison.first_divergence
     groups: dict[tuple[int, str | None], list[int]] = {}
     for at, _ in enumerate(comparison.origin.pairs):
         result = comparison.results[at]
         if result.measures is not None and (result.direction == "outputs" or _is(first, result)):
             groups.setdefault((result.step, result.request), []).append(at)
-    left, found = _READ_BYTES, []
     chosen = _chosen(list(groups), None if first is None else (first.result.step, first.result.request))
-    for (step, request), places in ((key, groups[key]) for key in chosen):
-        lines = []
-        for at in places:
+    rows = sum(len(groups[key]) for key in chosen)
+    most = max(_LEAST_COLUMNS, min(_MOST_COLUMNS, _MOST_CELLS // max(rows, 1)))
+    texts: dict[str | None, dict[int, str]] = {}
+    left, found = _READ_BYTES, []
+    for step, request in chosen:
+        field = _Field(comparison, groups[step, request], most)
+        for at in groups[step, request]:
             result = comparison.results[at]
             size = prod(result.shapes[0] or ()) * 4
-            cells = _line(comparison, at, size <= left)
+            field.put(at, _line(comparison, at, size <= left))
             left -= 0 if result.measures is None or result.measures.bitwise else size
-            lines.append((result, cells))
-        found.append(_packed(step, request, lines, first))
-    return found
+        if tokenizer is not None and request not in texts:
+            texts[request] = token_texts(comparison, request, tokenizer)
+        found.append(field.packed(step, request, first, texts.get(request, {})))
+    return found, len(groups)
+
+
+class _Field:
+    """The cells of one map: a line for each result, with its rows at their positions."""
+
+    def __init__(self, comparison: Comparison, places: Sequence[int], most: int) -> None:
+        self._results = {at: comparison.results[at] for at in places}
+        assert comparison.origin is not None
+        pieces = {at: comparison.origin.pairs[at][1][0] for at in places}
+        positions = [
+            each.first_position for each in self._results.values() if each.first_position is not None
+        ]
+        self._first = min(positions, default=0)
+        self._unit = "position" if positions else "row"
+        ends = [self._begin(at) + _rows(each, pieces[at]) for at, each in self._results.items()]
+        self._rows = max(ends)
+        self._columns = min(most, self._rows)
+        self._lines = {at: line for line, at in enumerate(places)}
+        self._cells = np.zeros((len(places), self._columns), np.uint8)
+
+    def _begin(self, at: int) -> int:
+        """Where a result's first row stands, counted from the map's first."""
+        return (self._results[at].first_position or self._first) - self._first
+
+    def put(self, at: int, cells: Cells) -> None:
+        """Take in a result's cells. They are kept one higher: so nothing there is the least, not the most."""
+        begin = self._begin(at)
+        columns = np.arange(begin, begin + len(cells)) * self._columns // self._rows
+        line = self._cells[self._lines[at]]
+        np.maximum.at(line, np.minimum(columns, self._columns - 1), cells + np.uint8(1))
+
+    def packed(self, step: int, request: str | None, first: Any, texts: Mapping[int, str]) -> dict[str, Any]:
+        """What the page's script takes."""
+        # The first row of each column.
+        starts = (-(-np.arange(self._columns) * self._rows // self._columns) + self._first).tolist()
+        found: dict[str, Any] = {
+            "name": f"step {step}" + ("" if request is None else f", request {request}"),
+            "columns": self._columns,
+            "unit": self._unit,
+            "first": self._first,
+            "rows": [_named(result) for result in self._results.values()],
+            "marked": next((self._lines[at] for at, each in self._results.items() if _is(first, each)), None),
+            "cells": base64.b64encode((self._cells - np.uint8(1)).tobytes()).decode("ascii"),
+        }
+        if self._columns < self._rows:
+            found |= {"starts": starts, "end": self._first + self._rows}
+        if any(start in texts for start in starts):
+            ends = [*starts[1:], self._first + self._rows]
+            spans = (range(*each) for each in zip(starts, ends, strict=True))
+            found["texts"] = ["".join(texts.get(at, "?") for at in span) for span in spans]
+        return found
 
 
 def _is(first: Any, result: TensorResult) -> bool:
@@ -65,7 +124,7 @@ def _chosen(
     keys: list[tuple[int, str | None]], first: tuple[int, str | None] | None
 ) -> list[tuple[int, str | None]]:
     """The first maps, and among them that of the first divergence."""
-    kept = keys[:_MOST_MAPS]
+    kept = keys[:MOST_MAPS]
     return kept if first is None or first in kept or first not in keys else [first, *kept[:-1]]
 
 
@@ -124,37 +183,11 @@ def row_errors(comparison: Comparison, pair: Pair, pieces: tuple[Piece, Piece]) 
 
 
 def quantised(errors: Doubles) -> Cells:
-    """Sizes as bytes on a logarithmic scale, at most `_MOST_COLUMNS`: of several rows the largest."""
+    """Sizes as bytes on a logarithmic scale."""
     with np.errstate(divide="ignore", invalid="ignore"):
-        scaled = (np.log10(errors) - _LOW) / _DECADES * (MOST - LEAST) + LEAST
+        scaled = (np.log10(errors) - LOW) / DECADES * (MOST - LEAST) + LEAST
     cells = np.clip(np.nan_to_num(scaled, nan=0, posinf=MOST, neginf=LEAST), LEAST, MOST).astype(np.uint8)
-    cells = np.where(errors == 0, EQUAL, np.where(np.isnan(errors), BROKEN, cells)).astype(np.uint8)
-    return cells if len(cells) <= _MOST_COLUMNS else _binned(cells, _MOST_COLUMNS)
-
-
-def _binned(cells: Cells, columns: int) -> Cells:
-    starts = np.arange(columns) * len(cells) // columns
-    return np.maximum.reduceat(cells, starts)
-
-
-def _packed(
-    step: int, request: str | None, lines: Sequence[tuple[TensorResult, Cells]], first: Any
-) -> dict[str, Any]:
-    columns = min(_MOST_COLUMNS, max(len(cells) for _, cells in lines))
-    field = np.full((len(lines), columns), UNKNOWN, np.uint8)
-    for row, (_, cells) in zip(field, lines, strict=True):
-        row[: min(columns, len(cells))] = cells if len(cells) <= columns else _binned(cells, columns)
-    positions = [result.first_position for result, _ in lines if result.first_position is not None]
-    name = f"step {step}" + ("" if request is None else f", request {request}")
-    return {
-        "name": name,
-        "columns": columns,
-        "unit": "position" if positions else "row",
-        "first": min(positions, default=0),
-        "modules": [_named(result) for result, _ in lines],
-        "marked": next((at for at, (result, _) in enumerate(lines) if _is(first, result)), None),
-        "cells": base64.b64encode(field.tobytes()).decode("ascii"),
-    }
+    return np.where(errors == 0, EQUAL, np.where(np.isnan(errors), BROKEN, cells)).astype(np.uint8)
 
 
 def _named(result: TensorResult) -> str:
