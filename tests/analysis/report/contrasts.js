@@ -1,5 +1,5 @@
 // Of each element: what stands behind it, and the contrast of its text as WCAG has it.
-wanted => [...document.querySelectorAll(wanted)].filter(each => each.offsetParent || each === document.body)
+wanted => [...document.querySelectorAll(wanted)].filter(each => each === document.body || each.offsetParent && each.textContent.trim())
 .map(each => {
   const parse = text => text.match(/[\d.]+/g).map(Number);
   const light = ([r, g, b]) => [r, g, b].map(v => v / 255).map(v => v <= .03928 ? v / 12.92 : ((v + .055) / 1.055) ** 2.4)

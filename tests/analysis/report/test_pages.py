@@ -129,8 +129,8 @@ TEXT = "the quick 東 fox"
 
 
 @pytest.fixture(scope="module")
-def generations(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Path]:
-    """Two generations of two prompts, of which one model has another epsilon, and their tokenizer."""
+def generations(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The report on two generations of two prompts, of which one model has another epsilon."""
     tokenizer = AutoTokenizer.from_pretrained(tiny_llama())
     ids = [tokenizer(each)["input_ids"] for each in (TEXT, "over the lazy dog")]
     urls = []
@@ -138,7 +138,10 @@ def generations(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str, Pat
         model = llama(vocab_size=512, eos_token_id=None)
         model.model.layers[1].input_layernorm.variance_epsilon = epsilon
         urls.append(generated(model, tmp_path_factory.mktemp("runs"), padded(ids), new=3).url)
-    return urls[0], urls[1], tiny_llama()
+    report = tmp_path_factory.mktemp("report") / "report.html"
+    words = ["--format", "html", "--output", str(report), "--tokenizer", str(tiny_llama())]
+    assert main(["compare", *urls, *words]) == 1
+    return report
 
 
 def cell(page: Any) -> str:
@@ -146,11 +149,8 @@ def cell(page: Any) -> str:
     return told
 
 
-def test_the_map_in_a_browser(browser: Any, generations: tuple[str, str, Path], tmp_path: Path) -> None:
-    report = tmp_path / "report.html"
-    words = ["--format", "html", "--output", str(report), "--tokenizer", str(generations[2])]
-    assert main(["compare", *generations[:2], *words]) == 1
-    with opened(browser, report) as (page, troubles):
+def test_the_map_in_a_browser(browser: Any, generations: Path, tmp_path: Path) -> None:
+    with opened(browser, generations) as (page, troubles):
         page.screenshot(path=tmp_path / "map.png")
         assert page.locator("#which option").all_inner_texts()[:2] == [
             "step 0, request 0",
@@ -184,13 +184,59 @@ def test_the_map_in_a_browser(browser: Any, generations: tuple[str, str, Path], 
     assert troubles == []
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_every_text_has_contrast(
-    browser: Any, generations: tuple[str, str, Path], dark: bool, tmp_path: Path
-) -> None:
+def items(page: Any) -> list[str]:
+    page.evaluate("new Promise(done => requestAnimationFrame(() => requestAnimationFrame(done)))")
+    found: list[str] = page.locator("#tree .item .name").all_inner_texts()
+    return found
+
+
+def test_the_tree_in_a_browser(browser: Any, runs: tuple[str, str], tmp_path: Path) -> None:
     report = tmp_path / "report.html"
-    main(["compare", *generations[:2], "--format", "html", "--output", str(report)])
-    with opened(browser, report, dark) as (page, troubles):
+    assert main(["compare", *runs, "--format", "html", "--output", str(report)]) == 1
+    with opened(browser, report) as (page, troubles):
+        page.screenshot(path=tmp_path / "tree.png")
+        # The first divergence is in sight, its siblings too; other modules are folded.
+        names = items(page)
+        assert names[names.index("4") + 1 :][:3] == ["norm · first divergence", "linear", "5"]
+        page.locator("#foldall").click()
+        assert items(page) == ["_root"] + [str(at) for at in range(12)]
+        # One key from anywhere.
+        page.keyboard.press("f")
+        assert page.evaluate("document.activeElement.id") == "tree"
+        assert page.locator("#node").inner_text().startswith("4.norm: 1 of 2 tensors do not agree, ")
+        page.keyboard.press("ArrowLeft")
+        page.keyboard.press("ArrowLeft")
+        assert items(page)[5:7] == ["4", "5"]
+        page.keyboard.press("ArrowUp")
+        assert page.locator("#node").inner_text() == "3: 6 tensors, equal"
+        page.keyboard.press("ArrowRight")
+        assert items(page)[4:7] == ["3", "norm", "linear"]
+        page.keyboard.press("End")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("Enter")
+        assert page.locator("#filter").input_value() == "11.norm"
+        # The pointer folds and finds, and a letter in the filter is a letter.
+        page.locator("#tree .item", has_text="6 of 6").last.click()
+        page.locator("#filter").fill("")
+        page.locator("#filter").press("f")
+        assert page.locator("#filter").input_value() == "f"
+        selected = page.locator("#tree .item[aria-selected=true]")
+        assert (
+            selected.get_attribute("aria-level") == "2" and selected.get_attribute("aria-expanded") == "false"
+        )
+        # What is worse is told by its colour.
+        colours = page.evaluate("coloursOf(JSON.parse(modules.textContent).scale)")
+        swatches = page.locator("#tree .item .swatch").all()
+        backgrounds = [each.evaluate("each => each.style.background") for each in swatches]
+        assert backgrounds[1].replace(" ", "") == colours[0].replace(" ", "")
+        assert backgrounds[0].replace(" ", "") == colours[254].replace(" ", "")
+    assert troubles == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_every_text_has_contrast(browser: Any, generations: Path, dark: bool, tmp_path: Path) -> None:
+    with opened(browser, generations, dark) as (page, troubles):
         page.screenshot(path=tmp_path / "page.png", full_page=True)
         (background,) = page.evaluate(CONTRASTS, "body")[:1]
         assert (background["luminance"] < 0.1) == dark

@@ -10,6 +10,7 @@ from ..results import Comparison, TensorResult
 from .charts import in_order, worst
 from .frame import document, section, table
 from .map_section import map_section
+from .module_tree import tree_section
 from .sample import sample
 from .text import COLUMNS, rows, verdict
 from .tokens import Decoder
@@ -25,6 +26,7 @@ def page(comparison: Comparison, tokenizer: Decoder | None = None) -> str:
     """
     lines = zip(rows(comparison.results), (not result.agrees for result in comparison.results), strict=True)
     sections = [
+        tree_section(comparison),
         map_section(comparison, tokenizer),
         section(
             "Error in order of execution",
