@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from .reader import open_run
     from .record import Record, RunInfo, StepSummary
     from .registry import register_backend, register_sink, register_store
+    from .statistics.channels import ChannelStatistics, merge_channels
     from .storage import Location
 
 # Loaded on first use, so that `tlcore --help` and the vLLM plugin's entry do not import torch.
@@ -34,6 +35,8 @@ _LAZY = {
     "Source": "protocols",
     "Store": "protocols",
     "open_run": "reader",
+    "ChannelStatistics": "statistics.channels",
+    "merge_channels": "statistics.channels",
     "Record": "record",
     "RunInfo": "record",
     "StepSummary": "record",
@@ -51,6 +54,7 @@ __all__ = [
     "Backend",
     "BackendError",
     "CaptureError",
+    "ChannelStatistics",
     "ConfigError",
     "Location",
     "ReadError",
@@ -65,6 +69,7 @@ __all__ = [
     "__version__",
     "capture",
     "compare",
+    "merge_channels",
     "open_run",
     "register_backend",
     "register_sink",

@@ -6,6 +6,8 @@ import argparse
 import json
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict
+from math import isfinite
+from operator import itemgetter
 from typing import Any
 
 from ..errors import ReadError
@@ -14,6 +16,7 @@ from ..layout.names import shown_module
 from ..reader import Call, MissingError, Run, Step, open_run
 from ..reader.operator import operator_in
 from ..record import Json
+from ..statistics.channels import COLUMNS
 from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable, size
 
@@ -28,7 +31,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME",
         help="a tensor such as step_0/layers.0/outputs_cpu (.pt may follow, the device may be left out), a"
         " call such as step_0/layers.0, or a structure such as step_0/layers.0/outputs.json; without"
-        " step_<S>/ it is looked for in the run's first step",
+        " step_<S>/ it is looked for in the run's first step, or it is one with statistics for each channel",
     )
     parser.add_argument("--json", action="store_true", help="print JSON, without the tensor's values")
     add_storage_options(parser)
@@ -37,6 +40,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Print the tensor or the call. Raises ReadError when there is no such thing in the run."""
     opened = open_run(args.path, storage_options(args))
+    if opened.has_channels(args.name):
+        _show_channels(opened, args.name, args.json)
+        return 0
     step, rest = _step_and_rest(opened, args.name.rstrip("/"))
     if not rest:
         advice = f"`tlcore ls {opened.url} --step {step.number}` lists its calls and tensors"
@@ -102,6 +108,26 @@ def _show_tensor(step: Step, given: str, as_json: bool) -> None:
     if not as_json:
         # torch leaves out the middle of a large tensor.
         print(tensor)
+
+
+def _show_channels(opened: Run, name: str, as_json: bool) -> None:
+    """The statistics for each channel, or in a table what they are over all channels."""
+    found = opened.channels(name)
+    if as_json:
+        rows = zip(COLUMNS, found.table.tolist(), strict=True)
+        # Where nothing was finite, smallest and largest are no numbers.
+        columns = {key: [each if isfinite(each) else None for each in row] for key, row in rows}
+        print(json.dumps({"name": name, "channels": found.channels, **columns}, indent=1))
+        return
+    print(f"{printable(name)}: {found.channels} channels, over all steps")
+    each = {key: getattr(found, key) for key in ("count", "mean", "std", "min", "max", "zeros", "nonfinite")}
+    rows_of = ((key, *(_shown(value) for value in _extremes(row))) for key, row in each.items())
+    print_table(["of each channel", "least", "most", "at channel"], rows_of)
+
+
+def _extremes(values: Any) -> tuple[Any, Any, Any]:
+    known = [(float(value), at) for at, value in enumerate(values) if isfinite(value)]
+    return (min(known)[0], *max(known, key=itemgetter(0))) if known else (None, None, None)
 
 
 def _show_statistics(unstored: Json, as_json: bool) -> None:

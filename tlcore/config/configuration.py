@@ -19,6 +19,9 @@ from ..registry import NamedBackend, resolve
 from .patterns import check_regex, parse_pattern
 from .validation import coerce, plain, problems, unknown_key
 
+# What is kept of a tensor.
+Captured = Literal["tensor", "stats", "both", "channels"]
+
 
 class Inject(NamedTuple):
     """The run whose results stand in for those of modules, which patterns select."""
@@ -54,7 +57,7 @@ class Config:
     request_ids: tuple[str, ...] | None
     sample_rate: float
     sample_seed: int
-    capture: Literal["tensor", "stats", "both"]
+    capture: Captured
     on_condition: Literal["nonfinite"] | None
     max_run_bytes: int | None
     queue_bytes: int
@@ -112,7 +115,7 @@ class Config:
     @property
     def keeps_token_ids(self) -> bool:
         """Whether the requests' token ids are stored."""
-        return self.log_token_ids and self.capture != "stats"
+        return self.log_token_ids and self.capture in ("tensor", "both")
 
     def selects_step(self, step: int) -> bool:
         """Whether step ``step`` (0-based) is to be captured."""

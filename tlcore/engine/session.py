@@ -37,6 +37,7 @@ from .hooks.tracing import PassedBy
 from .hookup import Hookup
 from .injection import Injection
 from .new_run import now, open_run
+from .pipeline.channels import gather_channels
 from .pipeline.executors import InlineExecutor, ThreadExecutor
 from .pipeline.inspector import Inspection
 from .pipeline.processor import Processor
@@ -81,7 +82,8 @@ class Session:
         self._examination = Inspection.of(config)
         # Where tensors are looked at first, only then is it known which are stored.
         at_once = None if self._examination.needed else config.max_run_bytes
-        tensors = TensorFilter(devices, config.max_tensor_size, at_once)
+        self._channels = config.capture == "channels"
+        tensors = TensorFilter(devices, config.max_tensor_size, at_once, self._channels)
         self.rows = StepRows(request_filter(config), config.last_only, config.window)
         self.samples = Samples(config.keeps_token_ids, config.window.needs_prompt)
         self.rows.prompts = self.samples.tokens.prompts
@@ -164,8 +166,9 @@ class Session:
         for device in {parameter.device for parameter in model.parameters()}:
             self._stager.reserve(device)
         self._processor = Processor(
-            self._sink, self._pool, self.run.ledger, self.run.rank, self._examination, self._documents.close
-        )
+            self._sink, self._pool, self.run.ledger, self.run.rank, self._examination, self._documents.close,
+            gather_channels(self.run) if self._channels else None,
+        )  # fmt: skip
         self._pipeline = (InlineExecutor if self._inline else ThreadExecutor)(self._processor)
 
     @property

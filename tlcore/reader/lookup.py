@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ..errors import MissingError, ReadError, missing
 from ..layout.directions import direction_of
 from ..layout.names import rank_of, stem
+from ..ledger import CHANNELS_ONLY
 from ..record import Json
 from ..statistics.summary import KEYS
 from .described import is_sound, tensors_in
@@ -84,6 +85,10 @@ def _unstored_by(stored: Stored, name: str, rank: int) -> Iterator[Json]:
 def not_stored(entry: Json, where: str) -> MissingError:
     """The error for a tensor that was described but not stored."""
     name, reason = entry["name"], entry["skipped"]
+    if reason == CHANNELS_ONLY.reason:
+        own = name.partition("/")[2]
+        kept = f"only statistics for each channel were kept; run.channels({own!r}) has them"
+        return MissingError(f"{where}: {name!r} was not stored, {kept}")
     if "stats" not in entry:
         return MissingError(f"{where}: {name!r} was not stored ({reason})")
     kept = f"only its statistics were kept ({reason}); run.stats({name!r}) has them"

@@ -15,8 +15,11 @@ from ..layout.run_files import RUN_FILE, RunFiles
 from ..ledger import Counts
 from ..protocols import StepRanks
 from ..record import Json
+from ..statistics.channels import ChannelStatistics
 from ..statistics.summary import Statistics
 from ..storage import Store
+from .channels import Channels, channels_of
+from .channels import problems_of as channel_problems
 from .documents import FOREIGN, check_run
 from .lookup import without_device
 from .over_steps import tensor_over_steps
@@ -229,6 +232,34 @@ class Run(Mapping[int, Step]):
         return known[meant[0]]
 
     @cached_property
+    def _channels(self) -> Channels:
+        return Channels(self.stored.files, 0 if self.is_foreign else self.world_size)
+
+    @property
+    def channel_files(self) -> Mapping[str, bytes]:
+        """The files that the statistics for each channel lie in, by name. Raises ReadError for damage."""
+        return self._channels.files
+
+    @property
+    def channel_names(self) -> list[str]:
+        """The names that `channels` has statistics for, of every rank, with their devices."""
+        return list(self._channels)
+
+    def has_channels(self, name: str) -> bool:
+        """Whether there are statistics for each channel of what ``name`` means to `channels`."""
+        return name in self._channels or bool(self._channels.holders(name))
+
+    def channels(self, name: str) -> ChannelStatistics:
+        """Statistics for each channel of a tensor over all steps, captured with ``"capture": "channels"``.
+
+        ``name`` is a logical name without its step, such as ``model.layers.5/outputs_0_cpu``. Without the
+        device it means that tensor of all ranks: of data-parallel ones, or those of a group, all rows. Those
+        of several runs are merged by `tlcore.merge_channels`. Raises MissingError, or ReadError where
+        each rank has a part of the tensor only.
+        """
+        return channels_of(self, self._channels, name)
+
+    @cached_property
     def requests(self) -> Mapping[str, str | None]:
         """vLLM's id of each request in the run, with the client's own where it is known for certain."""
         return known_requests(self.step(number) for number in self.steps)
@@ -280,7 +311,7 @@ class Run(Mapping[int, Step]):
             self.document = run_document(self.stored.store)
         self.stored.refresh()
         self._opened.clear()
-        for name in ("state", "ledger", "requests", "_closed", "_whole"):
+        for name in ("state", "ledger", "requests", "_closed", "_whole", "_channels"):
             self.__dict__.pop(name, None)
 
     def verify(self, on_tensor: Callable[[], None] = lambda: None) -> int:
@@ -290,6 +321,7 @@ class Run(Mapping[int, Step]):
         ``on_tensor`` is called after each tensor. Raises VerifyError naming each damaged or missing file.
         """
         checked, bad = verify_steps(self.stored, on_tensor)
+        bad += channel_problems(self._channels)
         try:
             _ = self.ledger
         except ReadError as error:

@@ -208,6 +208,8 @@ def summary_of(step: Step, rank: int) -> StepSummary:
 def _restore_documents(source: Run, url: str, location: Location, document: Json) -> None:
     """Put back what a new run cannot know: when the source was closed, and with which ledger."""
     store = open_store(dataclasses.replace(location, url=url))
+    for name, data in source.channel_files.items():
+        store.put(name, [data])
     for rank in range(1, source.world_size):
         marker = f"close{rank_suffix(rank)}.json"
         if not source.is_foreign:

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import ConfigError
-from ...ledger import Outcome
+from ...ledger import NO_CHANNELS, Outcome
+from ...statistics.channels_of_tensors import has_channels
 
 # A copy this small is over before another thread could use the interpreter, which is dear to get back.
 _SMALL_BYTES = 256 << 10
@@ -31,6 +32,8 @@ class TensorFilter:
     devices: frozenset[str]
     max_elements: int | None
     max_run_bytes: int | None
+    # Whether only those are taken that have statistics for each channel.
+    channels: bool = False
 
 
 def known_devices(names: Iterable[str]) -> frozenset[str]:
@@ -183,6 +186,8 @@ class TensorSpecs:
             return Outcome("skipped", "meta tensor holds no data")
         if limits.max_elements is not None and count > limits.max_elements:
             return Outcome("skipped", "larger than max_tensor_size")
+        if limits.channels and not has_channels(tensor.dtype, tensor.shape):
+            return NO_CHANNELS
         return None
 
 

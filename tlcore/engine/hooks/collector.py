@@ -9,15 +9,17 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Container, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
+from ...config.configuration import Captured
 from ...hotpath.looking import can_look
 from ...hotpath.native import extension
 from ...layout.structure import NO_ITEMS, TENSOR, Opaque, Scalar, TreeSpec, class_name, flatten
 from ...ledger import FREED, QUEUE_FULL, ROWS_UNKNOWN, RUN_FULL, Counts, Outcome
 from ...record import Direction
+from ...statistics import channels_of_tensors
 from ...statistics import device as device_statistics
 from ..batch import Batch, Measured
 from ..calls import Call, CallSide, Sides
@@ -55,7 +57,7 @@ class Collector:
         stager: Stager,
         tensors: TensorFilter,
         submit: Callable[[Batch], None],
-        capture: Literal["tensor", "stats", "both"] = "tensor",
+        capture: Captured = "tensor",
         objects: Container[str] = (),
         rows: StepRows | None = None,
     ) -> None:
@@ -344,9 +346,10 @@ class Collector:
         """Stage the statistics that the device computes, and the tensor only if it may be stored."""
         if recording():
             raise RuntimeError("a graph is being recorded")
-        vector = device_statistics.measure(tensor)
+        channels = self._capture == "channels"
+        vector = channels_of_tensors.measure(tensor) if channels else device_statistics.measure(tensor)
         staged = self._stager.stage(vector, self._forms.of_vector(vector))
-        place = (NO_CHUNK, 0) if self._capture == "stats" else self._stager.stage(tensor, spec)
+        place = (NO_CHUNK, 0) if self._capture != "both" else self._stager.stage(tensor, spec)
         if staged is None or place is None:
             return None
         return Measured(place[0], *staged), place[1]

@@ -43,7 +43,7 @@ class Inspection:
     def of(cls, config: Config) -> Inspection:
         """What a configuration asks for."""
         return cls(
-            statistics=config.capture != "tensor",
+            statistics=config.capture in ("stats", "both"),
             tensors=config.capture != "stats",
             only_nonfinite=config.on_condition == "nonfinite",
             max_run_bytes=config.max_run_bytes,

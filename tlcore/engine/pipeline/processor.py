@@ -14,6 +14,7 @@ from ...record import Record, StepSummary
 from ..batch import Batch, StepEnd
 from ..staging.host_memory import HostPool
 from .booking import Booking
+from .channels import Channels
 from .describing import count_specs
 from .inspector import Inspected, Inspection, Inspector
 from .open_step import OpenStep
@@ -41,9 +42,13 @@ class Processor:
         rank: int,
         examination: Inspection | None = None,
         end_run: Callable[[bool], None] = lambda whole: None,
+        channels: Channels | None = None,
     ) -> None:
         needed = examination is not None and examination.needed
-        self._inspector = Inspector(examination) if examination is not None and needed else None
+        self._inspector: Inspector | Channels | None = channels
+        if examination is not None and needed:
+            self._inspector = Inspector(examination)
+        self._channels = channels
         self._sink = sink
         self._end_run = end_run
         self._pool = pool
@@ -158,10 +163,22 @@ class Processor:
                 self._sink.commit_step(self._summary(end, step))
             except self.catches as error:
                 step.error = error
+        if self._channels is not None:
+            self._gather(self._channels, end.step, whole=step.error is None)
         if not accepted:
             self._booking.book(end.step, counts, step.error)
         elif step.error is not None:
             self._booking.decide(end.step, step.error)
+
+    def _gather(self, channels: Channels, step: int, whole: bool) -> None:
+        if not whole:
+            channels.discard(step)
+            return
+        try:
+            channels.commit(step)
+        except self.catches as error:
+            # They stay in memory, and are tried again.
+            log.warning("the channel statistics could not be stored yet: %s", error)
 
     def _summary(self, end: StepEnd, step: OpenStep) -> StepSummary:
         end.settle()
@@ -180,10 +197,11 @@ class Processor:
 
     def flush(self) -> None:
         """Return when every step that ended is stored or booked as failed."""
-        if self._late is None:
-            return
         try:
-            self._late.flush()
+            if self._channels is not None:
+                self._channels.save()
+            if self._late is not None:
+                self._late.flush()
         except self.catches as error:
             log.warning("what was captured could not be flushed: %s", error)
 
@@ -192,7 +210,8 @@ class Processor:
         for number, step in sorted(self._steps.items()):
             step.error = step.error or RuntimeError("the step never ended")
             self.end_step(StepEnd(number, "", "", None, {}))
-        whole = self._closed(self._sink.close)
+        whole = self._channels is None or self._closed(self._channels.save)
+        whole = self._closed(self._sink.close) and whole
         # What the sink never decided is booked before the run's end tells the ledger.
         self._booking.close()
         self._closed(lambda: self._end_run(whole))
