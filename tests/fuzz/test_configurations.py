@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -16,6 +17,7 @@ import tlcore_schemas
 from tests.fuzz.settings import cases
 from tlcore.config.configuration import check_config, load_config
 from tlcore.config.patterns import parse_pattern
+from tlcore.config.request import request_choice
 from tlcore.config.validation import coerce
 from tlcore.errors import ConfigError
 from tlcore.layout.windows import window_of
@@ -213,3 +215,32 @@ def test_any_json_text_is_answered_as_the_value_itself(value: Any) -> None:
         )
     else:
         assert from_text is None and found
+
+
+REQUEST = tlcore_schemas.load("request.v1")
+CHOICES = st.dictionaries(st.sampled_from([*REQUEST["properties"], "row", ""]), JSON, max_size=3)
+
+
+@given(CHOICES | values(REQUEST))
+@cases(150, 2500)
+def test_what_requests_choose_is_read_or_refused_with_its_path(document: Any) -> None:
+    sound = Draft202012Validator(REQUEST).is_valid(document)
+    choice, error = None, None
+    try:
+        choice = request_choice(document)
+    except ConfigError as caught:
+        error = caught
+    if error is not None:
+        assert error.path.startswith("$.tlcore")
+        # That a window holds nothing stands in no schema.
+        assert not sound or error.path == "$.tlcore.rows"
+    else:
+        assert (choice is None) == (not document)
+        assert sound or Draft202012Validator(REQUEST).is_valid(coerce(document, REQUEST))
+
+
+@given(JSON | st.text(max_size=30) | st.binary(max_size=20) | st.just(object()))
+@cases(60, 1000)
+def test_whatever_a_request_gives_is_answered_with_an_error_of_ours(value: Any) -> None:
+    with suppress(ConfigError):
+        request_choice(value)

@@ -57,6 +57,7 @@ class Config:
     request_ids: tuple[str, ...] | None
     sample_rate: float
     sample_seed: int
+    request_overrides: tuple[str, ...]
     capture: Captured
     on_condition: Literal["nonfinite"] | None
     max_run_bytes: int | None
@@ -292,6 +293,7 @@ def _normal_form(document: dict[str, Any], found: list[ConfigError]) -> Config:
             "ops": tuple(document["ops"]),
             "inject": _inject(document["inject"]),
             "request_ids": _tuple(document["request_ids"]),
+            "request_overrides": tuple(document["request_overrides"]),
             "log_step_ids": tuple(document["log_step_ids"]),
             "device_names": tuple(document["device_names"]),
             "capture_objects": tuple(document["capture_objects"]),

@@ -10,6 +10,7 @@ from torch import nn
 
 from ..config.configuration import Config
 from ..errors import CaptureError
+from ..layout.names import ROOT_DIR
 from ..layout.structure import class_name
 from ..record import Json
 from . import remarks
@@ -82,6 +83,12 @@ class Hookup:
     def _listen_within(self, hooks: ListenerSet) -> None:
         self._taps.add(hooks)
         self._audience.listen_within(hooks)
+
+    @property
+    def modules(self) -> list[str]:
+        """The modules that are listened to, the draft model's, too; none where a source knows of more."""
+        sets = (self.hooks, self._draft) if self._source is None else ()
+        return [name or ROOT_DIR for each in sets if each is not None for name in each.names]
 
     def listen_to_batches(self, rows: StepRows, samples: Samples) -> BatchCalls:
         """Let ``samples`` tell whose a step's rows are. Raises CaptureError where no model is attached."""

@@ -8,7 +8,7 @@ import logging
 import os
 import threading
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..protocols import Sink
 from ..record import Json, RunInfo
 from ..storage import SupportsWaiting
 from .batch import Batch, StepEnd
+from .filters.choosing import Choice, Choosing
 from .filters.requests import request_filter
 from .filters.rows import StepRows
 from .filters.samples import Samples
@@ -138,7 +139,8 @@ class Session:
     def _make_collector(self, tensors: TensorFilter) -> Collector:
         objects = frozenset(self.config.capture_objects)
         rows = self.rows if self.config.cuts_rows else None
-        made = Collector(self._stager, tensors, self._submit, self.config.capture, objects, rows)
+        narrows = "modules" in self.config.request_overrides
+        made = Collector(self._stager, tensors, self._submit, self.config.capture, objects, rows, narrows)
         if self.config.log_gradients:
             made.gradients = Gradients(made)
         return made
@@ -177,6 +179,11 @@ class Session:
         hooks = self._hookup.hooks
         return hooks.tree if hooks is not None else None
 
+    @property
+    def modules(self) -> list[str]:
+        """The modules that are listened to; none where more may be captured than these."""
+        return [] if self.config.ops else self._hookup.modules
+
     def hears_code_taps(self, names: Sequence[str]) -> None:
         """Say at the end which of these taps, in code that may be compiled, stayed silent."""
         self._hookup.code_taps = names
@@ -197,13 +204,22 @@ class Session:
         if self._step is not None:
             self._hookup.turn(draft)
 
+    def choosing(self, requests: Collection[str], choices: Mapping[str, Choice]) -> Choosing:
+        """Which rows of the next step's ``requests`` are kept, of which some choose for themselves."""
+        return self.rows.usual.of_step(requests, choices, self.config.selects_step(self._next_step))
+
     def begin_step(
-        self, step: int | None = None, wanted: bool = True, more_than_a_call: bool = False
+        self,
+        step: int | None = None,
+        wanted: bool = True,
+        more_than_a_call: bool = False,
+        choosing: Choosing | None = None,
     ) -> bool:
         """Start a step (the next number when None); True when it is captured, its hooks alive now.
 
         A step that is not ``wanted`` is only counted. In one that is ``more_than_a_call`` of the model,
-        others may replace what stands for a ``forward``.
+        others may replace what stands for a ``forward``. ``choosing`` is what `choosing` said of it, where
+        requests may choose for themselves.
         """
         with self._lock:
             if self._closed or self._hookup.hooks is None:
@@ -214,12 +230,14 @@ class Session:
             if number < self._next_step:
                 raise CaptureError(f"step {number} has been; the next one is {self._next_step} or later")
             self._next_step = number + 1
-            if not (wanted and self.config.selects_step(number)):
+            asked = choosing is not None and choosing.asked
+            if not (wanted and (self.config.selects_step(number) or asked)):
                 return False
             self._step = number
             self._started = now()
-            self._collector.begin_step(number)
-            self.rows.begin_step()
+            cuts = choosing is not None and choosing.cuts
+            self._collector.begin_step(number, self.rows if cuts else None)
+            self.rows.begin_step(choosing)
             self._hookup.install(number, more_than_a_call, self.samples)
             return True
 
@@ -261,9 +279,14 @@ class Session:
             end = StepEnd(number, self._started, ended, rows, extra, decided, unopened, tokens)
             self._pipeline.submit(end)
             if not self.config.selects_any_after(number):
-                # Nothing more comes that could be stored together with what is there.
-                self._pipeline.settle()
-                self._give_memory_back()
+                self._settle(number)
+
+    def _settle(self, step: int) -> None:
+        """After a step nothing more comes that could be stored together with it, unless requests ask."""
+        if self._pipeline is not None and self.config.selects_step(step):
+            self._pipeline.settle()
+        if not self.config.request_overrides:
+            self._give_memory_back()
 
     def _close_hooks(self) -> None:
         self.remarks += self._hookup.close(bool(self.captured_steps))

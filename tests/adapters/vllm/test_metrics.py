@@ -69,7 +69,7 @@ def test_another_run_is_published_at_once(directory: Path) -> None:
     wait_until(read_figures, "the figures are published", 60)
     begin = time.monotonic()
     figures["running"] = 2.0
-    publisher.publish_soon()
+    publisher.publish()
     wait_until(lambda: read_figures()[0]["running"] == 2.0, "they are published again", 60)
     assert time.monotonic() - begin < 0.8
     publisher.close()

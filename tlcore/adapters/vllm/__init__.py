@@ -22,6 +22,8 @@ def register() -> None:
     when_imported("vllm.v1.executor.multiproc_executor", _patch_executor)
     when_imported("vllm.v1.engine.utils", _patch_engines)
     when_imported("vllm.v1.core.sched.output", _patch_requests)
+    when_imported("vllm.sampling_params", _patch_sampling)
+    when_imported("vllm.v1.engine.input_processor", _patch_input)
 
 
 def platform() -> None:
@@ -66,6 +68,18 @@ def _patch_requests(module: ModuleType) -> None:
     from .worker.identity import patch_requests
 
     patch_requests(module)
+
+
+def _patch_sampling(module: ModuleType) -> None:
+    from .frontend.requests import patch_sampling
+
+    patch_sampling(module)
+
+
+def _patch_input(module: ModuleType) -> None:
+    from .frontend.requests import patch_input
+
+    patch_input(module)
 
 
 def _patch_workers(module: ModuleType) -> None:

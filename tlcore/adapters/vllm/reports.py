@@ -16,7 +16,7 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -69,9 +69,19 @@ class Publisher:
                 self._publish()
         self._wake.set()
 
-    def publish_soon(self) -> None:
-        """Write the figures at once, in the background: another run begins."""
-        self._wake.set()
+    def publish(self) -> None:
+        """Write the figures at once: another run begins."""
+        with self._lock:
+            if not self._ended:
+                self._publish()
+
+    def publish_modules(self, run_id: str, modules: Collection[str]) -> None:
+        """Write which modules a run captures; once, as they may be many."""
+        if self._path is not None:
+            with contextlib.suppress(OSError):
+                part = self._path.with_suffix(".part")
+                part.write_text(json.dumps({"run_id": run_id, "modules": list(modules)}))
+                part.rename(self._path.with_suffix(".modules"))
 
     def _run(self) -> None:
         while True:
@@ -136,6 +146,19 @@ def read_reports() -> Iterator[Report]:
             document = json.loads(path.read_text())
             age = time.time() - path.stat().st_mtime
             yield Report(int(path.stem.partition("_")[0]), int(document["rank"]), document, age)
+
+
+def read_modules(run_ids: Collection[str | None]) -> set[str]:
+    """The modules that some runs capture, over all ranks; nothing where a rank's are not known."""
+    found: set[str] = set()
+    for path in _files("*.modules"):
+        with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+            document = json.loads(path.read_text())
+            if document["run_id"] in run_ids:
+                if not document["modules"]:
+                    return set()
+                found.update(document["modules"])
+    return found
 
 
 def leave_notice(report: Report, problem: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,8 +12,8 @@ import torch
 from ...layout.rows import NO_ROWS, Placed, RowSet, Span, as_rows, grid_entry, placed
 from ...layout.windows import Window
 from ...record import Json
+from .choosing import Chooses, Choosing
 
-Chooses = Callable[[str], bool]
 # A call's directory, its module's name, and which call of it in the step it is.
 Begun = tuple[str, str, int]
 
@@ -23,7 +24,8 @@ class _Part:
 
     ``first`` says of modules how often they had been called when the call of the model began that these
     calls are part of. ``whole`` are shapes of tensors of which all rows were kept, as nobody knows whose
-    they are.
+    they are. ``left_out`` are requests that have chosen other modules than those of these calls; parts with
+    the same row sets, of which others are left out, are ``narrower``.
     """
 
     sets: tuple[RowSet, ...]
@@ -32,14 +34,16 @@ class _Part:
     indices: list[int] = field(default_factory=list)
     kept: dict[int, _Kept] = field(default_factory=dict)
     whole: set[tuple[int, ...]] = field(default_factory=set)
+    left_out: frozenset[str] = frozenset()
+    narrower: dict[frozenset[str], _Part] = field(default_factory=dict)
 
 
 class StepRows:
     """The row sets of a step's calls, as they come to be known while it runs.
 
-    ``chooses`` says of a request id whether its rows are stored (None: all are), ``last`` keeps of each
-    request only the row of its last token, or those of the tokens that may be it while drafts are not
-    decided on, ``window`` only those of some positions. ``first`` says how often which module was called in
+    ``chooses``, ``last`` and ``window`` are those of `Choosing`, and go for every step for which nothing else
+    is said; of a request's last token those rows are kept that may be it while drafts are not decided on.
+    ``first`` says how often which module was called in
     the step before the model's call that runs now, where a step has several. ``prompts`` has the length of
     each request's prompt, by its id and sequence, as far as it is known.
     """
@@ -47,20 +51,21 @@ class StepRows:
     def __init__(
         self, chooses: Chooses | None = None, last: bool = False, window: Window | None = None
     ) -> None:
-        self._chooses = chooses
-        self._last = last
-        self.window = None if window == Window() else window
+        # What goes for every step.
+        self.usual = Choosing(chooses, last, window)
         self.prompts: Mapping[tuple[str, str], int] = {}
         self.calls_begun: Callable[[], Sequence[Begun]] = list
         self.begin_step()
 
-    def begin_step(self) -> None:
+    def begin_step(self, choosing: Choosing | None = None) -> None:
         """Forget the step before; nothing is known yet of the rows of this one."""
+        self._choosing = choosing or self.usual
+        self._module = ""
         self.first: Mapping[str, int] = {}
         self._main: _Part | None = None
         self._part = _Part(NO_ROWS, self.first)
         self._parts = [self._part]
-        self._everyone = self._chooses is None
+        self._everyone = self.chooses is None
         self.told = False
         # Along which axis the positions lay of the tensor that was cut last; None where it was left whole.
         self.cut_along: int | None = None
@@ -68,7 +73,12 @@ class StepRows:
     @property
     def chooses(self) -> Chooses | None:
         """Whether a request's rows are stored, by its id; None where every request's are."""
-        return self._chooses
+        return self._choosing.chooses
+
+    def hears(self, module: str) -> bool:
+        """Note whose tensors come now; whether any of their rows may be kept."""
+        self._module = module
+        return self._choosing.hears(module)
 
     @property
     def sets(self) -> tuple[RowSet, ...]:
@@ -80,7 +90,7 @@ class StepRows:
         self.told = True
         if prompts is not None:
             self.prompts = prompts
-        self._everyone = self._chooses is None or all(map(self._chooses, requests))
+        self._everyone = self.chooses is None or all(map(self.chooses, requests))
 
     def enter(self, sets: Sequence[RowSet], main: bool = False) -> None:
         """From now on calls have these row sets. ``main`` ones are those of the step, and named once."""
@@ -90,7 +100,9 @@ class StepRows:
             return
         for part in (self._main, *self._parts):
             # Those from before an interruption go on.
-            if part is not None and part.sets is sets and part.first is self.first:
+            if part is None or part.left_out:
+                continue
+            if part.sets is sets and part.first is self.first:
                 self._part = part
                 return
         self._part = _Part(tuple(sets), self.first)
@@ -103,43 +115,55 @@ class StepRows:
 
     def note(self) -> None:
         """Remember which calls began since the row sets were entered."""
-        part = self._part
         for directory, module, call in self.calls_begun():
+            part = self._part_of(module)
             part.calls.append(directory)
             part.indices.append(call - part.first.get(module, 0))
+
+    def _part_of(self, module: str) -> _Part:
+        """The part that the calls of a module belong to now."""
+        part, left_out = self._part, self._choosing.left_out(module)
+        if not left_out:
+            return part
+        found = part.narrower.get(left_out)
+        if found is None:
+            found = part.narrower[left_out] = _Part(part.sets, part.first, left_out=left_out)
+            self._parts.append(found)
+        return found
 
     def cut(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor's rows that are kept, the tensor itself where all are; None if it must not be stored."""
         found = Placed(None, 0, False)
         self.cut_along = None
+        part = self._part_of(self._module)
         plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
         if plain and self.told:
             whole_numbers = not (tensor.is_floating_point() or tensor.is_complex())
-            found = placed(tensor.shape, whole_numbers, self._part.sets)
+            found = placed(tensor.shape, whole_numbers, part.sets)
         if found.rows is not None:
             self.cut_along = found.axis
-            return self._kept(self._part, found.rows).of(as_rows(tensor, found.axis))
-        if not (self._everyone and self.told):
+            return self._kept(part, found.rows).of(as_rows(tensor, found.axis))
+        if not (self._everyone and self.told) or part.left_out:
             return None
-        self._part.whole.add(tuple(tensor.shape))
+        part.whole.add(tuple(tensor.shape))
         return tensor
 
     def _kept(self, part: _Part, rows: RowSet) -> _Kept:
         kept = part.kept.get(id(rows))
         if kept is None:
-            kept = part.kept[id(rows)] = _Kept(rows, self._chosen_of, self._last)
+            chosen = functools.partial(self._chosen_of, part.left_out)
+            kept = part.kept[id(rows)] = _Kept(rows, chosen, self._choosing.lasts)
         return kept
 
-    def _chosen_of(self, span: Span) -> tuple[int, int] | None:
+    def _chosen_of(self, left_out: frozenset[str], span: Span) -> tuple[int, int] | None:
         """Which rows of a span are kept: the first, and how many."""
-        if self._chooses is not None and not self._chooses(str(span.row["request_id"])):
+        request, choosing = str(span.row["request_id"]), self._choosing
+        if request in left_out or not choosing.keeps(request):
             return None
-        if self.window is not None:
-            prompt = self.prompts.get((str(span.row["request_id"]), str(span.row.get("sequence", ""))))
-            part = self.window.part(span.first, span.length, prompt)
+        if not choosing.lasts(request):
+            prompt = self.prompts.get((request, str(span.row.get("sequence", ""))))
+            part = choosing.part(request, span.first, span.length, prompt)
             return None if part is None or not part[1] else (span.begin + part[0], part[1])
-        if not self._last:
-            return span.begin, span.length
         accepted = span.row.get("accepted")
         if accepted:
             return span.begin + min(span.length, accepted) - 1, 1
@@ -179,7 +203,7 @@ class StepRows:
 
     @property
     def _cuts(self) -> bool:
-        return self._chooses is not None or self._last or self.window is not None
+        return self._choosing.cuts
 
     def _stored(self, part: _Part, rows: RowSet) -> tuple[list[Json], int]:
         if not self._cuts:
@@ -191,16 +215,15 @@ class _Kept:
     """The rows of one set that are kept, in ascending order, as a range where they are one."""
 
     def __init__(
-        self, rows: RowSet, chosen: Callable[[Span], tuple[int, int] | None], last: bool = False
+        self, rows: RowSet, chosen: Callable[[Span], tuple[int, int] | None], lasts: Callable[[str], bool]
     ) -> None:
         self.rows: list[Json] = []
         places: list[int] = []
         final = {span.row["request_id"]: span for span in rows.spans}
         for span in rows.spans:
-            found = chosen(span)
-            if found is None or (
-                last and rows.grid is not None and final[span.row["request_id"]] is not span
-            ):
+            request, found = span.row["request_id"], chosen(span)
+            last = lasts(str(request))
+            if found is None or (last and rows.grid is not None and final[request] is not span):
                 continue
             begin, count = found
             self.rows.append(_moved(span, begin - span.begin, count, len(places)))

@@ -48,8 +48,9 @@ Taken = tuple[TensorSpec, Chunk, int]
 class Collector:
     """Gathers a step's calls and hands them over as batches; takes the leaves of their structures.
 
-    With ``rows``, only those rows of each tensor are copied. Where they cannot be told, nothing of the
-    tensor is stored: rows of requests that were not chosen must not be.
+    With ``rows``, only those rows of each tensor are copied, in every step, or in one that begins with them.
+    Where they cannot be told, nothing of the tensor is stored: rows of requests that were not chosen must
+    not be. Where ``narrows``, the modules differ in whose rows are kept, which takes the Python half.
     """
 
     def __init__(
@@ -60,9 +61,11 @@ class Collector:
         capture: Captured = "tensor",
         objects: Container[str] = (),
         rows: StepRows | None = None,
+        narrows: bool = False,
     ) -> None:
         self.opens = objects
-        self._rows = rows
+        self._rows = self._usual_rows = rows
+        self._narrows = narrows
         self._stager = stager
         self._capture = capture
         self._forms = TensorSpecs(tensors)
@@ -85,7 +88,7 @@ class Collector:
         self._use(Batch(0))
 
     def _new_walker(self) -> Any:
-        if not can_look() or self._rows is not None:
+        if not can_look() or self._rows is not None or self._narrows:
             return None
         walker = extension.Walker(self.tensor, lambda value, seen: flatten(value, self, seen))
         walker.fill(self._stager.chunk)
@@ -94,8 +97,12 @@ class Collector:
         self._forms.on_clear = walker.forget
         return walker
 
-    def begin_step(self, step: int) -> None:
-        """Begin a step, and forget the one before."""
+    def begin_step(self, step: int, rows: StepRows | None = None) -> None:
+        """Begin a step, in which perhaps only some ``rows`` are copied, and forget the one before."""
+        self._rows = rows or self._usual_rows
+        if rows is not None and self.walker is not None:
+            # Then each tensor is looked at here.
+            self.walker.forget()
         self._noted = 0
         self._use(Batch(step))
         self._stager.begin_step()
@@ -124,6 +131,10 @@ class Collector:
         if self.walker is not None:
             self.walker.use(batch.sides, batch.specs, batch.chunks, batch.offsets, batch.scalars)
 
+    def hears(self, call: Call) -> bool:
+        """Whether anything of a call is to be captured in this step; its tensors come now."""
+        return self._rows is None or self._rows.hears(call.module)
+
     def inputs(self, sides: Call, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """A call begins: capture its positional and keyword arguments."""
         self._arguments(sides, sides.inputs, "inputs", args, kwargs)
@@ -142,6 +153,8 @@ class Collector:
         args: tuple[Any, ...],
         kwargs: dict[str, Any],
     ) -> None:
+        if not self.hears(sides):
+            return
         try:
             if self.walker is not None:
                 self.walker.leaving = False
@@ -176,6 +189,8 @@ class Collector:
 
     def outputs(self, sides: Call, output: Any) -> None:
         """A call has returned: capture what."""
+        if not self.hears(sides):
+            return
         try:
             if self.walker is not None and not self._parts:
                 self.walker.leaving = True
@@ -205,6 +220,8 @@ class Collector:
         make: Callable[[TreeSpec], CallSide],
     ) -> None:
         """A call shows a value in the midst of it: capture that; ``make`` gives a structure's new side."""
+        if not self.hears(call):
+            return
         try:
             if self.walker is not None:
                 self.walker.leaving = True
@@ -241,6 +258,8 @@ class Collector:
 
     def raised(self, sides: Call, error: BaseException) -> None:
         """Note that the call raised instead of returning."""
+        if not self.hears(sides):
+            return
         known, what = sides.outputs, Opaque(f"raised {class_name(error)}")
         self._add_site(known.get(what) or sides.add(known, what, "outputs", what, None))
 
@@ -316,7 +335,7 @@ class Collector:
         if place is None:
             return self.without_copy(spec.refused(QUEUE_FULL))
         self._run_bytes += spec.nbytes
-        if spec.plain and self.walker is not None:
+        if spec.plain and self.walker is not None and self._rows is None:
             self.walker.know(tensor, spec, spec.nbytes)
         return spec, *place
 

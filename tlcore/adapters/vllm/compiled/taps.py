@@ -96,21 +96,25 @@ class Taps:
         if number >= len(users):
             return
         side, index = users[number]
-        if not side.wanted:
+        if not (side.wanted and collector.hears(side.sides)):
             return
         self._taken.setdefault(side, {})[index] = collector.take(tensor)
-        while self._waiting and self._complete(self._waiting[0]):
+        while self._waiting and self._complete(collector, self._waiting[0]):
             self._put(collector, self._waiting.popleft())
         if not self._taken:
             # Only now does every copy belong to a side.
             collector.hand_over_if_needed()
 
-    def _complete(self, side: Side) -> bool:
-        return not side.specs or len(self._taken.get(side, ())) == len(side.specs)
+    def _complete(self, collector: Collector, side: Side) -> bool:
+        if not side.specs or not collector.hears(side.sides):
+            return True
+        return len(self._taken.get(side, ())) == len(side.specs)
 
     def _put(self, collector: Collector, side: Side) -> int:
         """Add the side to the step; how many of its tensors should have been shown but were not."""
         taken = self._taken.pop(side, {})
+        if not collector.hears(side.sides):
+            return 0
         found = [taken.get(i) for i in range(len(side.specs))]
         leaves = [each or collector.without_copy(spec) for each, spec in zip(found, side.specs, strict=True)]
         collector.add(side.sides, side.direction, side.treespec, side.keywords, leaves, side.scalars)

@@ -14,9 +14,10 @@ from typing import Any
 from ....config.configuration import read_config_file
 from ....errors import ConfigError, TlcoreError
 from ....layout.jsontext import parse_json
-from ..carrier import KEY, GivenConfig, is_carrier
+from ..carrier import KEY, GivenConfig, carried, is_carrier
 from ..reports import share_directory
 from . import check as frontend
+from . import requests
 from .shutdown import give_workers_time
 
 PATH_KEY = f"{KEY}_path"
@@ -152,6 +153,7 @@ def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
             give_workers_time()
         vllm_config = original(self, *args, **kwargs)
         frontend.check_engine_config(vllm_config)
+        requests.remember(carried(vllm_config.additional_config))
         return vllm_config
 
     return create_engine_config

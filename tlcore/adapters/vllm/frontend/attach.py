@@ -20,6 +20,7 @@ from ....record import Json
 from ..carrier import KEY, Carrier
 from . import check as frontend
 from .deaths import remains
+from .requests import remember
 from .status import POLL_S, START, STATUS, STOP, Status, merged
 
 log = logging.getLogger("vllm.tlcore")
@@ -140,6 +141,7 @@ class attach:  # noqa: N801 - a context manager reads like a function
             # Some ranks may have started, and a run of only some of them is worth nothing.
             self._ask(STOP, self._run_id)
             raise
+        remember(carrier)
         self._url, self._attached, self._last = str(status.url), True, None
         self._raises = carrier["config"]["on_error"] == "raise"
 

@@ -26,6 +26,7 @@ from ..carrier import Carrier
 from ..plugins import ENDPOINT
 from .attach import prepare
 from .engines import DeadEngineError, Engines
+from .requests import remember
 from .status import POLL_S, START, STATUS, STOP, Status, merged
 
 log = logging.getLogger("vllm.tlcore")
@@ -113,6 +114,7 @@ class EndpointPlugin:
             # Some ranks may have started, and a run of only some of them is worth nothing; another's goes on.
             await engines.ask(STOP, run_id)
             raise
+        remember(carrier)
         return status
 
     async def _stop(self, request: Any) -> Status:

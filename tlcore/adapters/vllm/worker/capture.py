@@ -15,6 +15,7 @@ from typing import Any
 from torch import nn
 
 from ....config.configuration import Config, load_config
+from ....config.request import Allowed
 from ....engine.environment import environment
 from ....engine.new_run import new_run
 from ....engine.session import Session
@@ -113,8 +114,10 @@ class WorkerCapture:
         self._session = session
         if self._publisher is None:
             self._publisher = Publisher(self._rank, self._figures)
-        self._publisher.publish_soon()
         self._bracket.session = session
+        # The front end refuses requests by these.
+        self._publisher.publish_modules(session.run_id, session.modules)
+        self._publisher.publish()
         log.info("intermediate tensors go to %s", session.run.shown_url)
         return session
 
@@ -168,11 +171,14 @@ class WorkerCapture:
 
     def _figures(self) -> Json:
         """The metrics of this rank: counters over all runs, and what the last one is doing."""
-        running = int(self._session is not None)
+        session = self._session
+        running = int(session is not None)
         status = self.status()
         if "url" in status:
             status["url"] = redact_url(status["url"])
         state = {"queue_bytes": self._runs.queue_bytes, "running": running, "status": status}
+        if session is not None:
+            state["allowed"] = Allowed.of(session.config).to_json()
         return {**self._runs.figures(), **state}
 
     def _bracketed(self, worker: Any) -> StepWrapper:

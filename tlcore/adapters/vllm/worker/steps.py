@@ -9,10 +9,12 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
+from ....engine.filters.choosing import Choosing
 from ....engine.session import Session
 from ....layout.rows import NO_ROWS, Decided
 from ..compiled.eager_steps import EagerSteps
 from .accepted import drafts_decided
+from .choices import ClientChoices
 from .draft_scopes import DraftScopes
 from .row_scopes import RowScopes
 from .rows import RowError, RowReader
@@ -45,6 +47,7 @@ class StepWrapper:
         self._reader = RowReader(runner)
         self._runner = runner
         self._tokens = TokenReader(runner, writes_tokens)
+        self._choices = ClientChoices(runner)
         self._scopes = RowScopes(runner, self._reader, self._tokens)
         DraftScopes(self._scopes, runner, self._draft)
         self.session = session
@@ -67,6 +70,7 @@ class StepWrapper:
         self._session = session
         self._reader.forget()
         self._tokens.forget()
+        self._choices.begin_run(None if session is None else session.config)
 
     def warm_up(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a worker's method in which no step is real."""
@@ -122,6 +126,7 @@ class StepWrapper:
         try:
             self._reader.begin_step(scheduler_output)
             self._tokens.begin_step(scheduler_output)
+            self._choices.begin_step(scheduler_output)
             self._open = self._session_begins(scheduler_output)
         except Exception as error:
             self._open = False
@@ -131,22 +136,24 @@ class StepWrapper:
         session = self.session
         if session is None:
             return False
-        begun = session.begin_step(wanted=self._wants(session, scheduler_output))
+        requests = scheduler_output.num_scheduled_tokens
+        choosing = session.choosing(requests, self._choices.of(requests))
+        begun = session.begin_step(wanted=self._wants(choosing, scheduler_output), choosing=choosing)
         if begun:
             self._scopes.begin(session.rows, scheduler_output, session.config.keeps_token_ids)
         return begun
 
-    def _wants(self, session: Session, scheduler_output: Any) -> bool:
+    def _wants(self, choosing: Choosing, scheduler_output: Any) -> bool:
         """Whether any row of a step is one of those that are kept, as far as its schedule tells."""
-        chooses, window = session.rows.chooses, session.rows.window
         counts = scheduler_output.num_scheduled_tokens
-        chosen = [each for each in counts if chooses is None or chooses(each)]
+        chosen = [each for each in counts if choosing.keeps(each)]
         # With speculation the scheduler counts positions that may not come to be.
-        if window is None or getattr(self._runner, "speculative_config", None) is not None:
-            return bool(chosen) or chooses is None
+        if not choosing.any_window or getattr(self._runner, "speculative_config", None) is not None:
+            return bool(chosen) or choosing.chooses is None
         firsts, prompts = scheduled_firsts(scheduler_output), self._tokens.prompts(chosen)
         for request in chosen:
-            part = window.part(firsts.get(request), int(counts[request]), prompts.get((request, "")))
+            known = firsts.get(request), int(counts[request]), prompts.get((request, ""))
+            part = choosing.part(request, *known)
             if part is None or part[1]:
                 return True
         return False

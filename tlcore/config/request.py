@@ -1,0 +1,142 @@
+"""What a client chooses of the capture of its own request, as far as the operator allows it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ..errors import ConfigError, nearest
+from ..layout.jsontext import parse_json
+from ..layout.windows import Window, window_of
+from .configuration import Config
+from .validation import PathPart, coerce, json_path, plain, problems, show
+
+# Where a request carries it, which the paths of errors begin with.
+KEY = "tlcore"
+_LONGEST_TEXT = 1 << 16
+Rows = Literal["last"] | Window
+ALL = Window()
+
+
+@dataclass(frozen=True, slots=True)
+class RequestChoice:
+    """What one request says of its capture; a key that it does not give is None.
+
+    ``enabled`` false leaves the request out, whatever else is said. `given` names the keys.
+    """
+
+    enabled: bool | None = None
+    modules: tuple[str, ...] | None = None
+    rows: Rows | None = None
+
+    @property
+    def leaves_out(self) -> bool:
+        """Whether nothing of the request is to be captured."""
+        return self.enabled is False
+
+    @property
+    def given(self) -> tuple[str, ...]:
+        """The keys that the request gives."""
+        return tuple(key for key in ("enabled", "modules", "rows") if getattr(self, key) is not None)
+
+
+def request_choice(value: Any) -> RequestChoice | None:
+    """The choice in a mapping or JSON text; None where it says nothing.
+
+    Raises ConfigError with the first problem, its path beginning with ``$.tlcore``.
+    """
+    document = coerce(plain(_document(value), (KEY,)), _schema())
+    found = problems(document, _schema(), (KEY,))
+    if found:
+        raise found[0]
+    if not document:
+        return None
+    modules = document.get("modules")
+    return RequestChoice(
+        document.get("enabled"), None if modules is None else tuple(modules), _rows(document.get("rows"))
+    )
+
+
+@functools.cache
+def _schema() -> dict[str, Any]:
+    import tlcore_schemas
+
+    return tlcore_schemas.load("request.v1")
+
+
+def _document(value: Any) -> Mapping[str, Any]:
+    if isinstance(value, str):
+        if len(value) > _LONGEST_TEXT:
+            raise _error((), f"the text is longer than {_LONGEST_TEXT} characters.")
+        try:
+            value = parse_json(value)
+        except ConfigError as error:
+            raise _error((), error.problem) from None
+    if not isinstance(value, Mapping):
+        raise _error((), 'it must be a JSON object or its text, such as {"rows": "last"}.')
+    return value
+
+
+def _rows(given: Any) -> Rows | None:
+    if given is None:
+        return None
+    if given == "last":
+        return "last"
+    try:
+        return window_of(given)
+    except ValueError as error:
+        raise _error(("rows",), f"{error}.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Allowed:
+    """What the requests of a run may choose: ``keys`` (its ``request_overrides``), within its ``rows``."""
+
+    keys: tuple[str, ...] = ()
+    rows: Rows = ALL
+
+    @classmethod
+    def of(cls, config: Config) -> Allowed:
+        """What a configuration allows."""
+        return cls(config.request_overrides, config.rows)
+
+    @classmethod
+    def from_json(cls, document: Mapping[str, Any]) -> Allowed:
+        """The same from `to_json`."""
+        return cls(tuple(document["keys"]), _rows(document["rows"]) or ALL)
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {"keys": list(self.keys), "rows": _shown(self.rows)}
+
+    def refusal(self, choice: RequestChoice) -> ConfigError | None:
+        """Why a request may not choose this; None where it may. Leaving it out is always allowed."""
+        if choice.leaves_out:
+            return None
+        for key in choice.given:
+            if key not in self.keys:
+                problem = f"no request may choose it here: request_overrides is {show(list(self.keys))}."
+                hint = 'Leave it out, or give "enabled": false to leave the request out.'
+                return _error((key,), problem, hint)
+        both = (choice.rows, self.rows)
+        if "last" in both and both[0] not in (None, ALL, self.rows) and self.rows != ALL:
+            problem = f"the rows {show(_shown(self.rows))} of this capture cannot be narrowed to these."
+            return _error(("rows",), problem, "Leave the key out.")
+        return None
+
+
+def _shown(rows: Rows) -> Any:
+    return rows if rows == "last" else rows.to_json()
+
+
+def unknown_module(place: int, wanted: str, known: Collection[str]) -> ConfigError:
+    """The error for one of the ``modules`` that is none of those which a run captures."""
+    near = nearest(wanted, sorted(known))
+    hint = f"Did you mean {show(near[0])}?" if near else "Names are whole; * stands for any characters."
+    return _error(("modules", place), f"{show(wanted)} is no module that is captured.", hint)
+
+
+def _error(inside: tuple[PathPart, ...], problem: str, hint: str | None = None) -> ConfigError:
+    return ConfigError(json_path((KEY, *inside)), problem, hint)
