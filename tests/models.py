@@ -98,7 +98,7 @@ def _write_tiny_llama(directory: Path) -> None:
         torch.manual_seed(0)
         model = LlamaForCausalLM(config)
     model.save_pretrained(directory)
-    _write_tokenizer(directory)
+    write_tokenizer(directory)
 
 
 def _write_tiny_moe(directory: Path) -> None:
@@ -122,10 +122,11 @@ def _write_tiny_moe(directory: Path) -> None:
         torch.manual_seed(0)
         model = MixtralForCausalLM(config)
     model.save_pretrained(directory)
-    _write_tokenizer(directory)
+    write_tokenizer(directory)
 
 
-def _write_tokenizer(directory: Path) -> None:
+def write_tokenizer(directory: Path) -> None:
+    """A byte-pair tokenizer of 512 tokens."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 

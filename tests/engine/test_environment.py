@@ -115,6 +115,15 @@ def test_compare_says_which_weights_and_settings_differ(captured: Callable[..., 
     told["environment"]["configuration"] = {"rope_theta": 5e5}
     document.write_text(json.dumps(told))
     assert any("threads (" in note for note in tlcore.compare(a, b).notes)
+    # What only one of them tells is no difference.
+    told["environment"]["engine"] = {"compilation": "NONE"}
+    document.write_text(json.dumps(told))
+    assert not any("compilation" in note for note in tlcore.compare(a, b).notes)
+    other = Path(a) / "run.json"
+    before = other.read_text()
+    other.write_text(json.dumps({**json.loads(before), "environment": {"engine": {"compilation": "FULL"}}}))
+    assert any("compilation (FULL against NONE)" in note for note in tlcore.compare(a, b).notes)
+    other.write_text(before)
     told["environment"] = "damaged"
     document.write_text(json.dumps(told))
     assert not any("weights differ" in note for note in tlcore.compare(a, b).notes)

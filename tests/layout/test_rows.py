@@ -53,6 +53,33 @@ def test_two_sets_of_one_length_that_differ_are_not_certain() -> None:
     assert row_set_of((13, 5), False, [one, RowSet("again", _rows(4, 9))]) is one
 
 
+def test_sets_that_differ_in_positions_alone_tell_the_owner() -> None:
+    """Of images that are one part each, the parts' rows are those of the images."""
+    items, parts = RowSet("items", _rows(1, 1, first=7)), RowSet("item_parts", _rows(1, 1))
+    parts = parts.without_positions
+    for sets in ([items, parts], [parts, items]):
+        found = row_set_of((2, 16, 64), False, sets)
+        assert found is not None and found is row_set_of((2, 3), False, sets)
+        assert [(span.row["request_id"], span.begin, span.length, span.first) for span in found.spans] == [
+            ("a", 0, 1, None),
+            ("b", 1, 1, None),
+        ]
+
+
+def test_owners_are_the_same_in_other_pieces() -> None:
+    owners = zip(_rows(2, 2, 1), "aab", strict=True)
+    tokens = RowSet("item_tokens", [{**row, "request_id": owner} for row, owner in owners])
+    found = row_set_of((5, 8), False, [tokens, RowSet("item_parts", _rows(4, 1)).without_positions])
+    assert found is not None and found.owners == (("a", None, 4), ("b", None, 1))
+    assert all(span.first is None for span in found.spans)
+    assert row_set_of((5, 8), False, [tokens, RowSet("item_parts", _rows(3, 2))]) is None
+
+
+def test_sets_with_drafts_must_agree_in_all() -> None:
+    one, other = RowSet("tokens", _rows(2, 1, drafts=1)), RowSet("sampled", _rows(2, 1, first=3))
+    assert row_set_of((3, 8), False, [one, other]) is None
+
+
 def test_listed_calls_have_their_own_rows_and_all_others_those_of_the_step() -> None:
     document = {
         "rows": _rows(2, 1, 3),

@@ -12,7 +12,7 @@ _SHOWN = 3
 
 def settings_apart(a: Run, b: Run) -> Iterator[str]:
     """What of packages, settings and devices differs: other rounding comes of it, and nothing else should."""
-    for part in ("packages", "settings", "devices"):
+    for part in ("packages", "settings", "engine", "devices"):
         mine, other = (_part(run, part) for run in (a, b))
         if mine and other:
             yield from (f"{key} ({one} against {two})" for key, one, two in _differing(mine, other))

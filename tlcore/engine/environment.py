@@ -140,10 +140,13 @@ def _sampled(tensor: torch.Tensor, places: dict[tuple[int, torch.device], torch.
     if at is None:
         spread = (np.arange(min(count, _SAMPLED)) * _GOLDEN) % 1 * count
         at = places[count, tensor.device] = torch.from_numpy(spread.astype(np.int64)).to(tensor.device)
+    # Not every torch picks values out of tensors of eight-bit floats.
+    picked = tensor.view(torch.uint8) if tensor.is_floating_point() and tensor.itemsize == 1 else tensor
     if tensor.is_contiguous():
-        values = tensor.view(-1)[at]
+        picked = picked.view(-1)[at]
     else:
-        values = tensor[torch.unravel_index(at, tensor.shape)] if tensor.dim() else tensor.view(-1)
+        picked = picked[torch.unravel_index(at, tensor.shape)] if tensor.dim() else picked.view(-1)
+    values = picked.view(tensor.dtype)
     if values.is_complex():
         values = torch.view_as_real(values.resolve_conj()).reshape(-1)
     return (

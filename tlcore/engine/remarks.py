@@ -21,8 +21,9 @@ from .hooks.tracing import COMPILED, SYMBOLIC, TRANSFORMED
 
 _SHOWN = 4
 _FAST_PATH = (
-    "PyTorch's fast path of nn.TransformerEncoderLayer computes without calling them (a forward hook on any"
-    " of them, or torch.backends.mha.set_fastpath_enabled(False), keeps it from that)"
+    "PyTorch's fast path of nn.TransformerEncoderLayer computes without calling them"
+    " (torch.backends.mha.set_fastpath_enabled(False), or from torch 2.5 on a forward hook on any of them,"
+    " keeps it from that)"
 )
 _ATTENTION = "nn.MultiheadAttention uses its weights and does not call it"
 _SCRIPT = "TorchScript calls them without Python"

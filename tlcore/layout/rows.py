@@ -99,6 +99,25 @@ class RowSet:
             if row["rows"]
         )
 
+    @cached_property
+    def owners(self) -> tuple[tuple[Any, ...], ...] | None:
+        """Whose the rows are, and how many follow each other; None where some may be taken back."""
+        found: list[tuple[Any, ...]] = []
+        for row, _, length, *_ in self.spans:
+            if any(row.get(key) is not None for key in ("drafts", *DECIDED)):
+                return None
+            owner, before = (row["request_id"], row.get("sequence")), 0
+            if found and found[-1][:2] == owner:
+                before = found.pop()[2]
+            found.append((*owner, before + length))
+        return tuple(found)
+
+    @cached_property
+    def without_positions(self) -> RowSet:
+        """The same owners, and nothing of where in their requests the rows are."""
+        rows = [{key: value for key, value in row.items() if key != "first_position"} for row in self.rows]
+        return RowSet(self.kind, rows, self.padded)
+
 
 # What is known of a request's rows only when its draft tokens are decided on.
 DECIDED = ("accepted", "last")
@@ -206,12 +225,25 @@ def _flat_set_of(shape: Sequence[int], whole_numbers: bool, sets: Iterable[RowSe
     if not shape:
         return None
     fitting = [each for each in sets if each.length and shape[0] in each.lengths]
-    if not fitting or any(each.spans != fitting[0].spans for each in fitting[1:]):
+    if not fitting:
         return None
     if len(shape) == 2 and whole_numbers and shape[0] != 1 and shape[1] in fitting[0].lengths:
         # Multimodal positions are (3, tokens): where the tokens are three, too, nobody can tell.
         return None
-    return fitting[0]
+    return fitting[0] if len(fitting) == 1 else _in_common(fitting)
+
+
+def _in_common(sets: Sequence[RowSet]) -> RowSet | None:
+    """What holds whichever of the sets a tensor has: None where its rows might have other owners.
+
+    Of images that are one part each, the rows are the images' or the parts': only the positions differ.
+    """
+    first = sets[0]
+    if all(each.spans == first.spans for each in sets[1:]):
+        return first
+    if any(each.owners is None or each.owners != first.owners for each in sets):
+        return None
+    return first.without_positions
 
 
 def is_whole_numbers(dtype: str) -> bool:

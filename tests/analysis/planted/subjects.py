@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 from unittest.mock import patch
 
+import pytest
 import torch
 from torch import nn
 
@@ -47,9 +48,7 @@ class Decoding(nn.Module):
         self.between: Callable[[Any], None] = lambda cache: None
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        from transformers import DynamicCache
-
-        cache = DynamicCache()
+        cache = _transformers().DynamicCache()
         self.inner(ids[:, :-3], past_key_values=cache, use_cache=True)
         self.between(cache)
         logits: torch.Tensor = self.inner(ids[:, -3:], past_key_values=cache, use_cache=True).logits
@@ -95,43 +94,47 @@ class Adapted(nn.Module):
         return found
 
 
-def _llama() -> nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _transformers() -> Any:
+    """Not for every Python and torch that the fast tests run on."""
+    return pytest.importorskip("transformers")
 
-    model: nn.Module = LlamaForCausalLM(LlamaConfig(**_SIZES, **_HEADS, **_ENDS, num_hidden_layers=3))
+
+def _llama() -> nn.Module:
+    known = _transformers()
+    model: nn.Module = known.LlamaForCausalLM(
+        known.LlamaConfig(**_SIZES, **_HEADS, **_ENDS, num_hidden_layers=3)
+    )
     return model
 
 
 def _mixtral() -> nn.Module:
-    from transformers import MixtralConfig, MixtralForCausalLM
-
+    known = _transformers()
     experts = {"num_local_experts": 4, "num_experts_per_tok": 2, "experts_implementation": "eager"}
-    model: nn.Module = MixtralForCausalLM(
-        MixtralConfig(**_SIZES, **_HEADS, **_ENDS, **experts, num_hidden_layers=2)
+    model: nn.Module = known.MixtralForCausalLM(
+        known.MixtralConfig(**_SIZES, **_HEADS, **_ENDS, **experts, num_hidden_layers=2)
     )
     return model
 
 
 def _gpt2() -> nn.Module:
-    from transformers import GPT2Config, GPT2LMHeadModel
-
+    known = _transformers()
     sizes = {"vocab_size": VOCABULARY, "n_embd": 64, "n_layer": 2, "n_head": 4, "n_positions": 64}
-    model: nn.Module = GPT2LMHeadModel(GPT2Config(**sizes, **_ENDS))
+    model: nn.Module = known.GPT2LMHeadModel(known.GPT2Config(**sizes, **_ENDS))
     return model
 
 
 def _bert() -> nn.Module:
-    from transformers import BertConfig, BertModel
-
-    model: nn.Module = BertModel(BertConfig(**_SIZES, num_hidden_layers=2, num_attention_heads=4))
+    known = _transformers()
+    model: nn.Module = known.BertModel(known.BertConfig(**_SIZES, num_hidden_layers=2, num_attention_heads=4))
     return model
 
 
 def _t5() -> nn.Module:
-    from transformers import T5Config, T5ForConditionalGeneration
-
+    known = _transformers()
     sizes = {"vocab_size": VOCABULARY, "d_model": 64, "d_kv": 16, "d_ff": 80, "num_heads": 4}
-    model: nn.Module = T5ForConditionalGeneration(T5Config(**sizes, num_layers=2, num_decoder_layers=2))
+    model: nn.Module = known.T5ForConditionalGeneration(
+        known.T5Config(**sizes, num_layers=2, num_decoder_layers=2)
+    )
     return model
 
 

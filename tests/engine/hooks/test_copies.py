@@ -10,6 +10,7 @@ import pickle
 import subprocess
 import sys
 import types
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -193,11 +194,27 @@ def test_the_fast_path_is_taken_as_without_capture_and_said() -> None:
             reasons += [len(each._forward_hooks) + len(each._forward_pre_hooks) for each in module.modules()]
     assert not any(reasons)
     assert any("self_attn" in each and "fast path" in each for each in capture.remarks)
-    with torch.inference_mode():
+
+
+@pytest.fixture
+def fast_path() -> Iterator[None]:
+    before = torch.backends.mha.get_fastpath_enabled()
+    yield
+    torch.backends.mha.set_fastpath_enabled(before)
+
+
+@pytest.mark.parametrize("by", ["switch", "hook"])
+def test_what_the_remark_advises_keeps_the_fast_path_off(by: str, fast_path: None) -> None:
+    module = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, dropout=0.0).eval()
+    if by == "switch":
+        torch.backends.mha.set_fastpath_enabled(False)
+    elif "hooks are attached" in inspect.getsource(type(module).forward):
         module.linear1.register_forward_hook(lambda *_: None)
-        sink = MemorySink()
-        with tlcore.capture(module, backend=sink) as capture:
-            module(x)
+    else:
+        pytest.skip("this torch takes its fast path in spite of hooks")
+    sink = MemorySink()
+    with torch.inference_mode(), tlcore.capture(module, backend=sink) as capture:
+        module(torch.randn(2, 3, 8))
     assert "self_attn" in sink.steps[0].calls and not any("fast path" in each for each in capture.remarks)
 
 

@@ -10,8 +10,8 @@ import xxhash
 
 from ...config.configuration import Config
 
-# vLLM's own addition to an id, which is another one each time.
-_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")
+# vLLM's own additions to an id: one that is another each time, and the number of a sample of ``n``.
+_ADDITIONS = re.compile(r"\A\d+_|-[0-9a-f]{8}\Z")
 _WHOLE = 1 << 64
 
 
@@ -32,8 +32,8 @@ def request_filter(config: Config) -> Callable[[str], bool] | None:
             return False
         if rate >= 1:
             return True
-        # The same request must be chosen again in another run.
-        plain = _RANDOM_SUFFIX.sub("", request_id)
+        # The same request must be chosen again in another run, with all of its samples or none.
+        plain = _ADDITIONS.sub("", request_id)
         return xxhash.xxh3_64_intdigest(f"{seed}:{plain}".encode()) < rate * _WHOLE
 
     return chooses

@@ -84,6 +84,15 @@ def test_a_sample_is_the_same_in_every_run_and_about_as_large_as_asked() -> None
     assert (len(chosen(0, 0, "0123abcd")), len(chosen(1, 0, "0123abcd"))) == (0, 2000)
 
 
+def test_a_request_is_in_the_sample_with_all_of_its_samples_or_none() -> None:
+    chooses = request_filter(load_config({"sample_rate": 0.5})) or (lambda request: True)
+    ids = [f"cmpl-{i}-0-0123abcd" for i in range(40)]
+    chosen = [chooses(each) for each in ids]
+    assert 5 < sum(chosen) < 35
+    for sample in (0, 1, 13):
+        assert [chooses(f"{sample}_{each}") for each in ids] == chosen
+
+
 def test_numbers_of_the_runner_may_be_of_numpy() -> None:
     runner, sink = Runner(), MemorySink()
     runner.input_batch.num_computed_tokens_cpu = np.array([4, 0, 9], dtype=np.int32)

@@ -97,6 +97,28 @@ def test_warm_up_dummies_and_empty_batches_are_no_steps() -> None:
     assert sink.steps == []
 
 
+def test_nothing_is_kept_of_requests_that_ended_with_the_engines_work() -> None:
+    """vLLM tells of them in a step without tokens, and only there."""
+    runner, sink = Runner(), MemorySink()
+    session, bracket = _bracketed(runner, sink)
+    for number in range(3):
+        new = SimpleNamespace(
+            req_id=f"r{number}", num_computed_tokens=0, prompt_token_ids=[5, 6], sampling_params=object()
+        )
+        step = scheduled(a=3, b=1)
+        step.scheduled_new_reqs = [new]
+        runner.execute_model(step)
+        runner.sample_tokens(None)
+        assert bracket._reader.asked(f"r{number}") is not None and bracket._tokens.prompt(f"r{number}")
+        idle = scheduled()
+        idle.finished_req_ids = {f"r{number}"}
+        runner.execute_model(idle)
+        assert bracket._reader.asked(f"r{number}") is None
+        assert bracket._tokens.prompt(f"r{number}") is None
+    session.close()
+    assert len(sink.steps) == 3
+
+
 def test_an_exception_ends_the_step_and_passes_unchanged() -> None:
     runner, sink = Runner(), MemorySink()
     session, _ = _bracketed(runner, sink)

@@ -28,6 +28,7 @@ from ..compiled.taps import tap_model
 from ..frontend.check import compiles, unknown_vllm
 from ..module_names import plain_modules
 from ..reports import Publisher
+from .engine_settings import engine_settings
 from .ranks import check_place, layout_of
 from .run_end import Runs
 from .sharding import sharding_of
@@ -239,7 +240,8 @@ def _run(worker: Any, config: Config, carrier: Mapping[str, Any]) -> RunInfo:
     run = new_run(config, rank, world_size, carrier.get("run_id"), versions)
     run.document["ranks"] = layout
     if rank == 0:
-        run.document["environment"] = environment(worker.model_runner.get_model())
+        model = worker.model_runner.get_model()
+        run.document["environment"] = {**environment(model), "engine": engine_settings(worker.vllm_config)}
     return run
 
 

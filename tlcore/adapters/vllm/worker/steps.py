@@ -91,7 +91,11 @@ class StepWrapper:
         @functools.wraps(original)
         def execute_model(scheduler_output: Any, *args: Any, **kwargs: Any) -> Any:
             scheduled = getattr(scheduler_output, "total_num_scheduled_tokens", 0)
-            if self.session is None or self._warming or kwargs.get("dummy_run") or not scheduled:
+            if self.session is None or self._warming or kwargs.get("dummy_run"):
+                return original(scheduler_output, *args, **kwargs)
+            if not scheduled:
+                # An engine that has nothing left to do says so once of the requests that ended last.
+                self._note(scheduler_output)
                 return original(scheduler_output, *args, **kwargs)
             self._begin(scheduler_output)
             try:
@@ -120,6 +124,14 @@ class StepWrapper:
             return output
 
         return last
+
+    def _note(self, scheduler_output: Any) -> None:
+        """Note which requests begin and which have ended; raises nothing."""
+        try:
+            self._reader.begin_step(scheduler_output)
+            self._tokens.begin_step(scheduler_output)
+        except Exception as error:
+            self._warn("which requests have ended could not be noted", error)
 
     def _begin(self, scheduler_output: Any) -> None:
         self._extra = dict(self.details)
