@@ -313,11 +313,25 @@ class SupportsKinds(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsStructureTexts(Protocol):
+    """A source that reads many structures at once, so that those that are alike are checked once."""
+
+    def structure_texts(self, step: int, rank: int, names: Sequence[str]) -> Sequence[bytes | None]:
+        """The JSON of structures as it is stored; None for one that must be asked for by itself."""
+        ...
+
+
 class AlikeSteps(NamedTuple):
-    """Steps of one rank whose documents are sound if that of the first is; each has so many ``tensors``."""
+    """Steps of one rank whose documents are sound if that of the first is; each has so many ``tensors``.
+
+    ``rests``, where there are some, are what of each step's document may be anything: a document without
+    records, which the reader checks.
+    """
 
     steps: Sequence[int]
     tensors: int
+    rests: Sequence[Json] = ()
 
 
 class WholeCheck(NamedTuple):

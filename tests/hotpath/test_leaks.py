@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import gc
 import resource
+import struct
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -112,6 +114,7 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
     path = str(tmp_path / "file")
     parts, target = [b"x" * 1000, bytearray(50)], bytearray(2000)
     paths = [path, str(tmp_path / "none")]
+    spans = struct.pack("=9q", *(1050, 9, 1000), *(3, 0, 3), *(1050, 9, 1000))
 
     def step() -> None:
         hashing.hex_digests(parts)
@@ -120,14 +123,17 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
             copying.write_all(file.fileno(), parts)
         native().read_files(target, paths, [1050, 3])
         native().identities(paths)
+        native().read_texts(str(tmp_path), ["file", "none"], 2000)
+        native().hash_payloads(str(tmp_path), ["file", "none", "file"], spans, target)
+        native().digest_in_pieces((parts[0],))
         refused: list[Any] = [[0], [0, 5000], [0, "x"]]
         for wrong in refused:
-            try:
+            with suppress(ValueError, TypeError):
                 copying.gather(target, wrong, parts)
-            except (ValueError, TypeError):
-                continue
+            with suppress(ValueError, TypeError):
+                native().hash_payloads(str(tmp_path), wrong, spans, target)
 
-    counted = (parts, target, paths, path, parts[0], parts[1])
+    counted = (parts, target, paths, path, spans, parts[0], parts[1])
     before = [sys.getrefcount(each) for each in counted]
     objects, memory = kept_over(step)
     after = [sys.getrefcount(each) for each in counted]

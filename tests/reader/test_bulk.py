@@ -135,7 +135,8 @@ def test_a_step_lists_nothing_but_itself(run: Path, monkeypatch: pytest.MonkeyPa
     with pytest.raises(MissingError, match="no step 7; it has 0, 1"):
         opened.step(7)
     assert opened.steps == [0, 1]
-    assert listed == ([] if in_segments else ["step_1/", "step_7/", ""])
+    # Which steps there are is seen without listing what lies in them.
+    assert listed == ([] if in_segments else ["step_1/", "step_7/"])
 
 
 def test_steps_that_nobody_holds_are_let_go(run: Path) -> None:

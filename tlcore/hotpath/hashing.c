@@ -26,13 +26,57 @@ void tlcore_hex_digest(const void *data, size_t size, char *hex)
     hex[32] = 0;
 }
 
-void tlcore_digest(const void *data, size_t size, unsigned char *digest)
+static void put_digest(digest_words words, unsigned char *digest)
 {
-    digest_words words = xxh3_128(size ? data : "", size);
     for (int i = 0; i < 8; i++) {
         digest[i] = (unsigned char)(words.high >> (56 - 8 * i));
         digest[8 + i] = (unsigned char)(words.low >> (56 - 8 * i));
     }
+}
+
+void tlcore_digest(const void *data, size_t size, unsigned char *digest)
+{
+    put_digest(xxh3_128(size ? data : "", size), digest);
+}
+
+/* The library's functions for what comes piece by piece, in the order in which `use_xxh3_pieces` takes them. */
+static struct {
+    void *(*create)(void);
+    int (*release)(void *);
+    int (*reset)(void *);
+    int (*update)(void *, const void *, size_t);
+    digest_words (*digest)(const void *);
+} pieces;
+
+int tlcore_hashes_pieces(void)
+{
+    return pieces.create != NULL;
+}
+
+void *tlcore_hash_new(void)
+{
+    return pieces.create();
+}
+
+void tlcore_hash_begin(void *state)
+{
+    pieces.reset(state);
+}
+
+void tlcore_hash_more(void *state, const void *data, size_t size)
+{
+    if (size)
+        pieces.update(state, data, size);
+}
+
+void tlcore_hash_end(void *state, unsigned char *digest)
+{
+    put_digest(pieces.digest(state), digest);
+}
+
+void tlcore_hash_free(void *state)
+{
+    pieces.release(state);
 }
 
 static PyObject *use_xxh3(PyObject *module, PyObject *address)
@@ -42,6 +86,20 @@ static PyObject *use_xxh3(PyObject *module, PyObject *address)
     if (PyErr_Occurred())
         return NULL;
     xxh3_128 = (hash_function)found;
+    Py_RETURN_NONE;
+}
+
+static PyObject *use_xxh3_pieces(PyObject *module, PyObject *args)
+{
+    (void)module;
+    unsigned long long create, release, reset, update, digest;
+    if (!PyArg_ParseTuple(args, "KKKKK:use_xxh3_pieces", &create, &release, &reset, &update, &digest))
+        return NULL;
+    pieces.create = (void *(*)(void))(uintptr_t)create;
+    pieces.release = (int (*)(void *))(uintptr_t)release;
+    pieces.reset = (int (*)(void *))(uintptr_t)reset;
+    pieces.update = (int (*)(void *, const void *, size_t))(uintptr_t)update;
+    pieces.digest = (digest_words(*)(const void *))(uintptr_t)digest;
     Py_RETURN_NONE;
 }
 
@@ -58,6 +116,25 @@ static Py_ssize_t take_views(PyObject *items, Py_buffer *views, Py_ssize_t count
             return i;
     }
     return count;
+}
+
+static PyObject *digest_in_pieces(PyObject *module, PyObject *parts)
+{
+    (void)module;
+    unsigned char digest[TLCORE_DIGEST_BYTES];
+    void *state = tlcore_hashes_pieces() && PyTuple_Check(parts) ? tlcore_hash_new() : NULL;
+    if (state == NULL)
+        return PyErr_Format(PyExc_RuntimeError, "no hash functions have been given to the extension, or no tuple");
+    tlcore_hash_begin(state);
+    for (Py_ssize_t i = 0; i < PyTuple_Size(parts) && !PyErr_Occurred(); i++) {
+        char *data;
+        Py_ssize_t size;
+        if (PyBytes_AsStringAndSize(PyTuple_GetItem(parts, i), &data, &size) == 0)
+            tlcore_hash_more(state, data, (size_t)size);
+    }
+    tlcore_hash_end(state, digest);
+    tlcore_hash_free(state);
+    return PyErr_Occurred() ? NULL : PyBytes_FromStringAndSize((const char *)digest, sizeof digest);
 }
 
 static void hash_all(const Py_buffer *views, Py_ssize_t count, char (*hex)[TLCORE_HEX_CHARS])
@@ -110,6 +187,9 @@ static PyObject *hex_digests(PyObject *module, PyObject *buffers)
 
 static PyMethodDef functions[] = {
     {"use_xxh3", use_xxh3, METH_O, "Hash with the function XXH3_128bits at this address; 0 for none."},
+    {"use_xxh3_pieces", use_xxh3_pieces, METH_VARARGS,
+     "Hash what comes in pieces with XXH3_createState, XXH3_freeState, XXH3_128bits_reset, _update, _digest."},
+    {"digest_in_pieces", digest_in_pieces, METH_O, "The XXH3-128 of the parts of a tuple together."},
     {"hex_digests", hex_digests, METH_O, "The XXH3-128 of each buffer in hex."},
     {NULL, NULL, 0, NULL},
 };

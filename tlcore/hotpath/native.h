@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 /* Counts up whenever a function changes what it takes or gives; `native.py` refuses any other. */
-#define TLCORE_INTERFACE 4
+#define TLCORE_INTERFACE 5
 
 /* Shorter work than this is over before another thread could use the interpreter, which is dear to get back. */
 #define TLCORE_SMALL_BYTES (256 << 10)
@@ -28,6 +28,14 @@ void tlcore_hex_digest(const void *data, size_t size, char *hex);
 void tlcore_digest(const void *data, size_t size, unsigned char *digest);
 int tlcore_can_hash(void);
 
+/* The same of what comes piece by piece; NULL where there is no memory. `tlcore_hashes_pieces` must have said yes. */
+int tlcore_hashes_pieces(void);
+void *tlcore_hash_new(void);
+void tlcore_hash_begin(void *state);
+void tlcore_hash_more(void *state, const void *data, size_t size);
+void tlcore_hash_end(void *state, unsigned char *digest);
+void tlcore_hash_free(void *state);
+
 /* An int that must lie in [0, most]; -1 with ValueError (or TypeError) set where it does not. */
 Py_ssize_t tlcore_size(PyObject *number, Py_ssize_t most, const char *what);
 
@@ -35,6 +43,8 @@ Py_ssize_t tlcore_size(PyObject *number, Py_ssize_t most, const char *what);
 int tlcore_add_hashing(PyObject *module);
 int tlcore_add_copying(PyObject *module);
 int tlcore_add_reading(PyObject *module);
+int tlcore_add_beneath(PyObject *module);
+int tlcore_add_payloads(PyObject *module);
 int tlcore_add_pytree(PyObject *module);
 int tlcore_add_listening(PyObject *module);
 

@@ -19,16 +19,17 @@ if TYPE_CHECKING:
     from . import _native
 
 SWITCH = "TLCORE_NO_EXTENSIONS"
-_INTERFACE = 4
+_INTERFACE = 5
 _TRIED = bytes(range(256)) * 3
 
 
 class Loaded(NamedTuple):
-    """The extension and whether it can hash; or None and the reason why it is not used."""
+    """The extension and whether it can hash, also in pieces; or None and the reason why it is not used."""
 
     module: Any
     hashes: bool
     reason: str
+    hashes_pieces: bool = False
 
 
 def _load() -> Loaded:
@@ -45,7 +46,7 @@ def _load() -> Loaded:
     found = getattr(module, "INTERFACE", None)
     if found != _INTERFACE:
         return Loaded(None, False, f"it was built from other sources (interface {found}, not {_INTERFACE})")
-    return Loaded(module, _can_hash(module), "")
+    return Loaded(module, _can_hash(module), "", _can_hash_pieces(module))
 
 
 def _can_hash(module: Any) -> bool:
@@ -62,12 +63,28 @@ def _can_hash(module: Any) -> bool:
     return False
 
 
+def _can_hash_pieces(module: Any) -> bool:
+    """The same with the functions for what comes piece by piece."""
+    names = ("XXH3_createState", "XXH3_freeState", "XXH3_128bits_reset", "XXH3_128bits_update")
+    try:
+        library = ctypes.CDLL(importlib.import_module("xxhash._xxhash").__file__)
+        functions = [getattr(library, name) for name in (*names, "XXH3_128bits_digest")]
+        module.use_xxh3_pieces(*(ctypes.cast(each, ctypes.c_void_p).value or 0 for each in functions))
+        if module.digest_in_pieces((b"", _TRIED, b"", _TRIED)) == xxhash.xxh3_128_digest(_TRIED * 2):
+            return True
+    except (ImportError, OSError, AttributeError, RuntimeError, TypeError):
+        pass
+    module.use_xxh3_pieces(0, 0, 0, 0, 0)
+    return False
+
+
 _loaded = _load()
 # What the twins use: the module, or None. Typed as if it were always there; they ask first.
 extension: Any = _loaded.module
 if TYPE_CHECKING:
     extension = _native
 can_hash = _loaded.hashes
+hashes_pieces = _loaded.hashes_pieces
 
 
 def in_use() -> str:

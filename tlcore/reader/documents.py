@@ -7,7 +7,7 @@ is a number that fits, and nothing is nested deeper than a capture writes.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from ..errors import ReadError
@@ -27,6 +27,7 @@ _PART = r"(?!\.{1,2}(?:/|\Z))[A-Za-z0-9_.\-+=@,()\[\]%~]{1,255}"
 _CALL = re.compile(_PART)
 _NAME = re.compile(rf"(step_[0-9]+)/({_PART})/({_PART})")
 _STRUCTURE_NAME = re.compile(rf"{_PART}/{PATTERN}(?:_rank_[1-9][0-9]*)?\.json")
+ProblemOf = Callable[[Any, int], str | None]
 _SCALARS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "str": (str,)}
 
 
@@ -65,17 +66,19 @@ def check_run(document: Any, where: str) -> Json:
     return run
 
 
-def check_step(document: Any, where: str, number: int) -> Json:
+def check_step(document: Any, where: str, number: int, problem_of: ProblemOf | None = None) -> Json:
     """A ``step.json``'s document: ledger, calls, records and names. Raises ReadError.
 
+    ``problem_of`` is `record_problem`, or what says the same of records and remembers some.
     Where a record's bytes lie is checked when they are read, so that one bad place costs one tensor.
     """
     step = check_layout(document, where)
     for key, kind in (("calls", list), ("records", list), ("ledger", dict)):
         if not isinstance(step.get(key), kind):
             raise ReadError(f"{where}: damaged, {key!r} is missing or no {kind.__name__}")
+    problem_of = problem_of or record_problem
     for record in step["records"]:
-        if problem := record_problem(record, number):
+        if problem := problem_of(record, number):
             raise ReadError(f"{where}: damaged record in step.json, {problem}")
     for call in step["calls"]:
         if not (isinstance(call, str) and _CALL.fullmatch(call)):

@@ -42,6 +42,7 @@ from ..registry import open_source
 from ..storage import Store
 from .documents import FOREIGN, check_step, check_structure
 from .kept import Kept, Sound
+from .sound_records import SoundRecords
 
 if TYPE_CHECKING:
     import torch
@@ -59,7 +60,7 @@ class Stored:
         self._run = run
         self._documents = Kept[Json]()
         self._kinds = Kept[Hashable | None]()
-        self._sound = Sound()
+        self._sound, self._records = Sound(), SoundRecords()
         self._structure_names = Kept[frozenset[str]]()
 
     @property
@@ -135,13 +136,13 @@ class Stored:
 
         Raises ReadError when it is missing or damaged.
         """
-        key = step, rank
-        if key not in self._documents:
+        if (key := (step, rank)) not in self._documents:
             with self._asking():
                 document = self.source.document(step, rank)
                 kind = None if self._knowing is None else self._knowing.kind(step, rank)
             if not self._sound.has(kind):
-                check_step(document, self._where(step, f"step{rank_suffix(rank)}.json"), step)
+                where = self._where(step, f"step{rank_suffix(rank)}.json")
+                check_step(document, where, step, self._records.problem)
                 self._sound.add(kind)
             self._kinds.keep(key, kind)
             return self._documents.keep(key, document)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, closing
 
 from ..errors import ReadError
@@ -10,7 +10,8 @@ from ..layout.names import rank_suffix, step_dir
 from ..protocols import WholeCheck
 from ..record import Json
 from .bulk import Payload, read_payloads
-from .documents import children
+from .documents import check_step
+from .sound_structures import SoundStructures, files_in, structure_texts
 from .stored import Stored
 
 _HASH = "xxh3-128:"
@@ -26,16 +27,17 @@ def verify_steps(stored: Stored, on_tensor: Callable[[], None]) -> tuple[int, li
     sound = 0
     # What is wrong with a file of many steps is said once.
     bad: dict[str, None] = {}
+    structures = SoundStructures()
     with ExitStack() as stack:
         proven: dict[int, _Proven] = {}
         for number, ranks in stored.all_ranks():
             for rank in sorted(ranks.committed):
                 if rank not in proven:
-                    proven[rank] = _Proven(stored, rank)
+                    proven[rank] = _Proven(stored, rank, structures)
                     stack.enter_context(closing(proven[rank].checks))
                 tensors = proven[rank].tensors(number)
                 if tensors is None:
-                    count, problems = _verify_step(stored, number, rank, on_tensor)
+                    count, problems = _verify_step(stored, number, rank, structures, on_tensor)
                     sound += count
                     bad |= dict.fromkeys(problems)
                     continue
@@ -48,8 +50,9 @@ def verify_steps(stored: Stored, on_tensor: Callable[[], None]) -> tuple[int, li
 class _Proven:
     """The steps of a rank that need not be looked at by themselves; asked for in ascending order."""
 
-    def __init__(self, stored: Stored, rank: int) -> None:
+    def __init__(self, stored: Stored, rank: int, structures: SoundStructures) -> None:
         self._stored = stored
+        self._structures = structures
         self._rank = rank
         self.checks = stored.whole_checks(rank)
         self._known: dict[int, int] = {}
@@ -71,23 +74,33 @@ class _Proven:
         found: dict[int, int] = {}
         for each in check.alike:
             # While the documents are looked at, the tensors are read in other threads.
-            if not _document_problems(self._stored, each.steps[0], self._rank):
-                found |= dict.fromkeys(each.steps, each.tensors)
+            if not _document_problems(self._stored, each.steps[0], self._rank, self._structures):
+                rests: Sequence[Json | None] = each.rests or [None] * len(each.steps)
+                steps = zip(each.steps, rests, strict=True)
+                sound = [step for step, rest in steps if _rest_is_sound(self._stored, step, rest)]
+                found |= dict.fromkeys(sound, each.tensors)
         for step in check.unsound():
             found.pop(step, None)
         return found
 
 
-def _document_problems(stored: Stored, step: int, rank: int) -> list[str]:
+def _rest_is_sound(stored: Stored, step: int, rest: Json | None) -> bool:
+    try:
+        return rest is None or bool(check_step(rest, f"{stored.url}/{step_dir(step)}", step))
+    except ReadError:
+        return False
+
+
+def _document_problems(stored: Stored, step: int, rank: int, sound: SoundStructures) -> list[str]:
     try:
         document = stored.document(step, rank)
     except ReadError as error:
         return [str(error)]
-    return [*stored.problems(step, rank), *_structure_problems(stored, step, rank, document)]
+    return [*stored.problems(step, rank), *_structure_problems(stored, step, rank, document, sound)]
 
 
 def _verify_step(
-    stored: Stored, step: int, rank: int, on_tensor: Callable[[], None]
+    stored: Stored, step: int, rank: int, structures: SoundStructures, on_tensor: Callable[[], None]
 ) -> tuple[int, list[str]]:
     try:
         document = stored.document(step, rank)
@@ -100,7 +113,7 @@ def _verify_step(
         if problem is not None:
             bad.append(problem)
         on_tensor()
-    return sound, bad + _document_problems(stored, step, rank)
+    return sound, bad + _document_problems(stored, step, rank, structures)
 
 
 def _tensor_problem(stored: Stored, payload: Payload) -> str | None:
@@ -113,26 +126,28 @@ def _tensor_problem(stored: Stored, payload: Payload) -> str | None:
     return wrong or (None if found == stated else f"{name}: {found}, step.json says {stated}")
 
 
-def _structure_problems(stored: Stored, step: int, rank: int, document: Json) -> Iterator[str]:
+def _structure_problems(
+    stored: Stored, step: int, rank: int, document: Json, sound: SoundStructures
+) -> Iterator[str]:
     records = document["records"]
     files = {f"{record['name']}.pt" for record in records}
+    begin = f"{step_dir(step)}/"
     needed = {
         f"{str(record['name']).partition('/')[2].rpartition('/')[0]}/{record['direction']}.json"
         for record in records
     }
-    for name in sorted(needed):
+    names = sorted(needed)
+    for name, text in zip(names, structure_texts(stored, step, rank, names), strict=True):
+        directory = f"{begin}{name.rpartition('/')[0]}/"
+        known = sound.files(text, directory)
+        if known is not None and files.issuperset(known):
+            continue
         try:
-            dangling = [file for file in _files_in(stored.structure(step, rank, name)) if file not in files]
+            structure = stored.structure(step, rank, name)
         except ReadError as error:
             yield str(error)
-        else:
-            shown = f"{step_dir(step)}/{name.removesuffix('.json')}{rank_suffix(rank)}.json"
-            yield from (f"{shown}: refers to {file}, which is not in step.json" for file in dangling)
-
-
-def _files_in(node: Json) -> Iterator[str]:
-    """Every tensor file that a structure refers to."""
-    if node["type"] == "tensor" and "file" in node:
-        yield node["file"]
-    for child in children(node):
-        yield from _files_in(child)
+            continue
+        sound.learn(text, directory)
+        shown = f"{begin}{name.removesuffix('.json')}{rank_suffix(rank)}.json"
+        dangling = [file for file in files_in(structure) if file not in files]
+        yield from (f"{shown}: refers to {file}, which is not in step.json" for file in dangling)

@@ -63,7 +63,7 @@ def encode(dtype: torch.dtype | str, shape: Sequence[int], data: memoryview) -> 
 def file_bytes(dtype: torch.dtype | str, shape: Sequence[int]) -> int:
     """The size in bytes of the ``.pt`` file of a tensor of ``dtype`` and ``shape``."""
     frame = _frame(name_of(dtype), tuple(shape))
-    return len(frame.head) + frame.payload_bytes + len(frame.after)
+    return frame.size
 
 
 def payload_in(dtype: torch.dtype | str, shape: Sequence[int], data: bytes | memoryview) -> memoryview | None:
@@ -81,14 +81,22 @@ def payload_in(dtype: torch.dtype | str, shape: Sequence[int], data: bytes | mem
     return memoryview(data)[begin:end] if frame.tail(checksum) == tail else None
 
 
+def frame_of(dtype: str, shape: Sequence[int]) -> Frame:
+    """What is around the payload in the ``.pt`` file of a tensor. Raises ValueError."""
+    return _frame(dtype, tuple(shape))
+
+
 def head(dtype: torch.dtype | str, shape: Sequence[int]) -> bytes:
     """What precedes the payload in a ``.pt`` file of this dtype and shape."""
     return _frame(name_of(dtype), tuple(shape)).head
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
-    """A ``.pt`` file of one dtype and shape without its payload; ``after`` still lacks four checksums."""
+class Frame:
+    """A ``.pt`` file of one dtype and shape without its payload; ``after`` still lacks four checksums.
+
+    ``size`` is that of the whole file.
+    """
 
     payload_bytes: int
     head: bytes
@@ -97,6 +105,16 @@ class _Frame:
     payload_checksum_at: tuple[int, ...]
     id_at: int
     id_checksum_at: tuple[int, ...]
+    size: int
+
+    def stands_in(self, kept: bytearray, at: int) -> bool:
+        """Whether what was kept of a file, from ``at`` on, is this frame with some payload's checksums."""
+        end = at + len(self.head)
+        if not kept.startswith(self.head, at):
+            return False
+        where = end + self.payload_checksum_at[0] if self.payload_bytes else 0
+        checksum = int.from_bytes(kept[where : where + 4], "little") if self.payload_bytes else 0
+        return kept.startswith(self.tail(checksum), end)
 
     def tail(self, checksum: int) -> bytes:
         """What follows a payload whose CRC-32 is ``checksum``."""
@@ -116,7 +134,7 @@ _VERSION = ("version", b"3\n")
 
 
 @lru_cache(maxsize=1024)
-def _frame(dtype: str, shape: tuple[int, ...]) -> _Frame:
+def _frame(dtype: str, shape: tuple[int, ...]) -> Frame:
     before_payload = [
         ("data.pkl", _pickled_tensor(dtype, shape)),
         (".format_version", b"1"),
@@ -132,7 +150,7 @@ def _frame(dtype: str, shape: tuple[int, ...]) -> _Frame:
     archive.add(*_VERSION)
     id_at = archive.add(_ID_ENTRY, bytes(40))
     archive.finish()
-    return _Frame(
+    return Frame(
         payload_bytes=payload_bytes,
         head=bytes(archive.content[:head_bytes]),
         after=bytes(archive.content[head_bytes:]),
@@ -140,6 +158,7 @@ def _frame(dtype: str, shape: tuple[int, ...]) -> _Frame:
         payload_checksum_at=tuple(at - head_bytes for at in archive.checksums_at["data/0"]),
         id_at=id_at - head_bytes,
         id_checksum_at=tuple(at - head_bytes for at in archive.checksums_at[_ID_ENTRY]),
+        size=payload_bytes + len(archive.content),
     )
 
 

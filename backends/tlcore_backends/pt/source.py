@@ -2,28 +2,36 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from math import prod
 from typing import Any
 
 from tlcore.errors import ReadError
+from tlcore.hotpath.beneath import read_texts
 from tlcore.layout.directions import PATTERN
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.run_files import LARGEST_JSON, BlockStream, FileStream, RunFiles
-from tlcore.protocols import Buffer, StepRanks
+from tlcore.protocols import Buffer, StepRanks, WholeCheck
 from tlcore.record import Json
-from tlcore.storage import Store
+from tlcore.storage import Store, SupportsFiles
 
 from ..storage.step_files import StepFiles
 from .decode import parts
 from .encode import head, payload_in
+from .whole_check import check_steps
 from .zip_parts import PtError
 
 _TENSOR_FILE = ".pt"
 # What a .pt file holds beside its payload is far less.
 _LARGEST_FRAME = 1 << 20
+# Of the structures of one step that are read together.
+_LARGEST_TEXTS = 64 << 20
+_THREADS = min(4, os.cpu_count() or 1)
 
 
 class PtSource:
@@ -56,6 +64,14 @@ class PtSource:
     def structure(self, step: int, rank: int, name: str) -> Any:
         """The value of a structure file."""
         return self._files.json(f"{step_dir(step)}/{name.removesuffix('.json')}{rank_suffix(rank)}.json")
+
+    def structure_texts(self, step: int, rank: int, names: Sequence[str]) -> Sequence[bytes | None]:
+        """The structure files, where they lie on this machine and are small."""
+        store, begin, end = self._files.store, step_dir(step), f"{rank_suffix(rank)}.json"
+        if not isinstance(store, SupportsFiles):
+            return [None] * len(names)
+        files = [f"{begin}/{name.removesuffix('.json')}{end}" for name in names]
+        return read_texts(store.path(), files, _LARGEST_TEXTS)
 
     def read(self, record: Mapping[str, Any], begin: int = 0, end: int | None = None) -> Buffer:
         """The bytes of a tensor, from its file."""
@@ -134,6 +150,23 @@ class PtSource:
         else:
             if calls != document["calls"]:
                 yield f"{name}: differs from step.json"
+
+    def whole_checks(self, rank: int) -> Iterator[WholeCheck]:
+        """Checks of a rank's steps, in order, of a run on this machine: each step's files in few calls."""
+        store = self._files.store
+        if isinstance(store, SupportsFiles):
+            with ThreadPoolExecutor(_THREADS, "tlcore-verify") as pool:
+                try:
+                    yield from check_steps(store.path(), rank, self._texts(rank), pool)
+                finally:
+                    pool.shutdown(cancel_futures=True)
+
+    def _texts(self, rank: int) -> Iterator[tuple[int, bytes]]:
+        """Each ``step.json`` of a rank that can be read."""
+        for step, ranks in self._steps.items():
+            if rank in ranks.committed:
+                with suppress(ReadError):
+                    yield step, self._steps.text(step, rank)
 
     def tree(self) -> Mapping[str, int]:
         """Every file of the run: the documented tree is how it lies there."""

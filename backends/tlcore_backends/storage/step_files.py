@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
+from tlcore.errors import BackendError, ReadError
 from tlcore.layout.names import rank_of, rank_suffix, step_dir
-from tlcore.layout.run_files import RunFiles
+from tlcore.layout.run_files import LARGEST_JSON, RunFiles
 from tlcore.protocols import StepRanks
 from tlcore.record import Json
+from tlcore.storage import SupportsLevels
 
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]*)/")
 _STEP_FILE = re.compile(r"step_(?:0|[1-9][0-9]*)/step(?:_rank_([1-9][0-9]*))?\.json")
@@ -34,11 +36,33 @@ class StepFiles(Mapping[int, StepRanks]):
 
     def document(self, step: int, rank: int) -> Any:
         """A rank's ``step.json``. Raises MissingError or ReadError."""
-        return self._files.json(f"{step_dir(step)}/step{rank_suffix(rank)}.json")
+        return self._files.json(self._name(step, rank))
+
+    def text(self, step: int, rank: int) -> bytes:
+        """The bytes of a rank's ``step.json``. Raises MissingError or ReadError."""
+        return self._files.read(self._name(step, rank), 0, LARGEST_JSON + 1)
+
+    def _name(self, step: int, rank: int) -> str:
+        return f"{step_dir(step)}/step{rank_suffix(rank)}.json"
 
     @cached_property
     def _all(self) -> Mapping[int, StepRanks]:
-        return self._in(self._files.sizes)
+        # Only engines that step by themselves need to know whose the other files are.
+        return self._in(self._files.sizes if self._several else self._directly())
+
+    def _directly(self) -> Iterator[str]:
+        """The files that lie directly in a step's directory; any of a step that has none there."""
+        store = self._files.store
+        if self._files.is_listed or not (self._files.is_local and isinstance(store, SupportsLevels)):
+            yield from self._files.sizes
+            return
+        try:
+            for directory in store.level().directories:
+                if _STEP_NAME.match(f"{directory}/"):
+                    direct = [entry.name for entry in store.level(directory).blobs]
+                    yield from direct or self._files.sizes_in(directory)
+        except (BackendError, OSError) as error:
+            raise ReadError(str(error)) from error
 
     def _in(self, names: Iterable[str]) -> dict[int, StepRanks]:
         committed: dict[int, set[int]] = {}
@@ -56,7 +80,7 @@ class StepFiles(Mapping[int, StepRanks]):
         }
 
     def __getitem__(self, step: int) -> StepRanks:
-        if self._files.is_listed or type(step) is not int or step < 0:
+        if "_all" in self.__dict__ or self._files.is_listed or type(step) is not int or step < 0:
             return self._all[step]
         # Looking at this step alone is enough.
         if step not in self._alone:

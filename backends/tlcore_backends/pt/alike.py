@@ -1,0 +1,118 @@
+"""Steps whose documents are alike: as texts they differ in the step's directory, in hashes, and in what is
+no record. So that of one of them is proof for all, and the others need not become objects.
+
+A text is only compared where that is proof: no escapes, and the directory nowhere but where the names of
+tensors and of their files begin. What does not look like that is left to whoever looks at each step.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from tlcore.errors import ReadError
+from tlcore.layout.run_files import parse
+from tlcore.record import Json
+
+from .encode import Frame, frame_of
+
+_RECORDS = b'"records":['
+_LAST_FIELD = b'"file_bytes":'
+_HASH = b'"hash":"xxh3-128:'
+_HEX_CHARS = 32
+_NAMES = (b'"name":"', b'"file":"', b'"alias_of":"')
+_FILES = (b'"file": "', b'"file":"')
+_MOST_DIMENSIONS = 64
+# Stands for the records in what is left of a document, where nobody could have written it.
+_CUT = secrets.token_hex(16)
+
+
+class StepText(NamedTuple):
+    """A ``step.json``: its ``records`` as text, what of them another step of this ``kind`` has as well, the
+    ``hashes`` that are left out of that, and the ``rest`` of the document.
+    """
+
+    records: bytes
+    kind: bytes
+    hashes: list[str]
+    rest: Json
+
+
+def cut(text: bytes, directory: bytes) -> StepText | None:
+    """The parts of a ``step.json`` whose names begin with ``directory``; None where they cannot be told."""
+    begin, end = text.find(_RECORDS) + len(_RECORDS) - 1, text.rfind(_LAST_FIELD)
+    end = text.find(b"}]", end) + 2
+    records = text[begin:end]
+    if not len(_RECORDS) <= begin < end or not is_plain(records):
+        return None
+    first, *pieces = records.replace(directory, b"\0").split(_HASH)
+    hashes = [piece[:_HEX_CHARS] for piece in pieces]
+    if b"".join(hashes).translate(None, b"0123456789abcdef") or {_HEX_CHARS} != set(map(len, hashes)):
+        return None
+    kind = b"\1".join([first, *(piece[_HEX_CHARS:] for piece in pieces)])
+    try:
+        rest = parse(b'%s"%s"%s' % (text[:begin], _CUT.encode(), text[end:]), "")
+    except ReadError:
+        return None
+    if not isinstance(rest, dict) or rest.get("records") != _CUT:
+        return None
+    return StepText(records, kind, [each.decode() for each in hashes], {**rest, "records": []})
+
+
+def is_plain(text: bytes) -> bool:
+    """Whether what stands in a JSON text stands so in its strings."""
+    return b"\\" not in text and b"\0" not in text
+
+
+class Leader:
+    """A step that others are compared with."""
+
+    def __init__(self, step: StepText, directory: str) -> None:
+        """Raises ValueError, TypeError or KeyError where a record is not as `PtSink` writes it."""
+        begin = directory.encode()
+        records = json.loads(step.records)
+        if sum(step.records.count(key + begin) for key in _NAMES) != step.records.count(begin):
+            raise ValueError("the directory stands somewhere else")
+        if [record["hash"].rpartition(":")[2] for record in records] != step.hashes:
+            raise ValueError("a record has no hash of its own")
+        self.calls = step.rest["calls"]
+        self.files = [_within(directory, record["file"]) for record in records]
+        self.frames = [_frame(record) for record in records]
+        needed = {
+            f"{_within(directory, record['name']).rpartition('/')[0]}/{record['direction']}"
+            for record in records
+        }
+        self.structures = sorted(needed)
+        self.texts = b""
+
+    def learn(self, texts: Sequence[bytes | None], directory: str) -> None:
+        """Remember its other files; none where no other step's can be told to be alike."""
+        found = together(texts, directory) or b""
+        if sum(found.count(key + b"\0") for key in _FILES) == found.count(b"\0"):
+            self.texts = found
+
+
+def together(texts: Sequence[bytes | None], directory: str) -> bytes | None:
+    """All texts without the directory, one after the other; None where they cannot be told apart."""
+    # No JSON text has this byte.
+    text = b"\1".join(text for text in texts if text is not None)
+    return text.replace(directory.encode(), b"\0") if None not in texts and is_plain(text) else None
+
+
+def _within(directory: str, name: str) -> str:
+    if not name.startswith(directory):
+        raise ValueError(f"{name!r} is of another step")
+    return name[len(directory) :]
+
+
+def _frame(record: Json) -> Frame:
+    shape = record["shape"]
+    # True and 1 are equal to whoever remembers frames, and not to whoever makes them.
+    if len(shape) > _MOST_DIMENSIONS or not {int}.issuperset(map(type, shape)):
+        raise ValueError("no shape")
+    frame = frame_of(record["dtype"], shape)
+    if (record["bytes"], record["file_bytes"]) != (frame.payload_bytes, frame.size):
+        raise ValueError("another size")
+    return frame

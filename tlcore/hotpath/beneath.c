@@ -1,0 +1,193 @@
+/* Files below a directory, opened so that no symbolic link leads anywhere; and many small ones read in one call. */
+#include "beneath.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/stat.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+
+/* One for all machines but Alpha; headers of older systems, which wheels are built with, do not have it. */
+#ifndef SYS_openat2
+#define SYS_openat2 437
+#endif
+#define NO_MAGIC_LINKS 0x02
+#define NO_SYMLINKS 0x04
+#define BENEATH 0x08
+
+/* The kernel's struct open_how. */
+typedef struct {
+    uint64_t flags, mode, resolve;
+} open_how;
+
+int tlcore_is_plain(const char *name)
+{
+    for (;;) {
+        size_t size = strcspn(name, "/");
+        if (size == 0 || (size == 1 && name[0] == '.') || (size == 2 && name[0] == '.' && name[1] == '.'))
+            return 0;
+        if (name[size] == 0)
+            return 1;
+        name += size + 1;
+    }
+}
+
+int tlcore_open_beneath(int root, const char *name, struct stat *state)
+{
+    open_how how = {.flags = O_RDONLY | O_CLOEXEC | O_NONBLOCK,
+                    .resolve = BENEATH | NO_SYMLINKS | NO_MAGIC_LINKS};
+    if (!tlcore_is_plain(name))
+        return -1;
+    int handle = (int)syscall(SYS_openat2, root, name, &how, sizeof how);
+    if (handle >= 0 && (fstat(handle, state) || !S_ISREG(state->st_mode))) {
+        close(handle);
+        return -1;
+    }
+    return handle;
+}
+
+ssize_t tlcore_read_piece(int handle, char *target, size_t most)
+{
+    size_t done = 0;
+    while (done < most) {
+        ssize_t count = read(handle, target + done, most - done);
+        if (count < 0 && errno == EINTR)
+            continue;
+        if (count < 0)
+            return -1;
+        if (count == 0)
+            break;
+        done += (size_t)count;
+    }
+    return (ssize_t)done;
+}
+
+void tlcore_release_places(tlcore_places *all)
+{
+    if (all->root >= 0)
+        close(all->root);
+    for (Py_ssize_t i = 0; i < all->count; i++)
+        Py_XDECREF(all->names[i]);
+    PyMem_Free(all->names);
+    Py_XDECREF(all->directory);
+}
+
+int tlcore_take_places(PyObject *directory, PyObject *sequence, tlcore_places *all)
+{
+    memset(all, 0, sizeof *all);
+    all->root = -1;
+    PyObject *items = PySequence_Tuple(sequence);
+    if (items == NULL)
+        return -1;
+    Py_ssize_t count = PyTuple_Size(items);
+    all->names = PyMem_Calloc((size_t)count + 1, sizeof *all->names);
+    if (all->names == NULL)
+        PyErr_NoMemory();
+    else if (PyUnicode_FSConverter(directory, &all->directory))
+        for (PyObject **name = all->names; all->count < count; name++, all->count++)
+            if (!PyUnicode_FSConverter(PyTuple_GetItem(items, all->count), name))
+                break;
+    Py_DECREF(items);
+    if (PyErr_Occurred()) {
+        tlcore_release_places(all);
+        return -1;
+    }
+    all->root = open(PyBytes_AsString(all->directory), O_PATH | O_DIRECTORY | O_CLOEXEC);
+    return 0;
+}
+
+/* Whole files one after the other; `ends[i]` is where file i ends, and where it begins if it was not read. */
+typedef struct {
+    char *memory;
+    size_t used, room;
+    size_t *ends;
+    unsigned char *read;
+} texts;
+
+static int read_text(int handle, size_t size, texts *all)
+{
+    if (all->used + size > all->room) {
+        size_t room = 2 * (all->used + size);
+        char *memory = realloc(all->memory, room);
+        if (memory == NULL)
+            return 0;
+        all->memory = memory;
+        all->room = room;
+    }
+    if (tlcore_read_piece(handle, all->memory + all->used, size) != (ssize_t)size)
+        return 0;
+    all->used += size;
+    return 1;
+}
+
+static void read_all(const tlcore_places *files, size_t most, texts *all)
+{
+    for (Py_ssize_t i = 0; i < files->count; i++) {
+        struct stat state;
+        int handle = tlcore_open_beneath(files->root, PyBytes_AsString(files->names[i]), &state);
+        if (handle >= 0) {
+            if ((uint64_t)state.st_size <= most - all->used)
+                all->read[i] = (unsigned char)read_text(handle, (size_t)state.st_size, all);
+            close(handle);
+        }
+        all->ends[i] = all->used;
+    }
+}
+
+static PyObject *list_texts(const texts *all, Py_ssize_t count)
+{
+    PyObject *list = PyList_New(count);
+    size_t begin = 0;
+    for (Py_ssize_t i = 0; list != NULL && i < count; i++) {
+        size_t size = all->ends[i] - begin;
+        const char *data = size ? all->memory + begin : "";
+        PyObject *text = all->read[i] ? PyBytes_FromStringAndSize(data, (Py_ssize_t)size) : Py_NewRef(Py_None);
+        begin = all->ends[i];
+        if (text == NULL)
+            Py_CLEAR(list);
+        else
+            PyList_SetItem(list, i, text);
+    }
+    return list;
+}
+
+static PyObject *read_texts(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *directory, *names, *number, *found = NULL;
+    tlcore_places files;
+    if (!PyArg_ParseTuple(args, "OOO:read_texts", &directory, &names, &number))
+        return NULL;
+    Py_ssize_t most = tlcore_size(number, PY_SSIZE_T_MAX / 4, "most bytes of texts");
+    if (most < 0 || tlcore_take_places(directory, names, &files))
+        return NULL;
+    texts all = {0};
+    all.ends = PyMem_Calloc((size_t)files.count + 1, sizeof *all.ends);
+    all.read = PyMem_Calloc((size_t)files.count + 1, 1);
+    if (all.ends == NULL || all.read == NULL) {
+        PyErr_NoMemory();
+    } else {
+        Py_BEGIN_ALLOW_THREADS;
+        read_all(&files, (size_t)most, &all);
+        Py_END_ALLOW_THREADS;
+        found = list_texts(&all, files.count);
+    }
+    free(all.memory);
+    PyMem_Free(all.ends);
+    PyMem_Free(all.read);
+    tlcore_release_places(&files);
+    return found;
+}
+
+static PyMethodDef functions[] = {
+    {"read_texts", read_texts, METH_VARARGS,
+     "The bytes of small files below a directory, None for what was not read."},
+    {NULL, NULL, 0, NULL},
+};
+
+int tlcore_add_beneath(PyObject *module)
+{
+    return PyModule_AddFunctions(module, functions);
+}

@@ -1,0 +1,34 @@
+/* Files below a directory, which no symbolic link leads to. */
+#ifndef TLCORE_BENEATH_H
+#define TLCORE_BENEATH_H
+
+#include "native.h"
+
+#include <sys/stat.h>
+#include <sys/types.h>
+
+/* Read at a time: what the processor's own cache holds. */
+#define TLCORE_PIECE_BYTES (256 << 10)
+
+/* Names as the system takes them, and the directory that they are in. */
+typedef struct {
+    PyObject *directory;
+    PyObject **names;
+    Py_ssize_t count;
+    int root; /* -1: there is no such directory, and nothing is found in it */
+} tlcore_places;
+
+/* -1 with an exception set and nothing held. */
+int tlcore_take_places(PyObject *directory, PyObject *sequence, tlcore_places *all);
+void tlcore_release_places(tlcore_places *all);
+
+/* Whether it is a relative path whose parts are names. */
+int tlcore_is_plain(const char *name);
+
+/* A regular file and its state; -1 for all else, also where the kernel is too old to promise the way there. */
+int tlcore_open_beneath(int root, const char *name, struct stat *state);
+
+/* Up to `most` bytes, fewer only at the file's end; -1 for an error. */
+ssize_t tlcore_read_piece(int handle, char *target, size_t most);
+
+#endif

@@ -1,0 +1,88 @@
+"""Files below a directory that no symbolic link leads to; many small ones read in one call."""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from .native import extension
+
+_NO_NAMES = frozenset(("", ".", ".."))
+
+
+class Beneath:
+    """Opens regular files below ``directory``."""
+
+    def __init__(self, directory: str) -> None:
+        self._root = os.path.realpath(directory)
+        self._straight: dict[str, bool] = {"": True}
+
+    def place(self, name: str) -> str | None:
+        """The path of a name; None where a part of it is none."""
+        if "\0" in name:
+            raise ValueError("embedded null byte")
+        return f"{self._root}/{name}" if _NO_NAMES.isdisjoint(name.split("/")) else None
+
+    def _straight_place(self, name: str) -> str | None:
+        """The same; None also where a link may lead elsewhere."""
+        place, parent = self.place(name), name.rpartition("/")[0]
+        if place is None:
+            return None
+        if parent not in self._straight:
+            path = f"{self._root}/{parent}"
+            self._straight[parent] = os.path.realpath(path) == path
+        return place if self._straight[parent] else None
+
+    @contextmanager
+    def opened(self, name: str) -> Iterator[tuple[int, os.stat_result] | None]:
+        """A handle of a regular file and its state; None for all else."""
+        place, handle, found = self._straight_place(name), None, None
+        try:
+            if place is not None:
+                handle = os.open(place, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+                state = os.fstat(handle)
+                found = (handle, state) if stat.S_ISREG(state.st_mode) else None
+        except OSError:
+            pass
+        try:
+            yield found
+        finally:
+            if handle is not None:
+                os.close(handle)
+
+
+def _read_texts(directory: str, names: Sequence[str], most: int) -> list[bytes | None]:
+    """The bytes of whole small files below ``directory``, together at most ``most``.
+
+    None for one that is no regular file, is not reached without a symbolic link, has no relative path as
+    its name, cannot be read, or no longer fits.
+    """
+    if not 0 <= most < 1 << 61:
+        raise ValueError(f"most bytes of texts: {most} is too many or too few")
+    beneath, left = Beneath(directory), most
+    found: list[bytes | None] = []
+    for name in map(os.fsdecode, names):
+        text = None
+        with beneath.opened(name) as opened:
+            if opened is not None and opened[1].st_size <= left:
+                text = _whole(*opened)
+        left -= len(text or b"")
+        found.append(text)
+    return found
+
+
+def _whole(handle: int, state: os.stat_result) -> bytes | None:
+    text = b""
+    try:
+        while len(text) < state.st_size and (more := os.read(handle, state.st_size - len(text))):
+            text += more
+    except OSError:
+        return None
+    return text if len(text) == state.st_size else None
+
+
+read_texts: Callable[[str, Sequence[str], int], list[bytes | None]] = (
+    extension.read_texts if extension else _read_texts
+)

@@ -1,0 +1,59 @@
+"""Records that were found sound, and come again in every layer and step with other names and hashes."""
+
+from __future__ import annotations
+
+import marshal
+from typing import Any
+
+from ..layout.names import step_dir
+from .documents import is_tensor_name, record_problem
+
+_MOST = 1 << 16
+# What of a record may be any text, or is looked at here.
+_OWN = dict.fromkeys(("name", "hash", "file", "alias_of", "module"))
+
+
+class SoundRecords:
+    """What is known here is exactly what was checked but for texts; all else is checked as it always is."""
+
+    def __init__(self) -> None:
+        self._forms: set[bytes] = set()
+        self._names: set[str] = set()
+
+    def problem(self, record: Any, number: int) -> str | None:
+        """What `record_problem` says."""
+        form = self._form(record, number)
+        if form in self._forms:
+            return None
+        problem = record_problem(record, number)
+        if problem is None and form:
+            _add(self._forms, form)
+        return problem
+
+    def _form(self, record: Any, number: int) -> bytes:
+        """All of a record but what is looked at here, which is sound; empty where it is not, or cannot be."""
+        try:
+            name, directory = record["name"], f"{step_dir(number)}/"
+            if type(name) is not str or not name.startswith(directory):
+                return b""
+            own = name[len(directory) :]
+            if own not in self._names:
+                if not is_tensor_name(name):
+                    return b""
+                _add(self._names, own)
+            alias = record.get("alias_of")
+            texts = type(record["hash"]) is type(record["module"]) is str
+            if not texts or not (alias is None or type(alias) is str):
+                return b""
+            if "file" in record and record["file"] != f"{name}.pt":
+                return b""
+            # Unlike equality, this tells 1 from 1.0 and from true; version 2 has no references.
+            return marshal.dumps({**record, **_OWN}, 2)
+        except (AttributeError, KeyError, TypeError, ValueError):
+            return b""
+
+
+def _add(known: set[Any], value: Any) -> None:
+    if len(known) >= _MOST:
+        known.clear()
+    known.add(value)

@@ -1,0 +1,74 @@
+"""Structures that were found sound, and come again in every layer and step with other files' names."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+
+from ..errors import ReadError
+from ..layout.run_files import parse
+from ..protocols import SupportsStructureTexts
+from ..record import Json
+from .documents import check_structure, children
+from .stored import Stored
+
+_MOST = 1 << 16
+
+
+class SoundStructures:
+    """Texts of structures that were found sound, without the directory of the files that they refer to."""
+
+    def __init__(self) -> None:
+        self._known: dict[bytes, list[str]] = {}
+
+    def files(self, text: bytes | None, directory: str) -> list[str] | None:
+        """The files that a sound structure refers to; None for a text that is not known."""
+        if text is None or not _is_plain(text):
+            return None
+        names = self._known.get(text.replace(directory.encode(), b"\0"))
+        return None if names is None else [directory + name for name in names]
+
+    def learn(self, text: bytes | None, directory: str) -> None:
+        """Remember a sound structure's text, where another directory in it makes one of the same kind.
+
+        That is so where the directory stands only where the names of files begin.
+        """
+        if text is None or not _is_plain(text) or not _is_plain(directory.encode()):
+            return
+        try:
+            files = list(files_in(check_structure(parse(text, ""), "")))
+        except ReadError:
+            return
+        alone = all(file.startswith(directory) and file.count(directory) == 1 for file in files)
+        if not alone or text.count(directory.encode()) != len(files):
+            return
+        if len(self._known) >= _MOST:
+            self._known.clear()
+        self._known[text.replace(directory.encode(), b"\0")] = [
+            file.removeprefix(directory) for file in files
+        ]
+
+
+def _is_plain(text: bytes) -> bool:
+    """Whether what stands in a JSON text stands so in its strings."""
+    return b"\\" not in text and b"\0" not in text
+
+
+def files_in(node: Json) -> Iterator[str]:
+    """Every tensor file that a structure refers to."""
+    if node["type"] == "tensor" and "file" in node:
+        yield node["file"]
+    for child in children(node):
+        yield from files_in(child)
+
+
+def structure_texts(stored: Stored, step: int, rank: int, names: Sequence[str]) -> Sequence[bytes | None]:
+    """The bytes of structures as they are stored; None for what must be asked for by itself."""
+    source = stored.source
+    # Whatever is wrong is told when a structure is asked for by itself.
+    with suppress(Exception):
+        if isinstance(source, SupportsStructureTexts):
+            texts = source.structure_texts(step, rank, names)
+            if len(texts) == len(names) and all(text is None or type(text) is bytes for text in texts):
+                return texts
+    return [None] * len(names)
