@@ -76,8 +76,8 @@ def test_the_comparison_in_a_browser(browser: Any, runs: tuple[str, str], tmp_pa
         )
         # The error by layer, and histograms and heatmap of the worst tensors, all of them visible.
         charts = [chart.bounding_box() for chart in page.locator("svg").all()]
-        assert len(charts) == 5
-        assert all(box["width"] > 900 and box["height"] > 150 for box in charts)
+        assert [box["width"] > 900 for box in charts] == [True] + [False] * 4
+        assert all(box["width"] > 450 and box["height"] > 150 for box in charts)
         titles = page.locator("h3").all_inner_texts()
         assert titles[0] == "step 0: 4.norm outputs"
         differing = _visible(page)
@@ -91,6 +91,12 @@ def test_the_comparison_in_a_browser(browser: Any, runs: tuple[str, str], tmp_pa
         page.locator("th", has_text="max abs").click()
         largest = [float(row.split("\t")[4]) for row in _visible(page)]
         assert largest == sorted(largest, reverse=True)
+        # Where a tensor differs is told by row and column.
+        page.locator("#heat-0").focus()
+        page.keyboard.press("ArrowDown")
+        page.keyboard.press("End")
+        told = page.locator("#heat-0-told").inner_text()
+        assert told.startswith("row 1, column 47: ") and told.endswith(" apart")
         # Nothing hangs over the edge of the page.
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert troubles == []
@@ -180,6 +186,20 @@ def test_the_map_in_a_browser(browser: Any, generations: Path, tmp_path: Path) -
         page.mouse.move(box["x"] + place[0] + 30, box["y"] + place[1] + 14 * 8 + 5)
         assert "position 1 " in cell(page)
         page.locator("#which").select_option("1")
+        # Each step and request at a glance, chosen by keys and by the pointer.
+        chosen = page.locator("#steps [aria-selected=true]")
+        assert chosen.inner_text() == "step 0, request 1" and page.locator("#steps .small").count() == 6
+        page.locator("#steps").focus()
+        page.keyboard.press("ArrowRight")
+        page.keyboard.press("ArrowRight")
+        assert chosen.inner_text() == "step 1, request 1" and "position 5 " in cell(page)
+        colour = (
+            "each => each.getContext('2d').getImageData(0, each.height - 1, 1, 1).data.slice(0, 3).join(', ')"
+        )
+        small = page.locator("#steps .small canvas").nth(3)
+        assert small.evaluate(colour) not in page.evaluate("theme.grids[0].colours.filter((_, at) => !at)")[0]
+        page.locator("#steps .small").first.click()
+        assert page.locator("#which").input_value() == "0"
         assert page.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
     assert troubles == []
 

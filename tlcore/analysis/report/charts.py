@@ -8,8 +8,6 @@ from collections.abc import Sequence
 from textwrap import shorten
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ...errors import BackendError
 
 if TYPE_CHECKING:
@@ -105,10 +103,10 @@ def _point_out(axes: Any, place: int, label: str, count: int) -> None:
     )
 
 
-def worst(sample: Sample) -> str:
-    """One pair of tensors: histograms of the values and of their differences, and where those lie."""
-    figure = _figure(11, 2.9)
-    values, differences, places = figure.subplots(1, 3, width_ratios=(1, 1, 1.35))
+def histograms(sample: Sample) -> str:
+    """One pair of tensors: histograms of the values and of their differences."""
+    figure = _figure(6.4, 3.3)
+    values, differences = figure.subplots(1, 2)
     for counts, color, label in ((sample.values_a, A_COLOR, "A"), (sample.values_b, B_COLOR, "B")):
         values.stairs(counts, sample.value_edges, color=color, label=label, fill=True, alpha=0.25)
         values.stairs(counts, sample.value_edges, color=color, linewidth=1)
@@ -118,42 +116,9 @@ def worst(sample: Sample) -> str:
     values.legend(frameon=False, fontsize=8)
     differences.stairs(sample.differences, sample.difference_edges, fill=True, color=BAD, alpha=0.75)
     differences.set_xscale("log")
-    differences.set_title(f"|A - B|; {sample.equal:.1%} of the values are equal", fontsize=9, loc="left")
+    differences.set_title(f"|A - B|; {sample.equal:.1%} are equal", fontsize=9, loc="left")
     differences.set_xlabel("difference", fontsize=8)
     for axes in (values, differences):
         axes.set_ylabel("values", fontsize=8)
         _plain(axes)
-    _heatmap(figure, places, sample)
     return _svg(figure)
-
-
-def _heatmap(figure: Any, axes: Any, sample: Sample) -> None:
-    from matplotlib.colors import LogNorm
-    from matplotlib.ticker import MaxNLocator
-
-    shown = np.where(sample.heat > 0, sample.heat, np.nan)
-    known = sample.heat[sample.heat > 0]
-    top = float(known.max()) if known.size else 1.0
-    low = max(float(known.min()), top * 1e-6) if known.size else top / 10
-    norm = LogNorm(min(low, top * 0.99), top)
-    extent = (-0.5, sample.columns - 0.5, sample.rows - 0.5, -0.5)
-    # Colour from light (small) to dark; equal values stay white.
-    image = axes.imshow(
-        shown, norm=norm, cmap="YlOrRd", aspect="auto", interpolation="nearest", extent=extent
-    )
-    if sample.broken.any():
-        marks = np.where(sample.broken, 1.0, np.nan)
-        axes.imshow(marks, cmap="cool", vmin=0, vmax=1, aspect="auto", interpolation="nearest", extent=extent)
-    axes.set_title(
-        "where: largest |A - B|" + ("; magenta: NaN or Inf" if sample.broken.any() else ""),
-        fontsize=9,
-        loc="left",
-    )
-    axes.set_xlabel("last dimension", fontsize=8)
-    axes.set_ylabel("rows", fontsize=8)
-    # Equal values are white in a dark page, too, since the colours of an image stay what they are.
-    axes.set_facecolor("white")
-    for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_locator(MaxNLocator(integer=True))
-    axes.tick_params(labelsize=8)
-    figure.colorbar(image, ax=axes, pad=0.02).ax.tick_params(labelsize=7)

@@ -12,6 +12,7 @@ from .token_map import DECADES, LOW, MOST_MAPS, maps
 from .tokens import Decoder
 
 Scale = dict[str, Any]
+_STRIP = '<div id="steps" role="listbox" tabindex="0" aria-label="steps and requests at a glance"></div>'
 _SIZES = ((1e-6, "1e-6"), (1e-4, "1e-4"), (1e-2, "0.01"), (1.0, "1"))
 _UNITS = ((1.0, "1"), (3.0, "3"), (10.0, "10"), (18.0, "18"))
 
@@ -34,7 +35,7 @@ def map_section(comparison: Comparison, tokenizer: Decoder | None = None) -> str
         hint += f" Of {count} steps and requests, {MOST_MAPS} are here; --steps and --request choose others."
     content = f"""<div class="bar"><select id="which" aria-label="step and request"></select>
 <button id="goto" type="button">first divergence</button>{_legend(comparison)}</div>
-<div id="cell" class="told" aria-live="polite"></div>
+{_STRIP if len(found) > 1 else ""}<div id="cell" class="told" aria-live="polite"></div>
 <div class="grid"><div class="scroll"><div><canvas id="map" tabindex="0" role="img"
 aria-label="map of errors by module and token"></canvas></div></div></div>
 {embedded("maps", {"scale": scale, "maps": found})}<script>{asset("map.js")}</script>"""

@@ -7,8 +7,10 @@ from html import escape
 
 from ...errors import ReadError
 from ..results import Comparison, TensorResult
-from .charts import in_order, worst
+from .assets import asset
+from .charts import histograms, in_order
 from .frame import document, section, table
+from .heat import heat
 from .map_section import map_section
 from .module_tree import tree_section
 from .sample import sample
@@ -101,8 +103,10 @@ def _pictures(comparison: Comparison) -> str:
         except ReadError as error:
             drawn.append(f"{title}<p>{escape(str(error))}</p>")
         else:
-            drawn.append(title + worst(found))
-    return "".join(drawn)
+            drawn.append(
+                f'{title}<div class="pair">{histograms(found)}{heat(found, f"heat-{len(drawn)}")}</div>'
+            )
+    return "".join([*drawn, f"<script>{asset('heat.js')}</script>"]) if drawn else ""
 
 
 def _chosen(comparison: Comparison) -> list[int]:

@@ -28,6 +28,7 @@ EQUAL, LEAST, MOST, BROKEN, UNKNOWN = 0, 1, 250, 254, 255
 LOW, DECADES = -10.0, 14.0
 MOST_MAPS = 64
 _MOST_COLUMNS, _LEAST_COLUMNS = 256, 16
+_SMALL = (40, 36)
 # All maps together: more rows have fewer columns.
 _MOST_CELLS = 1 << 23
 # What is read again for the picture; beyond that a tensor has one colour.
@@ -94,6 +95,15 @@ class _Field:
         line = self._cells[self._lines[at]]
         np.maximum.at(line, np.minimum(columns, self._columns - 1), cells + np.uint8(1))
 
+    def _small(self) -> tuple[int, int, str]:
+        """The map at a glance: how many rows and columns, and the largest of what shares a cell."""
+        rows, columns = (min(most, count) for most, count in zip(_SMALL, self._cells.shape, strict=True))
+        small = self._cells
+        for axis, count in enumerate((rows, columns)):
+            starts = np.arange(count) * self._cells.shape[axis] // count
+            small = np.maximum.reduceat(small, starts, axis=axis)
+        return rows, columns, encoded(small - np.uint8(1))
+
     def packed(self, step: int, request: str | None, first: Any, texts: Mapping[int, str]) -> dict[str, Any]:
         """What the page's script takes."""
         # The first row of each column.
@@ -105,7 +115,8 @@ class _Field:
             "first": self._first,
             "rows": [_named(result) for result in self._results.values()],
             "marked": next((self._lines[at] for at, each in self._results.items() if _is(first, each)), None),
-            "cells": base64.b64encode((self._cells - np.uint8(1)).tobytes()).decode("ascii"),
+            "cells": encoded(self._cells - np.uint8(1)),
+            "small": self._small(),
         }
         if self._columns < self._rows:
             found |= {"starts": starts, "end": self._first + self._rows}
@@ -180,6 +191,11 @@ def row_errors(comparison: Comparison, pair: Pair, pieces: tuple[Piece, Piece]) 
     if broken and (marks := np.concatenate(broken)).any():
         errors[np.unique(np.flatnonzero(marks) // max(width, 1))] = np.nan
     return errors
+
+
+def encoded(cells: Cells) -> str:
+    """Cells as text for the page."""
+    return base64.b64encode(cells.tobytes()).decode("ascii")
 
 
 def quantised(errors: Doubles) -> Cells:

@@ -19,7 +19,11 @@ function coloursOf(scale) {
   const fixed = { 0: rgb("--equal"), 254: rgb("--broken"), 255: rgb("--none") };
   return [...Array(256).keys()].map(byte => `rgb(${fixed[byte] || mix(byte)})`);
 }
-const bytesOf = text => Uint8Array.from(atob(text), each => each.charCodeAt(0));
+function bytesOf(text) {
+  const raw = atob(text), bytes = new Uint8Array(raw.length);
+  for (let at = 0; at < raw.length; at++) bytes[at] = raw.charCodeAt(at);
+  return bytes;
+}
 
 class Grid {
   // `told` is where the cell under the cursor is said, `enter` is called with its row.
@@ -41,8 +45,9 @@ class Grid {
     this.map = map;
     map.bytes ??= bytesOf(map.cells);
     const roomy = map.texts ? 14 : 3, columns = map.columns;
-    this.width = Math.max(roomy, Math.min(24, Math.floor(780 / columns)));
-    this.height = 14;
+    const broad = this.box.clientWidth || 1100;
+    this.width = Math.max(roomy, Math.min(24, Math.floor((broad - (map.height ? 80 : 360)) / columns)));
+    this.height = map.height || 14;
     this.top = map.texts ? 96 : 22;
     const longest = map.rows.reduce((most, each) => Math.max(most, each.length), 0);
     this.left = Math.min(330, 16 + Math.ceil(longest * 6.63));
@@ -88,13 +93,14 @@ class Grid {
   }
   line(row, begin, end, x0, y0) {
     const { context, map, width, height } = this, y = y0 + row * height, gap = width > 6 ? 1 : 0;
+    const tall = height > 6 && !map.height ? height - 1 : height;
     for (let column = begin; column < end;) {
       const byte = map.bytes[row * map.columns + column];
       let next = column + 1;
       // Neighbours of one colour are one rectangle where no gap is between.
       while (!gap && next < end && map.bytes[row * map.columns + next] === byte) next++;
       context.fillStyle = this.colours[byte];
-      context.fillRect(x0 + column * width, y, (next - column) * width - gap, height - 1);
+      context.fillRect(x0 + column * width, y, (next - column) * width - gap, tall);
       column = next;
     }
   }
@@ -115,7 +121,9 @@ class Grid {
     context.font = "11px ui-monospace, 'DejaVu Sans Mono', monospace";
     context.textBaseline = "middle"; context.textAlign = "right";
     const most = Math.floor((this.left - 12) / 6.63);
+    const every = Math.ceil(12 / this.height);
     for (let row = first; row < last; row++) {
+      if (row % every) continue;
       const name = map.rows[row];
       context.fillStyle = row === map.marked ? this.ink.bad : row === this.at[0] ? this.ink.text : this.ink.soft;
       const shown = name.length > most ? "…" + name.slice(1 - most) : name;
@@ -128,7 +136,7 @@ class Grid {
     context.save();
     context.beginPath(); context.rect(this.left - 2, 0, w, this.top); context.clip();
     context.textAlign = "left"; context.textBaseline = "middle";
-    const every = map.texts ? 1 : Math.ceil(44 / width);
+    const every = map.texts ? 1 : Math.ceil((map.label || 44) / width);
     for (let column = begin; column < end; column++) {
       if (column % every) continue;
       context.fillStyle = column === this.at[1] ? this.ink.text : this.ink.soft;
@@ -141,7 +149,7 @@ class Grid {
     }
     context.restore();
     context.textAlign = "right"; context.fillStyle = this.ink.soft;
-    context.fillText(map.texts ? "token" : map.unit, this.left - 8, map.texts ? this.top - 12 : this.top / 2);
+    if (this.left > 60) context.fillText(map.texts ? "token" : map.unit, this.left - 8, map.texts ? this.top - 12 : this.top / 2);
   }
   label(column) {
     const { map } = this;
@@ -160,7 +168,7 @@ class Grid {
       : byte === 255 ? "not there"
       : (byte === 250 && !scale.exact ? "at least " : "") + sizeOf(byte, scale).toPrecision(2) + ` ${scale.unit}`;
     const text = map.texts?.[column] ? ` “${map.texts[column]}”` : "";
-    this.told.textContent = `${map.rows[row]}, ${map.unit} ${this.range(column)}${text}: ${what}`;
+    this.told.textContent = `${map.line ? map.line + " " : ""}${map.rows[row]}, ${map.unit} ${this.range(column)}${text}: ${what}`;
   }
   move(row, column, reveal = true) {
     const { map, box } = this;
