@@ -305,6 +305,15 @@ class SupportsArrays(Protocol):
 
 
 @runtime_checkable
+class SupportsArraysInto(SupportsArrays, Protocol):
+    """One that reads an array's rows into memory that is there already: new memory costs as much again."""
+
+    def read_array_into(self, array: Array, begin: int, target: memoryview) -> int:
+        """Fill ``target`` with the bytes from row ``begin`` on; returns how many there were."""
+        ...
+
+
+@runtime_checkable
 class SupportsKinds(Protocol):
     """A source that knows which steps' documents are alike, so that one of them is checked for all."""
 

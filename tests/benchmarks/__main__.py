@@ -30,6 +30,7 @@ TABLES = (
     "decode",
     "vllm_prefill",
     "vllm_decode",
+    "vllm_layer",
     "compiled_cost",
     "baselines",
     "memory",

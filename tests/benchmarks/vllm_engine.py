@@ -1,11 +1,12 @@
 """An in-process vLLM engine (eager, CPU) whose steps are timed with and without capture.
 
-``python -m tests.benchmarks.vllm_engine prefill|decode SCALE`` prints the times as one JSON line.
+``python -m tests.benchmarks.vllm_engine prefill|decode|layer SCALE`` prints the times as one JSON line.
 """
 
 from __future__ import annotations
 
 import os
+import re
 import sys
 import tempfile
 import time
@@ -27,11 +28,13 @@ from .capturing import Memcpy
 from .rows import SCALES, Scale
 from .subprocesses import print_report
 from .timing import interleaved
-from .workload import OnTensor, hooked
+from .workload import OnTensor, hooked, tensors_in
 
 # These take so long that a few steps must do.
 _SAVED_STEPS = 4
 _PT_STEPS = 16
+# Halfway through the model.
+_LAYER = "model.layers.15"
 
 
 class Engine:
@@ -87,9 +90,10 @@ class Engine:
                 self.runner.__dict__.pop(name, None)
             session.step_aside()
 
-    def session(self, directory: Path, backend: str) -> Session:
-        """A session attached to the model that captures all steps."""
-        config = load_config(output_dir=str(directory), backend=backend, log_step_ids=[])
+    def session(self, directory: Path, backend: str, modules: str | None = None) -> Session:
+        """A session attached to the model that captures all steps, of all modules or of those that match."""
+        keys: dict[str, Any] = {"output_dir": str(directory), "backend": backend, "log_step_ids": []}
+        config = load_config(module_call_match=modules, **keys)
         session = Session(config, new_run(config))
         session.attach(self.model)
         return session
@@ -167,6 +171,52 @@ def prefill(engine: Engine, directory: Path, scale: Scale) -> dict[str, Any]:
     return {"times": times, "tensors": len(tensors), "bytes": sum(tensor.nbytes for tensor in tensors)}
 
 
+def layer(engine: Engine, directory: Path, scale: Scale) -> dict[str, Any]:
+    """Seconds from the first step to the last of all prompts together, with one layer captured or without."""
+    count, tokens = (4, 4) if scale.tiny else (64, 64)
+    prompts = [[17 + 31 * row + column for column in range(tokens)] for row in range(count)]
+    after: list[float] = []
+
+    def plain() -> float:
+        return sum(engine.steps(prompts, tokens))
+
+    def captured() -> float:
+        session = engine.session(directory, "safetensors", f"^{re.escape(_LAYER)}$")
+        with engine.captured(session):
+            seconds = plain()
+        begin = time.perf_counter()
+        session.flush()
+        after.append(time.perf_counter() - begin)
+        _close(session)
+        return seconds
+
+    def saving() -> float:
+        with _hooked_alone(engine.model.get_submodule(_LAYER), _saver(directory)):
+            return plain()
+
+    measures = {"plain": plain, "again": plain, "captured": captured, "torch.save": saving}
+    return {"times": interleaved(measures, scale.repeats), "flush_s": after}
+
+
+@contextmanager
+def _hooked_alone(module: nn.Module, on_tensor: OnTensor) -> Iterator[None]:
+    """Plain hooks on one module."""
+
+    def sees(direction: str, *values: Any) -> None:
+        for index, tensor in enumerate(tensors_in(values)):
+            on_tensor(_LAYER, direction, index, tensor)
+
+    before = module.register_forward_pre_hook(
+        lambda _, args, kwargs: sees("inputs", args, kwargs), with_kwargs=True
+    )
+    after = module.register_forward_hook(lambda _, args, output: sees("outputs", output))
+    try:
+        yield
+    finally:
+        before.remove()
+        after.remove()
+
+
 def _saver(directory: Path) -> OnTensor:
     folder = Path(tempfile.mkdtemp(dir=directory))
 
@@ -186,7 +236,7 @@ def _close(session: Session) -> None:
 def main(kind: str, scale: Scale) -> None:
     """Measure and print."""
     with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as name:
-        measure = {"prefill": prefill, "decode": decode}[kind]
+        measure = {"prefill": prefill, "decode": decode, "layer": layer}[kind]
         report = measure(Engine(), Path(name), scale)
     report["torch_threads"] = torch.get_num_threads()
     print_report(report)

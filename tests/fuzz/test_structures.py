@@ -19,7 +19,7 @@ from torch import nn
 import tlcore
 from tests.fuzz.settings import cases
 from tlcore.reader import OpaqueObject
-from tlcore.reader.stored import payload
+from tlcore.reader.tensor_bytes import payload
 
 pytestmark = pytest.mark.slow
 _fresh = itertools.count()

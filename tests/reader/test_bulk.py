@@ -19,7 +19,7 @@ from tlcore.errors import VerifyError
 from tlcore.hotpath.reading import read_files
 from tlcore.reader import MissingError, bulk
 from tlcore.reader.bulk import read_payloads
-from tlcore.reader.stored import payload
+from tlcore.reader.tensor_bytes import payload
 from tlcore_backends.storage.local import LocalStore
 
 

@@ -9,8 +9,9 @@ from concurrent.futures import Executor
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
-from ..errors import BackendError, ConfigError
+from ..errors import ConfigError
 from .arguments import numbers, texts
+from .dask import client_of
 from .output import progress, write_text
 from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable
@@ -25,7 +26,6 @@ HELP = (
 )
 _SUM_NAMES = {"hidden": 0, "residual": 1}
 _LONGEST_TABLE = 40
-_DASK_TIMEOUT_S = 20
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -135,22 +135,9 @@ def compared(args: argparse.Namespace, a: str, b: str) -> Comparison:
 @contextmanager
 def _executor(dask: str | None) -> Iterator[Executor | None]:
     """The cluster at an address as an executor. Raises BackendError when it cannot be reached."""
-    if dask is None:
-        yield None
-        return
-    try:
-        from distributed import Client
-    except ImportError as error:
-        raise BackendError("--dask needs distributed: pip install 'tlcore[dask]'") from error
-    try:
-        client = Client(dask, timeout=_DASK_TIMEOUT_S, set_as_default=False)
-    except (OSError, ValueError) as error:
-        raise BackendError(f"--dask: no Dask scheduler at {dask!r} ({error})") from error
-    try:
+    with client_of(dask) as client:
         # Pure functions would be looked up by a hash of their arguments, which costs more than it saves.
-        yield client.get_executor(pure=False)
-    finally:
-        client.close()
+        yield None if client is None else client.get_executor(pure=False)
 
 
 def report(comparison: Comparison, args: argparse.Namespace) -> None:

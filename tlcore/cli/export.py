@@ -8,24 +8,26 @@ import sys
 from typing import Any
 
 from ..errors import ConfigError
+from ..locations import is_url, redact_url
 from ..reader import open_run
+from .dask import client_of
 from .output import progress
 from .storage_options import add_storage_options, storage_options
 from .tables import printable
 
 HELP = (
-    "Write the rows of requests into a new directory. requests: one safetensors file a request (hidden_states"
-    " [tokens, layers, size], token_ids), as vLLM's extraction and speculators have them; hf: a Hugging Face"
-    " data set (Parquet, a row a request); arrow: one for load_from_disk (with --context as SAELens caches"
-    " activations); parquet, npy: a row a token. In all but requests bfloat16 becomes float32, which loses"
-    " nothing. Requests with gaps are left out of the first three, and counted."
+    "Write the rows of requests into a new directory or URL. requests: one safetensors file a request"
+    " (hidden_states [tokens, layers, size], token_ids), as vLLM's extraction and speculators have them; hf:"
+    " a Hugging Face data set (Parquet, a row a request); arrow: one for load_from_disk (with --context as"
+    " SAELens caches activations); parquet, npy: a row a token. In all but requests bfloat16 becomes float32,"
+    " which loses nothing. Requests with gaps are left out of the first three, and counted."
 )
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
     """Declare the command's arguments."""
     parser.add_argument("path", metavar="RUN", help="the run's directory; a path or URL")
-    parser.add_argument("target", metavar="TARGET", help="the directory to make")
+    parser.add_argument("target", metavar="TARGET", help="the directory to make; a path or URL")
     parser.add_argument(
         "--format", required=True, choices=["requests", "hf", "arrow", "parquet", "npy"], help="what to write"
     )
@@ -52,7 +54,13 @@ def configure(parser: argparse.ArgumentParser) -> None:
         default="response",
         help="requests: which positions loss_mask has",
     )
+    parser.add_argument(
+        "--dask", metavar="ADDRESS", help="let a Dask cluster do the work; it must see the run and TARGET"
+    )
     add_storage_options(parser)
+    parser.add_argument(
+        "--target-storage-options", metavar="JSON", help="those of TARGET, where they are not those of RUN"
+    )
 
 
 def run(args: argparse.Namespace) -> int:
@@ -61,7 +69,9 @@ def run(args: argparse.Namespace) -> int:
     from ..runs.export.export import export
 
     source = open_run(args.path, storage_options(args))
-    with progress("export", "items") as bar:
+    given = "--target-storage-options", args.target_storage_options
+    options = storage_options(args, *given) if args.target_storage_options else storage_options(args)
+    with client_of(args.dask) as client, progress("export", "items") as bar:
         done = export(
             source,
             args.target,
@@ -71,8 +81,10 @@ def run(args: argparse.Namespace) -> int:
             args.context,
             args.loss,
             bar or (lambda done, total: None),
+            options if is_url(args.target) else None,
+            client,
         )
-    print(printable(f"{args.target}: {done.items} items"))
+    print(printable(f"{redact_url(args.target)}: {done.items} items"))
     if done.left_out:
         request, reason = next(iter(done.left_out.items()))
         count = f"{len(done.left_out)} requests" if len(done.left_out) > 1 else "1 request"

@@ -267,6 +267,8 @@ class CallRows:
         self._listed: dict[str, tuple[RowSet, ...]] = {}
         self._whole: dict[str, frozenset[tuple[int, ...]]] = {}
         self._indices: dict[str, int] = {}
+        # By row sets, which live as long as this.
+        self._spans: dict[tuple[int, int], tuple[Span, ...]] = {}
         try:
             for entry in document.get("call_rows") or ():
                 sets = tuple(map(_row_set, entry["sets"]))
@@ -301,11 +303,14 @@ class CallRows:
         )
 
     def spans(self, record: Mapping[str, Any]) -> tuple[Span, ...]:
-        """Whose the rows of a record's tensor are; nothing where that is not known."""
+        """Whose the rows of a record's tensor are; nothing where it is not known. Equal ones are the same."""
         found = self.placed(record)
         if found.rows is None:
             return ()
-        return tuple(span._replace(axis=found.axis) for span in found.rows.spans)
+        key = id(found.rows), found.axis
+        if key not in self._spans:
+            self._spans[key] = tuple(span._replace(axis=found.axis) for span in found.rows.spans)
+        return self._spans[key]
 
     def placed(self, record: Mapping[str, Any]) -> Placed:
         """The row set of a record's tensor, and how it lies there."""

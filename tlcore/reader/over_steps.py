@@ -13,7 +13,8 @@ from ..protocols import Array
 from ..record import Json, tensor_from_bytes
 from .bulk import read_payloads
 from .step import Step
-from .stored import Stored, kind, payload
+from .stored import Stored
+from .tensor_bytes import kind, payload
 
 if TYPE_CHECKING:
     import torch

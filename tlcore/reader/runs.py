@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from ..errors import BackendError, MissingError, ReadError
 from ..layout.run_files import LARGEST_JSON, RUN_FILE, RunFiles
 from ..ledger import Counts
-from ..locations import redact_url
+from ..locations import is_url, redact_url
 from ..record import Json
 from ..storage import Store, SupportsLevels
 from .documents import check_run
@@ -29,7 +29,9 @@ def open_run(path: str | os.PathLike[str], storage_options: Options = None) -> R
     something else, several runs, or a newer layout; BackendError when the URL cannot be opened.
     """
     store = None if is_file(path) else open_existing(path, storage_options)
-    opened_as = os.fspath(path), storage_options
+    # Other processes, which may be elsewhere, open it again.
+    text = os.fspath(path)
+    opened_as = text if is_url(text) else os.path.abspath(text), storage_options
     if store is not None:
         try:
             return Run(store, run_document(store), opened_as)

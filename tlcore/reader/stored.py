@@ -10,12 +10,10 @@ import contextlib
 from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from math import prod
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, MissingError, ReadError, missing
-from ..layout.dtypes import torch_dtype
 from ..layout.names import rank_suffix, step_dir
 from ..layout.run_files import RunFiles
 from ..protocols import (
@@ -25,6 +23,7 @@ from ..protocols import (
     Source,
     StepRanks,
     SupportsArrays,
+    SupportsArraysInto,
     SupportsCheck,
     SupportsIdentity,
     SupportsKinds,
@@ -43,6 +42,7 @@ from ..storage import Store
 from .documents import FOREIGN, check_step, check_structure
 from .kept import Kept, Sound
 from .sound_records import SoundRecords
+from .tensor_bytes import kind
 
 if TYPE_CHECKING:
     import torch
@@ -96,6 +96,11 @@ class Stored:
         return source if isinstance(source, SupportsSizes) else None
 
     @cached_property
+    def _reading_into(self) -> SupportsArraysInto | None:
+        source = self.source
+        return source if self.is_local and isinstance(source, SupportsArraysInto) else None
+
+    @cached_property
     def _knowing(self) -> SupportsKinds | None:
         source = self.source
         return source if isinstance(source, SupportsKinds) else None
@@ -108,7 +113,7 @@ class Stored:
             with self._asking():
                 source.refresh()
         else:
-            for name in ("source", "_structured", "_identifying", "_sizing", "_knowing"):
+            for name in ("source", "_structured", "_identifying", "_sizing", "_reading_into", "_knowing"):
                 self.__dict__.pop(name, None)
 
     @property
@@ -273,6 +278,18 @@ class Stored:
         with self._asking():
             return source.read_array(array, begin, end)
 
+    def read_array_into(self, array: Array, begin: int, target: memoryview) -> Buffer | None:
+        """The bytes from row ``begin`` on, as many as ``target`` takes and in it; None where it cannot be.
+
+        Raises MissingError, ReadError.
+        """
+        source = self._reading_into
+        if source is None:
+            return None
+        with self._asking():
+            count = source.read_array_into(array, begin, target)
+        return target if count == len(target) else target[:count]
+
     def tensor(self, record: Mapping[str, Any]) -> torch.Tensor:
         """The tensor of a record, on the CPU. Raises MissingError or ReadError."""
         where = f"{self.url}: {record['name']!r}"
@@ -377,24 +394,3 @@ class Stored:
 
     def _where(self, step: int, name: str) -> str:
         return f"{self.url}/{step_dir(step)}/{name}"
-
-
-def kind(record: Mapping[str, Any], where: str) -> tuple[torch.dtype, tuple[int, ...]]:
-    """A record's dtype and shape. Raises ReadError, naming ``where``, when its size is another."""
-    dtype, shape = torch_dtype(record.get("dtype")), record["shape"]
-    if dtype is None:
-        raise ReadError(f"{where}: damaged record, there is no dtype {str(record.get('dtype'))[:100]!r}")
-    size = prod(shape) * dtype.itemsize
-    if size != record.get("bytes", size):
-        raise ReadError(f"{where}: {record['bytes']} bytes are no {dtype} tensor of shape {shape!r}")
-    return dtype, tuple(shape)
-
-
-def payload(tensor: torch.Tensor) -> memoryview:
-    """The C-contiguous bytes of a CPU tensor, as a record holds them."""
-    if tensor.numel() == 0:
-        return memoryview(b"")
-    import torch
-
-    flat = tensor.detach().contiguous().reshape(-1)
-    return memoryview(flat.view(torch.uint8).numpy().data)

@@ -11,7 +11,8 @@ from ..errors import ReadError
 from ..layout.run_files import BlockStream
 from ..protocols import Buffer, ByteStream
 from ..record import Json, tensor_from_bytes
-from .stored import Stored, kind
+from .stored import Stored
+from .tensor_bytes import kind
 
 if TYPE_CHECKING:
     import torch

@@ -17,7 +17,7 @@ from ..layout.names import rank_suffix, step_dir
 from ..layout.run_files import RUN_FILE
 from ..protocols import SupportsFileTree
 from ..reader import Step, open_run
-from ..reader.stored import kind, payload
+from ..reader.tensor_bytes import kind, payload
 from ..record import Json
 from .convert import summary_of
 

@@ -160,7 +160,26 @@ class SegmentFiles:
         except (MemoryError, OverflowError):
             raise ReadError(f"{self._store.url}/{name}: larger than this machine's memory") from None
 
-    def _pread(self, name: str, begin: int, end: int) -> bytes:
+    def read_into(self, name: str, begin: int, target: memoryview) -> None:
+        """Fill ``target`` with the bytes of a file from ``begin`` on. Raises as `read` does."""
+        if not self._is_local:
+            target[:] = self.read(name, begin, begin + len(target), begin + len(target))
+            return
+        done = 0
+        with self._lock:
+            file = self._opened(name)
+            try:
+                # Under the lock: nobody may close it meanwhile. The bytes mostly come from the page cache.
+                while done < len(target) and (
+                    count := os.preadv(file.fileno(), [target[done:]], begin + done)
+                ):
+                    done += count
+            except OSError as error:
+                raise ReadError(f"{self._store.url}/{name}: cannot be read: {error}") from error
+        if done < len(target):
+            raise ReadError(f"{self._store.url}/{name}: ends too early, {done} bytes at {begin}")
+
+    def _pread(self, name: str, begin: int, end: int) -> Buffer:
         with self._lock:
             file = self._opened(name)
             try:

@@ -271,6 +271,18 @@ class SegmentSource:
         offset = rows.place.begin
         return self._data.read(rows.file, offset + first, offset + last, offset + last)
 
+    def read_array_into(self, array: Array, begin: int, target: memoryview) -> int:
+        """Fill ``target`` with the bytes from row ``begin`` on. Raises MissingError or ReadError."""
+        rows, width = array.rows, len(target)
+        if not isinstance(rows, ArrayOfRows) or rows.place.constant:
+            found = memoryview(self.read_array(array, begin)).cast("B")[:width]
+            target[: len(found)] = found
+            return len(found)
+        first = begin * rows.place.row_bytes
+        wanted = max(0, min(width, array.shape[0] * rows.place.row_bytes - first))
+        self._data.read_into(rows.file, rows.place.begin + first, target[:wanted])
+        return wanted
+
     def close(self) -> None:
         """Close files."""
         self._data.close()

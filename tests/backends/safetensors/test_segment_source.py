@@ -87,6 +87,32 @@ def test_one_tensor_over_all_steps_takes_a_request_or_two_for_each_segment() -> 
     assert store.requests == 1
 
 
+@pytest.mark.parametrize("local", [True, False])
+def test_rows_of_an_array_are_read_into_memory_that_is_there(local: bool, tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run") if local else MemoryStore()
+    sink, emitter = opened(store, commit_s=100)
+    always = torch.randn(4, 3)
+    for step in range(5):
+        emitter.step(step, {"a/outputs_cpu": torch.randn(6, 3), "b/outputs_cpu": always})
+    sink.close()
+    source = SegmentSource(store, CLOSED)
+    for array in source.arrays(0):
+        whole = bytes(source.read_array(array))
+        for begin, size in ((0, len(whole)), (2, 60), (7, 12), (array.shape[0] - 1, 12)):
+            memory = bytearray(size)
+            assert source.read_array_into(array, begin, memoryview(memory)) == size
+            assert memory == whole[begin * 12 :][:size]
+        # What lies behind an array is another's.
+        memory = bytearray(36)
+        assert source.read_array_into(array, array.shape[0] - 2, memoryview(memory)) == 24
+        assert memory == whole[-24:] + bytes(12)
+    if local:
+        for file in (tmp_path / "run" / "segments").glob("*.safetensors"):
+            file.write_bytes(file.read_bytes()[:20])
+        with pytest.raises(ReadError, match="ends too early, "):
+            source.read_array_into(next(source.arrays(0)), 0, memoryview(bytearray(36)))
+
+
 def test_many_records_of_a_remote_segment_are_one_request() -> None:
     store = Counted()
     sink, emitter = opened(store, commit_s=100)

@@ -17,7 +17,7 @@ from ...errors import ReadError
 from ...layout.windows import window_of
 from .items import Items, Per, items_of
 from .order import Order, Plan
-from .reading import AllRows, Batch, Rows, new_tensor
+from .reading import AllRows, Batch, Bytes, Rows, new_tensor
 from .table import Form, Numbers, Table
 
 if TYPE_CHECKING:
@@ -160,6 +160,13 @@ class RowDataset(Dataset[Batch]):
 
     def _load(self, items: Numbers, pool: Executor | None) -> Batch:
         return self._rows.load(self.rows_of(items), pool)
+
+    def fill(self, items: Numbers, into: Sequence[Bytes]) -> dict[str, Any]:
+        """Put the rows of items, one item after the other, into memory: bytes, of each tensor in `names`.
+
+        Returns what is known of them, as arrays. Raises ReadError.
+        """
+        return self._rows.fill(self.rows_of(items), into, self._threads.pool())
 
     def rows_of(self, items: Numbers) -> Numbers:
         """The numbers of the rows of items, one item after the other."""

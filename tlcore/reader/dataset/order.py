@@ -30,7 +30,9 @@ class Order:
     def __init__(self, count: int, row_bytes: int, rows: Numbers | None, plan: Plan) -> None:
         """``count`` items of one row each, or of as many as ``rows`` says."""
         self.plan = plan
-        wanted = max(_SMALLEST_GROUP, plan.window_bytes // _GROUPS_IN_WINDOW) // max(1, row_bytes)
+        # What stays as it lies is read in large pieces however small its groups are.
+        smallest = 0 if plan.seed is None else _SMALLEST_GROUP
+        wanted = max(smallest, plan.window_bytes // _GROUPS_IN_WINDOW) // max(1, row_bytes)
         firsts, lasts, held = _groups(count, rows, max(1, wanted))
         if plan.seed is not None:
             chosen = _random(plan, 0).permutation(len(firsts))

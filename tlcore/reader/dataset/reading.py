@@ -18,10 +18,12 @@ if TYPE_CHECKING:
 
 # A request takes as long as this many bytes do, so rows between two that are wanted are read along.
 _REMOTE_GAP_BYTES = 256 << 10
-_LOCAL_GAP_BYTES = 4 << 10
+_LOCAL_GAP_BYTES = 64 << 10
 _MOST_BYTES = 8 << 20
 
 Batch = dict[str, "torch.Tensor"]
+# A matrix of bytes, which may be a part of a larger one.
+Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class _Read(NamedTuple):
@@ -69,8 +71,13 @@ class Rows:
         begins: Numbers = self._ends[piece] - self._pieces.length[piece]
         return begins
 
-    def jobs(self, rows: Numbers, into: Sequence[torch.Tensor]) -> Iterator[Callable[[], None]]:
-        """Reads that together put the rows of each tensor into ``into`` (bytes, a row for each)."""
+    def jobs(
+        self, rows: Numbers, into: Sequence[Bytes], places: Numbers | None
+    ) -> Iterator[Callable[[], None]]:
+        """Reads that together put the rows of each tensor into ``into`` (bytes, a row for each).
+
+        The rows go to ``places`` there, in their order by default.
+        """
         piece = np.searchsorted(self._ends, rows, "right")
         offset = rows - self._begins(piece)
         for number, target in enumerate(into):
@@ -78,9 +85,8 @@ class Rows:
                 continue
             source = self._pieces.source[piece, number]
             row = self._pieces.begin[piece, number] + offset
-            buffer = target.numpy()
             for read in self._reads(source, row, target.shape[1]):
-                yield _job(self, read, buffer)
+                yield _job(self, read if places is None else read._replace(into=places[read.into]), target)
 
     def _reads(self, source: Numbers, row: Numbers, width: int) -> Iterator[_Read]:
         order = np.lexsort((row, source))
@@ -98,13 +104,24 @@ class Rows:
                 begin = until
 
 
-def _job(rows: Rows, read: _Read, buffer: Any) -> Callable[[], None]:
+def _job(rows: Rows, read: _Read, target: Bytes) -> Callable[[], None]:
     def work() -> None:
-        data = rows.sources.read(read.source, read.first, read.last)
-        found = np.frombuffer(data, dtype=np.uint8).reshape(read.last - read.first, -1)
-        buffer[_as_slice(read.into)] = found[_as_slice(read.wanted)]
+        into, wanted = _as_slice(read.into), _as_slice(read.wanted)
+        memory = _memory_of(target, into) if isinstance(wanted, slice) else None
+        if len(read.wanted) != read.last - read.first:
+            memory = None
+        data = rows.sources.read(read.source, read.first, read.last, memory)
+        if data is not memory:
+            found = np.frombuffer(data, dtype=np.uint8).reshape(read.last - read.first, -1)
+            target[into] = found[wanted]
 
     return work
+
+
+def _memory_of(target: Bytes, into: slice | Numbers) -> memoryview | None:
+    """The memory of rows that lie in one piece; None of others."""
+    own = target[into] if isinstance(into, slice) else None
+    return own.reshape(-1).data if own is not None and own.flags.c_contiguous else None
 
 
 def _as_slice(numbers: Numbers) -> slice | Numbers:
@@ -132,6 +149,9 @@ def _token_ids(table: Table, items: Items) -> Numbers:
     return found
 
 
+_KNOWN: dict[str, Any] = {"response": np.bool_}
+
+
 class AllRows:
     """The rows of several runs, those of the first run first."""
 
@@ -147,39 +167,34 @@ class AllRows:
     @property
     def row_bytes(self) -> int:
         """How many bytes one row has of all tensors together."""
-        return sum(map(_width, self.forms))
+        return sum(map(row_width, self.forms))
 
     def load(self, rows: Numbers, pool: Executor | None) -> Batch:
         """Rows by number: each tensor's ``[rows, ...]``, and what is known of them. Raises ReadError."""
         import torch
 
-        data = [new_tensor((len(rows), _width(form)), torch.uint8) for form in self.forms]
-        known = {name: np.empty(len(rows), dtype=np.int64) for name in self.known}
+        data = [new_tensor((len(rows), row_width(form)), torch.uint8) for form in self.forms]
+        known = self.fill(rows, [each.numpy() for each in data], pool)
+        tensors = [_typed(each, form) for each, form in zip(data, self.forms, strict=True)]
+        found: Batch = dict(zip(self.names, tensors, strict=True))
+        return found | {name: torch.from_numpy(values) for name, values in known.items()}
+
+    def fill(self, rows: Numbers, into: Sequence[Bytes], pool: Executor | None) -> dict[str, Any]:
+        """Put the rows of each tensor into memory, and return what is known of them. Raises ReadError."""
+        known = {name: np.empty(len(rows), dtype=_KNOWN.get(name, np.int64)) for name in self.known}
         jobs: list[Callable[[], None]] = []
         for number, part in enumerate(self.parts):
             first, last = self._begins[number : number + 2]
             own = np.flatnonzero((rows >= first) & (rows < last))
             if not len(own):
                 continue
-            whole = len(own) == len(rows)
-            targets = data if whole else [each.new_empty((len(own), each.shape[1])) for each in data]
             chosen = rows[own] - first
             for name, values in part.known_of(chosen).items():
                 if name in known:
                     known[name][own] = values
-            jobs += part.jobs(chosen, targets)
-            if not whole:
-                _run(jobs, pool)
-                jobs = []
-                for target, source in zip(data, targets, strict=True):
-                    target[torch.from_numpy(own)] = source
+            jobs += part.jobs(chosen, into, None if len(own) == len(rows) else own)
         _run(jobs, pool)
-        tensors = [_typed(each, form) for each, form in zip(data, self.forms, strict=True)]
-        found: Batch = dict(zip(self.names, tensors, strict=True))
-        found |= {name: torch.from_numpy(values) for name, values in known.items()}
-        if "response" in found:
-            found["response"] = found["response"].bool()
-        return found
+        return known
 
 
 def new_tensor(shape: Sequence[int], dtype: torch.dtype) -> torch.Tensor:
@@ -198,7 +213,8 @@ def _run(jobs: Sequence[Callable[[], None]], pool: Executor | None) -> None:
         future.result()
 
 
-def _width(form: Form) -> int:
+def row_width(form: Form) -> int:
+    """How many bytes a row has."""
     dtype = torch_dtype(form.dtype)
     assert dtype is not None
     return prod(form.shape) * dtype.itemsize

@@ -9,13 +9,14 @@ from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ...errors import ReadError
+from ...hotpath.reading import Scratch
 from ...layout.dtypes import item_size
 from ...layout.rows import as_rows
 from ...protocols import Array, Buffer
 from ...record import Json
 from ..placements import is_part
 from ..step import Step
-from ..stored import payload
+from ..tensor_bytes import payload
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -82,6 +83,7 @@ class Sources:
         self._located: dict[tuple[int, str], list[_ArrayRows]] = {}
         self._keys: dict[int, list[str]] = {}
         self._arrays: dict[tuple[int, int], Array] = {}
+        self._scratch = Scratch()
 
     @property
     def is_local(self) -> bool:
@@ -155,8 +157,12 @@ class Sources:
             self._arrays.clear()
         return self._run
 
-    def read(self, source: int, begin: int, end: int) -> Buffer:
-        """The bytes of rows ``[begin, end)`` of a source. Raises MissingError or ReadError."""
+    def read(self, source: int, begin: int, end: int, memory: memoryview | None = None) -> Buffer:
+        """The bytes of rows ``[begin, end)`` of a source. Raises MissingError or ReadError.
+
+        They lie in ``memory``, of their size, where they could be read right into it, or they may lie in
+        memory that this thread's next reading has again, unless they are still looked at.
+        """
         place, run = self._sources[source], self.run()
         first, last = begin * place.row_bytes, end * place.row_bytes
         if isinstance(place, _InRecord):
@@ -165,13 +171,26 @@ class Sources:
             tensor = run.step(place.step).tensor(place.name, unshard=True)
             data = payload(as_rows(tensor, place.axis)[begin:end])
         else:
-            array, unit = self._array(run, place), place.unit
-            data = run.stored.read_array(array, first // unit, -(-last // unit))
-            data = memoryview(data).cast("B")[first % unit :][: last - first]
+            data = self._of_array(run, place, first, last, memory)
         size = memoryview(data).nbytes
         if size != last - first:
             raise ReadError(f"{self._url}: source of rows ends too early, {size} bytes of {last - first}")
         return data
+
+    def _of_array(
+        self, run: Run, place: _InArray, first: int, last: int, memory: memoryview | None
+    ) -> Buffer:
+        array, unit = self._array(run, place), place.unit
+        begin, end = first // unit, -(-last // unit)
+        size = (end - begin) * unit
+        if size != last - first or memory is None:
+            memory = memoryview(self._scratch.take(size))[:size] if self._is_local else None
+        data = None if memory is None else run.stored.read_array_into(array, begin, memory)
+        if data is None:
+            data = run.stored.read_array(array, begin, end)
+        if size == last - first:
+            return data
+        return memoryview(data).cast("B")[first % unit :][: last - first]
 
     def row_bytes(self, source: int) -> int:
         """How many bytes a row has."""
@@ -187,4 +206,9 @@ class Sources:
         return known
 
     def __getstate__(self) -> Mapping[str, Any]:
-        return {**self.__dict__, "_run": None, "_arrays": {}, "_located": {}}
+        own = {key: value for key, value in self.__dict__.items() if key != "_scratch"}
+        return {**own, "_run": None, "_arrays": {}, "_located": {}}
+
+    def __setstate__(self, state: Mapping[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._scratch = Scratch()

@@ -101,6 +101,27 @@ class Pieces:
         return cut.take(length > 0)
 
 
+class _Spans(NamedTuple):
+    """The rows that a record has of requests: columns, with the place of the first row in the record."""
+
+    requests: list[str]
+    first: list[int]
+    length: list[int]
+    begin: list[int]
+    # Whether some, and whether others, are of an encoder.
+    of_encoder: set[bool]
+    # Whether each request stands there once.
+    plain: bool
+
+
+class _Block(NamedTuple):
+    """A record's rows: those of ``spans`` in a source, ``begin`` rows behind its first."""
+
+    spans: _Spans
+    source: int
+    begin: int
+
+
 class _Part(NamedTuple):
     first: int
     length: int
@@ -123,7 +144,11 @@ class Table:
         self.requests: list[str] = []
         self.tokens: dict[str, Tokens] = {}
         self._numbers: dict[str, int] = {}
-        self._wanted = [(name.removesuffix(_ENCODER), name.endswith(_ENCODER)) for name in names]
+        self._of_encoder = [name.endswith(_ENCODER) for name in names]
+        # The places among the names of what may be called so, with or without its device.
+        self._wanted: dict[str, list[int]] = {}
+        for number, name in enumerate(names):
+            self._wanted.setdefault(name.removesuffix(_ENCODER), []).append(number)
         self._seen: dict[str, None] = {}
         self._forms: list[Form | None] = [None] * len(self.names)
         # Of a tensor with rows of both, those of the decoder are meant.
@@ -147,35 +172,47 @@ class Table:
                 self.tokens.setdefault(str(entry["request_id"]), Tokens()).add(entry)
         records = step.wholes if of_vllm or any(map(is_part, step.records)) else step.records
         modules = frozenset(str(record["module"]) for record in step.records)
-        found: list[dict[str, list[_Part]]] = [{} for _ in self.names]
+        blocks: list[list[_Block]] = [[] for _ in self.names]
+        known: dict[tuple[int, bool], tuple[Any, _Spans]] = {}
         for record in records:
             own = name_in_model(step, record, modules)
             short = _without_device(own, record)
             self._seen[short] = None
-            for number, (name, _) in enumerate(self._wanted):
-                if name in (own, short):
-                    self._add(step, record, number, found[number])
-        for request in found[0] if found else ():
-            self._join(request, [each.get(request, []) for each in found])
+            for number in self._wanted.get(own, ()) if own == short else self._numbers_of(own, short):
+                self._add(step, record, number, blocks[number], known)
+        self._join(blocks)
 
-    def _add(self, step: Step, record: Json, number: int, found: dict[str, list[_Part]]) -> None:
-        encoder = self._wanted[number][1]
-        for span in map(Span.kept, step.row_spans(record)):
-            if not span.length or span.first is None:
-                continue
-            if span.length > _MOST_ROWS:
-                raise ReadError(f"{self.url}: {record['name']!r} has {span.length} rows of one request")
-            of_encoder = bool(span.row.get("sequence"))
-            self._encoder[number].add(of_encoder)
-            if encoder and not of_encoder:
-                continue
-            source, begin = self.sources.of(step, record, span.axis)
-            form = Form(str(record["dtype"]), row_form(record["shape"], span.axis))
-            if not prod(form.shape) or item_size(form.dtype) is None:
-                raise ReadError(f"{self.url}: {record['name']!r} has rows without values")
-            self._check_form(number, form)
-            part = _Part(span.first, span.length, source, begin + span.begin)
-            found.setdefault(str(span.row["request_id"]), []).append(part)
+    def _numbers_of(self, *names: str) -> list[int]:
+        return [number for name in names for number in self._wanted.get(name, ())]
+
+    def _add(
+        self,
+        step: Step,
+        record: Json,
+        number: int,
+        blocks: list[_Block],
+        known: dict[tuple[int, bool], tuple[Any, _Spans]],
+    ) -> None:
+        """Note a record's rows; ``known`` are those of the step's other records, with what they are of."""
+        spans = step.row_spans(record)
+        if not spans:
+            return
+        key = id(spans), self._of_encoder[number]
+        if key not in known:
+            known[key] = spans, _columns_of(spans, self._of_encoder[number])
+        own = known[key][1]
+        self._encoder[number] |= own.of_encoder
+        if not own.requests:
+            return
+        if max(own.length) > _MOST_ROWS:
+            raise ReadError(f"{self.url}: {record['name']!r} has {max(own.length)} rows of one request")
+        axis = spans[0].axis
+        source, begin = self.sources.of(step, record, axis)
+        form = Form(str(record["dtype"]), row_form(record["shape"], axis))
+        if not prod(form.shape) or item_size(form.dtype) is None:
+            raise ReadError(f"{self.url}: {record['name']!r} has rows without values")
+        self._check_form(number, form)
+        blocks.append(_Block(own, source, begin))
 
     def _check_form(self, number: int, form: Form) -> None:
         known = self._forms[number]
@@ -190,13 +227,37 @@ class Table:
             form = self._forms[number]
             if form is None:
                 raise missing("tensor with rows of requests", name, self.url, self._seen)
-            if self._encoder[number] == {False, True} and not self._wanted[number][1]:
+            if self._encoder[number] == {False, True} and not self._of_encoder[number]:
                 hint = f"; name {name}{_ENCODER} for those of the encoder alone"
                 raise ReadError(f"{self.url}: {name!r} has rows of encoder and decoder{hint}")
             self.forms.append(form)
 
-    def _join(self, request: str, parts: Sequence[list[_Part]]) -> None:
+    def _join(self, blocks: Sequence[list[_Block]]) -> None:
         """Add the positions that every tensor has a row of in this step."""
+        if not all(blocks):
+            return
+        spans = blocks[0][0].spans
+        if spans.plain and all(len(each) == 1 and each[0].spans is spans for each in blocks):
+            self._append_all(spans, [each[0] for each in blocks])
+            return
+        parts = [_by_request(each) for each in blocks]
+        for request in parts[0]:
+            self._join_one(request, [each.get(request, []) for each in parts])
+
+    def _append_all(self, spans: _Spans, blocks: Sequence[_Block]) -> None:
+        """Add rows that lie alike in all tensors."""
+        if max(spans.first) > LARGEST_SIZE:
+            raise OverflowError
+        numbers = list(map(self._number, spans.requests))
+        for column, values in zip(self._columns, (numbers, spans.first, spans.length), strict=True):
+            column.extend(values)
+        places = np.empty((len(numbers), len(blocks), 2), np.int64)
+        places[:, :, 0] = [each.source for each in blocks]
+        begins = np.array([each.begin for each in blocks], np.int64)
+        places[:, :, 1] = begins + np.array(spans.begin, np.int64)[:, None]
+        self._places.frombytes(places.tobytes())
+
+    def _join_one(self, request: str, parts: Sequence[list[_Part]]) -> None:
         if all(len(each) == 1 and each[0][:2] == parts[0][0][:2] for each in parts):
             self._append(request, *parts[0][0][:2], [each[0] for each in parts])
             return
@@ -212,13 +273,16 @@ class Table:
     def _append(self, request: str, first: int, length: int, parts: Sequence[_Part]) -> None:
         if first > LARGEST_SIZE:
             raise OverflowError
-        number = self._numbers.setdefault(request, len(self._numbers))
-        if number == len(self.requests):
-            self.requests.append(request)
-        for column, value in zip(self._columns, (number, first, length), strict=True):
+        for column, value in zip(self._columns, (self._number(request), first, length), strict=True):
             column.append(value)
         for part in parts:
             self._places.extend((part.source, part.begin))
+
+    def _number(self, request: str) -> int:
+        number = self._numbers.setdefault(request, len(self._numbers))
+        if number == len(self.requests):
+            self.requests.append(request)
+        return number
 
     def _newest(self) -> Pieces:
         """The pieces, without what was computed again later: the tokens that follow were made from that."""
@@ -234,6 +298,31 @@ class Table:
         plain = ~np.isin(request, twice)
         parts = [pieces.take(plain), *(_newest_of(pieces.take(request == each)) for each in twice)]
         return Pieces(*(np.concatenate(columns) for columns in zip(*map(_columns, parts), strict=True)))
+
+
+def _columns_of(spans: Sequence[Span], encoder: bool) -> _Spans:
+    """The rows with a position, as columns; with ``encoder`` those of encoders alone."""
+    found: list[tuple[str, int, int, int]] = []
+    kinds: set[bool] = set()
+    for span in map(Span.kept, spans):
+        if not span.length or span.first is None:
+            continue
+        of_encoder = bool(span.row.get("sequence"))
+        kinds.add(of_encoder)
+        if of_encoder or not encoder:
+            found.append((str(span.row["request_id"]), span.first, span.length, span.begin))
+    requests = [each[0] for each in found]
+    first, length, begin = ([each[1:][at] for each in found] for at in range(3))
+    return _Spans(requests, first, length, begin, kinds, len(set(requests)) == len(requests))
+
+
+def _by_request(blocks: Sequence[_Block]) -> dict[str, list[_Part]]:
+    found: dict[str, list[_Part]] = {}
+    for spans, source, at in blocks:
+        rows = zip(spans.requests, spans.first, spans.length, spans.begin, strict=True)
+        for request, first, length, begin in rows:
+            found.setdefault(request, []).append(_Part(first, length, source, at + begin))
+    return found
 
 
 def _columns(pieces: Pieces) -> tuple[Numbers, ...]:

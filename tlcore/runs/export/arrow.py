@@ -2,23 +2,44 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
-from .disk import write_disk
-from .export import Job, pyarrow
-from .items import piece_columns, pieces, sequence_features
-from .tables import box_field, boxes, feature, list_feature
+from .disk import FILE_BYTES, table_name, write_documents
+from .items import Piece, piece_columns, pieces, sequence_features, written_bytes
+from .job import Advance, Job, Part, Workers, parts_of, pyarrow
+from .tables import box_field, boxes, feature, list_feature, with_features
 
 
-def write(job: Job) -> None:
+def write(job: Job, workers: Workers) -> list[str]:
     """Write whole requests, or pieces of a context: then as SAELens has its cached activations."""
+    _, features = _described(job)
+    parts = parts_of(job, written_bytes(job), FILE_BYTES)
+    for _ in workers.each(write_part, job, parts):
+        pass
+    names = [table_name(part.number, part.count) for part in parts]
     identity = f"arrow {[column.name for column in job.columns]} {job.data.fingerprint}"
+    write_documents(job.target, names, features, identity)
+    return names
+
+
+def write_part(job: Job, part: Part, advance: Advance) -> None:
+    """Write one file."""
+    schema, features = _described(job)
+    schema = with_features(schema, features)
+    with (
+        job.target.file(table_name(part.number, part.count)) as path,
+        pyarrow().ipc.new_stream(str(path), schema) as table,
+    ):
+        for piece in pieces(job, part):
+            batch = piece_columns(job, piece, schema) if job.data.ragged else _boxed(job, piece, schema)
+            table.write_batch(batch)
+            advance(len(piece.counts))
+
+
+def _described(job: Job) -> tuple[Any, dict[str, Any]]:
+    """The schema, and what `datasets` says of its columns."""
     if job.data.ragged:
-        schema, features = sequence_features(job)
-        batches = (piece_columns(job, piece, schema) for piece in pieces(job))
-        write_disk(job.target, schema, features, batches, identity)
-        return
+        return sequence_features(job)
     pa = pyarrow()
     context = job.data.context or 1
     ids = list_feature(feature("int32"), context)
@@ -36,23 +57,18 @@ def write(job: Job) -> None:
             "_type": f"Array{len(shape)}D",
         }
         fields.append(box_field(column.name, column.written_dtype, shape))
-    schema = pa.schema(fields)
-    write_disk(job.target, schema, features, _batches(job, schema, context), identity)
+    return pa.schema(fields), features
 
 
-def _batches(job: Job, schema: Any, context: int) -> Iterator[Any]:
+def _boxed(job: Job, piece: Piece, schema: Any) -> Any:
+    """Pieces of a context as a record batch."""
     pa = pyarrow()
-    done = 0
-    for items in pieces(job):
-        rows = items.rows
-        count = len(items.counts)
-        starts = range(0, count * context, context)
-        arrays = [
-            pa.FixedSizeListArray.from_arrays(pa.array(rows["token_ids"].int().numpy()), context),
-            pa.array([items.requests[start] for start in starts], pa.string()),
-            pa.array(rows["positions"].numpy()[::context]),
-        ]
-        arrays += [boxes(column.array(rows), count, (context, *column.shape)) for column in job.columns]
-        done += count
-        yield pa.RecordBatch.from_arrays(arrays, schema=schema)
-        job.done(done)
+    rows, count, context = piece.rows, len(piece.counts), job.data.context or 1
+    starts = range(0, count * context, context)
+    arrays = [
+        pa.FixedSizeListArray.from_arrays(pa.array(rows["token_ids"].int().numpy()), context),
+        pa.array([piece.requests[start] for start in starts], pa.string()),
+        pa.array(rows["positions"].numpy()[::context]),
+    ]
+    arrays += [boxes(column.array(rows), count, (context, *column.shape)) for column in job.columns]
+    return pa.RecordBatch.from_arrays(arrays, schema=schema)

@@ -4,36 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from .export import pyarrow
-from .parts import write_parts
-from .tables import with_features
+from .target import Target
 
-_FILE_BYTES = 512 << 20
+FILE_BYTES = 512 << 20
 
 
-def write_disk(
-    directory: Path, schema: Any, features: Mapping[str, Any], batches: Iterable[Any], identity: str
-) -> None:
-    """Write record batches; ``identity`` tells this set from others (`datasets` caches by it).
+def table_name(number: int, count: int) -> str:
+    """The name of one of so many Arrow streams."""
+    return f"data-{number:05d}-of-{count:05d}.arrow"
 
-    What is read is given as tensors of torch.
+
+def write_documents(target: Target, names: Sequence[str], features: Mapping[str, Any], identity: str) -> None:
+    """Write what makes a data set of Arrow streams, which is read as tensors of torch.
+
+    ``identity`` tells it from others: `datasets` caches by it.
     """
-    pa = pyarrow()
-    schema = with_features(schema, features)
-    made = write_parts(
-        batches,
-        _FILE_BYTES,
-        lambda number: directory / f"part-{number}",
-        lambda file: pa.ipc.new_stream(str(file), schema),
-    )
-    names = []
-    for number, part in enumerate(made):
-        names.append(f"data-{number:05d}-of-{len(made):05d}.arrow")
-        part.rename(directory / names[-1])
     state: dict[str, Any] = {
         "_data_files": [{"filename": name} for name in names],
         "_fingerprint": hashlib.sha256(identity.encode()).hexdigest()[:16],
@@ -44,5 +32,5 @@ def write_disk(
         "_split": None,
     }
     info = {"citation": "", "description": "", "features": features, "homepage": "", "license": ""}
-    (directory / "state.json").write_text(json.dumps(state, indent=1), encoding="utf-8")
-    (directory / "dataset_info.json").write_text(json.dumps(info, indent=1), encoding="utf-8")
+    target.document("dataset_info.json", json.dumps(info, indent=1))
+    target.document("state.json", json.dumps(state, indent=1))

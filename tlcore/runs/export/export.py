@@ -1,43 +1,26 @@
-"""`export`: a run's rows into a directory, in a format of another tool."""
+"""`export`: a run's rows into a directory or a place behind a URL, in a format of another tool."""
 
 from __future__ import annotations
 
 import json
 import os
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from importlib import import_module
 from typing import Any, NamedTuple
 
 from ..._version import __version__
-from ...errors import BackendError, ReadError, TlcoreError
-from ...locations import is_url
+from ...errors import ReadError
 from ...reader import Run
 from ...reader.dataset.dataset import RowDataset
+from .items import WINDOW_BYTES
+from .job import Job, Workers
+from .requests import WINDOW_BYTES as OF_REQUESTS
+from .target import REMOTE_THREADS, new_target
 from .values import Column, columns_of, terms_of
+from .work import Cluster, Counting, Here, Progress
 
-Progress = Callable[[int, int], None]
 # Its name keeps it from being taken for data.
 ABOUT = "_export.json"
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a writer is given: the items, the columns of each, the directory, and whom to tell."""
-
-    run: Run
-    data: RowDataset
-    columns: Sequence[Column]
-    target: Path
-    loss: str
-    on_item: Progress
-
-    def done(self, items: int) -> None:
-        """Tell how many items are written."""
-        self.on_item(items, len(self.data))
 
 
 class Exported(NamedTuple):
@@ -74,16 +57,18 @@ def export(
     context: int | None = None,
     loss: str = "response",
     on_item: Progress = lambda done, total: None,
+    storage_options: Mapping[str, Any] | None = None,
+    client: Any = None,
 ) -> Exported:
-    """Write the rows of ``tensors`` (names without a step, or sums ``a + b``) into a new directory.
+    """Write the rows of ``tensors`` (names without a step, or sums ``a + b``) into a new directory or URL.
 
     Of ``requests``, ``hf`` and ``arrow`` an item is a whole request, or with ``context`` (``hf``, ``arrow``)
     so many positions that follow one another; requests with gaps are left out. Of ``parquet`` and ``npy`` it
     is a token. ``loss`` is which positions a draft model is to be trained on (``requests``): ``"response"``
-    or ``"all"``. Raises ReadError or BackendError; the directory is there only if everything was written.
+    or ``"all"``. ``storage_options`` are those of a target that is a URL. The workers of ``client``, a
+    `distributed.Client`, do the work where there is one, with the same result. Raises ReadError or
+    BackendError; the target is there only if everything was written.
     """
-    from importlib import import_module
-
     if format not in FORMATS:
         raise ReadError(f"there is no format {format!r}; there are {', '.join(FORMATS)}")
     how = FORMATS[format]
@@ -97,37 +82,26 @@ def export(
         raise ReadError(f"{run.url}: not all token ids are known, which the format {format} needs")
     columns = columns_of(data, tensors, format == "requests")
     module = import_module(f".{how.module}", __package__)
-    with _made(target) as directory:
-        module.write(Job(run, data, columns, directory, loss, on_item))
-        _write_about(directory, run, data, columns, {"format": format, "rows": rows, "context": context})
+    window_bytes = OF_REQUESTS if format == "requests" else WINDOW_BYTES
+    with new_target(target, storage_options) as place:
+        job = Job(data, columns, place, loss, run.id, run.url, window_bytes)
+        names = module.write(job, _workers(job, format, on_item, client))
+        how_made = {"format": format, "rows": rows, "context": context}
+        place.document(ABOUT, _about(run, data, columns, how_made))
+        place.finish(names)
     return Exported(len(data), dict(data.left_out))
 
 
-@contextmanager
-def _made(target: str | os.PathLike[str]) -> Iterator[Path]:
-    """A directory that gets its name when everything is written. Raises TlcoreError."""
-    text = os.fspath(target)
-    if is_url(text):
-        raise ReadError(f"{text}: exports are written into a local directory; copy it from there")
-    path = Path(text).expanduser().absolute()
-    if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise ReadError(f"{text}: is there already; export into a new directory")
-    made: Path | None = None
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent))
-        yield made
-        made.rename(path)
-    except OSError as error:
-        raise BackendError(f"{text}: cannot be written ({error.strerror or error})") from error
-    finally:
-        if made is not None:
-            shutil.rmtree(made, ignore_errors=True)
+def _workers(job: Job, format: str, on_item: Progress, client: Any) -> Workers:
+    counting = Counting(len(job.data), on_item)
+    if client is not None:
+        return Cluster(client, counting)
+    # Tables are read ahead by a thread of their own.
+    threads = 2 if job.target.is_local else REMOTE_THREADS
+    return Here(threads if format == "requests" else 1, counting)
 
 
-def _write_about(
-    directory: Path, run: Run, data: RowDataset, columns: Sequence[Column], how: Mapping[str, Any]
-) -> None:
+def _about(run: Run, data: RowDataset, columns: Sequence[Column], how: Mapping[str, Any]) -> str:
     """What stands in no other file: where it comes from, and what each column was."""
     listed = [
         {"name": each.name, "dtype": each.dtype, "written": each.written_dtype, "shape": list(each.shape)}
@@ -137,16 +111,4 @@ def _write_about(
         listed = [{key: value for key, value in each.items() if key != "written"} for each in listed]
     about = {"tlcore": __version__, "run": run.id, **how, "items": len(data), "tensors": listed}
     about["left_out"] = dict(data.left_out)
-    (directory / ABOUT).write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
-
-
-def pyarrow() -> Any:
-    """The package. Raises BackendError where it is not there."""
-    try:
-        import pyarrow
-    except ImportError:
-        raise BackendError("this format needs pyarrow: pip install 'tlcore[arrow]'") from None
-    return pyarrow
-
-
-__all__ = ["FORMATS", "Exported", "Job", "TlcoreError", "export", "pyarrow"]
+    return json.dumps(about, indent=1) + "\n"

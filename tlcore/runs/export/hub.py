@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Any
-
-from .export import Job
-from .items import piece_columns, pieces, sequence_features
-from .parquet import write_parquet
+from .items import piece_columns, sequence_features
+from .job import Advance, Job, Part, Workers
+from .parquet import file_parts, write_parquet
 from .tables import with_features
 
 _CARD = """---
@@ -26,26 +23,27 @@ every other column has as many rows:
 """
 
 
-def write(job: Job) -> None:
+def write(job: Job, workers: Workers) -> list[str]:
     """Write ``data/train-<n>-of-<all>.parquet`` and ``README.md``; a row is a request, or a piece of one."""
-    schema, features = sequence_features(job)
-    folder = job.target / "data"
-    folder.mkdir()
-
-    def batches() -> Iterator[Any]:
-        done = 0
-        for piece in pieces(job):
-            yield piece_columns(job, piece, schema)
-            done += len(piece.counts)
-            job.done(done)
-
-    made = write_parquet(folder, "part-", "", with_features(schema, features), batches())
-    for number, part in enumerate(made):
-        part.rename(folder / f"train-{number:05d}-of-{len(made):05d}.parquet")
+    parts = file_parts(job)
+    for _ in workers.each(write_part, job, parts):
+        pass
     columns = "\n".join(f"- `{each.name}`: {_told(each.dtype, each.written_dtype)}" for each in job.columns)
     what = "requests" if job.data.ragged else f"pieces of {job.data.context} positions"
-    card = _CARD.format(count=len(job.data), what=what, run=job.run.id, columns=columns)
-    (job.target / "README.md").write_text(card, encoding="utf-8")
+    card = _CARD.format(count=len(job.data), what=what, run=job.run_id, columns=columns)
+    job.target.document("README.md", card)
+    return [_name(part) for part in parts]
+
+
+def _name(part: Part) -> str:
+    return f"data/train-{part.number:05d}-of-{part.count:05d}.parquet"
+
+
+def write_part(job: Job, part: Part, advance: Advance) -> None:
+    """Write one file."""
+    schema, features = sequence_features(job)
+    schema = with_features(schema, features)
+    write_parquet(job, part, _name(part), schema, lambda piece: piece_columns(job, piece, schema), advance)
 
 
 def _told(dtype: str, written: str) -> str:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from math import prod
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 
-from .export import Job, pyarrow
+from .job import Job, Part, pyarrow
 from .tables import feature, fixed, fixed_type, list_feature, listed
-from .values import in_order
 
 # What is turned into one record batch or row group.
 _PIECE_BYTES = 8 << 20
@@ -23,18 +24,23 @@ class Piece(NamedTuple):
     counts: list[int]
 
 
-def pieces(job: Job) -> Iterator[Piece]:
-    """All items in order, a few MB of rows at a time."""
-    ordered = in_order(job.data)
+# What is read at a time, where files have no bound that is smaller.
+WINDOW_BYTES = 64 << 20
+
+
+def pieces(job: Job, part: Part) -> Iterator[Piece]:
+    """A part's items in order, a few MB of rows at a time."""
+    ordered = job.ordered()
     most = max(1, _PIECE_BYTES // max(1, job.data.row_bytes))
-    for window in range(ordered.order.windows):
-        begin, end = ordered.order.bounds(window)
+    stop = ordered.order.bounds(part.end - 1)[1]
+    for window in range(part.begin, part.end):
+        begin, _ = ordered.order.bounds(window)
         counts = job.data.counts_of(ordered.order.items(window)).tolist()
         first = held = 0
         for place, count in enumerate(counts, 1):
             held += count
             if held >= most or place == len(counts):
-                (found,) = ordered.batches(begin + first, begin + place, end)
+                (found,) = ordered.batches(begin + first, begin + place, stop)
                 yield _piece(job, found, counts[first:place])
                 first, held = place, 0
 
@@ -86,3 +92,8 @@ def piece_columns(job: Job, piece: Piece, schema: Any) -> Any:
         arrays.append(listed(pa.array(rows["response"].numpy()), counts))
     arrays += [listed(fixed(column.array(rows), column.shape), counts) for column in job.columns]
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
+
+
+def written_bytes(job: Job) -> int:
+    """How many bytes a row has of all columns, as they are written."""
+    return sum(np.dtype(each.written_dtype).itemsize * prod(each.shape) for each in job.columns)

@@ -2,56 +2,67 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
-from .export import Job, pyarrow
-from .items import pieces
-from .parts import write_parts
+from .items import Piece, pieces
+from .job import Advance, Job, Part, Workers, parts_of, pyarrow
 from .tables import fixed, fixed_type
 
+# Of the rows as they were captured: what their dtypes are widened by takes no room in the file.
 _FILE_BYTES = 256 << 20
+_KNOWN = {"token_ids": "token_id", "response": "response"}
 
 
-def write(job: Job) -> None:
+def write(job: Job, workers: Workers) -> list[str]:
     """Write ``part-<n>.parquet``, in the order in which the rows were captured."""
+    parts = file_parts(job)
+    for _ in workers.each(write_part, job, parts):
+        pass
+    return [_name(part) for part in parts]
+
+
+def file_parts(job: Job) -> list[Part]:
+    """What each file has."""
+    return parts_of(job, job.data.row_bytes, _FILE_BYTES)
+
+
+def _name(part: Part) -> str:
+    return f"part-{part.number:05d}.parquet"
+
+
+def write_part(job: Job, part: Part, advance: Advance) -> None:
+    """Write one file."""
     pa = pyarrow()
     fields = [pa.field("request_id", pa.string()), pa.field("position", pa.int64())]
-    known = {"token_ids": "token_id", "response": "response"}
-    known = {name: told for name, told in known.items() if name in job.data.known}
+    known = {name: told for name, told in _KNOWN.items() if name in job.data.known}
     fields += [pa.field(known[name], pa.int64() if name == "token_ids" else pa.bool_()) for name in known]
     fields += [pa.field(column.name, fixed_type(column)) for column in job.columns]
     schema = pa.schema(fields)
 
-    def batches() -> Iterator[Any]:
-        done = 0
-        for piece in pieces(job):
-            arrays = [pa.array(piece.requests, pa.string()), pa.array(piece.rows["positions"].numpy())]
-            arrays += [pa.array(piece.rows[name].numpy()) for name in known]
-            arrays += [fixed(column.array(piece.rows), column.shape) for column in job.columns]
-            yield pa.RecordBatch.from_arrays(arrays, schema=schema)
-            done += len(piece.counts)
-            job.done(done)
+    def batch(piece: Piece) -> Any:
+        arrays = [pa.array(piece.requests, pa.string()), pa.array(piece.rows["positions"].numpy())]
+        arrays += [pa.array(piece.rows[name].numpy()) for name in known]
+        arrays += [fixed(column.array(piece.rows), column.shape) for column in job.columns]
+        return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
-    write_parquet(job.target, "part-", ".parquet", schema, batches())
+    write_parquet(job, part, _name(part), schema, batch, advance)
 
 
-def write_parquet(directory: Path, begin: str, end: str, schema: Any, batches: Iterator[Any]) -> list[Path]:
-    """Write record batches as row groups of files that are numbered; returns the files."""
+def write_parquet(
+    job: Job, part: Part, name: str, schema: Any, batch: Callable[[Piece], Any], advance: Advance
+) -> None:
+    """Write what ``batch`` makes of each piece as the row groups of a file."""
     pyarrow()
     from pyarrow import parquet
 
     # The bytes of numbers one place after the other: what float32 adds to bfloat16 takes no room.
     options: dict[str, Any] = {"compression": "zstd", "use_dictionary": False}
     options["use_byte_stream_split"] = _split(schema)
-    return write_parts(
-        batches,
-        _FILE_BYTES,
-        lambda number: directory / f"{begin}{number:05d}{end}",
-        lambda file: parquet.ParquetWriter(file, schema, **options),
-        row_group_size=1 << 30,
-    )
+    with job.target.file(name) as path, parquet.ParquetWriter(path, schema, **options) as table:
+        for piece in pieces(job, part):
+            table.write_batch(batch(piece), row_group_size=1 << 30)
+            advance(len(piece.counts))
 
 
 def _split(schema: Any) -> list[str]:

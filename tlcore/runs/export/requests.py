@@ -2,26 +2,40 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import chain
 from typing import Any
 
 import numpy as np
 import torch
 
 from ...errors import ReadError
-from ...hotpath.reading import Scratch
-from ...reader.stored import payload
-from .disk import write_disk
-from .export import Job, pyarrow
-from .safetensors_file import write_safetensors
-from .tables import Array, feature, list_feature, listed
-from .values import in_order
+from ...layout.dtypes import torch_dtype
+from ...reader.dataset.reading import Bytes, row_width
+from .disk import write_documents
+from .job import Advance, Job, Part, Workers, parts_of, pyarrow
+from .safetensors_file import FileOf
+from .tables import Array, feature, list_feature, listed, with_features
+
+# What is read and written at a time: few enough bytes that a processor still has them near.
+WINDOW_BYTES = 32 << 20
+_TABLE_ROWS = 1000
+_NUMBERS = list_feature(feature("int64"))
+_FEATURES = {
+    "input_ids": _NUMBERS,
+    "loss_mask": _NUMBERS,
+    "seq_len": feature("int64"),
+    "request_id": feature("string"),
+}
+_TABLE = "data-00000-of-00001.arrow"
 
 # Token ids, loss mask, and whose they are.
 _Row = tuple[Array, Array, str]
 
 
-def write(job: Job) -> None:
+def write(job: Job, workers: Workers) -> list[str]:
     """Write ``hidden_states/hs_<i>.safetensors``, and the data set of token ids, whose i-th row is of it."""
     if len({(each.dtype, each.shape) for each in job.columns}) > 1:
         shown = ", ".join(f"{each.name}: {each.dtype} {list(each.shape)}" for each in job.columns)
@@ -30,7 +44,7 @@ def write(job: Job) -> None:
         raise ReadError(f'loss={job.loss!r} is neither "response" nor "all"')
     if job.loss == "response" and not job.data.has_prompts:
         raise ReadError(
-            f"{job.run.url}: where prompts end is not known of every request, so neither is the response;"
+            f"{job.url}: where prompts end is not known of every request, so neither is the response;"
             ' with loss="all" every position counts'
         )
     pa = pyarrow()
@@ -38,46 +52,33 @@ def write(job: Job) -> None:
     schema = pa.schema(
         {"input_ids": lists, "loss_mask": lists, "seq_len": pa.int64(), "request_id": pa.string()}
     )
-    numbers = list_feature(feature("int64"))
-    features = {
-        "input_ids": numbers,
-        "loss_mask": numbers,
-        "seq_len": feature("int64"),
-        "request_id": feature("string"),
-    }
-    (job.target / "hidden_states").mkdir()
-    write_disk(job.target, schema, features, _batches(job, schema), f"requests {job.data.fingerprint}")
+    with (
+        job.target.file(_TABLE) as path,
+        pa.ipc.new_stream(str(path), with_features(schema, _FEATURES)) as table,
+    ):
+        found = workers.each(write_part, job, parts_of(job, 1, 1))
+        for group in _groups(chain.from_iterable(found)):
+            table.write_batch(_batch(group, schema))
+    write_documents(job.target, [_TABLE], _FEATURES, f"requests {job.data.fingerprint}")
+    return [_TABLE, *map(_name, range(len(job.data)))]
 
 
-def _batches(job: Job, schema: Any) -> Iterator[Any]:
-    """Writes the files, and gives the rows that describe them."""
-    rows: list[_Row] = []
-    scratch = Scratch()
-    for number, item in enumerate(in_order(job.data).views()):
-        ids = item["token_ids"]
-        loss = item["response"] if job.loss == "response" else torch.ones_like(ids)
-        request_id = job.data.requests[int(item["request"])]
-        (column, *_), count = job.columns, len(ids)
-        shape = (count, len(job.columns), *column.shape)
-        write_safetensors(
-            job.target / "hidden_states" / f"hs_{number}.safetensors",
-            {
-                "hidden_states": (column.dtype, shape, _states(job, item, scratch)),
-                "token_ids": ("int64", (count,), payload(ids)),
-            },
-            {"request_id": request_id, "layers": ", ".join(column.name for column in job.columns)},
-        )
-        # Copied: what is kept of an item keeps all that was read with it.
-        rows.append((ids.numpy().copy(), loss.numpy().astype(np.int64), request_id))
-        if len(rows) == 1000:
-            yield _table(rows, schema)
-            rows = []
-        job.done(number + 1)
-    if rows:
-        yield _table(rows, schema)
+def _name(number: int) -> str:
+    return f"hidden_states/hs_{number}.safetensors"
 
 
-def _table(rows: list[_Row], schema: Any) -> Any:
+def _groups(rows: Iterable[_Row]) -> Iterator[list[_Row]]:
+    group: list[_Row] = []
+    for row in rows:
+        group.append(row)
+        if len(group) == _TABLE_ROWS:
+            yield group
+            group = []
+    if group:
+        yield group
+
+
+def _batch(rows: Sequence[_Row], schema: Any) -> Any:
     """Requests as a record batch."""
     pa = pyarrow()
     counts = [len(ids) for ids, _, _ in rows]
@@ -87,15 +88,80 @@ def _table(rows: list[_Row], schema: Any) -> Any:
     return pa.RecordBatch.from_arrays(arrays, schema=schema)
 
 
-def _states(job: Job, item: dict[str, torch.Tensor], scratch: Scratch) -> memoryview:
-    """The layers of each token side by side, ``[tokens, layers, size]``, as bytes until the next ones."""
-    layers = [payload(column.tensor(item)) for column in job.columns]
-    if len(layers) == 1:
-        return layers[0]
-    count, size = len(item["token_ids"]), sum(map(len, layers))
-    # Memory that was touched before: taking new memory costs more than copying.
-    memory = memoryview(scratch.take(size))[:size]
-    target = np.frombuffer(memory, np.uint8).reshape(count, len(layers), -1)
-    for number, layer in enumerate(layers):
-        target[:, number] = np.frombuffer(layer, np.uint8).reshape(count, -1)
-    return memory
+def write_part(job: Job, part: Part, advance: Advance) -> list[_Row]:
+    """Write the files of some requests, and return the rows that describe them."""
+    order = job.ordered().order
+    rows: list[_Row] = []
+    column = job.columns[0]
+    layers = {"layers": ", ".join(each.name for each in job.columns)}
+    form = FileOf(
+        {"hidden_states": (column.dtype, (len(job.columns), *column.shape)), "token_ids": ("int64", ())}
+    )
+    for window in range(part.begin, part.end):
+        number, _ = order.bounds(window)
+        items = order.items(window)
+        counts = job.data.counts_of(items).tolist()
+        states, known = _read(job, items, sum(counts))
+        begin = 0
+        for count in counts:
+            own = slice(begin, begin + count)
+            ids, request = known["token_ids"][own], job.data.requests[int(known["request"][begin])]
+            head = form.head(count, {"request_id": request, **layers})
+            job.target.put(_name(number), [head, states[own].reshape(-1).data, ids.data])
+            mask = known["response"][own].astype(np.int64) if job.loss == "response" else np.ones_like(ids)
+            # Copied: what is kept of a request keeps all that was read with it.
+            rows.append((ids.copy(), mask, request))
+            begin, number = begin + count, number + 1
+            advance(1)
+    return rows
+
+
+class _Memory(threading.local):
+    """Memory that was touched before: taking new memory costs more than reading into it."""
+
+    kept: Bytes = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> Bytes:
+        if len(self.kept) < size:
+            self.kept = np.empty(size, np.uint8)
+        return self.kept[:size]
+
+
+_memory = _Memory()
+
+
+def _read(job: Job, items: Any, count: int) -> tuple[Bytes, dict[str, Any]]:
+    """The layers of each position side by side, as bytes until the next ones; and what is known of it."""
+    width, layers = row_width(job.data.forms[job.columns[0].terms[0]]), len(job.columns)
+    direct = _direct(job)
+    apart = [name for name in job.data.names if name not in direct]
+    memory = _memory.take((layers + len(apart)) * count * width)
+    states = memory[: layers * count * width].reshape(count, layers, width)
+    into = {name: states[:, number] for name, number in direct.items()}
+    into |= zip(apart, memory[layers * count * width :].reshape(len(apart), count, width), strict=True)
+    known = job.data.fill(items, [into[name] for name in job.data.names])
+    dtype = torch_dtype(job.columns[0].dtype)
+    assert dtype is not None
+    values = torch.from_numpy(states).view(dtype)
+    for number, column in enumerate(job.columns):
+        if number not in direct.values():
+            _add_up([torch.from_numpy(into[name]).view(dtype) for name in column.terms], values[:, number])
+    return states, known
+
+
+def _direct(job: Job) -> dict[str, int]:
+    """The tensors that are read right to where they are written: those that are a column, and no more."""
+    uses = Counter(term for column in job.columns for term in column.terms)
+    alone = [(column.terms[0], number) for number, column in enumerate(job.columns) if len(column.terms) == 1]
+    return {name: number for name, number in alone if uses[name] == 1}
+
+
+def _add_up(terms: Sequence[torch.Tensor], target: torch.Tensor) -> None:
+    """Put the sum of terms, one added after the other as `Column.tensor` does, at its place."""
+    first, *others = terms
+    if not others:
+        target.copy_(first)
+        return
+    torch.add(first, others[0], out=target)
+    for other in others[1:]:
+        target.add_(other)

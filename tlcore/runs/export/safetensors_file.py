@@ -1,40 +1,43 @@
-"""One safetensors file, written from memory as it is."""
+"""Safetensors files that differ in how many rows their tensors have."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from math import prod
 
 from tlcore_backends.safetensors.shard import header_of
 
 from ...errors import ReadError
 from ...layout.dtypes import torch_dtype
-from ...storage import Buffer
 
 _ALIGNMENT = 8
 
-# A tensor's dtype, its shape, and its bytes.
-Tensor = tuple[str, tuple[int, ...], Buffer]
 
+class FileOf:
+    """Files with tensors of these dtypes, and of these shapes behind the rows.
 
-def write_safetensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """Write a new file; ``tensors`` in their order. Raises ReadError for a dtype that the format lacks."""
-    header: dict[str, object] = {"__metadata__": dict(metadata)}
-    end = 0
-    for name, (dtype, shape, data) in tensors.items():
-        found = torch_dtype(dtype)
-        assert found is not None
-        begin, end = end, end + memoryview(data).nbytes
-        entry, unknown = header_of(found, shape)
-        if unknown:
-            raise ReadError(f"safetensors has no type for the {dtype} of {name}")
-        header[name] = json.loads(f"{entry}[{begin},{end}]}}")
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % _ALIGNMENT)
-    with path.open("wb", buffering=0) as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for _, _, data in tensors.values():
-            view = memoryview(data).cast("B")
-            while view:
-                view = view[file.write(view) :]
+    Raises ReadError for a dtype that the format lacks.
+    """
+
+    def __init__(self, tensors: Mapping[str, tuple[str, tuple[int, ...]]]) -> None:
+        self._tensors = [(name, *each) for name, each in tensors.items()]
+        for name, dtype, shape in self._tensors:
+            found = torch_dtype(dtype)
+            assert found is not None
+            if header_of(found, shape)[1]:
+                raise ReadError(f"safetensors has no type for the {dtype} of {name}")
+
+    def head(self, rows: int, metadata: Mapping[str, str]) -> bytes:
+        """What stands before the bytes of so many rows of each tensor, one tensor after the other."""
+        entries = [f'"__metadata__":{json.dumps(dict(metadata), separators=(",", ":"))}']
+        end = 0
+        for name, dtype, shape in self._tensors:
+            found = torch_dtype(dtype)
+            assert found is not None
+            begin, end = end, end + rows * prod(shape) * found.itemsize
+            entry, _ = header_of(found, (rows, *shape))
+            entries.append(f"{json.dumps(name)}:{entry}[{begin},{end}]}}")
+        text = f"{{{','.join(entries)}}}".encode()
+        text += b" " * (-len(text) % _ALIGNMENT)
+        return len(text).to_bytes(8, "little") + text

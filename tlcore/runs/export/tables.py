@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from .export import pyarrow
+from .job import pyarrow
 from .values import Column
 
 Array = np.ndarray[Any, Any]

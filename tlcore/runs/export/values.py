@@ -27,7 +27,6 @@ _KNOWN = (
     *("float16", "float32", "float64"),
 )
 _PLUS = " + "
-_WINDOW_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
@@ -82,6 +81,6 @@ def columns_of(data: RowDataset, names: Sequence[str], of_torch: bool) -> list[C
     return found
 
 
-def in_order(data: RowDataset) -> OrderedDataset:
-    """The items as they lie, read in large pieces."""
-    return OrderedDataset(data, Plan(None, 0, _WINDOW_BYTES))
+def in_order(data: RowDataset, window_bytes: int) -> OrderedDataset:
+    """The items as they lie, so many bytes of them read at a time."""
+    return OrderedDataset(data, Plan(None, 0, window_bytes))

@@ -1,0 +1,86 @@
+"""What a writer of a format is given, and what it asks for."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeVar
+
+from ...errors import BackendError
+from ...reader.dataset.dataset import OrderedDataset, RowDataset
+from .target import Target
+from .values import Column, in_order
+
+_T = TypeVar("_T")
+# Tells how many more items are written.
+Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Job:
+    """The items, the columns of each, and where they go. Goes into other processes.
+
+    ``run_id`` and ``url`` tell whose rows they are; ``window_bytes`` is how much of them is read at a time.
+    """
+
+    data: RowDataset
+    columns: Sequence[Column]
+    target: Target
+    loss: str
+    run_id: str
+    url: str
+    window_bytes: int
+
+    def ordered(self) -> OrderedDataset:
+        """The items as they lie, read a window at a time."""
+        return in_order(self.data, self.window_bytes)
+
+
+@dataclass(frozen=True)
+class Part:
+    """Some windows of the items, which become files that nothing else writes: ``number`` of ``count``."""
+
+    number: int
+    count: int
+    begin: int
+    end: int
+
+
+class Workers(Protocol):
+    """Who does the parts of a job."""
+
+    def each(self, work: Callable[[Job, Part, Advance], _T], job: Job, parts: Sequence[Part]) -> Iterator[_T]:
+        """What ``work`` returns of each part, in order. Raises as it does, or BackendError."""
+        ...
+
+    @property
+    def share_memory(self) -> bool:
+        """Whether they write into a file that another one has opened."""
+        ...
+
+
+def parts_of(job: Job, row_bytes: int, most_bytes: int) -> list[Part]:
+    """Parts of whole windows, each of about ``most_bytes`` where a row has ``row_bytes``.
+
+    They depend on the items alone, so that whoever writes them writes the same files.
+    """
+    order = job.ordered().order
+    counts = [int(job.data.counts_of(order.items(window)).sum()) for window in range(order.windows)]
+    bounds: list[tuple[int, int]] = []
+    begin = held = 0
+    for window, count in enumerate(counts):
+        if window > begin and (held + count) * row_bytes > most_bytes:
+            bounds.append((begin, window))
+            begin, held = window, 0
+        held += count
+    bounds.append((begin, len(counts)))
+    return [Part(number, len(bounds), *each) for number, each in enumerate(bounds)]
+
+
+def pyarrow() -> Any:
+    """The package. Raises BackendError where it is not there."""
+    try:
+        import pyarrow
+    except ImportError:
+        raise BackendError("this format needs pyarrow: pip install 'tlcore[arrow]'") from None
+    return pyarrow

@@ -1,0 +1,241 @@
+"""Where an export is written: a new directory of this machine, or a place behind a URL.
+
+What is only half there does not look whole. Files lie under a name that nobody reads until all of them are
+there, then they get their places: a directory by being renamed, a URL's by the server's own copies. The
+documents that make a data set of them come last.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any, Protocol
+from uuid import uuid4
+
+from ...errors import BackendError, ReadError, TlcoreError
+from ...locations import is_url, redact_url
+from ...registry import open_store
+from ...storage import Buffer, Store
+
+# Requests on their way at a time.
+REMOTE_THREADS = 8
+# As pyarrow, `datasets` and others leave out what begins so.
+_UNFINISHED = ".unfinished-"
+# What the system takes in one call.
+_MOST_PARTS = 512
+
+
+class Target(Protocol):
+    """Files by their names in the export. Goes into other processes, which write some of them."""
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its files lie in a directory, where each of them may be written by several."""
+        ...
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> None:
+        """Write a file from memory. Raises BackendError."""
+        ...
+
+    def file(self, name: str) -> Any:
+        """A context with the path of a file that is then to be written. Raises BackendError."""
+        ...
+
+    def document(self, name: str, text: str) -> None:
+        """A file that comes when all others are there, behind those that were given before."""
+        ...
+
+
+class DirectoryTarget:
+    """A directory of this machine."""
+
+    is_local = True
+
+    def __init__(self, directory: Path) -> None:
+        self._directory = str(directory)
+        self._documents: dict[str, str] = {}
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> None:
+        """Write a file."""
+        path = os.path.join(self._directory, name)
+        try:
+            try:
+                handle = _created(path)
+            except FileNotFoundError:
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                handle = _created(path)
+            try:
+                _write(handle, parts)
+            finally:
+                os.close(handle)
+        except OSError as error:
+            raise BackendError(f"{path}: cannot be written ({error.strerror or error})") from error
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """Its path in the directory."""
+        path = Path(self._directory, name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield path
+
+    def document(self, name: str, text: str) -> None:
+        """Keep a text for `finish`."""
+        self._documents[name] = text
+
+    def finish(self, names: Collection[str]) -> None:
+        """Write the documents. Raises BackendError where one of the files is not there."""
+        absent = next(
+            (name for name in names if not os.path.exists(os.path.join(self._directory, name))), None
+        )
+        if absent is not None:
+            raise _absent(self._directory, absent)
+        for name, text in self._documents.items():
+            self.put(name, [text.encode("utf-8")])
+
+
+class UrlTarget:
+    """A place behind a URL; ``key`` keeps its unfinished files apart from others'."""
+
+    is_local = False
+
+    def __init__(self, url: str, options: Mapping[str, Any] | None) -> None:
+        self._url, self._options = url, options
+        self._place = f"{_UNFINISHED}{uuid4().hex[:12]}/"
+        self._documents: dict[str, str] = {}
+        self._opened: tuple[int, Store] | None = None
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> None:
+        """Upload a file."""
+        self._store.put(self._place + name, parts)
+
+    @contextmanager
+    def file(self, name: str) -> Iterator[Path]:
+        """A path on this machine's disk, from which the file is uploaded."""
+        with tempfile.TemporaryDirectory(prefix="tlcore-export-") as directory:
+            path = Path(directory, os.path.basename(name))
+            yield path
+            with path.open("rb") as file:
+                import mmap
+
+                with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+                    whole = memoryview(data)
+                    try:
+                        self.put(name, [whole])
+                    finally:
+                        whole.release()
+
+    def document(self, name: str, text: str) -> None:
+        """Keep a text for `finish`."""
+        self._documents[name] = text
+
+    def check(self) -> None:
+        """Raise ReadError where something is there already, BackendError where it cannot be looked at."""
+        found = next(iter(self._store.list()), None)
+        if found is None:
+            return
+        unfinished = found.name.startswith(_UNFINISHED)
+        what = (
+            f"an export that was not finished is there ({found.name})" if unfinished else "is there already"
+        )
+        raise ReadError(f"{redact_url(self._url)}: {what}; export into a new place")
+
+    def finish(self, names: Collection[str]) -> None:
+        """Give the files their places, then the documents.
+
+        Raises BackendError, also where one is not there.
+        """
+        found = {entry.name.removeprefix(self._place) for entry in self._store.list(self._place)}
+        absent = next((name for name in names if name not in found), None)
+        if absent is not None:
+            raise _absent(redact_url(self._url), absent)
+        self._each(names, lambda name: self._store.copy(self._place + name, name))
+        for name, text in self._documents.items():
+            self._store.put(name, [text.encode("utf-8")])
+
+    def clear(self, whole: bool) -> None:
+        """Remove the unfinished files, and with ``whole`` what has its place already; as far as it can be."""
+        with suppress(TlcoreError, OSError):
+            listed = [entry.name for entry in self._store.list("" if whole else self._place)]
+            self._each(listed, self._store.delete)
+
+    def _each(self, names: Collection[str], call: Any) -> None:
+        with ThreadPoolExecutor(REMOTE_THREADS, "tlcore-export") as pool:
+            for _ in pool.map(call, names):
+                pass
+
+    @property
+    def _store(self) -> Store:
+        # No connection crosses a fork.
+        if self._opened is None or self._opened[0] != os.getpid():
+            self._opened = os.getpid(), open_store(self._url, self._options)
+        return self._opened[1]
+
+    def __getstate__(self) -> Mapping[str, Any]:
+        return {**self.__dict__, "_opened": None, "_documents": {}}
+
+
+Finishing = DirectoryTarget | UrlTarget
+
+
+@contextmanager
+def new_target(target: str | os.PathLike[str], options: Mapping[str, Any] | None) -> Iterator[Finishing]:
+    """A place to write into; what was written is removed unless the context ends well. Raises TlcoreError."""
+    text = os.fspath(target)
+    if is_url(text):
+        yield from _at_url(text.rstrip("/"), options)
+    else:
+        yield from _in_directory(text)
+
+
+def _at_url(url: str, options: Mapping[str, Any] | None) -> Iterator[UrlTarget]:
+    target = UrlTarget(url, options)
+    target.check()
+    try:
+        yield target
+    except BaseException:
+        target.clear(whole=True)
+        raise
+    target.clear(whole=False)
+
+
+def _in_directory(text: str) -> Iterator[DirectoryTarget]:
+    path = Path(text).expanduser().absolute()
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise ReadError(f"{text}: is there already; export into a new directory")
+    made: Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = Path(tempfile.mkdtemp(prefix=f".{path.name}-", suffix=".tmp", dir=path.parent))
+        yield DirectoryTarget(made)
+        made.rename(path)
+    except OSError as error:
+        raise BackendError(f"{text}: cannot be written ({error.strerror or error})") from error
+    finally:
+        if made is not None:
+            shutil.rmtree(made, ignore_errors=True)
+
+
+def _absent(place: str, name: str) -> BackendError:
+    return BackendError(
+        f"{place}: {name} was written by another process and is not there;"
+        " all workers of a cluster must see the target under the same name"
+    )
+
+
+def _created(path: str) -> int:
+    return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
+
+
+def _write(handle: int, parts: Sequence[Buffer]) -> None:
+    views = [view for view in (memoryview(each).cast("B") for each in parts) if view]
+    while views:
+        done = os.writev(handle, views[:_MOST_PARTS])
+        while views and done >= len(views[0]):
+            done -= len(views.pop(0))
+        if done:
+            views[0] = views[0][done:]
