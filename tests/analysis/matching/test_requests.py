@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from pathlib import Path
 
 import pytest
@@ -82,6 +82,7 @@ def serve_tokens(
     hashed: bool,
     embedded: bool,
     cached: int = 0,
+    unsampled: Container[int] = (),
 ) -> str:
     """Run batches of (request id, tokens, first position) through a table; ids tell nothing of the prompt."""
     root = nn.Sequential(nn.Embedding(50, 4), nn.ReLU())
@@ -97,6 +98,7 @@ def serve_tokens(
             prompt = prompts.setdefault(request, tokens)
             row = {"request_id": f"{request}-0a1b2c3d", "external_request_id": request, "first_row": first}
             row |= {"rows": len(tokens), "first_position": position, "cached": cached}
+            row |= {"unsampled": True} if position in unsampled else {}
             rows.append(row | ({"prompt_hash": f"xxh3-128:{prompt}"} if hashed else {}))
             first += len(tokens)
         session.begin_step()
@@ -147,6 +149,20 @@ def test_positions_from_the_prefix_cache_are_named_and_not_missing(tmp_path: Pat
         ]
     less = serve_tokens(tmp_path, [[("0", [4], 3)]], False, True, cached=2)
     assert not tlcore.compare(whole, less, requests={"0": "0"}).equal
+
+
+def test_logits_at_the_ends_of_chunks_are_named_and_not_missing(tmp_path: Path) -> None:
+    """Where a prompt is prefilled in pieces, vLLM computes logits of each piece's last token, for nothing."""
+    whole = serve_tokens(tmp_path, [[("0", [4], 3)]], False, True)
+    for unsampled, equal in ((True, True), (False, False)):
+        pieces = serve_tokens(
+            tmp_path, [[("0", [2], 1)], [("0", [4], 3)]], False, True, unsampled={1} if unsampled else ()
+        )
+        for a, b, run in ((whole, pieces, "A"), (pieces, whole, "B")):
+            found = tlcore.compare(a, b, requests={"0": "0"})
+            assert found.equal == equal and bool(found.counts["missing"]) != equal
+            said = f"{run} computed no logits at 1 positions at which the other run's chunks of prompts ended"
+            assert any(note.startswith(said) for note in found.notes) == equal
 
 
 def test_a_prompt_that_one_run_lacks_is_missing(tmp_path: Path) -> None:

@@ -25,7 +25,10 @@ _LARGEST = 1 << 50
 
 @dataclass(frozen=True, slots=True)
 class _Span:
-    """The rows ``begin`` to ``begin + count`` of a source, which are positions ``first`` onwards."""
+    """The rows ``begin`` to ``begin + count`` of a source, which are positions ``first`` onwards.
+
+    ``unsampled`` ones are there because a chunk of what was prefilled ended with them.
+    """
 
     source: Located
     request: str
@@ -33,6 +36,7 @@ class _Span:
     count: int
     first: int
     axis: int
+    unsampled: bool
 
 
 def match_requests(
@@ -50,7 +54,7 @@ def match_requests(
     applied_b = [(step, plans[1].apply(found)) for step, found in keyed_b]
     loose = Loose(), Loose()
     mine, theirs = _spans(applied_a, labels_a, loose[0]), _spans(applied_b, labels_b, loose[1])
-    cached = _Cached("A", steps_a, labels_a), _Cached("B", steps_b, labels_b)
+    cached = _Uncomputed("A", steps_a, labels_a), _Uncomputed("B", steps_b, labels_b)
     grouped: dict[tuple[Key, int, str, int, str], Pair] = {}
     missing: list[TensorResult] = []
     for identity, spans in mine.items():
@@ -86,13 +90,14 @@ def match_requests(
     return pairs, missing, [*notes, *loose_notes(*loose), *cached[0].notes(), *cached[1].notes()]
 
 
-class _Cached:
-    """What a run took from vLLM's prefix cache instead of computing it: leading positions of requests."""
+class _Uncomputed:
+    """What a run need not have: positions from vLLM's prefix cache, results at the ends of other chunks."""
 
     def __init__(self, run: str, steps: Sequence[Step], labels: Mapping[str, str]) -> None:
         self._run = run
         self._ends: dict[str, int] = defaultdict(int)
         self._used: set[str] = set()
+        self._chunks: set[tuple[str, int]] = set()
         for row in (row for step in steps for row in step.rows or ()):
             label, end = labels[str(row["request_id"])], row.get("cached", 0)
             if type(end) is int:
@@ -100,6 +105,9 @@ class _Cached:
 
     def lacks(self, span: _Span, here: Sequence[tuple[_Span, int, int]]) -> bool:
         """Whether this run, which has the positions ``here`` of the other's span, should have more of it."""
+        if span.unsampled and not here:
+            self._chunks.add((span.request, span.first))
+            return False
         expected, end = span.first, span.first + span.count
         cached = self._ends[span.request]
         gaps = []
@@ -115,11 +123,15 @@ class _Cached:
 
     def notes(self) -> list[str]:
         """What to know of positions that this run has not computed."""
-        if not self._used:
-            return []
-        positions = sum(self._ends[request] for request in self._used)
-        where = f"{positions} leading positions of {len(self._used)} requests"
-        return [Gap(f"{self._run} took {where} from its prefix cache and has no values of them")]
+        notes: list[str] = []
+        if self._used:
+            positions = sum(self._ends[request] for request in self._used)
+            where = f"{positions} leading positions of {len(self._used)} requests"
+            notes.append(Gap(f"{self._run} took {where} from its prefix cache and has no values of them"))
+        if self._chunks:
+            ends = f"{len(self._chunks)} positions at which the other run's chunks of prompts ended"
+            notes.append(Gap(f"{self._run} computed no logits at {ends}, and nothing was sampled there"))
+        return notes
 
 
 def _merged(steps: Sequence[tuple[Step, dict[Key, Located]]]) -> dict[Key, Located]:
@@ -172,7 +184,8 @@ def _rows_of(source: Located, step: Step, labels: Mapping[str, str]) -> Iterator
             request = labels[str(span.row["request_id"])]
             if "sequence" in span.row:
                 request = f"{request}@{span.row['sequence']}"
-            yield _Span(source, request, span.begin, span.length, span.first, span.axis)
+            unsampled = span.row.get("unsampled") is True
+            yield _Span(source, request, span.begin, span.length, span.first, span.axis, unsampled)
 
 
 def _overlaps(span: _Span, others: Sequence[_Span]) -> Iterator[tuple[_Span, int, int]]:

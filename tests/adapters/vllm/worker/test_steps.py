@@ -101,20 +101,22 @@ def test_nothing_is_kept_of_requests_that_ended_with_the_engines_work() -> None:
     """vLLM tells of them in a step without tokens, and only there."""
     runner, sink = Runner(), MemorySink()
     session, bracket = _bracketed(runner, sink)
-    for number in range(3):
-        new = SimpleNamespace(
-            req_id=f"r{number}", num_computed_tokens=0, prompt_token_ids=[5, 6], sampling_params=object()
-        )
+    for _ in range(3):
         step = scheduled(a=3, b=1)
-        step.scheduled_new_reqs = [new]
+        step.scheduled_new_reqs = [
+            SimpleNamespace(
+                req_id=name, num_computed_tokens=0, prompt_token_ids=[5, 6], sampling_params=object()
+            )
+            for name in ("a", "b")
+        ]
         runner.execute_model(step)
         runner.sample_tokens(None)
-        assert bracket._reader.asked(f"r{number}") is not None and bracket._tokens.prompt(f"r{number}")
+        assert bracket._reader.asked("a") is not None and bracket._tokens.prompt("a") is not None
         idle = scheduled()
-        idle.finished_req_ids = {f"r{number}"}
+        idle.finished_req_ids = {"a", "b"}
         runner.execute_model(idle)
-        assert bracket._reader.asked(f"r{number}") is None
-        assert bracket._tokens.prompt(f"r{number}") is None
+        assert not (bracket._reader._known or bracket._reader._asked or bracket._tokens._new)
+        assert not bracket._choices._known
     session.close()
     assert len(sink.steps) == 3
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -42,6 +42,7 @@ class RowScopes:
         self._step: StepRows | None = None
         self._scheduled: Any = None
         self.rows: list[Json] | None = None
+        self._unsampled: frozenset[str] = frozenset()
         self.problem: str | None = None
         self._warned: set[str] = set()
         self.wrap(runner, "_prepare_inputs", after=self._prepared)
@@ -59,6 +60,7 @@ class RowScopes:
         self._step, self._scheduled = step, scheduler_output
         self._keeps_ids = keeps_ids
         self.rows = self.problem = self.tokens = None
+        self._unsampled = frozenset()
 
     def end(self) -> None:
         """The step is over."""
@@ -80,9 +82,19 @@ class RowScopes:
             raise
         if self._step is not None:
             requests = [row["request_id"] for row in rows]
-            self._step.batch(requests, self._tokens.prompts(requests))
+            prompts = self._tokens.prompts(requests)
+            self._unsampled = self._cut_short(rows, prompts)
+            self._step.batch(requests, prompts)
             if self._keeps_ids:
                 self._take_tokens(rows, output, self._step)
+
+    def _cut_short(self, rows: Sequence[Row], prompts: Mapping[tuple[str, str], int]) -> frozenset[str]:
+        """The requests of which the step does not reach the end, so that nothing is sampled for them."""
+        mask = getattr(self._runner, "discard_request_mask", None)
+        if mask is not None:
+            return frozenset(str(row["request_id"]) for row, cut in zip(rows, mask.np, strict=False) if cut)
+        ends = ((str(row["request_id"]), row["first_position"] + row["rows"]) for row in rows)
+        return frozenset(request for request, end in ends if end < prompts.get((request, ""), 0))
 
     def _take_tokens(self, rows: list[Json], batch: Any, step: StepRows) -> None:
         try:
@@ -108,7 +120,7 @@ class RowScopes:
     def _sample(self, hidden: Any, batch: Any, *args: Any, **kwargs: Any) -> Sets:
         if self.rows is None:
             return NO_ROWS
-        logits = sampled(self.rows)
+        logits = sampled(self.rows, self._unsampled)
         return [logits] if logits.length == len(batch.logits_indices) else NO_ROWS
 
     def _forward(self, *args: Any, **kwargs: Any) -> Sets:
@@ -122,7 +134,7 @@ class RowScopes:
 
     def _sampled_next(self, output: Any, *args: Any, **kwargs: Any) -> None:
         # Only the logits are computed after the pass.
-        self.enter(NO_ROWS if self.rows is None else [sampled(self.rows)])
+        self.enter(NO_ROWS if self.rows is None else [sampled(self.rows, self._unsampled)])
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> Sets:
         """The tokens that are embedded apart from the model's pass."""
@@ -141,7 +153,7 @@ class RowScopes:
         tasks = {params.task for params in self._runner.input_batch.pooling_params.values()}
         sets = [RowSet("tokens", self.rows)]
         if len(tasks) == 1 and not tasks & _TOKENWISE:
-            sets.append(_lasts(self.rows))
+            sets.append(_lasts(self.rows, self._unsampled))
         return sets
 
     def _wrap_items(self, runner: Any) -> None:
@@ -266,22 +278,30 @@ class RowScopes:
             log.warning("%s (said once): %s", what, error, exc_info=not isinstance(error, RowError))
 
 
-def sampled(rows: Sequence[Row]) -> RowSet:
-    """The rows that tokens are sampled from: each request's last, and those of its draft tokens but one."""
+def sampled(rows: Sequence[Row], cut_short: Container[str] = ()) -> RowSet:
+    """The rows that tokens are sampled from: each request's last, and those of its draft tokens but one.
+
+    Of requests that are ``cut_short`` it is the end of a chunk, and vLLM throws away what it samples there.
+    """
     found: list[Json] = []
     first = 0
     for row in rows:
         count = 1 + int(row.get("drafts", 0))
         skipped = row["rows"] - count
-        found.append(rows_of(row, first, count, row["first_position"] + skipped, drafts=row.get("drafts")))
+        more = {"drafts": row.get("drafts"), "unsampled": row["request_id"] in cut_short or None}
+        found.append(rows_of(row, first, count, row["first_position"] + skipped, **more))
         first += count
     return RowSet("sampled", found)
 
 
-def _lasts(rows: Sequence[Row]) -> RowSet:
+def _lasts(rows: Sequence[Row], cut_short: Container[str]) -> RowSet:
     ends = [row["first_position"] + row["rows"] - 1 for row in rows]
     return RowSet(
-        "requests", [rows_of(row, i, 1, end) for i, (row, end) in enumerate(zip(rows, ends, strict=True))]
+        "requests",
+        [
+            rows_of(row, i, 1, end, unsampled=row["request_id"] in cut_short or None)
+            for i, (row, end) in enumerate(zip(rows, ends, strict=True))
+        ],
     )
 
 

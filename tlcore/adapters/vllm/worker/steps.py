@@ -95,7 +95,10 @@ class StepWrapper:
                 return original(scheduler_output, *args, **kwargs)
             if not scheduled:
                 # An engine that has nothing left to do says so once of the requests that ended last.
-                self._note(scheduler_output)
+                try:
+                    self._note(scheduler_output)
+                except Exception as error:
+                    self._warn("which requests have ended could not be noted", error)
                 return original(scheduler_output, *args, **kwargs)
             self._begin(scheduler_output)
             try:
@@ -126,19 +129,15 @@ class StepWrapper:
         return last
 
     def _note(self, scheduler_output: Any) -> None:
-        """Note which requests begin and which have ended; raises nothing."""
-        try:
-            self._reader.begin_step(scheduler_output)
-            self._tokens.begin_step(scheduler_output)
-        except Exception as error:
-            self._warn("which requests have ended could not be noted", error)
+        """Note which requests begin, and which have ended."""
+        self._reader.begin_step(scheduler_output)
+        self._tokens.begin_step(scheduler_output)
+        self._choices.begin_step(scheduler_output)
 
     def _begin(self, scheduler_output: Any) -> None:
         self._extra = dict(self.details)
         try:
-            self._reader.begin_step(scheduler_output)
-            self._tokens.begin_step(scheduler_output)
-            self._choices.begin_step(scheduler_output)
+            self._note(scheduler_output)
             self._open = self._session_begins(scheduler_output)
         except Exception as error:
             self._open = False
