@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -12,6 +13,7 @@ from torch import nn
 
 import tlcore
 from tests.sinks import MemorySink
+from tlcore.engine.hooks.compiled_versions import _Made
 from tlcore.engine.hooks.tracing import TRACES
 
 if not TRACES:
@@ -221,3 +223,31 @@ def test_a_condition_within_a_model_compiles_its_branches_and_is_said() -> None:
     with tlcore.capture(model, backend=MemorySink()) as capture:
         assert torch.equal(model(X), expected)
     assert COMPILED.format("module 'a', module 'b'") in capture.remarks[0]
+
+
+def test_objects_are_looked_through_only_when_something_new_was_compiled(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    looks = []
+    look = gc.get_objects
+
+    def counted() -> list[object]:
+        looks.append(1)
+        return look()
+
+    model = nn.Linear(2, 2)
+    kept = [torch.compile(model, backend="eager")]
+    made = _Made()
+    monkeypatch.setattr(gc, "get_objects", counted)
+    assert kept[0] in made() and len(looks) == 1
+    number = len(made())
+    assert len(made()) == number and len(looks) == 1
+    kept.append(torch.compile(nn.Linear(2, 2), backend="eager"))
+    assert set(kept) <= set(made()) and len(looks) == 2
+    kept.pop()
+    gc.collect()
+    assert len(made()) == number
+    # One goes and another comes: as many hold the class as before, but not all of them are known.
+    kept[0] = torch.compile(nn.Linear(2, 2), backend="eager")
+    gc.collect()
+    assert kept[0] in made()

@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -75,11 +75,32 @@ class CompiledVersions:
         return [each.name for each in tree.modules if id(each.module) in within]
 
 
-def _made() -> Iterator[Any]:
-    """All there are already; none where the compiler was never asked for."""
-    eval_frame = sys.modules.get("torch._dynamo.eval_frame")
-    cls = getattr(eval_frame, "OptimizedModule", None)
-    return (each for each in gc.get_objects() if type(each) is cls) if cls is not None else iter(())
+class _Made:
+    """All the objects that `torch.compile` has made of modules; none where it was never asked for.
+
+    Looking at every object of a process takes a good part of a second in a large one, and each capture asks.
+    So it is done again only where more or fewer hold the class than last time: each object of it does.
+    """
+
+    def __init__(self) -> None:
+        self._found: list[weakref.ref[Any]] = []
+        self._others = -1
+
+    def __call__(self) -> list[Any]:
+        eval_frame = sys.modules.get("torch._dynamo.eval_frame")
+        cls = getattr(eval_frame, "OptimizedModule", None)
+        if cls is None:
+            return []
+        alive = [each for known in self._found if (each := known()) is not None]
+        others = sys.getrefcount(cls) - len(alive)
+        if others != self._others or not getattr(sys, "_is_gil_enabled", lambda: True)():
+            alive = [each for each in gc.get_objects() if type(each) is cls]
+            self._found = [weakref.ref(each) for each in alive]
+            self._others = sys.getrefcount(cls) - len(alive)
+        return alive
+
+
+_made = _Made()
 
 
 class _Version(StandIn):
