@@ -18,7 +18,7 @@ from tests.sinks import MemorySink
 from tests.toys import Fails, Holder, Shared, model, run
 from tlcore.__main__ import main
 from tlcore.config.configuration import load_config
-from tlcore.engine.hooks.collector import Collector
+from tlcore.engine.hooks import copies
 from tlcore.errors import ConfigError, ReadError
 from tlcore.reader import MissingError, Skipped
 from tlcore.runs.convert import convert
@@ -362,7 +362,7 @@ def test_statistics_that_the_device_computes_are_the_same(
     """The CPU stands in for a GPU: non-contiguous tensors take the way of those that are elsewhere."""
     sinks = []
     for on_device in (False, True):
-        monkeypatch.setattr(Collector, "measures_itself", lambda self, tensor, there=on_device: there)
+        monkeypatch.setattr(copies, "measures_itself", lambda tensor, there=on_device: there)
         sink, module = MemorySink(), Faulty()
         torch.manual_seed(0)
         module.body.add_module("sound", nn.Identity())

@@ -21,6 +21,7 @@ from tests.statistics.test_channels import on_host
 from tests.toys import model, run
 from tlcore.config.configuration import load_config
 from tlcore.engine.batch import Batch
+from tlcore.engine.hooks import copies
 from tlcore.engine.hooks.collector import Collector
 from tlcore.engine.pipeline.channels import Channels
 from tlcore.errors import BackendError, ConfigError, MissingError, ReadError, VerifyError
@@ -253,7 +254,7 @@ def test_what_a_device_computes_itself_is_the_same(tmp_path: Path, monkeypatch: 
     """As far as a machine without one can show it: the vector takes the tensor's place."""
     plain, _ = captured(tmp_path / "plain")
     monkeypatch.setattr(Collector, "_new_walker", lambda self: None)
-    monkeypatch.setattr(Collector, "measures_itself", lambda self, tensor: True)
+    monkeypatch.setattr(copies, "measures_itself", lambda tensor: True)
     measured, _ = captured(tmp_path / "measured")
     assert measured.channel_names == plain.channel_names
     for name in plain.channel_names:

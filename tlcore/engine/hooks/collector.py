@@ -17,15 +17,12 @@ from ...config.configuration import Captured
 from ...hotpath.looking import can_look
 from ...hotpath.native import extension
 from ...layout.structure import NO_ITEMS, TENSOR, Opaque, Scalar, TreeSpec, class_name, flatten
-from ...ledger import FREED, QUEUE_FULL, ROWS_UNKNOWN, RUN_FULL, Counts, Outcome
+from ...ledger import ROWS_UNKNOWN, Counts, Outcome
 from ...record import Direction
-from ...statistics import channels_of_tensors
-from ...statistics import device as device_statistics
-from ..batch import Batch, Measured
+from ..batch import Batch
 from ..calls import Call, CallSide, Sides
 from ..filters.rows import Begun, StepRows
 from ..filters.tensors import TensorFilter, TensorSpec, TensorSpecs
-from ..staging.accelerator import accelerator_of, recording
 from ..staging.dtensors import (
     arrived,
     is_dtensor,
@@ -34,15 +31,13 @@ from ..staging.dtensors import (
     placements_of,
     placements_of_rows,
 )
-from ..staging.host_memory import NO_CHUNK, Chunk
-from ..staging.stager import FreedError, Stager, with_memory
+from ..staging.stager import Stager
+from .copies import Copies, Taken, without_copy
 from .gradients import Gradients
 from .objects_of_step import ObjectsOfStep
 from .tracing import PassedBy
 
 log = logging.getLogger("tlcore")
-# A tensor's form, and where its copy lies.
-Taken = tuple[TensorSpec, Chunk, int]
 
 
 class Collector:
@@ -67,10 +62,7 @@ class Collector:
         self._rows = self._usual_rows = rows
         self._narrows = narrows
         self._stager = stager
-        self._capture = capture
         self._forms = TensorSpecs(tensors)
-        self._max_run_bytes = tensors.max_run_bytes
-        self._run_bytes = 0
         self._submit = submit
         # Told before calls go out of sight.
         self.before_hand_over: Callable[[], object] | None = None
@@ -85,6 +77,7 @@ class Collector:
         self._parts: dict[int, Any] = {}
         # The extension's walk, which takes plain CPU tensors by itself; None where Python does all.
         self.walker = self._new_walker()
+        self._copies = Copies(stager, self._forms, capture, tensors.max_run_bytes, self.walker)
         self._use(Batch(0))
 
     def _new_walker(self) -> Any:
@@ -315,29 +308,8 @@ class Collector:
         spec = self._forms.find(tensor)
         if self._placements:
             spec = spec.as_part(self._placements)
-        if spec.outcome is not None:
-            return self.without_copy(spec)
-        if self._max_run_bytes is not None and self._run_bytes + spec.nbytes > self._max_run_bytes:
-            # For good: smaller tensors that still fit would be a choice that nobody made.
-            self._run_bytes = self._max_run_bytes
-            return self.without_copy(spec.refused(RUN_FULL))
-        try:
-            tensor = with_memory(tensor)
-            if self._capture != "tensor" and self.measures_itself(tensor):
-                place = self._stage_measured(tensor, spec)
-            else:
-                place = self._stager.stage(tensor, spec)
-        except FreedError:
-            return self.without_copy(spec.refused(FREED))
-        except Exception as error:
-            log.debug("a tensor could not be copied", exc_info=True)
-            return self.without_copy(spec.refused(Outcome("failed", f"copy raised {type(error).__name__}")))
-        if place is None:
-            return self.without_copy(spec.refused(QUEUE_FULL))
-        self._run_bytes += spec.nbytes
-        if spec.plain and self.walker is not None and self._rows is None:
-            self.walker.know(tensor, spec, spec.nbytes)
-        return spec, *place
+        # Where only some rows are copied, the walker must not take whole tensors.
+        return self._copies.of(tensor, spec, known=self._rows is None)
 
     def _taken_part(self, tensor: torch.Tensor, whole: Any) -> Taken:
         if tuple(tensor.shape) == tuple(whole._local_tensor.shape):
@@ -354,28 +326,9 @@ class Collector:
         found = [each for each in listed if isinstance(each, torch.Tensor) and is_dtensor(each)]
         self._parts = {local_part(each).data_ptr(): each for each in found}
 
-    def measures_itself(self, tensor: torch.Tensor) -> bool:
-        """Whether the tensor's device computes its statistics."""
-        if tensor.is_cpu:
-            return False
-        accelerator = accelerator_of(tensor.device.type)
-        return accelerator is not None and accelerator.measures
-
-    def _stage_measured(self, tensor: torch.Tensor, spec: TensorSpec) -> tuple[Chunk, int] | None:
-        """Stage the statistics that the device computes, and the tensor only if it may be stored."""
-        if recording():
-            raise RuntimeError("a graph is being recorded")
-        channels = self._capture == "channels"
-        vector = channels_of_tensors.measure(tensor) if channels else device_statistics.measure(tensor)
-        staged = self._stager.stage(vector, self._forms.of_vector(vector))
-        place = (NO_CHUNK, 0) if self._capture != "both" else self._stager.stage(tensor, spec)
-        if staged is None or place is None:
-            return None
-        return Measured(place[0], *staged), place[1]
-
     def without_copy(self, spec: TensorSpec) -> Taken:
         """What stands for a tensor of which there is no copy, as its form's outcome says."""
-        return spec, NO_CHUNK, 0
+        return without_copy(spec)
 
     def add(
         self,

@@ -13,7 +13,8 @@ from torch import nn
 from ....engine import remarks
 from ....engine.filters.modules import ModuleFilter
 from ....engine.hooks import tap_op
-from ....engine.hooks.collector import Collector, Taken
+from ....engine.hooks.collector import Collector
+from ....engine.hooks.copies import Taken
 from ....engine.session import Session
 from ....engine.staging.accelerator import recording
 from ..frontend.check import unknown_vllm
