@@ -16,6 +16,7 @@ from ..layout.dtypes import torch_dtype
 from ..locations import is_url
 from ..reader import Run
 from .details import Details
+from .lasting import lasting_objects
 from .makings import causes
 from .matching.match import match
 from .matching.pairs import Matching, Pair
@@ -38,6 +39,7 @@ _DETAILED = 20
 _DETAILED_VALUES = 1 << 22
 
 
+@lasting_objects()
 def compare(
     a: RunLike,
     b: RunLike,

@@ -15,6 +15,8 @@ from .work import Task, compare_pairs, growth, result_of
 Identity = tuple[object, ...]
 Found = list[TensorResult]
 _BATCH_PAIRS = 64
+# Where the tensors of many steps lie in one piece, which is then read at once.
+_BATCH_OF_ARRAYS = 4096
 _BATCH_BYTES = 8 << 20
 # Batches handed out and not yet collected: enough for a cluster's workers, few enough to read ahead for.
 _AHEAD = 64
@@ -29,12 +31,13 @@ class _Batch:
     twins: dict[int, Identity] = field(default_factory=dict)
     firsts: dict[int, Identity] = field(default_factory=dict)
     bytes: int = 0
+    most: int = _BATCH_PAIRS
     future: Future[list[Found]] | None = None
 
     @property
     def full(self) -> bool:
         """Whether it is worth a worker's while."""
-        return len(self.pairs) >= _BATCH_PAIRS or self.bytes >= _BATCH_BYTES
+        return len(self.pairs) >= self.most or self.bytes >= _BATCH_BYTES
 
     def open_pairs(self) -> list[tuple[int, Pair]]:
         """The pairs that have to be read, with their places."""
@@ -74,7 +77,8 @@ def _finished(batch: _Batch) -> bool:
 
 
 def _batches(task: Task, pairs: Iterable[Pair], runs: tuple[Run, Run], deep: bool) -> Iterator[_Batch]:
-    batch, seen = _Batch(), set[Identity]()
+    most = _BATCH_OF_ARRAYS if all(run.stored.has_arrays for run in runs) else _BATCH_PAIRS
+    batch, seen = _Batch(most=most), set[Identity]()
     for pair in pairs:
         place = len(batch.pairs)
         batch.pairs.append(pair)
@@ -90,7 +94,7 @@ def _batches(task: Task, pairs: Iterable[Pair], runs: tuple[Run, Run], deep: boo
                 batch.firsts[place] = identity
         if batch.full:
             yield batch
-            batch = _Batch()
+            batch = _Batch(most=most)
     if batch.pairs:
         yield batch
 
@@ -126,14 +130,13 @@ def _identity(task: Task, pair: Pair, runs: tuple[Run, Run]) -> Identity | None:
         return None
     described = tuple((str(r["hash"]), str(r["dtype"]), tuple(r["shape"])) for r in records)
     rows = tuple((one.rows, one.axis, other.rows, other.axis) for one, other in pair.pieces)
-    rule = task.rulebook.of(key_name(pair.key))
+    rule = task.rulebook.of(key_name(pair.key)) if task.rulebook.tolerances else None
     held = () if rule is None else (rule, *(growth(rule, pair, pieces) for pieces in pair.pieces))
     return (len(pair.a.records), described, rows, held)
 
 
 def _held(run: Run, source: Located) -> bool:
-    step = run.step(source.step)
-    return all(step.holds(name) for name in source.names)
+    return all(map(run.stored.holds, source.records))
 
 
 def _equal(pair: Pair) -> bool:

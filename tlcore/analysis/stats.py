@@ -21,6 +21,7 @@ from ..statistics.stored import Statistics
 from .culprit import Culprit, Look, culprit, may_be_mask
 from .frames import data_frame
 from .groups import Group
+from .lasting import lasting_objects
 from .matching.keyed import keyed
 from .matching.rules import Rules, compiled_patterns
 from .matching.unstored import skipped
@@ -30,7 +31,7 @@ RunLike = Run | str | os.PathLike[str]
 _REMOTE_WORKERS = 8
 _AHEAD = 1024
 # What one thread takes at a time: of many steps in one piece, of local files, of remote ones.
-_TOGETHER = (64, 16, 1)
+_TOGETHER = (8192, 16, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -241,6 +242,7 @@ class Survey:
         return [*seen, *(Seen(found.step, key[0], None, *key[1:], (None,), None, False) for key in unstored)]
 
 
+@lasting_objects()
 def stats(
     run: RunLike,
     *,

@@ -42,6 +42,11 @@ def in_memory(tensor: torch.Tensor) -> TensorStream:
     return _Whole(tensor)
 
 
+def is_in_memory(stream: TensorStream) -> bool:
+    """Whether reading it costs nothing, and cannot fail."""
+    return isinstance(stream, _Whole)
+
+
 def open_together(stored: Stored, records: Sequence[Json]) -> list[TensorStream | ReadError]:
     """The values of several records, or why they cannot be had; small ones are read at once, together."""
     # What is not as its document says is opened alone, and told as ever.

@@ -94,6 +94,8 @@ def _rest_is_sound(stored: Stored, step: int, rest: Json | None) -> bool:
 def _document_problems(stored: Stored, step: int, rank: int, sound: SoundStructures) -> list[str]:
     try:
         document = stored.document(step, rank)
+        # Also of those that no tensor needs; they may be made only when they are looked at.
+        document.get("structures", {}).values()
     except ReadError as error:
         return [str(error)]
     return [*stored.problems(step, rank), *_structure_problems(stored, step, rank, document, sound)]

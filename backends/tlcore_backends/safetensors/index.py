@@ -20,11 +20,11 @@ from tlcore.record import Json
 from .array_places import LARGEST, ArrayOfRows, Places, number_of, numbers_of
 from .changing import Changing
 from .compact import time_text
-from .described import restored
 from .kinds import kinds_of
 from .record_forms import RecordForm, RecordForms
 from .segment_names import is_data
 from .stored_plans import Plan, StoredPlans
+from .stored_structures import StoredStructures
 
 # Who asks for fewer steps does not wait until all were looked at.
 _FEW_ASKED = 4
@@ -67,6 +67,7 @@ class SegmentIndex:
         self._record_forms = RecordForms(
             self._plans, self.places, self.table, lambda: self.files, self.damaged
         )
+        self._structures = StoredStructures(self.table, self.damaged)
         self._asked = 0
         self._kinds: list[int] | None = None
         self._counted: tuple[int, dict[int, tuple[int, int]]] = (0, {})
@@ -99,7 +100,6 @@ class SegmentIndex:
         Raises ReadError for a step that the index does not have.
         """
         position = self._position(number)
-        directory = f"step_{number}"
         plan = self.plan(self._columns["plan"][position])
         records = self._records(position)
         details = self._details(position)
@@ -114,7 +114,16 @@ class SegmentIndex:
         rows = self._rows_of(position)
         if rows is not None:
             document["rows"] = rows
-        document["structures"] = self._structures(position, plan, directory, records)
+        pair = self._columns["plan"][position], self._columns["extents"][position]
+        column = self._columns.get("values")
+        document["structures"] = self._structures.of(
+            pair,
+            plan,
+            self._forms_at(position),
+            None if column is None else column[position],
+            (f"step_{number}", self.rank),
+            records,
+        )
         used = {record["shard"] for record in records}
         document["shards"] = [{"file": file, "bytes": size} for file, size in self.files if file in used]
         return document
@@ -345,25 +354,6 @@ class SegmentIndex:
         if len(flat) % 2:
             raise self.damaged("a list of rows makes no sense")
         return list(zip(flat[::2], flat[1::2], strict=True))
-
-    def _structures(self, position: int, plan: Plan, directory: str, records: list[Json]) -> Json:
-        by_name = {record["name"]: record for record in records}
-        column = self._columns.get("values")
-        values = column[position] if column is not None else None
-        given = iter(values if isinstance(values, list) else ())
-        suffix = "" if self.rank == 0 else f"_rank_{self.rank}"
-        found: Json = {}
-        for number in plan.structures:
-            entry = self.table("structures", number)
-            if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
-                raise self.damaged(f"structure {number} has no name")
-            name, node = entry
-            try:
-                document = restored(node, name, directory, by_name, given)
-            except (KeyError, StopIteration, RuntimeError, RecursionError):
-                raise self.damaged(f"structure {name!r} refers to what is not there") from None
-            found[f"{name.removesuffix('.json')}{suffix}.json"] = document
-        return found
 
     def table(self, table: str, number: Any) -> Any:
         """An entry of one of the index's tables."""

@@ -39,7 +39,7 @@ class Rules:
 
     def leaves_out(self, key: Key) -> bool:
         """Whether a tensor counts as if it were not there."""
-        return fits(self.leave_out, key_name(key))
+        return bool(self.leave_out) and fits(self.leave_out, key_name(key))
 
     def requires(self, result: TensorResult) -> bool:
         """Whether a tensor must be there, also where what only one run has is ignored."""

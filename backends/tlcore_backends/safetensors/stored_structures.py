@@ -1,0 +1,158 @@
+"""The structures of an index's steps: made when somebody looks at one, and compared without being made."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, ItemsView, Iterator, Sequence, ValuesView
+from typing import Any
+
+from tlcore.layout.templates import compact
+from tlcore.record import Json
+
+from .array_places import Damaged
+from .described import restored
+from .record_forms import RecordForm
+from .stored_plans import Plan
+
+
+class Structures(dict[str, Any]):
+    """A step's structures by name: the names are there at once, the rest when any of them is looked at.
+
+    Equal where what ``told`` returns is, and else where the structures are.
+    """
+
+    def __init__(
+        self, names: Collection[str], make: Callable[[], Sequence[Any]], told: Callable[[], object]
+    ) -> None:
+        super().__init__(dict.fromkeys(names))
+        self._make: Callable[[], Sequence[Any]] | None = make
+        self._told = told
+
+    def _made(self) -> None:
+        make = self._make
+        if make is not None:
+            super().update(zip(super().keys(), make(), strict=True))
+            self._make = None
+
+    def __getitem__(self, name: str) -> Any:
+        if name in self:
+            self._made()
+        return super().__getitem__(name)
+
+    def __iter__(self) -> Iterator[str]:
+        # Its own, since `dict(...)` would else copy what is not made yet.
+        return super().__iter__()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, dict):
+            return False
+        if isinstance(other, Structures):
+            if self._told() == other._told():
+                return True
+            other._made()
+        self._made()
+        return super().__eq__(other)
+
+    def __ne__(self, other: object) -> bool:
+        return not self == other
+
+    def get(self, name: str, default: Any = None) -> Any:
+        """The structure of a name."""
+        if name in self:
+            self._made()
+        return super().get(name, default)
+
+    def items(self) -> ItemsView[str, Any]:  # type: ignore[override]  # that of dict cannot be named
+        """Names and structures."""
+        self._made()
+        return super().items()
+
+    def values(self) -> ValuesView[Any]:  # type: ignore[override]  # as above
+        """The structures."""
+        self._made()
+        return super().values()
+
+    def copy(self) -> dict[str, Any]:
+        """A plain dictionary of them."""
+        return dict(self.items())
+
+    def __or__(self, other: Any) -> Any:
+        return self.copy() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self.copy()
+
+    def __repr__(self) -> str:
+        self._made()
+        return super().__repr__()
+
+    def __reduce__(self) -> Any:
+        return dict, (self.copy(),)
+
+
+class StoredStructures:
+    """The structures of an index; ``table`` gives an entry of one of its tables. All may raise ReadError."""
+
+    def __init__(self, table: Callable[[str, Any], Any], damaged: Damaged) -> None:
+        self._table = table
+        self._damaged = damaged
+        self._plans: dict[int, tuple[list[tuple[str, Any]], list[str]]] = {}
+        # By plan and extents.
+        self._texts: dict[tuple[int, int], str] = {}
+
+    def of(
+        self,
+        pair: tuple[int, int],
+        plan: Plan,
+        forms: dict[int, RecordForm],
+        values: Any,
+        where: tuple[str, int],
+        records: Sequence[Json],
+    ) -> Structures:
+        """Those of a step with these records, in ``where``: its directory and the rank."""
+        entries, ranked = self._entries(pair[0], plan, where[1])
+        names = dict.fromkeys(ranked)
+
+        def make() -> Sequence[Any]:
+            by_name = {record["name"]: record for record in records}
+            given = iter(values if isinstance(values, list) else ())
+            made = dict(names)
+            # In the order in which the values are told.
+            for key, (name, node) in zip(ranked, entries, strict=True):
+                made[key] = self._restored(node, name, where[0], by_name, given)
+            return list(made.values())
+
+        return Structures(names, make, lambda: (where, self._text(pair, plan, forms), values))
+
+    def _entries(self, number: int, plan: Plan, rank: int) -> tuple[list[tuple[str, Any]], list[str]]:
+        """A plan's structures as they stand in the index, and the names that a rank's have."""
+        known = self._plans.get(number)
+        if known is None:
+            suffix = "" if rank == 0 else f"_rank_{rank}"
+            entries = [self._entry(each) for each in plan.structures]
+            ranked = [f"{name.removesuffix('.json')}{suffix}.json" for name, _ in entries]
+            known = self._plans[number] = entries, ranked
+        return known
+
+    def _entry(self, number: int) -> tuple[str, Any]:
+        entry = self._table("structures", number)
+        if not (isinstance(entry, list) and len(entry) == 2 and isinstance(entry[0], str)):
+            raise self._damaged(f"structure {number} has no name")
+        return entry[0], entry[1]
+
+    def _restored(self, node: Any, name: str, directory: str, by_name: Any, given: Any) -> Any:
+        try:
+            return restored(node, name, directory, by_name, given)
+        except (KeyError, StopIteration, RuntimeError, RecursionError):
+            raise self._damaged(f"structure {name!r} refers to what is not there") from None
+
+    def _text(self, pair: tuple[int, int], plan: Plan, forms: dict[int, RecordForm]) -> str:
+        """All that structures of steps alike are made of, but for the values."""
+        known = self._texts.get(pair)
+        if known is None:
+            entries = [self._table("structures", number) for number in plan.structures]
+            used = [
+                [form.tail, form.shape, form.content.get("dtype"), form.content.get("device")]
+                for form in forms.values()
+            ]
+            known = self._texts[pair] = compact([entries, used])
+        return known
