@@ -70,6 +70,8 @@ class Loader:
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch's order the next iteration has; each whole iteration goes on to the next by itself."""
+        if epoch < 0:
+            raise ValueError(f"epoch {epoch} must not be negative")
         self.epoch, self._delivered, self._resumes = epoch, 0, False
 
     def __len__(self) -> int:

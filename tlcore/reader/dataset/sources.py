@@ -30,12 +30,16 @@ def row_form(shape: Sequence[int], axis: int) -> tuple[int, ...]:
 
 
 class _InArray(NamedTuple):
-    """An array by its number among the rank's; ``unit`` is how many bytes one of its rows has."""
+    """An array by its number among the rank's; ``unit`` is how many bytes one of its rows has.
+
+    ``nbytes`` tells it from one that has its number since other files are there.
+    """
 
     rank: int
     number: int
     row_bytes: int
     unit: int
+    nbytes: int
 
 
 class _InRecord(NamedTuple):
@@ -52,6 +56,14 @@ class _Whole(NamedTuple):
     name: str
     axis: int
     row_bytes: int
+
+
+class _Opened(NamedTuple):
+    """A run as one process has opened it, and its arrays by rank and number."""
+
+    run: Run
+    pid: int
+    arrays: dict[tuple[int, int], Array]
 
 
 class _ArrayRows(NamedTuple):
@@ -73,8 +85,7 @@ class Sources:
     """
 
     def __init__(self, run: Run) -> None:
-        self._run: Run | None = run
-        self._pid = os.getpid()
+        self._opened: _Opened | None = _Opened(run, os.getpid(), {})
         self._opened_as = run.opened_as
         self._url = run.url
         self._has_arrays = run.stored.has_arrays
@@ -82,7 +93,7 @@ class Sources:
         self._sources: list[_InArray | _InRecord | _Whole] = []
         self._located: dict[tuple[int, str], list[_ArrayRows]] = {}
         self._keys: dict[int, list[str]] = {}
-        self._arrays: dict[tuple[int, int], Array] = {}
+        self._counts: dict[tuple[int, str], int] = {}
         self._scratch = Scratch()
 
     @property
@@ -121,11 +132,13 @@ class Sources:
         """Note the arrays of a tensor. The rows of each are asked for once, and not kept."""
         run, found = self.run(), self._located.setdefault((rank, key), [])
         for number, array in enumerate(run.stored.arrays(rank, {key})):
+            self._counts[rank, key] = number + 1
             unit = prod(array.shape[1:]) * width
             if not row_bytes or unit % row_bytes:
                 # Rows of another form, which are refused where they are met.
                 continue
-            source = self._append(_InArray(rank, self._number(rank, key, number), row_bytes, unit))
+            nbytes = unit * array.shape[0]
+            source = self._append(_InArray(rank, self._number(rank, key, number), row_bytes, unit, nbytes))
             steps, begins = [each.step for each in array.rows], [each.begin for each in array.rows]
             found.append(_ArrayRows(source, unit // row_bytes, steps, begins))
 
@@ -140,22 +153,25 @@ class Sources:
         self._located.clear()
 
     def run(self) -> Run:
-        """The run, opened once in each process. Raises ReadError where it cannot be."""
-        if self._run is None or self._pid != os.getpid():
-            if self._run is not None and not self._is_local:
-                raise ReadError(
-                    f"{self._url}: a run at a URL is not read in a forked process;"
-                    ' give the DataLoader multiprocessing_context="spawn"'
-                )
-            if self._opened_as is None:
-                raise ReadError(
-                    f"{self._url}: it was not opened by open_run, so no other process can open it"
-                )
-            from ..runs import open_run
+        """The run, opened anew in each process. Raises ReadError where it cannot be."""
+        return self._here().run
 
-            self._run, self._pid = open_run(*self._opened_as), os.getpid()
-            self._arrays.clear()
-        return self._run
+    def _here(self) -> _Opened:
+        # What threads that come together open goes by one name, so that each of them has a whole one.
+        opened = self._opened
+        if opened is not None and opened.pid == os.getpid():
+            return opened
+        if opened is not None and not self._is_local:
+            raise ReadError(
+                f"{self._url}: a run at a URL is not read in a forked process;"
+                ' give the DataLoader multiprocessing_context="spawn"'
+            )
+        if self._opened_as is None:
+            raise ReadError(f"{self._url}: it was not opened by open_run, so no other process can open it")
+        from ..runs import open_run
+
+        opened = self._opened = _Opened(open_run(*self._opened_as), os.getpid(), {})
+        return opened
 
     def read(self, source: int, begin: int, end: int, memory: memoryview | None = None) -> Buffer:
         """The bytes of rows ``[begin, end)`` of a source. Raises MissingError or ReadError.
@@ -163,7 +179,8 @@ class Sources:
         They lie in ``memory``, of their size, where they could be read right into it, or they may lie in
         memory that this thread's next reading has again, unless they are still looked at.
         """
-        place, run = self._sources[source], self.run()
+        place, opened = self._sources[source], self._here()
+        run = opened.run
         first, last = begin * place.row_bytes, end * place.row_bytes
         if isinstance(place, _InRecord):
             data = run.stored.read_range(place.record, first, last)
@@ -171,16 +188,16 @@ class Sources:
             tensor = run.step(place.step).tensor(place.name, unshard=True)
             data = payload(as_rows(tensor, place.axis)[begin:end])
         else:
-            data = self._of_array(run, place, first, last, memory)
+            data = self._of_array(opened, place, first, last, memory)
         size = memoryview(data).nbytes
         if size != last - first:
             raise ReadError(f"{self._url}: source of rows ends too early, {size} bytes of {last - first}")
         return data
 
     def _of_array(
-        self, run: Run, place: _InArray, first: int, last: int, memory: memoryview | None
+        self, opened: _Opened, place: _InArray, first: int, last: int, memory: memoryview | None
     ) -> Buffer:
-        array, unit = self._array(run, place), place.unit
+        run, array, unit = opened.run, self._array(opened, place), place.unit
         begin, end = first // unit, -(-last // unit)
         size = (end - begin) * unit
         if size != last - first or memory is None:
@@ -196,18 +213,26 @@ class Sources:
         """How many bytes a row has."""
         return self._sources[source].row_bytes
 
-    def _array(self, run: Run, place: _InArray) -> Array:
-        known = self._arrays.get((place.rank, place.number))
+    def _array(self, opened: _Opened, place: _InArray) -> Array:
+        known = opened.arrays.get((place.rank, place.number))
         if known is None:
+            fewer = False
             for at, key in enumerate(self._keys[place.rank]):
-                for number, array in enumerate(run.stored.arrays(place.rank, {key})):
-                    self._arrays[place.rank, at << 32 | number] = array
-            known = self._arrays[place.rank, place.number]
+                found = list(opened.run.stored.arrays(place.rank, {key}))
+                fewer |= len(found) < self._counts[place.rank, key]
+                opened.arrays.update(
+                    {(place.rank, at << 32 | number): each for number, each in enumerate(found)}
+                )
+            known = None if fewer else opened.arrays.get((place.rank, place.number))
+        # A run that grows has more behind those that it had.
+        if known is None or known.shape[0] * place.unit != place.nbytes:
+            opened.arrays.clear()
+            raise ReadError(f"{self._url}: the run has changed since the data set was made of it")
         return known
 
     def __getstate__(self) -> Mapping[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if key != "_scratch"}
-        return {**own, "_run": None, "_arrays": {}, "_located": {}}
+        return {**own, "_opened": None, "_located": {}}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)
