@@ -32,8 +32,8 @@ Direction = str
 class Origin:
     """Where a tensor comes from and what it looks like: all of a record that repeats from step to step.
 
-    ``placements`` is JSON text on how a rank's part belongs to a distributed tensor. ``text`` is its part of
-    the record's entry in ``step.json``.
+    ``placements`` is JSON text on how a rank's part belongs to a distributed tensor. ``original`` is the
+    dtype that it had, where it was converted. ``text`` is its part of the record's entry in ``step.json``.
     """
 
     rank: int
@@ -45,6 +45,7 @@ class Origin:
     shape: tuple[int, ...]
     device: str
     placements: str = ""
+    original: str = ""
     text: str = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
@@ -53,6 +54,8 @@ class Origin:
     def describe(self) -> Json:
         """The origin's keys in ``step.json``."""
         part = {"placements": json.loads(self.placements)} if self.placements else {}
+        if self.original:
+            part["converted_from"] = self.original
         return {
             "module": self.module,
             "call": self.call,

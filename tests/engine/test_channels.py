@@ -7,6 +7,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import torch
@@ -212,6 +213,8 @@ def test_they_go_along_when_a_run_is_converted(backend: str, tmp_path: Path) -> 
     there = tmp_path / "other" / stored.id
     assert (there / FILE).read_bytes() == (Path(stored.url) / FILE).read_bytes()
     assert tlcore.open_run(there).verify() == 0
+    tree = fsspec.filesystem("tlcore", run=stored.url, skip_instance_cache=True)
+    assert tree.cat_file(FILE) == (there / FILE).read_bytes()
 
 
 def test_damage_is_found(tmp_path: Path) -> None:

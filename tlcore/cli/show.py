@@ -103,7 +103,11 @@ def _show_tensor(step: Step, given: str, as_json: bool) -> None:
     if record is None:
         description["note"] = "the step was not committed"
     else:
-        description |= {key: record[key] for key in ("hash", "rank", "part", "alias_of") if key in record}
+        description |= {
+            key: record[key]
+            for key in ("converted_from", "hash", "rank", "part", "alias_of")
+            if key in record
+        }
     _print_description(description, as_json)
     if not as_json:
         # torch leaves out the middle of a large tensor.

@@ -59,6 +59,7 @@ class Config:
     sample_seed: int
     request_overrides: tuple[str, ...]
     capture: Captured
+    store_dtype: Literal["bfloat16", "float16", "float8_e4m3fn"] | None
     on_condition: Literal["nonfinite"] | None
     max_run_bytes: int | None
     queue_bytes: int

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from ..config.configuration import Inject
-from ..errors import ReadError
+from ..errors import ConfigError, ReadError
 from ..reader import Call, OpaqueObject, Skipped, open_run
 from ..record import Json
 
@@ -27,11 +27,16 @@ class Injection:
     """The results of a run, and what became of them in a capture.
 
     They are injected only where both runs' models were given the same: in the same step, and in every step
-    before it that a cache goes back to. Raises ReadError when the run cannot be opened.
+    before it that a cache goes back to. Raises ReadError when the run cannot be opened, ConfigError for one
+    that was stored rounded.
     """
 
     def __init__(self, inject: Inject) -> None:
         self._run = open_run(inject.run)
+        stored_as = self._run.config.get("store_dtype")
+        if stored_as is not None:
+            problem = f"that run was stored as {stored_as} (store_dtype), so its results are rounded."
+            raise ConfigError("$.inject.run", problem, "Inject a run that was captured without it.")
         self._modules = inject.modules
         self._step = -1
         # The last step of which all is known to be the same.

@@ -16,6 +16,7 @@ from torch import nn
 
 from ..config.configuration import Config
 from ..errors import CaptureError
+from ..layout.dtypes import torch_dtype
 from ..layout.rows import Decided
 from ..layout.structure import class_name
 from ..ledger import Counts
@@ -84,7 +85,8 @@ class Session:
         # Where tensors are looked at first, only then is it known which are stored.
         at_once = None if self._examination.needed else config.max_run_bytes
         self._channels = config.capture == "channels"
-        tensors = TensorFilter(devices, config.max_tensor_size, at_once, self._channels)
+        stored_as = torch_dtype(config.store_dtype)
+        tensors = TensorFilter(devices, config.max_tensor_size, at_once, self._channels, stored_as)
         self.rows = StepRows(request_filter(config), config.last_only, config.window)
         self.samples = Samples(config.keeps_token_ids, config.window.needs_prompt)
         self.rows.prompts = self.samples.tokens.prompts
@@ -342,9 +344,10 @@ class Session:
             close_run(self._sink, self._documents)
         counts = self.ledger
         log.info(
-            "run %s: captured %d = stored %d + skipped %d + dropped %d + failed %d %s",
+            "run %s: captured %d = stored %d + skipped %d + dropped %d + failed %d %s%s",
             self.run.shown_url, counts.captured, counts.stored, counts.skipped, counts.dropped, counts.failed,
             dict(sorted(counts.reasons.items())) or "",
+            f" (wider floats as {self.config.store_dtype})" if self.config.store_dtype else "",
         )  # fmt: skip
         if self.captured_steps and not counts.captured:
             self.remarks.append(

@@ -61,6 +61,13 @@ class Call:
         """The arguments, with tensors; `Skipped` stands for a tensor that was not stored."""
         return rebuild_arguments(self.structure("inputs"), self._step.tensor)
 
+    @property
+    def original_inputs(self) -> Arguments:
+        """`inputs` in the dtypes that they had before ``store_dtype``."""
+        return rebuild_arguments(
+            self.structure("inputs"), lambda file: self._step.tensor(file, dtype="original")
+        )
+
     @cached_property
     def post_fwd_inputs(self) -> Arguments:
         """The arguments as they stood after the call, where ``log_post_fwd_inputs`` was set."""

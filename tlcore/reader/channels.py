@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from ..errors import MissingError, ReadError, missing
 from ..layout.run_files import RunFiles
-from ..statistics.channel_file import ChannelTables, decode
+from ..statistics.channel_file import CHANNEL_FILE, ChannelTables, decode
 from ..statistics.channels import ChannelStatistics, merge_channels
 from .unshard import Places, part_of
 
@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 # What stands at the end of a tensor's name: its device, and the rank where the device does not say it.
 _DEVICE = re.compile(r"(.+?)_[a-z]+(?:_[0-9]+)?(?:_rank_[0-9]+)?(~[0-9]+)?")
-_FILE = re.compile(r"channels(?:_rank_([1-9][0-9]{0,8}))?\.safetensors")
 _LARGEST_FILE = 4 << 30
 
 
@@ -50,7 +49,9 @@ class Channels(Mapping[str, ChannelStatistics]):
 
     @property
     def _names(self) -> list[tuple[int, str]]:
-        found = [(int(match[1] or 0), name) for name in self._files.top if (match := _FILE.fullmatch(name))]
+        found = [
+            (int(match[1] or 0), name) for name in self._files.top if (match := CHANNEL_FILE.fullmatch(name))
+        ]
         return sorted((rank, name) for rank, name in found if rank < self._world_size)
 
     def _read(self, name: str) -> bytes:

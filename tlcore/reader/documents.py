@@ -237,6 +237,7 @@ _FIELDS: dict[str, Any] = {
     "bytes": is_whole,
     "hash": _is_text,
     "alias_of": lambda value: value is None or isinstance(value, str),
+    "converted_from": lambda value: value is None or isinstance(value, str),
     "file": lambda value: value is None or isinstance(value, str),
     "file_bytes": lambda value: value is None or is_whole(value),
 }

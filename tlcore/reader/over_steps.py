@@ -24,18 +24,20 @@ _REMOTE_THREADS = 8
 
 def tensor_over_steps(
     stored: Stored, run: Mapping[int, Step], steps: Sequence[int], name: str
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, Json]:
     """The tensor ``name`` (without a step) of all ``steps`` that have it, joined in its first dimension.
 
-    Those without dimensions are stacked. Raises MissingError where no step has it, ReadError where its dtype
+    Those without dimensions are stacked. With it comes the first step's record.
+
+    Raises MissingError where no step has it, ReadError where its dtype
     or its other dimensions are not the same in every step.
     """
     record = _found(stored, run, steps, name)
     key = str(record["name"]).partition("/")[2]
     # An array has the rows of steps that are not whole, too.
     if stored.has_arrays and len(steps) == len(stored.steps):
-        return _from_arrays(stored, list(stored.arrays(record["rank"], {key})), key)
-    return _from_records(stored, list(_records(run, steps, key)), key)
+        return _from_arrays(stored, list(stored.arrays(record["rank"], {key})), key), record
+    return _from_records(stored, list(_records(run, steps, key)), key), record
 
 
 def _found(stored: Stored, run: Mapping[int, Step], steps: Sequence[int], name: str) -> Json:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingError, ReadError
 from ..record import Json
+from .unshard import joined_shape
 
 if TYPE_CHECKING:
     import torch
@@ -91,3 +92,12 @@ def _along(mesh: Any, kinds: list[str], at: list[int], load: Callable[[int], tor
         raise ValueError(f"unknown placement {kind!r}")
     result: torch.Tensor = _REDUCED[kind[1:]](torch.stack(parts))
     return result
+
+
+def as_whole(record: Json) -> Json:
+    """The record of a whole tensor, of which ``record`` may be a rank's part; that has no hash."""
+    if is_part(record):
+        return {**record, "shape": whole_shape(record), "hash": None}
+    if "part" not in record:
+        return record
+    return {**record, "shape": joined_shape(record["part"], record["shape"]), "hash": None}

@@ -12,6 +12,7 @@ from ..layout import names
 from ..layout.rows import Span, as_rows
 from .request_tokens import Part, RequestTokens
 from .step import Step
+from .wanted import Wanted
 
 if TYPE_CHECKING:
     import torch
@@ -149,8 +150,10 @@ class Request(Mapping[str, "torch.Tensor"]):
         if border < end:
             yield Gap(border, end, "not captured")
 
-    def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
+    def tensor(self, name: str, unshard: bool = False, dtype: Wanted = None) -> torch.Tensor:
         """A tensor's rows of this request, over all steps; with ``unshard`` the ranks' parts are joined.
+
+        ``dtype`` is that in which they are wanted, or ``"original"``: what they had before ``store_dtype``.
 
         Raises MissingError for a name that is not there, ReadError where rows of two steps differ in shape.
         """
@@ -160,7 +163,7 @@ class Request(Mapping[str, "torch.Tensor"]):
         last: _Place | None = None
         for place, rows in _in_runs(self._newest(name)):
             if place is not last:
-                last, whole = place, as_rows(place.step.tensor(place.name, unshard), place.span.axis)
+                last, whole = place, as_rows(place.step.tensor(place.name, unshard, dtype), place.span.axis)
             pieces.append(whole[rows])
         if any(each.shape[1:] != pieces[0].shape[1:] for each in pieces):
             shapes = sorted({tuple(each.shape[1:]) for each in pieces})

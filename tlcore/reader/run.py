@@ -28,6 +28,7 @@ from .step import Step, counts_of
 from .stored import Stored
 from .unshard import Places, all_committed, places_of
 from .verify import verify_steps
+from .wanted import Wanted, as_wanted
 
 if TYPE_CHECKING:
     import torch
@@ -197,21 +198,23 @@ class Run(Mapping[int, Step]):
             raise MissingError(f"{self.url}: no step {number!r}; it has {held}")
         return Step(self.stored, number, sorted(ranks.committed), self._is_whole(ranks), self.ranks)
 
-    def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
+    def tensor(self, name: str, unshard: bool = False, dtype: Wanted = None) -> torch.Tensor:
         """The tensor with a logical name such as ``step_0/layers.0/outputs_cpu``, on the CPU.
 
         The name may leave out the device, and then means rank 0's tensor, whichever device it was on.
-        With ``unshard``, a tensor of which each rank holds a part is joined from all of them.
+        With ``unshard``, a tensor of which each rank holds a part is joined from all of them. ``dtype`` is
+        that in which it is wanted, or ``"original"``: the one that it had before ``store_dtype``.
 
         A name without the step (``layers.0/outputs_cpu``) means the tensor of every whole step that has it:
         their rows one after the other, as one tensor ``[rows, ...]``; those without dimensions are stacked.
         Raises ReadError where dtype or the other dimensions are not the same in all of them.
         """
         if _STEP_NAME.match(name):
-            return self._step_of(name).tensor(name, unshard)
+            return self._step_of(name).tensor(name, unshard, dtype)
         if unshard:
             raise ReadError(f"{self.url}: {name!r}: unshard takes the tensor of one step (step_<S>/{name})")
-        return tensor_over_steps(self.stored, self, self.steps, name)
+        found, record = tensor_over_steps(self.stored, self, self.steps, name)
+        return as_wanted(found, record, dtype)
 
     def _step_of(self, name: str) -> Step:
         begin = _STEP_NAME.match(name)

@@ -18,10 +18,11 @@ from .call import Call
 from .described import described, statistics_of
 from .documents import check_ledger, is_tensor_name
 from .lookup import not_one, not_stored, unstored, without_device
-from .placements import assembled, is_part, whole_shape
+from .placements import as_whole, assembled, is_part
 from .stored import Stored
 from .tensor_stream import TensorStream, in_memory, open_stream
-from .unshard import Places, group_of, joined, joined_shape, part_of
+from .unshard import Places, group_of, joined, part_of
+from .wanted import Wanted, as_wanted
 
 if TYPE_CHECKING:
     import torch
@@ -245,7 +246,7 @@ class Step(Mapping[str, "torch.Tensor"]):
                 key = (self.replica(rank), *_origin(own))
                 if key not in chosen or own["direction"] == "outputs":
                     chosen.pop(key, None)
-                    chosen[key] = _as_whole(own)
+                    chosen[key] = as_whole(own)
         return list(chosen.values())
 
     def _stage(self, rank: int) -> tuple[int, int]:
@@ -301,13 +302,17 @@ class Step(Mapping[str, "torch.Tensor"]):
             return self._records[found]
         raise MissingError(f"{self._stored.url}: {found!r} has no record, its step was not committed")
 
-    def tensor(self, name: str, unshard: bool = False) -> torch.Tensor:
+    def tensor(self, name: str, unshard: bool = False, dtype: Wanted = None) -> torch.Tensor:
         """The tensor with a logical name, or any that `find` takes, on the CPU.
 
         A distributed tensor (``DTensor``) is joined from all ranks' parts. With ``unshard``, so is a tensor
-        of vLLM's of which each rank holds a part. Raises MissingError where one of the parts was not stored.
+        of vLLM's of which each rank holds a part. ``dtype`` is that in which it is wanted, or ``"original"``:
+        what it had before ``store_dtype``. Raises MissingError where one of the parts was not stored.
         """
         found = self.find(name)
+        return as_wanted(self._tensor(found, unshard), self._records.get(found, {}), dtype)
+
+    def _tensor(self, found: str, unshard: bool) -> torch.Tensor:
         if found not in self._records:
             return self._stored.tensor(self._remains[found])
         record = self.record(found)
@@ -374,14 +379,6 @@ class Step(Mapping[str, "torch.Tensor"]):
     @property
     def _directory(self) -> str:
         return step_dir(self.number)
-
-
-def _as_whole(record: Json) -> Json:
-    if is_part(record):
-        return {**record, "shape": whole_shape(record), "hash": None}
-    if "part" not in record:
-        return record
-    return {**record, "shape": joined_shape(record["part"], record["shape"]), "hash": None}
 
 
 def _origin(record: Json) -> tuple[Any, ...]:

@@ -185,6 +185,7 @@ def _record(step: int, rank: int, stored: Payload, hashed: bool) -> Record:
         tuple(entry["shape"]),
         entry["device"],
         compact(entry["placements"]) if "placements" in entry else "",
+        str(entry.get("converted_from") or ""),
     )
     return Record(entry["name"], step, origin, stored.data, stored.digest, entry.get("alias_of"))
 

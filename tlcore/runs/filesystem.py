@@ -19,11 +19,15 @@ from ..protocols import SupportsFileTree
 from ..reader import Step, open_run
 from ..reader.tensor_bytes import kind, payload
 from ..record import Json
+from ..statistics.channel_file import CHANNEL_FILE
 from .convert import summary_of
 
 _Render = Callable[[], bytes]
 _OF_EVERY_RECORD = frozenset(
-    ("name", "module", "call", "direction", "path", "dtype", "shape", "device", "bytes", "hash", "alias_of")
+    (
+        *("name", "module", "call", "direction", "path", "dtype", "shape", "device", "bytes", "hash"),
+        *("alias_of", "placements", "converted_from"),
+    )
 )
 
 
@@ -52,7 +56,7 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
             self._read = source.file
             return
         for name in opened.stored.files.top:
-            if name.endswith(".json"):
+            if name.endswith(".json") or CHANNEL_FILE.fullmatch(name):
                 self._add(name, partial(opened.stored.files.read, name))
         self._add(RUN_FILE, lambda: _readable({**opened.document, "backend": "pt", "layout": 1}))
         for step in opened.values():

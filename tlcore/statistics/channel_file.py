@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,6 +17,8 @@ from ..layout.names import rank_suffix
 from .channels import COLUMNS, Table
 
 _KEY = "tlcore"
+# The rank is its group, where it is not 0.
+CHANNEL_FILE = re.compile(r"channels(?:_rank_([1-9][0-9]{0,8}))?\.safetensors")
 
 
 def channel_file(rank: int) -> str:

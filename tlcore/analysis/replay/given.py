@@ -18,7 +18,8 @@ def arguments_of(call: Call, replaced: Mapping[Place, Any]) -> Arguments:
 
     Raises ReadError where one was not stored, or is an object of which only its tensors were.
     """
-    args, kwargs = call.inputs
+    # A module computes in the dtype that it was given.
+    args, kwargs = call.original_inputs
     for key in replaced:
         if isinstance(key, int) and not 0 <= key < len(args):
             raise ReadError(f"{call.directory}: there is no positional argument {key}, it had {len(args)}")

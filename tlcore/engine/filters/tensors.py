@@ -10,6 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from ...errors import ConfigError
+from ...layout.dtypes import name_of
 from ...ledger import NO_CHANNELS, Outcome
 from ...statistics.channels_of_tensors import has_channels
 
@@ -34,6 +35,8 @@ class TensorFilter:
     max_run_bytes: int | None
     # Whether only those are taken that have statistics for each channel.
     channels: bool = False
+    # What wider floating tensors are converted to.
+    store_dtype: torch.dtype | None = None
 
 
 def known_devices(names: Iterable[str]) -> frozenset[str]:
@@ -53,22 +56,32 @@ def _known_device(name: str) -> str:
     return device.type if device.type == "cpu" else str(device)
 
 
+def narrower(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype | None:
+    """The dtype that one is stored in where ``wanted`` is asked for; None where it stays what it is."""
+    if wanted is None or not dtype.is_floating_point or dtype.itemsize <= wanted.itemsize:
+        return None
+    return wanted
+
+
 class TensorSpec:
     """All tensors of one dtype, shape (elements) and device; ``outcome`` is None where they are stored.
 
     ``kind`` is equal for specs of equal dtype and shape. ``plain`` says that a contiguous tensor's bytes
     need nothing but ``move(target, source, nbytes)``. Of a tensor that is ``measured`` statistics are kept.
     ``placements`` is JSON text on how a rank's part belongs to a distributed tensor, empty for a whole one.
+    One that is converted before it is copied had the ``original`` dtype and took ``captured_bytes``.
     """
 
     __slots__ = (
         "_variants",
+        "captured_bytes",
         "device",
         "dtype",
         "kind",
         "measured",
         "move",
         "nbytes",
+        "original",
         "outcome",
         "placements",
         "plain",
@@ -96,6 +109,8 @@ class TensorSpec:
         self.move = move_small if nbytes < _SMALL_BYTES else move_large
         self.measured = measured
         self.placements = ""
+        self.original = ""
+        self.captured_bytes = nbytes
         self._variants: dict[tuple[Outcome | None, bool, str], TensorSpec] = {}
 
     def refused(self, outcome: Outcome, measured: bool = False) -> TensorSpec:
@@ -122,6 +137,7 @@ class TensorSpec:
                 self.dtype, self.shape, self.device, self.nbytes, self.kind, outcome, False, measured
             )
             known.placements = placements
+            known.original, known.captured_bytes = self.original, self.captured_bytes
             self._variants[outcome, measured, placements] = known
         return known
 
@@ -169,10 +185,21 @@ class TensorSpecs:
         dtype, device = tensor.dtype, str(tensor.device)
         count = 0 if tensor.is_nested else tensor.numel()
         outcome = self._judge(tensor, device, count) or outcome
+        stored = narrower(dtype, self._filter.store_dtype) if outcome is None else None
+        if stored is not None:
+            return self._converted(dtype, stored, shape, device, count)
         kind = self._kinds.setdefault((dtype, shape), next(self._numbers))
         # A limit on the run's bytes must be looked at for each tensor.
         plain = outcome is None and tensor.is_cpu and not dtype.is_complex and not self._filter.max_run_bytes
         return TensorSpec(dtype, shape, device, count * dtype.itemsize, kind, outcome, plain)
+
+    def _converted(
+        self, dtype: torch.dtype, stored: torch.dtype, shape: tuple[int, ...], device: str, count: int
+    ) -> TensorSpec:
+        kind = self._kinds.setdefault((stored, shape), next(self._numbers))
+        spec = TensorSpec(stored, shape, device, count * stored.itemsize, kind, None)
+        spec.original, spec.captured_bytes = name_of(dtype), count * dtype.itemsize
+        return spec
 
     def _judge(self, tensor: torch.Tensor, device: str, count: int) -> Outcome | None:
         limits = self._filter

@@ -14,6 +14,7 @@ from ...statistics import device as device_statistics
 from ..batch import Measured
 from ..filters.tensors import TensorSpec, TensorSpecs
 from ..staging.accelerator import accelerator_of, recording
+from ..staging.conversion import converted
 from ..staging.host_memory import NO_CHUNK, Chunk
 from ..staging.stager import FreedError, Stager, with_memory
 
@@ -58,6 +59,8 @@ class Copies:
             return without_copy(spec.refused(RUN_FULL))
         try:
             tensor = with_memory(tensor)
+            if spec.original:
+                tensor = converted(tensor, spec.dtype)
             if self._capture != "tensor" and measures_itself(tensor):
                 place = self._stage_measured(tensor, spec)
             else:

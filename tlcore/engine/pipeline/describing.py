@@ -42,10 +42,11 @@ def describe_side(
     def tensor(path: tuple[PathKey, ...]) -> Json:
         index, spec = next(pending)
         document = _describe_spec(spec)
+        said = {"converted_from": spec.original} if spec.original else {}
         if spec.outcome is not None:
             document["skipped"] = spec.outcome.reason
         if spec.outcome is not None and not spec.measured:
-            return document
+            return document | said
         stem = names.unique(names.stem(side.direction, path, spec.device, rank), taken)
         name = f"/{side.directory}/{stem}"
         if spec.outcome is None:
@@ -53,6 +54,7 @@ def describe_side(
             stored.append((index, name, _origin(side, spec, path, rank), spec.kind))
         else:
             document["name"] = f"{STEP_DIR}{name}"
+        document |= said
         if spec.measured:
             document["stats"] = dict.fromkeys(KEYS, HOLE)
         return document
@@ -88,7 +90,7 @@ def _describe_operand(operand: Operand) -> Any:
 
 
 def _origin(side: CallSide, spec: TensorSpec, path: tuple[PathKey, ...], rank: int) -> Origin:
-    tensor = spec.dtype, spec.shape, spec.device, spec.placements
+    tensor = spec.dtype, spec.shape, spec.device, spec.placements, spec.original
     return Origin(rank, side.module, side.call, side.direction, path, *tensor)
 
 
@@ -110,7 +112,7 @@ def count_specs(specs: Sequence[TensorSpec]) -> Counts:
         if outcome is not None and outcome.column is None:
             continue
         counts.captured += 1
-        counts.bytes_captured += spec.nbytes
+        counts.bytes_captured += spec.captured_bytes
         if outcome is not None and outcome.column is not None:
             setattr(counts, outcome.column, getattr(counts, outcome.column) + 1)
             counts.reasons[f"{outcome.column}: {outcome.reason}"] += 1

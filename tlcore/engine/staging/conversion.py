@@ -1,0 +1,21 @@
+"""Making a tensor smaller before it is copied: in another dtype, on the device that it is on."""
+
+from __future__ import annotations
+
+import torch
+
+_WITHOUT_INFINITY = frozenset({torch.float8_e4m3fn})
+
+
+def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """A tensor of real numbers in a narrower dtype; its host does not wait.
+
+    What is finite stays finite: beyond the range of ``dtype`` it becomes the largest number that there is.
+    Else a capture would show infinities that the model never had. Those that it had become NaN where the
+    dtype has none.
+    """
+    with torch.no_grad():
+        values = tensor.detach()
+        limit = torch.finfo(dtype).max
+        infinite = torch.full_like(values, torch.nan) if dtype in _WITHOUT_INFINITY else values
+        return torch.where(values.isinf(), infinite, values.clamp(-limit, limit)).to(dtype)
