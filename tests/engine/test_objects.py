@@ -100,6 +100,13 @@ class Pair:
     second: Any = None
 
 
+def with_defaults(value: torch.Tensor) -> Any:
+    def inner(plain: int, one: torch.Tensor = value, *, two: torch.Tensor = value + 1) -> None:
+        raise AssertionError
+
+    return inner
+
+
 def closed_over(value: Any) -> Callable[[], Any]:
     return lambda: value
 
@@ -120,6 +127,7 @@ OBJECTS: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor]]] = {
     "a slice": (lambda: slice(T, None), {"start_cpu": T}),
     "a partial": (lambda: functools.partial(print, T, k=T + 1), {"args_0_cpu": T, "keywords_k_cpu": T + 1}),
     "a closure": (lambda: closed_over(T), {"value_cpu": T}),
+    "default arguments": (lambda: with_defaults(T), {"one_cpu": T, "two_cpu": T + 1}),
     "numpy": (lambda: {"a": T.numpy()}, {"a_cpu": T}),
     "numpy backwards": (lambda: [T.numpy()[::-1]], {"0_cpu": T.flip(0)}),
     "numpy of the other byte order": (lambda: [T.numpy().astype(">f4")], {"0_cpu": T}),
@@ -185,9 +193,19 @@ def nested(depth: int) -> Any:
     return value
 
 
+def _resolved() -> Any:
+    future = torch.futures.Future[torch.Tensor]()
+    future.set_result(T)
+    return future
+
+
 SKIPPED: dict[str, tuple[Callable[[], Any], str, int]] = {
     "a generator": (lambda: (each for each in [T]), "iterator", 1),
     "a list's iterator": (lambda: iter([T]), "iterator", 1),
+    "a tensor's storage": (T.untyped_storage, "storage", 1),
+    "a future": (_resolved, "future", 1),
+    "a method of a tensor": (lambda: T.add, "method", 1),
+    "a method of what holds one": (lambda: Pair(T, T).__repr__, "method", 1),
     "a module": (lambda: nn.Linear(2, 2), "module", 2),
     "text in numpy": (lambda: np.array(["a"]), "unsupported numpy dtype <U1", 1),
     "what raises": (Raises, "looking into it raised ValueError", 1),
@@ -213,9 +231,11 @@ def test_an_iterator_is_not_consumed(run: Run) -> None:
 
 
 def test_objects_without_tensors_are_only_named(run: Run) -> None:
-    ledger, _, outputs, _ = run(Root(lambda: [types.SimpleNamespace(key="secret"), object(), T.shape]))
+    names = {"types.SimpleNamespace": types.SimpleNamespace(key="secret"), "builtins.object": object()}
+    names |= {"builtins.method": nn.Linear(2, 2).forward, "builtins.builtin_function_or_method": torch.relu}
+    ledger, _, outputs, _ = run(Root(lambda: [*names.values(), T.shape]))
     assert ledger.captured == 0
-    assert [each.class_name for each in outputs[:2]] == ["types.SimpleNamespace", "builtins.object"]
+    assert [each.class_name for each in outputs[:-1]] == list(names)
     assert outputs[0].items == {}
 
 

@@ -40,6 +40,11 @@ OBJECT = "object"
 CACHE = "cache"
 MODULE = "module"
 ITERATOR = "iterator"
+STORAGE = "storage"
+FUTURE = "future"
+METHOD = "method"
+# What is counted where it is met, and not looked into.
+UNOPENED = (MODULE, ITERATOR, STORAGE, FUTURE)
 
 # Values that are looked at, at most, to find out whether an attribute holds a tensor at all.
 MOST_VALUES = 10_000
@@ -54,9 +59,10 @@ _HARMLESS = (
     *(itertools.count, io.IOBase, type(iter(np.nditer(np.zeros(1))))),
 )
 _CLOSED = (
-    *(type, enum.Enum, types.MethodType, types.BuiltinFunctionType, types.ModuleType, types.CodeType),
+    *(type, enum.Enum, types.ModuleType, types.CodeType),
     *(types.FrameType, types.TracebackType, weakref.ref, weakref.ProxyType, weakref.CallableProxyType),
 )
+_STORAGES = (torch.UntypedStorage, torch.TypedStorage)
 _STOPPED = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
 
@@ -98,7 +104,7 @@ def kind_of(cls: type) -> Kind:
 def _kind(cls: type) -> Kind:
     mro = type.mro(cls)
     what = _builtin(cls)
-    if what in (PLAIN, SCALAR, TENSOR, NUMBER, MODULE, ITERATOR):
+    if what in (PLAIN, SCALAR, TENSOR, NUMBER, METHOD, *UNOPENED):
         return Kind(what)
     own = next((d for each in mro if type(d := vars(each).get("__dict__")) in _OWN), None)
     slots = tuple(
@@ -131,6 +137,8 @@ def _builtin(cls: type) -> str | None:
         ((*_CLOSED, *_HARMLESS, bytes, bytearray, memoryview, range), PLAIN),
         ((tuple, list, collections.deque, *_VIEWS), SEQUENCE), ((set, frozenset), SET), (dict, MAPPING),
         (nn.Module, MODULE), (_STOPPED, ITERATOR), (types.FunctionType, OBJECT),
+        ((types.MethodType, types.BuiltinFunctionType), METHOD), (_STORAGES, STORAGE),
+        (torch._C.Future, FUTURE),
     )  # fmt: skip
     for bases, what in table:
         if issubclass(cls, bases):
@@ -203,9 +211,9 @@ def fields_of(value: Any, kind: Kind) -> dict[str, Any]:
 
 
 def attributes_of(value: Any, kind: Kind) -> dict[str, Any]:
-    """What an `OBJECT` or `CACHE` holds; of a function, what its closure holds."""
+    """What an `OBJECT` or `CACHE` holds; of a function, what its closure and its default arguments hold."""
     if issubclass(type(value), types.FunctionType):
-        found: dict[str, Any] = {}
+        found = _defaults_of(value)
         for name, cell in zip(value.__code__.co_freevars, value.__closure__ or (), strict=False):
             try:
                 found[name] = cell.cell_contents
@@ -217,6 +225,17 @@ def attributes_of(value: Any, kind: Kind) -> dict[str, Any]:
     if issubclass(type(value), functools.partial):
         return {name: each for name, each in held.items() if kind_of(type(each)).what != MODULE}
     return held
+
+
+def _defaults_of(function: types.FunctionType) -> dict[str, Any]:
+    defaults, code = function.__defaults__ or (), function.__code__
+    names = code.co_varnames[code.co_argcount - len(defaults) : code.co_argcount]
+    return {**dict(zip(names, defaults, strict=False)), **(function.__kwdefaults__ or {})}
+
+
+def is_of_tensors(method: Any) -> bool:
+    """Whether the object whose `METHOD` it is holds a tensor; modules' own methods are everywhere."""
+    return any(True for _ in tensors_in(getattr(method, "__self__", None), 1))
 
 
 def nodes_of(value: Any) -> list[tuple[int | str, Any]]:
@@ -262,9 +281,9 @@ def holds_tensor(value: Any) -> bool:
     while waiting:
         each = waiting.pop()
         kind = kind_of(type(each))
-        if kind.what in (PLAIN, SCALAR, NUMBER) or id(each) in seen:
+        if kind.what in (PLAIN, SCALAR, NUMBER, METHOD) or id(each) in seen:
             continue
-        if kind.what in (TENSOR, ARRAY, MODULE, CACHE, ITERATOR):
+        if kind.what in (TENSOR, ARRAY, CACHE, *UNOPENED):
             return True
         seen.add(id(each))
         # Kept, since a number is only an object's own as long as that lives.
@@ -283,7 +302,7 @@ def tensors_in(value: Any, most: int) -> Iterator[torch.Tensor]:
     while waiting and most > 0:
         each = waiting.pop()
         kind = kind_of(type(each))
-        if id(each) in seen or kind.what in (PLAIN, SCALAR, NUMBER, ARRAY, MODULE, ITERATOR):
+        if id(each) in seen or kind.what in (PLAIN, SCALAR, NUMBER, ARRAY, METHOD, *UNOPENED):
             continue
         seen.add(id(each))
         kept.append(each)

@@ -177,8 +177,11 @@ def _flatten_other(value: Any, leaves: Leaves, inside: tuple[int, ...], opening:
         return Opaque(class_name(value))
     if what == objects.NUMBER:
         return _flatten_number(value, leaves)
-    if what in (objects.MODULE, objects.ITERATOR) or (what == objects.CACHE and what not in leaves.opens):
+    if what in objects.UNOPENED or (what == objects.CACHE and what not in leaves.opens):
         return _unopened(value, leaves, what)
+    if what == objects.METHOD:
+        of_tensors = objects.is_of_tensors(value)
+        return _unopened(value, leaves, what) if of_tensors else Opaque(class_name(value))
     if what == objects.CACHE:
         opening = _Opening(once=True)
     elif opening is None:
