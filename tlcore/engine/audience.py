@@ -82,6 +82,7 @@ class Audience:
         """Who listens to a module that may be compiled: also to one that is not selected, for its taps."""
         wanted = self.selector.calls_of_any(each.names)
         made = TracedListener(*self._given(each, wanted, module_names, hearing))
+        made.all_steps = steps
         made.steps = steps if steps.is_step(each.name) else None
         return made
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 from ..hotpath.listening import KnownSides
-from ..layout.directions import is_gradient
+from ..layout.directions import DIRECTIONS
 from ..layout.structure import TreeSpec, count_leaves
 from ..record import Direction
 
@@ -87,7 +87,7 @@ class Call(KnownSides):
     ``only_taps`` is a call of which nothing but its taps is captured.
     """
 
-    __slots__ = ("call", "directory", "gradients", "module", "only_taps", "post_fwd_inputs")
+    __slots__ = ("call", "directory", "module", "only_taps", "others", "post_fwd_inputs")
 
     inputs: Sides
     outputs: Sides
@@ -100,12 +100,13 @@ class Call(KnownSides):
         self.inputs = {}
         self.outputs = {}
         self.post_fwd_inputs: Sides = {}
-        self.gradients: dict[str, Sides] = {}
+        # Gradients, and taps that were planned.
+        self.others: dict[str, Sides] = {}
 
     def sides_of(self, direction: Direction) -> Sides:
         """The sides of one direction."""
-        if is_gradient(direction):
-            return self.gradients.setdefault(direction, {})
+        if direction not in DIRECTIONS:
+            return self.others.setdefault(direction, {})
         sides: Sides = getattr(self, direction)
         return sides
 

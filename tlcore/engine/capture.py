@@ -11,15 +11,17 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.configuration import load_config
+from ..config.configuration import Config, load_config
 from ..errors import CaptureError, ConfigError
 from ..layout.structure import class_name
 from ..ledger import Counts
 from ..protocols import Sink
 from . import remarks
 from .environment import environment
+from .filters.modules import may_be_tap
 from .filters.named_rows import Named, named_rows
 from .hooks.batch_calls import BatchCalls
+from .hooks.compiled_functions import CompiledFunctions
 from .hooks.compiled_parts import compiled_parts, refuse_unreachable, shown
 from .hooks.compiled_versions import CompiledVersions
 from .hooks.module_tree import ModuleTree
@@ -30,6 +32,11 @@ from .session import Session
 
 log = logging.getLogger("tlcore")
 _BRACKET = "Put `with capture.step():` around forward and backward."
+
+
+def _may_select_taps(config: Config) -> bool:
+    patterns = config.module_call_match
+    return patterns is None or any(map(may_be_tap, patterns))
 
 
 class capture:  # noqa: N801 - a context manager reads like a function
@@ -84,6 +91,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         given = (self._begin_step, self._end_step, self.config.step, self._around)
         self._steps = StepCalls(*given, watches=not self._traced)
         self._versions = CompiledVersions(self._steps.heard)
+        self._functions = CompiledFunctions(self._steps.heard, self._modules_by_id)
         self._entered = False
         # Steps that were a call of the model alone, although gradients are wanted.
         self._without_backward = 0
@@ -136,6 +144,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._steps.install(tree)
         if not self._traced:
             self._versions.install()
+            self._functions.install()
         self._entered = True
         return self
 
@@ -145,6 +154,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._entered = False
         self._steps.remove()
         self._versions.remove()
+        self._functions.remove()
         if self._session is None:
             return
         self._note_what_passed_by(self._model)
@@ -189,6 +199,9 @@ class capture:  # noqa: N801 - a context manager reads like a function
     def _around(self, module: nn.Module) -> Callable[..., Any] | None:
         return None if self._batches is None else self._batches.around(module)
 
+    def _modules_by_id(self) -> dict[int, str]:
+        return {id(each.module): each.name for each in ModuleTree(self._model).modules}
+
     def _begin_step(self) -> bool:
         if self.config.log_gradients and not self._steps.more_than_a_call:
             self._without_backward += 1
@@ -213,6 +226,10 @@ class capture:  # noqa: N801 - a context manager reads like a function
             session.remarks.append(f"{shown(name)} is {how}; what ran compiled is not in the run")
         for name in self._versions.names(tree):
             session.passed_by.note(name, COMPILED)
+        told = {name for names in session.passed_by.by.values() for name in names} | compiled.keys()
+        session.remarks += remarks.compiled_functions(self._functions.called, told)
+        if COMPILED not in session.passed_by.by and _may_select_taps(self.config):
+            session.remarks += remarks.taps_left_out(self._functions.left_out)
         session.passed_by.add(self._steps.passed_by)
         stray = remarks.outside(self._steps.outside, self.config.step)
         if stray is not None:

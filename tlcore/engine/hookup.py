@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 
 from torch import nn
 
@@ -41,8 +41,6 @@ class Hookup:
         self, config: Config, collector: Collector, one_rank: bool, injection: Injection | None
     ) -> None:
         self.hooks: ListenerSet | None = None
-        # Taps in code that may be compiled, where it is known of them before.
-        self.code_taps: Sequence[str] = ()
         self._draft: ListenerSet | None = None
         self._source: Source | None = None
         self._batches: BatchCalls | None = None
@@ -175,8 +173,7 @@ class Hookup:
         if self._audience.operators is not None:
             self._audience.operators.close()
         passed_by = self._collector.passed_by
-        left_out = [name for name in self.code_taps if not shown_taps.get(name)]
-        said = remarks.compiled_taps(left_out if captured_any else ())
+        said = []
         if self._audience.injection is not None:
             said += self._audience.injection.remarks()
         said += remarks.traced(passed_by.by, ModuleTree(hooks.model).modules)

@@ -106,6 +106,20 @@ def traced(by: Mapping[str, Iterable[str]], modules: Sequence[Named]) -> list[st
     return said
 
 
+def compiled_functions(called: Mapping[str, Sequence[str]], told: Container[str]) -> list[str]:
+    """What to say of compiled functions ``called`` outside any step, and of the modules that they reach."""
+    said = []
+    for function, found in called.items():
+        names = [name for name in found if name not in told]
+        if names:
+            said.append(
+                f"{function}, compiled with torch.compile, was called outside any step and reaches"
+                f" {_listed(names)}; what ran compiled is not in the run. Call the original instead, or"
+                ' capture with "compiled": "taps" and call it within `with capture.step():`'
+            )
+    return said
+
+
 def _above(name: str) -> set[str]:
     """A module's name and those of the modules that it is part of."""
     parts = name.split(".")
@@ -135,15 +149,13 @@ def without_operators(silent: Sequence[str], left_out: Iterable[str]) -> list[st
     return said
 
 
-def compiled_taps(names: Sequence[str]) -> list[str]:
-    """What to say of `tlcore.tap` in code of which only modules are tapped when it is compiled."""
-    if not names:
-        return []
-    listed = ", ".join(names[:_SHOWN]) + (f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else "")
+def taps_left_out(names: Iterable[str]) -> list[str]:
+    """What to say of `tlcore.tap` in code that was compiled without taps, where any compiled code ran."""
+    listed = ", ".join(map(repr, sorted(names)[:_SHOWN]))
     return [
-        f"tlcore.tap shows nothing where vLLM runs compiled: {listed}. To have these values, pass them"
-        ' through a submodule of their own (torch.nn.Identity), or write "compiled": "eager-steps"'
-    ]
+        f"tlcore.tap of {listed} is in code that was compiled without it; what ran compiled did not show it."
+        ' Capture with "compiled": "taps" to have it'
+    ] * bool(listed)
 
 
 def replaced_within(modules: Sequence[str]) -> list[str]:

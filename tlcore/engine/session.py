@@ -186,10 +186,6 @@ class Session:
         """The modules that are listened to; none where more may be captured than these."""
         return [] if self.config.ops else self._hookup.modules
 
-    def hears_code_taps(self, names: Sequence[str]) -> None:
-        """Say at the end which of these taps, in code that may be compiled, stayed silent."""
-        self._hookup.code_taps = names
-
     def listen_to_batches(self) -> BatchCalls:
         """Let `samples` tell whose the rows of a step's tensors are, from what the model is given."""
         return self._hookup.listen_to_batches(self.rows, self.samples)

@@ -1,12 +1,14 @@
 """Captures an in-process engine once and prints what vLLM compiled or loaded for it as a JSON line.
 
 ``python taps_script.py MODEL CONFIG MODE DTYPE OPTIONS``, where OPTIONS is a JSON object of further arguments
-for ``LLM``. With the mode ``piecewise`` the model is compiled as on a GPU, in pieces around its attention,
-which vLLM's CPU platform leaves out; ``plain`` is what the CPU platform does, ``eager`` does not compile.
+for ``LLM``, and of ``shows``: whether the model's code shows values by `tlcore.tap`. With the mode
+``piecewise`` the model is compiled as on a GPU, in pieces around its attention, which the CPU platform leaves
+out; ``plain`` is what the CPU platform does, ``eager`` does not compile.
 """
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import sys
@@ -35,6 +37,27 @@ def compile_piecewise() -> None:
     FixFunctionalizationPass.__call__ = lambda self, graph: None
 
 
+def show_values_within() -> None:
+    """Let code of vLLM's show values: that of parts of the compiled model, and its own."""
+    from vllm.model_executor.models import llama
+
+    import tlcore
+
+    whole = llama.LlamaModel.forward
+
+    def of_model(self: Any, *args: Any, **kwargs: Any) -> Any:
+        hidden = whole(self, *args, **kwargs)
+        return tlcore.tap("hidden", hidden) + 0
+
+    def of_mlp(self: Any, x: Any) -> Any:
+        both, _ = self.gate_up_proj(x)
+        gated, _ = self.down_proj(tlcore.tap("gated", self.act_fn(both)))
+        return tlcore.tap("gated", gated)
+
+    llama.LlamaModel.forward = functools.wraps(whole)(of_model)
+    llama.LlamaMLP.forward = of_mlp
+
+
 def main(
     model: str, config: dict[str, Any], mode: str, dtype: str, options: dict[str, Any]
 ) -> dict[str, Any]:
@@ -46,6 +69,8 @@ def main(
 
     if mode == "piecewise":
         compile_piecewise()
+    if options.pop("shows", False):
+        show_values_within()
     llm = LLM(
         model,
         dtype=dtype,

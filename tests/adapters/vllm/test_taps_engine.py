@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +102,29 @@ def test_another_choice_of_modules_is_compiled_anew(
     assert set(other.step(0).calls) == {f"model.layers.{i}.mlp" for i in range(4)}
     assert other.ledger.failed == 0
     assert other.ledger.stored == other.ledger.captured == TOKENS * 4 * 2
+
+
+def test_values_within_a_forward_come_out_of_compiled_code(places: Path) -> None:
+    def captured(name: str, mode: str) -> tuple[dict[str, Any], tlcore.Run]:
+        patterns = [r"\.tap\.", r"model\.norm$"]
+        options, cache = {"shows": True}, places / "cache_shows"
+        model = tiny_llama()
+        return _captured(places / name, model, mode, cache, "auto", options, module_call_match=patterns)
+
+    _, eager = captured("shows_eager", "eager")
+    for name, made in (("shows_cold", (1, 0)), ("shows_warm", (0, 1))):
+        report_of, tapped = captured(name, "piecewise")
+        assert (report_of["compiled"], report_of["loaded"]) == made
+        assert all_stored(tapped.ledger) and tapped.ledger.stored == eager.ledger.stored
+        assert _differing(tapped, eager, 0) == []
+        directory = "step_0/model.layers.3.mlp"
+        assert {f"{directory}/tap.gated", f"{directory}/tap.gated_1"} <= _bare(tapped.step(0).names)
+        assert "step_0/model/tap.hidden" in _bare(tapped.step(0).names)
+
+
+def _bare(names: Iterable[str]) -> set[str]:
+    """Names without their device."""
+    return {name.removesuffix("_cpu") for name in names}
 
 
 @pytest.mark.deep

@@ -80,6 +80,8 @@ class StepCalls:
         self._watching = False
         self._tree: ModuleTree | None = None
         self._room = StackRoom()
+        # How many calls of listeners that stay have begun outside any step, one in another.
+        self._astray = 0
         self.calls = 0
         # Of the step that is open: whether code runs in it that is none of a module's.
         self.more_than_a_call = False
@@ -166,6 +168,23 @@ class StepCalls:
         """The end of a call that `strays` has counted."""
         if self._steps and not self._owner:
             self._watch()
+
+    def goes_astray(self, name: str) -> bool:
+        """Whether a call that a listener hears which stays between steps is in none; `comes_back` is its end.
+
+        Only the outermost one is counted.
+        """
+        if self._owner or _backward() >= 0 or why_not_real() is not None:
+            self._astray = 0
+            return False
+        if not self._astray:
+            self.outside[name] += 1
+        self._astray += 1
+        return True
+
+    def comes_back(self) -> None:
+        """The end of a call that `goes_astray` has counted."""
+        self._astray = max(0, self._astray - 1)
 
     def enters(self, bracket: bool = False, name: str = "") -> bool:
         """Whether what comes now, a call or ``bracket``, is a step that begins; `leaves` is its end."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import sys
+import weakref
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, Protocol, TypeVar
@@ -19,8 +21,11 @@ _is_compiling = torch.compiler.is_compiling
 class Receiver(Protocol):
     """Who takes what taps show while a step runs; must not raise, and must copy what it wants to keep."""
 
-    def tapped(self, name: str, value: Any, frame: FrameType | None) -> None:
-        """Take a value that the code of ``frame`` shows; its memory is only lent."""
+    def tapped(self, name: str, value: Any, frame: FrameType | None) -> bool:
+        """Take a value that the code of ``frame`` shows; its memory is only lent.
+
+        True where those who came to receive later are not to have it.
+        """
         ...
 
     def tapped_in(self, name: str, value: Any, module: nn.Module) -> None:
@@ -29,8 +34,13 @@ class Receiver(Protocol):
 
 
 _receivers: tuple[Receiver, ...] = ()
-# What makes a value known to the graph that is being traced; None where nobody wants it to.
-_tracer: Callable[[str, Any], None] | None = None
+# Each makes a value known to the graph that is being traced, or says that it is none of its own.
+Tracer = Callable[[str, Any], bool]
+_tracers: tuple[Tracer, ...] = ()
+# What a function compiled with torch.compile runs first, and what that calls its original.
+COMPILED_CALL, ORIGINAL = "compile_wrapper", "fn"
+# The taps in no graph, of compiled functions: by the object whose method one is, or else by its code.
+_left_out: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
 
 
 def tap(name: str, tensor: Value) -> Value:
@@ -42,12 +52,40 @@ def tap(name: str, tensor: Value) -> Value:
     ``"compiled": "taps"`` was there before it was compiled.
     """
     if _is_compiling():
-        if _tracer is not None:
-            _tracer(name, tensor)
+        traced = False
+        for tracer in _tracers:
+            traced = tracer(name, tensor) or traced
+        if not traced:
+            _leave_out(name)
         return tensor
     if _receivers:
         _show(name, tensor)
     return tensor
+
+
+def taps_left_out(function: Any) -> set[str]:
+    """The taps that a function's compiled code does not show."""
+    return _left_out.get(_key(function), set())
+
+
+def _key(function: Any) -> Any:
+    bound = getattr(function, "__self__", None)
+    return getattr(function, "__code__", function) if bound is None else bound
+
+
+def _leave_out(name: str) -> None:
+    """A compiler leaves a tap out: of the function that is compiled, in whose call it does so."""
+    frame: FrameType | None = sys._getframe()
+    while frame is not None and frame.f_code.co_name != COMPILED_CALL:
+        frame = frame.f_back
+    function = None if frame is None else frame.f_locals.get(ORIGINAL)
+    if function is not None:
+        with contextlib.suppress(TypeError):
+            _left_out.setdefault(_key(function), set()).add(name)
+
+
+# Called when the code is compiled, and not when it runs.
+_leave_out._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _scripted(name: str, tensor: torch.Tensor) -> torch.Tensor:
@@ -62,7 +100,8 @@ def _show(name: str, value: Any) -> None:
     frame = sys._getframe(2)
     for each in _receivers:
         try:
-            each.tapped(name, value, frame)
+            if each.tapped(name, value, frame):
+                return
         except Exception as error:
             log.warning("a tap could not be captured: %s: %s", type(error).__name__, error)
 
@@ -76,10 +115,17 @@ def show_traced(name: str, value: Any, module: nn.Module | None) -> None:
         each.tapped_in(name, value, module)
 
 
-def trace_with(tracer: Callable[[str, Any], None] | None) -> None:
-    """Let compilers trace taps along by ``tracer`` from now on, or leave them out."""
-    global _tracer
-    _tracer = tracer
+def trace_with(tracer: Tracer) -> None:
+    """Let compilers trace taps along by ``tracer``, too, until `trace_no_more`."""
+    global _tracers
+    if tracer not in _tracers:
+        _tracers = (*_tracers, tracer)
+
+
+def trace_no_more(tracer: Tracer) -> None:
+    """Undo `trace_with`."""
+    global _tracers
+    _tracers = tuple(each for each in _tracers if each is not tracer)
 
 
 def receive(receiver: Receiver) -> None:

@@ -28,7 +28,7 @@ _MOST_SITES = 1 << 14
 _get_ident = threading.get_ident
 
 
-class _CallTaps:
+class CallTaps:
     """The taps of one call of a module, and the names that they have taken in its directory."""
 
     def __init__(self, call: Call) -> None:
@@ -40,8 +40,8 @@ class _CallTaps:
         """The sides of a tap that shows ``name`` for the ``number``-th time in the call, by structure."""
         return self._known.setdefault((name, number), {})
 
-    def side(self, name: str, number: int, treespec: TreeSpec) -> CallSide:
-        """A new side of that tap, which takes no name that another one has: they get a ``~2``."""
+    def direction(self, name: str, number: int, treespec: TreeSpec) -> str:
+        """By what that tap goes, so that it takes no name that another one has: they get a ``~2``."""
         paths: list[str] = []
 
         def note(path: tuple[Any, ...]) -> dict[str, Any]:
@@ -56,6 +56,11 @@ class _CallTaps:
             if all(self._taken.get(each, (name, number)) == (name, number) for each in names):
                 break
         self._taken.update(dict.fromkeys(names, (name, number)))
+        return direction
+
+    def side(self, name: str, number: int, treespec: TreeSpec) -> CallSide:
+        """A new side of that tap."""
+        direction = self.direction(name, number, treespec)
         return self.call.add(self.sides(name, number), treespec, direction, treespec, None)
 
 
@@ -96,7 +101,7 @@ class TapSites:
         self._directory = directory
         self._tree: ModuleTree | None = None
         self._sites: dict[tuple[int, str], _Site] = {}
-        self._calls: dict[tuple[int, int, bool], _CallTaps] = {}
+        self._calls: dict[tuple[int, int, bool], CallTaps] = {}
         # How many values were shown in other threads, in this step.
         self.elsewhere: Counter[str] = Counter()
         # Every tap that was ever shown, by all names that patterns find, and whether a value was captured.
@@ -119,8 +124,12 @@ class TapSites:
             self._tree = self._hooks.tree
             self.take(self._site(named, name), value)
 
-    def tapped(self, name: str, value: Any, frame: FrameType | None) -> None:
+    def tapped(self, name: str, value: Any, frame: FrameType | None) -> bool:
         """Take a value for the module whose code runs in ``frame``, the model's own where that is none's."""
+        self._tapped(name, value, frame)
+        return False
+
+    def _tapped(self, name: str, value: Any, frame: FrameType | None) -> None:
         owner = self._hooks.owner
         # What is recomputed for the backward pass was there before, and what is traced is nothing yet.
         if not owner or in_backward() >= 0 or why_traced() is not None:
@@ -164,7 +173,7 @@ class TapSites:
         if taps is None:
             named = site.named
             directory = self._directory(named.name, call)
-            taps = _CallTaps(Call(named.name, call, directory, only_taps))
+            taps = CallTaps(Call(named.name, call, directory, only_taps))
             self._calls[key] = taps
         if not count or wanted != "all":
             self.seen.update((tap_name(each, site.name), True) for each in site.named.names)

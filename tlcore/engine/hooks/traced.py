@@ -140,13 +140,15 @@ def _show(what: str, value: Any, keywords: Any, who: torch.Tensor) -> None:
 class TracedListener(Listener):
     """A listener that stays between steps and is compiled into what calls it.
 
-    ``steps`` is told where its calls are steps. ``selected`` says whether any of them are captured.
+    ``steps`` is told where its calls are steps, ``all_steps`` where they are in none. ``selected`` says
+    whether any of them are captured.
     """
 
-    __slots__ = ("ended", "opened", "selected", "steps", "who")
+    __slots__ = ("all_steps", "ended", "opened", "selected", "steps", "who")
 
     def __init__(self, *given: Any) -> None:
         self.steps: StepCalls | None = None
+        self.all_steps: StepCalls | None = None
         super().__init__(*given)
         self.selected = self._wanted == "all" or bool(self._wanted)
         # The calls that a graph has begun and not ended, the innermost last, each with the one before.
@@ -161,6 +163,7 @@ class TracedListener(Listener):
         super().goes_on_from(other)
         if isinstance(other, TracedListener):
             self.steps, other.steps = other.steps, None
+            self.all_steps, other.all_steps = other.all_steps, None
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's ``forward``."""
@@ -171,7 +174,13 @@ class TracedListener(Listener):
             return self.original(*args, **kwargs)
         steps = self.steps
         if steps is None or not steps.enters():
-            return self._hear(self, args, kwargs)
+            all_steps = self.all_steps
+            if all_steps is None or not all_steps.goes_astray(self.name):
+                return self._hear(self, args, kwargs)
+            try:
+                return self._hear(self, args, kwargs)
+            finally:
+                all_steps.comes_back()
         try:
             output = self._hear(self, args, kwargs)
         except BaseException as error:
@@ -292,7 +301,7 @@ class TracedListeners(ListenerSet):
             if not (each.take_away() or is_compiled(each.own.get(FORWARD))):
                 self.replaced_within[each.name] = None
             each.retire()
-            each.steps = None
+            each.steps = each.all_steps = None
         _trace(-1)
 
 
@@ -300,10 +309,12 @@ def _traced(listeners: Sequence[Listener]) -> list[TracedListener]:
     return [each for each in listeners if type(each) is TracedListener]
 
 
-def _trace_tap(name: str, value: Any) -> None:
+def _trace_tap(name: str, value: Any) -> bool:
     """Let the graph show a tap, of the module whose code is traced or else of the one that runs then."""
-    if not is_exporting():
-        _show(_TAP + name, value, None, _inside[-1] if _inside else _nobody)
+    if is_exporting():
+        return False
+    _show(_TAP + name, value, None, _inside[-1] if _inside else _nobody)
+    return True
 
 
 _captures = 0
@@ -316,7 +327,7 @@ def _trace(more: int) -> None:
     """A capture begins, or ends: taps are traced along meanwhile, and all of the layers that are alike."""
     global _captures
     _captures += more
-    tap_point.trace_with(_trace_tap if _captures else None)
+    (tap_point.trace_with if _captures else tap_point.trace_no_more)(_trace_tap)
     # It tells modules apart by what stands in for them, and gives up on code that it has compiled too often.
     import torch._dynamo.config as dynamo
 
@@ -351,6 +362,10 @@ def _shown(tensors: Sequence[torch.Tensor], who: int, slot: int, numbers: Sequen
                 (listener.steps.graph_begins if found.what == _BEGIN else listener.steps.graph_ends)(listener)
         elif listener.heard_now:
             listener.shown(found, tensors, numbers)
+        elif listener.all_steps is not None and found.what == "inputs":
+            listener.all_steps.goes_astray(listener.name)
+        elif listener.all_steps is not None and found.what == "outputs":
+            listener.all_steps.comes_back()
     except Exception as error:
         text = f"{type(error).__name__}: {error}"
         if text not in _said:

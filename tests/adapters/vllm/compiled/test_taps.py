@@ -97,10 +97,9 @@ def _tapped(model: Model, session: Session, device: str = "cpu") -> Taps:
     plan = rehearsal.run(forward_pass)
     anchor = torch.zeros(1, device=device)
     for module, slots in plan.slots.items():
-        install_taps(module, slots, anchor)
+        install_taps(module, slots, anchor, plan.code[module])
     taps = Taps(plan, torch.device(device))
     session.attach(model, taps)
-    session.hears_code_taps(plan.code_taps)
     return taps
 
 
@@ -209,35 +208,119 @@ def test_a_slot_table_changes_with_what_is_tapped() -> None:
     assert table("nothing") == []
 
 
-def test_taps_in_code_are_named_when_it_is_compiled(caplog: pytest.LogCaptureFixture) -> None:
-    class Shows(Rotates):
-        def __init__(self) -> None:
-            super().__init__()
-            self.kept = nn.Identity()
+class Shows(nn.Module):
+    """Taps in every place: its own code, a method that another module calls, a function, nested values."""
 
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm = nn.Linear(4, 4), nn.LayerNorm(4)
+
+    def scaled(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = tlcore.tap("x", x * 3)
+        return result
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = tlcore.tap("x", self.first(x))
+        tlcore.tap("pair", (x + 1, {"a": [x + 2]}))
+        x = tlcore.tap("x", _shifted(self.norm(x)))
+        return x * 2
+
+
+def _shifted(x: torch.Tensor) -> torch.Tensor:
+    result: torch.Tensor = tlcore.tap("shifted", x + 5)
+    return result
+
+
+class Around(Inner):
+    """Calls them, and shows something by the names that these use."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shows = nn.ModuleList([Shows(), Shows()])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        tlcore.tap("x", x - 1)
+        for each in (*self.shows, self.shows[0]):
+            x = each.scaled(each(x))
+        tlcore.tap("x", x - 2)
+        x.add_(1)
+        return x
+
+
+def _around() -> Model:
+    model = _model()
+    model.inner = Around().eval()
+    return model
+
+
+def _shown(compiled: Any, x: torch.Tensor, **keys: Any) -> MemorySink:
+    """What is captured of them by taps; ``compiled`` is a backend, None for code that is not compiled."""
+    torch._dynamo.reset()
+    torch.manual_seed(1)
+    model, sink = _around(), MemorySink()
+    session = _session(sink, **keys)
+    _tapped(model, session)
+    if compiled is not None:
+        model.inner.forward = torch.compile(model.inner.forward, fullgraph=True, backend=compiled)  # type: ignore[method-assign]
+    for size in (len(x), 5):
+        _step(session, model, x if size == len(x) else torch.ones(size, 4))
+    session.close()
+    assert session.remarks == []
+    return sink
+
+
+@pytest.mark.parametrize("backend", [None, "eager", "aot_eager"])
+@pytest.mark.parametrize(
+    "patterns", [None, [r"\.tap\."], [r"shows\.0\.tap\.x:2", r"norm"], [r"tap\.shifted"], [r"inner$"]]
+)
+def test_values_within_a_forward_are_captured_as_hooks_do(backend: Any, patterns: list[str] | None) -> None:
+    keys = {} if patterns is None else {"module_call_match": patterns}
+    x = torch.randn(3, 4)
+    torch.manual_seed(1)
+    model, expected = _around(), MemorySink()
+    session = _session(expected, **keys)
+    session.attach(model)
+    _step(session, model, x)
+    session.close()
+    sink = _shown(backend, x, **keys)
+    first, second = sink.steps
+    assert first.calls == second.calls == expected.steps[0].calls
+    assert dict(first.structures) == dict(expected.steps[0].structures)
+    assert first.counts == expected.steps[0].counts and first.counts.failed == 0
+    assert (second.counts.stored, second.counts.failed) == (first.counts.stored, 0)
+    shown = {name: tensor for name, tensor in sink.tensors.items() if name.startswith("step_0/")}
+    assert set(shown) == set(expected.tensors)
+    assert any("tap." in name for name in shown) == (patterns != [r"inner$"])
+    for name, tensor in shown.items():
+        torch.testing.assert_close(tensor, expected.tensors[name])
+
+
+@pytest.mark.slow
+def test_inductor_neither_drops_nor_moves_values_within_a_forward() -> None:
+    x = torch.randn(3, 4)
+    expected, sink = _shown(None, x), _shown("inductor", x)
+    assert set(sink.tensors) == set(expected.tensors)
+    for name, tensor in sink.tensors.items():
+        torch.testing.assert_close(tensor, expected.tensors[name])
+
+
+def test_what_only_compiled_code_shows_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    class Branches(Rotates):
         def forward(self, x: torch.Tensor, *, state: torch.Tensor) -> Any:
-            return super().forward(self.kept(tlcore.tap("x", x)), state=state)
+            # The dry run has seven rows.
+            if x.shape[0] != 7:
+                tlcore.tap("other", x)
+            return super().forward(x, state=state)
 
-    def shown(compiled: bool, **keys: Any) -> tuple[list[str], MemorySink]:
-        model, sink = _model(), MemorySink()
-        model.inner.rotates = Shows()
-        session = _session(sink, **keys)
-        _tapped(model, session)
-        if compiled:
-            model.inner.forward = torch.compile(model.inner.forward, fullgraph=True, backend="eager")  # type: ignore[method-assign]
-        _step(session, model, torch.randn(3, 4))
-        session.close()
-        return session.remarks, sink
-
-    remarks, sink = shown(compiled=True)
-    assert len(remarks) == 1 and "inner.rotates.tap.x" in remarks[0] and "torch.nn.Identity" in remarks[0]
-    assert remarks[0] in caplog.text
-    # What it says to write instead does it.
-    assert "step_0/inner.rotates.kept/outputs_cpu" in sink.tensors
-    assert shown(compiled=True, module_call_match=["norm"])[0] == []
-    remarks, sink = shown(compiled=False)
-    assert remarks == []
-    assert "step_0/inner.rotates_1/tap.x_cpu" in sink.tensors
+    model, sink = _model(), MemorySink()
+    model.inner.rotates = Branches()
+    session = _session(sink)
+    _tapped(model, session)
+    model.inner.forward = torch.compile(model.inner.forward, fullgraph=True, backend="eager")  # type: ignore[method-assign]
+    _step(session, model, torch.randn(3, 4))
+    session.close()
+    assert sink.steps[0].counts.failed == 0
+    assert "tlcore.tap('other') in or below a Branches did not come by" in caplog.text
 
 
 def test_static_copies_follow_each_replay() -> None:

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from ....engine.hooks.tap_op import tap
+from .code_taps import enter, install_code_taps, leave, tensors_of
 
 
 class Slots(NamedTuple):
@@ -23,22 +24,18 @@ class Slots(NamedTuple):
     post_fwd_inputs: tuple[int, ...] = ()
 
 
-def tensors_of(value: Any) -> list[torch.Tensor]:
-    """All tensors in nested tuples, lists and dictionaries, in order."""
-    if isinstance(value, torch.Tensor):
-        return [value]
-    found: list[torch.Tensor] = []
-    if isinstance(value, dict):
-        value = list(value.values())
-    if isinstance(value, (tuple, list)):
-        for item in value:
-            found.extend(tensors_of(item))
-    return found
+_is_compiling = torch.compiler.is_compiling
 
 
-def install_taps(module: nn.Module, slots: Slots, anchor: torch.Tensor) -> None:
-    """Let each call of ``module`` show its tensors; ``anchor`` is one element on the model's device."""
+def install_taps(
+    module: nn.Module, slots: Slots, anchor: torch.Tensor, code: dict[str, tuple[int, ...]]
+) -> None:
+    """Let each call of ``module`` show its tensors; ``anchor`` is one element on the model's device.
+
+    ``code`` has the slots of what its code shows by `tlcore.tap`.
+    """
     own = vars(module)
+    install_code_taps(module, code, anchor)
     own["_tlcore_slots"] = slots
     own["_tlcore_anchor"] = anchor
     if _compiles_itself(module):
@@ -56,19 +53,34 @@ def _compiles_itself(module: nn.Module) -> bool:
 def _tapped_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     slots, anchor = self._tlcore_slots, self._tlcore_anchor
     _show((args, kwargs), slots.inputs, anchor)
-    output = self._tlcore_forward(*args, **kwargs)
+    output = _within(self._tlcore_number, self._tlcore_forward, args, kwargs)
     _show(output, slots.outputs, anchor)
     _show((args, kwargs), slots.post_fwd_inputs, anchor)
     return output
 
 
+def _within(number: int, call: Any, args: Any, kwargs: Any) -> Any:
+    """Call, with a note that what is shown by `tlcore.tap` meanwhile belongs to the module of a number."""
+    enter(number)
+    if _is_compiling():
+        output = call(*args, **kwargs)
+        leave(number)
+        return output
+    try:
+        return call(*args, **kwargs)
+    finally:
+        leave(number)
+
+
 def _tapped_outside(cls: type[nn.Module]) -> type[nn.Module]:
     """A subclass whose call shows what goes into the compiled ``forward`` and what comes out of it."""
+
+    call_of_class = cls.__call__
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         slots, anchor = self._tlcore_slots, self._tlcore_anchor
         _show((args, kwargs), slots.inputs, anchor)
-        output = cls.__call__(self, *args, **kwargs)
+        output = _within(self._tlcore_number, call_of_class, (self, *args), kwargs)
         _show(output, slots.outputs, anchor)
         _show((args, kwargs), slots.post_fwd_inputs, anchor)
         return output

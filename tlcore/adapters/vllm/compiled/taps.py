@@ -10,7 +10,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ....engine import remarks
 from ....engine.filters.modules import ModuleFilter
 from ....engine.hooks import tap_op
 from ....engine.hooks.collector import Collector
@@ -139,11 +138,8 @@ def tap_model(worker: Any, session: Session) -> list[str]:
     taps = Taps(plan, device)
     anchor = torch.zeros(1, device=device)
     for module, slots in plan.slots.items():
-        install_taps(module, slots, anchor)
+        install_taps(module, slots, anchor, plan.code[module])
     session.attach(model, taps)
-    session.hears_code_taps(plan.code_taps)
-    for text in remarks.compiled_taps(plan.code_taps):
-        log.warning("%s", text)
     when_pass_begins(taps.begin_pass)
     # For the graphs that are recorded before the first step.
     tap_op.receive_with(taps)
