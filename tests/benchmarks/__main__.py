@@ -37,6 +37,7 @@ TABLES = (
     "object_storage",
     "reading",
     "compare_speed",
+    "report",
     "growth",
     "long",
     "long_growth",

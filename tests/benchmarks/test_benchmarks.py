@@ -15,7 +15,7 @@ from tests.benchmarks.rows import SCALES, Row, at_least, at_most
 
 _SLOW = [
     pytest.param(name, marks=pytest.mark.slow)
-    for name in ("compare_speed", "operators", "long", "long_growth", "long_decode")
+    for name in ("compare_speed", "report", "operators", "long", "long_growth", "long_decode")
 ]
 
 

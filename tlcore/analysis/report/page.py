@@ -117,7 +117,11 @@ def _chosen(comparison: Comparison) -> list[int]:
     measured = [p for p in known if (m := comparison.results[p].measures) is not None and not m.bitwise]
     different = [place for place in measured if not comparison.results[place].agrees]
     chosen = different[:1]
+    modules = {comparison.results[place].module for place in chosen}
     for place in sorted(different or measured, key=lambda place: -_error(comparison.results[place])):
-        if comparison.results[place].module not in {comparison.results[p].module for p in chosen}:
+        if len(chosen) == _WORST:
+            break
+        if comparison.results[place].module not in modules:
             chosen.append(place)
-    return chosen[:_WORST]
+            modules.add(comparison.results[place].module)
+    return chosen
