@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import base64
+import json
+import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 import tlcore
+from tlcore.analysis.culprit import Look, culprit
+from tlcore.analysis.report.finite_map import finite_section
+from tlcore.analysis.report.token_map import BROKEN, EQUAL, UNKNOWN
 
 X = torch.rand(1, 4, 8) + 0.5
 MASK = torch.full((4, 4), float("-inf")).triu(1)
@@ -96,3 +103,79 @@ def test_compare_names_it_for_the_run_that_has_it(tmp_path: Path) -> None:
     found = tlcore.compare(*runs)
     assert [(label, each.module) for label, each in found.culprits] == [("B", "blocks.1.up")]
     assert found.to_json()["culprits"]["B"]["module"] == "blocks.1.up"
+
+
+def looks(rank: int, *calls: tuple[str, bool, bool], step: int = 0) -> list[Look]:
+    """The calls of a rank by module: whether what comes in is finite, and what goes out."""
+    return [
+        Look(step, rank, (step, module), module, 0, direction, int(not fine), 0)
+        for module, *both in calls
+        for direction, fine in zip(("inputs", "outputs"), both, strict=True)
+    ]
+
+
+def test_a_collective_brings_it_from_the_rank_that_made_it() -> None:
+    # Rank 1 makes it in its attention; the sum over ranks in the projection brings it to rank 0.
+    zero = looks(0, ("attn", True, True), ("o_proj", True, False), ("mlp", False, False))
+    one = looks(1, ("attn", True, False), ("o_proj", False, False), ("mlp", False, False))
+    for order in ([*zero, *one], [*one, *zero]):
+        found = culprit(order)
+        assert found is not None and (found.module, found.ranks, found.reached) == ("attn", (1,), (0, 1))
+        assert str(found) == (
+            "NaN or Inf come from attn on rank 1 in step 0: its inputs are finite, its outputs hold 1 NaN;"
+            " then in 4 further calls, on ranks 0, 1"
+        )
+        assert found.to_json()["ranks"] == [1]
+
+
+def test_what_all_ranks_make_alike_is_of_all_of_them() -> None:
+    found = culprit([*looks(0, ("a", True, True), ("b", True, False)), *looks(1, ("b", True, False))])
+    assert found is not None and found.ranks == (0, 1) and "from b on ranks 0, 1 in step 0" in str(found)
+    # Of two that may be it, it is the one that its own rank made earlier.
+    early = [*looks(0, ("a", True, True), ("b", True, False)), *looks(1, ("a", True, False))]
+    assert (found := culprit(early)) is not None and (found.module, found.ranks) == ("a", (1,))
+
+
+class Cached(nn.Module):
+    """Attention in which what a step made stays for the steps to come, as in a cache."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.cache = nn.Identity(), Kept()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.cache(self.first(x))
+        return result
+
+
+class Kept(nn.Module):
+    total: torch.Tensor | float = 0.0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.total = self.total + x.log() if x.min() < 0 else self.total + x
+        assert isinstance(self.total, torch.Tensor)
+        return self.total.clone()
+
+
+def test_over_a_whole_run_it_is_the_step_that_made_it(tmp_path: Path) -> None:
+    model = Cached()
+    with tlcore.capture(model, output_dir=str(tmp_path), log_step_ids=[]) as capture:
+        for sign in (1.0, 1.0, -1.0, 1.0, 1.0):
+            model(torch.full((2, 3), sign))
+    survey = tlcore.stats(capture.url)
+    found = survey.culprit
+    assert found is not None and (found.module, found.step, found.steps) == ("cache", 2, (2, 3, 4))
+    # The root of its own step, and both in each later one: their inputs are finite, but for what is kept.
+    assert survey.verdict()[0].endswith("its outputs hold 6 NaN; then in 5 further calls, in 3 steps to 4")
+    picture = finite_section("", survey.looks(), found)
+    data = json.loads(re.findall(r'type="application/json">(.*?)</script>', picture)[0])
+    cells = np.frombuffer(base64.b64decode(data["cells"]), np.uint8).reshape(len(data["rows"]), -1)
+    states = dict(zip(data["rows"], cells.tolist(), strict=True))
+    assert states["cache"] == [EQUAL, EQUAL, BROKEN, BROKEN, BROKEN]
+    assert states["first"] == [EQUAL] * 5 and UNKNOWN not in cells
+    assert (data["rows"][data["marked"]], data["markedColumn"], data["names"]) == ("cache", 2, list("01234"))
+
+
+def test_a_finite_run_has_no_picture(tmp_path: Path) -> None:
+    survey = tlcore.stats(url(Model(), tmp_path))
+    assert finite_section("", survey.looks(), survey.culprit) == ""

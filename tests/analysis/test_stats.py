@@ -50,7 +50,10 @@ def test_nan_and_inf_are_seen_where_they_begin(tmp_path: Path, capsys: pytest.Ca
     assert (nan.tensor.module, nan.born, inf.born) == ("3", True, True)
     assert main(["stats", run]) == 0
     culprit, first, second, *_ = capsys.readouterr().out.splitlines()
-    assert culprit == "NaN or Inf come from 1 in step 0: its inputs are finite, its outputs hold 1 Inf"
+    assert culprit == (
+        "NaN or Inf come from 1 in step 0: its inputs are finite, its outputs hold 1 Inf;"
+        " then in 7 further calls, in 2 steps to 1"
+    )
     assert (
         first
         == "NaN first seen in 3, outputs of step 0 (1 of 6 values); born here: its inputs are free of it"

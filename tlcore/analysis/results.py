@@ -176,13 +176,14 @@ class Origin:
     left_out: Sequence[TensorResult] = ()
 
 
-def _look(result: TensorResult, side: int) -> Look:
+def look_at(result: TensorResult, side: int) -> Look:
     """What one run's tensor holds, where it was measured: what is equal bit by bit is not."""
     known = result.status not in ("missing", "unreadable")
     measures = result.measures
     return Look(
         step=result.step,
-        call=(result.step, result.rank, result.request, result.first_position, result.module, result.call),
+        rank=result.rank,
+        call=(result.step, result.request, result.first_position, result.module, result.call),
         module=result.module,
         number=result.call,
         direction=result.direction,
@@ -234,7 +235,7 @@ class Comparison:
         """
         found: list[tuple[Literal["A", "B"], Culprit]] = []
         for side, label in enumerate(get_args(Literal["A", "B"])):
-            of_side = culprit(_look(each, side) for each in self.results)
+            of_side = culprit(look_at(each, side) for each in self.results)
             if of_side is not None:
                 found.append((label, of_side))
         return found

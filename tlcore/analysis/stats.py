@@ -109,10 +109,15 @@ class Survey:
 
         An argument that is a mask, with -inf where nothing is to be seen, counts as finite.
         """
-        return culprit(
+        return culprit(self.looks())
+
+    def looks(self) -> list[Look]:
+        """Each tensor as to whether it holds NaN or infinities, and whether those are harmless."""
+        return [
             Look(
                 step=each.step,
-                call=(each.step, each.rank, each.module, each.call),
+                rank=each.rank,
+                call=(each.step, each.module, each.call),
                 module=each.module,
                 number=each.call,
                 direction=each.direction,
@@ -121,7 +126,7 @@ class Survey:
                 harmless=self._is_mask(each),
             )
             for each in self.tensors
-        )
+        ]
 
     def _is_mask(self, tensor: TensorStatistics) -> bool:
         """Whether an argument holds -inf on purpose: no call returned it, and nothing else in it is odd."""

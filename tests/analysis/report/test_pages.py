@@ -78,6 +78,7 @@ def test_the_comparison_in_a_browser(browser: Any, runs: tuple[str, str], tmp_pa
         charts = [chart.bounding_box() for chart in page.locator("svg").all()]
         assert [box["width"] > 900 for box in charts] == [True] + [False] * 4
         assert all(box["width"] > 450 and box["height"] > 150 for box in charts)
+        assert page.locator("#finite-B-told").inner_text().startswith("9.linear, step 0: NaN or Inf")
         titles = page.locator("h3").all_inner_texts()
         assert titles[0] == "step 0: 4.norm outputs"
         differing = _visible(page)
@@ -124,6 +125,12 @@ def test_the_statistics_in_a_browser(
         page.screenshot(path=tmp_path / "stats.png", full_page=True)
         assert "NaN first seen in 9.linear" in page.locator(".verdict").inner_text()
         assert page.locator("svg").count() == 1
+        # Who made it is framed, and the cell under the cursor.
+        told = page.locator("#finite-run-told")
+        assert told.inner_text() == "9.linear, step 0: NaN or Inf in its outputs"
+        page.locator("#finite-run").focus()
+        page.keyboard.press("ArrowUp")
+        assert told.inner_text() == "9.norm, step 0: finite"
         with_nan = len(_visible(page))
         page.locator("#only").uncheck()
         assert 0 < with_nan < len(_visible(page)) == 74

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from html import escape
 
 from ...errors import ReadError
-from ..results import Comparison, TensorResult
+from ..results import Comparison, TensorResult, look_at
 from .assets import asset
 from .charts import histograms, in_order
+from .finite_map import finite_section
 from .frame import document, section, table
 from .heat import heat
 from .map_section import map_section
@@ -30,6 +32,7 @@ def page(comparison: Comparison, tokenizer: Decoder | None = None) -> str:
     sections = [
         tree_section(comparison),
         map_section(comparison, tokenizer),
+        *_not_finite(comparison),
         section(
             "Error in order of execution",
             "Each point is a module's output; 1 where only one side has a NaN or Inf. The line marks the"
@@ -53,6 +56,13 @@ def page(comparison: Comparison, tokenizer: Decoder | None = None) -> str:
     runs = [f"A: {comparison.a}", f"B: {comparison.b}"]
     bad = not comparison.equal
     return document("Two runs compared", runs, verdict(comparison), bad, "".join(sections))
+
+
+def _not_finite(comparison: Comparison) -> Iterator[str]:
+    """The picture of each run that holds NaN or infinities where the other differs."""
+    for label, found in comparison.culprits:
+        side = 0 if label == "A" else 1
+        yield finite_section(label, [look_at(each, side) for each in comparison.results], found)
 
 
 def _errors(comparison: Comparison) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ..stats import Survey
 from .charts import in_order
+from .finite_map import finite_section
 from .frame import document, section, table
 from .stats_text import COLUMNS, NUMBERS, noticeable, rows
 
@@ -12,18 +13,22 @@ def survey_page(survey: Survey) -> str:
     """The page. Raises BackendError without matplotlib, which the extra ``report`` brings."""
     marked = [noticeable(tensor) for tensor in survey.tensors]
     bad = any(marked)
-    content = section(
-        "Size of the outputs in order of execution",
-        "Root mean square of each module's output, 0 where no value is finite. The line marks the first NaN"
-        " or Inf.",
-        _sizes(survey),
-    ) + table(
-        COLUMNS,
-        zip(rows(survey.tensors), marked, strict=True),
-        numbers=NUMBERS,
-        status="NaN",
-        only="only with NaN or Inf, or unreadable",
-        checked=bad,
+    content = (
+        finite_section("", survey.looks(), survey.culprit)
+        + section(
+            "Size of the outputs in order of execution",
+            "Root mean square of each module's output, 0 where no value is finite. The line marks the first"
+            " NaN or Inf.",
+            _sizes(survey),
+        )
+        + table(
+            COLUMNS,
+            zip(rows(survey.tensors), marked, strict=True),
+            numbers=NUMBERS,
+            status="NaN",
+            only="only with NaN or Inf, or unreadable",
+            checked=bad,
+        )
     )
     return document("Statistics of a run", [survey.run], survey.verdict(), bad, content)
 

@@ -165,7 +165,7 @@ class Grid {
     const { map } = this, [row, column] = this.at, byte = map.bytes[row * map.columns + column];
     const scale = map.scale, said = scale.words || {};
     const what = byte === 0 ? said.equal || "equal" : byte === 254 ? said.broken || "NaN or Inf in one run alone"
-      : byte === 255 ? "not there"
+      : byte === 255 ? "not there" : said[byte] ? said[byte]
       : (byte === 250 && !scale.exact ? "at least " : "") + sizeOf(byte, scale).toPrecision(2) + ` ${scale.unit}`;
     const text = map.texts?.[column] ? ` “${map.texts[column]}”` : "";
     this.told.textContent = `${map.line ? map.line + " " : ""}${map.rows[row]}, ${map.unit} ${this.range(column)}${text}: ${what}`;
