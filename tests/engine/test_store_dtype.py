@@ -150,12 +150,14 @@ def test_steps_are_joined_in_either_dtype(tmp_path: Path) -> None:
         assert joined.dtype == torch.float32 and joined.shape == (12, 4)
 
 
-def test_compare_holds_it_against_an_unconverted_run(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_compare_holds_it_against_an_unconverted_run(backend: str, tmp_path: Path) -> None:
     module, x = model(), torch.randn(3, 4)
+    more: dict[str, Any] = {"backend": backend, "steps": 3}
     last = module[2]
     assert isinstance(last, nn.Linear)
-    plain = captured(tmp_path, module, x)
-    rounded = captured(tmp_path, module, x, store_dtype="bfloat16")
+    plain = captured(tmp_path, module, x, **more)
+    rounded = captured(tmp_path, module, x, store_dtype="bfloat16", **more)
     found = tlcore.compare(plain, rounded)
     assert (
         found.equal
@@ -164,7 +166,7 @@ def test_compare_holds_it_against_an_unconverted_run(tmp_path: Path) -> None:
     )
     with torch.no_grad():
         last.weight += 0.5
-    first = tlcore.compare(captured(tmp_path, module, x), rounded).first_divergence
+    first = tlcore.compare(captured(tmp_path, module, x, **more), rounded).first_divergence
     assert first is not None and (first.module, first.born) == ("2", True)
 
 
