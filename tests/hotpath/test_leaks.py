@@ -121,7 +121,7 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
         copying.gather(target, [0, 1000], parts)
         with open(path, "wb") as file:
             copying.write_all(file.fileno(), parts)
-        native().read_files(target, paths, [1050, 3])
+        native().read_files(target, str(tmp_path), ["file", "none"], [1050, 3])
         native().identities(paths)
         native().read_texts(str(tmp_path), ["file", "none"], 2000)
         native().hash_payloads(str(tmp_path), ["file", "none", "file"], spans, target)

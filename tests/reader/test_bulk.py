@@ -85,10 +85,10 @@ def test_shared_bytes_are_read_once(run: Path, monkeypatch: pytest.MonkeyPatch) 
         read += len(data)
         return data
 
-    def counted_files(target: Any, paths: Sequence[str], sizes: Sequence[int]) -> list[int]:
+    def counted_files(target: Any, root: str, names: Sequence[str], sizes: Sequence[int]) -> list[int]:
         nonlocal read
         read += sum(sizes)
-        return read_files(target, paths, sizes)
+        return read_files(target, root, names, sizes)
 
     monkeypatch.setattr(LocalStore, "get", counted)
     monkeypatch.setattr("tlcore_backends.storage.local.read_files", counted_files)

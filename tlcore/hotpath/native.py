@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from . import _native
 
 SWITCH = "TLCORE_NO_EXTENSIONS"
-_INTERFACE = 5
+_INTERFACE = 6
 _TRIED = bytes(range(256)) * 3
 
 

@@ -1,5 +1,5 @@
 /* Reading many small files, or hashing many ranges of one, in one call without the interpreter's lock. */
-#include "native.h"
+#include "beneath.h"
 
 #include <errno.h>
 #include <fcntl.h>
@@ -12,58 +12,33 @@
 #define NOT_READ (-1)
 
 typedef struct {
-    const char *path; /* borrowed from `owner` */
     Py_ssize_t bytes;
     Py_ssize_t offset;
-    PyObject *owner;
 } file_job;
 
 /* All bytes of a regular file that has exactly `bytes` of them; 0 where it is anything else. */
-static int read_whole(const char *path, char *target, Py_ssize_t bytes)
+static int read_whole(int root, const char *name, char *target, Py_ssize_t bytes)
 {
     struct stat state;
-    /* A link may lead out of the run, and a pipe would never end: both are left to the careful way. */
-    int handle = open(path, O_RDONLY | O_CLOEXEC | O_NOFOLLOW | O_NONBLOCK);
+    int handle = tlcore_open_beneath(root, name, &state);
     if (handle < 0)
         return 0;
-    Py_ssize_t done = -1;
-    if (fstat(handle, &state) == 0 && S_ISREG(state.st_mode) && state.st_size == bytes) {
-        done = 0;
-        while (done < bytes) {
-            ssize_t count = read(handle, target + done, (size_t)(bytes - done));
-            if (count < 0 && errno == EINTR)
-                continue;
-            if (count <= 0)
-                break;
-            done += count;
-        }
-    }
+    int whole = state.st_size == bytes && tlcore_read_piece(handle, target, (size_t)bytes) == bytes;
     close(handle);
-    return done == bytes;
+    return whole;
 }
 
-static void read_jobs(file_job *jobs, Py_ssize_t count, char *target)
+static void read_jobs(const tlcore_places *files, file_job *jobs, char *target)
 {
-    for (Py_ssize_t i = 0; i < count; i++)
-        if (!read_whole(jobs[i].path, target + jobs[i].offset, jobs[i].bytes))
+    for (Py_ssize_t i = 0; i < files->count; i++)
+        if (!read_whole(files->root, PyBytes_AsString(files->names[i]), target + jobs[i].offset, jobs[i].bytes))
             jobs[i].offset = NOT_READ;
 }
 
-/* One job from a (path, bytes) pair, and where the next one begins; -1 with an exception set. */
-static Py_ssize_t take_job(PyObject *paths, PyObject *sizes, Py_ssize_t i, Py_ssize_t begin, Py_ssize_t room,
-                           file_job *job)
+/* One job, and where the next one begins; -1 with an exception set. */
+static Py_ssize_t take_job(PyObject *sizes, Py_ssize_t i, Py_ssize_t begin, Py_ssize_t room, file_job *job)
 {
-    PyObject *path = PySequence_GetItem(paths, i);
-    if (path == NULL)
-        return -1;
-    int converted = PyUnicode_FSConverter(path, &job->owner);
-    Py_DECREF(path);
-    PyObject *size = converted ? PySequence_GetItem(sizes, i) : NULL;
-    if (size == NULL)
-        return -1;
-    job->path = PyBytes_AsString(job->owner);
-    job->bytes = tlcore_size(size, room - begin, "bytes of a file, in the buffer's rest");
-    Py_DECREF(size);
+    job->bytes = tlcore_size(PyTuple_GetItem(sizes, i), room - begin, "bytes of a file, in the buffer's rest");
     if (job->bytes < 0)
         return -1;
     job->offset = begin;
@@ -85,25 +60,23 @@ static PyObject *offsets_of(const file_job *jobs, Py_ssize_t count)
     return list;
 }
 
-static PyObject *run_jobs(PyObject *paths, PyObject *sizes, Py_buffer *target)
+static PyObject *run_jobs(const tlcore_places *files, PyObject *sizes, Py_buffer *target)
 {
-    Py_ssize_t count = PyTuple_Size(paths), begin = 0, taken = 0;
+    Py_ssize_t count = files->count, begin = 0;
     if (PyTuple_Size(sizes) != count)
-        return PyErr_Format(PyExc_ValueError, "%zd paths need as many sizes", count);
+        return PyErr_Format(PyExc_ValueError, "%zd names need as many sizes", count);
     file_job *jobs = PyMem_Calloc((size_t)count + 1, sizeof *jobs);
     if (jobs == NULL)
         return PyErr_NoMemory();
     PyObject *found = NULL;
-    for (; taken < count && begin >= 0; taken++)
-        begin = take_job(paths, sizes, taken, begin, target->len, &jobs[taken]);
+    for (Py_ssize_t i = 0; i < count && begin >= 0; i++)
+        begin = take_job(sizes, i, begin, target->len, &jobs[i]);
     if (begin >= 0) {
         Py_BEGIN_ALLOW_THREADS;
-        read_jobs(jobs, count, target->buf);
+        read_jobs(files, jobs, target->buf);
         Py_END_ALLOW_THREADS;
         found = offsets_of(jobs, count);
     }
-    for (Py_ssize_t i = 0; i < taken; i++)
-        Py_XDECREF(jobs[i].owner);
     PyMem_Free(jobs);
     return found;
 }
@@ -111,15 +84,16 @@ static PyObject *run_jobs(PyObject *paths, PyObject *sizes, Py_buffer *target)
 static PyObject *read_files(PyObject *module, PyObject *args)
 {
     (void)module;
-    PyObject *paths, *sizes, *found = NULL;
+    PyObject *directory, *names, *sizes, *found = NULL;
+    tlcore_places files;
     Py_buffer target;
-    if (!PyArg_ParseTuple(args, "w*OO:read_files", &target, &paths, &sizes))
+    if (!PyArg_ParseTuple(args, "w*OOO:read_files", &target, &directory, &names, &sizes))
         return NULL;
-    paths = PySequence_Tuple(paths);
-    sizes = paths == NULL ? NULL : PySequence_Tuple(sizes);
-    if (sizes != NULL)
-        found = run_jobs(paths, sizes, &target);
-    Py_XDECREF(paths);
+    sizes = PySequence_Tuple(sizes);
+    if (sizes != NULL && tlcore_take_places(directory, names, &files) == 0) {
+        found = run_jobs(&files, sizes, &target);
+        tlcore_release_places(&files);
+    }
     Py_XDECREF(sizes);
     PyBuffer_Release(&target);
     return found;
@@ -286,7 +260,7 @@ static PyObject *hash_ranges(PyObject *module, PyObject *args)
 
 static PyMethodDef functions[] = {
     {"read_files", read_files, METH_VARARGS,
-     "Read whole regular files into a buffer, one after the other; where each begins, -1 if it was not read."},
+     "Read whole files below a directory into a buffer; where each begins, -1 if it was not read."},
     {"hash_ranges", hash_ranges, METH_VARARGS,
      "The XXH3-128 of each range of an open file, 16 bytes each, up to the first that cannot be read."},
     {"identities", identities, METH_O,

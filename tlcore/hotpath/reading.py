@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import stat
 import struct
 import threading
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from typing import Any
 
 import xxhash
 
+from .beneath import Beneath
 from .native import can_hash, extension
 
 # Where a file begins in the buffer: a multiple of this.
@@ -46,15 +46,17 @@ class Scratch(threading.local):
         return memory
 
 
-def _read_files(target: Any, paths: Sequence[str], sizes: Sequence[int]) -> list[int]:
-    """Read whole files into ``target`` (writable memory), one after the other, each at a multiple of 64.
+def _read_files(target: Any, directory: str, names: Sequence[str], sizes: Sequence[int]) -> list[int]:
+    """Read whole files below ``directory`` into ``target`` (writable memory), each at a multiple of 64.
 
-    Returns where each begins; -1 for one that is no regular file of exactly its ``size`` bytes, is a symbolic
-    link, or cannot be read. Raises ValueError where the sizes do not fit into ``target`` or are not as many.
+    Returns where each begins; -1 for one that is no regular file of exactly its ``size`` bytes, is not
+    reached without a symbolic link, has no relative path as its name, or cannot be read. Raises ValueError
+    where the sizes do not fit into ``target`` or are not as many.
     """
+    names = [os.fsdecode(name) for name in names]
     with memoryview(target).cast("B") as memory:
-        if len(paths) != len(sizes):
-            raise ValueError(f"{len(paths)} paths need as many sizes")
+        if len(names) != len(sizes):
+            raise ValueError(f"{len(names)} names need as many sizes")
         begins, begin = [], 0
         for size in sizes:
             if not 0 <= size <= len(memory) - begin:
@@ -62,28 +64,24 @@ def _read_files(target: Any, paths: Sequence[str], sizes: Sequence[int]) -> list
                 raise ValueError(f"bytes of a file, in the buffer's rest: {size} is not in [0, {room}]")
             begins.append(begin)
             begin = min(-(-(begin + size) // FILE_ALIGNMENT) * FILE_ALIGNMENT, len(memory))
+        beneath = Beneath(directory)
         return [
-            begin if _read_whole(path, memory[begin : begin + size]) else _NOT_READ
-            for path, begin, size in zip(paths, begins, sizes, strict=True)
+            begin if _read_whole(beneath, name, memory[begin : begin + size]) else _NOT_READ
+            for name, begin, size in zip(names, begins, sizes, strict=True)
         ]
 
 
-def _read_whole(path: str, target: memoryview) -> bool:
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    except OSError:
-        return False
-    try:
-        state, done = os.fstat(handle), 0
-        if not stat.S_ISREG(state.st_mode) or state.st_size != len(target):
+def _read_whole(beneath: Beneath, name: str, target: memoryview) -> bool:
+    with beneath.opened(name) as opened:
+        if opened is None or opened[1].st_size != len(target):
             return False
-        while done < len(target) and (count := os.readv(handle, [target[done:]])):
-            done += count
+        done = 0
+        try:
+            while done < len(target) and (count := os.readv(opened[0], [target[done:]])):
+                done += count
+        except OSError:
+            return False
         return done == len(target)
-    except OSError:
-        return False
-    finally:
-        os.close(handle)
 
 
 def _hash_ranges(handle: int, ranges: Any, scratch: Any) -> bytes:
@@ -141,7 +139,7 @@ def _identity(path: str) -> Identity | None:
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
 
 
-read_files: Callable[[Any, Sequence[str], Sequence[int]], list[int]] = (
+read_files: Callable[[Any, str, Sequence[str], Sequence[int]], list[int]] = (
     extension.read_files if extension else _read_files
 )
 hash_ranges: Callable[[int, Any, Any], bytes] = extension.hash_ranges if can_hash else _hash_ranges

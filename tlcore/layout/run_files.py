@@ -62,12 +62,14 @@ class RunFiles:
     def __init__(self, store: Store) -> None:
         self.store = store
         self.url = store.url
+        # Whether an object has a protocol's methods takes long to find out, and is asked for every tensor.
+        self._local = store if isinstance(store, SupportsFiles) else None
         self._listed: dict[str, Mapping[str, int]] = {}
 
     @property
     def is_local(self) -> bool:
         """Whether the run lies on a disk of this machine."""
-        return isinstance(self.store, SupportsFiles)
+        return self._local is not None
 
     @cached_property
     def sizes(self) -> Mapping[str, int]:
@@ -152,17 +154,17 @@ class RunFiles:
 
     def identity(self, name: str) -> Hashable | None:
         """Equal for two names of one stored file, None where a store has no such names or it is missing."""
-        return self.store.identity(name) if isinstance(self.store, SupportsFiles) else None
+        return None if self._local is None else self._local.identity(name)
 
     def open(self, name: str) -> BinaryIO | None:
         """A local file, to be read piece by piece; None where the run's store only serves ranges.
 
         Raises as `read` does.
         """
-        if not isinstance(self.store, SupportsFiles):
+        if self._local is None:
             return None
         try:
-            return self.store.open_file(name)
+            return self._local.open_file(name)
         except FileNotFoundError:
             raise missing("file", name, self.url, self._near(name)) from None
         except (BackendError, OSError) as error:

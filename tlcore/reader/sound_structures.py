@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import json
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from ..errors import ReadError
+from ..layout.names import step_dir
 from ..layout.run_files import parse
 from ..protocols import SupportsStructureTexts
 from ..record import Json
 from .documents import check_structure, children
-from .stored import Stored
 
 _MOST = 1 << 16
 
@@ -27,6 +28,25 @@ class SoundStructures:
             return None
         names = self._known.get(text.replace(directory.encode(), b"\0"))
         return None if names is None else [directory + name for name in names]
+
+    def documents(
+        self,
+        source: object,
+        step: int,
+        rank: int,
+        names: Sequence[str],
+        read: Callable[[int, int, str], Json],
+    ) -> list[Json]:
+        """Sound structures, from their texts where these are known; ``read`` checks all others."""
+        found: list[Json] = []
+        for name, text in zip(names, structure_texts(source, step, rank, names), strict=True):
+            directory = f"{step_dir(step)}/{name.rpartition('/')[0]}/"
+            if text is not None and self.files(text, directory) is not None:
+                found.append(json.loads(text))
+            else:
+                found.append(read(step, rank, name))
+                self.learn(text, directory)
+        return found
 
     def learn(self, text: bytes | None, directory: str) -> None:
         """Remember a sound structure's text, where another directory in it makes one of the same kind.
@@ -62,9 +82,8 @@ def files_in(node: Json) -> Iterator[str]:
         yield from files_in(child)
 
 
-def structure_texts(stored: Stored, step: int, rank: int, names: Sequence[str]) -> Sequence[bytes | None]:
-    """The bytes of structures as they are stored; None for what must be asked for by itself."""
-    source = stored.source
+def structure_texts(source: object, step: int, rank: int, names: Sequence[str]) -> Sequence[bytes | None]:
+    """The bytes of structures as a source has them stored; None for what must be asked for by itself."""
     # Whatever is wrong is told when a structure is asked for by itself.
     with suppress(Exception):
         if isinstance(source, SupportsStructureTexts):

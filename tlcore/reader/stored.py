@@ -42,6 +42,7 @@ from ..storage import Store
 from .documents import FOREIGN, check_step, check_structure
 from .kept import Kept, Sound
 from .sound_records import SoundRecords
+from .sound_structures import SoundStructures
 from .tensor_bytes import kind
 
 if TYPE_CHECKING:
@@ -60,7 +61,7 @@ class Stored:
         self._run = run
         self._documents = Kept[Json]()
         self._kinds = Kept[Hashable | None]()
-        self._sound, self._records = Sound(), SoundRecords()
+        self._sound, self._records, self.known = Sound(), SoundRecords(), SoundStructures()
         self._structure_names = Kept[frozenset[str]]()
 
     @property
@@ -199,7 +200,7 @@ class Stored:
     def structures(self, step: int, rank: int, names: Sequence[str]) -> list[Json]:
         """Tensor structures, checked, in order. Raises as `structure`."""
         if self.is_local or not isinstance(self.source, SupportsStructures):
-            return [self.structure(step, rank, name) for name in names]
+            return self.known.documents(self.source, step, rank, names, self.structure)
         with ThreadPoolExecutor(_REMOTE_THREADS, "tlcore-read") as pool:
             return list(pool.map(lambda name: self.structure(step, rank, name), names))
 

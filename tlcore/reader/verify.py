@@ -11,7 +11,7 @@ from ..protocols import WholeCheck
 from ..record import Json
 from .bulk import Payload, read_payloads
 from .documents import check_step
-from .sound_structures import SoundStructures, files_in, structure_texts
+from .sound_structures import files_in, structure_texts
 from .stored import Stored
 
 _HASH = "xxh3-128:"
@@ -27,17 +27,16 @@ def verify_steps(stored: Stored, on_tensor: Callable[[], None]) -> tuple[int, li
     sound = 0
     # What is wrong with a file of many steps is said once.
     bad: dict[str, None] = {}
-    structures = SoundStructures()
     with ExitStack() as stack:
         proven: dict[int, _Proven] = {}
         for number, ranks in stored.all_ranks():
             for rank in sorted(ranks.committed):
                 if rank not in proven:
-                    proven[rank] = _Proven(stored, rank, structures)
+                    proven[rank] = _Proven(stored, rank)
                     stack.enter_context(closing(proven[rank].checks))
                 tensors = proven[rank].tensors(number)
                 if tensors is None:
-                    count, problems = _verify_step(stored, number, rank, structures, on_tensor)
+                    count, problems = _verify_step(stored, number, rank, on_tensor)
                     sound += count
                     bad |= dict.fromkeys(problems)
                     continue
@@ -50,9 +49,8 @@ def verify_steps(stored: Stored, on_tensor: Callable[[], None]) -> tuple[int, li
 class _Proven:
     """The steps of a rank that need not be looked at by themselves; asked for in ascending order."""
 
-    def __init__(self, stored: Stored, rank: int, structures: SoundStructures) -> None:
+    def __init__(self, stored: Stored, rank: int) -> None:
         self._stored = stored
-        self._structures = structures
         self._rank = rank
         self.checks = stored.whole_checks(rank)
         self._known: dict[int, int] = {}
@@ -74,7 +72,7 @@ class _Proven:
         found: dict[int, int] = {}
         for each in check.alike:
             # While the documents are looked at, the tensors are read in other threads.
-            if not _document_problems(self._stored, each.steps[0], self._rank, self._structures):
+            if not _document_problems(self._stored, each.steps[0], self._rank):
                 rests: Sequence[Json | None] = each.rests or [None] * len(each.steps)
                 steps = zip(each.steps, rests, strict=True)
                 sound = [step for step, rest in steps if _rest_is_sound(self._stored, step, rest)]
@@ -91,18 +89,18 @@ def _rest_is_sound(stored: Stored, step: int, rest: Json | None) -> bool:
         return False
 
 
-def _document_problems(stored: Stored, step: int, rank: int, sound: SoundStructures) -> list[str]:
+def _document_problems(stored: Stored, step: int, rank: int) -> list[str]:
     try:
         document = stored.document(step, rank)
         # Also of those that no tensor needs; they may be made only when they are looked at.
         document.get("structures", {}).values()
     except ReadError as error:
         return [str(error)]
-    return [*stored.problems(step, rank), *_structure_problems(stored, step, rank, document, sound)]
+    return [*stored.problems(step, rank), *_structure_problems(stored, step, rank, document)]
 
 
 def _verify_step(
-    stored: Stored, step: int, rank: int, structures: SoundStructures, on_tensor: Callable[[], None]
+    stored: Stored, step: int, rank: int, on_tensor: Callable[[], None]
 ) -> tuple[int, list[str]]:
     try:
         document = stored.document(step, rank)
@@ -115,7 +113,7 @@ def _verify_step(
         if problem is not None:
             bad.append(problem)
         on_tensor()
-    return sound, bad + _document_problems(stored, step, rank, structures)
+    return sound, bad + _document_problems(stored, step, rank)
 
 
 def _tensor_problem(stored: Stored, payload: Payload) -> str | None:
@@ -128,9 +126,7 @@ def _tensor_problem(stored: Stored, payload: Payload) -> str | None:
     return wrong or (None if found == stated else f"{name}: {found}, step.json says {stated}")
 
 
-def _structure_problems(
-    stored: Stored, step: int, rank: int, document: Json, sound: SoundStructures
-) -> Iterator[str]:
+def _structure_problems(stored: Stored, step: int, rank: int, document: Json) -> Iterator[str]:
     records = document["records"]
     files = {f"{record['name']}.pt" for record in records}
     begin = f"{step_dir(step)}/"
@@ -139,9 +135,9 @@ def _structure_problems(
         for record in records
     }
     names = sorted(needed)
-    for name, text in zip(names, structure_texts(stored, step, rank, names), strict=True):
+    for name, text in zip(names, structure_texts(stored.source, step, rank, names), strict=True):
         directory = f"{begin}{name.rpartition('/')[0]}/"
-        known = sound.files(text, directory)
+        known = stored.known.files(text, directory)
         if known is not None and files.issuperset(known):
             continue
         try:
@@ -149,7 +145,7 @@ def _structure_problems(
         except ReadError as error:
             yield str(error)
             continue
-        sound.learn(text, directory)
+        stored.known.learn(text, directory)
         shown = f"{begin}{name.removesuffix('.json')}{rank_suffix(rank)}.json"
         dangling = [file for file in files_in(structure) if file not in files]
         yield from (f"{shown}: refers to {file}, which is not in step.json" for file in dangling)

@@ -184,10 +184,10 @@ class LocalStore:
             raise refused("read", self._place(name), error) from error
 
     def get_many(self, names: Sequence[str], sizes: Sequence[int]) -> Sequence[memoryview | None]:
-        """The bytes of whole blobs of these sizes; None where one is not there in that size, or is a link."""
-        places = [self._resolved(self._place(name)) for name in names]
+        """The bytes of whole blobs of these sizes; None where one is not there so, or behind a link."""
+        names = [check_name(name) for name in names]
         memory = self._scratch.take(sum(sizes) + FILE_ALIGNMENT * len(sizes))
-        begins = read_files(memory, places, sizes)
+        begins = read_files(memory, self._root, names, sizes)
         whole = memoryview(memory)
         return [
             whole[begin : begin + size] if begin >= 0 else None

@@ -18,6 +18,7 @@ from tests.deep import scaled
 from tlcore.errors import ReadError, VerifyError
 from tlcore.reader.documents import record_problem
 from tlcore.reader.sound_records import SoundRecords
+from tlcore.reader.stored import Stored
 from tlcore_backends.pt import whole_check
 from tlcore_backends.pt.alike import cut
 from tlcore_backends.pt.encode import encode
@@ -310,3 +311,37 @@ def test_a_text_is_cut_where_its_records_are(sound: Path) -> None:
     assert [f"xxh3-128:{each}" for each in parts.hashes] == [each["hash"] for each in document["records"]]
     other = cut((sound / "step_3" / "step.json").read_bytes(), b"step_3/")
     assert other is not None and other.kind == parts.kind and other.hashes != parts.hashes
+
+
+def structures_of(run: Path) -> Any:
+    """All structures, or why they cannot be read."""
+    opened = tlcore.open_run(run)
+    try:
+        return [step.structures(0) for step in opened.values()]
+    except ReadError as error:
+        return str(error)
+
+
+def test_structures_read_together_are_those_read_one_by_one(
+    run: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    asked: list[str] = []
+    structure = Stored.structure
+
+    def counted(stored: Stored, step: int, rank: int, name: str) -> Any:
+        asked.append(f"{step}/{name}")
+        return structure(stored, step, rank, name)
+
+    monkeypatch.setattr(Stored, "structure", counted)
+    together = structures_of(run)
+    # One of each kind is looked at: the fifth step's shapes are others.
+    assert len(asked) < sum(map(len, together)) // 2
+    strange = captured(tmp_path)
+    several, damaged = [run, strange], [b"{", b'{"type":"tensor"}', b"[1]", b'{"type":"none"}\0', b"\xff"]
+    for number, text in enumerate(damaged):
+        several.append(copy(run, tmp_path / str(number)))
+        next((several[-1] / "step_3").rglob("inputs.json")).write_bytes(text)
+    with_texts = [structures_of(each) for each in several]
+    monkeypatch.setattr(PtSource, "structure_texts", lambda self, step, rank, names: [None] * len(names))
+    assert with_texts == [structures_of(each) for each in several] and with_texts[0] == together
+    assert all(isinstance(each, str) for each in with_texts[2:])
