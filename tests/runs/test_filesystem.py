@@ -58,3 +58,26 @@ def test_torch_loads_through_it(tmp_path: Path) -> None:
             filesystem.ls(path)
     with pytest.raises(NotImplementedError):
         filesystem.open("new", "wb")
+
+
+def test_a_step_is_looked_at_when_something_in_it_is_asked_for(tmp_path: Path) -> None:
+    model = torch.nn.Linear(2, 2)
+    with tlcore.capture(model, output_dir=str(tmp_path), log_step_ids=[], backend="safetensors") as captured:
+        for _ in range(50):
+            model(torch.ones(1, 2))
+    filesystem = RunFileSystem(captured.url)
+    names = ["run.json", *(f"step_{number}" for number in range(50))]
+    assert filesystem.ls("", detail=False) == names
+    assert [each["type"] for each in filesystem.ls("")] == ["file", *["directory"] * 50]
+    assert filesystem.exists("step_49") and not filesystem.exists("step_50")
+    content = filesystem.cat_file("step_7/_root/outputs_cpu.pt")
+    # As many as are kept, and one that is made again.
+    assert len(filesystem.find("")) == 1 + 50 * len(filesystem.find("step_7"))
+    assert filesystem.cat_file("step_7/_root/outputs_cpu.pt") == content
+    for index in Path(captured.url).glob("segments/*.json"):
+        if "catalogue" not in index.name:
+            index.unlink()
+    lost = RunFileSystem(captured.url)
+    assert lost.ls("", detail=False) == names
+    with pytest.raises(tlcore.ReadError, match="no file"):
+        lost.ls("step_3")

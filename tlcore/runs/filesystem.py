@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from fsspec import AbstractFileSystem
@@ -17,12 +17,13 @@ from ..layout.names import rank_suffix, step_dir
 from ..layout.run_files import RUN_FILE
 from ..protocols import SupportsFileTree
 from ..reader import Step, open_run
+from ..reader.stored import Stored
 from ..reader.tensor_bytes import kind, payload
 from ..record import Json
 from ..statistics.channel_file import CHANNEL_FILE
 from .convert import summary_of
 
-_Render = Callable[[], bytes]
+_MOST_STEPS = 32
 _OF_EVERY_RECORD = frozenset(
     (
         *("name", "module", "call", "direction", "path", "dtype", "shape", "device", "bytes", "hash"),
@@ -35,8 +36,9 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
     """The files of the run at ``run`` (a path or URL) as the ``pt`` backend would have written them.
 
     ``storage_options`` go to the URL's own filesystem. Names are relative to the run. A run that is
-    ``pt`` already is shown as it is; of any other, the steps that every rank has committed. Raises
-    ReadError when there is no run, FileNotFoundError for a missing name; writing is not supported.
+    ``pt`` already is shown as it is; of any other, the steps that every rank has committed, each of which is
+    looked at when something in it is asked for. Raises ReadError when there is no run or a step is damaged,
+    FileNotFoundError for a missing name; writing is not supported.
     """
 
     protocol: ClassVar[str] = "tlcore"
@@ -47,75 +49,117 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
         super().__init__(**settings)
         opened = open_run(run, storage_options)
         self._run = opened
-        self._sizes: dict[str, int | _Render] = {}
-        self._renders: dict[str, _Render] = {}
-        self._read: Callable[[str], bytes] = opened.stored.files.read
+        self._steps: dict[str, int] = {}
+        # Of a step no more than names and sizes, which are soon made again.
+        self._in_step = lru_cache(maxsize=_MOST_STEPS)(self._files_of_step)
         source = opened.stored.source
         if isinstance(source, SupportsFileTree):
-            self._sizes |= source.tree()
-            self._read = source.file
+            self._top = _Files(
+                {name: _File(size, partial(source.file, name)) for name, size in source.tree().items()}
+            )
             return
-        for name in opened.stored.files.top:
-            if name.endswith(".json") or CHANNEL_FILE.fullmatch(name):
-                self._add(name, partial(opened.stored.files.read, name))
-        self._add(RUN_FILE, lambda: _readable({**opened.document, "backend": "pt", "layout": 1}))
-        for step in opened.values():
-            for rank in step.ranks:
-                self._add_step(step, rank)
+        files = opened.stored.files
+        names = (name for name in files.top if name.endswith(".json") or CHANNEL_FILE.fullmatch(name))
+        found = {name: _File(None, partial(files.read, name)) for name in names}
+        document = {**opened.document, "backend": "pt", "layout": 1}
+        self._top = _Files({**found, RUN_FILE: _File(None, partial(_readable, document))})
+        self._steps = {step_dir(number): number for number in opened.steps}
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
         """What lies directly in a directory, or the file itself."""
         path = self._strip_protocol(path).strip("/")
-        if path in self._sizes:
+        files = self._around(path)
+        if path in files.by_name:
             found = [path]
         else:
-            begin = f"{path}/" if path else ""
-            children = (name[len(begin) :] for name in self._sizes if name.startswith(begin))
-            found = [begin + child for child in dict.fromkeys(rest.partition("/")[0] for rest in children)]
-            if path and not found:
+            found = list(files.in_directory.get(path, ()))
+            if not path:
+                found += self._steps
+            elif not found:
                 raise FileNotFoundError(f"{self._run.url}: {path}")
         return [self.info(name) for name in found] if detail else found
 
     def info(self, path: str, **_: Any) -> Json:
         """Name, size in bytes, and type of a file or directory."""
         path = self._strip_protocol(path).strip("/")
-        if path in self._sizes:
-            size = self._sizes[path]
-            return {"name": path, "size": size if isinstance(size, int) else len(size()), "type": "file"}
-        if not path or any(name.startswith(f"{path}/") for name in self._sizes):
+        if not path or path in self._steps:
+            return {"name": path, "size": 0, "type": "directory"}
+        files = self._around(path)
+        if path in files.by_name:
+            size, content = files.by_name[path]
+            return {"name": path, "size": len(content()) if size is None else size, "type": "file"}
+        if path in files.in_directory:
             return {"name": path, "size": 0, "type": "directory"}
         raise FileNotFoundError(f"{self._run.url}: {path}")
 
     def cat_file(self, path: str, start: int | None = None, end: int | None = None, **_: Any) -> bytes:
         """The bytes ``[start, end)`` of a file, all of it by default."""
         path = self._strip_protocol(path).strip("/")
-        if path not in self._sizes:
+        file = self._around(path).by_name.get(path)
+        if file is None:
             raise FileNotFoundError(f"{self._run.url}: {path}")
-        render = self._renders.get(path)
-        data = self._read(path) if render is None else render()
-        return data[start:end]
+        return file.content()[start:end]
 
     def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
         if mode != "rb":
             raise NotImplementedError("a run can only be read")
         return io.BytesIO(self.cat_file(path))
 
-    def _add(self, name: str, render: _Render, size: int | None = None) -> None:
-        self._renders[name] = render
-        self._sizes[name] = render if size is None else size
+    def _around(self, path: str) -> _Files:
+        """The files of the step that a path leads into, or all others."""
+        number = self._steps.get(path.partition("/")[0])
+        return self._top if number is None else self._in_step(number)
 
-    def _add_step(self, step: Step, rank: int) -> None:
-        directory, suffix = step_dir(step.number), rank_suffix(rank)
-        document, structures = step.documents[rank], step.structures(rank)
-        for record in document["records"]:
-            name = record["name"]
-            self._add(f"{name}.pt", partial(_encoded, step, name), _size(record))
-        for name, node in structures.items():
-            ranked = f"{name.removesuffix('.json')}{suffix}.json"
-            self._add(f"{directory}/{ranked}", partial(_readable, node))
-        calls = "".join(f"{call}\n" for call in document["calls"]).encode()
-        self._add(f"{directory}/module_calls{suffix}.txt", lambda: calls)
-        self._add(f"{directory}/step{suffix}.json", lambda: _step_json(step, rank))
+    def _files_of_step(self, number: int) -> _Files:
+        step = self._run[number]
+        found: dict[str, _File] = {}
+        for rank in step.ranks:
+            found |= _of_rank(step, rank, self._run.stored)
+        return _Files(found)
+
+
+class _File(NamedTuple):
+    """A file's size, None where only its content tells, and how to get that."""
+
+    size: int | None
+    content: Callable[[], bytes]
+
+
+class _Files:
+    """Files by name, and what lies directly in each of their directories."""
+
+    def __init__(self, by_name: Mapping[str, _File]) -> None:
+        self.by_name = by_name
+        self.in_directory: dict[str, dict[str, None]] = {}
+        for name in by_name:
+            child = name
+            while child:
+                directory = child.rpartition("/")[0]
+                known = self.in_directory.setdefault(directory, {})
+                if child in known:
+                    break
+                known[child] = None
+                child = directory
+
+
+def _of_rank(step: Step, rank: int, stored: Stored) -> dict[str, _File]:
+    directory, suffix = step_dir(step.number), rank_suffix(rank)
+    document = step.documents[rank]
+    found: dict[str, _File] = {}
+    for record in document["records"]:
+        name = record["name"]
+        found[f"{name}.pt"] = _File(_size(record), partial(_encoded, step, name))
+    for name in sorted(stored.structure_names(step.number, rank)):
+        ranked = f"{name.removesuffix('.json')}{suffix}.json"
+        found[f"{directory}/{ranked}"] = _File(None, partial(_structure, stored, step.number, rank, name))
+    calls = "".join(f"{call}\n" for call in document["calls"]).encode()
+    found[f"{directory}/module_calls{suffix}.txt"] = _File(len(calls), lambda: calls)
+    found[f"{directory}/step{suffix}.json"] = _File(None, lambda: _step_json(step, rank))
+    return found
+
+
+def _structure(stored: Stored, step: int, rank: int, name: str) -> bytes:
+    return _readable(stored.structure(step, rank, name))
 
 
 def _step_json(step: Step, rank: int) -> bytes:
