@@ -107,9 +107,9 @@ def test_a_damaged_step_among_others_is_found_wherever_it_is_read(captured: Path
 def test_documents_that_are_alike_are_checked_once(captured: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     checked: list[str] = []
 
-    def counted(document: Any, where: str, number: int) -> Any:
+    def counted(document: Any, where: str, *more: Any) -> Any:
         checked.append(where)
-        return documents.check_step(document, where, number)
+        return documents.check_step(document, where, *more)
 
     monkeypatch.setattr(stored, "check_step", counted)
     run = tlcore.open_run(captured)

@@ -21,6 +21,8 @@ _MOST_OPEN = 16
 _MOST_WHOLE = 2
 # A request takes as long as this many bytes do, so they are asked for along with a small slice.
 _ALONG_BYTES = 256 << 10
+# On a disk of this machine, what lies between two slices is rather read than left out, up to so many bytes.
+_LOCAL_ALONG_BYTES = 16 << 10
 _AHEAD_BYTES = 64 << 20
 _LARGEST_WHOLE = 1 << 30
 # What a core's own cache holds: hashing then finds there what was just read.
@@ -67,13 +69,14 @@ class SegmentFiles:
         return memoryview(found)[: end - begin]
 
     def read_many(self, name: str, size: int, ranges: Sequence[tuple[int, int]]) -> list[Buffer]:
-        """Several ranges of a file of ``size`` bytes; those that touch, as of one array, by one read.
+        """Several ranges of a file of ``size`` bytes; those near each other, as of one array, by one read.
 
         A remote file is read as a whole, once, where that takes less than a request for each of them.
         """
         if len(ranges) == 1:
             return [self.read(name, begin, end, end) for begin, end in ranges]
-        runs = list(_touching(sorted(set(ranges))))
+        along = _LOCAL_ALONG_BYTES if self._is_local else _ALONG_BYTES
+        runs = list(_near(sorted(set(ranges)), along))
         if self._is_local or size > _LARGEST_WHOLE or not self._wants_whole(name, size, runs):
             return self._read_runs(name, ranges, runs)
         data = self._whole_file(name, size)
@@ -214,10 +217,11 @@ class SegmentFiles:
         return file
 
 
-def _touching(ranges: Sequence[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
+def _near(ranges: Sequence[tuple[int, int]], gap: int) -> Iterator[list[tuple[int, int]]]:
+    """Ascending ranges, together where at most ``gap`` bytes lie between one and the next."""
     run: list[tuple[int, int]] = []
     for each in ranges:
-        if run and (each[0] != run[-1][1] or each[1] - run[0][0] > _AHEAD_BYTES):
+        if run and (not 0 <= each[0] - run[-1][1] <= gap or each[1] - run[0][0] > _AHEAD_BYTES):
             yield run
             run = []
         run.append(each)
