@@ -129,6 +129,30 @@ def test_compare_says_which_weights_and_settings_differ(captured: Callable[..., 
     assert not any("weights differ" in note for note in tlcore.compare(a, b).notes)
 
 
+@pytest.mark.parametrize(("off", "found"), [(4e-6, False), (5.6e-5, True), (4e-4, True)])
+def test_what_other_kernels_round_is_no_divergence_and_ten_times_that_is(
+    off: float, found: bool, tmp_path: Path
+) -> None:
+    """``off`` in the whole tensor, or in one of its rows."""
+    values = 100 * torch.randn(64, 40, generator=torch.Generator().manual_seed(0))
+    for rows in (slice(None), slice(7, 8)):
+        urls = []
+        for scale, compilation in ((1.0, "NONE"), (1 + off, "VLLM_COMPILE")):
+            given = values.clone()
+            given[rows] *= scale
+            module = nn.Identity()
+            with tlcore.capture(module, output_dir=str(tmp_path)) as capture:
+                module(given)
+            urls.append(capture.url)
+            document = Path(capture.url) / "run.json"
+            told = json.loads(document.read_text())
+            told["environment"]["engine"] = {"compilation": compilation}
+            document.write_text(json.dumps(told))
+        compared = tlcore.compare(*urls)
+        assert compared.equal != found, (off, rows)
+        assert any("compilation (NONE against VLLM_COMPILE)" in note for note in compared.notes)
+
+
 def test_what_is_not_covered_stands_beside_equal(
     captured: Callable[..., str], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import os
 import uuid
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext, suppress
 from dataclasses import replace
@@ -17,7 +17,7 @@ from ..locations import is_url
 from ..reader import Run
 from .details import Details
 from .lasting import lasting_objects
-from .makings import causes
+from .makings import causes, other_kernels
 from .matching.match import match
 from .matching.pairs import Matching, Pair
 from .matching.rules import Rules, compiled_patterns, positions, renames
@@ -67,7 +67,8 @@ def compare(
 
     ``rtol`` and ``atol`` default by dtype, as in `torch.testing.assert_close`; they hold for each value, or
     with ``by_norm`` for the norm of each tensor, and four times of them for that of each of its rows, as the
-    defaults do between two floating dtypes. ``steps`` and
+    defaults do between two floating dtypes, and between vLLM's runs that other kernels computed (one engine
+    compiles, the other does not), with what these round. ``steps`` and
     ``modules`` (regular expressions, or one) limit what is compared. ``maps`` are ``REGEX=REPLACEMENT``
     texts, or one, that turn A's module names into B's.
     ``sums`` are the output positions of a value that one run keeps in two parts, ``(0, 1)`` for vLLM's
@@ -107,6 +108,9 @@ def compare(
         leave_out=book.leave_out,
     )
     tolerance = _tolerance(rtol, atol, by_norm)
+    kernels = other_kernels(run_a, run_b) if rtol is atol is None else []
+    if kernels:
+        tolerance = replace(tolerance, norm=True, kernels=True)
     further = Further.of(noise, noise_factor, options_a)
     _check_steps(pairing, run_a, run_b)
     # A run lets go of steps that nobody holds; their records would be read again for every pair.
@@ -127,7 +131,7 @@ def compare(
     origin = Origin((run_a, run_b), pieces, held, matching.left_out)
     notes = [*matching.notes, *causes(run_a, run_b), *_mixed(results, tolerance), *further.notes(results)]
     if not further.runs:
-        notes += advice(run_a, run_b, pieces, results)
+        notes += [*_rounded(kernels), *advice(run_a, run_b, pieces, results)]
     notes += [injected(label, run) for label, run in zip("AB", (run_a, run_b), strict=True) if run.injected]
     notes += other_code(matching.missing, (run_a, run_b))
     results += matching.missing
@@ -165,6 +169,15 @@ def injected(label: str, run: Run) -> str:
     told = run.injected or {}
     modules = ", ".join(str(each) for each in told.get("modules", ()))
     return f"{label} was injected: results of {told.get('run')} stand in for those of {modules}"
+
+
+def _rounded(kernels: Sequence[str]) -> Iterator[str]:
+    """What to know of runs that other kernels computed."""
+    if kernels:
+        yield (
+            f"other kernels computed A and B, {', '.join(kernels)}: they are held by the norms of tensors and"
+            " rows, float32 to 1e-05, which these round; --noise holds them against a further run"
+        )
 
 
 def _mixed(results: Sequence[TensorResult], tolerance: Tolerance) -> list[str]:

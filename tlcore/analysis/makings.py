@@ -8,6 +8,8 @@ from typing import Any
 from ..reader import Run
 
 _SHOWN = 3
+# Of an engine's settings those that change nothing but how the same is rounded.
+_KERNELS = ("compilation", "cudagraphs", "custom_ops", "attention")
 
 
 def settings_apart(a: Run, b: Run) -> Iterator[str]:
@@ -16,6 +18,14 @@ def settings_apart(a: Run, b: Run) -> Iterator[str]:
         mine, other = (_part(run, part) for run in (a, b))
         if mine and other:
             yield from (f"{key} ({one} against {two})" for key, one, two in _differing(mine, other))
+
+
+def other_kernels(a: Run, b: Run) -> list[str]:
+    """What two runs of vLLM differ in that lets other kernels compute the same: one is compiled, say."""
+    mine, other = _part(a, "engine"), _part(b, "engine")
+    if not mine or not other:
+        return []
+    return [f"{key} ({one} against {two})" for key, one, two in _differing(mine, other) if key in _KERNELS]
 
 
 def causes(a: Run, b: Run) -> list[str]:

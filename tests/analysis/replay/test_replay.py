@@ -275,6 +275,7 @@ def test_a_checkpoint_has_the_calls_module(tmp_path: Path, capsys: pytest.Captur
 def test_a_directory_without_a_checkpoint_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    pytest.importorskip("transformers")
     url = captured(tmp_path, made())
     (tmp_path / "empty").mkdir()
     assert main(["replay", url, "step_0/first", "--model", str(tmp_path / "empty")]) == 2
