@@ -6,7 +6,6 @@ Each mix is captured in a run of its own. What a mix asked for is told as JSON d
 from __future__ import annotations
 
 import random
-from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,13 +54,6 @@ def run_mix(llm: Any, output_dir: str, seed: int, plant: str | None = None) -> d
     speculates = llm.llm_engine.vllm_config.speculative_config is not None
     keys = {} if plant else chance.choice(_KEYS)
     changes = 0
-
-    def spoil(rows: Rows) -> None:
-        nonlocal changes
-        before = repr(rows)
-        PLANTS[str(plant)](rows)
-        changes += repr(rows) != before
-
     with tlcore.vllm.attach(
         llm,
         output_dir=output_dir,
@@ -70,15 +62,16 @@ def run_mix(llm: Any, output_dir: str, seed: int, plant: str | None = None) -> d
         backend="safetensors",
         **keys,
     ) as attached:
-        restore = _planted(llm, spoil) if plant else None
+        if plant:
+            llm.collective_rpc(_plant, args=(plant,))
         beams = chance.random() < 0.15 and not speculates and plant is None
         asked = [] if beams else _asked(chance, seed, speculates, plant is None)
         if beams:
             _search(llm, chance)
         else:
             _run(llm, asked)
-        if restore is not None:
-            restore()
+        if plant:
+            changes = max(llm.collective_rpc(_uproot))
     found = {"url": attached.url, "keys": keys, "beams": beams, "plant": plant, "changes": changes}
     return {**found, "seed": seed, "asked": [asdict(each) for each in asked]}
 
@@ -136,16 +129,27 @@ def _search(llm: Any, chance: random.Random) -> None:
     llm.beam_search(prompts, BeamSearchParams(beam_width=2, max_tokens=4, ignore_eos=True))
 
 
-def _planted(llm: Any, spoil: Callable[[Rows], None]) -> Callable[[], None]:
-    """Let what reads the rows of the engine's worker, in this process, spoil them."""
-    core = llm.llm_engine.engine_core.engine_core
-    reader = core.model_executor.driver_worker.worker.__tlcore__._bracket._reader
-    original = reader.rows
+def _plant(wrapper: Any, plant: str) -> None:
+    """Let what reads the rows of a step in a worker, this one, spoil them."""
+    reader = _reader(wrapper)
+    original, reader.changes = reader.rows, 0
 
     def rows(scheduled: Any) -> Rows:
         found: Rows = original(scheduled)
-        spoil(found)
+        before = repr(found)
+        PLANTS[plant](found)
+        reader.changes += repr(found) != before
         return found
 
     reader.rows = rows
-    return lambda: reader.__dict__.pop("rows")
+
+
+def _uproot(wrapper: Any) -> int:
+    """How often the plant changed rows, which it does no longer."""
+    reader = _reader(wrapper)
+    del reader.rows
+    return int(reader.changes)
+
+
+def _reader(wrapper: Any) -> Any:
+    return getattr(wrapper, "worker", wrapper).__tlcore__._bracket._reader

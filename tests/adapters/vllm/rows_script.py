@@ -18,6 +18,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from tests.adapters.vllm.adapters import NAMES, RANK, write_adapter
 from tests.adapters.vllm.drafters import speculator, target_of
+from tests.adapters.vllm.helpers import prepare_stages
 from tests.adapters.vllm.mixes import run_mix
 from tests.adapters.vllm.second_runner import use_second_runner
 from tests.fuzz.plants import PLANTS
@@ -32,11 +33,15 @@ CROWDED = {
     "num_gpu_blocks_override": 7,
 }
 
+RANKS = {"tensor": "tensor_parallel_size", "pipeline": "pipeline_parallel_size"}
+
 
 def ways(way: str, output_dir: Path) -> dict[str, Any]:
     """The engine's arguments, by the name of what is hard about them; else ``way`` is a speculator."""
     if way == "chunks":
         return {"max_num_batched_tokens": 24, "async_scheduling": True, **CROWDED}
+    if way in RANKS:
+        return {RANKS[way]: 2, "max_num_batched_tokens": 24, **CROWDED}
     if way == "adapters":
         return {"enable_lora": True, "max_loras": len(NAMES), "max_lora_rank": RANK}
     return {"speculative_config": speculator(way, output_dir)}
@@ -50,6 +55,8 @@ def main(output_dir: str, way: str, runner: str, mixes: str, plants: str) -> dic
 
     model, arguments = target_of(way, Path(output_dir)), ways(way, Path(output_dir))
     llm = LLM(str(model), dtype="float32", **{**COMMON, **arguments})
+    if way == "pipeline":
+        prepare_stages(llm)
     speculates = "speculative_config" in arguments
     # vLLM 0.32 fails at the logits of whole prompts where it takes adapters.
     report = {"model": str(model), **_three_ways(llm, output_dir, prompt_logits=way == "chunks")}

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 import tlcore
-from tests.adapters.vllm.helpers import REPOSITORY, report
-from tests.adapters.vllm.truth import HIDDEN, IDS, STATES, Truth, complaints, wrong_rows
+from tests.adapters.vllm.helpers import REPOSITORY, SEVERAL_RANKS, report
+from tests.adapters.vllm.truth import HIDDEN, IDS, STATES, Truth, complaints, of_rank, wrong_rows
 from tests.deep import scaled
 from tlcore.errors import TlcoreError
 from tlcore.reader import Run
@@ -19,14 +19,14 @@ pytestmark = pytest.mark.slow
 SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "rows_script.py")
 DEEP = [
     "eagle-first", "medusa-first", "mtp-first", "suffix-first", "extract_hidden_states-first",
-    "adapters-first",
+    "adapters-first", "tensor-first", "pipeline-first",
 ]  # fmt: skip
 WAYS = [
     "ngram-first", "draft_model-first", "eagle3-first", "chunks-first",
     "draft_model-second", "chunks-second",
     *(pytest.param(way, marks=pytest.mark.deep) for way in DEEP),
 ]  # fmt: skip
-# Of the first runner's engines, that is 12 in short runs and 225 in full ones.
+# Of the first runner's engines, that is 12 in short runs and 275 in full ones.
 MIXES, PLANTED = scaled(3, 25), scaled(1, 3)
 
 
@@ -38,7 +38,10 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         pytest.skip("vLLM's suffix decoding needs the package arctic-inference")
     counts = (MIXES, PLANTED) if runner == "first" and way != "adapters" else (0, 0)
     directory = str(tmp_path_factory.mktemp(request.param))
-    found = report(SCRIPT, directory, way, runner, *map(str, counts), timeout=scaled(600, 3000))
+    environment = SEVERAL_RANKS if way in ("tensor", "pipeline") else {}
+    found = report(
+        SCRIPT, directory, way, runner, *map(str, counts), timeout=scaled(600, 3000), environment=environment
+    )
     return {**found, "way": way, "runner": runner, "truth": Truth(Path(found["model"]))}
 
 
@@ -63,11 +66,12 @@ def test_token_ids_and_windows_are_its_requests(captured: dict[str, Any]) -> Non
             request, prompt, end = run.request(identity), len(captured["prompts"][place]), len(tokens) - 1
             assert request.prompt_length == prompt and len(request.token_ids) in (end, end + 1)
             assert request.token_ids.tolist() == tokens[: len(request.token_ids)]
-            rows = request.positions(HIDDEN)
-            assert request.token_ids_of(HIDDEN).tolist() == [tokens[position] for position in rows]
+            hidden = of_rank(request, HIDDEN)
+            rows = request.positions(hidden)
+            assert request.token_ids_of(hidden).tolist() == [tokens[position] for position in rows]
             begin = prompt if name == "response" else 0
             assert min(rows, default=begin) == begin and set(range(begin, end)) <= set(rows)
-            assert captured["truth"].agrees(request[HIDDEN], tokens, rows, -1), (name, place)
+            assert captured["truth"].agrees(request[hidden], tokens, rows, -1), (name, place)
 
 
 def _check_steps(run: Run, tokens: dict[str, list[int]]) -> None:

@@ -28,6 +28,11 @@ STATES: dict[str, tuple[str, int, slice, int]] = {
 }
 
 
+def of_rank(request: Request, name: str) -> str:
+    """The name under which some rank has a tensor: of a pipeline only the last has the model's end."""
+    return name if name in request else f"{name}_rank_1"
+
+
 class Truth:
     """A checkpoint's own states and logits."""
 
@@ -71,6 +76,7 @@ def wrong_rows(
     for name in request:
         if name.startswith("logits_processor_") and name.endswith("outputs_cpu"):
             wanted[name] = logits
+    wanted |= {f"{name}_rank_1": true for name, true in wanted.items()}
     found = []
     for name, true in wanted.items():
         if name not in request:
@@ -93,7 +99,8 @@ def _missing(request: Request, tokens: int, prompt: int) -> Iterator[str]:
         for position in range(gap.begin, gap.end)
     }
     for name, begin in ((IDS, 0), (HIDDEN, 0), (LOGITS, prompt - 1)):
-        there = set(request.positions(name)) if name in request else set()
+        own = of_rank(request, name)
+        there = set(request.positions(own)) if own in request else set()
         lacking = set(range(begin, tokens - 1)) - there - cached
         if lacking:
             yield f"{name}: no rows of positions {sorted(lacking)}"
