@@ -19,7 +19,7 @@ def test_the_schema_is_one_and_has_the_keys_that_can_be_allowed() -> None:
     schema = tlcore_schemas.load("request.v1")
     Draft202012Validator.check_schema(schema)
     allowed = tlcore_schemas.load("config.v1")["properties"]["request_overrides"]["items"]["enum"]
-    assert list(schema["properties"]) == allowed
+    assert list(schema["properties"]) == [*allowed, "deliver"]
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,8 @@ def test_the_schema_is_one_and_has_the_keys_that_can_be_allowed() -> None:
         ({"modules": ["a.*"], "rows": "last"}, RequestChoice(None, ("a.*",), "last")),
         ({"rows": {"from": -2}}, RequestChoice(rows=Window(-2))),
         ({"enabled": "true"}, RequestChoice(enabled=True)),
+        ({"deliver": True}, RequestChoice(deliver=True)),
+        ({"deliver": False}, None),
     ],
 )
 def test_a_choice_is_read_from_a_mapping_and_from_text(
@@ -70,6 +72,7 @@ def test_nothing_is_allowed_by_default_but_to_be_left_out() -> None:
         "enabled": RequestChoice(enabled=True),
         "modules": RequestChoice(modules=("a",)),
         "rows": RequestChoice(rows=Window()),
+        "deliver": RequestChoice(deliver=True),
     }.items():
         refusal = allowed.refusal(choice)
         assert refusal is not None and refusal.path == f"$.tlcore.{key}"

@@ -58,6 +58,7 @@ class Config:
     sample_rate: float
     sample_seed: int
     request_overrides: tuple[str, ...]
+    delivery: bool
     capture: Captured
     store_dtype: Literal["bfloat16", "float16", "float8_e4m3fn"] | None
     on_condition: Literal["nonfinite"] | None
@@ -118,6 +119,11 @@ class Config:
     def keeps_token_ids(self) -> bool:
         """Whether the requests' token ids are stored."""
         return self.log_token_ids and self.capture in ("tensor", "both")
+
+    @property
+    def requests_ask(self) -> bool:
+        """Whether a request may ask to be captured."""
+        return bool(self.request_overrides) or self.delivery
 
     def selects_step(self, step: int) -> bool:
         """Whether step ``step`` (0-based) is to be captured."""

@@ -15,6 +15,7 @@ from .validation import PathPart, coerce, json_path, plain, problems, show
 
 # Where a request carries it, which the paths of errors begin with.
 KEY = "tlcore"
+KEYS = ("enabled", "modules", "rows", "deliver")
 _LONGEST_TEXT = 1 << 16
 Rows = Literal["last"] | Window
 ALL = Window()
@@ -24,12 +25,14 @@ ALL = Window()
 class RequestChoice:
     """What one request says of its capture; a key that it does not give is None.
 
-    ``enabled`` false leaves the request out, whatever else is said. `given` names the keys.
+    ``enabled`` false leaves the request out, whatever else is said. `given` names the keys. With ``deliver``
+    its client fetches what was captured of it.
     """
 
     enabled: bool | None = None
     modules: tuple[str, ...] | None = None
     rows: Rows | None = None
+    deliver: bool | None = None
 
     @property
     def leaves_out(self) -> bool:
@@ -39,7 +42,7 @@ class RequestChoice:
     @property
     def given(self) -> tuple[str, ...]:
         """The keys that the request gives."""
-        return tuple(key for key in ("enabled", "modules", "rows") if getattr(self, key) is not None)
+        return tuple(key for key in KEYS if getattr(self, key) is not None)
 
 
 def request_choice(value: Any) -> RequestChoice | None:
@@ -51,11 +54,15 @@ def request_choice(value: Any) -> RequestChoice | None:
     found = problems(document, _schema(), (KEY,))
     if found:
         raise found[0]
-    if not document:
+    if not document or document == {"deliver": False}:
         return None
     modules = document.get("modules")
     return RequestChoice(
-        document.get("enabled"), None if modules is None else tuple(modules), _rows(document.get("rows"))
+        document.get("enabled"),
+        None if modules is None else tuple(modules),
+        _rows(document.get("rows")),
+        # Not to want it is to say nothing.
+        document.get("deliver") or None,
     )
 
 
@@ -69,13 +76,13 @@ def _schema() -> dict[str, Any]:
 def _document(value: Any) -> Mapping[str, Any]:
     if isinstance(value, str):
         if len(value) > _LONGEST_TEXT:
-            raise _error((), f"the text is longer than {_LONGEST_TEXT} characters.")
+            raise choice_error((), f"the text is longer than {_LONGEST_TEXT} characters.")
         try:
             value = parse_json(value)
         except ConfigError as error:
-            raise _error((), error.problem) from None
+            raise choice_error((), error.problem) from None
     if not isinstance(value, Mapping):
-        raise _error((), 'it must be a JSON object or its text, such as {"rows": "last"}.')
+        raise choice_error((), 'it must be a JSON object or its text, such as {"rows": "last"}.')
     return value
 
 
@@ -87,12 +94,12 @@ def _rows(given: Any) -> Rows | None:
     try:
         return window_of(given)
     except ValueError as error:
-        raise _error(("rows",), f"{error}.") from None
+        raise choice_error(("rows",), f"{error}.") from None
 
 
 @dataclass(frozen=True, slots=True)
 class Allowed:
-    """What the requests of a run may choose: ``keys`` (its ``request_overrides``), within its ``rows``."""
+    """What the requests of a run may choose: some ``keys`` of a choice, within the run's ``rows``."""
 
     keys: tuple[str, ...] = ()
     rows: Rows = ALL
@@ -100,7 +107,7 @@ class Allowed:
     @classmethod
     def of(cls, config: Config) -> Allowed:
         """What a configuration allows."""
-        return cls(config.request_overrides, config.rows)
+        return cls(config.request_overrides + ("deliver",) * config.delivery, config.rows)
 
     @classmethod
     def from_json(cls, document: Mapping[str, Any]) -> Allowed:
@@ -111,19 +118,26 @@ class Allowed:
         """As JSON data."""
         return {"keys": list(self.keys), "rows": _shown(self.rows)}
 
+    @property
+    def _overrides(self) -> list[str]:
+        return [key for key in self.keys if key != "deliver"]
+
     def refusal(self, choice: RequestChoice) -> ConfigError | None:
         """Why a request may not choose this; None where it may. Leaving it out is always allowed."""
         if choice.leaves_out:
             return None
         for key in choice.given:
+            if key == "deliver" and key not in self.keys:
+                problem = "nothing is delivered here; that is up to the operator (delivery)."
+                return choice_error((key,), problem, "Leave it out.")
             if key not in self.keys:
-                problem = f"no request may choose it here: request_overrides is {show(list(self.keys))}."
+                problem = f"no request may choose it here: request_overrides is {show(self._overrides)}."
                 hint = 'Leave it out, or give "enabled": false to leave the request out.'
-                return _error((key,), problem, hint)
+                return choice_error((key,), problem, hint)
         both = (choice.rows, self.rows)
         if "last" in both and both[0] not in (None, ALL, self.rows) and self.rows != ALL:
             problem = f"the rows {show(_shown(self.rows))} of this capture cannot be narrowed to these."
-            return _error(("rows",), problem, "Leave the key out.")
+            return choice_error(("rows",), problem, "Leave the key out.")
         return None
 
 
@@ -135,8 +149,9 @@ def unknown_module(place: int, wanted: str, known: Collection[str]) -> ConfigErr
     """The error for one of the ``modules`` that is none of those which a run captures."""
     near = nearest(wanted, sorted(known))
     hint = f"Did you mean {show(near[0])}?" if near else "Names are whole; * stands for any characters."
-    return _error(("modules", place), f"{show(wanted)} is no module that is captured.", hint)
+    return choice_error(("modules", place), f"{show(wanted)} is no module that is captured.", hint)
 
 
-def _error(inside: tuple[PathPart, ...], problem: str, hint: str | None = None) -> ConfigError:
+def choice_error(inside: tuple[PathPart, ...], problem: str, hint: str | None = None) -> ConfigError:
+    """The error of something ``inside`` a request's choice."""
     return ConfigError(json_path((KEY, *inside)), problem, hint)

@@ -71,9 +71,10 @@ class capture:  # noqa: N801 - a context manager reads like a function
         if self.config.log_gradients and self.config.cuts_rows:
             problem = "which rows of a gradient are whose is not known."
             raise ConfigError("$.log_gradients", problem, "Leave out rows, request_ids and sample_rate.")
-        if self.config.request_overrides:
+        if self.config.requests_ask:
+            key = "request_overrides" if self.config.request_overrides else "delivery"
             problem = "only vLLM has requests that choose for themselves."
-            raise ConfigError("$.request_overrides", problem, "Leave the key out.")
+            raise ConfigError(f"$.{key}", problem, "Leave the key out.")
         self._model = model
         self._known_as = weakref.ref(model)
         self._inline = inline

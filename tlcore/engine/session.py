@@ -108,6 +108,11 @@ class Session:
         return self.run.run_id
 
     @property
+    def step(self) -> int | None:
+        """The step that is being captured; None between steps."""
+        return self._step
+
+    @property
     def ledger(self) -> Counts:
         """What became of every captured tensor, up to the last step that was committed or failed."""
         return self.run.ledger.snapshot()
@@ -283,7 +288,7 @@ class Session:
         """After a step nothing more comes that could be stored together with it, unless requests ask."""
         if self._pipeline is not None and self.config.selects_step(step):
             self._pipeline.settle()
-        if not self.config.request_overrides:
+        if not self.config.requests_ask:
             self._give_memory_back()
 
     def _close_hooks(self) -> None:
@@ -312,6 +317,14 @@ class Session:
         """Wait until every step that has ended is stored or booked as failed."""
         if self._pipeline is not None and not self._closed:
             self._pipeline.flush()
+
+    def flush_soon(self) -> threading.Event:
+        """Have every step that has ended stored soon; the event is set when they are, or booked as failed."""
+        if self._pipeline is None or self._closed:
+            done = threading.Event()
+            done.set()
+            return done
+        return self._pipeline.settle()
 
     def detach(self) -> None:
         """Stop capturing and take the hooks away; what is queued is stored by `close`. Safe to repeat."""

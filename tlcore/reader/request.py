@@ -92,6 +92,11 @@ class Request(Mapping[str, "torch.Tensor"]):
                     found[key].append(_Place(step, record["name"], span, span.first))
 
     @property
+    def url(self) -> str:
+        """The run's directory."""
+        return self._url
+
+    @property
     def names(self) -> list[str]:
         """Names such as ``model.layers.0/outputs_0_cpu``, in the order of execution."""
         return list(self._places)

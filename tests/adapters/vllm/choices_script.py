@@ -68,7 +68,14 @@ def main(output_dir: str) -> dict[str, Any]:
     overrides = ["enabled", "modules", "rows"]
     with tlcore.vllm.attach(llm, keys, log_step_ids=[10**6], request_overrides=overrides) as attached:
         report["wrong"] = [refused(choice) for choice in WRONG]
-        report["chosen"] = {"ids": generate(CHOICES), "url": attached.url}
+        ids = generate(CHOICES)
+        # Before it is committed in its own time.
+        live = attached.request(ids[0])
+        report["chosen"] = {
+            "ids": ids,
+            "url": attached.url,
+            "live": {name: live.positions(name) for name in live},
+        }
     return report
 
 

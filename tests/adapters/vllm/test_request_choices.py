@@ -37,6 +37,7 @@ def test_each_request_has_what_it_chose(said: dict[str, Any]) -> None:
     one = chosen.request(narrow)
     assert {name.split("/")[0] for name in one.names} == {"model.layers.2.mlp"}
     assert one.positions(MLP) == [4, 5] and torch.equal(one[MLP], wholes[0][MLP][4:])
+    assert said["chosen"]["live"] == {name: one.positions(name) for name in one}
     other = chosen.request(last)
     assert set(other.names) == set(wholes[3].names)
     assert other.positions(MLP) == [3, 4, 5] and torch.equal(other[MLP], wholes[3][MLP][3:])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -37,6 +38,16 @@ def share_directory() -> None:
     path = os.path.join(tempfile.gettempdir(), f"tlcore-metrics-{uuid.uuid4().hex}")
     os.environ[VARIABLE] = path
     atexit.register(_remove, path, os.getpid())
+
+
+def shared_directory() -> str:
+    """The directory, made if need be. Raises OSError where it cannot be, or is somebody else's."""
+    share_directory()
+    path = os.environ[VARIABLE]
+    os.makedirs(path, mode=0o700, exist_ok=True)
+    if not _is_ours(path):
+        raise PermissionError(errno.EPERM, "the directory for reports belongs to somebody else", path)
+    return path
 
 
 def _remove(path: str, owner: int) -> None:

@@ -31,7 +31,12 @@ class InlineExecutor:
         """Have the sink store what it has accepted."""
         self._processor.flush()
 
-    settle = flush
+    def settle(self) -> threading.Event:
+        """The same; the event is set."""
+        self.flush()
+        done = threading.Event()
+        done.set()
+        return done
 
     def close(self) -> None:
         """Close the processor."""
@@ -61,9 +66,11 @@ class ThreadExecutor:
             if not self._thread.is_alive():
                 return
 
-    def settle(self) -> None:
-        """Have everything submitted so far stored soon; does not wait."""
-        self._items.put(threading.Event())
+    def settle(self) -> threading.Event:
+        """Have everything submitted so far stored soon; does not wait. The event is set once it is."""
+        done = threading.Event()
+        self._items.put(done)
+        return done
 
     def close(self) -> None:
         """Finish everything submitted, close the processor, end the thread.

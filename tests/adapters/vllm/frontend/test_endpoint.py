@@ -15,6 +15,7 @@ import tlcore
 from tests.adapters.vllm.server import VllmServer, serving
 from tests.models import tiny_llama
 from tlcore.adapters.vllm.frontend.endpoint import (
+    DELIVERY_VARIABLE,
     ROOT_VARIABLE,
     SPILL_VARIABLE,
     EndpointPlugin,
@@ -201,3 +202,12 @@ def test_a_server_without_a_key_or_an_engine_refuses() -> None:
         answer = TestClient(app).get("/v1/tlcore/status")
         assert engine_problem in answer.json()["error"]["message"]
         assert answer.status_code == (409 if key else 403)
+
+
+def test_delivery_takes_the_operators_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv(DELIVERY_VARIABLE, raising=False)
+    with pytest.raises(ForbiddenError, match=DELIVERY_VARIABLE):
+        restricted({"delivery": True})
+    assert not restricted({"delivery": False}).delivery
+    monkeypatch.setenv(DELIVERY_VARIABLE, "1")
+    assert restricted({"delivery": True}).delivery

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import inspect
 import logging
+import secrets
 import threading
 import time
 import weakref
 from collections.abc import Mapping
 from dataclasses import replace
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from .... import errors
 from ....config.configuration import Config
@@ -20,13 +21,18 @@ from ....record import Json
 from ..carrier import KEY, Carrier
 from . import check as frontend
 from .deaths import remains
-from .requests import remember
-from .status import POLL_S, START, STATUS, STOP, Status, merged
+from .requests import remember, storage_options
+from .status import FLUSH, POLL_S, START, STATUS, STOP, Status, merged, raise_refusal
+
+if TYPE_CHECKING:
+    from ....reader.request import Request
 
 log = logging.getLogger("vllm.tlcore")
 _CLOSE_S = 600.0
 # How often it is seen whether an engine that does not answer is alive.
 _LOOK_S = 0.2
+# How often it is asked whether a flush is over.
+_SOON_S = 0.01
 
 
 def prepare(config: Config | Mapping[str, Any] | str | None, vllm_config: Any) -> Carrier:
@@ -95,6 +101,34 @@ class attach:  # noqa: N801 - a context manager reads like a function
         if status.run_id is None:
             raise CaptureError(f"the engine has captured so much since that it has forgotten {self._url}")
         return status
+
+    def request(self, request_id: str, sample: int | None = None) -> Request:
+        """What is captured of a request, of all its steps up to now: returns once every rank has stored that.
+
+        ``request_id`` is that of vLLM's output, ``sample`` tells the samples of one with ``n`` > 1 apart.
+        Raises MissingError where nothing was captured of it, CaptureError where a rank does not store it.
+        """
+        if self._attached:
+            self._flush()
+        from ....reader import open_run
+
+        return open_run(self._url, storage_options=storage_options(self._url)).request(request_id, sample)
+
+    def _flush(self) -> None:
+        ticket, deadline = secrets.token_hex(8), time.monotonic() + _CLOSE_S
+        while True:
+            try:
+                answers = self._ask(FLUSH, ticket, [])
+            except _SilentError:
+                log.debug("the engine does not answer", exc_info=True)
+                return
+            raise_refusal(answers)
+            missing = sorted(answer["rank"] for answer in answers if not answer["done"])
+            if not missing:
+                return
+            if time.monotonic() > deadline:
+                raise CaptureError(f"ranks {missing} have not stored what they captured of {self._url}")
+            time.sleep(_SOON_S)
 
     def change(self, config: Config | Mapping[str, Any] | str | None = None, **keys: Any) -> None:
         """End this run and start another with a new configuration; its steps count from 0 again.

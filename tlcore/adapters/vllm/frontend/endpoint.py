@@ -3,7 +3,8 @@
 ``VLLM_PLUGINS`` must name it. The routes begin with ``/v1``, so vLLM's own API key guards them, and without
 a key they refuse to work. The key is often given to every client of the model; so a client chooses what is
 captured, but only the operator (``TLCORE_ENDPOINT_OUTPUT_DIR``, ``TLCORE_ENDPOINT_SPILL_DIR``) below which
-place it is written, where it waits in an outage, and with whose code.
+place it is written, where it waits in an outage, and with whose code. What was captured of a request is
+opened only by the token that its answer has carried.
 """
 
 from __future__ import annotations
@@ -18,14 +19,17 @@ from dataclasses import replace
 from typing import Any
 
 from ....config.configuration import Config, load_config
-from ....errors import BackendError, CaptureError, ConfigError, TlcoreError
+from ....errors import BackendError, CaptureError, ConfigError, ReadError, TlcoreError
 from ....locations import is_url
 from ....record import Json
 from ....registry import resolve
 from ..carrier import Carrier
 from ..plugins import ENDPOINT
 from .attach import prepare
+from .deliveries import TokenMiddleware
 from .engines import DeadEngineError, Engines
+from .fetching import Flusher, LateError, NothingError
+from .fetching_route import fetched
 from .requests import remember
 from .status import POLL_S, START, STATUS, STOP, Status, merged
 
@@ -33,6 +37,7 @@ log = logging.getLogger("vllm.tlcore")
 PATH = "/v1/tlcore"
 ROOT_VARIABLE = "TLCORE_ENDPOINT_OUTPUT_DIR"
 SPILL_VARIABLE = "TLCORE_ENDPOINT_SPILL_DIR"
+DELIVERY_VARIABLE = "TLCORE_ENDPOINT_DELIVERY"
 _LARGEST_BODY = 1 << 20
 # Longer than this, a client asks again.
 _STOP_WAIT_S = 30.0
@@ -48,12 +53,15 @@ class EndpointPlugin:
         self._engine: Any = None
         self._guarded = False
         self._lock = asyncio.Lock()
+        self._flusher = Flusher(self._ask_all)
 
     def attach_router(self, app: Any) -> None:
-        """Add the routes ``/v1/tlcore/start``, ``stop`` and ``status`` to the server."""
+        """Add the routes ``/v1/tlcore/start``, ``stop``, ``status`` and ``requests/ID`` to the server."""
         app.add_api_route(f"{PATH}/start", self._answering(self._start), methods=["POST"])
         app.add_api_route(f"{PATH}/stop", self._answering(self._stop), methods=["POST"])
         app.add_api_route(f"{PATH}/status", self._answering(self._status), methods=["GET"])
+        app.add_api_route(f"{PATH}/requests/{{name:path}}", self._answering(self._fetch), methods=["GET"])
+        app.add_middleware(TokenMiddleware, delivers=lambda: self._guarded)
 
     async def init_state(self, engine_client: Any, state: Any, args: Namespace) -> None:
         """Learn the engine, which a server that only renders prompts lacks, and whether there is a key."""
@@ -72,10 +80,10 @@ class EndpointPlugin:
         async def handler(request: Any) -> Any:
             try:
                 self._check_usable()
-                status: Status = await act(request)
+                found = await act(request)
             except TlcoreError as error:
                 return JSONResponse(_described(error), status_code=_code(error))
-            return JSONResponse(status.to_json())
+            return JSONResponse(found.to_json()) if isinstance(found, Status) else found
 
         # FastAPI reads what to pass from the annotations, which are not strings here.
         handler.__annotations__ = {"request": Request}
@@ -138,6 +146,14 @@ class EndpointPlugin:
             return await self._ask(STATUS)
         return _known(await self._ask(STATUS, run_id), run_id)
 
+    async def _fetch(self, request: Any) -> Any:
+        """What was captured of one request, as the token in a header opens it."""
+        return await fetched(request, self._flusher)
+
+    async def _ask_all(self, method: str, *args: Any) -> list[Json]:
+        engines = Engines(self._engine)
+        return await engines.ask(method, *args)
+
     async def _ask(self, method: str, *args: Any) -> Status:
         engines = Engines(self._engine)
         return merged(await engines.ask(method, *args), engines.ranks)
@@ -158,9 +174,13 @@ def _code(error: TlcoreError) -> int:
         return 403
     if isinstance(error, DeadEngineError):
         return 503
+    if isinstance(error, NothingError):
+        return 404
+    if isinstance(error, LateError):
+        return 504
     if isinstance(error, ConfigError):
         return 400
-    return 502 if isinstance(error, BackendError) else 409
+    return 502 if isinstance(error, (BackendError, ReadError)) else 409
 
 
 def _described(error: TlcoreError) -> Json:
@@ -195,6 +215,8 @@ def restricted(given: Any) -> Config:
         )
     if given.get("spill_dir") is not None:
         raise ForbiddenError(f"$.spill_dir: over HTTP it is the operator's {SPILL_VARIABLE}")
+    if given.get("delivery") and os.environ.get(DELIVERY_VARIABLE) != "1":
+        raise ForbiddenError(f"$.delivery: over HTTP it takes the operator's {DELIVERY_VARIABLE}=1")
     config = load_config(given if _names_place(given) else {**given, "output_dir": root})
     if not _lies_below(config.output_dir, root):
         text = f"over HTTP the output must lie below the operator's {ROOT_VARIABLE}"

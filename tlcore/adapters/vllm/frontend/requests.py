@@ -8,47 +8,91 @@ workers publish, as any of several API servers, or none of them, may have starte
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from http import HTTPStatus
 from types import ModuleType
 from typing import Any
 
-from ....config.configuration import load_config
+from ....config.configuration import Config, load_config
 from ....config.request import KEY, Allowed, RequestChoice, request_choice, unknown_module
 from ....engine.filters.choosing import ModuleNames
 from ....errors import ConfigError
 from ..reports import read_modules, read_reports
+from .deliveries import MARK, TakenError, delivery_of, mark_delivery
 
-_MARK = "__tlcore__"
+_PATCHED = "__tlcore__"
 # What this process started or was started with, for workers on other machines; they publish nothing here.
-_known: list[Allowed] = []
+_known: list[Config] = []
 
 
 def remember(carrier: Any) -> None:
     """A run begins with this carrier's configuration; with None, an engine without one."""
-    _known[:] = [] if carrier is None else [Allowed.of(load_config(carrier["config"]))]
+    _known[:] = [] if carrier is None else [load_config(carrier["config"])]
 
 
-def check_choice(params: Any) -> RequestChoice | None:
-    """What a request's sampling parameters choose, if anything. Raises a ValueError that names the wrong key.
+def storage_options(url: str) -> dict[str, Any] | None:
+    """With which options a run of this process is opened; None where the environment says all."""
+    for config in _known:
+        if url.startswith(config.output_dir):
+            found: dict[str, Any] | None = config.backend_options.get("storage_options")
+            return found
+    return None
 
-    It is one that vLLM's server answers with 400.
+
+def _check_given(params: Any) -> None:
+    """Check what the body of an HTTP request says, and give the answer a token if it is to be fetched.
+
+    Raises a ValueError that names the wrong key, which vLLM's server answers with 400.
     """
-    given = (getattr(params, "extra_args", None) or {}).get(KEY)
-    if given is None:
-        return None
+    extra = getattr(params, "extra_args", None) or {}
     try:
-        choice = request_choice(given)
-        if choice is not None:
-            _check_allowed(choice)
+        if MARK in extra:
+            raise ConfigError(f"$.{MARK}", "no request may give this key.", "Leave it out.")
+        choice = _choice(extra)
+        if choice is not None and choice.deliver:
+            mark_delivery(params)
     except ConfigError as error:
         raise _refused()(error) from None
+    except TakenError as error:
+        raise _taken(error) from None
+
+
+def _check_taken(params: Any) -> None:
+    """Check what a request says that an engine takes up, whoever made it. Raises as `_check_given`."""
+    extra = getattr(params, "extra_args", None) or {}
+    try:
+        choice = _choice(extra)
+        if choice is not None and choice.deliver and MARK not in extra:
+            mark_delivery(params)
+    except ConfigError as error:
+        raise _refused()(error) from None
+
+
+def _choice(extra: Mapping[str, Any]) -> RequestChoice | None:
+    """What a request chooses, if anything. Raises ConfigError where it may not."""
+    given = extra.get(KEY)
+    choice = None if given is None else request_choice(given)
+    if choice is not None:
+        _check_allowed(choice)
     return choice
+
+
+def _taken(error: TakenError) -> Exception:
+    """What vLLM's server answers with 409, where it lets errors say that."""
+    from vllm import exceptions
+
+    cls: Any = getattr(exceptions, "GracefulHTTPError", None)
+    if cls is None:
+        return _refused()(ConfigError("$.tlcore.deliver", f"{error}."))
+    found: Exception = cls(str(error), HTTPStatus.CONFLICT)
+    return found
 
 
 def _check_allowed(choice: RequestChoice) -> None:
     reports = [each for each in read_reports() if each.alive]
     known = [Allowed.from_json(each.document["allowed"]) for each in reports if "allowed" in each.document]
-    refusals = [each.refusal(choice) for each in (known if reports else _known) or [Allowed()]]
+    elsewhere = [] if reports else list(map(Allowed.of, _known))
+    refusals = [each.refusal(choice) for each in known or elsewhere or [Allowed()]]
     if refusals[0] is not None and all(refusals):
         raise refusals[0]
     if choice.modules is not None and not choice.leaves_out:
@@ -82,16 +126,16 @@ def patch_sampling(module: ModuleType) -> None:
     """Refuse wrong choices where a server makes sampling parameters. Safe to repeat."""
     cls = module.SamplingParams
     original = getattr(cls, "from_optional", None)
-    if original is None or hasattr(original, _MARK):
+    if original is None or hasattr(original, _PATCHED):
         return
 
     @functools.wraps(original)
     def from_optional(*args: Any, **kwargs: Any) -> Any:
         made = original(*args, **kwargs)
-        check_choice(made)
+        _check_given(made)
         return made
 
-    from_optional.__dict__[_MARK] = True
+    from_optional.__dict__[_PATCHED] = True
     cls.from_optional = staticmethod(from_optional)
 
 
@@ -99,13 +143,32 @@ def patch_input(module: ModuleType) -> None:
     """Refuse wrong choices where an engine takes a request up. Safe to repeat."""
     cls = module.InputProcessor
     original = getattr(cls, "process_inputs", None)
-    if original is None or hasattr(original, _MARK):
+    if original is None or hasattr(original, _PATCHED):
         return
 
     @functools.wraps(original)
     def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **more: Any) -> Any:
-        check_choice(params)
+        _check_taken(params)
         return original(self, request_id, prompt, params, *args, **more)
 
-    process_inputs.__dict__[_MARK] = True
+    process_inputs.__dict__[_PATCHED] = True
     cls.process_inputs = process_inputs
+    assign = getattr(cls, "assign_request_id", None)
+    if assign is not None:
+        cls.assign_request_id = staticmethod(_noting(assign))
+
+
+def _noting(assign: Callable[..., Any]) -> Callable[..., Any]:
+    """Note under which id the engine knows a request that is to be fetched."""
+
+    @functools.wraps(assign)
+    def assign_request_id(request: Any, *args: Any, **more: Any) -> Any:
+        made = assign(request, *args, **more)
+        params = getattr(request, "sampling_params", None)
+        delivery = delivery_of(params)
+        if delivery is not None and params is not None:
+            external = getattr(request, "external_req_id", None) or request.request_id
+            delivery.add(str(request.request_id), str(external), int(params.n))
+        return made
+
+    return assign_request_id

@@ -11,6 +11,7 @@ from ....ledger import Counts
 from ....record import Json
 
 START, STOP, STATUS = "tlcore_start", "tlcore_stop", "tlcore_status"
+FLUSH = "tlcore_flush"
 POLL_S = 0.05
 # From what matters most to who asks.
 _STATES = ("running", "closing", "lost", "closed")
@@ -53,7 +54,7 @@ def merged(answers: Sequence[Json], expected: int | None = None) -> Status:
     Raises CaptureError (or the ConfigError or BackendError of a worker) when a rank refused, CaptureError
     when ``expected`` ranks should have answered and others did.
     """
-    _raise_refusal(answers)
+    raise_refusal(answers)
     if expected is not None and len({answer["rank"] for answer in answers}) != expected:
         ranks = [answer["rank"] for answer in answers]
         raise CaptureError(f"of {expected} ranks only {ranks} answered, so the others cannot be spoken for")
@@ -75,7 +76,8 @@ def merged(answers: Sequence[Json], expected: int | None = None) -> Status:
     )
 
 
-def _raise_refusal(answers: Sequence[Json]) -> None:
+def raise_refusal(answers: Sequence[Json]) -> None:
+    """Raise what a rank refused with: CaptureError, or a worker's ConfigError or BackendError."""
     for answer in answers:
         if answer["state"] == "refused":
             kind = getattr(errors, str(answer.get("error")), CaptureError)

@@ -29,6 +29,7 @@ from ..frontend.check import compiles, unknown_vllm
 from ..module_names import plain_modules
 from ..reports import Publisher
 from .engine_settings import engine_settings
+from .fetched import Flushes
 from .ranks import check_place, layout_of
 from .run_end import Runs
 from .sharding import sharding_of
@@ -83,6 +84,7 @@ class WorkerCapture:
         self._runs = Runs()
         self._bracket: StepWrapper | None = None
         self._publisher: Publisher | None = None
+        self._flushes = Flushes()
         self._watch_the_end(worker)
 
     def start(self, carrier: Any) -> Session:
@@ -156,6 +158,23 @@ class WorkerCapture:
         session = self._session
         running = session is not None and session.run_id == end.run_id
         return {"rank": self._rank, **end.status(running)}
+
+    def flush(self, ticket: str, requests: list[str]) -> Json:
+        """Have all that was captured until the ``ticket`` was first shown stored; never waits.
+
+        Says whether it is stored (``done``), in what run and steps something of these ``requests`` was
+        captured, and what keeps steps from being stored.
+        """
+        bracket, session = self._bracket, self._session
+        found = {} if bracket is None else bracket.fetched.of(requests)
+        ends = [self._runs.find(run_id) for run_id in {each["run_id"] for each in found.values()}]
+        states = [end.status(session is not None and session.run_id == end.run_id) for end in ends if end]
+        # A run that was stopped is stored when it is closed.
+        closed = not any(each["state"] == "closing" for each in states)
+        known = {"rank": self._rank, "state": "flushing", "requests": found}
+        known["done"] = self._flushes.done(ticket, session) and closed
+        problem = next((each["problem"] for each in states if "problem" in each), None)
+        return known if problem is None else {**known, "problem": problem}
 
     def finish(self) -> None:
         """End the capture, and return when everything is stored; what a shutdown does."""
@@ -259,6 +278,7 @@ def add_methods(module: ModuleType) -> None:
     module.WorkerBase.tlcore_start = _start
     module.WorkerBase.tlcore_stop = _stop
     module.WorkerBase.tlcore_status = _status
+    module.WorkerBase.tlcore_flush = _flush
 
 
 # A remote call that raises may leave vLLM's executor waiting, so each of them answers with a document.
@@ -282,6 +302,10 @@ def _stop(worker: Any, run_id: str | None = None) -> Json:
 
 def _status(worker: Any, run_id: str | None = None) -> Json:
     return _answer(worker, lambda capture: capture.status(run_id))
+
+
+def _flush(worker: Any, ticket: str, requests: list[str]) -> Json:
+    return _answer(worker, lambda capture: capture.flush(ticket, requests))
 
 
 def _answer(worker: Any, act: Callable[[WorkerCapture], Json]) -> Json:

@@ -28,19 +28,22 @@ class ClientChoices:
         self._config: Config | None = None
         self._notes_requests = False
         self._said = False
+        self._fetched: set[str] = set()
 
     def begin_run(self, config: Config | None) -> None:
         """Another run begins, or None."""
         self._config = config
         self._known.clear()
+        self._fetched.clear()
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Note what new requests choose, of every step, captured or not."""
         for request in getattr(scheduler_output, "finished_req_ids", ()):
             self._known.pop(request, None)
+            self._fetched.discard(request)
         self._notes_requests = hasattr(scheduler_output, "scheduled_new_reqs")
         for new in getattr(scheduler_output, "scheduled_new_reqs", ()):
-            self._known[new.req_id] = self._read(getattr(new, "sampling_params", None))
+            self._known[new.req_id] = self._read(new.req_id, getattr(new, "sampling_params", None))
 
     def of(self, requests: Iterable[str]) -> dict[str, Choice]:
         """The choices of those of these requests that choose anything."""
@@ -60,10 +63,14 @@ class ClientChoices:
         """
         if hasattr(self._runner, "requests"):
             state = self._runner.requests.get(request)
-            return self._read(getattr(state, "sampling_params", None))
+            return self._read(request, getattr(state, "sampling_params", None))
         return LEFT_OUT if self._notes_requests else None
 
-    def _read(self, params: Any) -> Choice | None:
+    def fetched(self, requests: Iterable[str]) -> list[str]:
+        """Those of these requests whose clients fetch what is captured of them."""
+        return [each for each in requests if each in self._fetched] if self._fetched else []
+
+    def _read(self, request: str, params: Any) -> Choice | None:
         given = (getattr(params, "extra_args", None) or {}).get(KEY)
         if given is None or self._config is None:
             return None
@@ -74,7 +81,12 @@ class ClientChoices:
                 self._said = True
                 log.warning("a request whose choice cannot be read is left out (said once): %s", error)
             return LEFT_OUT
-        return None if choice is None else _resolved(choice, self._config)
+        if choice is None:
+            return None
+        found = _resolved(choice, self._config)
+        if choice.deliver and found is not None and found.enabled:
+            self._fetched.add(request)
+        return found
 
 
 def _resolved(choice: RequestChoice, config: Config) -> Choice | None:

@@ -16,6 +16,7 @@ from ..compiled.eager_steps import EagerSteps
 from .accepted import drafts_decided
 from .choices import ClientChoices
 from .draft_scopes import DraftScopes
+from .fetched import Fetched
 from .row_scopes import RowScopes
 from .rows import RowError, RowReader
 from .tokens import TokenReader, scheduled_firsts
@@ -48,6 +49,7 @@ class StepWrapper:
         self._runner = runner
         self._tokens = TokenReader(runner, writes_tokens)
         self._choices = ClientChoices(runner)
+        self.fetched = Fetched()
         self._scopes = RowScopes(runner, self._reader, self._tokens)
         DraftScopes(self._scopes, runner, self._draft)
         self.session = session
@@ -151,6 +153,7 @@ class StepWrapper:
         choosing = session.choosing(requests, self._choices.of(requests))
         begun = session.begin_step(wanted=self._wants(choosing, scheduler_output), choosing=choosing)
         if begun:
+            self.fetched.note(session, self._choices.fetched(requests))
             self._scopes.begin(session.rows, scheduler_output, session.config.keeps_token_ids)
         return begun
 

@@ -1,0 +1,126 @@
+"""Fetching a request: flushes are shared, late ranks are named, and what is stored is joined."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from tlcore.adapters.vllm.frontend.fetching import (
+    Flusher,
+    LateError,
+    NothingError,
+    joined_names,
+    stored_request,
+)
+from tlcore.adapters.vllm.frontend.fetching_route import _number, _request_of, _takes_zstd
+from tlcore.errors import CaptureError, ConfigError
+
+
+class _Workers:
+    """Workers that have stored everything after so many questions."""
+
+    def __init__(self, rounds: Sequence[int]) -> None:
+        self._rounds = rounds
+        self.asked: list[tuple[str, list[str]]] = []
+
+    async def ask(self, method: str, ticket: str, requests: list[str]) -> list[dict[str, Any]]:
+        self.asked.append((ticket, requests))
+        await asyncio.sleep(0.01)
+        times = sum(each == ticket for each, _ in self.asked)
+        return [
+            {"rank": rank, "state": "flushing", "done": times >= needed, "requests": {}}
+            for rank, needed in enumerate(self._rounds)
+        ]
+
+
+def test_those_who_ask_together_share_a_flush() -> None:
+    workers = _Workers([1, 2])
+
+    async def ask_all() -> None:
+        flusher = Flusher(workers.ask)
+        await asyncio.gather(*(flusher.flush({f"r{each}"}, 30) for each in range(20)))
+
+    asyncio.run(ask_all())
+    tickets = list(dict.fromkeys(ticket for ticket, _ in workers.asked))
+    assert len(tickets) <= 2 and len(workers.asked) <= 4
+    assert {each for _, requests in workers.asked for each in requests} == {f"r{each}" for each in range(20)}
+
+
+def test_who_asks_while_one_runs_waits_for_the_next() -> None:
+    workers = _Workers([3])
+
+    async def ask_two() -> None:
+        flusher = Flusher(workers.ask)
+        first = asyncio.create_task(flusher.flush({"a"}, 30))
+        await asyncio.sleep(0.015)
+        await asyncio.gather(first, flusher.flush({"b"}, 30))
+
+    asyncio.run(ask_two())
+    tickets = list(dict.fromkeys(ticket for ticket, _ in workers.asked))
+    assert len(tickets) == 2 and [requests for _, requests in workers.asked] == [["a"]] * 3 + [["b"]] * 3
+
+
+def test_a_late_rank_is_named() -> None:
+    flusher = _Workers([1, 10**6, 1, 10**6])
+    with pytest.raises(LateError, match=r"ranks \[1, 3\] have not stored the request within 0\.2 s"):
+        asyncio.run(Flusher(flusher.ask).flush({"a"}, 0.2))
+
+
+def test_a_refusal_of_a_rank_is_told() -> None:
+    async def refuse(*given: Any) -> list[dict[str, Any]]:
+        return [{"rank": 1, "state": "refused", "problem": "broken", "done": False}]
+
+    with pytest.raises(CaptureError, match="rank 1: broken"):
+        asyncio.run(Flusher(refuse).flush({"a"}, 5))
+
+
+def test_nothing_captured_is_no_request() -> None:
+    with pytest.raises(NothingError):
+        stored_request([{"rank": 0, "requests": {}}], "a", lambda url: None)
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        (["l/outputs_cpu", "l/a_0_cpu"], {"l/outputs": "l/outputs_cpu", "l/a_0": "l/a_0_cpu"}),
+        (["l/outputs_cuda_0", "l/outputs_cuda_1"], {"l/outputs": "l/outputs_cuda_0"}),
+        (["l/outputs_0_cpu_rank_1"], {"l/outputs_0": "l/outputs_0_cpu_rank_1"}),
+        (["l/a_b_cpu", "l/a_b_cpu~2"], {"l/a_b_cpu": "l/a_b_cpu", "l/a_b_cpu~2": "l/a_b_cpu~2"}),
+    ],
+)
+def test_tensors_go_by_their_names_without_devices(names: list[str], expected: dict[str, str]) -> None:
+    request: Any = SimpleNamespace(names=names)
+    assert joined_names(request) == expected
+
+
+def test_choices_are_counted_through_prompts_and_samples() -> None:
+    document = {"items": {"1": ["b", 2], "0": ["a", 1], "10": ["c", 1]}}
+    assert [_request_of(document, each) for each in range(4)] == ["a", "0_b", "1_b", "c"]
+    with pytest.raises(ConfigError, match=r"\$\.index: the answer has 4 choices"):
+        _request_of(document, 4)
+
+
+@pytest.mark.parametrize("text", ["-1", "nan", "inf", "x", "1e9", "0.5", ""])
+def test_a_wrong_index_is_refused(text: str) -> None:
+    request = SimpleNamespace(query_params={"index": text})
+    with pytest.raises(ConfigError, match=r"\$\.index"):
+        _number(request, "index", 0, 1 << 20)
+
+
+@pytest.mark.parametrize(
+    ("accepted", "takes"),
+    [
+        ("zstd", True),
+        ("gzip, zstd;q=0.5", True),
+        ("zstd; q=0", False),
+        ("zstd;q=0.0", False),
+        ("gzip", False),
+        ("", False),
+    ],
+)
+def test_zstd_is_sent_to_those_who_take_it(accepted: str, takes: bool) -> None:
+    assert _takes_zstd(accepted) == takes
