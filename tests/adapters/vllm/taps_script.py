@@ -15,6 +15,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import tlcore
+
 PROMPTS = ["the quick brown fox jumps over", "the lazy dog"]
 TOKENS = 4
 
@@ -41,13 +43,11 @@ def show_values_within() -> None:
     """Let code of vLLM's show values: that of parts of the compiled model, and its own."""
     from vllm.model_executor.models import llama
 
-    import tlcore
-
-    whole = llama.LlamaModel.forward
+    # No closure, which could not be stored with the compiled code.
+    whole = llama.LlamaModel.whole = llama.LlamaModel.forward
 
     def of_model(self: Any, *args: Any, **kwargs: Any) -> Any:
-        hidden = whole(self, *args, **kwargs)
-        return tlcore.tap("hidden", hidden) + 0
+        return tlcore.tap("hidden", self.whole(*args, **kwargs)) + 0
 
     def of_mlp(self: Any, x: Any) -> Any:
         both, _ = self.gate_up_proj(x)

@@ -278,3 +278,28 @@ def test_cuda_graphs_do_not_hide_calls() -> None:
     assert len(sink.steps) == 4 and {step.counts.captured for step in sink.steps} == {
         sum(name.startswith("step_0/") for name in expected.tensors)
     }
+
+
+def test_a_compiled_result_that_forward_hooks_change_is_skipped_and_not_stored_as_it_was_before() -> None:
+    model, sink = made(), MemorySink()
+    first = model.layers[0]
+
+    def add(module: nn.Module, args: Any, output: Any) -> Any:
+        return {"hidden": output["hidden"] + 1}
+
+    handle = first.register_forward_hook(add)
+    with torch.no_grad(), tlcore.capture(model, backend=sink, compiled="taps", log_step_ids=[]) as capture:
+        for layer in model.layers:
+            layer.compile(backend="eager")
+        model(X[0])
+        handle.remove()
+        model(X[0])
+        first.register_forward_hook(add)
+        model(X[0])
+    plain = sink.tensors["step_1/layers.0/outputs_hidden_cpu"]
+    assert torch.equal(sink.tensors["step_1/layers.1/inputs_0_cpu"], plain)
+    for step in (0, 2):
+        assert torch.equal(sink.tensors[f"step_{step}/layers.1/inputs_0_cpu"], plain + 1)
+        assert f"step_{step}/layers.0/outputs_hidden_cpu" not in sink.tensors
+        assert "forward hooks" in str(sink.steps[step].structures["layers.0/outputs.json"])
+    assert capture.ledger.skipped == 2

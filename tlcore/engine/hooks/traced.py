@@ -33,6 +33,7 @@ log = logging.getLogger("tlcore")
 _is_compiling = torch.compiler.is_compiling
 _get_ident = threading.get_ident
 _UNTAPPABLE = "a compiled model's taps do not reach into this structure"
+_HOOKED = "compiled, and forward hooks come after what can be shown of it"
 _BEGIN, _END, _TAP = "begin", "end", "tap."
 _PLAIN = (bool, str)
 
@@ -78,6 +79,17 @@ def _slot_of(what: str, value: Any, keywords: Any, scalars: Any) -> int:
 _slot_of._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
+class Hooked:
+    """Stands for a result that forward hooks may still change: what a module hands on is behind these."""
+
+
+_hooked = Hooked()
+
+
+# Read where a call is traced, so that another graph is made when there are others.
+_global_hooks = nn.modules.module._global_forward_hooks
+
+
 def _treespec(shape: Any) -> tuple[TreeSpec, int]:
     """The tree spec of what `_shape` says, and how many values in it are not looked into."""
     if isinstance(shape, str):
@@ -85,6 +97,8 @@ def _treespec(shape: Any) -> tuple[TreeSpec, int]:
     kind, cls, keys, items = shape
     if kind == "object":
         named = f"{cls.__module__}.{cls.__qualname__}"
+        if cls is Hooked:
+            return Opaque(named, _HOOKED), 1
         plain = issubclass(cls, (int, float, complex, torch.dtype, torch.device))
         return Opaque(named, None if plain else _UNTAPPABLE), int(not plain)
     found = [_treespec(item) for item in items]
@@ -144,7 +158,7 @@ class TracedListener(Listener):
     whether any of them are captured.
     """
 
-    __slots__ = ("all_steps", "ended", "opened", "selected", "steps", "who")
+    __slots__ = ("all_steps", "ended", "hooks", "opened", "selected", "steps", "who")
 
     def __init__(self, *given: Any) -> None:
         self.steps: StepCalls | None = None
@@ -154,6 +168,7 @@ class TracedListener(Listener):
         # The calls that a graph has begun and not ended, the innermost last, each with the one before.
         self.opened: list[tuple[int, Call | None]] = []
         self.ended: Call | None = None
+        self.hooks = self.module._forward_hooks
         number = next(_next_owner)
         self.who = torch.tensor([number])
         _owners[number] = self
@@ -199,7 +214,7 @@ class TracedListener(Listener):
         output = self.original(*args, **kwargs)
         _inside.pop()
         if selected:
-            _show("outputs", output, None, who)
+            _show("outputs", _hooked if len(self.hooks) + len(_global_hooks) else output, None, who)
         if selected and post:
             _show("post_fwd_inputs", args, kwargs, who)
         if steps:
@@ -226,7 +241,8 @@ class TracedListener(Listener):
         rest = iter(numbers)
         scalars = [next(rest) if each is None else each for each in slot.scalars]
         for number in range(slot.unopened):
-            self._collector.unopened((slot, number), _UNTAPPABLE)
+            reason = slot.treespec.skipped if isinstance(slot.treespec, Opaque) else None
+            self._collector.unopened((slot, number), reason or _UNTAPPABLE)
         self._collector.shown(sides, slot.what, slot.treespec, slot.keywords, tensors, scalars)
 
     def begin_step(self) -> None:
