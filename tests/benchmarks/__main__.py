@@ -44,6 +44,7 @@ TABLES = (
     "long_decode",
     "long_uploads",
     "dataset",
+    "dataset_memory",
     "exporting",
 )
 

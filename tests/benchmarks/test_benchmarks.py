@@ -20,7 +20,7 @@ _SLOW = [
 
 
 @pytest.mark.parametrize(
-    "name", ["prefill", "breakdown", "unselected", "decode", "reading", "exporting", *_SLOW]
+    "name", ["prefill", "breakdown", "unselected", "decode", "reading", "exporting", "dataset_memory", *_SLOW]
 )
 def test_every_row_has_a_finite_ratio(name: str) -> None:
     rows = program.run(name, SCALES["tiny"])

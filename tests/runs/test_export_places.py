@@ -145,7 +145,7 @@ def test_an_export_goes_to_a_bucket(
     run: Run, server: Server, package: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # A field that obstore has no word for is left to s3fs.
-    options = {**server.options, **({"use_listings_cache": False} if package == "s3fs" else {})}
+    options = {**server.options, **({"anon": False} if package == "s3fs" else {})}
     url = f"{server.url}/exports-{package}"
     for format in ("requests", "parquet", "npy"):
         words = ["--format", format, "--tensor", NAMES[0]]

@@ -24,6 +24,7 @@ _ALONG_BYTES = 256 << 10
 # On a disk of this machine, what lies between two slices is rather read than left out, up to so many bytes.
 _LOCAL_ALONG_BYTES = 16 << 10
 _AHEAD_BYTES = 64 << 20
+_LARGE_BYTES = 4 << 20
 _LARGEST_WHOLE = 1 << 30
 # What a core's own cache holds: hashing then finds there what was just read.
 _SCRATCH_BYTES = 256 << 10
@@ -57,8 +58,10 @@ class SegmentFiles:
             self._last = name, end
             if known == name and first <= begin and end <= first + len(data):
                 return memoryview(data)[begin - first : end - first]
-        # One who reads two slices that touch wants the others as well.
+        # One who reads two slices that touch wants the others as well, unless they are large.
         far = begin + _AHEAD_BYTES if goes_on else begin + _ALONG_BYTES
+        if end - begin >= _LARGE_BYTES:
+            far = end
         until = max(end, min(far, array_end))
         found = self._get(name, begin, until)
         if len(found) < end - begin:

@@ -57,10 +57,13 @@ def test_opening_and_one_step_take_few_requests_however_long_the_run() -> None:
 
 class Counted(MemoryStore):
     requests = 0
+    moved = 0
 
     def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         self.requests += 1
-        return super().get(name, start, end)
+        found = super().get(name, start, end)
+        self.moved += len(found)
+        return found
 
     def list(self, prefix: str = "") -> Iterator[Any]:
         self.requests += 1
@@ -111,6 +114,20 @@ def test_rows_of_an_array_are_read_into_memory_that_is_there(local: bool, tmp_pa
             file.write_bytes(file.read_bytes()[:20])
         with pytest.raises(ReadError, match="ends too early, "):
             source.read_array_into(next(source.arrays(0)), 0, memoryview(bytearray(36)))
+
+
+def test_large_slices_that_touch_are_read_once_each() -> None:
+    store = Counted()
+    sink, emitter = opened(store, commit_s=100)
+    emitter.step(0, {"a/outputs_cpu": torch.randn(20 << 10, 256)})
+    sink.close()
+    source = SegmentSource(store, CLOSED)
+    (array,) = source.arrays(0)
+    store.moved = 0
+    rows = range(0, 20 << 10, 5 << 10)
+    found = b"".join(bytes(source.read_array(array, row, row + rows.step)) for row in rows)
+    assert found == emitter.data["step_0/a/outputs_cpu"]
+    assert store.moved == len(found)
 
 
 def test_many_records_of_a_remote_segment_are_one_request() -> None:
