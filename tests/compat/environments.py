@@ -21,7 +21,13 @@ RELEASES = ("0.27.1", "0.30.0")
 PAIRS = (("3.10", "2.4.1"), ("3.10", "2.14.1"), ("3.13", "2.14.1"))
 _TORCH = "torch==2.13.0"
 # What reads exports, beside torch: what else it wants comes with it.
-CONSUMERS = {"speculators": "speculators==0.9.0", "sae-lens": "sae-lens==6.54.12"}
+CONSUMERS = {
+    "speculators": "speculators==0.9.0",
+    "sae-lens": "sae-lens==6.54.12",
+    "model-explorer": "ai-edge-model-explorer==0.1.34",
+}
+# What reads no tensors needs no torch.
+_WITHOUT_TORCH = {"model-explorer"}
 # Built for other releases of torch than ours, and not needed.
 _UNWANTED = ("torchvision", "torchaudio")
 _MADE = "made"
@@ -67,8 +73,11 @@ def consumer(name: str) -> Path:
         shutil.rmtree(home, ignore_errors=True)
         home.parent.mkdir(parents=True, exist_ok=True)
         _run(sys.executable, "-m", "venv", str(home))
-        _pip(python, _TORCH, "pandas", "pyarrow", CONSUMERS[name])
-        _run(str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *_UNWANTED)
+        if name in _WITHOUT_TORCH:
+            _pip(python, CONSUMERS[name])
+        else:
+            _pip(python, _TORCH, "pandas", "pyarrow", CONSUMERS[name])
+            _run(str(python), "-m", "pip", "uninstall", "--quiet", "--yes", *_UNWANTED)
         (home / _MADE).touch()
     return python
 

@@ -89,4 +89,4 @@ def test_sae_lens_takes_cached_activations(exports: Path, rows: Mapping[str, tor
 
 
 def test_there_is_an_environment_for_each_package() -> None:
-    assert CONSUMERS.keys() == {"speculators", "sae-lens"}
+    assert CONSUMERS.keys() == {"speculators", "sae-lens", "model-explorer"}

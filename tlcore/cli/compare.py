@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator
 from concurrent.futures import Executor
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
@@ -25,6 +26,7 @@ HELP = (
     " they differ or something is missing, with 2 when they cannot be compared."
 )
 _SUM_NAMES = {"hidden": 0, "residual": 1}
+_FORMATS = ("table", "markdown", "json", "html", "model-explorer")
 _LONGEST_TABLE = 40
 
 
@@ -79,7 +81,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     )
     add("--check-dtype", action="store_true", help="a difference in dtype is a difference")
     add("--deep", action="store_true", help="read also the tensors that equal hashes settle")
-    add("--format", choices=("table", "markdown", "json", "html"), default="table", help="default: table")
+    add("--format", choices=_FORMATS, default="table", help="default: table")
     add("--output", metavar="FILE", help="write the report there")
     add(
         "--tokenizer",
@@ -151,8 +153,19 @@ def report(comparison: Comparison, args: argparse.Namespace) -> None:
         write_text(json.dumps(comparison.to_json(), indent=1) + "\n", args.output)
     elif args.format == "html":
         write_text(page(comparison, _tokenizer(args)), args.output)
+    elif args.format == "model-explorer":
+        _write_overlay(comparison, args.output)
     else:
         write_text(markdown(comparison, args.verbose), args.output)
+
+
+def _write_overlay(comparison: Comparison, output: str | None) -> None:
+    """The node data that Model Explorer takes, and where it goes to a file, the graph for it beside that."""
+    from ..analysis.report.model_explorer import graph, node_data
+
+    write_text(node_data(comparison), output)
+    if output is not None:
+        write_text(graph(comparison), str(Path(output).with_suffix(".graph.json")))
 
 
 def _tokenizer(args: argparse.Namespace) -> Decoder | None:
