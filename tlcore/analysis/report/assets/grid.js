@@ -105,15 +105,17 @@ class Grid {
     }
   }
   frames(x0, y0) {
-    const { context, map, width, height } = this;
+    const { map, width, height } = this;
+    // With an edge in the colour of the page, so that they are seen on every cell.
+    const frame = (row, column, columns, colour) => [[this.ink.box, 5], [colour, 2]].forEach(([style, wide]) => {
+      this.context.strokeStyle = style; this.context.lineWidth = wide;
+      this.context.strokeRect(x0 + column * width - .5, y0 + row * height - .5, columns * width, height);
+    });
     if (map.marked !== null) {
-      context.strokeStyle = this.ink.bad; context.lineWidth = 2;
       const one = map.markedColumn ?? null;
-      context.strokeRect(x0 + (one ?? 0) * width, y0 + map.marked * height - .5,
-        (one === null ? map.columns : 1) * width, height);
+      frame(map.marked, one ?? 0, one === null ? map.columns : 1, this.ink.text);
     }
-    context.strokeStyle = this.ink.text; context.lineWidth = 2;
-    context.strokeRect(x0 + this.at[1] * width, y0 + this.at[0] * height - .5, Math.max(width - 1, 3), height);
+    frame(this.at[0], this.at[1], Math.max(1, 3 / width), this.ink.focus);
   }
   names(first, last, y0, h) {
     const { context, map } = this;
