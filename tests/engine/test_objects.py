@@ -298,3 +298,9 @@ def test_a_cache_is_skipped_once_a_step_or_stored_with_all_its_values(
     for tensor in (*before, *after):
         same = [name for name in step if step[name].shape == tensor.shape and torch.equal(step[name], tensor)]
         assert any("cache_layers_" in name for name in same)
+
+
+def test_a_module_that_hands_on_its_own_forward_shows_nothing_of_the_capture(run: Run) -> None:
+    root: Root = Root(lambda: [root.child.forward, T])
+    ledger, found, _, _ = run(root)
+    assert ledger.captured == 1 and len(found) == 1

@@ -25,6 +25,8 @@ import xxhash
 from torch import nn
 from torch.utils import _pytree
 
+from .intercept import StandIn
+
 # What a class's instances are.
 PLAIN = "plain"  # holds no tensor that could be looked for
 SCALAR = "scalar"
@@ -134,7 +136,8 @@ def _builtin(cls: type) -> str | None:
     """What instances of a class are that has a base of Python's own, torch's or numpy's; None for others."""
     table: tuple[tuple[Any, str], ...] = (
         (torch.Tensor, TENSOR), (_SCALARS, SCALAR), (np.ndarray, ARRAY), (np.generic, NUMBER),
-        ((*_CLOSED, *_HARMLESS, bytes, bytearray, memoryview, range), PLAIN),
+        # What stands for a module's own forward is that, a method of a module.
+        (StandIn, PLAIN), ((*_CLOSED, *_HARMLESS, bytes, bytearray, memoryview, range), PLAIN),
         ((tuple, list, collections.deque, *_VIEWS), SEQUENCE), ((set, frozenset), SET), (dict, MAPPING),
         (nn.Module, MODULE), (_STOPPED, ITERATOR), (types.FunctionType, OBJECT),
         ((types.MethodType, types.BuiltinFunctionType), METHOD), (_STORAGES, STORAGE),
