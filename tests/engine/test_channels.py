@@ -111,6 +111,15 @@ def test_rows_that_were_not_chosen_are_not_among_them(tmp_path: Path) -> None:
     found = last.channels("model.layers.1/outputs")
     assert (found.count == 3).all() and np.allclose(found.mean, rows.mean(0).numpy(), rtol=1e-9)
 
+    name = "model.layers.1/outputs"
+    rows = torch.cat([whole.request(each)[f"{name}_cpu"] for each in "012"]).double()
+    kept = forward(llama(), tmp_path, padded(PROMPTS), rows={"from": 0}, **keys).channels(name)
+    assert (kept.count == len(rows)).all() and np.allclose(kept.mean, rows.mean(0).numpy(), rtol=1e-9)
+    everything = forward(llama(), tmp_path, padded(PROMPTS), **keys).channels(name)
+    assert (everything.count == padded(PROMPTS)["attention_mask"].numel()).all() and everything.count[
+        0
+    ] > len(rows)
+
 
 def test_a_step_that_fails_leaves_nothing(tmp_path: Path) -> None:
     class FailsOnce(MemorySink):
