@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +20,7 @@ from tlcore.__main__ import main
 from tlcore.errors import ReadError, TlcoreError
 from tlcore.reader import Run
 from tlcore.runs.export.export import ABOUT, export
+from tlcore.runs.export.job import Memory
 
 pytest.importorskip("pyarrow")
 
@@ -64,6 +67,15 @@ def test_requests_have_a_file_each_with_their_layers_and_tokens(
     # What was written is a dump that this package reads, too.
     dump = tlcore.open_run(target)
     assert len(dump.steps) == done.items and dump.is_foreign
+
+
+def test_memory_that_is_used_again_ends_with_the_export(run: Run, tmp_path: Path) -> None:
+    made = pickle.loads(pickle.dumps(Memory()))
+    assert len(made.take(8)) == 8 and made.take(4).base is made.take(8).base
+    del made
+    export(run, tmp_path / "out", "requests", NAMES[:1])
+    gc.collect()
+    assert not [each for each in gc.get_objects() if isinstance(each, Memory)]
 
 
 def _stream(directory: Path) -> list[dict[str, Any]]:

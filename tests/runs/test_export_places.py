@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -90,14 +92,6 @@ def test_the_documents_that_open_a_set_come_last(run: Run, monkeypatch: pytest.M
     assert all(name.startswith(("hidden_states/", "data-")) for name in placed[:-3])
 
 
-def _noting(seen: list[str], plain: Any, place: int) -> Any:
-    def call(self: Any, *given: Any, **more: Any) -> None:
-        seen.append(str(given[place]))
-        plain(self, *given, **more)
-
-    return call
-
-
 @pytest.mark.parametrize("where", [PLACE, "directory"])
 @pytest.mark.parametrize("format", FORMATS)
 def test_what_fails_half_way_leaves_nothing(run: Run, format: str, where: str, tmp_path: Path) -> None:
@@ -136,6 +130,71 @@ def test_a_place_where_something_is_is_refused(run: Run) -> None:
         export(run, PLACE, "hf", NAMES)
     with pytest.raises(BackendError, match="nonsense"):
         export(run, "nonsense://out", "hf", NAMES)
+
+
+def _before_copies(monkeypatch: pytest.MonkeyPatch, number: int, act: Callable[[], None]) -> None:
+    """Do something before that many-th copy to a place."""
+    memory = type(fsspec.filesystem("memory"))
+    copy, calls = memory.cp_file, itertools.count(1)
+
+    def call(self: Any, *given: Any, **more: Any) -> None:
+        if next(calls) == number:
+            act()
+        copy(self, *given, **more)
+
+    monkeypatch.setattr(memory, "cp_file", call)
+
+
+def test_what_others_put_into_the_place_meanwhile_is_theirs(run: Run) -> None:
+    memory = fsspec.filesystem("memory")
+
+    def put(done: int, total: int) -> None:
+        memory.pipe_file("/exports/out/part-00000.parquet", b"theirs")
+        memory.pipe_file("/exports/out/.unfinished-0123456789ab/part", b"theirs")
+
+    with pytest.raises(
+        ReadError, match=r"memory://exports/out: part-00000.parquet has come there from elsewhe"
+    ):
+        export(run, PLACE, "parquet", NAMES, on_item=put)
+    left = {"part-00000.parquet": b"theirs", ".unfinished-0123456789ab/part": b"theirs"}
+    assert files_at(PLACE) == left
+
+
+def test_an_error_among_the_copies_takes_back_what_was_placed(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail() -> None:
+        fsspec.filesystem("memory").pipe_file("/exports/out/theirs", b"theirs")
+        raise PermissionError("no copies here")
+
+    _before_copies(monkeypatch, 3, fail)
+    with pytest.raises(BackendError, match="no copies here"):
+        export(run, PLACE, "parquet", NAMES)
+    assert files_at(PLACE) == {"theirs": b"theirs"}
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_what_cannot_be_removed_is_told(
+    run: Run, fails: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def refuse(self: Any, *given: Any, **more: Any) -> None:
+        raise PermissionError("may not remove")
+
+    def fail() -> None:
+        raise PermissionError("no copies here")
+
+    if fails:
+        _before_copies(monkeypatch, 2, fail)
+    with monkeypatch.context() as patch, ExitStack() as stack:
+        patch.setattr(type(fsspec.filesystem("memory")), "rm_file", refuse)
+        patch.setattr(type(fsspec.filesystem("memory")), "rm", refuse)
+        if fails:
+            stack.enter_context(pytest.raises(BackendError, match="no copies here"))
+        export(run, PLACE, "parquet", NAMES)
+    (said,) = (record.getMessage() for record in caplog.records if record.name == "tlcore")
+    unfinished = next(name.partition("/")[0] for name in files_at(PLACE) if name.startswith(".unfinished-"))
+    then = ", part-00000.parquet, part-00001.parquet, " if fails else ", which could not be ("
+    assert f"memory://exports/out: remove by hand {unfinished}/{then}" in said
 
 
 @pytest.mark.slow

@@ -5,11 +5,14 @@ from __future__ import annotations
 import itertools
 import json
 import pickle
+import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.utils.data import DataLoader, DistributedSampler
@@ -198,3 +201,29 @@ def test_files_that_changed_meanwhile_are_not_taken_for_others(tmp_path: Path) -
         path.unlink()
     with pytest.raises(ReadError, match="the run has changed since the data set was made of it"):
         list(arrived)
+
+
+def test_after_a_read_that_fails_none_writes_into_the_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = Served().run(tmp_path, "safetensors").dataset(NAMES)
+    kind = type(data._rows.parts[0].sources)
+    read, began, calls = kind.read, threading.Event(), itertools.count()
+
+    def slow_or_failing(self: Any, *given: Any) -> Any:
+        if next(calls) == 0:
+            assert began.wait(30)
+            raise ReadError("damaged")
+        began.set()
+        time.sleep(0.2)
+        return read(self, *given)
+
+    monkeypatch.setattr(kind, "read", slow_or_failing)
+    into = [np.full((len(data), 24), 9, np.uint8) for _ in NAMES]
+    with ThreadPoolExecutor(2) as pool:
+        with pytest.raises(ReadError, match="damaged"):
+            data._rows.fill(np.arange(len(data)), into, pool)
+        # Whoever had the memory uses it for something else.
+        for memory in into:
+            memory[:] = 7
+    assert all((memory == 7).all() for memory in into)

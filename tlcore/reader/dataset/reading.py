@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future, wait
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -209,8 +209,15 @@ def _run(jobs: Sequence[Callable[[], None]], pool: Executor | None) -> None:
         for job in jobs:
             job()
         return
-    for future in [pool.submit(job) for job in jobs]:
-        future.result()
+    futures: list[Future[None]] = []
+    try:
+        for job in jobs:
+            futures.append(pool.submit(job))
+        for future in futures:
+            future.result()
+    finally:
+        # After an error, too: the caller may use the memory for something else, which none must write into.
+        wait([future for future in futures if not future.cancel()])
 
 
 def row_width(form: Form) -> int:

@@ -2,18 +2,40 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
+
+import numpy as np
 
 from ...errors import BackendError
 from ...reader.dataset.dataset import OrderedDataset, RowDataset
+from ...reader.dataset.reading import Bytes
 from .target import Target
 from .values import Column, in_order
 
 _T = TypeVar("_T")
 # Tells how many more items are written.
 Advance = Callable[[int], None]
+
+
+class Memory(threading.local):
+    """Memory that was touched before: taking new memory costs more than reading into it.
+
+    Each thread and each process has its own, as long as the job is there.
+    """
+
+    _kept: Bytes = np.empty(0, np.uint8)
+
+    def take(self, size: int) -> Bytes:
+        """So many bytes, until the next are taken."""
+        if len(self._kept) < size:
+            self._kept = np.empty(size, np.uint8)
+        return self._kept[:size]
+
+    def __reduce__(self) -> tuple[type[Memory], tuple[()]]:
+        return Memory, ()
 
 
 @dataclass(frozen=True)
@@ -30,6 +52,7 @@ class Job:
     run_id: str
     url: str
     window_bytes: int
+    memory: Memory = field(default_factory=Memory)
 
     def ordered(self) -> OrderedDataset:
         """The items as they lie, read a window at a time."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
@@ -116,26 +115,12 @@ def write_part(job: Job, part: Part, advance: Advance) -> list[_Row]:
     return rows
 
 
-class _Memory(threading.local):
-    """Memory that was touched before: taking new memory costs more than reading into it."""
-
-    kept: Bytes = np.empty(0, np.uint8)
-
-    def take(self, size: int) -> Bytes:
-        if len(self.kept) < size:
-            self.kept = np.empty(size, np.uint8)
-        return self.kept[:size]
-
-
-_memory = _Memory()
-
-
 def _read(job: Job, items: Any, count: int) -> tuple[Bytes, dict[str, Any]]:
     """The layers of each position side by side, as bytes until the next ones; and what is known of it."""
     width, layers = row_width(job.data.forms[job.columns[0].terms[0]]), len(job.columns)
     direct = _direct(job)
     apart = [name for name in job.data.names if name not in direct]
-    memory = _memory.take((layers + len(apart)) * count * width)
+    memory = job.memory.take((layers + len(apart)) * count * width)
     states = memory[: layers * count * width].reshape(count, layers, width)
     into = {name: states[:, number] for name, number in direct.items()}
     into |= zip(apart, memory[layers * count * width :].reshape(len(apart), count, width), strict=True)

@@ -7,12 +7,13 @@ documents that make a data set of them come last.
 
 from __future__ import annotations
 
+import logging
 import os
 import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -22,12 +23,16 @@ from ...locations import is_url, redact_url
 from ...registry import open_store
 from ...storage import Buffer, Store
 
+log = logging.getLogger("tlcore")
+
 # Requests on their way at a time.
 REMOTE_THREADS = 8
 # As pyarrow, `datasets` and others leave out what begins so.
 _UNFINISHED = ".unfinished-"
 # What the system takes in one call.
 _MOST_PARTS = 512
+# Of the names that a message has.
+_MOST_SHOWN = 5
 
 
 class Target(Protocol):
@@ -99,7 +104,7 @@ class DirectoryTarget:
 
 
 class UrlTarget:
-    """A place behind a URL; ``key`` keeps its unfinished files apart from others'."""
+    """A place behind a URL. Its unfinished files lie apart from others', by a name that is drawn."""
 
     is_local = False
 
@@ -107,6 +112,7 @@ class UrlTarget:
         self._url, self._options = url, options
         self._place = f"{_UNFINISHED}{uuid4().hex[:12]}/"
         self._documents: dict[str, str] = {}
+        self._placed: list[str] = []
         self._opened: tuple[int, Store] | None = None
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
@@ -147,21 +153,58 @@ class UrlTarget:
     def finish(self, names: Collection[str]) -> None:
         """Give the files their places, then the documents.
 
-        Raises BackendError, also where one is not there.
+        Raises BackendError, also where one is not there; ReadError where others have written meanwhile.
         """
-        found = {entry.name.removeprefix(self._place) for entry in self._store.list(self._place)}
+        found: set[str] = set()
+        for entry in self._store.list():
+            if entry.name.startswith(self._place):
+                found.add(entry.name.removeprefix(self._place))
+            elif not entry.name.startswith(_UNFINISHED):
+                raise ReadError(
+                    f"{redact_url(self._url)}: {entry.name} has come there from elsewhere meanwhile;"
+                    " export into a place of its own"
+                )
         absent = next((name for name in names if name not in found), None)
         if absent is not None:
             raise _absent(redact_url(self._url), absent)
-        self._each(names, lambda name: self._store.copy(self._place + name, name))
+        self._each(names, self._copied)
         for name, text in self._documents.items():
+            # Noted before: what fails may have come there.
+            self._placed.append(name)
             self._store.put(name, [text.encode("utf-8")])
 
+    def _copied(self, name: str) -> None:
+        self._placed.append(name)
+        self._store.copy(self._place + name, name)
+
     def clear(self, whole: bool) -> None:
-        """Remove the unfinished files, and with ``whole`` what has its place already; as far as it can be."""
-        with suppress(TlcoreError, OSError):
-            listed = [entry.name for entry in self._store.list("" if whole else self._place)]
-            self._each(listed, self._store.delete)
+        """Remove the unfinished files, and with ``whole`` those that this export has given their places.
+
+        What others have there stays. Warns where something cannot be removed.
+        """
+        left: list[str] = []
+        errors: list[Exception] = []
+
+        def remove(name: str) -> None:
+            try:
+                self._store.delete(name)
+            except (TlcoreError, OSError) as error:
+                left.append(name)
+                errors.append(error)
+
+        try:
+            self._each(self._placed if whole else [], remove)
+            self._each([entry.name for entry in self._store.list(self._place)], remove)
+        except (TlcoreError, OSError) as error:
+            left.append(self._place)
+            errors.append(error)
+        if errors:
+            # Of what is unfinished the directory says enough.
+            shown = sorted({self._place if name.startswith(self._place) else name for name in left})
+            more = f" and {len(shown) - _MOST_SHOWN} more" if len(shown) > _MOST_SHOWN else ""
+            what = f"{', '.join(shown[:_MOST_SHOWN])}{more}"
+            place = redact_url(self._url)
+            log.warning("%s: remove by hand %s, which could not be (%s)", place, what, errors[0])
 
     def _each(self, names: Collection[str], call: Any) -> None:
         with ThreadPoolExecutor(REMOTE_THREADS, "tlcore-export") as pool:
@@ -176,7 +219,7 @@ class UrlTarget:
         return self._opened[1]
 
     def __getstate__(self) -> Mapping[str, Any]:
-        return {**self.__dict__, "_opened": None, "_documents": {}}
+        return {**self.__dict__, "_opened": None, "_documents": {}, "_placed": []}
 
 
 Finishing = DirectoryTarget | UrlTarget
