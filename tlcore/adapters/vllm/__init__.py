@@ -12,6 +12,15 @@ from types import ModuleType
 
 from ..patching import when_imported
 
+# The requests that may ask for a beam search, of the versions that have them in one place or in several.
+_BEAM_SEARCHES = (
+    "vllm.entrypoints.openai.protocol",
+    "vllm.entrypoints.openai.completion.protocol",
+    "vllm.entrypoints.openai.chat_completion.protocol",
+    "vllm.entrypoints.speech_to_text.transcription.protocol",
+    "vllm.entrypoints.speech_to_text.translation.protocol",
+)
+
 
 def register() -> None:
     """Make vLLM accept the configuration and its workers follow it. Safe to repeat."""
@@ -24,6 +33,8 @@ def register() -> None:
     when_imported("vllm.v1.core.sched.output", _patch_requests)
     when_imported("vllm.sampling_params", _patch_sampling)
     when_imported("vllm.v1.engine.input_processor", _patch_input)
+    for name in _BEAM_SEARCHES:
+        when_imported(name, _patch_beams)
 
 
 def platform() -> None:
@@ -80,6 +91,12 @@ def _patch_input(module: ModuleType) -> None:
     from .frontend.requests import patch_input
 
     patch_input(module)
+
+
+def _patch_beams(module: ModuleType) -> None:
+    from .frontend.requests import patch_beams
+
+    patch_beams(module)
 
 
 def _patch_workers(module: ModuleType) -> None:

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
+import os
 import stat
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -23,7 +26,7 @@ from tlcore.adapters.vllm.frontend.deliveries import (
     mark_delivery,
 )
 from tlcore.adapters.vllm.reports import VARIABLE
-from tlcore.errors import ConfigError
+from tlcore.errors import CaptureError, ConfigError
 
 
 @pytest.fixture(autouse=True)
@@ -102,12 +105,80 @@ def test_an_id_is_taken_until_its_request_has_failed(directory: Path) -> None:
 
 def test_old_ones_are_forgotten(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(deliveries, "_MOST_KEPT", 2)
+    monkeypatch.setattr(deliveries, "_LOOK_EVERY", 1)
     for name in "abcd":
         _answer(name, 200)
     assert len(list(directory.iterdir())) == 2
     monkeypatch.setattr(deliveries, "_KEPT_S", -1.0)
     _answer("e", 200)
     assert len(list(directory.iterdir())) == 1
+
+
+def test_looking_for_old_ones_is_rare(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    monkeypatch.setattr(deliveries, "_forget_old", lambda: looked.append(1))
+    for number in range(deliveries._LOOK_EVERY):
+        _answer(f"cmpl-{number}", 400)
+    assert len(looked) == 1
+
+
+def test_after_an_hour_a_request_is_not_there_and_its_id_is_free(directory: Path) -> None:
+    token = _token(_answer("cmpl-a", 200)[0])
+    (path,) = directory.iterdir()
+    os.utime(path, (time.time() - 3590,) * 2)
+    assert find_delivery("cmpl-a", token) is not None
+    os.utime(path, (time.time() - 3601,) * 2)
+    assert find_delivery("cmpl-a", token) is None
+    assert find_delivery("cmpl-a", _token(_answer("cmpl-a", 200)[0])) is not None
+
+
+@pytest.mark.parametrize("status", [200, 400])
+def test_one_that_ends_after_it_was_forgotten_leaves_the_next_of_its_id(directory: Path, status: int) -> None:
+    first = Asked({"state": {"request_metadata": SimpleNamespace(request_id="cmpl-a")}})
+    forgotten = first.deliver()
+    (path,) = directory.iterdir()
+    path.unlink()
+    token = _token(_answer("cmpl-a", 200)[0])
+    forgotten.end(status == 200)
+    assert find_delivery("cmpl-a", token) is not None
+
+
+def test_a_place_is_taken_once(directory: Path) -> None:
+    delivery = Asked({"state": {"request_metadata": SimpleNamespace(request_id="cmpl-a")}}).deliver()
+    delivery.add("cmpl-a-0-0123abcd", "cmpl-a-0", 1)
+    with pytest.raises(TakenError, match="number 0"):
+        delivery.add("cmpl-a-0-deadbeef", "cmpl-a-0", 1)
+
+
+def _full(*_: Any) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_is_told_and_the_id_stays_free(directory: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with monkeypatch.context() as full:
+        full.setattr(json, "dump", _full)
+        with pytest.raises(CaptureError, match="nothing can be delivered here: No space left"):
+            _answer("cmpl-a", 200)
+    assert list(directory.iterdir()) == []
+    assert find_delivery("cmpl-a", _token(_answer("cmpl-a", 200)[0])) is not None
+
+
+def test_a_disk_that_fills_while_it_is_answered_disturbs_no_answer(
+    directory: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written = json.dump
+
+    def dump(document: Any, file: Any) -> None:
+        (written if not document["items"] else _full)(document, file)
+
+    monkeypatch.setattr(json, "dump", dump)
+    # vLLM's loggers do not hand on what they are told.
+    told: list[str] = []
+    monkeypatch.setattr(deliveries.log, "error", lambda text, *given: told.append(text % given))
+    sent, _ = _answer("cmpl-a", 200)
+    assert sent[0]["status"] == 200 and find_delivery("cmpl-a", _token(sent)) is None
+    assert list(directory.iterdir()) == []
+    assert told == ["the request cmpl-a cannot be fetched: No space left on device"]
 
 
 def test_a_mark_of_no_delivery_is_none() -> None:

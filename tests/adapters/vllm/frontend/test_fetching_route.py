@@ -78,7 +78,7 @@ def _get(client: Any, path: str, token: str, guarded: bool = True) -> tuple[int,
 
 def test_the_ranks_that_are_late_are_named_with_504() -> None:
     delivery, token = _delivery("cmpl-a")
-    delivery.answer_is_complete()
+    delivery.end(True)
     status, error = _get(_Client(AT_ONCE, NEVER), "cmpl-a?timeout=0.3", token)
     assert status == 504 and error["message"].startswith("ranks [1] have not stored the request")
 
@@ -91,7 +91,7 @@ def test_before_the_answer_is_complete_it_is_waited_for() -> None:
 
 def test_wrong_tokens_and_servers_without_a_key() -> None:
     delivery, token = _delivery("cmpl-a")
-    delivery.answer_is_complete()
+    delivery.end(True)
     client = _Client(AT_ONCE, AT_ONCE)
     assert _get(client, "cmpl-a", token)[0] == 404, "nothing was captured"
     assert _get(client, "cmpl-a", "other") == _get(client, "cmpl-b.safetensors", token)

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import os
 import secrets
 import time
@@ -30,6 +31,9 @@ MARK = "tlcore_delivery"
 _SUFFIX = ".delivery"
 _KEPT_S = 3600.0
 _MOST_KEPT = 4096
+# So many deliveries are made between two looks for old ones.
+_LOOK_EVERY = 256
+log = logging.getLogger("vllm.tlcore")
 
 
 class TakenError(CaptureError):
@@ -54,34 +58,66 @@ class Delivery:
         }
 
     def add(self, request_id: str, external_id: str, samples: int) -> None:
-        """A prompt's request is admitted, under the id that the engine knows it by."""
+        """A prompt's request is admitted, under the id that the engine knows it by. Raises TakenError.
+
+        Nothing is written: it is in the middle of vLLM's own work, and nobody asks before the answer's end.
+        """
+        items = self._document["items"]
         rest = external_id.removeprefix(f"{self.public_id}-")
-        place = rest if rest.isdigit() else str(len(self._document["items"]))
-        self._document["items"][place] = [request_id, samples]
-        self._write()
+        place = rest if rest.isdigit() else str(len(items))
+        if place in items:
+            raise TakenError(f"the request {self.public_id!r} has two prompts with the number {place}")
+        items[place] = [request_id, samples]
 
-    def answer_is_complete(self) -> None:
-        """Nothing more comes."""
-        self._document["answered"] = True
-        self._write()
+    def end(self, good: bool) -> None:
+        """The answer is over; where it is ``good``, its client has the token and may come. Raises OSError.
 
-    def drop(self) -> None:
-        """There was no answer, so nobody has the token."""
-        self._path.unlink(missing_ok=True)
+        A file that another request has made meanwhile, this one being forgotten, is left as it is.
+        """
+        if self._is_anothers():
+            return
+        try:
+            if good:
+                self._document["answered"] = True
+                self._write()
+        except OSError:
+            good = False
+            raise
+        finally:
+            if not good:
+                self._path.unlink(missing_ok=True)
 
     def begin(self) -> None:
-        """Take the id. Raises TakenError."""
+        """Take the id. Raises TakenError, and OSError with nothing left behind."""
         try:
-            os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+            self._make()
         except FileExistsError:
-            raise TakenError(f"a request with the id {self.public_id!r} can be fetched already") from None
-        self._write()
+            if not _is_over(self._path):
+                raise TakenError(f"a request with the id {self.public_id!r} can be fetched already") from None
+            self._path.unlink(missing_ok=True)
+            self._make()
+        try:
+            self._write()
+        except OSError:
+            self._path.unlink(missing_ok=True)
+            raise
+
+    def _make(self) -> None:
+        os.close(os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+
+    def _is_anothers(self) -> bool:
+        found = _read(self._path)
+        return found is not None and found.get("token") != self._document["token"]
 
     def _write(self) -> None:
         part = self._path.with_suffix(f".{os.getpid()}.part")
-        with open(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
-            json.dump(self._document, file)
-        part.rename(self._path)
+        try:
+            with open(os.open(part, os.O_CREAT | os.O_TRUNC | os.O_WRONLY, 0o600), "w") as file:
+                json.dump(self._document, file)
+            part.rename(self._path)
+        except OSError:
+            part.unlink(missing_ok=True)
+            raise
 
 
 class Asked:
@@ -107,7 +143,7 @@ class Asked:
                 raise choice_error(("deliver",), problem, "Leave it out.")
             token = secrets.token_urlsafe(32)
             made = Delivery(public_id, _path_of(public_id), token)
-            _forget_old(made)
+            _forget_some()
             made.begin()
             self.token, self.delivery = token, made
             _here[made.mark] = made
@@ -154,15 +190,17 @@ class TokenMiddleware:
 def _end(delivery: Delivery | None, good: bool) -> None:
     if delivery is not None:
         _here.pop(delivery.mark, None)
-        with contextlib.suppress(OSError):
-            if good:
-                delivery.answer_is_complete()
-            else:
-                delivery.drop()
+        try:
+            delivery.end(good)
+        except OSError as error:
+            log.error("the request %s cannot be fetched: %s", delivery.public_id, error.strerror)
 
 
 def mark_delivery(params: Any) -> None:
-    """Let sampling parameters say which delivery they are of. Raises ConfigError, TakenError."""
+    """Let sampling parameters say which delivery they are of.
+
+    Raises ConfigError, TakenError, and CaptureError where the disk does not take it.
+    """
     asked = _asked.get()
     if asked is None:
         problem = "only a server with the plugin tlcore.endpoint and an API key delivers."
@@ -170,7 +208,7 @@ def mark_delivery(params: Any) -> None:
     try:
         mark = asked.deliver().mark
     except OSError as error:
-        raise CaptureError(f"nothing can be delivered: {error.strerror}") from None
+        raise CaptureError(f"nothing can be delivered here: {error.strerror}") from None
     params.extra_args = {**params.extra_args, MARK: mark}
 
 
@@ -180,15 +218,38 @@ def delivery_of(params: Any) -> Delivery | None:
     return _here.get(mark) if isinstance(mark, str) else None
 
 
+def is_of_this_request(params: Any) -> bool:
+    """Whether the delivery that sampling parameters name is that of the HTTP request being answered."""
+    delivery, asked = delivery_of(params), _asked.get()
+    return delivery is not None and (asked is None or asked.delivery is delivery)
+
+
 def find_delivery(public_id: str, token: str) -> Json | None:
     """What is known of a request that this token opens; None where it opens none of that id."""
     try:
-        document: Json = json.loads(_path_of(public_id).read_text())
-    except (OSError, ValueError):
+        path = _path_of(public_id)
+        document = {} if _is_over(path) else _read(path) or {}
+    except OSError:
         document = {}
     # The same work whether there is one or not.
     right = hmac.compare_digest(str(document.get("token", "")), _digest(token))
     return document if right and document.get("id") == public_id else None
+
+
+def _read(path: Path) -> Json | None:
+    try:
+        document: Json = json.loads(path.read_text())
+    except (OSError, ValueError):
+        return None
+    return document
+
+
+def _is_over(path: Path) -> bool:
+    """Whether a request can be fetched no more, an hour after its answer or, without one, its beginning."""
+    try:
+        return path.stat().st_mtime < time.time() - _KEPT_S
+    except OSError:
+        return True
 
 
 def _digest(token: str) -> str:
@@ -200,7 +261,18 @@ def _path_of(public_id: str) -> Path:
     return Path(shared_directory(), name + _SUFFIX)
 
 
-def _forget_old(made: Delivery) -> None:
+_made = 0
+
+
+def _forget_some() -> None:
+    """Remove old deliveries now and then: looking at all of them keeps the server from answering."""
+    global _made
+    if _made % _LOOK_EVERY == 0:
+        _forget_old()
+    _made += 1
+
+
+def _forget_old() -> None:
     """Remove deliveries that are older than an hour, and the oldest of very many."""
     with contextlib.suppress(OSError):
         ages = sorted(_ages(), reverse=True)

@@ -8,35 +8,46 @@ workers publish, as any of several API servers, or none of them, may have starte
 from __future__ import annotations
 
 import functools
+from collections import deque
 from collections.abc import Callable, Mapping
 from http import HTTPStatus
 from types import ModuleType
 from typing import Any
 
 from ....config.configuration import Config, load_config
-from ....config.request import KEY, Allowed, RequestChoice, request_choice, unknown_module
+from ....config.request import KEY, Allowed, RequestChoice, choice_error, request_choice, unknown_module
 from ....engine.filters.choosing import ModuleNames
-from ....errors import ConfigError
+from ....errors import CaptureError, ConfigError
 from ..reports import read_modules, read_reports
-from .deliveries import MARK, TakenError, delivery_of, mark_delivery
+from .deliveries import MARK, TakenError, delivery_of, is_of_this_request, mark_delivery
 
 _PATCHED = "__tlcore__"
 # What this process started or was started with, for workers on other machines; they publish nothing here.
 _known: list[Config] = []
+# Also the runs before it, as many as a worker remembers, whose requests can still be fetched.
+_opened: deque[Config] = deque(maxlen=16)
+_REPEATING = "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"
 
 
 def remember(carrier: Any) -> None:
     """A run begins with this carrier's configuration; with None, an engine without one."""
     _known[:] = [] if carrier is None else [load_config(carrier["config"])]
+    _opened.extendleft(_known)
 
 
 def storage_options(url: str) -> dict[str, Any] | None:
     """With which options a run of this process is opened; None where the environment says all."""
-    for config in _known:
-        if url.startswith(config.output_dir):
-            found: dict[str, Any] | None = config.backend_options.get("storage_options")
-            return found
-    return None
+    fitting = [each for each in _opened if _lies_in(url, each.output_dir)]
+    if not fitting:
+        return None
+    # One place may lie in another; of runs in the same place the last counts, which comes first.
+    nearest = max(fitting, key=lambda each: len(each.output_dir.rstrip("/")))
+    found: dict[str, Any] | None = nearest.backend_options.get("storage_options")
+    return found
+
+
+def _lies_in(url: str, place: str) -> bool:
+    return f"{url}/".startswith(f"{place.rstrip('/')}/")
 
 
 def _check_given(params: Any) -> None:
@@ -44,32 +55,54 @@ def _check_given(params: Any) -> None:
 
     Raises a ValueError that names the wrong key, which vLLM's server answers with 400.
     """
-    extra = getattr(params, "extra_args", None) or {}
-    try:
-        if MARK in extra:
-            raise ConfigError(f"$.{MARK}", "no request may give this key.", "Leave it out.")
-        choice = _choice(extra)
-        if choice is not None and choice.deliver:
-            mark_delivery(params)
-    except ConfigError as error:
-        raise _refused()(error) from None
-    except TakenError as error:
-        raise _taken(error) from None
+    _check(params)
 
 
 def _check_taken(params: Any) -> None:
     """Check what a request says that an engine takes up, whoever made it. Raises as `_check_given`."""
     extra = getattr(params, "extra_args", None) or {}
+    # One that has the mark of its own delivery was checked when that was made.
+    if MARK not in extra or not is_of_this_request(params):
+        _check(params)
+
+
+def _check(params: Any) -> None:
     try:
-        choice = _choice(extra)
-        if choice is not None and choice.deliver and MARK not in extra:
+        choice = _choice(getattr(params, "extra_args", None) or {})
+        if choice is not None and choice.deliver:
+            _check_ids()
             mark_delivery(params)
+    except ConfigError as error:
+        raise _refused()(error) from None
+    except CaptureError as error:
+        raise _undeliverable(error) from None
+
+
+def _check_ids() -> None:
+    """Refuse to deliver where the engine's ids are the clients', of whom two may give the same."""
+    from vllm import envs
+
+    if getattr(envs, _REPEATING, False):
+        problem = f"nothing is delivered by a server with {_REPEATING}, where ids may repeat."
+        raise choice_error(("deliver",), problem, "Leave it out.")
+
+
+def _check_beams(request: Any) -> None:
+    """Refuse any choice of a beam search: vLLM makes new sampling parameters for each beam, without it."""
+    extra = getattr(request, "vllm_xargs", None) or {}
+    try:
+        if _choice(extra) is not None:
+            problem = f"vLLM's beam search does not hand {KEY} on to its beams."
+            hint = f"Leave out use_beam_search or {KEY}."
+            raise ConfigError("$.use_beam_search", problem, hint)
     except ConfigError as error:
         raise _refused()(error) from None
 
 
 def _choice(extra: Mapping[str, Any]) -> RequestChoice | None:
     """What a request chooses, if anything. Raises ConfigError where it may not."""
+    if MARK in extra:
+        raise ConfigError(f"$.{MARK}", "no request may give this key.", "Leave it out.")
     given = extra.get(KEY)
     choice = None if given is None else request_choice(given)
     if choice is not None:
@@ -77,14 +110,16 @@ def _choice(extra: Mapping[str, Any]) -> RequestChoice | None:
     return choice
 
 
-def _taken(error: TakenError) -> Exception:
-    """What vLLM's server answers with 409, where it lets errors say that."""
+def _undeliverable(error: CaptureError) -> Exception:
+    """What vLLM's server answers with 409 or 503, where it lets errors say that."""
     from vllm import exceptions
 
     cls: Any = getattr(exceptions, "GracefulHTTPError", None)
     if cls is None:
         return _refused()(ConfigError("$.tlcore.deliver", f"{error}."))
-    found: Exception = cls(str(error), HTTPStatus.CONFLICT)
+    taken = isinstance(error, TakenError)
+    status = HTTPStatus.CONFLICT if taken else HTTPStatus.SERVICE_UNAVAILABLE
+    found: Exception = cls(str(error), status)
     return found
 
 
@@ -139,6 +174,24 @@ def patch_sampling(module: ModuleType) -> None:
     cls.from_optional = staticmethod(from_optional)
 
 
+def patch_beams(module: ModuleType) -> None:
+    """Refuse choices where a server's request becomes a beam search. Safe to repeat."""
+    for cls in list(vars(module).values()):
+        original = vars(cls).get("to_beam_search_params") if isinstance(cls, type) else None
+        if original is not None and not hasattr(original, _PATCHED):
+            cls.to_beam_search_params = _refusing(original)
+
+
+def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(original)
+    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
+        _check_beams(self)
+        return original(self, *args, **kwargs)
+
+    to_beam_search_params.__dict__[_PATCHED] = True
+    return to_beam_search_params
+
+
 def patch_input(module: ModuleType) -> None:
     """Refuse wrong choices where an engine takes a request up. Safe to repeat."""
     cls = module.InputProcessor
@@ -168,7 +221,10 @@ def _noting(assign: Callable[..., Any]) -> Callable[..., Any]:
         delivery = delivery_of(params)
         if delivery is not None and params is not None:
             external = getattr(request, "external_req_id", None) or request.request_id
-            delivery.add(str(request.request_id), str(external), int(params.n))
+            try:
+                delivery.add(str(request.request_id), str(external), int(params.n))
+            except CaptureError as error:
+                raise _undeliverable(error) from None
         return made
 
     return assign_request_id
