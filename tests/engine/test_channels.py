@@ -116,9 +116,13 @@ def test_rows_that_were_not_chosen_are_not_among_them(tmp_path: Path) -> None:
     kept = forward(llama(), tmp_path, padded(PROMPTS), rows={"from": 0}, **keys).channels(name)
     assert (kept.count == len(rows)).all() and np.allclose(kept.mean, rows.mean(0).numpy(), rtol=1e-9)
     everything = forward(llama(), tmp_path, padded(PROMPTS), **keys).channels(name)
-    assert (everything.count == padded(PROMPTS)["attention_mask"].numel()).all() and everything.count[
-        0
-    ] > len(rows)
+    tokens = padded(PROMPTS)["attention_mask"].numel()
+    assert (everything.count == tokens).all() and tokens > len(rows)
+
+
+def test_a_limit_on_what_is_stored_is_none_on_what_is_looked_at(tmp_path: Path) -> None:
+    run, given = captured(tmp_path, steps=4, max_run_bytes=100)
+    assert (run.channels("0/inputs_0").count == sum(len(each) for each in given)).all()
 
 
 def test_a_step_that_fails_leaves_nothing(tmp_path: Path) -> None:
@@ -167,6 +171,19 @@ def test_a_store_that_refuses_is_tried_again() -> None:
     channels.discard(1)
     channels.save()
     assert list(inner.list()) == []
+
+
+def test_a_store_that_refuses_is_not_asked_for_each_step() -> None:
+    store = FailingStore(MemoryStore(), ["put"], failures=100)
+    channels = Channels(store, 0, 3600.0)
+    refused = 0
+    for step in range(5):
+        channels.examine(Batch(step))
+        try:
+            channels.commit(step)
+        except BackendError:
+            refused += 1
+    assert refused == 1
 
 
 def test_ranks_and_runs_are_merged(tmp_path: Path) -> None:

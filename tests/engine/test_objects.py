@@ -14,8 +14,11 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import register_pytree_node
 
 import tlcore
+from tlcore.hotpath.held_tensors import is_of_tensors
+from tlcore.hotpath.objects import MOST_VALUES
 from tlcore.ledger import Counts
 from tlcore.reader import Step
 
@@ -304,3 +307,35 @@ def test_a_module_that_hands_on_its_own_forward_shows_nothing_of_the_capture(run
     root: Root = Root(lambda: [root.child.forward, T])
     ledger, found, _, _ = run(root)
     assert ledger.captured == 1 and len(found) == 1
+
+
+class Unlooked:
+    """Its own code, which says what is in it, raises."""
+
+    __slots__ = ()
+
+
+class Holder:
+    def __init__(self, *held: Any) -> None:
+        self.held = held
+
+    def method(self) -> None: ...
+
+
+def test_a_method_of_what_cannot_be_looked_into_is_counted_and_said(run: Run) -> None:
+    def flatten(value: Any) -> Any:
+        raise RuntimeError("no")
+
+    register_pytree_node(Unlooked, flatten, lambda children, context: Unlooked())
+    holder = Holder(Unlooked())
+    counts, found, _, _ = run(Root(lambda: (T, holder.method)))
+    assert list(found) == ["0_cpu"]
+    assert counts.reasons == {"skipped: looking into it raised RuntimeError": 1}
+
+
+def test_a_method_of_much_else_is_looked_at_no_further_than_anything(run: Run) -> None:
+    # The search goes from the end: what lies before very much is not come upon.
+    holder = Holder(T, *[Holder() for _ in range(2 * MOST_VALUES)])
+    assert not is_of_tensors(holder.method) and is_of_tensors(Holder(Holder(), T).method)
+    counts, found, _, _ = run(Root(lambda: (T, holder.method)))
+    assert list(found) == ["0_cpu"] and not counts.skipped

@@ -92,6 +92,10 @@ def test_what_is_finite_stays_finite_and_nothing_else_becomes_it() -> None:
         assert not found[4:7].isfinite().any()
         if dtype != torch.float8_e4m3fn:
             assert found[4] == math.inf and found[5] == -math.inf
+    # Longer than what is converted at a time.
+    long = torch.arange(-(2.0**22), 5.0).reshape(-1, 3).t()
+    found = converted(long, torch.float16)
+    assert found.shape == long.shape and torch.equal(found, long.clamp(-65504, 65504).half())
     big = torch.tensor([1e300, -2.0], dtype=torch.float64)
     assert converted(big, torch.float16).tolist() == [65504.0, -2.0]
 

@@ -12,6 +12,7 @@ import torch
 from ..engine.capture import capture
 from ..record import Json
 from .processes import answer
+from .reference import padded
 
 
 def main(settings: Json, directory: Path) -> Json:
@@ -21,13 +22,9 @@ def main(settings: Json, directory: Path) -> Json:
     model = AutoModelForCausalLM.from_pretrained(
         settings["model"], dtype=settings["dtype"] or "auto", **settings["arguments"]
     ).eval()
-    prompts: list[list[int]] = settings["prompts"]
-    longest = max(map(len, prompts))
-    padded = [prompt + [0] * (longest - len(prompt)) for prompt in prompts]
-    ids = torch.tensor(padded, device=model.device)
-    mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
+    ids, mask = padded(settings["prompts"], model.device)
     with torch.inference_mode(), capture(model, **settings["config"]) as captured:
-        model(input_ids=ids, attention_mask=mask.to(model.device), use_cache=False)
+        model(input_ids=ids, attention_mask=mask, use_cache=False)
     return {"url": captured.url}
 
 

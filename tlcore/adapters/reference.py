@@ -60,11 +60,17 @@ def _rows(model: Any, sequences: Sequence[list[int]]) -> dict[str, torch.Tensor]
     return {str(names[name]): torch.cat(rows) for name, rows in shown.items()}
 
 
-def _captured(model: Any, prompts: Sequence[list[int]], modules: list[str], output_dir: str) -> str:
-    """The URL of a run of one batch, whose prompts are padded behind, where no row of theirs looks."""
+def padded(prompts: Sequence[list[int]], device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids and attention mask of one batch, padded behind, where no row of theirs looks."""
     longest = max(map(len, prompts))
-    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts])
-    mask = torch.tensor([[1] * len(prompt) + [0] * (longest - len(prompt)) for prompt in prompts])
+    ids = torch.tensor([prompt + [0] * (longest - len(prompt)) for prompt in prompts], device=device)
+    lengths = torch.tensor([len(prompt) for prompt in prompts], device=device)
+    return ids, (torch.arange(longest, device=device) < lengths[:, None]).long()
+
+
+def _captured(model: Any, prompts: Sequence[list[int]], modules: list[str], output_dir: str) -> str:
+    """The URL of a run of one batch."""
+    ids, mask = padded(prompts, model.device)
     with capture(
         model,
         output_dir=output_dir,

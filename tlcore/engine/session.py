@@ -82,9 +82,9 @@ class Session:
         self._lock = threading.RLock()
         self._stager = Stager(self._pool, config.block_s)
         self._examination = Inspection.of(config)
-        # Where tensors are looked at first, only then is it known which are stored.
-        at_once = None if self._examination.needed else config.max_run_bytes
         self._channels = config.capture == "channels"
+        # Where tensors are looked at first, only then is it known which are stored; of channels none is.
+        at_once = None if self._examination.needed or self._channels else config.max_run_bytes
         stored_as = torch_dtype(config.store_dtype)
         tensors = TensorFilter(devices, config.max_tensor_size, at_once, self._channels, stored_as)
         self.rows = StepRows(request_filter(config), config.last_only, config.window)

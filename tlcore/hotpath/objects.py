@@ -16,7 +16,7 @@ import io
 import itertools
 import types
 import weakref
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -236,11 +236,6 @@ def _defaults_of(function: types.FunctionType) -> dict[str, Any]:
     return {**dict(zip(names, defaults, strict=False)), **(function.__kwdefaults__ or {})}
 
 
-def is_of_tensors(method: Any) -> bool:
-    """Whether the object whose `METHOD` it is holds a tensor; modules' own methods are everywhere."""
-    return any(True for _ in tensors_in(getattr(method, "__self__", None), 1))
-
-
 def nodes_of(value: Any) -> list[tuple[int | str, Any]]:
     """The children of a `PYTREE` node, by the keys that its class names, or by number."""
     node = _pytree.SUPPORTED_NODES[type(value)]
@@ -259,90 +254,15 @@ def _key(key: Any) -> int | str:
     return str(key)
 
 
-def extras_of(value: Any, kind: Kind) -> dict[str, Any]:
-    """What a container's own attributes hold beside its items, where that holds a tensor."""
-    if kind.own is None and not kind.slots:
-        return {}
-    if kind.what == MAPPING and not issubclass(type(value), (dict, collections.UserDict)):
-        return {}
-    held = kind.attributes(value)
-    if issubclass(type(value), collections.UserDict):
-        held.pop("data", None)
-    if kind.what == DATACLASS:
-        held = {name: each for name, each in held.items() if name not in kind.fields}
-    if not held:
-        return {}
-    items = {id(each) for each in _children(value, kind, extras=False)}
-    return {name: each for name, each in held.items() if id(each) not in items and holds_tensor(each)}
-
-
-def holds_tensor(value: Any) -> bool:
-    """Whether a value is or leads to a tensor, or to something that may hold one and is not looked into."""
-    waiting, kept = [value], []
-    seen: set[int] = set()
-    left = MOST_VALUES
-    while waiting:
-        each = waiting.pop()
-        kind = kind_of(type(each))
-        if kind.what in (PLAIN, SCALAR, NUMBER, METHOD) or id(each) in seen:
-            continue
-        if kind.what in (TENSOR, ARRAY, CACHE, *UNOPENED):
-            return True
-        seen.add(id(each))
-        # Kept, since a number is only an object's own as long as that lives.
-        kept.append(each)
-        left -= 1
-        if left < 0:
-            return True
-        waiting += [child for child in _children(each, kind) if type(child) not in _SIMPLE]
-    return False
-
-
-def tensors_in(value: Any, most: int) -> Iterator[torch.Tensor]:
-    """The distinct tensors that an object holds, as far as it can be looked into; ``most`` of them."""
-    waiting, kept = [value], []
-    seen: set[int] = set()
-    while waiting and most > 0:
-        each = waiting.pop()
-        kind = kind_of(type(each))
-        if id(each) in seen or kind.what in (PLAIN, SCALAR, NUMBER, ARRAY, METHOD, *UNOPENED):
-            continue
-        seen.add(id(each))
-        kept.append(each)
-        if kind.what == TENSOR:
-            most -= 1
-            yield each
-        else:
-            waiting += [child for child in _children(each, kind) if type(child) not in _SIMPLE]
-
-
-_SIMPLE = frozenset(
-    (*_SCALARS, type(None), bytes, complex, type, torch.dtype, torch.device, types.MethodType)
-)
-
-
-def _children(value: Any, kind: Kind, extras: bool = True) -> list[Any]:
-    own = list(kind.attributes(value).values()) if extras and (kind.own or kind.slots) else []
-    if kind.what in (SEQUENCE, SET):
-        return items_of(value) + own
-    if kind.what == MAPPING:
-        pairs = pairs_of(value, kind)
-        return [key for key, _ in pairs if type(key) is not str] + [each for _, each in pairs] + own
-    if kind.what == DATACLASS:
-        return [*fields_of(value, kind).values(), *own]
-    if kind.what == ARRAY:
-        return own
-    if kind.what == PYTREE:
-        return [child for _, child in nodes_of(value)]
-    return list(attributes_of(value, kind).values())
+SIMPLE = frozenset((*_SCALARS, type(None), bytes, complex, type, torch.dtype, torch.device, types.MethodType))
 
 
 def key_label(key: Any, place: int) -> str:
     """How a mapping's key is called in names: as it is written, or its class and place in the mapping."""
     cls = type(key)
-    if cls is str or issubclass(cls, (str, bytes, enum.Enum)) or cls in _SIMPLE:
+    if cls is str or issubclass(cls, (str, bytes, enum.Enum)) or cls in SIMPLE:
         return str(key)
-    if cls in (tuple, frozenset, torch.Size) and all(type(each) in _SIMPLE for each in key):
+    if cls in (tuple, frozenset, torch.Size) and all(type(each) in SIMPLE for each in key):
         return str(key)
     return str(key.item()) if issubclass(cls, np.generic) else f"{cls.__name__}_{place}"
 

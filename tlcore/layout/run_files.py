@@ -33,6 +33,11 @@ _LEAVES_THE_RUN = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
 _BLOCK_BYTES = 8 << 20
 
 
+def is_plain(text: bytes) -> bool:
+    """Whether what stands in a JSON text stands so in its strings."""
+    return b"\\" not in text and b"\0" not in text
+
+
 def parse(data: bytes, where: str) -> Any:
     """The value of a JSON file. Raises ReadError, naming ``where``, when it is none or too large."""
     if len(data) > LARGEST_JSON:

@@ -14,7 +14,8 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ..hotpath import objects
-from ..hotpath.objects import Kind, holds_tensor, kind_of
+from ..hotpath.held_tensors import extras_of, holds_tensor, is_of_tensors
+from ..hotpath.objects import Kind, kind_of
 from ..hotpath.objects import class_name as class_name
 from .names import PathKey
 from .templates import Json
@@ -146,7 +147,7 @@ def flatten(
     if id(value) in seen:
         return Opaque("cycle")
     if len(seen) >= _DEEPEST:
-        return _unopened(value, leaves, TOO_DEEP) if holds_tensor(value) else Opaque(class_name(value))
+        return _unopened_where(holds_tensor, value, leaves, TOO_DEEP)
     inside = (*seen, id(value))
     if cls is tuple or cls is list:
         items: list[TreeSpec] = []
@@ -180,15 +181,14 @@ def _flatten_other(value: Any, leaves: Leaves, inside: tuple[int, ...], opening:
     if what in objects.UNOPENED or (what == objects.CACHE and what not in leaves.opens):
         return _unopened(value, leaves, what)
     if what == objects.METHOD:
-        of_tensors = objects.is_of_tensors(value)
-        return _unopened(value, leaves, what) if of_tensors else Opaque(class_name(value))
+        return _unopened_where(is_of_tensors, value, leaves, what)
     if what == objects.CACHE:
         opening = _Opening(once=True)
     elif opening is None:
         opening = _Opening()
     opening.left -= 1
     if opening.left < 0:
-        return _unopened(value, leaves, TOO_MANY) if holds_tensor(value) else Opaque(class_name(value))
+        return _unopened_where(holds_tensor, value, leaves, TOO_MANY)
     try:
         parts = _parts_in(value, kind, inside)
     except Exception as error:
@@ -220,7 +220,7 @@ def _parts_in(value: Any, kind: Kind, inside: tuple[int, ...]) -> _Found | torch
             if id(each) not in inside and holds_tensor(each)
         }
         return (OBJECT, tuple(held), list(held.values()), None) if held else None
-    extras = objects.extras_of(value, kind)
+    extras = extras_of(value, kind)
     if what == objects.ARRAY:
         return _array_parts(value, extras)
     if what in (objects.SEQUENCE, objects.SET):
@@ -275,6 +275,16 @@ def _flatten_number(value: Any, leaves: Leaves) -> TreeSpec:
         return Opaque(class_name(value))
     leaves.scalar(plain)
     return SCALAR
+
+
+def _unopened_where(
+    leads_to_tensors: Callable[[Any], bool], value: Any, leaves: Leaves, reason: str
+) -> TreeSpec:
+    try:
+        leads = leads_to_tensors(value)
+    except Exception as error:
+        return _unopened(value, leaves, f"looking into it raised {type(error).__name__}")
+    return _unopened(value, leaves, reason) if leads else Opaque(class_name(value))
 
 
 def _unopened(value: Any, leaves: Leaves, reason: str) -> TreeSpec:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 
 from ..errors import ReadError
 from ..layout.names import step_dir
-from ..layout.run_files import parse
+from ..layout.run_files import is_plain, parse
 from ..protocols import SupportsStructureTexts
 from ..record import Json
 from .documents import check_structure, children
 
-_MOST = 1 << 16
+# Each takes a digest and the names of its files without their directory.
+_MOST = 1 << 14
 
 
 class SoundStructures:
@@ -24,9 +26,9 @@ class SoundStructures:
 
     def files(self, text: bytes | None, directory: str) -> list[str] | None:
         """The files that a sound structure refers to; None for a text that is not known."""
-        if text is None or not _is_plain(text):
+        if text is None or not is_plain(text):
             return None
-        names = self._known.get(text.replace(directory.encode(), b"\0"))
+        names = self._known.get(_key(text, directory))
         return None if names is None else [directory + name for name in names]
 
     def documents(
@@ -53,7 +55,7 @@ class SoundStructures:
 
         That is so where the directory stands only where the names of files begin.
         """
-        if text is None or not _is_plain(text) or not _is_plain(directory.encode()):
+        if text is None or not is_plain(text) or not is_plain(directory.encode()):
             return
         try:
             files = list(files_in(check_structure(parse(text, ""), "")))
@@ -64,14 +66,11 @@ class SoundStructures:
             return
         if len(self._known) >= _MOST:
             self._known.clear()
-        self._known[text.replace(directory.encode(), b"\0")] = [
-            file.removeprefix(directory) for file in files
-        ]
+        self._known[_key(text, directory)] = [file.removeprefix(directory) for file in files]
 
 
-def _is_plain(text: bytes) -> bool:
-    """Whether what stands in a JSON text stands so in its strings."""
-    return b"\\" not in text and b"\0" not in text
+def _key(text: bytes, directory: str) -> bytes:
+    return hashlib.blake2b(text.replace(directory.encode(), b"\0"), digest_size=20).digest()
 
 
 def files_in(node: Json) -> Iterator[str]:

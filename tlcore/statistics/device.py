@@ -49,22 +49,27 @@ def statistics(
 
 def moments(piece: torch.Tensor) -> torch.Tensor:
     """The `MOMENTS` of a piece that is not empty, float64, on its device."""
-    values = piece.to(torch.complex128).abs() if piece.is_complex() else piece.to(torch.float64)
+    return moments_of_rows(piece.reshape(1, -1))[0]
+
+
+def moments_of_rows(rows: torch.Tensor) -> torch.Tensor:
+    """The `MOMENTS` of each row of ``[rows, values]``, neither of which is 0."""
+    values = rows.to(torch.complex128).abs() if rows.is_complex() else rows.to(torch.float64)
     finite = values.isfinite()
-    count = finite.sum()
-    low = torch.where(finite, values, math.inf).min()
-    high = torch.where(finite, values, -math.inf).max()
+    count = finite.sum(1)
+    low = torch.where(finite, values, math.inf).amin(1)
+    high = torch.where(finite, values, -math.inf).amax(1)
     scale = torch.ones_like(low)
-    if piece.dtype in (torch.float64, torch.complex128):
+    if rows.dtype in (torch.float64, torch.complex128):
         # The squares of the others cannot leave the range of float64.
         largest = torch.maximum(low.abs(), high.abs())
         scale = torch.where(largest.isfinite() & (largest > 0), largest, scale)
-    clean = torch.where(finite, values, 0.0) / scale
-    mean = (clean.sum() / count.clamp(min=1)).clamp(low / scale, high / scale)
-    spread = torch.where(finite, clean - mean, 0.0).square().sum()
-    counts = (piece.numel() - values.count_nonzero(), values.isnan().sum(), values.isinf().sum())
+    clean = torch.where(finite, values, 0.0) / scale[:, None]
+    mean = (clean.sum(1) / count.clamp(min=1)).clamp(low / scale, high / scale)
+    spread = torch.where(finite, clean - mean[:, None], 0.0).square().sum(1)
+    counts = rows.shape[1] - values.count_nonzero(1), values.isnan().sum(1), values.isinf().sum(1)
     row = (count, low, high, scale, mean, spread, *counts)
-    return torch.stack([each.to(torch.float64) for each in row])
+    return torch.stack([each.to(torch.float64) for each in row], dim=1)
 
 
 def _sums(data: torch.Tensor) -> list[torch.Tensor]:

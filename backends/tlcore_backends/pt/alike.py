@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from tlcore.errors import ReadError
-from tlcore.layout.run_files import parse
+from tlcore.layout.run_files import is_plain, parse
 from tlcore.record import Json
 
 from .encode import Frame, frame_of
@@ -59,11 +59,6 @@ def cut(text: bytes, directory: bytes) -> StepText | None:
     if not isinstance(rest, dict) or rest.get("records") != _CUT:
         return None
     return StepText(records, kind, [each.decode() for each in hashes], {**rest, "records": []})
-
-
-def is_plain(text: bytes) -> bool:
-    """Whether what stands in a JSON text stands so in its strings."""
-    return b"\\" not in text and b"\0" not in text
 
 
 class Leader:

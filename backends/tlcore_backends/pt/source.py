@@ -23,14 +23,12 @@ from tlcore.storage import Store, SupportsFiles
 from ..storage.step_files import StepFiles
 from .decode import parts
 from .encode import head, payload_in
-from .whole_check import check_steps
+from .whole_check import LARGEST_TEXTS, check_steps
 from .zip_parts import PtError
 
 _TENSOR_FILE = ".pt"
 # What a .pt file holds beside its payload is far less.
 _LARGEST_FRAME = 1 << 20
-# Of the structures of one step that are read together.
-_LARGEST_TEXTS = 64 << 20
 _THREADS = min(4, os.cpu_count() or 1)
 
 
@@ -71,7 +69,7 @@ class PtSource:
         if not isinstance(store, SupportsFiles):
             return [None] * len(names)
         files = [f"{begin}/{name.removesuffix('.json')}{end}" for name in names]
-        return read_texts(store.path(), files, _LARGEST_TEXTS)
+        return read_texts(store.path(), files, LARGEST_TEXTS)
 
     def read(self, record: Mapping[str, Any], begin: int = 0, end: int | None = None) -> Buffer:
         """The bytes of a tensor, from its file."""

@@ -26,7 +26,7 @@ from .encode import Frame
 _GROUP_BYTES = 32 << 20
 _GROUP_FILES = 512
 # Of the structures of one step that are read together.
-_LARGEST_TEXTS = 64 << 20
+LARGEST_TEXTS = 64 << 20
 # Steps that are checked together, and kinds among them; each kind's first one is looked at as any step is.
 _STEPS = 64
 _KINDS = 8
@@ -104,7 +104,7 @@ class _Window:
         """The bytes of a step's call order and structures."""
         names = [f"{directory}{name}{self._suffix}.json" for name in leader.structures]
         return read_texts(
-            self._directory, [f"{directory}module_calls{self._suffix}.txt", *names], _LARGEST_TEXTS
+            self._directory, [f"{directory}module_calls{self._suffix}.txt", *names], LARGEST_TEXTS
         )
 
     def _texts_are_alike(self, leader: Leader, directory: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Collection, ItemsView, Iterator, Sequence, ValuesView
 from typing import Any
 
@@ -97,7 +98,7 @@ class StoredStructures:
         self._damaged = damaged
         self._plans: dict[int, tuple[list[tuple[str, Any]], list[str]]] = {}
         # By plan and extents.
-        self._texts: dict[tuple[int, int], str] = {}
+        self._texts: dict[tuple[int, int], bytes] = {}
 
     def of(
         self,
@@ -145,8 +146,11 @@ class StoredStructures:
         except (KeyError, StopIteration, RuntimeError, RecursionError):
             raise self._damaged(f"structure {name!r} refers to what is not there") from None
 
-    def _text(self, pair: tuple[int, int], plan: Plan, forms: dict[int, RecordForm]) -> str:
-        """All that structures of steps alike are made of, but for the values."""
+    def _text(self, pair: tuple[int, int], plan: Plan, forms: dict[int, RecordForm]) -> bytes:
+        """What stands for all that structures of steps alike are made of, but for the values.
+
+        A digest, since a run may have as many of them as its steps have numbers of tokens.
+        """
         known = self._texts.get(pair)
         if known is None:
             entries = [self._table("structures", number) for number in plan.structures]
@@ -154,5 +158,6 @@ class StoredStructures:
                 [form.tail, form.shape, form.content.get("dtype"), form.content.get("device")]
                 for form in forms.values()
             ]
-            known = self._texts[pair] = compact([entries, used])
+            text = compact([entries, used]).encode()
+            known = self._texts[pair] = hashlib.blake2b(text, digest_size=20).digest()
         return known

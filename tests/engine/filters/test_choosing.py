@@ -32,9 +32,10 @@ def test_names_of_modules(names: list[str], found: list[str], others: list[str])
 
 
 def test_no_name_takes_long() -> None:
-    begin = time.process_time()
+    begin = time.thread_time()
     assert "a" * 200 not in ModuleNames(["*".join("a" * 100) + "b"])
-    assert time.process_time() - begin < 0.1
+    # Tried one after the other, the ways would not end.
+    assert time.thread_time() - begin < 2
 
 
 def test_a_request_says_for_itself_whether_it_is_kept() -> None:

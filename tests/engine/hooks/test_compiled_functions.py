@@ -198,6 +198,29 @@ def test_taps_in_code_that_was_compiled_without_them_are_said(tmp_path: Path) ->
         assert captured(compiled="taps") == ([], True)
 
 
+def test_a_tap_is_of_the_method_that_has_it(tmp_path: Path) -> None:
+    class Two(Model):
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return tlcore.tap("h", x + 1)
+
+        def decode(self, x: torch.Tensor) -> torch.Tensor:
+            return x - 1
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            way: Any = self.way
+            result: torch.Tensor = self.head(way(self.block(x)))
+            return result
+
+    model = Two()
+    encode, decode = compiled(model.encode), compiled(model.decode)
+    encode(X), decode(X)
+    for way, said in ((decode, 0), (encode, 1)):
+        vars(model)["way"] = way
+        with tlcore.capture(model, output_dir=str(tmp_path)) as capture:
+            model(X)
+        assert len([each for each in capture.remarks if "tlcore.tap of 'h'" in each]) == said
+
+
 @pytest.mark.skipif(not TRACES, reason="this torch is too old for taps in compiled models")
 def test_calls_outside_any_step_are_said_of_tapped_models_too(tmp_path: Path) -> None:
     model = Model()

@@ -14,16 +14,14 @@ from ...record import Json
 from ..processes import answer
 from .frontend.attach import attach
 
-# Tokens that an engine may add to a prompt's: the one that it answers with, and some for good measure.
-_MORE = 16
-
 
 def main(settings: Json, directory: Path) -> Json:
     """Capture the step in which all prompts are computed; the run's URL."""
     from vllm import LLM, SamplingParams
 
     prompts: list[list[int]] = settings["prompts"]
-    longest = max(map(len, prompts)) + _MORE
+    # With the token that it answers with, and no more: a prompt may be as long as the model takes.
+    longest = max(map(len, prompts)) + 1
     # One step for all of them, whatever the server that they were first given to would have made of them.
     arguments: Json = {
         "max_model_len": longest,

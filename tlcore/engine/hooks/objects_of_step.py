@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ...hotpath import objects
+from ...hotpath.held_tensors import tensors_in
 from ...ledger import Counts
 from ..filters.tensors import TensorSpecs
 
@@ -81,7 +82,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield from value.parameters()
         yield from value.buffers()
     else:
-        yield from objects.tensors_in(value, _MOST_TENSORS)
+        yield from tensors_in(value, _MOST_TENSORS)
 
 
 def _reference(value: Any) -> Reference:

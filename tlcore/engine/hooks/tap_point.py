@@ -39,8 +39,8 @@ Tracer = Callable[[str, Any], bool]
 _tracers: tuple[Tracer, ...] = ()
 # What a function compiled with torch.compile runs first, and what that calls its original.
 COMPILED_CALL, ORIGINAL = "compile_wrapper", "fn"
-# The taps in no graph, of compiled functions: by the object whose method one is, or else by its code.
-_left_out: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary()
+# The taps in no graph, of compiled functions: by the object whose method one is, if any, and by its code.
+_left_out: weakref.WeakKeyDictionary[Any, dict[Any, set[str]]] = weakref.WeakKeyDictionary()
 
 
 def tap(name: str, tensor: Value) -> Value:
@@ -65,12 +65,13 @@ def tap(name: str, tensor: Value) -> Value:
 
 def taps_left_out(function: Any) -> set[str]:
     """The taps that a function's compiled code does not show."""
-    return _left_out.get(_key(function), set())
+    anchor, code = _keys(function)
+    return _left_out.get(anchor, {}).get(code, set())
 
 
-def _key(function: Any) -> Any:
-    bound = getattr(function, "__self__", None)
-    return getattr(function, "__code__", function) if bound is None else bound
+def _keys(function: Any) -> tuple[Any, Any]:
+    bound, code = getattr(function, "__self__", None), getattr(function, "__code__", None)
+    return (code or function) if bound is None else bound, code
 
 
 def _leave_out(name: str) -> None:
@@ -80,8 +81,9 @@ def _leave_out(name: str) -> None:
         frame = frame.f_back
     function = None if frame is None else frame.f_locals.get(ORIGINAL)
     if function is not None:
+        anchor, code = _keys(function)
         with contextlib.suppress(TypeError):
-            _left_out.setdefault(_key(function), set()).add(name)
+            _left_out.setdefault(anchor, {}).setdefault(code, set()).add(name)
 
 
 # Called when the code is compiled, and not when it runs.

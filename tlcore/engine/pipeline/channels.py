@@ -1,6 +1,6 @@
 """Running statistics for each channel, gathered on the pipeline's thread and kept in a file of the run.
 
-What a step adds counts once the step is committed; of one that fails nothing stays.
+What a step adds counts once the backend has accepted it; of one that fails nothing stays.
 """
 
 from __future__ import annotations
@@ -102,6 +102,8 @@ class Channels:
             return
         tables = {name: gathered.table for name, gathered in self._all.items()}
         about = {name: gathered.about for name, gathered in self._all.items()}
+        # Before the store answers: one that refuses after long retries is not asked again for each step.
+        self._saved_at = time.monotonic()
         self._store.put(channel_file(self._rank), [encode(ChannelTables(self._steps, tables, about))])
         self._is_saved, self._saved_at = True, time.monotonic()
 

@@ -197,13 +197,17 @@ class Processor:
 
     def flush(self) -> None:
         """Return when every step that ended is stored or booked as failed."""
-        try:
-            if self._channels is not None:
-                self._channels.save()
-            if self._late is not None:
-                self._late.flush()
-        except self.catches as error:
-            log.warning("what was captured could not be flushed: %s", error)
+        saves: list[Callable[[], object]] = []
+        if self._channels is not None:
+            saves.append(self._channels.save)
+        if self._late is not None:
+            saves.append(self._late.flush)
+        for save in saves:
+            # What one place refuses is no reason to leave the other.
+            try:
+                save()
+            except self.catches as error:
+                log.warning("what was captured could not be flushed: %s", error)
 
     def close(self) -> None:
         """Close the sink, then end the run; steps still open count as failed."""
