@@ -75,7 +75,7 @@ def test_memory_that_is_used_again_ends_with_the_export(run: Run, tmp_path: Path
     del made
     export(run, tmp_path / "out", "requests", NAMES[:1])
     gc.collect()
-    assert not [each for each in gc.get_objects() if isinstance(each, Memory)]
+    assert not [each for each in gc.get_objects() if type(each) is Memory]
 
 
 def _stream(directory: Path) -> list[dict[str, Any]]:
@@ -217,6 +217,20 @@ def test_what_cannot_be_exported_is_said_and_leaves_nothing(run: Run, tmp_path: 
         with pytest.raises(TlcoreError, match=message):
             export(run, *given, **keys)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["full", "runs"]
+
+
+@pytest.mark.parametrize("format", ["parquet", "npy"])
+def test_sums_that_torch_does_not_have_are_refused(format: str, tmp_path: Path) -> None:
+    def tensors(step: int, rows: Any) -> dict[str, torch.Tensor]:
+        return {"layer": torch.ones(2, 3).to(torch.float8_e4m3fn)}
+
+    run = requests_run(tmp_path / "runs", [[("a-00000000", 2, 0)]], tensors)
+    with pytest.raises(
+        ReadError, match="outputs' cannot be added up: torch has no sum of float8_e4m3fn; name"
+    ):
+        export(run, tmp_path / "out", format, ["layer/outputs + layer/outputs"])
+    assert not (tmp_path / "out").exists()
+    assert export(run, tmp_path / "out", format, ["layer/outputs"]).items == 2
 
 
 def test_without_token_ids_only_rows_are_exported(tmp_path: Path) -> None:

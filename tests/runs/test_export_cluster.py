@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import sys
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +18,8 @@ from tlcore.__main__ import main
 from tlcore.errors import BackendError, ReadError
 from tlcore.reader import open_run
 from tlcore.runs.export.export import FORMATS, export
+from tlcore.runs.export.target import UrlTarget
+from tlcore.runs.export.work import Cluster
 
 pytest.importorskip("pyarrow")
 distributed = pytest.importorskip("distributed")
@@ -93,23 +97,94 @@ class _Telling:
         self._told.append((done, total))
 
 
-class _Client:
-    """A cluster whose workers are gone."""
-
-    def scatter(self, value: Any, **_: Any) -> Any:
-        return value
-
-    def nthreads(self) -> dict[str, int]:
-        return {}
+@pytest.fixture
+def threads() -> Iterator[Any]:
+    """A cluster in this process, where each test has its own."""
+    options = {"n_workers": 1, "threads_per_worker": 2, "processes": False, "dashboard_address": None}
+    with distributed.LocalCluster(**options) as found:
+        yield found
 
 
-def test_a_cluster_without_workers_is_an_error(tmp_path: Path) -> None:
+def test_a_cluster_without_workers_is_an_error(threads: Any, tmp_path: Path) -> None:
     run = Served(requests=3).run(tmp_path / "runs", "safetensors")
-    with pytest.raises(BackendError, match="the cluster has no workers"):
-        export(run, tmp_path / "out", "parquet", NAMES, client=_Client())
-    assert not (tmp_path / "out").exists()
-    with pytest.raises(ReadError, match="there is no format"):
-        export(run, tmp_path / "out", "csv", NAMES, client=_Client())
+    threads.scale(0)
+    with distributed.Client(threads, set_as_default=False) as client:
+        _until(lambda: not client.nthreads())
+        with pytest.raises(BackendError, match=r"the cluster has no workers$"):
+            export(run, tmp_path / "out", "parquet", NAMES, client=client)
+        assert not (tmp_path / "out").exists()
+        with pytest.raises(ReadError, match="there is no format"):
+            export(run, tmp_path / "out", "csv", NAMES, client=client)
+    with pytest.raises(BackendError, match="--dask: the cluster failed"):
+        export(run, tmp_path / "out", "parquet", NAMES, client=client)
+
+
+def _until(holds: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not holds():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def test_workers_that_all_leave_end_an_export(
+    threads: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcore.runs.export.work._SLICE_S", 0.2)
+    run = Served(requests=30).run(tmp_path / "runs", "safetensors")
+    with distributed.Client(threads, set_as_default=False) as client:
+
+        def leave(done: int, total: int) -> None:
+            threads.scale(0)
+            _until(lambda: not client.nthreads())
+
+        # What was sent to them is lost, and with it each task.
+        with pytest.raises(BackendError, match="--dask: the cluster failed"):
+            export(run, tmp_path / "outs" / "out", "parquet", NAMES, on_item=leave, client=client)
+        # A task that nothing is lost of waits for workers.
+        with pytest.raises(BackendError, match="all workers of the cluster have left"):
+            Cluster(client, lambda items: None)._result(client.submit(abs, -1))
+    assert os.listdir(tmp_path / "outs") == []
+
+
+@pytest.mark.parametrize("format", ["requests", "parquet"])
+def test_what_runs_when_an_export_fails_brings_nothing_back(
+    threads: Any, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Served(requests=30).run(tmp_path / "runs", "safetensors")
+    put, ended = UrlTarget.put, []
+
+    def slow(self: UrlTarget, name: str, parts: Any) -> None:
+        time.sleep(0.3)
+        put(self, name, parts)
+        ended.append(name)
+
+    def fail(done: int, total: int) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(UrlTarget, "put", slow)
+    with distributed.Client(threads, set_as_default=False) as client:
+        with pytest.raises(KeyboardInterrupt):
+            export(run, PLACE, format, NAMES[:1], on_item=fail, client=client)
+        known = len(ended)
+        assert not files_at(PLACE)
+        time.sleep(1)
+        assert not files_at(PLACE) and len(ended) == known
+
+
+def test_an_error_of_the_work_on_a_worker_is_no_error_of_the_cluster(
+    threads: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Served(requests=3).run(tmp_path / "runs", "safetensors")
+
+    def full(*given: Any) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("tlcore.runs.export.parquet.write_parquet", full)
+    with (
+        distributed.Client(threads, set_as_default=False) as client,
+        pytest.raises(BackendError, match=r"a worker of --dask cannot write \(No space left on device\)"),
+    ):
+        export(run, tmp_path / "out", "parquet", NAMES, client=client)
 
 
 def test_without_dask_the_command_says_what_to_install(

@@ -4,6 +4,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import os
+import resource
+import tempfile
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
@@ -18,6 +23,7 @@ from tlcore.__main__ import main
 from tlcore.errors import BackendError, ReadError
 from tlcore.reader import Run
 from tlcore.runs.export.export import ABOUT, FORMATS, export
+from tlcore.runs.export.target import UrlTarget, new_target
 
 pytest.importorskip("pyarrow")
 
@@ -195,6 +201,72 @@ def test_what_cannot_be_removed_is_told(
     unfinished = next(name.partition("/")[0] for name in files_at(PLACE) if name.startswith(".unfinished-"))
     then = ", part-00000.parquet, part-00001.parquet, " if fails else ", which could not be ("
     assert f"memory://exports/out: remove by hand {unfinished}/{then}" in said
+
+
+def test_what_is_put_after_a_directory_was_removed_does_not_bring_it_back(tmp_path: Path) -> None:
+    with new_target(tmp_path / "out", None) as place:
+        pass
+    for name in ("part", "data/part"):
+        with pytest.raises(BackendError, match="is not there; all workers of a cluster must see the target"):
+            place.put(name, [b"late"])
+        with pytest.raises(BackendError, match="is not there"), place.file(name):
+            pass
+    assert os.listdir(tmp_path) == ["out"] and os.listdir(tmp_path / "out") == []
+
+
+def test_threads_have_ended_when_an_export_has_failed(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    put, ended = UrlTarget.put, threading.Event()
+
+    def slow(self: UrlTarget, name: str, parts: Any) -> None:
+        if name.endswith("hs_1.safetensors"):
+            time.sleep(0.5)
+            ended.set()
+        put(self, name, parts)
+
+    def fail(*given: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(UrlTarget, "put", slow)
+    monkeypatch.setattr("tlcore.runs.export.requests._TABLE_ROWS", 1)
+    monkeypatch.setattr("tlcore.runs.export.requests._batch", fail)
+    with pytest.raises(KeyboardInterrupt):
+        export(run, PLACE, "requests", NAMES[:1])
+    assert ended.is_set() and not files_at(PLACE)
+
+
+def test_what_s3_would_not_copy_in_the_end_is_refused_at_once(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = UrlTarget("s3://bucket/out", None)
+    place.check_size("small.npy", 4 << 30)
+    with pytest.raises(
+        ReadError, match=r"s3://bucket/out: big.npy would have 5.0 GiB, and S3 copies at most 5 GiB"
+    ):
+        place.check_size("big.npy", 5 << 30)
+    UrlTarget("gs://bucket/out", None).check_size("big.npy", 5 << 30)
+    monkeypatch.setattr("tlcore.runs.export.target._S3", ("memory",))
+    monkeypatch.setattr("tlcore.runs.export.target._HEAD_BYTES", 0)
+    for format, most in (("npy", 1000), ("requests", 100)):
+        monkeypatch.setattr("tlcore.runs.export.target._MOST_COPIED", most)
+        with pytest.raises(ReadError, match="export into a directory, or as parquet"):
+            export(run, PLACE, format, NAMES[:1], on_item=lambda done, total: pytest.fail("work began"))
+    assert not files_at(PLACE)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_full_temporary_directory_is_told(
+    run: Run, format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100, before[1]))
+    try:
+        with pytest.raises(BackendError) as caught:
+            export(run, PLACE, format, NAMES[:1])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert str(caught.value).startswith(f"{tmp_path}: ") and "File too large" in str(caught.value)
+    assert "the environment variable TMPDIR names another directory" in str(caught.value)
 
 
 @pytest.mark.slow

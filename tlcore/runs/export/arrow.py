@@ -6,7 +6,7 @@ from typing import Any
 
 from .disk import FILE_BYTES, table_name, write_documents
 from .items import Piece, piece_columns, pieces, sequence_features, written_bytes
-from .job import Advance, Job, Part, Workers, parts_of, pyarrow
+from .job import Advance, Job, Part, Workers, do_all, parts_of, pyarrow
 from .tables import box_field, boxes, feature, list_feature, with_features
 
 
@@ -14,8 +14,7 @@ def write(job: Job, workers: Workers) -> list[str]:
     """Write whole requests, or pieces of a context: then as SAELens has its cached activations."""
     _, features = _described(job)
     parts = parts_of(job, written_bytes(job), FILE_BYTES)
-    for _ in workers.each(write_part, job, parts):
-        pass
+    do_all(workers, write_part, job, parts)
     names = [table_name(part.number, part.count) for part in parts]
     identity = f"arrow {[column.name for column in job.columns]} {job.data.fingerprint}"
     write_documents(job.target, names, features, identity)

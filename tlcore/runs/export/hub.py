@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from .items import piece_columns, sequence_features
-from .job import Advance, Job, Part, Workers
+from .job import Advance, Job, Part, Workers, do_all
 from .parquet import file_parts, write_parquet
 from .tables import with_features
 
@@ -26,8 +26,7 @@ every other column has as many rows:
 def write(job: Job, workers: Workers) -> list[str]:
     """Write ``data/train-<n>-of-<all>.parquet`` and ``README.md``; a row is a request, or a piece of one."""
     parts = file_parts(job)
-    for _ in workers.each(write_part, job, parts):
-        pass
+    do_all(workers, write_part, job, parts)
     columns = "\n".join(f"- `{each.name}`: {_told(each.dtype, each.written_dtype)}" for each in job.columns)
     what = "requests" if job.data.ragged else f"pieces of {job.data.context} positions"
     card = _CARD.format(count=len(job.data), what=what, run=job.run_id, columns=columns)

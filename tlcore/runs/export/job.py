@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -72,14 +73,28 @@ class Part:
 class Workers(Protocol):
     """Who does the parts of a job."""
 
-    def each(self, work: Callable[[Job, Part, Advance], _T], job: Job, parts: Sequence[Part]) -> Iterator[_T]:
-        """What ``work`` returns of each part, in order. Raises as it does, or BackendError."""
+    def each(
+        self, work: Callable[[Job, Part, Advance], _T], job: Job, parts: Sequence[Part]
+    ) -> Generator[_T, None, None]:
+        """What ``work`` returns of each part, in order. Raises as it does, or BackendError.
+
+        To be closed: when it is, nobody writes any more.
+        """
         ...
 
     @property
     def share_memory(self) -> bool:
         """Whether they write into a file that another one has opened."""
         ...
+
+
+def do_all(
+    workers: Workers, work: Callable[[Job, Part, Advance], None], job: Job, parts: Sequence[Part]
+) -> None:
+    """Have all parts done. Raises as ``work`` does, or BackendError; nobody writes any more then."""
+    with closing(workers.each(work, job, parts)) as done:
+        for _ in done:
+            pass
 
 
 def parts_of(job: Job, row_bytes: int, most_bytes: int) -> list[Part]:

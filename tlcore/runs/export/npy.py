@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 from contextlib import ExitStack
 from functools import partial
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +14,7 @@ import numpy as np
 
 from ...errors import ReadError
 from .items import pieces
-from .job import Advance, Job, Part, Workers, parts_of
+from .job import Advance, Job, Part, Workers, do_all, parts_of
 
 _KNOWN = {"positions": np.int64, "request": np.int64, "token_ids": np.int64, "response": np.bool_}
 # What one of several workers does at a time.
@@ -34,14 +36,14 @@ def write(job: Job, workers: Workers) -> list[str]:
         column.name: (column.written_dtype, (count, *column.shape)) for column in job.columns
     }
     forms |= {name: (_KNOWN[name], (count,)) for name in _KNOWN if name in job.data.known}
+    for name, (dtype, shape) in forms.items():
+        job.target.check_size(f"{name}.npy", prod(shape) * np.dtype(dtype).itemsize)
     with ExitStack() as stack:
         paths = {name: stack.enter_context(job.target.file(f"{name}.npy")) for name in forms}
         for name, form in forms.items():
             _made(paths[name], *form)
-        for _ in workers.each(
-            partial(write_part, paths), job, parts_of(job, job.data.row_bytes, _PART_BYTES)
-        ):
-            pass
+        parts = parts_of(job, job.data.row_bytes, _PART_BYTES)
+        do_all(workers, partial(write_part, paths), job, parts)
     job.target.document("requests.json", json.dumps(job.data.requests, indent=1))
     return [f"{name}.npy" for name in forms]
 
@@ -69,3 +71,7 @@ def _made(path: Path, dtype: Any, shape: tuple[int, ...]) -> None:
     # NumPy gives this function no types.
     make: Any = np.lib.format.open_memmap
     make(path, mode="w+", dtype=np.dtype(dtype), shape=shape)
+    if hasattr(os, "posix_fallocate"):
+        # A full disk is an error here, and would kill the process where it is met in mapped memory.
+        with path.open("r+b") as file:
+            os.posix_fallocate(file.fileno(), 0, path.stat().st_size)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from .items import Piece, pieces
-from .job import Advance, Job, Part, Workers, parts_of, pyarrow
+from .job import Advance, Job, Part, Workers, do_all, parts_of, pyarrow
 from .tables import fixed, fixed_type
 
 # Of the rows as they were captured: what their dtypes are widened by takes no room in the file.
@@ -17,8 +17,7 @@ _KNOWN = {"token_ids": "token_id", "response": "response"}
 def write(job: Job, workers: Workers) -> list[str]:
     """Write ``part-<n>.parquet``, in the order in which the rows were captured."""
     parts = file_parts(job)
-    for _ in workers.each(write_part, job, parts):
-        pass
+    do_all(workers, write_part, job, parts)
     return [_name(part) for part in parts]
 
 

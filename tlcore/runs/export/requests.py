@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import closing
 from itertools import chain
 from typing import Any
 
@@ -46,6 +47,9 @@ def write(job: Job, workers: Workers) -> list[str]:
             f"{job.url}: where prompts end is not known of every request, so neither is the response;"
             ' with loss="all" every position counts'
         )
+    width = row_width(job.data.forms[job.columns[0].terms[0]])
+    largest = int(job.data.counts_of(np.arange(len(job.data))).max(initial=0))
+    job.target.check_size("a file of hidden_states", largest * (len(job.columns) * width + 8))
     pa = pyarrow()
     lists = pa.list_(pa.int64())
     schema = pa.schema(
@@ -54,8 +58,8 @@ def write(job: Job, workers: Workers) -> list[str]:
     with (
         job.target.file(_TABLE) as path,
         pa.ipc.new_stream(str(path), with_features(schema, _FEATURES)) as table,
+        closing(workers.each(write_part, job, parts_of(job, 1, 1))) as found,
     ):
-        found = workers.each(write_part, job, parts_of(job, 1, 1))
         for group in _groups(chain.from_iterable(found)):
             table.write_batch(_batch(group, schema))
     write_documents(job.target, [_TABLE], _FEATURES, f"requests {job.data.fingerprint}")

@@ -13,7 +13,7 @@ import shutil
 import tempfile
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
@@ -31,6 +31,10 @@ REMOTE_THREADS = 8
 _UNFINISHED = ".unfinished-"
 # What the system takes in one call.
 _MOST_PARTS = 512
+# What S3 copies at a time, in bytes, and what files have beside their values, generously.
+_MOST_COPIED = 5 << 30
+_HEAD_BYTES = 1 << 20
+_S3 = ("s3", "s3a")
 # Of the names that a message has.
 _MOST_SHOWN = 5
 
@@ -49,6 +53,10 @@ class Target(Protocol):
 
     def file(self, name: str) -> Any:
         """A context with the path of a file that is then to be written. Raises BackendError."""
+        ...
+
+    def check_size(self, name: str, nbytes: int) -> None:
+        """Raise ReadError for a file that would be too large to get its place in the end."""
         ...
 
     def document(self, name: str, text: str) -> None:
@@ -72,7 +80,7 @@ class DirectoryTarget:
             try:
                 handle = _created(path)
             except FileNotFoundError:
-                os.makedirs(os.path.dirname(path), exist_ok=True)
+                self._make_parents(name)
                 handle = _created(path)
             try:
                 _write(handle, parts)
@@ -84,9 +92,22 @@ class DirectoryTarget:
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
         """Its path in the directory."""
-        path = Path(self._directory, name)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield path
+        self._make_parents(name)
+        yield Path(self._directory, name)
+
+    def _make_parents(self, name: str) -> None:
+        """Make what a file lies in below the directory, which itself is there or is gone for good."""
+        if not os.path.isdir(self._directory):
+            raise BackendError(
+                f"{self._directory}: is not there; all workers of a cluster must see the target under"
+                " the same name, and nothing is written after an export has failed"
+            )
+        for parent in reversed(Path(name).parents[:-1]):
+            with suppress(FileExistsError):
+                os.mkdir(os.path.join(self._directory, parent))
+
+    def check_size(self, name: str, nbytes: int) -> None:
+        """The disk says it."""
 
     def document(self, name: str, text: str) -> None:
         """Keep a text for `finish`."""
@@ -122,18 +143,33 @@ class UrlTarget:
     @contextmanager
     def file(self, name: str) -> Iterator[Path]:
         """A path on this machine's disk, from which the file is uploaded."""
-        with tempfile.TemporaryDirectory(prefix="tlcore-export-") as directory:
-            path = Path(directory, os.path.basename(name))
-            yield path
-            with path.open("rb") as file:
-                import mmap
+        try:
+            with tempfile.TemporaryDirectory(prefix="tlcore-export-") as directory:
+                path = Path(directory, os.path.basename(name))
+                yield path
+                with path.open("rb") as file:
+                    import mmap
 
-                with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
-                    whole = memoryview(data)
-                    try:
-                        self.put(name, [whole])
-                    finally:
-                        whole.release()
+                    with mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ) as data:
+                        whole = memoryview(data)
+                        try:
+                            self.put(name, [whole])
+                        finally:
+                            whole.release()
+        except OSError as error:
+            raise BackendError(
+                f"{tempfile.tempdir or 'the temporary directory'}: {name} cannot be made there before it goes"
+                f" to {redact_url(self._url)} ({error.strerror or error});"
+                " the environment variable TMPDIR names another directory"
+            ) from error
+
+    def check_size(self, name: str, nbytes: int) -> None:
+        """Of what S3 copies by one request, there is a limit."""
+        if self._url.partition("://")[0].lower() in _S3 and nbytes + _HEAD_BYTES > _MOST_COPIED:
+            raise ReadError(
+                f"{redact_url(self._url)}: {name} would have {nbytes / (1 << 30):.1f} GiB, and S3 copies"
+                " at most 5 GiB to its place; export into a directory, or as parquet, which has many files"
+            )
 
     def document(self, name: str, text: str) -> None:
         """Keep a text for `finish`."""

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from ...errors import ReadError
+from ...layout.dtypes import torch_dtype
 from ...reader.dataset.dataset import OrderedDataset, RowDataset
 from ...reader.dataset.order import Plan
 
@@ -75,10 +76,26 @@ def columns_of(data: RowDataset, names: Sequence[str], of_torch: bool) -> list[C
             shown = " and ".join(f"{each.dtype} {list(each.shape)}" for each in kinds)
             raise ReadError(f"{name!r} cannot be added up: {shown}")
         (form,) = kinds
+        if len(terms) > 1 and not _adds(form.dtype):
+            raise ReadError(
+                f"{name!r} cannot be added up: torch has no sum of {form.dtype};"
+                " name its terms one by one, and add them up in a wider dtype"
+            )
         if not of_torch and form.dtype not in (*_WIDENED, *_KNOWN):
             raise ReadError(f"{name!r} is of {form.dtype}, which this format has no type for")
         found.append(Column(name, terms, form.dtype, form.shape))
     return found
+
+
+def _adds(dtype: str) -> bool:
+    """Whether torch has sums of a dtype."""
+    kind = torch_dtype(dtype)
+    assert kind is not None
+    try:
+        torch.add(torch.zeros(1, dtype=kind), torch.zeros(1, dtype=kind))
+    except RuntimeError:  # NotImplementedError is one
+        return False
+    return True
 
 
 def in_order(data: RowDataset, window_bytes: int) -> OrderedDataset:
