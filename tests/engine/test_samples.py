@@ -34,6 +34,9 @@ def test_padding_is_nobodys_and_each_sample_has_its_own_rows(left: bool, tmp_pat
         begin = whole.shape[1] - len(prompt) if left else 0
         assert torch.equal(request[LAYER], whole[sample, begin : begin + len(prompt)])
         assert request["_root/inputs_input_ids_cpu"].tolist() == prompt
+        for name in request:
+            dtype, shape = request.dtype_and_shape(name)
+            assert (dtype, shape) == (str(request[name].dtype)[6:], list(request[name].shape)), name
         assert request.positions(LAYER) == list(range(len(prompt)))
 
 

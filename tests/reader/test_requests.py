@@ -41,6 +41,9 @@ def test_rows_are_joined_in_the_order_of_positions(tmp_path: Path, backend: str)
     assert request["layer/outputs_cpu"].tolist() == expected
     assert request.positions("layer/outputs_cpu") == list(range(6))
     assert not request.gaps("layer/outputs_cpu") and not request.recomputed("layer/outputs_cpu")
+    for name in request.names:
+        dtype, shape = request.dtype_and_shape(name)
+        assert (dtype, shape) == ("float32", list(request[name].shape))
     assert "table/outputs_cpu" not in request and "layer/inputs_0_cpu" in request
 
 

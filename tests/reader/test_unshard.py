@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch
 from tests.ranked import ranks_run
 from tlcore.errors import ReadError
 from tlcore.reader import MissingError
+from tlcore.reader.request import _row_kind
 from tlcore.reader.unshard import group_of, joined, part_of, places_of
 
 BACKENDS = ["pt", "safetensors"]
@@ -69,6 +71,11 @@ def test_a_run_joins_its_ranks_tensors(tmp_path: Path, backend: str) -> None:
     assert step.record("step_0/qkv_proj/outputs_0_cpu_rank_1")["part"] == {**part, "tp_rank": 1, "tp_size": 2}
     assert "part" not in step.record("step_0/norm/outputs_cpu")
     assert [each["rank"] for each in step.parts("step_0/qkv_proj/outputs_0_cpu")] == [0, 1]
+    place: Any = SimpleNamespace(
+        step=step, name="step_0/qkv_proj/outputs_0_cpu", span=SimpleNamespace(axis=0)
+    )
+    for unshard, tensor in ((True, whole), (False, local[0])):
+        assert _row_kind(place, unshard) == (str(tensor.dtype)[6:], tuple(tensor.shape[1:]))
 
 
 def test_a_part_that_was_not_stored_is_named(tmp_path: Path) -> None:

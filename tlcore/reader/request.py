@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -9,7 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import MissingError, ReadError, missing
 from ..layout import names
+from ..layout.dtypes import name_of, torch_dtype
 from ..layout.rows import Span, as_rows
+from .placements import as_whole, is_part
 from .request_tokens import Part, RequestTokens
 from .step import Step
 from .wanted import Wanted
@@ -175,6 +178,19 @@ class Request(Mapping[str, "torch.Tensor"]):
             raise ReadError(f"{self._url}: {name} has rows of the shapes {shapes}, which cannot be joined")
         return torch.cat(pieces)
 
+    def dtype_and_shape(self, name: str, unshard: bool = False) -> tuple[str, list[int]]:
+        """The dtype and shape of `tensor`, as the records have them: no tensor is read.
+
+        Raises as `tensor` does, but for what only the tensors themselves tell.
+        """
+        newest = self._newest(name)
+        places = {id(place): place for place, _ in newest.values()}
+        rows = {_row_kind(place, unshard) for place in places.values()}
+        shapes = sorted({shape for _, shape in rows})
+        if len(shapes) > 1:
+            raise ReadError(f"{self._url}: {name} has rows of the shapes {shapes}, which cannot be joined")
+        return _promoted(sorted({dtype for dtype, _ in rows})), [len(newest), *shapes[0]]
+
     def _of(self, name: str) -> list[_Place]:
         if name not in self._places:
             raise missing("tensor with rows", name, f"request {self.request_id} of {self._url}", self._places)
@@ -202,6 +218,24 @@ class Request(Mapping[str, "torch.Tensor"]):
 
     def __repr__(self) -> str:
         return f"<Request {self.request_id} of {self._url}, steps {self.steps}>"
+
+
+def _row_kind(place: _Place, unshard: bool) -> tuple[str, tuple[int, ...]]:
+    """The dtype and shape of a row, as its step's tensor is read."""
+    record = place.step.parts(place.name)[0] if unshard else place.step.record(place.name)
+    whole = as_whole(record) if unshard or is_part(record) else record
+    axis = place.span.axis
+    return name_of(whole["dtype"]), tuple(size for i, size in enumerate(whole["shape"]) if i not in (0, axis))
+
+
+def _promoted(dtypes: Sequence[str]) -> str:
+    """The dtype of tensors of these put together."""
+    if len(dtypes) == 1:
+        return dtypes[0]
+    import torch
+
+    known = [torch_dtype(each) for each in dtypes]
+    return name_of(functools.reduce(torch.promote_types, [each for each in known if each is not None]))
 
 
 def name_in_model(step: Step, record: Mapping[str, Any], modules: frozenset[str]) -> str:

@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from tlcore.adapters.vllm.frontend import fetching
 from tlcore.adapters.vllm.frontend.fetching import (
     Flusher,
+    LargeError,
     LateError,
+    LostError,
     NothingError,
+    Room,
     joined_names,
+    size_of,
     stored_request,
 )
 from tlcore.adapters.vllm.frontend.fetching_route import _number, _request_of, _takes_zstd
-from tlcore.errors import CaptureError, ConfigError
+from tlcore.errors import CaptureError, ConfigError, MissingError
 
 
 class _Workers:
@@ -68,6 +74,72 @@ def test_a_late_rank_is_named() -> None:
     flusher = _Workers([1, 10**6, 1, 10**6])
     with pytest.raises(LateError, match=r"ranks \[1, 3\] have not stored the request within 0\.2 s"):
         asyncio.run(Flusher(flusher.ask).flush({"a"}, 0.2))
+
+
+def test_an_engine_that_is_stuck_keeps_nobody_who_asks_later(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fetching, "_LONGEST_S", 0.2)
+    stuck, workers = [True], _Workers([1])
+
+    async def ask(method: str, ticket: str, requests: list[str]) -> list[dict[str, Any]]:
+        if stuck:
+            stuck.pop()
+            await asyncio.sleep(600)
+        return await workers.ask(method, ticket, requests)
+
+    async def ask_two() -> list[dict[str, Any]]:
+        flusher = Flusher(ask)
+        with pytest.raises(LateError, match=r"the engine has not answered within 0\.2 s"):
+            await flusher.flush({"a"}, 30)
+        return await flusher.flush({"b"}, 30)
+
+    (answer,) = asyncio.run(ask_two())
+    assert answer["done"] and [requests for _, requests in workers.asked] == [["b"]]
+
+
+def test_a_lost_step_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def step(number: int) -> Any:
+        raise MissingError("no such step")
+
+    monkeypatch.setattr(fetching, "open_run", lambda *_, **__: SimpleNamespace(url="u", step=step))
+    known = {"a": {"run_id": "r", "url": "u", "steps": [3]}}
+    for told, kind, text in (
+        ({}, LostError, "step 3 of the run could not be stored by every rank, and is lost$"),
+        ({"problem": "full"}, LostError, "is lost: full"),
+        (
+            {"problem": "x", "waiting": "2 steps in the spill_dir"},
+            LateError,
+            "rank yet: 2 steps in the spill",
+        ),
+    ):
+        with pytest.raises(kind, match=text):
+            stored_request([{"rank": 0, "requests": known}, {"rank": 1, "requests": {}, **told}], "a", str)
+
+
+def test_what_is_too_large_is_refused_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    request: Any = SimpleNamespace(
+        names=["a/outputs_cpu", "b/outputs_cpu"],
+        dtype_and_shape=lambda name, unshard: ("float32" if name[0] == "a" else "bfloat16", [3, 5]),
+    )
+    assert size_of(request) == 3 * 5 * (4 + 2)
+    monkeypatch.setattr(fetching, "MOST_BYTES", 89)
+    with pytest.raises(LargeError, match="tensors have 90 bytes, and 89 are fetched at most; choose fewer"):
+        size_of(request)
+
+
+def test_what_is_fetched_at_once_is_bounded() -> None:
+    async def fetch_all() -> None:
+        room, soon = Room(10), time.monotonic()
+        first, _ = await room.take(6, soon), await room.take(0, soon)
+        with pytest.raises(LateError, match="no room"):
+            await room.take(5, soon)
+        second = await room.take(4, soon)
+        waiting = asyncio.create_task(room.take(10, time.monotonic() + 60))
+        await asyncio.sleep(0)
+        assert not waiting.done()
+        del first, second
+        assert await asyncio.wait_for(waiting, 60)
+
+    asyncio.run(fetch_all())
 
 
 def test_a_refusal_of_a_rank_is_told() -> None:

@@ -96,5 +96,5 @@ def test_wrong_tokens_and_servers_without_a_key() -> None:
     assert _get(client, "cmpl-a", token)[0] == 404, "nothing was captured"
     assert _get(client, "cmpl-a", "other") == _get(client, "cmpl-b.safetensors", token)
     assert _get(client, "cmpl-a", token, guarded=False)[0] == 403
-    for query in ("index=1", "index=x", "timeout=61", "timeout=nan"):
+    for query in ("index=1", "index=x", "timeout=61", "timeout=nan", "timeout=0"):
         assert _get(client, f"cmpl-a?{query}", token)[0] == 400

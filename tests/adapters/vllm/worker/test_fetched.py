@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,12 +14,21 @@ from safetensors.torch import load
 
 from tests.adapters.vllm.worker.test_client_choices import _Layers, _output
 from tests.sinks import MemorySink
-from tlcore.adapters.vllm.frontend.fetching import LateError, as_safetensors, described, stored_request
+from tlcore.adapters.vllm.frontend.fetching import (
+    LostError,
+    as_safetensors,
+    described,
+    size_of,
+    stored_request,
+)
+from tlcore.adapters.vllm.worker.capture import WorkerCapture
 from tlcore.adapters.vllm.worker.fetched import Fetched, Flushes
+from tlcore.adapters.vllm.worker.run_end import Runs
 from tlcore.adapters.vllm.worker.steps import StepWrapper
 from tlcore.config.configuration import load_config
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
+from tlcore.reader.step import Step
 
 
 class _SlowSink(MemorySink):
@@ -79,6 +89,23 @@ def test_a_flush_is_over_when_what_was_captured_before_it_is_stored() -> None:
     assert flushes.done("second", session) and flushes.done("third", None)
 
 
+def test_a_flush_asked_for_within_a_step_is_over_after_it() -> None:
+    sink = MemorySink()
+    session, runner, wrapper = _session(sink, delivery=True)
+    runner.execute_model(_output({"a": {"deliver": True}}))
+    worker: Any = SimpleNamespace(
+        _bracket=wrapper, _session=session, _runs=Runs(), _flushes=Flushes(), _rank=0
+    )
+    told = WorkerCapture.flush(worker, "first", ["a"])
+    assert told["requests"]["a"]["steps"] == [0] and not told["done"]
+    runner.sample_tokens(None)
+    deadline = time.monotonic() + 60
+    while not WorkerCapture.flush(worker, "first", ["a"])["done"]:
+        assert time.monotonic() < deadline
+    assert [step.step for step in sink.steps] == [0]
+    session.close()
+
+
 def test_the_oldest_are_forgotten(monkeypatch: Any) -> None:
     monkeypatch.setattr("tlcore.adapters.vllm.worker.fetched._MOST_REQUESTS", 2)
     fetched = Fetched()
@@ -88,7 +115,9 @@ def test_the_oldest_are_forgotten(monkeypatch: Any) -> None:
 
 
 @pytest.mark.parametrize("backend", ["safetensors", "pt"])
-def test_what_is_stored_is_joined_while_the_run_goes_on(tmp_path: Path, backend: str) -> None:
+def test_what_is_stored_is_joined_while_the_run_goes_on(
+    tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     keys = {"output_dir": str(tmp_path), "backend": backend, "delivery": True}
     config = load_config({**keys, "log_step_ids": [10**6], "request_overrides": ["modules"]})
     session = Session(config, new_run(config))
@@ -100,11 +129,13 @@ def test_what_is_stored_is_joined_while_the_run_goes_on(tmp_path: Path, backend:
     known = {**wrapper.fetched.of(asked)["a"], "steps": [0, 7]}
     late = [{"rank": 0, "requests": {"a": known}, "problem": "full"}]
     session.flush()
-    with pytest.raises(LateError, match=r"step 7 of the run is not stored by every rank: full"):
+    with pytest.raises(LostError, match=r"step 7 of the run could not be stored by every rank, .*: full"):
         stored_request(late, "a", lambda url: None)
     found = stored_request([{"rank": 0, "requests": wrapper.fetched.of(asked)}], "a", lambda url: None)
     tensors = load(as_safetensors(found))
     assert set(tensors) == {f"{layer}/{stem}" for layer in "12" for stem in ("inputs_0", "outputs")}
+    assert size_of(found) == sum(each.nbytes for each in tensors.values())
+    monkeypatch.setattr(Step, "tensor", None)
     said = described(found, "cmpl-x", 3)
     assert (said["id"], said["index"], said["steps"], said["run"]) == ("cmpl-x", 3, [0], session.url)
     entry = said["tensors"]["2/outputs"]

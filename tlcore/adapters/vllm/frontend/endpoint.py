@@ -28,7 +28,7 @@ from ..plugins import ENDPOINT
 from .attach import prepare
 from .deliveries import TokenMiddleware
 from .engines import DeadEngineError, Engines
-from .fetching import Flusher, LateError, NothingError
+from .fetching import Flusher, LargeError, LateError, LostError, NothingError, Room
 from .fetching_route import fetched
 from .requests import remember
 from .status import POLL_S, START, STATUS, STOP, Status, merged
@@ -54,6 +54,7 @@ class EndpointPlugin:
         self._guarded = False
         self._lock = asyncio.Lock()
         self._flusher = Flusher(self._ask_all)
+        self._room = Room()
 
     def attach_router(self, app: Any) -> None:
         """Add the routes ``/v1/tlcore/start``, ``stop``, ``status`` and ``requests/ID`` to the server."""
@@ -148,7 +149,7 @@ class EndpointPlugin:
 
     async def _fetch(self, request: Any) -> Any:
         """What was captured of one request, as the token in a header opens it."""
-        return await fetched(request, self._flusher)
+        return await fetched(request, self._flusher, self._room)
 
     async def _ask_all(self, method: str, *args: Any) -> list[Json]:
         engines = Engines(self._engine)
@@ -169,18 +170,21 @@ class ForbiddenError(CaptureError):
     """The server's operator has not allowed what was asked for."""
 
 
+_CODES: dict[type[TlcoreError], int] = {
+    ForbiddenError: 403,
+    DeadEngineError: 503,
+    NothingError: 404,
+    LostError: 410,
+    LargeError: 413,
+    LateError: 504,
+    ConfigError: 400,
+    BackendError: 502,
+    ReadError: 502,
+}
+
+
 def _code(error: TlcoreError) -> int:
-    if isinstance(error, ForbiddenError):
-        return 403
-    if isinstance(error, DeadEngineError):
-        return 503
-    if isinstance(error, NothingError):
-        return 404
-    if isinstance(error, LateError):
-        return 504
-    if isinstance(error, ConfigError):
-        return 400
-    return 502 if isinstance(error, (BackendError, ReadError)) else 409
+    return next((code for kind, code in _CODES.items() if isinstance(error, kind)), 409)
 
 
 def _described(error: TlcoreError) -> Json:

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import re
 import secrets
+import threading
 import time
+import weakref
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from ....errors import CaptureError, MissingError
+from ....layout.dtypes import item_size
 from ....reader import open_run
 from ....reader.request import Request
 from ....record import Json
@@ -20,13 +24,23 @@ _POLL_S = 0.01
 _LONGEST_POLL_S = 0.2
 # A flush that is not over by then is given up.
 _LONGEST_S = 60.0
+# Of the tensors of one request, and of all that are being fetched: at times they are there twice.
+MOST_BYTES = 2 << 30
 # What stands at the end of a stored tensor's name: its device, with the rank where several share that.
 _DEVICE = re.compile(r"(.+?)_[a-z]+(?:_[0-9]+)?(?:_rank_[0-9]+)?(?:~[0-9]+)?", re.DOTALL)
 Ask = Callable[..., Awaitable[list[Json]]]
 
 
+class LargeError(CaptureError):
+    """There is more of a request than is fetched at once."""
+
+
 class LateError(CaptureError):
     """Not every rank has stored in time what was asked for."""
+
+
+class LostError(CaptureError):
+    """Every rank has done what it could, and something of the request could not be stored."""
 
 
 class NothingError(MissingError):
@@ -82,8 +96,9 @@ class Flusher:
             ticket, requests = secrets.token_hex(8), sorted(flush.requests)
             deadline, pause = time.monotonic() + _LONGEST_S, _POLL_S
             try:
-                while time.monotonic() < deadline:
-                    flush.answers = await self._ask(FLUSH, ticket, requests)
+                while (left := deadline - time.monotonic()) > 0:
+                    # An engine that is stuck must not keep those who ask later from asking.
+                    flush.answers = await asyncio.wait_for(self._ask(FLUSH, ticket, requests), left)
                     raise_refusal(flush.answers)
                     if not flush.missing:
                         break
@@ -91,6 +106,8 @@ class Flusher:
                     pause = min(_LONGEST_POLL_S, pause * 1.5)
                 else:
                     flush.error = LateError(f"ranks {flush.missing} have not stored the request")
+            except asyncio.TimeoutError:
+                flush.error = LateError(f"the engine has not answered within {_LONGEST_S:g} s")
             except Exception as error:
                 flush.error = error
             flush.over.set()
@@ -99,7 +116,8 @@ class Flusher:
 def stored_request(answers: list[Json], request_id: str, options: Callable[[str], Any]) -> Request:
     """A request as it is stored, where the workers' ``answers`` say that it is; ``options`` go with a URL.
 
-    Raises NothingError where nothing was captured of it, LateError where steps of it are not stored.
+    Raises NothingError where nothing was captured of it; where steps of it are not stored, LateError if they
+    may come from a spill_dir yet, otherwise LostError.
     """
     known = [each["requests"][request_id] for each in answers if request_id in each["requests"]]
     if not known:
@@ -116,10 +134,17 @@ def stored_request(answers: list[Json], request_id: str, options: Callable[[str]
         except MissingError:
             step = None
         if step is None or not step.complete:
-            problem = next((f": {each['problem']}" for each in answers if "problem" in each), "")
-            raise LateError(f"step {number} of the run is not stored by every rank{problem}")
+            raise _not_stored(number, answers)
         steps.append(step)
     return Request(run.url, request_id, None, steps)
+
+
+def _not_stored(number: int, answers: list[Json]) -> CaptureError:
+    waiting = next((each["waiting"] for each in answers if "waiting" in each), None)
+    if waiting is not None:
+        return LateError(f"step {number} of the run is not stored by every rank yet: {waiting}")
+    problem = next((f": {each['problem']}" for each in answers if "problem" in each), "")
+    return LostError(f"step {number} of the run could not be stored by every rank, and is lost{problem}")
 
 
 def joined_names(request: Request) -> dict[str, str]:
@@ -139,13 +164,13 @@ def joined_names(request: Request) -> dict[str, str]:
 
 
 def described(request: Request, public_id: str, index: int) -> Json:
-    """A request as JSON data."""
+    """A request as JSON data, for which no tensor is read."""
     tensors = {}
     for plain, name in joined_names(request).items():
-        tensor = request.tensor(name, unshard=True)
+        dtype, shape = request.dtype_and_shape(name, unshard=True)
         tensors[plain] = {
-            "dtype": str(tensor.dtype).removeprefix("torch."),
-            "shape": list(tensor.shape),
+            "dtype": dtype,
+            "shape": shape,
             "positions": request.positions(name),
             "gaps": [list(gap) for gap in request.gaps(name)],
         }
@@ -166,6 +191,52 @@ def _token_ids(request: Request) -> list[int] | None:
         return [int(each) for each in request.token_ids]
     except MissingError:
         return None
+
+
+def size_of(request: Request) -> int:
+    """How many bytes the joined tensors have together, as the records say. Raises LargeError."""
+    size = 0
+    for name in joined_names(request).values():
+        dtype, shape = request.dtype_and_shape(name, unshard=True)
+        size += math.prod(shape) * (item_size(dtype) or 1)
+    if size > MOST_BYTES:
+        text = f"the request's tensors have {size} bytes, and {MOST_BYTES} are fetched at most"
+        raise LargeError(f"{text}; choose fewer modules or rows, or read the run")
+    return size
+
+
+class Held:
+    """Room for some bytes, which is free again once nobody has this any more."""
+
+
+class Room:
+    """Bounds the bytes of all tensors that are being fetched from this process, together."""
+
+    def __init__(self, most: int = MOST_BYTES) -> None:
+        self._most = most
+        self._taken = 0
+        # What is held may be forgotten in any thread.
+        self._lock = threading.Lock()
+
+    async def take(self, size: int, deadline: float) -> Held:
+        """Wait until there is room. Raises LateError."""
+        while not self._try(size):
+            if time.monotonic() > deadline:
+                raise LateError("so much else is being fetched that there was no room for this in time")
+            await asyncio.sleep(_LONGEST_POLL_S)
+        held = Held()
+        weakref.finalize(held, self._give_back, size)
+        return held
+
+    def _try(self, size: int) -> bool:
+        with self._lock:
+            fits = not (size and self._taken) or self._taken + size <= self._most
+            self._taken += size if fits else 0
+        return fits
+
+    def _give_back(self, size: int) -> None:
+        with self._lock:
+            self._taken -= size
 
 
 def as_safetensors(request: Request) -> bytes:

@@ -9,36 +9,55 @@ import time
 from typing import Any
 
 from ....errors import ConfigError
+from ....reader.request import Request
 from ....record import Json
 from .deliveries import HEADER, find_delivery
-from .fetching import Flusher, LateError, NothingError, as_safetensors, described, stored_request
+from .fetching import (
+    Flusher,
+    LateError,
+    NothingError,
+    Room,
+    as_safetensors,
+    described,
+    size_of,
+    stored_request,
+)
 from .requests import storage_options
 
 _SUFFIX = ".safetensors"
-_USUAL_S, _LONGEST_S = 30.0, 60.0
+# In less time no engine can be asked.
+_LEAST_S, _USUAL_S, _LONGEST_S = 0.1, 30.0, 60.0
 # How often it is seen whether the answer is complete by now.
 _LOOK_S = 0.02
 
 
-async def fetched(request: Any, flusher: Flusher) -> Any:
-    """The answer. Raises NothingError for an unknown id and for a wrong token, LateError, ConfigError."""
+async def fetched(request: Any, flusher: Flusher, room: Room) -> Any:
+    """The answer. Raises NothingError for an unknown id and for a wrong token, ConfigError, CaptureError."""
     name = str(request.path_params["name"])
     whole = name.endswith(_SUFFIX)
     public_id = name.removesuffix(_SUFFIX)
     token = request.headers.get(HEADER, "")
-    deadline = time.monotonic() + _number(request, "timeout", _USUAL_S, _LONGEST_S)
+    deadline = time.monotonic() + _number(request, "timeout", _USUAL_S, _LONGEST_S, _LEAST_S)
     document = await _answered(public_id, token, deadline)
     index = int(_number(request, "index", 0, 1 << 20))
     request_id = _request_of(document, index)
     answers = await flusher.flush({request_id}, max(0.0, deadline - time.monotonic()))
 
-    def read() -> bytes:
+    def find() -> tuple[Request, int]:
         found = stored_request(answers, request_id, storage_options)
-        if whole:
-            return as_safetensors(found)
-        return json.dumps(described(found, public_id, index)).encode()
+        return found, size_of(found) if whole else 0
 
-    return await asyncio.to_thread(_encoded, await asyncio.to_thread(read), whole, request)
+    found, size = await asyncio.to_thread(find)
+    held = await room.take(size, deadline)
+
+    def answer() -> Any:
+        body = as_safetensors(found) if whole else json.dumps(described(found, public_id, index)).encode()
+        response = _encoded(body, whole, request)
+        # Until it is sent, or its client is gone.
+        response.tlcore_held = held
+        return response
+
+    return await asyncio.to_thread(answer)
 
 
 async def _answered(public_id: str, token: str, deadline: float) -> Json:
@@ -65,7 +84,7 @@ def _request_of(document: Json, index: int) -> str:
     raise ConfigError("$.index", f"the answer has {first} choices, of which the first is 0.")
 
 
-def _number(request: Any, key: str, usual: float, most: float) -> float:
+def _number(request: Any, key: str, usual: float, most: float, least: float = 0) -> float:
     text = request.query_params.get(key)
     if text is None:
         return usual
@@ -73,8 +92,8 @@ def _number(request: Any, key: str, usual: float, most: float) -> float:
         value = float(text)
     except ValueError:
         value = math.nan
-    if not 0 <= value <= most or (key == "index" and value != int(value)):
-        raise ConfigError(f"$.{key}", f"it must be a number from 0 to {most:g}.")
+    if not least <= value <= most or (key == "index" and value != int(value)):
+        raise ConfigError(f"$.{key}", f"it must be a number from {least:g} to {most:g}.")
     return value
 
 

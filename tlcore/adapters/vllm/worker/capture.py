@@ -163,7 +163,7 @@ class WorkerCapture:
         """Have all that was captured until the ``ticket`` was first shown stored; never waits.
 
         Says whether it is stored (``done``), in what run and steps something of these ``requests`` was
-        captured, and what keeps steps from being stored.
+        captured, what could not be stored, and what waits in the spill_dir.
         """
         bracket, session = self._bracket, self._session
         found = {} if bracket is None else bracket.fetched.of(requests)
@@ -172,9 +172,11 @@ class WorkerCapture:
         # A run that was stopped is stored when it is closed.
         closed = not any(each["state"] == "closing" for each in states)
         known = {"rank": self._rank, "state": "flushing", "requests": found}
-        known["done"] = self._flushes.done(ticket, session) and closed
-        problem = next((each["problem"] for each in states if "problem" in each), None)
-        return known if problem is None else {**known, "problem": problem}
+        # A step that has only begun is noted, and its flush begins when it has ended.
+        ended = bracket is None or not bracket.within_step
+        known["done"] = ended and self._flushes.done(ticket, session) and closed
+        told = {key: value for each in states for key, value in each.items() if key in ("problem", "waiting")}
+        return {**known, **told}
 
     def finish(self) -> None:
         """End the capture, and return when everything is stored; what a shutdown does."""

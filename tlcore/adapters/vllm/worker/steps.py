@@ -74,6 +74,11 @@ class StepWrapper:
         self._tokens.forget()
         self._choices.begin_run(None if session is None else session.config)
 
+    @property
+    def within_step(self) -> bool:
+        """Whether a captured step has begun and not ended."""
+        return self._open and self._session is not None
+
     def warm_up(self, original: Callable[..., Any]) -> Callable[..., Any]:
         """Wrap a worker's method in which no step is real."""
 
