@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -169,6 +170,46 @@ def test_what_runs_when_an_export_fails_brings_nothing_back(
         assert not files_at(PLACE)
         time.sleep(1)
         assert not files_at(PLACE) and len(ended) == known
+
+
+def test_a_task_that_is_waited_for_brings_nothing_back_after_an_interrupt(
+    threads: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = Served(requests=30).run(tmp_path / "runs", "safetensors")
+    put, began = UrlTarget.put, threading.Event()
+
+    def slow(self: UrlTarget, name: str, parts: Any) -> None:
+        if name.endswith("hs_0.safetensors"):
+            began.set()
+            time.sleep(0.7)
+        put(self, name, parts)
+
+    def interrupted(self: Cluster, future: Any) -> Any:
+        assert began.wait(30)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(UrlTarget, "put", slow)
+    monkeypatch.setattr(Cluster, "_result", interrupted)
+    with distributed.Client(threads, set_as_default=False) as client:
+        with pytest.raises(KeyboardInterrupt):
+            export(run, PLACE, "requests", NAMES[:1], client=client)
+        assert not files_at(PLACE)
+        time.sleep(1)
+        assert not files_at(PLACE)
+
+
+def test_what_the_caller_raises_is_no_error_of_the_cluster(threads: Any, tmp_path: Path) -> None:
+    run = Served(requests=3).run(tmp_path / "runs", "safetensors")
+
+    def fail(done: int, total: int) -> None:
+        raise ValueError("mine")
+
+    with (
+        distributed.Client(threads, set_as_default=False) as client,
+        pytest.raises(ValueError, match=r"^mine$"),
+    ):
+        export(run, tmp_path / "outs" / "out", "parquet", NAMES, on_item=fail, client=client)
+    assert os.listdir(tmp_path / "outs") == []
 
 
 def test_an_error_of_the_work_on_a_worker_is_no_error_of_the_cluster(

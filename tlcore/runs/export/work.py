@@ -93,17 +93,24 @@ class Cluster:
         self, work: Callable[[Job, Part, Advance], _T], job: Job, parts: Sequence[Part]
     ) -> Generator[_T, None, None]:
         """What ``work`` returns of each part, in order."""
-        try:
-            yield from self._each(work, job, parts)
-        except TlcoreError:
-            raise
-        except Exception as error:
-            # A worker that died or lacks a package, a task that was cancelled, a scheduler that is gone.
-            raise BackendError(f"--dask: the cluster failed ({type(error).__name__}: {error})") from error
+        with closing(self._each(work, job, parts)) as results:
+            while True:
+                try:
+                    items, found = next(results)
+                except StopIteration:
+                    return
+                except TlcoreError:
+                    raise
+                except Exception as error:
+                    # A worker that died or lacks a package, a task that was cancelled, a lost scheduler.
+                    told = f"{type(error).__name__}: {error}"
+                    raise BackendError(f"--dask: the cluster failed ({told})") from error
+                self._advance(items)
+                yield found
 
     def _each(
         self, work: Callable[[Job, Part, Advance], _T], job: Job, parts: Sequence[Part]
-    ) -> Generator[_T, None, None]:
+    ) -> Generator[tuple[int, _T], None, None]:
         threads = self._threads()
         if not threads:
             raise BackendError("--dask: the cluster has no workers")
@@ -114,10 +121,7 @@ class Cluster:
             return self._client.submit(_counted, work, shared, part, pure=False)
 
         most = (1 + _AHEAD) * threads
-        with closing(_in_order(start, parts, most, self._result, self._end)) as results:
-            for items, found in results:
-                self._advance(items)
-                yield found
+        yield from _in_order(start, parts, most, self._result, self._end)
 
     def _threads(self) -> int:
         return sum(self._client.nthreads().values())
@@ -188,9 +192,16 @@ def _in_order(
         for part in parts:
             waiting.append(start(part))
             if len(waiting) >= most:
-                yield result(waiting.popleft())
+                yield _first(waiting, result)
         while waiting:
-            yield result(waiting.popleft())
+            yield _first(waiting, result)
     finally:
         if waiting:
             end(waiting)
+
+
+def _first(waiting: deque[Any], result: Callable[[Any], _T]) -> _T:
+    # One whose result is not there after an interrupt may still be at work.
+    found = result(waiting[0])
+    waiting.popleft()
+    return found
