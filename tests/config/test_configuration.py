@@ -231,6 +231,17 @@ def test_all_problems_are_found_at_once() -> None:
     assert paths == {"$.enabld", "$.capture", "$.log_step_ids[0]", "$.module_call_match"}
 
 
+@pytest.mark.parametrize("capture", ["tensor", "both", "stats", "channels"])
+def test_only_tensors_are_delivered(capture: str) -> None:
+    config, found = check_config({"capture": capture, "delivery": True})
+    if capture in ("tensor", "both"):
+        assert config is not None and config.delivery
+    else:
+        (error,) = found
+        assert error.path == "$.delivery" and f'"capture": "{capture}"' in error.problem
+    assert check_config({"capture": capture})[0] is not None
+
+
 def test_python_values_stand_for_their_json(tmp_path: Path) -> None:
     config = load_config(log_step_ids=range(3), module_call_match=("a", "b"), output_dir=tmp_path)
     assert config == load_config(

@@ -263,6 +263,9 @@ def _bad_rows(document: dict[str, Any]) -> list[ConfigError]:
 def _alone(document: Mapping[str, Any]) -> list[ConfigError]:
     """The problems of what takes eager steps, or does not go together."""
     problems, hint = [], "Leave one of the two out."
+    if document["delivery"] and document["capture"] not in ("tensor", "both"):
+        problem = f'of "capture": "{document["capture"]}" there are no tensors to fetch.'
+        problems.append(ConfigError("$.delivery", problem, hint))
     if document["ops"] and document["compiled"] == "taps":
         problem = 'operators can be captured in eager steps only, not with "compiled": "taps".'
         problems.append(ConfigError("$.ops", problem, hint))

@@ -50,6 +50,16 @@ def request_choice(value: Any) -> RequestChoice | None:
 
     Raises ConfigError with the first problem, its path beginning with ``$.tlcore``.
     """
+    # The front end and the worker look several times at what a client sends again and again.
+    return _of_text(value) if isinstance(value, str) else _of(value)
+
+
+@functools.lru_cache(maxsize=128)
+def _of_text(value: str) -> RequestChoice | None:
+    return _of(value)
+
+
+def _of(value: Any) -> RequestChoice | None:
     document = coerce(plain(_document(value), (KEY,)), _schema())
     found = problems(document, _schema(), (KEY,))
     if found:

@@ -104,9 +104,8 @@ def test_a_wrong_choice_is_answered_with_400_and_its_key(
     assert answer["error"]["param"] == path and f"$.{path}: " in answer["error"]["message"]
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_no_beam_search_chooses(served: tuple[VllmServer, Path], stream: bool) -> None:
-    beams = {"use_beam_search": True, "n": 2, "temperature": 0, "stream": stream}
+def test_no_beam_search_chooses(served: tuple[VllmServer, Path]) -> None:
+    beams = {"use_beam_search": True, "n": 2, "temperature": 0}
     status, answer = _completion(served[0], "out", {"enabled": False}, **beams)
     assert status == 400 and answer["error"]["param"] == "use_beam_search"
     assert "$.use_beam_search: vLLM's beam search does not hand" in answer["error"]["message"]

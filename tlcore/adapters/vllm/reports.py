@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import errno
+import functools
 import json
 import os
 import shutil
@@ -159,17 +160,31 @@ def read_reports() -> Iterator[Report]:
             yield Report(int(path.stem.partition("_")[0]), int(document["rank"]), document, age)
 
 
-def read_modules(run_ids: Collection[str | None]) -> set[str]:
-    """The modules that some runs capture, over all ranks; nothing where a rank's are not known."""
-    found: set[str] = set()
+def read_modules(run_ids: Collection[str | None]) -> frozenset[str]:
+    """The modules that some runs capture, over all ranks; nothing where a rank's are not known.
+
+    The same object for as long as that is the same, as many requests ask for it.
+    """
+    ranks: set[frozenset[str]] = set()
     for path in _files("*.modules"):
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-            document = json.loads(path.read_text())
-            if document["run_id"] in run_ids:
-                if not document["modules"]:
-                    return set()
-                found.update(document["modules"])
-    return found
+            status = path.stat()
+            run_id, modules = _modules_of(path, status.st_ino, status.st_mtime_ns, status.st_size)
+            if run_id in run_ids:
+                ranks.add(modules)
+    return _together(frozenset(ranks)) if frozenset() not in ranks else frozenset()
+
+
+@functools.lru_cache(maxsize=64)
+def _modules_of(path: Path, *state: int) -> tuple[str, frozenset[str]]:
+    """The run and modules that a file in this state tells."""
+    document = json.loads(path.read_text())
+    return document["run_id"], frozenset(document["modules"])
+
+
+@functools.lru_cache(maxsize=8)
+def _together(ranks: frozenset[frozenset[str]]) -> frozenset[str]:
+    return frozenset().union(*ranks)
 
 
 def leave_notice(report: Report, problem: str) -> None:

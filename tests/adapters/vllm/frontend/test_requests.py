@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import json
 import os
 import threading
 from collections.abc import Callable, Iterator
@@ -16,9 +17,11 @@ import pytest
 from tlcore.adapters.vllm.frontend import requests
 from tlcore.adapters.vllm.frontend.deliveries import MARK, TokenMiddleware, delivery_of
 from tlcore.adapters.vllm.frontend.requests import remember, storage_options
-from tlcore.adapters.vllm.reports import VARIABLE
+from tlcore.adapters.vllm.reports import VARIABLE, _modules_of
+from tlcore.config.request import Allowed, _of_text
 
 pytest.importorskip("vllm")
+CACHES = [_of_text, _modules_of, requests._selects_any]
 CHOICE = {"tlcore": {"deliver": True}}
 
 
@@ -92,6 +95,29 @@ def test_a_beam_search_with_a_choice_is_refused(name: str, choice: str, paramete
     assert getattr(told.value, "parameter", None) == parameter
     for nothing in ({}, {"vllm_xargs": {"tlcore": '{"deliver": false}'}}):
         assert getattr(module, cls)(**ask, **nothing).to_beam_search_params(3, {}).max_tokens == 3
+
+
+def test_what_many_requests_give_is_looked_up_once(tmp_path: Path) -> None:
+    shared = tmp_path / "shared"
+    shared.mkdir(mode=0o700)
+    allowed = Allowed(("modules",)).to_json()
+    report = {"rank": 0, "allowed": allowed, "status": {"run_id": "r"}}
+    (shared / f"{os.getpid()}_0.json").write_text(json.dumps(report))
+    modules = shared / f"{os.getpid()}_0.modules"
+    modules.write_text(json.dumps({"run_id": "r", "modules": [f"layers.{n}" for n in range(2000)]}))
+    text = json.dumps({"modules": ["layers.*9", "layers.7"]})
+    before = [each.cache_info().misses for each in CACHES]
+    for _ in range(5):
+        requests._check_given(_params(tlcore=text))
+        requests._check_taken(_params(tlcore=text))
+    assert [each.cache_info().misses for each in CACHES] == [before[0] + 1, before[1] + 1, before[2] + 2]
+    for wrong in ("layers.*9x", "layer.7", "layers.*.*", ""):
+        with pytest.raises(ValueError, match=r"\$\.tlcore\.modules\[0\]"):
+            requests._check_taken(_params(tlcore={"modules": [wrong]}))
+    modules.write_text(json.dumps({"run_id": "r", "modules": ["", "mlp"]}))
+    requests._check_taken(_params(tlcore={"modules": ["_root", "*root", "mlp"]}))
+    with pytest.raises(ValueError, match=r'"layers\.7" is no module that is captured'):
+        requests._check_taken(_params(tlcore={"modules": ["layers.7"]}))
 
 
 def test_where_ids_may_repeat_nothing_is_delivered(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from ....config.configuration import Config, load_config
 from ....config.request import KEY, Allowed, RequestChoice, choice_error, request_choice, unknown_module
 from ....engine.filters.choosing import ModuleNames
 from ....errors import CaptureError, ConfigError
+from ....layout.names import ROOT_DIR
 from ..reports import read_modules, read_reports
 from .deliveries import MARK, TakenError, delivery_of, is_of_this_request, mark_delivery
 
@@ -133,8 +134,17 @@ def _check_allowed(choice: RequestChoice) -> None:
     if choice.modules is not None and not choice.leaves_out:
         names = read_modules({each.run_id for each in reports if "allowed" in each.document})
         for place, wanted in enumerate(choice.modules):
-            if names and not any(name in ModuleNames([wanted]) for name in names):
+            if names and not _selects_any(wanted, names):
                 raise unknown_module(place, wanted, names)
+
+
+@functools.lru_cache(maxsize=4096)
+def _selects_any(wanted: str, names: frozenset[str]) -> bool:
+    """Whether a pattern selects any of the modules; the server answers nobody while it is found out."""
+    if "*" not in wanted and wanted not in ("", ROOT_DIR):
+        return wanted in names
+    chosen = ModuleNames([wanted])
+    return any(name in chosen for name in names)
 
 
 @functools.cache
