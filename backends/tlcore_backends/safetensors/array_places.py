@@ -110,9 +110,11 @@ class Places:
         stored = self._entry(other)
         if not isinstance(stored, dict) or stored.get("same_as") is not None:
             raise self._damaged(f"array {number} is the same as one that has no bytes")
-        if stored.get("dtype") != entry["dtype"] or stored.get("shape") != entry["shape"]:
+        place = self.of(other)
+        # Earlier writers took the arrays of a number and of a vector of one for the same.
+        if place.dtype != entry["dtype"] or list(place.row) != entry["shape"][1:]:
             raise self._damaged(f"array {number} is the same as one of another form")
-        return self.of(other)
+        return place._replace(scalar=not entry["shape"])
 
 
 class ArrayOfRows(Sequence[ArrayRows]):

@@ -83,7 +83,9 @@ class Column:
     def content(self) -> tuple[object, ...]:
         """Equal for columns that hold the same bytes and mean the same by them, step by step."""
         extents = tuple((chunk.rows, len(chunk.steps)) for chunk in self.chunks)
-        return self.slot.dtype, self.slot.row, self.hashes, self.constant, _merged(extents)
+        # A number's bytes may be those of a vector of one, which is another array.
+        form = self.slot.dtype, len(self.slot.origin.shape), self.slot.row
+        return *form, self.hashes, self.constant, _merged(extents)
 
     def copy_into(self, target: Bytes) -> None:
         """Put the array's bytes together."""

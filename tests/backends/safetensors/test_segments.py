@@ -21,6 +21,7 @@ from tlcore.errors import BackendError
 from tlcore.protocols import Buffer
 from tlcore.testing import MemoryStore
 from tlcore_backends.safetensors import segments
+from tlcore_backends.safetensors.columns import Column
 from tlcore_backends.safetensors.segment_sink import SegmentSink
 from tlcore_backends.safetensors.segment_source import SegmentSource
 from tlcore_backends.storage.local import LocalStore
@@ -107,6 +108,28 @@ def test_only_a_whole_array_is_an_alias(tmp_path: Path) -> None:
     sink.close()
     with safe_open(tmp_path / "run/segments/rank_0_000000.safetensors", "pt") as file:
         assert sorted(file.keys()) == ["a/outputs_cpu", "b/inputs_0_cpu"]
+    emitter.check(SegmentSource(store, CLOSED))
+
+
+@pytest.mark.parametrize("earlier", [False, True], ids=["now", "earlier"])
+def test_a_number_and_a_vector_of_one_are_two_arrays(
+    earlier: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As earlier writers did not see: what they wrote is read as it was meant."""
+    if earlier:
+        form = property(lambda column: (column.slot.dtype, column.slot.row, column.hashes))
+        monkeypatch.setattr(Column, "content", form)
+    store = LocalStore(tmp_path / "run")
+    sink, emitter = opened(store, commit_s=100)
+    for step in range(3):
+        number = torch.tensor(step + 0.5)
+        emitter.step(
+            step, {"a/outputs_cpu": number, "b/outputs_cpu": number.reshape(1), "c/outputs_cpu": number}
+        )
+    sink.close()
+    (index,) = (tmp_path / "run/segments").glob("*_steps_*.json")
+    arrays = json.loads(index.read_text())["arrays"]
+    assert [each.get("same_as") for each in arrays] == [None, 0 if earlier else None, 0]
     emitter.check(SegmentSource(store, CLOSED))
 
 
