@@ -105,7 +105,7 @@ class Audience:
         for text in unmatched:
             if not may_be_tap(text):
                 log.warning("%s", remarks.unmatched(text, found))
-        if not hooks and not any(map(may_be_tap, unmatched)):
+        if not hooks and self.source is None and not any(map(may_be_tap, unmatched)):
             log.warning("no module of %s matches module_call_match; nothing will be stored", model)
 
     def unheard(self, hooks: ListenerSet, passed_by: PassedBy) -> list[str]:

@@ -69,7 +69,8 @@ class Hookup:
         else:
             self.hooks = ListenerSet(model, audience.listener, rename, may_change_within, audience.counts)
         self._listen_within(self.hooks)
-        if self._has_all_modules:
+        # A rank has not all modules to tell.
+        if self._one_rank:
             audience.say_what_nobody_is_called(self.hooks, class_name(model))
 
     def attach_draft(self, model: nn.Module) -> None:
@@ -177,14 +178,10 @@ class Hookup:
         if self._audience.injection is not None:
             said += self._audience.injection.remarks()
         said += remarks.traced(passed_by.by, ModuleTree(hooks.model).modules)
-        if not self._has_all_modules:
+        # A source tells by itself what it missed.
+        if self._source is not None or not self._one_rank:
             return said
         if captured_any:
             said += self._audience.unheard(hooks, passed_by)
             said += remarks.missed_taps(*missed_taps, shown_taps)
         return said + remarks.replaced_within(list(hooks.replaced_within))
-
-    @property
-    def _has_all_modules(self) -> bool:
-        # A rank has not all of them, and a source tells what it missed by itself.
-        return self._source is None and self._one_rank

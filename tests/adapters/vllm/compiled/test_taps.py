@@ -183,6 +183,16 @@ def test_a_tap_that_does_not_fire_is_a_failure(caplog: pytest.LogCaptureFixture)
     assert step.calls.count("inner.norm") == 1
 
 
+def test_patterns_that_no_module_has_are_said(caplog: pytest.LogCaptureFixture) -> None:
+    model = _model()
+    session = _session(MemorySink(), module_call_match=["rotates", "inner.frist"])
+    with caplog.at_level(logging.WARNING):
+        _tapped(model, session)
+    session.close()
+    assert [each for each in caplog.messages if "'inner.frist'" in each and "inner.first" in each]
+    assert not [each for each in caplog.messages if "'rotates'" in each or "nothing will be stored" in each]
+
+
 def test_without_a_step_taps_do_nothing() -> None:
     model, sink = _model(), MemorySink()
     session = _session(sink, log_step_ids=[1])
