@@ -15,6 +15,8 @@ from tests.deep import scaled
 from .runs import captured, compiled
 from .subjects import SUBJECTS
 
+# Whole models, many times.
+pytestmark = pytest.mark.slow
 Run = Callable[..., str]
 SEEDS = scaled(1, 25)
 BATCHES = [(2, 5, (3, 4)), (3, 6, (2, 7)), (5, 2, (4, 8))]

@@ -19,6 +19,8 @@ from .runs import captured
 # The batch of the reference, of the run with the fault, and of the further runs.
 REFERENCE, CHANGED, FURTHER = 2, 5, (3, 4)
 CHOSEN = scaled(FAULTS[::6], FAULTS)
+# Whole models, many times.
+pytestmark = pytest.mark.slow
 Run = Callable[..., str]
 
 
