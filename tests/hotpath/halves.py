@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -15,3 +16,16 @@ def native() -> Any:
         pytest.skip(in_use())
     assert extension is not None, in_use()
     return extension
+
+
+def half_of(twins: Mapping[str, Callable[..., Any]]) -> Any:
+    """A fixture: a function of one half, by name; ``twins`` are those of the Python half."""
+
+    @pytest.fixture(params=["C", "Python"])
+    def half(request: pytest.FixtureRequest) -> Callable[[str], Callable[..., Any]]:
+        if request.param == "Python":
+            return twins.__getitem__
+        module = native()
+        return lambda name: getattr(module, name)
+
+    return half

@@ -13,7 +13,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.hotpath.halves import native
+from tests.hotpath.halves import half_of, native
 from tlcore.hotpath import beneath, payloads
 
 TWINS: dict[str, Callable[..., Any]] = {
@@ -23,15 +23,7 @@ TWINS: dict[str, Callable[..., Any]] = {
 LARGE = (600 << 10) + 3
 
 
-@pytest.fixture(params=["C", "Python"])
-def half(request: pytest.FixtureRequest) -> Callable[[str], Callable[..., Any]]:
-    """A function of one half, by name."""
-    if request.param == "Python":
-        return TWINS.__getitem__
-    module = native()
-    return lambda name: getattr(module, name)
-
-
+half = half_of(TWINS)
 Half = Callable[[str], Callable[..., Any]]
 
 

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError, TlcoreError
-from ..layout.jsontext import parse_json
 from . import compare as compare_command
+from .engines import add_process_options, engine_arguments, process_directory
 from .output import write_text
 from .tables import printable
 
@@ -48,8 +46,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
         help="further arguments of A's vllm.LLM or from_pretrained",
     )
     add("--engine-args-b", metavar="JSON", help="B's (default: A's, where the engine is the same)")
-    add("--timeout", type=float, default=900.0, help="seconds for each process (default: %(default)g)")
-    add("--keep", metavar="DIR", help="a new directory, for the captured runs and each process's log")
+    add_process_options(parser)
     compare_command.options(parser)
 
 
@@ -57,43 +54,20 @@ def run(args: argparse.Namespace) -> int:
     """Compare, explain and report; returns the exit status. Raises TlcoreError when it cannot."""
     makers = _makers(args)
     first = compare_command.compared(args, args.a, args.b)
-    if args.keep is None:
-        with tempfile.TemporaryDirectory(prefix="tlcore-explain-") as directory:
-            return _run(first, makers, Path(directory), args)
-    try:
-        Path(args.keep).mkdir(parents=True)
-    except OSError as error:
-        raise TlcoreError(
-            f"{args.keep}: cannot be made ({error.strerror}); --keep takes a new one"
-        ) from error
-    return _run(first, makers, Path(args.keep), args)
+    with process_directory(args.keep, "explain") as directory:
+        return _run(first, makers, directory, args)
 
 
 def _makers(args: argparse.Namespace) -> tuple[Maker, Maker]:
     # Imported here, as below, since torch comes with it: help answers at once.
     from ..adapters.explain import Maker
 
+    given = engine_arguments("--engine-args", args.engine_args)
+    given_b = None if args.engine_args_b is None else engine_arguments("--engine-args-b", args.engine_args_b)
     return (
-        Maker(args.model, args.engine, args.dtype, _arguments("--engine-args", args.engine_args)),
-        Maker(
-            args.model_b or args.model,
-            args.engine_b,
-            args.dtype_b,
-            _arguments("--engine-args-b", args.engine_args_b),
-        ),
+        Maker(args.model, args.engine, args.dtype, given),
+        Maker(args.model_b or args.model, args.engine_b, args.dtype_b, given_b),
     )
-
-
-def _arguments(where: str, text: str | None) -> dict[str, object] | None:
-    if text is None:
-        return None
-    try:
-        found = parse_json(text)
-    except ValueError as error:
-        raise ConfigError(where, f"{text!r} is no JSON: {error}") from error
-    if not isinstance(found, dict):
-        raise ConfigError(where, f"{text!r} is no JSON object.")
-    return found
 
 
 def _run(first: Comparison, makers: tuple[Maker, Maker], directory: Path, args: argparse.Namespace) -> int:

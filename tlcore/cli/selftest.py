@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..errors import ConfigError, TlcoreError
-from ..layout.jsontext import parse_json
 from .arguments import texts
+from .engines import add_process_options, engine_arguments, process_directory
 from .tables import printable
 
 if TYPE_CHECKING:
@@ -32,38 +30,24 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("model", metavar="MODEL", help="a checkpoint's directory, or its name for transformers and vLLM")
     add("--ways", type=texts, help="some of the ways, comma-separated (default: all)")
     add("--dtype", default="float32", help="in which dtype both run (default: %(default)s)")
-    add("--timeout", type=float, default=900.0, help="seconds for each process (default: %(default)g)")
     add("--engine-args", metavar="JSON", default="{}", help="further arguments of vllm.LLM")
     add("--trust-remote-code", action="store_true", help="run the code that the checkpoint brings")
     add("--seed", type=int, default=0, help="other prompts (default: %(default)s)")
-    add("--keep", metavar="DIR", help="a new directory, for the captured runs and each process's log")
+    add_process_options(parser)
     add("--json", action="store_true", help="print JSON")
 
 
 def run(args: argparse.Namespace) -> int:
     """Test the checkpoint; returns the exit status. Raises TlcoreError where nothing can be tested."""
     settings = _settings(args)
-    if args.keep is None:
-        with tempfile.TemporaryDirectory(prefix="tlcore-selftest-") as directory:
-            return _run(settings, Path(directory), args.json)
-    try:
-        Path(args.keep).mkdir(parents=True)
-    except OSError as error:
-        raise TlcoreError(
-            f"{args.keep}: cannot be made ({error.strerror}); --keep takes a new one"
-        ) from error
-    return _run(settings, Path(args.keep), args.json)
+    with process_directory(args.keep, "selftest") as directory:
+        return _run(settings, directory, args.json)
 
 
 def _settings(args: argparse.Namespace) -> Settings:
     from ..adapters.selftest import WAYS, Settings
 
-    try:
-        arguments = parse_json(args.engine_args)
-    except ValueError as error:
-        raise ConfigError("--engine-args", f"{args.engine_args!r} is no JSON: {error}") from error
-    if not isinstance(arguments, dict):
-        raise ConfigError("--engine-args", f"{args.engine_args!r} is no JSON object.")
+    arguments = engine_arguments("--engine-args", args.engine_args)
     ways = args.ways or WAYS
     return Settings(args.model, args.dtype, ways, args.timeout, arguments, args.trust_remote_code, args.seed)
 

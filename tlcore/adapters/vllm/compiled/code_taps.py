@@ -119,16 +119,18 @@ def _trace(name: str, value: Any) -> bool:
     """Let the graph show a value, if there are slots for it. Traced: plain code only."""
     slots = slots_of(name, True)
     if slots:
-        _show(value, slots)
+        show(value, slots, _anchor)
     return slots is not None
 
 
-def _show(value: Any, slots: tuple[int, ...]) -> None:
-    tensors = tensors_of(value)
-    for i in range(len(slots)):
-        # A value with fewer tensors than another of the same name leaves slots unused.
-        if i < len(tensors):
-            tap(tensors[i], _anchor, slots[i])
+def show(value: Any, slots: tuple[int, ...], anchor: torch.Tensor) -> None:
+    """Show a value's tensors at their slots. Traced: plain code only."""
+    if slots:
+        tensors = tensors_of(value)
+        for i in range(len(slots)):
+            # Another value of the same name, or call of the same module, may have more tensors.
+            if i < len(tensors):
+                tap(tensors[i], anchor, slots[i])
 
 
 class _Receiver:
@@ -138,7 +140,7 @@ class _Receiver:
         """Take a value, if there are slots for it; nobody else is to have it then."""
         slots = slots_of(name, False)
         if slots:
-            _show(value, slots)
+            show(value, slots, _anchor)
         return slots is not None
 
     def tapped_in(self, name: str, value: Any, module: nn.Module) -> None:

@@ -12,8 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
-from ....engine.hooks.tap_op import tap
-from .code_taps import enter, install_code_taps, leave, tensors_of
+from .code_taps import enter, install_code_taps, leave, show
 
 
 class Slots(NamedTuple):
@@ -52,10 +51,10 @@ def _compiles_itself(module: nn.Module) -> bool:
 
 def _tapped_forward(self: Any, *args: Any, **kwargs: Any) -> Any:
     slots, anchor = self._tlcore_slots, self._tlcore_anchor
-    _show((args, kwargs), slots.inputs, anchor)
+    show((args, kwargs), slots.inputs, anchor)
     output = _within(self._tlcore_number, self._tlcore_forward, args, kwargs)
-    _show(output, slots.outputs, anchor)
-    _show((args, kwargs), slots.post_fwd_inputs, anchor)
+    show(output, slots.outputs, anchor)
+    show((args, kwargs), slots.post_fwd_inputs, anchor)
     return output
 
 
@@ -79,20 +78,11 @@ def _tapped_outside(cls: type[nn.Module]) -> type[nn.Module]:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         slots, anchor = self._tlcore_slots, self._tlcore_anchor
-        _show((args, kwargs), slots.inputs, anchor)
+        show((args, kwargs), slots.inputs, anchor)
         output = _within(self._tlcore_number, call_of_class, (self, *args), kwargs)
-        _show(output, slots.outputs, anchor)
-        _show((args, kwargs), slots.post_fwd_inputs, anchor)
+        show(output, slots.outputs, anchor)
+        show((args, kwargs), slots.post_fwd_inputs, anchor)
         return output
 
     names = {"__call__": call, "__doc__": cls.__doc__, "__module__": cls.__module__}
     return type(cls.__name__, (cls,), {**names, "__qualname__": cls.__qualname__})
-
-
-def _show(value: Any, slots: tuple[int, ...], anchor: torch.Tensor) -> None:
-    if slots:
-        tensors = tensors_of(value)
-        for i in range(len(slots)):
-            # A call with fewer tensors than another call of the same module leaves slots unused.
-            if i < len(tensors):
-                tap(tensors[i], anchor, slots[i])
