@@ -17,6 +17,8 @@ from torch import nn
 import tlcore
 from tests.toys import model
 from tlcore.__main__ import main
+from tlcore.reader.run import Run
+from tlcore.reader.step import Step
 from tlcore.runs.prune import plan
 
 # No process has such a high id.
@@ -154,6 +156,33 @@ def test_ranks_count_their_steps_by_themselves(tmp_path: Path) -> None:
     committed(run, 7, OLD)
     committed(run, 3, now(), rank=1)
     assert plan(tmp_path, incomplete=True).remove == []
+
+
+def test_of_a_long_run_only_the_last_steps_are_opened(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tlcore.capture(
+        model(),
+        module_call_match=".",
+        output_dir=str(tmp_path),
+        backend={"name": "safetensors", "commit_s": 100},
+        log_step_ids=[],
+    ) as capture:
+        for _ in range(40):
+            capture._model(torch.ones(2, 4))
+    run = Path(capture.url)
+    stated = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps({**stated, "created": OLD, "state": "running", "host": "other"}))
+    opened: list[int] = []
+    step = Run.step
+
+    def count(self: Run, number: int) -> Step:
+        opened.append(number)
+        return step(self, number)
+
+    monkeypatch.setattr(Run, "step", count)
+    assert plan(tmp_path, incomplete=True).remove == []
+    assert opened == [39]
 
 
 def test_it_asks_first(

@@ -111,15 +111,19 @@ def _may_be_running(run: Run, now: datetime) -> bool:
 def _last_activity(run: Run) -> datetime | None:
     """When the last step that some rank has committed ended, or else when the run began."""
     times = [_time(run.created)]
-    seen: set[int] = set()
+    steps = run.stored.all_ranks()
     # Ranks count their steps by themselves, and the newest step may still be on its way.
-    for number in sorted([*run.steps, *run.incomplete_steps], reverse=True):
-        step = run.step(number)
-        if seen.issuperset(step.ranks):
+    unknown = frozenset[int]().union(*{ranks.committed for _, ranks in steps})
+    for number, ranks in reversed(steps):
+        # A long run has very many steps, of which only the last of each rank is opened.
+        if unknown.isdisjoint(ranks.committed):
             continue
         with contextlib.suppress(ReadError):
-            times += [_time(str(document.get("ended", ""))) for document in step.documents.values()]
-            seen.update(step.ranks)
+            documents = run.step(number).documents
+            times += [_time(str(document.get("ended", ""))) for document in documents.values()]
+            unknown -= ranks.committed
+        if not unknown:
+            break
     known = [time for time in times if time is not None]
     return max(known, default=None)
 
