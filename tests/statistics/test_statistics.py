@@ -41,7 +41,7 @@ def on_host(tensor: torch.Tensor) -> Statistics:
 def by_vector(tensor: torch.Tensor) -> Statistics:
     vector = device_statistics.measure(tensor)
     assert vector.device == tensor.device and vector.dtype == torch.int64
-    assert vector.numel() == device_statistics.vector_numel(tensor.numel(), tensor.nbytes)
+    assert vector.numel() == device_statistics.vector_numel(tensor.nbytes)
     data = vector.cpu().numpy().tobytes()
     return device_statistics.statistics(data, tensor.numel(), tensor.dtype, tensor.shape)
 

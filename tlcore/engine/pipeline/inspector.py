@@ -206,7 +206,7 @@ def _view(part: Part, at: int) -> memoryview:
 
 
 def _vector_bytes(spec: TensorSpec) -> int:
-    return 8 * device_statistics.vector_numel(spec.nbytes // spec.dtype.itemsize, spec.nbytes)
+    return 8 * device_statistics.vector_numel(spec.nbytes)
 
 
 def _kept(part: Part) -> Part:
