@@ -335,12 +335,16 @@ class AlikeSteps(NamedTuple):
     """Steps of one rank whose documents are sound if that of the first is; each has so many ``tensors``.
 
     ``rests``, where there are some, are what of each step's document may be anything: a document without
-    records, which the reader checks.
+    records, which the reader checks. Steps of several checks of a rank have the same ``likeness`` where it is
+    enough to look at one of them, and at each group's ``rest``: the first document without calls, records
+    and structures. Who gives these proves no step of which `problems` would say anything.
     """
 
-    steps: Sequence[int]
+    steps: list[int]
     tensors: int
     rests: Sequence[Json] = ()
+    likeness: Hashable | None = None
+    rest: Json | None = None
 
 
 class WholeCheck(NamedTuple):

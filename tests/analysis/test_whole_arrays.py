@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import tlcore
-from tlcore.analysis.lasting import lasting_objects
+from tlcore.reader.lasting import lasting_objects
 from tlcore.statistics.stored import summarize_pieces, summarize_rows
 from tlcore_backends.safetensors import segment_files
 

@@ -15,8 +15,8 @@ from ..errors import ConfigError, ReadError
 from ..layout.dtypes import torch_dtype
 from ..locations import is_url
 from ..reader import Run
+from ..reader.lasting import lasting_objects
 from .details import Details
-from .lasting import lasting_objects
 from .makings import causes, other_kernels
 from .matching.match import match
 from .matching.pairs import Matching, Pair

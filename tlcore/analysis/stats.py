@@ -16,12 +16,12 @@ from ..layout.names import PathKey, shown_module
 from ..ledger import Counts
 from ..locations import is_url
 from ..reader import Run, Step, open_run
+from ..reader.lasting import lasting_objects
 from ..record import Direction, Json
 from ..statistics.stored import Statistics
 from .culprit import Culprit, Look, culprit, may_be_mask
 from .frames import data_frame
 from .groups import Group
-from .lasting import lasting_objects
 from .matching.keyed import keyed
 from .matching.rules import Rules, compiled_patterns
 from .matching.unstored import skipped

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import ExitStack, closing
 
 from ..errors import ReadError
 from ..layout.names import rank_suffix, step_dir
-from ..protocols import WholeCheck
+from ..protocols import AlikeSteps, WholeCheck
 from ..record import Json
 from .bulk import Payload, read_payloads
 from .documents import check_step
+from .lasting import lasting_objects
 from .sound_structures import files_in, structure_texts
 from .stored import Stored
 
@@ -27,7 +28,7 @@ def verify_steps(stored: Stored, on_tensor: Callable[[], None]) -> tuple[int, li
     sound = 0
     # What is wrong with a file of many steps is said once.
     bad: dict[str, None] = {}
-    with ExitStack() as stack:
+    with lasting_objects(), ExitStack() as stack:
         proven: dict[int, _Proven] = {}
         for number, ranks in stored.all_ranks():
             for rank in sorted(ranks.committed):
@@ -54,6 +55,7 @@ class _Proven:
         self._rank = rank
         self.checks = stored.whole_checks(rank)
         self._known: dict[int, int] = {}
+        self._sound: set[Hashable] = set()
         self._last = -1
         self._ended = False
 
@@ -72,7 +74,7 @@ class _Proven:
         found: dict[int, int] = {}
         for each in check.alike:
             # While the documents are looked at, the tensors are read in other threads.
-            if not _document_problems(self._stored, each.steps[0], self._rank):
+            if self._is_sound(each):
                 rests: Sequence[Json | None] = each.rests or [None] * len(each.steps)
                 steps = zip(each.steps, rests, strict=True)
                 sound = [step for step, rest in steps if _rest_is_sound(self._stored, step, rest)]
@@ -80,6 +82,18 @@ class _Proven:
         for step in check.unsound():
             found.pop(step, None)
         return found
+
+    def _is_sound(self, alike: AlikeSteps) -> bool:
+        """Whether the first step's document is; of one like those that are, only what is its own is read."""
+        likeness, step = alike.likeness, alike.steps[0]
+        if likeness is None or alike.rest is None:
+            return not _document_problems(self._stored, step, self._rank)
+        if likeness in self._sound:
+            return _rest_is_sound(self._stored, step, alike.rest)
+        if _document_problems(self._stored, step, self._rank, beside=False):
+            return False
+        self._sound.add(likeness)
+        return True
 
 
 def _rest_is_sound(stored: Stored, step: int, rest: Json | None) -> bool:
@@ -89,14 +103,16 @@ def _rest_is_sound(stored: Stored, step: int, rest: Json | None) -> bool:
         return False
 
 
-def _document_problems(stored: Stored, step: int, rank: int) -> list[str]:
+def _document_problems(stored: Stored, step: int, rank: int, beside: bool = True) -> list[str]:
+    """What is wrong with a document, and ``beside`` it as far as its format tells that."""
     try:
         document = stored.document(step, rank)
         # Also of those that no tensor needs; they may be made only when they are looked at.
         document.get("structures", {}).values()
     except ReadError as error:
         return [str(error)]
-    return [*stored.problems(step, rank), *_structure_problems(stored, step, rank, document)]
+    problems = stored.problems(step, rank) if beside else ()
+    return [*problems, *_structure_problems(stored, step, rank, document)]
 
 
 def _verify_step(

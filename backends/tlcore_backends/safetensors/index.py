@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Hashable, Iterator
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -102,18 +102,9 @@ class SegmentIndex:
         position = self._position(number)
         plan = self.plan(self._columns["plan"][position])
         records = self._records(position)
-        details = self._details(position)
-        head = {"layout": 1, "step": number, "rank": self.rank, **self._times(position, details)}
-        document: Json = {
-            **head,
-            "ledger": details.get("ledger"),
-            "calls": [self.table("calls", call) for call in plan.calls],
-            "records": records,
-            **self._extra(details),
-        }
-        rows = self._rows_of(position)
-        if rows is not None:
-            document["rows"] = rows
+        document = self.rest(number)
+        document["calls"] = [self.table("calls", call) for call in plan.calls]
+        document["records"] = records
         pair = self._columns["plan"][position], self._columns["extents"][position]
         column = self._columns.get("values")
         document["structures"] = self._structures.of(
@@ -126,6 +117,18 @@ class SegmentIndex:
         )
         used = {record["shard"] for record in records}
         document["shards"] = [{"file": file, "bytes": size} for file, size in self.files if file in used]
+        return document
+
+    def rest(self, number: int) -> Json:
+        """A step's document without calls, records and structures. Raises as `document`."""
+        position = self._position(number)
+        details = self._details(position)
+        head = {"layout": 1, "step": number, "rank": self.rank, **self._times(position, details)}
+        ledger = details.get("ledger")
+        document: Json = {**head, "ledger": ledger, "calls": [], "records": [], **self._extra(details)}
+        rows = self._rows_of(position)
+        if rows is not None:
+            document["rows"] = rows
         return document
 
     def extents_of_arrays(self) -> list[tuple[int, int, int, str]]:
@@ -355,9 +358,14 @@ class SegmentIndex:
             raise self.damaged("a list of rows makes no sense")
         return list(zip(flat[::2], flat[1::2], strict=True))
 
+    def entries(self, table: str) -> Sequence[Any]:
+        """One of the index's tables, whatever is in it."""
+        found: list[Any] = self._document[table]
+        return found
+
     def table(self, table: str, number: Any) -> Any:
         """An entry of one of the index's tables."""
-        entries = self._document[table]
+        entries = self.entries(table)
         if type(number) is not int or not 0 <= number < len(entries):
             raise self.damaged(f"{table!r} has no entry {str(number)[:40]}")
         return entries[number]

@@ -13,12 +13,12 @@ def kinds_of(forms: Iterable[tuple[Any, ...]]) -> list[int]:
     """Of each step a number, equal for steps that are alike; ``forms`` are those of `SegmentIndex.forms`."""
     known: dict[Any, int] = {}
     return [
-        known.setdefault((plan, extents, _form(values), *own), len(known))
+        known.setdefault((plan, extents, form_of_values(values), *own), len(known))
         for plan, extents, values, *own in forms
     ]
 
 
-def _form(values: Any) -> str | None:
+def form_of_values(values: Any) -> str | None:
     """The kinds of the values that a step's structures leave open; those of text and others themselves."""
     if values is None:
         return None

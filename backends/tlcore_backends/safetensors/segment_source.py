@@ -203,7 +203,10 @@ class SegmentSource:
             yield str(error)
             return
         if step == index.steps[0]:
-            yield from segment_problems(self._store, index, self._sizes() if thorough else {}, thorough)
+            yield from self._problems(index, thorough)
+
+    def _problems(self, index: SegmentIndex, thorough: bool = True) -> Iterator[str]:
+        return segment_problems(self._store, index, self._sizes() if thorough else {}, thorough)
 
     def whole_checks(self, rank: int) -> Iterator[WholeCheck]:
         """Checks of the rank's segments; the arrays of the next one are read while one is looked at."""
@@ -214,7 +217,8 @@ class SegmentSource:
                 for index in in_order(partial(self._index_or_none, rank), names, self._threads):
                     if index is not None:
                         with suppress(ReadError):
-                            waiting.append(check_index(index, self._data.hash_ranges, pool))
+                            problems = partial(self._problems, index)
+                            waiting.append(check_index(index, self._data.hash_ranges, pool, problems))
                     if len(waiting) > 1:
                         yield waiting.popleft()
                 yield from waiting

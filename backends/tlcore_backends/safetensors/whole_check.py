@@ -6,7 +6,7 @@ What is wrong is not told here: a step that is not proven is looked at by itself
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from typing import NamedTuple
 
@@ -18,6 +18,7 @@ from tlcore.protocols import AlikeSteps, WholeCheck
 from .array_places import LARGEST, Place
 from .index import SegmentIndex
 from .kinds import kinds_of
+from .likeness import Likeness
 from .stored_plans import Plan
 
 _HASH_BYTES = 16
@@ -52,8 +53,13 @@ class _Unit(NamedTuple):
     digests: Future[bytes]
 
 
-def check_index(index: SegmentIndex, hash_ranges: HashRanges, pool: Executor) -> WholeCheck:
-    """The check of a segment, which is under way in ``pool``. Raises ReadError for a damaged index."""
+def check_index(
+    index: SegmentIndex, hash_ranges: HashRanges, pool: Executor, problems: Callable[[], Iterable[str]]
+) -> WholeCheck:
+    """The check of a segment, which is under way in ``pool``. Raises ReadError for a damaged index.
+
+    ``problems`` says what is wrong with the segment's files; then none of its steps is proven.
+    """
     shared: list[Numbers] = []
     units: list[_Unit] = []
     by_file = _by_file(index, shared)
@@ -66,7 +72,7 @@ def check_index(index: SegmentIndex, hash_ranges: HashRanges, pool: Executor) ->
             raise index.damaged(f"an array ends behind the end of {file}")
         for part in _cut(pieces):
             units.append(_Unit(file, part, pool.submit(hash_ranges, file, part.ranges)))
-    return WholeCheck(groups, lambda: _unsound(index, units, shared))
+    return WholeCheck(groups, lambda: index.steps if any(problems()) else _unsound(index, units, shared))
 
 
 def _unsound(index: SegmentIndex, units: Sequence[_Unit], shared: Sequence[Numbers]) -> Collection[int]:
@@ -90,11 +96,15 @@ def _unsound(index: SegmentIndex, units: Sequence[_Unit], shared: Sequence[Numbe
 
 def _alike(index: SegmentIndex) -> list[AlikeSteps]:
     """The steps, together where their documents are alike but for numbers that any step may have."""
-    found: dict[int, tuple[list[int], int]] = {}
+    found: dict[int, AlikeSteps] = {}
     pairs, ids = index.pairs()
-    for kind, pair, step in zip(kinds_of(index.forms()), ids, index.steps, strict=True):
-        found.setdefault(kind, ([], len(pairs[pair][0].arrays)))[0].append(step)
-    return [AlikeSteps(steps, tensors) for steps, tensors in found.values()]
+    likeness, forms = Likeness(index), list(index.forms())
+    for kind, pair, step, form in zip(kinds_of(forms), ids, index.steps, forms, strict=True):
+        if kind not in found:
+            tensors, like = len(pairs[pair][0].arrays), likeness.of(*form[:3])
+            found[kind] = AlikeSteps([], tensors, likeness=like, rest=index.rest(step))
+        found[kind].steps.append(step)
+    return list(found.values())
 
 
 def _by_file(index: SegmentIndex, shared: list[Numbers]) -> dict[int, _Pieces]:
