@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from tlcore.layout.rows import CallRows, Decided, RowSet, accept, is_whole_numbers, row_set_of
+from tlcore.layout.drafts import Decided, accept
+from tlcore.layout.rows import CallRows, RowSet, is_whole_numbers, row_set_of
 
 
 def _rows(*counts: int, first: int = 0, **more: Any) -> list[dict[str, Any]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ..layout.rows import Decided, accept
+from ..layout.drafts import Decided, accept
 from ..layout.structure import Scalar
 from ..layout.tokens import TOKENS, stored_entries
 from ..ledger import Counts

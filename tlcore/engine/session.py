@@ -16,8 +16,8 @@ from torch import nn
 
 from ..config.configuration import Config
 from ..errors import CaptureError
+from ..layout.drafts import Decided
 from ..layout.dtypes import torch_dtype
-from ..layout.rows import Decided
 from ..layout.structure import class_name
 from ..ledger import Counts
 from ..protocols import Sink

@@ -15,7 +15,7 @@ from tlcore.protocols import Buffer
 from tlcore.record import Json, Record, StepSummary
 
 from .columns import Chunk, Column, lay_out
-from .compact import Changing, Table, microseconds, repeats, runs, split
+from .compact import Changing, Splitter, Table, listed, microseconds, repeats, runs, split
 from .plans import OpenStep, Plan, Plans, hash_table
 from .segment_names import LONGEST_STEPS, MOST_STEPS, data_name, index_name, steps_text
 from .shard_buffer import ShardBuffer, ShardBuffers
@@ -81,6 +81,7 @@ class Segment:
         self._skeletons, self._deltas, self._row_lists = Table(), Table(), Table()
         self._details = Changing(self._skeletons, self._deltas)
         self._rows = Changing(self._skeletons, self._deltas)
+        self._splitter = Splitter()
         self._per_step: dict[str, list[str]] = {name: [] for name in PER_STEP}
         self._values_bytes = 0
         self._started = 0
@@ -208,7 +209,7 @@ class Segment:
             details |= {"started": summary.started, "ended": summary.ended}
         # All that may be refused comes before anything is noted.
         told = split(details)
-        rows = None if summary.rows is None else list(map(split, summary.rows))
+        rows = None if summary.rows is None else list(map(self._splitter.split, summary.rows))
         values = _values(structures_of(step_dir(summary.step), summary.structures))
         number = self._bind(plan)
         skeleton, change = self._details.told(*told)
@@ -219,7 +220,7 @@ class Segment:
         row_list = "null"
         if rows is not None:
             parts = [part for row in rows for part in self._rows.told(*row)]
-            row_list = str(self._row_lists.number(compact(parts)))
+            row_list = str(self._row_lists.number(listed(parts)))
         extents = dict.fromkeys(slot.rows for slot in plan.slots)
         return {
             "number": str(summary.step),

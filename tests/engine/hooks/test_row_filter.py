@@ -15,7 +15,8 @@ from tlcore.config.configuration import load_config
 from tlcore.engine.filters.rows import StepRows
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
-from tlcore.layout.rows import Decided, RowSet, accept
+from tlcore.layout.drafts import Decided, accept
+from tlcore.layout.rows import RowSet
 from tlcore.layout.windows import Window
 
 

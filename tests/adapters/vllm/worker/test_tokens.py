@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,11 +14,11 @@ from torch import nn
 from tests.adapters.vllm.worker.test_steps import PARALLEL, Runner
 from tests.sinks import MemorySink
 from tlcore.adapters.vllm.worker.steps import StepWrapper
-from tlcore.adapters.vllm.worker.tokens import TokenReader
+from tlcore.adapters.vllm.worker.tokens import Prompt, TokenReader, _entries_of
 from tlcore.config.configuration import load_config
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
-from tlcore.layout.rows import Decided, accept
+from tlcore.layout.drafts import Decided, accept
 from tlcore.layout.tokens import stored_entries
 
 PROMPTS = {"a": [10, 11, 12, 13, 14], "b": [20, 21]}
@@ -179,3 +180,25 @@ def test_of_the_second_runner_the_ids_are_those_of_its_batch(kept: int) -> None:
 
 def test_a_model_of_another_kind_takes_no_harm() -> None:
     assert TokenReader(nn.Linear(1, 1), True).take([], None, None) is None
+
+
+def test_requests_that_go_on_are_told_as_all_others_are() -> None:
+    """Where flags say of every id that it is one, the same is said in the way that knows of embeddings."""
+    chance = random.Random(0)
+    for _ in range(300):
+        parts: list[Any] = []
+        ids: list[int] = []
+        for request in "abcd"[: chance.randint(1, 4)]:
+            count, length, first = chance.randint(1, 4), chance.randint(1, 6), chance.randint(0, 6)
+            own = [chance.choice((7, 8, 9, -1)) for _ in range(count)]
+            known = [None, Prompt(length, None), Prompt(length, [7] * length)]
+            row = {"request_id": request, "first_row": len(ids), "rows": count, "first_position": first}
+            if chance.random() < 0.3:
+                row["drafts"] = chance.randint(0, count - 1)
+            parts.append((row, chance.choice(known), chance.random() < 0.3))
+            ids += own
+        numbers = np.array(ids, np.int64)
+        flags = np.ones(len(ids), bool)
+        assert list(_entries_of(parts, numbers, None, False)) == list(
+            _entries_of(parts, numbers, flags, True)
+        )

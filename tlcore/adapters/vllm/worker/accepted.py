@@ -6,7 +6,8 @@ import logging
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ....layout.rows import Decided, Row
+from ....layout.drafts import Decided
+from ....layout.rows import Row
 
 log = logging.getLogger("vllm.tlcore")
 Tokens = Mapping[str, Sequence[int]]

@@ -286,6 +286,10 @@ def sampled(rows: Sequence[Row], cut_short: Container[str] = ()) -> RowSet:
     found: list[Json] = []
     first = 0
     for row in rows:
+        if "drafts" not in row and row["request_id"] not in cut_short:
+            found.append(rows_of(row, first, 1, row["first_position"] + row["rows"] - 1))
+            first += 1
+            continue
         count = 1 + int(row.get("drafts", 0))
         skipped = row["rows"] - count
         more = {"drafts": row.get("drafts"), "unsampled": row["request_id"] in cut_short or None}
@@ -307,9 +311,14 @@ def _lasts(rows: Sequence[Row], cut_short: Container[str]) -> RowSet:
 
 def rows_of(row: Row, first: int, count: int, position: int, **more: int | None) -> Json:
     """Some other rows of a row's request."""
-    known = {key: row[key] for key in ("request_id", "external_request_id") if key in row}
-    more = {key: value for key, value in more.items() if value is not None}
-    return {**known, "first_row": first, "rows": count, "first_position": position, **more}
+    found: Json = {"request_id": row["request_id"]} if "request_id" in row else {}
+    if "external_request_id" in row:
+        found["external_request_id"] = row["external_request_id"]
+    found["first_row"], found["rows"], found["first_position"] = first, count, position
+    for key, value in more.items():
+        if value is not None:
+            found[key] = value
+    return found
 
 
 def _where(rows: Sequence[Row], chosen: Sequence[bool]) -> list[Json]:

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
 
 from ....record import Json
@@ -32,6 +33,7 @@ class RowReader:
         self._batch: Any = None
         self._known: dict[str, Json] = {}
         self._asked: dict[str, tuple[Any, int]] = {}
+        self._external: dict[str, str | None] = {}
         self.second_version = not hasattr(runner, "input_batch") and hasattr(runner, "prepare_inputs")
 
     def prepared(self, batch: Any) -> None:
@@ -42,6 +44,7 @@ class RowReader:
         """Forget the requests noted so far, some of which may end unseen."""
         self._known.clear()
         self._asked.clear()
+        self._external.clear()
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Drop the batch of the step before, and note where new requests begin, and their prompts.
@@ -53,6 +56,7 @@ class RowReader:
         for request in getattr(scheduler_output, "finished_req_ids", ()):
             self._known.pop(request, None)
             self._asked.pop(request, None)
+            self._external.pop(request, None)
         for new in getattr(scheduler_output, "scheduled_new_reqs", ()):
             self._known[new.req_id] = {"cached": int(new.num_computed_tokens), **identity(new)}
             prompt = getattr(new, "prompt_token_ids", None)
@@ -103,10 +107,11 @@ class RowReader:
         ids = list(runner.input_batch.req_ids)
         counts = [int(scheduler_output.num_scheduled_tokens[each]) for each in ids]
         total = int(scheduler_output.total_num_scheduled_tokens)
-        rows = _rows(ids, counts, total, _integers(runner.query_start_loc), _tensor(runner.positions))
+        starts = _integers(runner.query_start_loc)
+        rows = _rows(ids, counts, total, starts, _tensor(runner.positions), self._external_ids(ids))
         if getattr(runner, "speculative_config", None) is None:
             # With speculation the host's count is only an upper bound.
-            computed = [int(each) for each in runner.input_batch.num_computed_tokens_cpu[: len(ids)]]
+            computed = _integers(runner.input_batch.num_computed_tokens_cpu[: len(ids)])
             _agree("positions and computed tokens", [row["first_position"] for row in rows], computed)
         return rows
 
@@ -116,11 +121,25 @@ class RowReader:
             raise RowError("the model runner prepared no batch")
         counts = [int(each) for each in batch.num_scheduled_tokens]
         starts = _integers(batch.query_start_loc_np)
-        return _rows(list(batch.req_ids), counts, int(batch.num_tokens), starts, batch.positions)
+        ids = list(batch.req_ids)
+        return _rows(ids, counts, int(batch.num_tokens), starts, batch.positions, self._external_ids(ids))
+
+    def _external_ids(self, ids: Sequence[str]) -> list[str | None]:
+        """Those that the clients gave, told once of each request."""
+        known = self._external
+        for request in ids:
+            if request not in known:
+                known[request] = external_id(request)
+        return [known[request] for request in ids]
 
 
 def _rows(
-    ids: Sequence[str], counts: Sequence[int], total: int, starts: Sequence[int], positions: torch.Tensor
+    ids: Sequence[str],
+    counts: Sequence[int],
+    total: int,
+    starts: Sequence[int],
+    positions: torch.Tensor,
+    external_ids: Sequence[str | None],
 ) -> list[Json]:
     """Rows from the batch's request ids and token counts, held against what the model was given."""
     firsts = [0, *accumulate(counts)]
@@ -136,12 +155,14 @@ def _rows(
     return [
         {
             "request_id": request,
-            "external_request_id": external_id(request),
+            "external_request_id": external,
             "first_row": first,
             "rows": count,
             "first_position": position,
         }
-        for request, first, count, position in zip(ids, firsts[:-1], counts, begin, strict=True)
+        for request, external, first, count, position in zip(
+            ids, external_ids, firsts[:-1], counts, begin, strict=True
+        )
     ]
 
 
@@ -152,7 +173,7 @@ def _agree(what: str, one: list[int], other: list[int]) -> None:
 
 def _integers(values: Any) -> list[int]:
     """The integers of a numpy array, or of a buffer that has one beside its device tensor."""
-    return [int(each) for each in getattr(values, "np", values)]
+    return [int(each) for each in np.asarray(getattr(values, "np", values)).tolist()]
 
 
 def _tensor(values: Any) -> torch.Tensor:

@@ -11,7 +11,8 @@ from typing import Any
 
 from ....engine.filters.choosing import Choosing
 from ....engine.session import Session
-from ....layout.rows import NO_ROWS, Decided
+from ....layout.drafts import Decided
+from ....layout.rows import NO_ROWS
 from ..compiled.eager_steps import EagerSteps
 from .accepted import drafts_decided
 from .choices import ClientChoices
@@ -165,6 +166,8 @@ class StepWrapper:
     def _wants(self, choosing: Choosing, scheduler_output: Any) -> bool:
         """Whether any row of a step is one of those that are kept, as far as its schedule tells."""
         counts = scheduler_output.num_scheduled_tokens
+        if choosing.chooses is None and not choosing.any_window:
+            return True
         chosen = [each for each in counts if choosing.keeps(each)]
         # With speculation the scheduler counts positions that may not come to be.
         if not choosing.any_window or getattr(self._runner, "speculative_config", None) is not None:

@@ -27,12 +27,8 @@ class Prompt(NamedTuple):
     ids: Sequence[int] | None
 
 
-class _Taken(NamedTuple):
-    """The rows of one request in a step, to be put into words later."""
-
-    row: Json
-    prompt: Prompt | None
-    tells_prompt: bool
+# The rows of one request in a step, to be put into words later: its row, its prompt, whether that is told.
+_Taken = tuple[Json, "Prompt | None", bool]
 
 
 class TokenReader:
@@ -76,7 +72,7 @@ class TokenReader:
     def prompts(self, requests: Sequence[str]) -> dict[tuple[str, str], int]:
         """The lengths of these requests' prompts that are known."""
         try:
-            found = {request: self.prompt(request) for request in requests}
+            found = {request: self._new.get(request) or self.prompt(request) for request in requests}
         except (AttributeError, KeyError, TypeError, IndexError):
             log.debug("the prompts of some requests are not known", exc_info=True)
             return {}
@@ -102,12 +98,13 @@ class TokenReader:
         flags = self._runner.is_token_ids.np[:total].copy() if _has_flags(self._runner, embeds) else None
         parts = []
         for row in taken:
-            request, prompt = row["request_id"], self.prompt(row["request_id"])
-            whole = prompt is not None and prompt.ids is not None
-            parts.append(_Taken(row, prompt, whole and request not in self._told))
-            if whole:
+            request = row["request_id"]
+            prompt = self._new.get(request) or self.prompt(request)
+            tells = prompt is not None and prompt.ids is not None and request not in self._told
+            parts.append((row, prompt, tells))
+            if tells:
                 self._told.add(request)
-        return lambda: [entry for part in parts for entry in _told(part, ids, flags, embeds)]
+        return lambda: list(_entries_of(parts, ids, flags, embeds))
 
 
 def _has_flags(runner: Any, embeds: bool) -> bool:
@@ -122,6 +119,30 @@ def _prompt(known: Any, length: int | None) -> Prompt | None:
     if length is None:
         return None
     return Prompt(int(length), ids if embeds is None and ids is not None and len(ids) == length else None)
+
+
+def _entries_of(parts: Sequence[_Taken], ids: Numbers, flags: Any, embeds: bool) -> Iterator[Json]:
+    numbers = ids.tolist()
+    alone = flags is None and not embeds
+    for part in parts:
+        entry = _sampled(part, numbers) if alone else None
+        if entry is None:
+            yield from _told(part, ids, flags, embeds)
+        else:
+            yield entry
+
+
+def _sampled(part: _Taken, ids: Sequence[int]) -> Json | None:
+    """What `_entries` says of a request that goes on behind its prompt without drafts; None of any other."""
+    row, prompt, tells = part
+    first = row["first_row"]
+    own = ids[first : first + row["rows"]]
+    if tells or "drafts" in row or not own or min(own) < 0:
+        return None
+    if prompt is None or prompt.ids is None or row["first_position"] >= prompt.length:
+        length = None if prompt is None else prompt.length
+        return token_entry(row["request_id"], row["first_position"], own, length)
+    return None
 
 
 def _told(part: _Taken, ids: Numbers, flags: Any, embeds: bool) -> list[Json]:
