@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+import tlcore
 from tests.ranked import ranks_run
 from tlcore.errors import ReadError
 from tlcore.reader import MissingError
@@ -41,6 +43,42 @@ def test_partial_sums_are_added_in_higher_precision() -> None:
     parts = [torch.tensor([256.0], dtype=torch.bfloat16), *[torch.tensor([1.0], dtype=torch.bfloat16)] * 3]
     total = joined({"sum": True, "tp_size": 4}, parts, "x")
     assert (total.dtype, total.item()) == (torch.bfloat16, 260.0)
+
+
+@pytest.mark.parametrize("one", [1.0, float("nan")])
+def test_what_a_module_may_have_added_up_itself_is_added_only_where_ranks_differ(one: float) -> None:
+    part = {"sum": True, "or_whole": True, "tp_size": 2}
+    whole = torch.tensor([one, 2.0])
+    assert torch.equal(joined(part, [whole, whole.clone()], "x")[1:], whole[1:])
+    assert torch.equal(joined(part, [whole, torch.tensor([1.0, 3.0])], "x")[1:], torch.tensor([5.0]))
+
+
+def test_what_is_not_known_is_never_joined(tmp_path: Path) -> None:
+    part = {"unknown": "several batches are computed together"}
+    tensors = [{"a_proj": torch.ones(2, 3), "norm": torch.ones(2)}] * 2
+    run = ranks_run(tmp_path, tensors, {"a_proj": {"outputs": {"*": part}}})
+    assert torch.equal(run.tensor("step_0/a_proj/outputs_0_cpu"), torch.ones(2, 3))
+    with pytest.raises(ReadError, match=r"a_proj/outputs_0_cpu: .*several batches are computed together"):
+        run.tensor("step_0/a_proj/outputs_0_cpu", unshard=True)
+    assert torch.equal(run.tensor("step_0/norm/outputs_cpu", unshard=True), torch.ones(2))
+    single = ranks_run(tmp_path / "single", tensors[:1], {})
+    found = tlcore.compare(single, run, ignore_missing=True)
+    assert [each.module for each in found.results if each.status == "unreadable"] == ["a_proj"]
+    assert not found.equal and found.first_divergence is None
+
+
+def test_tokens_that_context_parallelism_splits_are_never_joined(tmp_path: Path) -> None:
+    run = ranks_run(tmp_path, [{"norm": torch.ones(2)}] * 2, {})
+    path = Path(run.url) / "run.json"
+    document = json.loads(path.read_text())
+    for place in document["ranks"]:
+        place.update(pcp_rank=place["tp_rank"], pcp_size=2, tp_rank=0, tp_size=1)
+    path.chmod(0o600)
+    path.write_text(json.dumps(document))
+    split = tlcore.open_run(run.url)
+    assert torch.equal(split.tensor("step_0/norm/outputs_cpu"), torch.ones(2))
+    with pytest.raises(ReadError, match="prefill context parallelism splits the tokens over ranks"):
+        split.tensor("step_0/norm/outputs_cpu", unshard=True)
 
 
 @pytest.mark.parametrize(

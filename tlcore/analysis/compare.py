@@ -17,6 +17,7 @@ from ..locations import is_url
 from ..reader import Run
 from ..reader.lasting import lasting_objects
 from .details import Details
+from .experts import without_reordered
 from .makings import causes, other_kernels
 from .matching.match import match
 from .matching.pairs import Matching, Pair
@@ -127,13 +128,20 @@ def compare(
                 results = further.judge(pool, task, (run_a, run_b), pairing, pieces, results)
     finally:
         unshare(task)
+    results, pieces, reordered = without_reordered(results, pieces)
     results = _detailed((run_a, run_b), pieces, results)
     origin = Origin((run_a, run_b), pieces, held, matching.left_out)
-    notes = [*matching.notes, *causes(run_a, run_b), *_mixed(results, tolerance), *further.notes(results)]
+    notes = [
+        *matching.notes,
+        *reordered,
+        *causes(run_a, run_b),
+        *_mixed(results, tolerance),
+        *further.notes(results),
+    ]
     if not further.runs:
         notes += [*_rounded(kernels), *advice(run_a, run_b, pieces, results)]
     notes += [injected(label, run) for label, run in zip("AB", (run_a, run_b), strict=True) if run.injected]
-    notes += other_code(matching.missing, (run_a, run_b))
+    notes += [*_other_shares(results, run_a, run_b), *other_code(matching.missing, (run_a, run_b))]
     results += matching.missing
     return Comparison(run_a.url, run_b.url, results, notes, further.to_json(), origin)
 
@@ -180,6 +188,16 @@ def _rounded(kernels: Sequence[str]) -> Iterator[str]:
         )
 
 
+def _other_shares(results: Sequence[TensorResult], a: Run, b: Run) -> Iterator[str]:
+    """What to know where other shapes may come from other numbers of ranks."""
+    if a.world_size != b.world_size and any((each.reason or "").startswith("shapes ") for each in results):
+        ranks = f"{a.world_size} rank{'s' * (a.world_size > 1)} against {b.world_size}"
+        yield (
+            f"shapes and ranks differ ({ranks}): tensors are joined where DTensors or vLLM's layers"
+            " tell how, all others are compared as each rank has them"
+        )
+
+
 def _mixed(results: Sequence[TensorResult], tolerance: Tolerance) -> list[str]:
     """What to know of tensors of different floating dtypes."""
     for a, b in dict.fromkeys(each.dtypes for each in results):
@@ -201,8 +219,18 @@ def _matched(a: Run, b: Run, rules: Rules) -> Matching:
     matching = match(a, b, rules)
     if not matching.pairs and not matching.missing:
         limits = " in the modules asked for" if rules.modules else ""
-        raise ReadError(f"{a.url} and {b.url}: no tensor to compare{limits}")
+        raise ReadError(f"{a.url} and {b.url}: no tensor to compare{limits}{_kept_apart(a, b)}")
     return matching
+
+
+def _kept_apart(a: Run, b: Run) -> str:
+    """What was kept in place of tensors, and what compares that."""
+    kinds = {str((run.document.get("config") or {}).get("capture")) for run in (a, b)} - {"tensor", "both"}
+    if kinds == {"stats"}:
+        return " (statistics alone: `tlcore baseline save --stats` and `check` compare these)"
+    if kinds == {"channels"}:
+        return " (statistics of channels alone: see run.channels)"
+    return ""
 
 
 def _check_steps(rules: Rules, a: Run, b: Run) -> None:

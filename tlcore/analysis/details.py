@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -95,13 +96,15 @@ class DetailSums:
         if self._coarse is None:
             return
         rounded = a.to(self._coarse), b.to(self._coarse)
-        both &= rounded[0].isfinite() & rounded[1].isfinite()
-        apart = (rounded[0].to(torch.float64) - rounded[1].to(torch.float64)).abs()[both]
+        # Of one byte they know hardly any operation.
+        x, y = (each.to(torch.float64) for each in rounded)
+        both &= x.isfinite() & y.isfinite()
+        apart = (x - y).abs()[both]
         self._count += apart.numel()
         self._equal += int((apart == 0).sum())
         if apart.numel():
             self._largest = max(self._largest, float(apart.max()))
-            self._ulps = max(self._ulps, _ulps(rounded[0][both], rounded[1][both]))
+            self._ulps = max(self._ulps, _steps(*(_bits(each)[both.numpy()] for each in rounded)))
 
     def details(self) -> Details:
         """Of all that was added."""
@@ -123,16 +126,24 @@ def _coarser(a: torch.dtype, b: torch.dtype) -> torch.dtype:
 
 def _ulps(a: torch.Tensor, b: torch.Tensor) -> int:
     """The largest number of steps from one value to the next between two tensors of a dtype, all finite."""
-    if not a.numel():
-        return 0
-    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[a.element_size()]
-    top, width = torch.iinfo(kind).max, 8 * kind.itemsize
+    return _steps(_bits(a), _bits(b)) if a.numel() else 0
+
+
+def _bits(values: torch.Tensor) -> npt.NDArray[Any]:
+    kind = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[values.element_size()]
+    found: npt.NDArray[Any] = values.contiguous().view(kind).numpy()
+    return found
+
+
+def _steps(a: npt.NDArray[Any], b: npt.NDArray[Any]) -> int:
+    """As many as lie between the bits of two floating values, at most."""
+    size = a.dtype.itemsize
+    top = np.iinfo(a.dtype).max
     sides = []
-    for each in (a, b):
-        bits = each.contiguous().view(kind).numpy()
-        sign = bits >> (width - 1)
+    for bits in (a, b):
+        sign = bits >> (8 * size - 1)
         # Steps from zero: of a negative value minus its bits without the sign.
         sides.append((bits ^ (sign & top)) - sign)
     # Between large values of different signs they fit only without one.
     steps = np.maximum(*sides) - np.minimum(*sides)
-    return int(steps.view(f"u{kind.itemsize}").max())
+    return int(steps.view(f"u{size}").max())

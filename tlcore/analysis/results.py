@@ -154,6 +154,8 @@ class Divergence:
             how = str(self.operator)
         elif self.direction == "inputs" and self.born is not False:
             how = Birth(self.born, self.within, self.within_call).between("agree")
+        elif self.direction == "inputs":
+            how = "passed on: it comes in from outside"
         else:
             how = {
                 True: "born here: its inputs agree",

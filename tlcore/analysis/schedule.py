@@ -124,7 +124,7 @@ def _collected(batch: _Batch, compared: dict[Identity, Found]) -> Iterator[Found
 
 def _identity(task: Task, pair: Pair, runs: tuple[Run, Run]) -> Identity | None:
     """What determines a pair's results; None without hashes, or where a file is not as ``step.json`` says."""
-    records = (*pair.a.records, *pair.b.records)
+    records = (*pair.a.needed, *pair.b.needed)
     hashed = all(record.get("hash") for record in records)
     if not hashed or not all(map(_held, runs, (pair.a, pair.b))):
         return None
@@ -132,17 +132,21 @@ def _identity(task: Task, pair: Pair, runs: tuple[Run, Run]) -> Identity | None:
     rows = tuple((one.rows, one.axis, other.rows, other.axis) for one, other in pair.pieces)
     rule = task.rulebook.of(key_name(pair.key)) if task.rulebook.tolerances else None
     held = () if rule is None else (rule, *(growth(rule, pair, pieces) for pieces in pair.pieces))
-    return (len(pair.a.records), described, rows, held)
+    told: Identity = ()
+    if pair.a.is_experts:
+        # The words for them name tokens and what they were chosen by.
+        told = (pair.a.logits, pair.b.logits, *(one.first_position for one, _ in pair.pieces))
+    return (len(pair.a.needed), pair.a.is_experts, told, described, rows, held)
 
 
 def _held(run: Run, source: Located) -> bool:
-    return all(map(run.stored.holds, source.records))
+    return all(map(run.stored.holds, source.needed))
 
 
 def _equal(pair: Pair) -> bool:
     """Whether the hashes say that both sides are the same values."""
     keys = ("hash", "dtype", "shape")
-    sides = [[tuple(map(str, map(record.get, keys))) for record in side.records] for side in (pair.a, pair.b)]
+    sides = [[tuple(map(str, map(record.get, keys))) for record in side.needed] for side in (pair.a, pair.b)]
     return sides[0] == sides[1] and all(
         (one.rows, one.axis) == (other.rows, other.axis) for one, other in pair.pieces
     )

@@ -8,15 +8,17 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from math import prod
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from ..errors import ReadError
 from ..layout.rows import as_rows
-from ..reader import Run, TensorStream, open_run
+from ..reader import Run, Step, TensorStream, open_run
 from ..reader.tensor_stream import SMALL, in_memory, open_together
 from ..record import Json
 from .details import Details, DetailSums
+from .experts import IN_ANOTHER_ORDER, in_order_of, other_experts
 from .matching.pairs import Located, Pair, Piece, key_name
 from .measure import CHUNK, EXACT, Sums, Tolerance
 from .results import Status, TensorResult
@@ -90,7 +92,7 @@ def _ready(task: Task, side: int, pairs: Sequence[Pair]) -> Ready:
     records = {
         (source.step, name): record
         for source in sources
-        if not source.unshard
+        if not source.unshard and source.by is None
         for name, record in zip(source.names, source.records, strict=True)
         if record["bytes"] <= SMALL
     }
@@ -128,7 +130,9 @@ class Operand:
         step = run.step(source.step)
         self._payloads: list[TensorStream] = []
         for name in source.names:
-            if axis > 1:
+            if source.by is not None:
+                payload = in_memory(self._by_experts(step, name, source, axis))
+            elif axis > 1:
                 payload = in_memory(as_rows(step.tensor(name, source.unshard), axis))
             else:
                 # It is closed when this pair is done; whoever has the same one again reads it again.
@@ -147,6 +151,18 @@ class Operand:
         if any(payload.shape != first.shape for payload in self._payloads):
             raise ReadError(f"{source.names} cannot be added, their shapes differ")
 
+    def _by_experts(self, step: Step, name: str, source: Located, axis: int) -> torch.Tensor:
+        """The values of each token in the order of its experts, where both runs have them so."""
+        assert source.by is not None
+        values, experts = (
+            as_rows(step.tensor(each, source.unshard), axis if axis > 1 else 0)
+            for each in (name, source.by[0])
+        )
+        try:
+            return in_order_of(experts, values)
+        except ValueError as error:
+            raise ReadError(f"{name}: {error}") from error
+
     def read(self, begin: int, end: int) -> torch.Tensor:
         """The flat values ``[begin, end)``, valid until the next call."""
         values = self._payloads[0].read(begin, end)
@@ -155,6 +171,11 @@ class Operand:
             for payload in self._payloads[1:]:
                 values = values + payload.read(begin, end).float()
         return values
+
+    def values(self, piece: Piece) -> torch.Tensor:
+        """All values of a piece."""
+        begin, shape = self.cut(piece)
+        return self.read(begin, begin + prod(shape)).clone().reshape(shape)
 
     def cut(self, piece: Piece) -> tuple[int, tuple[int, ...]]:
         """Where a piece begins, in values, and its shape."""
@@ -183,15 +204,39 @@ def _compared(task: Task, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y
         return result_of(pair, pieces, "different", reason=f"dtypes {x.dtype} and {y.dtype} differ")
     rule = task.rulebook.of(key_name(pair.key))
     if rule is not None:
-        return _ruled(rule, pair, pieces, x, y)
+        return _ruled(task, rule, pair, pieces, x, y)
     sums = Sums(task.tolerance.between(x.stored, y.stored), x.dtype, y.dtype, shapes[1])
     chunks(x, y, pieces, sums.add)
     measures = sums.measures()
     status: Status = "bitwise" if measures.bitwise else "close" if measures.agrees else "different"
-    return replace(result_of(pair, pieces, status), measures=measures)
+    reason = None if pair.a.by is None else _of_experts(task, pair, pieces, x, y)
+    if reason is not None and status == "bitwise":
+        status = "close"
+    return replace(result_of(pair, pieces, status, reason), measures=measures)
 
 
-def _ruled(rule: Rule, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y: Operand) -> TensorResult:
+def _of_experts(task: Task, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y: Operand) -> str | None:
+    """What to know of two sides that are compared in the order of the experts."""
+    with ExitStack() as stack:
+
+        def other(side: int, **changes: Any) -> torch.Tensor:
+            source = replace((pair.a, pair.b)[side], by=None, **changes)
+            return Operand(opened(task, side), source, stack, _axis(pair, side)).values(pieces[side])
+
+        a, b = x.values(pieces[0]), y.values(pieces[1])
+        if torch.equal(a, b):
+            same = a.dtype == b.dtype and torch.equal(other(0), other(1))
+            return None if same else IN_ANOTHER_ORDER
+        if not pair.a.is_experts:
+            return None
+        names = pair.a.logits, pair.b.logits
+        logits = [None if name is None else other(side, names=(name,)) for side, name in enumerate(names)]
+    return other_experts(a, b, logits, pieces[0].first_position)
+
+
+def _ruled(
+    task: Task, rule: Rule, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y: Operand
+) -> TensorResult:
     """The result of a tensor that a rule is for."""
     times = growth(rule, pair, pieces)
     sums = Sums(rule.tolerance(times), x.dtype, y.dtype, y.cut(pieces[1])[1])
@@ -199,8 +244,9 @@ def _ruled(rule: Rule, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y: O
     details = None if rule.ulp is None else _details(x, y, pieces)
     measures = sums.measures()
     broken = rule.broken(measures, details, times)
+    experts = _of_experts(task, pair, pieces, x, y) if broken and pair.a.by is not None else None
     status: Status = "different" if broken else "bitwise" if measures.bitwise else "close"
-    found = result_of(pair, pieces, status, broken)
+    found = result_of(pair, pieces, status, "; ".join(filter(None, (broken, experts))) or None)
     measures = replace(measures, agrees=broken is None)
     return replace(found, measures=measures, rule=rule.match.pattern, details=details)
 

@@ -226,7 +226,13 @@ def _ranks(opened: Run) -> str:
     if opened.world_size == 1:
         return ""
     place = opened.ranks.get(0, {})
-    groups = (("tp", "tensor"), ("pcp", "prefill context"), ("pp", "pipeline"), ("dp", "data"))
+    groups = (
+        ("tp", "tensor"),
+        ("pcp", "prefill context"),
+        ("pp", "pipeline"),
+        ("dp", "data"),
+        ("ep", "expert"),
+    )
     sizes = [(name, place.get(f"{group}_size", 1)) for group, name in groups]
     shown = ", ".join(f"{name} parallel {count}" for name, count in sizes if count > 1)
     return f"  {opened.world_size} ranks" + (f" ({shown})" if shown else "")

@@ -21,7 +21,7 @@ from .lookup import not_one, not_stored, unstored, without_device
 from .placements import as_whole, assembled, is_part
 from .stored import Stored
 from .tensor_stream import TensorStream, in_memory, open_stream
-from .unshard import Places, group_of, joined, part_of
+from .unshard import Places, group_of, joined, part_of, split_by_context
 from .wanted import Wanted, as_wanted
 
 if TYPE_CHECKING:
@@ -62,9 +62,9 @@ class Step(Mapping[str, "torch.Tensor"]):
     def _records(self) -> dict[str, Json]:
         records: dict[str, Json] = {}
         for rank, document in self.documents.items():
-            sharding = document.get("sharding")
+            sharding, split = document.get("sharding"), split_by_context(self._places, rank)
             for record in document["records"]:
-                part = part_of(sharding, record)
+                part = split or part_of(sharding, record)
                 more = {"rank": rank} if part is None else {"rank": rank, "part": part}
                 records[record["name"]] = {**record, **more}
         return records
@@ -320,7 +320,7 @@ class Step(Mapping[str, "torch.Tensor"]):
             return assembled(record, self._by_origin[_origin(record)], self._stored.tensor)
         parts = self.parts(found) if unshard else [record]
         tensors = [self._stored.tensor(each) for each in parts]
-        return joined(record["part"], tensors, record["name"]) if len(parts) > 1 else tensors[0]
+        return joined(record["part"], tensors, record["name"]) if unshard and "part" in record else tensors[0]
 
     def part(self, name: str) -> torch.Tensor:
         """The tensor as one rank has stored it: of a distributed tensor, that rank's part."""

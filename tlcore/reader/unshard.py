@@ -69,7 +69,8 @@ def part_of(sharding: Any, record: Mapping[str, Any]) -> Json | None:
     direction = str(record["direction"]).removeprefix("post_fwd_")
     try:
         sides = sharding["tensors"].get(record["module"], {})
-        described = sides.get(direction, {}).get("/".join(map(str, record["path"])))
+        side = sides.get(direction, {})
+        described = side.get("/".join(map(str, record["path"])), side.get("*"))
         if described is None:
             return None
         part = {**described, "tp_rank": sharding["tp_rank"], "tp_size": sharding["tp_size"]}
@@ -80,6 +81,15 @@ def part_of(sharding: Any, record: Mapping[str, Any]) -> Json | None:
     return part
 
 
+def split_by_context(places: Places, rank: int) -> Json | None:
+    """The description of a rank's tensor where ranks share a prompt's tokens; None where each has all."""
+    own = places.get(rank, {})
+    if int(own.get("pcp_size", 1)) == 1:
+        return None
+    problem = "prefill context parallelism splits the tokens over ranks"
+    return {"unknown": problem, "tp_rank": own["tp_rank"], "tp_size": own["tp_size"]}
+
+
 def _sound(part: Json) -> bool:
     lists = [part.get(key) or [] for key in ("parts", "copies")]
     numbers = [part["tp_rank"], part["tp_size"], part.get("dim", 0)]
@@ -87,7 +97,7 @@ def _sound(part: Json) -> bool:
         return False
     numbers += [number for each in lists for number in each]
     whole = all(type(number) is int for number in numbers) and all(number > 0 for number in lists[1])
-    return whole and ("dim" in part or part.get("sum") is True)
+    return whole and ("dim" in part or part.get("sum") is True or isinstance(part.get("unknown"), str))
 
 
 def joined(part: Json, tensors: Sequence[torch.Tensor], name: str) -> torch.Tensor:
@@ -98,6 +108,10 @@ def joined(part: Json, tensors: Sequence[torch.Tensor], name: str) -> torch.Tens
     if len(tensors) != part["tp_size"]:
         raise ReadError(f"{name}: {len(tensors)} ranks for the {part['tp_size']} parts of a tensor")
     try:
+        if "unknown" in part:
+            raise ValueError(part["unknown"])
+        if part.get("or_whole") and _all_equal(tensors):
+            return tensors[0]
         return _added(tensors) if part.get("sum") else _concatenated(part, tensors)
     except (RuntimeError, IndexError, TypeError, ValueError) as error:
         raise ReadError(f"{name}: the ranks' parts cannot be joined ({error})") from error
@@ -114,6 +128,14 @@ def joined_shape(part: Json, shape: Sequence[int]) -> list[int]:
     ranks = part["tp_size"]
     whole[dim] = sum(size * len(range(0, ranks, same)) for size, same in zip(sizes, copies, strict=False))
     return whole
+
+
+def _all_equal(tensors: Sequence[torch.Tensor]) -> bool:
+    import torch
+
+    # By their bytes: a NaN is no other value on another rank.
+    first, *others = (each.contiguous().flatten().view(torch.uint8) for each in tensors)
+    return all(torch.equal(each, first) for each in others)
 
 
 def _added(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

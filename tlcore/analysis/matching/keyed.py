@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from ...reader import Step
 from ...record import Json
 from .conventions import Rename, apply
+from .experts import with_experts
 from .pairs import Key, Located
 from .rules import Rules
 
@@ -29,7 +30,7 @@ def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Located]:
         if rules.leaves_out(key):
             continue
         found[key] = Located(step.number, (str(record["name"]),), (record,), rules.unshard)
-    return found
+    return with_experts(found)
 
 
 def _ordered(step: Step, unshard: bool) -> Iterator[tuple[int, Json]]:

@@ -174,7 +174,8 @@ def loose_notes(a: Loose, b: Loose) -> list[str]:
     notes: list[str] = []
     names = [*a.names.values(), *b.names.values()]
     if names:
-        text = f"{len(names)} tensors have no row per token and were not compared, such as {_shown(names)}"
+        shown = _shown(list(dict.fromkeys(names)))
+        text = f"{len(names)} tensors have no row per token and were not compared, such as {shown}"
         notes.append(Gap(text))
     unsure = a.unsure | b.unsure
     if unsure:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 from ...errors import ConfigError
 from ...ledger import Counts
@@ -36,11 +37,11 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
         problem = "there are none to pair: not both runs know the rows of requests or samples"
         raise ConfigError("requests", problem)
     pairs, absent, notes = (match_requests if per_request else _match_steps)(steps_a, steps_b, rules)
+    pairs = [_ordered_alike(each) for each in pairs]
     if found is not None:
         pairs = [replace(each, reordered=True) for each in pairs]
         notes.append(found.note)
-    lacking, left_out, more_notes = one_sided(steps_a, steps_b, rules)
-    absent += lacking
+    absent, left_out, more_notes = one_sided(steps_a, steps_b, rules, absent)
     if not per_request:
         notes += differing_values(steps_a, steps_b, rules)
     notes += [*more_notes, *_not_stored("A", steps_a), *_not_stored("B", steps_b)]
@@ -57,8 +58,16 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
     if a.state != "complete" or b.state != "complete":
         states = f"A is {a.state}, B is {b.state}"
         notes.append(Gap(f"not every run was closed ({states}); only what was committed can be compared"))
+    notes += [*_cut_at_capture(a, b, pairs)]
     notes += _never_captured(a, b, [] if rules.modules else pairs)
     return Matching(pairs, [*missing, *absent], notes, left_out)
+
+
+def _ordered_alike(pair: Pair) -> Pair:
+    """The pair, in the order of the experts only where both sides are."""
+    if (pair.a.by is None) == (pair.b.by is None):
+        return pair
+    return replace(pair, a=replace(pair.a, by=None), b=replace(pair.b, by=None))
 
 
 def _modules(steps: Sequence[Step]) -> set[str]:
@@ -81,7 +90,7 @@ def _between_tools(a: Run, b: Run, rules: Rules) -> Rules:
 def _layout(run: Run) -> tuple[int, ...]:
     """How a run's ranks share the model: runs of one layout are compared rank by rank."""
     place = run.ranks.get(0, {})
-    return (run.world_size, *(int(place.get(f"{group}_size", 1)) for group in ("tp", "pcp", "pp")))
+    return (run.world_size, *(int(place.get(f"{group}_size", 1)) for group in ("tp", "pcp", "pp", "ep")))
 
 
 def _steps(run: Run, rules: Rules) -> list[Step]:
@@ -108,10 +117,28 @@ def _never_captured(a: Run, b: Run, pairs: Sequence[Pair]) -> Iterator[str]:
         yield Gap(f"{labels} captured only what fits {shown}")
 
 
+def _cut_at_capture(a: Run, b: Run, pairs: Sequence[Pair]) -> Iterator[str]:
+    """Notes on what one run's configuration left of tensors that the other has whole."""
+    last = [_config(run).get("rows") == "last" for run in (a, b)]
+    if last[0] != last[1]:
+        yield Gap(f"{'AB'[last[1]]} has of each request the last row alone (rows: last)")
+    for side, label in enumerate("AB"):
+        records = ((pair.a, pair.b)[side].records[0] for pair in pairs)
+        found = dict.fromkeys((r["converted_from"], r["dtype"]) for r in records if "converted_from" in r)
+        for before, after in found:
+            yield Gap(
+                f"what store_dtype rounded away: {label} was stored as {after}, and computed in {before}"
+            )
+
+
+def _config(run: Run) -> Mapping[str, Any]:
+    config = run.document.get("config")
+    return config if isinstance(config, Mapping) else {}
+
+
 def _patterns(run: Run) -> str:
     """The patterns of the modules that a run was to capture; empty for all."""
-    config = run.document.get("config")
-    found = config.get("module_call_match") if isinstance(config, Mapping) else None
+    found = _config(run).get("module_call_match")
     return found if isinstance(found, str) else ", ".join(map(str, found)) if isinstance(found, list) else ""
 
 

@@ -38,13 +38,27 @@ WHOLE = Piece(None, None, None)
 class Located:
     """Where one side of a pair lies: a step and one tensor in it, or two tensors to be added.
 
-    With ``unshard`` each name stands for the tensor that the ranks' parts make up.
+    With ``unshard`` each name stands for the tensor that the ranks' parts make up. ``by`` are the name and
+    record of the experts that were chosen for each token, in whose order its values are compared, ``logits``
+    the name of what they were chosen by.
     """
 
     step: int
     names: tuple[str, ...]
     records: tuple[Json, ...]
     unshard: bool = False
+    by: tuple[str, Json] | None = None
+    logits: str | None = None
+
+    @property
+    def needed(self) -> tuple[Json, ...]:
+        """The records of all that the values come from."""
+        return self.records if self.by is None else (*self.records, self.by[1])
+
+    @property
+    def is_experts(self) -> bool:
+        """Whether it says which experts were chosen."""
+        return self.by is not None and self.names == self.by[:1]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,8 +89,10 @@ class Matching:
     left_out: Sequence[TensorResult] = ()
 
 
-def absent(key: Key, source: Located, side: int, request: str | None = None) -> TensorResult:
-    """The result for a tensor that only one side (0: A, 1: B) has."""
+def absent(
+    key: Key, source: Located, side: int, request: str | None = None, what: str = "it"
+) -> TensorResult:
+    """The result for a tensor, or ``what`` of it, that only one side (0: A, 1: B) has."""
     rank, module, call, _, path = key
     name = source.names[0]
     record = source.records[0]
@@ -89,6 +105,6 @@ def absent(key: Key, source: Located, side: int, request: str | None = None) -> 
         direction=record["direction"],
         path=path,
         names=(None, name) if side else (name, None),
-        reason=f"only {'AB'[side]} has it",
+        reason=f"only {'AB'[side]} has {what}",
         request=request,
     )

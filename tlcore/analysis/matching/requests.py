@@ -62,7 +62,7 @@ def match_requests(
         for span in spans:
             others = list(_overlaps(span, theirs.get(identity, [])))
             if cached[1].lacks(span, others) and not loose[1].may_have(key):
-                missing.append(absent(key, span.source, 0, request))
+                missing.append(absent(key, span.source, 0, request, _rest(span, others)))
             for other, first, count in others:
                 place = (
                     key,
@@ -79,7 +79,7 @@ def match_requests(
         for span in spans:
             here = list(_overlaps(span, mine.get(identity, [])))
             if cached[0].lacks(span, here) and not loose[0].may_have(key):
-                missing.append(absent(key, span.source, 1, request))
+                missing.append(absent(key, span.source, 1, request, _rest(span, here)))
     wholes, more = pair_loose(*loose)
     missing += more
     order = {
@@ -195,6 +195,18 @@ def _overlaps(span: _Span, others: Sequence[_Span]) -> Iterator[tuple[_Span, int
         count = min(span.first + span.count, other.first + other.count) - first
         if count > 0:
             yield other, first, count
+
+
+def _rest(span: _Span, here: Sequence[tuple[_Span, int, int]]) -> str:
+    """What of a span is not among the positions ``here``, in words."""
+    if not here:
+        return "it"
+    held = {at for _, first, count in here for at in range(first, first + count)}
+    lacking = [at for at in range(span.first, span.first + span.count) if at not in held]
+    between = "" if lacking[-1] - lacking[0] < len(lacking) else f", {len(lacking)} in all"
+    if len(lacking) == 1:
+        return f"its position {lacking[0]}"
+    return f"its positions {lacking[0]} to {lacking[-1]}{between}"
 
 
 def _piece(span: _Span, first: int, count: int) -> Piece:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from ...layout.names import PathKey
@@ -48,14 +49,16 @@ def _nodes(node: Json, path: tuple[PathKey, ...]) -> Iterator[tuple[tuple[PathKe
 
 
 def one_sided(
-    steps_a: Sequence[Step], steps_b: Sequence[Step], rules: Rules
+    steps_a: Sequence[Step], steps_b: Sequence[Step], rules: Rules, found: Sequence[TensorResult] = ()
 ) -> tuple[list[TensorResult], list[TensorResult], list[str]]:
     """Missing results for what one run skipped and the other lacks, and what both skipped, with a note.
 
-    What one run skipped and the other stored is missing anyway, since only one has it.
+    What one run skipped and the other stored is missing anyway, since only one has it: ``found`` are these,
+    which come back with the reason.
     """
     by_number = {step.number: step for step in steps_b}
     missing: list[TensorResult] = []
+    reasons: tuple[dict[Key, str], dict[Key, str]] = ({}, {})
     both: list[TensorResult] = []
     for step in steps_a:
         other = by_number.pop(step.number, None)
@@ -63,13 +66,25 @@ def one_sided(
         theirs = skipped(other, rules, False) if other is not None else {}
         stored_b = keyed(other, rules, rename=False) if other is not None and mine else {}
         stored_a = keyed(step, rules, rename=True) if theirs else {}
+        reasons[0].update(mine)
+        reasons[1].update(theirs)
         both += [_unstored(step.number, key, "neither run stored it") for key in mine if key in theirs]
         missing += _lacking(step.number, "A", mine, {*theirs, *stored_b})
         missing += _lacking(step.number, "B", theirs, {*mine, *stored_a})
     for step in by_number.values():
         missing += _lacking(step.number, "B", skipped(step, rules, False), set())
     notes = [Gap(f"{len(both)} tensors were stored by neither run and cannot be compared")] if both else []
-    return missing, both, [*notes]
+    return [*(_with_reason(each, reasons) for each in found), *missing], both, [*notes]
+
+
+def _with_reason(result: TensorResult, reasons: Sequence[Mapping[Key, str]]) -> TensorResult:
+    """The result of what only one run holds, with why the other does not."""
+    key = result.rank, result.module, result.call, str(result.direction), result.path
+    side = 0 if result.names[0] is None else 1
+    why = reasons[side].get(key)
+    if why is None or result.reason is None:
+        return result
+    return replace(result, reason=f"{result.reason}; {'AB'[side]} did not store it: {why}")
 
 
 def _lacking(step: int, label: str, found: Mapping[Key, str], others: set[Key]) -> Iterator[TensorResult]:

@@ -18,7 +18,7 @@ def advice(
     """A note on what runs that differ in values differ in besides, and which run would settle it."""
     if not any(each.status == "different" for each in results):
         return []
-    apart = list(known_apart(a, b, results))
+    apart = list(known_apart(a, b, pieces))
     batches = other_batches(pieces)
     if not apart and not batches:
         return [
@@ -40,7 +40,7 @@ def advice(
     ]
 
 
-def known_apart(a: Run, b: Run, results: Sequence[TensorResult]) -> Iterator[str]:
+def known_apart(a: Run, b: Run, pieces: Sequence[tuple[Pair, Pieces]]) -> Iterator[str]:
     """What two runs say that they differ in, but for their batches."""
     sides = [dict(run.document.get("versions") or {}) for run in (a, b)]
     for name in {**sides[0], **sides[1]}:
@@ -51,7 +51,7 @@ def known_apart(a: Run, b: Run, results: Sequence[TensorResult]) -> Iterator[str
         yield "the host"
     if a.world_size != b.world_size:
         yield f"ranks ({a.world_size} against {b.world_size})"
-    for mine, other in dict.fromkeys(each.dtypes for each in results):
+    for mine, other in dict.fromkeys(_computed_in(pair) for pair, _ in pieces):
         known = torch_dtype(mine), torch_dtype(other)
         if mine != other and all(each is not None and each.is_floating_point for each in known):
             yield f"dtype ({mine} against {other})"
@@ -63,6 +63,14 @@ def other_batches(pieces: Sequence[tuple[Pair, Pieces]]) -> bool:
         sides[0].rows is not None and pair.a.records[0]["shape"] != pair.b.records[0]["shape"]
         for pair, sides in pieces
     )
+
+
+def _computed_in(pair: Pair) -> tuple[str, str]:
+    """The dtypes that both sides had before ``store_dtype``."""
+    a, b = (
+        str(each.get("converted_from") or each["dtype"]) for each in (pair.a.records[0], pair.b.records[0])
+    )
+    return a, b
 
 
 def _is_given(result: TensorResult) -> bool:

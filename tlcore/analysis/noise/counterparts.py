@@ -58,7 +58,7 @@ class Counterparts:
 def _together(parts: Sequence[Pair]) -> Located:
     first = parts[0].b
     names = tuple(name for part in parts for name in part.b.names)
-    return Located(first.step, names, tuple(r for part in parts for r in part.b.records), first.unshard)
+    return replace(first, names=names, records=tuple(r for part in parts for r in part.b.records))
 
 
 def _common(piece: Piece, other: Pieces) -> Pieces | None:

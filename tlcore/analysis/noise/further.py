@@ -61,7 +61,7 @@ class Further:
                     items[place] = (pair, each, found)
         measured = measured_in(pool, task, items)
         asked = task.tolerance.rtol is not None or task.tolerance.atol is not None
-        exact = not other_batches(pieces) and not any(known_apart(*runs, results))
+        exact = not other_batches(pieces) and not any(known_apart(*runs, pieces))
         return list(judged(results, items, measured, self.factor, exact, asked))
 
     def notes(self, results: Sequence[TensorResult]) -> Iterator[str]:

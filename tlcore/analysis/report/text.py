@@ -30,8 +30,10 @@ def verdict(comparison: Comparison) -> list[str]:
         lines = [f"first divergence: {first}", *closeness(first.result)]
     elif comparison.equal:
         lines = ["the runs agree"]
-    else:
+    elif any(each.agrees for each in comparison.results):
         lines = ["what both runs have agrees, but tensors are missing"]
+    else:
+        lines = ["nothing could be compared: tensors are missing or not readable"]
     lines += [f"not compared: {gap}" for gap in comparison.not_compared]
     if difference is not None and (first is None or difference.result is not first.result):
         lines.append(f"first difference in any bit: {difference}")
@@ -57,7 +59,8 @@ def rows(results: Sequence[TensorResult]) -> Iterator[tuple[str, ...]]:
     for result in results:
         module = call_name(result.module, result.call)
         path = "".join(f"[{key}]" for key in result.path)
-        request = "" if result.request is None else f" {result.request}@{result.first_position}"
+        position = "" if result.first_position is None else f"@{result.first_position}"
+        request = "" if result.request is None else f" {result.request}{position}"
         yield (
             str(result.step),
             module + request,

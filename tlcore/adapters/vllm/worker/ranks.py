@@ -18,14 +18,18 @@ _DIMENSIONS = (
 def layout_of(parallel_config: Any, world_size: int) -> list[Json]:
     """For each of ``world_size`` global ranks its ``<group>_rank`` and ``<group>_size``.
 
-    The groups are ``tp``, ``pcp``, ``pp`` and ``dp``; ranks and sizes count processes.
+    The groups are ``tp``, ``pcp``, ``pp`` and ``dp``; ranks and sizes count processes. ``ep_size``:
+    how many of them share the experts, where each has whole ones.
     """
     sizes = {group: int(getattr(parallel_config, name, 1)) for group, name in _DIMENSIONS}
     inside = 1
     for size in sizes.values():
         inside *= size
     sizes["dp"] = max(1, world_size // inside)
-    return [_place(rank, sizes) for rank in range(world_size)]
+    spread = sizes["tp"] * sizes["pcp"] * sizes["dp"]
+    whole = spread > 1 and getattr(parallel_config, "enable_expert_parallel", False)
+    experts = {"ep_size": spread} if whole else {}
+    return [_place(rank, sizes) | experts for rank in range(world_size)]
 
 
 def _place(rank: int, sizes: dict[str, int]) -> Json:

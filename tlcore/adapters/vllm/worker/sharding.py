@@ -3,7 +3,8 @@
 A part is described by ``dim`` (the dimension along which the ranks' parts are joined; negative ones
 count from the end), ``parts`` (the sizes along it of what is joined separately, such as a merged gate
 and up projection; without it the whole), ``copies`` (for each of the parts how many ranks in a row hold
-the same) or, instead of all these, by ``sum`` where the ranks' tensors are to be added.
+the same) or, instead of all these, by ``sum`` where the ranks' tensors are to be added (with ``or_whole``
+unless they are equal), or by ``unknown``, the reason why they cannot be joined.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from torch import nn
 
 from ....record import Json
 from ..module_names import plain_modules, without_adapters
+from .expert_sharding import SUM, SUM_OR_WHOLE, expert_parts
 
 _FIRST_OUTPUT = ("", "0")
 
@@ -22,16 +24,18 @@ def sharding_of(model: nn.Module, rank: int, size: int) -> Json | None:
     """What ``step.json`` says of a rank's sharded tensors; None where there are none.
 
     ``tensors`` maps a module's name to ``inputs`` and ``outputs``, and these a tensor's position or
-    keyword (empty for a result that is a tensor) to the description of its part.
+    keyword (empty for a result that is a tensor, ``*`` for any) to the description of its part.
     """
+    modules = {"": model, **plain_modules(model)}
+    experts = expert_parts(modules)
     if size == 1:
-        return None
+        return {"tp_rank": rank, "tp_size": size, "tensors": experts} if experts else None
     from vllm.model_executor.layers.attention import Attention
     from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
     found: dict[str, Json] = {}
-    for name, whole in {"": model, **plain_modules(model)}.items():
+    for name, whole in modules.items():
         module = without_adapters(whole)
         described: Json = {}
         if isinstance(module, ColumnParallelLinear):
@@ -42,10 +46,12 @@ def sharding_of(model: nn.Module, rank: int, size: int) -> Json | None:
             described = _embedding(module)
         elif isinstance(module, Attention):
             described = _attention(model, name)
+        elif any(map(_leaves_the_sum, module.children())):
+            described = {"outputs": {"": SUM_OR_WHOLE}}
         if described:
             found[name] = described
         found |= _between(whole, name)
-    return {"tp_rank": rank, "tp_size": size, "tensors": found}
+    return {"tp_rank": rank, "tp_size": size, "tensors": found | experts}
 
 
 def _column(layer: Any) -> Json:
@@ -69,15 +75,23 @@ def _row(layer: Any) -> Json:
     if layer.input_is_parallel:
         described["inputs"] = {key: {"dim": -1} for key in ("0", "input_")}
     if not layer.reduce_results:
-        described["outputs"] = {key: {"sum": True} for key in _FIRST_OUTPUT}
+        described["outputs"] = dict.fromkeys(_FIRST_OUTPUT, SUM)
     return described
+
+
+def _leaves_the_sum(child: nn.Module) -> bool:
+    """Whether a module's last layer leaves adding up to the module, or to what comes after it."""
+    from vllm.model_executor.layers.linear import RowParallelLinear
+
+    layer = without_adapters(child)
+    return isinstance(layer, RowParallelLinear) and layer.tp_size > 1 and not layer.reduce_results
 
 
 def _embedding(layer: Any) -> Json:
     """Each rank looks up its own part of the vocabulary, and the results are added."""
     if layer.tp_size == 1 or getattr(layer, "reduce_results", True):
         return {}
-    return {"outputs": {"": {"sum": True}}}
+    return {"outputs": {"": SUM}}
 
 
 def _attention(model: nn.Module, name: str) -> Json:
