@@ -27,6 +27,7 @@ from tests.faults.helpers import (
 )
 from tests.sinks import MemorySink
 from tlcore.__main__ import main
+from tlcore_backends.safetensors import segment_sink, step_files
 from tlcore_backends.storage import atomic_file as unfinished
 
 BLOCK_S = 1.0
@@ -112,6 +113,28 @@ def test_a_full_disk(format: str, small_disk: Path) -> None:
     assert run.steps[:2] == [0, 1]
     assert_earlier_steps_are_sound(outcome, run.steps)
     assert not list(Path(outcome.url).rglob("*.tmp"))
+
+
+def test_a_disk_that_is_full_in_the_middle_of_a_large_step(
+    small_disk: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that goes to the disk while it comes: what was written of it is gone."""
+    monkeypatch.setattr(segment_sink, "_LEAST_LARGE", 1000)
+    monkeypatch.setattr(step_files, "RESERVE", 8 << 10)
+    backend = {**local("safetensors"), "segment_bytes": 30_000}
+    config = {"output_dir": str(small_disk / "runs"), "backend": backend, "block_s": BLOCK_S}
+    outcome = capture(config, 5, at(2, fill))
+    assert_unhurt(outcome, 5)
+    assert "No space left on device" in outcome.warnings[0]
+    assert outcome.ledger.failed > 0
+    run = tlcore.open_run(outcome.url)
+    assert run.steps[:2] == [0, 1]
+    assert_earlier_steps_are_sound(outcome, run.steps)
+    files = [path for path in Path(outcome.url).rglob("*") if path.is_file()]
+    assert not [path for path in files if path.suffix == ".tmp"]
+    indexes = [path.name for path in files if "_steps_" in path.name]
+    data = [path.name for path in files if path.suffix == ".safetensors"]
+    assert all(any(index.startswith(name[:13]) for index in indexes) for name in data)
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from .native import extension
 
 _WRITEV_PARTS = 1024
-# Larger writes make Linux look for larger pieces of free memory: on ext4 they took ten times as long.
-_WRITE_BYTES = 1 << 20
+# Larger writes make Linux look for larger pieces of free memory: on ext4 they took up to ten times as long.
+_WRITE_BYTES = 256 << 10
 
 
 def _gather(target: Any, offsets: Sequence[int], parts: Sequence[Any]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,7 +16,10 @@ from .described import Slot
 from .shard import header_of
 
 LENGTH_BYTES = 8
-_ALIGNMENT = 8
+ALIGNMENT = 8
+_METADATA = ('"format":"pt"', '"tlcore.layout":"2"')
+# What the offsets of a column may be longer than those it has before it has its place, and a comma.
+_OFFSETS_BYTES = 40
 Bytes = np.ndarray
 
 
@@ -65,6 +68,10 @@ class Column:
         if self.constant:
             return self.chunks[0].nbytes
         return sum(chunk.nbytes * len(chunk.steps) for chunk in self.chunks)
+
+    def take_key(self, keys: set[str]) -> None:
+        """Choose a key that is not among the file's ``keys`` yet."""
+        self.key = unique(self.slot.tail, keys, mark="#")
 
     def settle(self) -> None:
         """Find out whether the tensor was the same in every step."""
@@ -121,41 +128,72 @@ def _merged(extents: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
     return tuple(found)
 
 
-def lay_out(columns: Sequence[Column], numbers: Sequence[int], taken: dict[object, int], file: int) -> bytes:
+def lay_out(columns: Mapping[int, Column], taken: dict[object, int], file: int) -> bytes:
     """Decide where each of ``columns`` lies in a file, and return the file's head, its header.
 
-    ``numbers`` are theirs in the index; ``taken`` has the content that earlier columns of the segment store
-    already, by number. Columns with larger elements come first, so that each is aligned.
+    They are told by their numbers in the index; ``taken`` has the content that earlier columns of the segment
+    store already, by number. Columns with larger elements come first, so that each is aligned.
     """
     keys: set[str] = set()
-    for number, column in zip(numbers, columns, strict=True):
-        column.key = unique(column.slot.tail, keys, mark="#")
+    for number, column in columns.items():
+        column.take_key(keys)
         column.settle()
         column.file = file
         original = taken.setdefault(column.content, number)
         column.same_as = None if original == number else original
-    by_number = dict(zip(numbers, columns, strict=True))
-    own = [column for column in columns if column.same_as is None]
+    own = [column for column in columns.values() if column.same_as is None]
     own.sort(key=lambda column: -column.slot.dtype.itemsize)
-    metadata = ['"format":"pt"', '"tlcore.layout":"2"']
-    entries: list[str] = []
     position = 0
     for column in own:
         column.begin = position
         position += column.stored_bytes
-        fragment, mark = header_of(column.slot.dtype, (column.stored_rows, *column.slot.row))
-        entries.append(f"{quoted(column.key)}:{fragment}[{column.begin},{position}]}}")
-        if mark:
-            metadata.append(f"{quoted(f'tlcore.dtype.{column.key}')}:{mark}")
-        if column.constant:
-            metadata.append(f'{quoted(f"tlcore.constant.{column.key}")}:"{column.times}"')
-    for column in columns:
-        original_column = by_number.get(column.same_as) if column.same_as is not None else None
-        if original_column is not None:
-            metadata.append(f"{quoted(f'tlcore.alias.{column.key}')}:{quoted(original_column.key)}")
+    return head_of(columns, own)
+
+
+def head_of(columns: Mapping[int, Column], own: Iterable[Column], reserve: int = 0) -> bytes:
+    """The head of a file of ``columns``, at least ``reserve`` bytes long.
+
+    Of ``own``, those whose bytes are in it, ``begin`` is known from the first tensor on; then from the file's
+    beginning.
+    """
+    metadata = list(_METADATA)
+    entries: list[str] = []
+    for column in own:
+        entry, marks = _own_texts(column)
+        entries.append(entry)
+        metadata += marks
+    metadata += filter(None, (_alias_text(column, columns) for column in columns.values()))
     text = ("{" + ",".join(['"__metadata__":{' + ",".join(metadata) + "}", *entries]) + "}").encode("ascii")
-    length = len(text) + -(LENGTH_BYTES + len(text)) % _ALIGNMENT
+    length = max(len(text) + -(LENGTH_BYTES + len(text)) % ALIGNMENT, reserve - LENGTH_BYTES)
     head = length.to_bytes(LENGTH_BYTES, "little") + text.ljust(length)
     for column in own:
         column.begin += len(head)
     return head
+
+
+# How long a head of nothing is.
+EMPTY_HEAD_BYTES = LENGTH_BYTES + ALIGNMENT + len('{"__metadata__":{}}') + len(",".join(_METADATA))
+
+
+def head_bytes(column: Column, columns: Mapping[int, Column]) -> int:
+    """How much longer, at most, a head gets by one of its ``columns``."""
+    if column.same_as is not None:
+        return len(_alias_text(column, columns)) + 1
+    entry, marks = _own_texts(column)
+    return len(entry) + _OFFSETS_BYTES + sum(len(mark) + 1 for mark in marks)
+
+
+def _own_texts(column: Column) -> tuple[str, list[str]]:
+    """A column's entry in the header, and what stands of it in the metadata."""
+    fragment, mark = header_of(column.slot.dtype, (column.stored_rows, *column.slot.row))
+    end = column.begin + column.stored_bytes
+    marks = [f"{quoted(f'tlcore.dtype.{column.key}')}:{mark}"] if mark else []
+    if column.constant:
+        marks.append(f'{quoted(f"tlcore.constant.{column.key}")}:"{column.times}"')
+    return f"{quoted(column.key)}:{fragment}[{column.begin},{end}]}}", marks
+
+
+def _alias_text(column: Column, columns: Mapping[int, Column]) -> str:
+    """What the metadata say of a column that has the bytes of another one in the file; else nothing."""
+    original = columns.get(column.same_as) if column.same_as is not None else None
+    return "" if original is None else f"{quoted(f'tlcore.alias.{column.key}')}:{quoted(original.key)}"

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 
+from tlcore.layout.templates import compact
 from tlcore.protocols import Store
 
 from .segments import File, Sealed
@@ -57,8 +58,9 @@ class Journey:
         self._finishing = False
         self._changed = threading.Condition()
         self._next = _Job()
-        # Each index that is stored, with its data files and their sizes.
-        self.stored: list[tuple[str, list[tuple[str, int]]]] = []
+        # Each index that is stored, with its data files and their sizes, as the catalogue has them: a long
+        # run has very many, and texts take the least memory.
+        self.stored = bytearray()
 
     def send_file(self, file: File) -> None:
         """Send a data file of the next segment to be sealed."""
@@ -70,6 +72,10 @@ class Journey:
             self._travelling += file.nbytes
         self._hold(file.nbytes)
         self._submit(lambda: self._put(job, file))
+
+    def note_file(self, name: str, nbytes: int) -> None:
+        """A data file of the next segment to be sealed is stored already."""
+        self._next.sizes.append((name, nbytes))
 
     def send(self, sealed: Sealed) -> None:
         """Send a segment that is complete."""
@@ -160,5 +166,7 @@ class Journey:
             except BaseException as error:
                 job.error = error
             else:
-                self.stored.append((sealed.index_name, job.sizes))
+                files = [{"file": file, "bytes": nbytes} for file, nbytes in job.sizes]
+                entry = compact({"index": sealed.index_name, "files": files})
+                self.stored += (b"," if self.stored else b"") + entry.encode("ascii")
         self._told(sealed.steps, job.error)

@@ -11,7 +11,7 @@ from tlcore.errors import BackendError, shareable
 from tlcore.layout.templates import compact
 from tlcore.ledger import Counts
 from tlcore.record import Record, RunInfo, StepSummary
-from tlcore.storage import SupportsFiles
+from tlcore.storage import SupportsAppend, SupportsFiles
 
 from ..storage.run_store import store_of
 from .journey import Journey
@@ -30,6 +30,9 @@ _REMOTE_THREADS = 8
 # Of the queue's bound: what one segment may take, and what all that travel may.
 _FILLING_SHARE = 4
 _TRAVELLING_SHARE = 2
+
+# A smaller step is put together in memory: its file would be mostly the room that is kept for its header.
+_LEAST_LARGE = 16 << 20
 
 Stored = Callable[[int, BaseException | None], None]
 
@@ -63,6 +66,10 @@ class SegmentSink:
             self._commit_s = LOCAL_COMMIT_S if is_local else REMOTE_COMMIT_S
         queue_bytes = run.queue_bytes or 8 * self._segment_bytes
         self._most_bytes = max(1, min(self._segment_bytes, queue_bytes // _FILLING_SHARE))
+        # Of two steps of this size no segment has room for both: where a file can be written before it is
+        # whole, such a step goes there at once.
+        self._large_bytes = max(_LEAST_LARGE, self._most_bytes // 2)
+        self._appending = store if isinstance(store, SupportsAppend) else None
         self._memory = ShardBuffers()
         self._plans = Plans()
         self._number = 0
@@ -93,12 +100,28 @@ class SegmentSink:
                 self._step = batch[0].step
             if not self._segment.is_empty and self._segment.nbytes >= self._most_bytes:
                 self._seal()
+            if self._was_large and sum(record.data.nbytes for record in batch) >= self._large_bytes // 4:
+                self._stream()
             self._segment.write(batch)
+            if self._segment.open_bytes >= self._large_bytes:
+                self._stream()
             if self._segment.is_empty and (
                 self._segment.nbytes >= self._most_bytes or self._segment.open_arrays >= MOST_ARRAYS
             ):
                 self._journey.send_file(self._segment.file_open_step())
             self._count()
+
+    def _stream(self) -> None:
+        """Write the open step, which is too large to share a segment, into files while it comes."""
+        if self._appending is None or self._segment.is_streamed or self._segment.has_files:
+            return
+        self._seal()
+        self._segment.stream(self._appending, self._most_bytes, self._journey.note_file)
+
+    @property
+    def _was_large(self) -> bool:
+        last = self._plans.last
+        return last is not None and last.nbytes >= self._large_bytes
 
     def commit_step(self, step: StepSummary) -> None:
         """Accept the step; it is stored when its segment is."""
@@ -148,14 +171,11 @@ class SegmentSink:
             self._held = 0
 
     def _put_catalogue(self) -> None:
-        segments = [
-            {"index": name, "files": [{"file": file, "bytes": size} for file, size in files]}
-            for name, files in self._journey.stored
-        ]
         document = {"layout": 2, "rank": self._rank, "ledger": self._ledger.snapshot().to_json()}
-        text = compact({**document, "segments": segments}) + "\n"
+        head = compact(document)[:-1] + ',"segments":['
         try:
-            self._store.put(catalogue_name(self._rank), [text.encode("ascii")])
+            parts = [head.encode("ascii"), bytes(self._journey.stored), b"]}\n"]
+            self._store.put(catalogue_name(self._rank), parts)
         except (BackendError, OSError) as error:
             # Whoever reads the run lists its files instead: it lacks nothing.
             log.info("the list of the run's segments could not be written: %s", shareable(error))
@@ -167,10 +187,10 @@ class SegmentSink:
 
     def _abandon(self) -> None:
         """Forget a step that was begun and never committed."""
-        if self._segment.abandoned_files:
+        self._segment.abandon_step()
+        if self._segment.has_files:
             self._journey.forget_files()
             self._segment = self._new_segment()
-        self._segment.abandon_step()
         self._step = None
 
     def _seal(self) -> None:

@@ -2,23 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 
 from tlcore.errors import BackendError
-from tlcore.layout.names import step_dir
-from tlcore.layout.templates import Structures, compact, structures_of
 from tlcore.ledger import Counts
 from tlcore.protocols import Buffer
-from tlcore.record import Json, Record, StepSummary
+from tlcore.record import Record, StepSummary
+from tlcore.storage import SupportsAppend
 
 from .columns import Chunk, Column, lay_out
-from .compact import Changing, Splitter, Table, listed, microseconds, repeats, runs, split
+from .index_text import IndexText
 from .plans import OpenStep, Plan, Plans, hash_table
 from .segment_names import LONGEST_STEPS, MOST_STEPS, data_name, index_name, steps_text
 from .shard_buffer import ShardBuffer, ShardBuffers
+from .step_files import StepFiles, Tensor
 from .stored_plans import MOST_ITEMS
 
 MOST_ARRAYS = 50_000
@@ -73,29 +74,25 @@ class Segment:
         self._gathered: ShardBuffer | None = None
         self._open: OpenStep | None = None
         self._steps: list[_Step] = []
-        self._numbers: dict[int, tuple[int, list[int]]] = {}
-        self._bound: list[Plan] = []
-        self._plan_items = 0
-        self._calls, self._structures, self._arrays = Table(), Table(), Table()
-        self._plan_table, self._extents = Table(), Table()
-        self._skeletons, self._deltas, self._row_lists = Table(), Table(), Table()
-        self._details = Changing(self._skeletons, self._deltas)
-        self._rows = Changing(self._skeletons, self._deltas)
-        self._splitter = Splitter()
-        self._per_step: dict[str, list[str]] = {name: [] for name in PER_STEP}
-        self._values_bytes = 0
-        self._started = 0
+        self._told = IndexText()
         self._checked = _NAME_CHECKED
         # Of a step larger than a segment: the files that hold its first tensors, and where each of them lies.
         self._files: list[tuple[str, int]] = []
         self._columns: dict[int, Column] = {}
         self._taken: dict[object, int] = {}
         self._filed = 0
+        self._streamed: StepFiles | None = None
 
     @property
     def nbytes(self) -> int:
         """Bytes of tensors in memory, those of the open step included."""
-        return self._gathered.nbytes if self._gathered is not None else 0
+        streamed = self._streamed.nbytes if self._streamed is not None else 0
+        return streamed + (self._gathered.nbytes if self._gathered is not None else 0)
+
+    @property
+    def open_bytes(self) -> int:
+        """Those of the open step alone."""
+        return self.nbytes - self._open.begin if self._open is not None else 0
 
     @property
     def is_empty(self) -> bool:
@@ -113,9 +110,51 @@ class Segment:
         if step is None:
             step = self._open = OpenStep(batch[0].step, self._plans.last, self.nbytes)
         parts = step.add(batch, self._plans.describer)
+        if self._streamed is not None:
+            self._stream([record.data for record in batch])
+            return
         if self._gathered is None:
             self._gathered = self._memory.take()
         self._gathered.extend(parts)
+
+    def stream(self, store: SupportsAppend, most_bytes: int, published: Callable[[str, int], None]) -> None:
+        """Have the open step, and no other, written into files of about ``most_bytes`` while it comes.
+
+        ``published`` is told each file. Raises BackendError. Only for a segment without other steps.
+        """
+        if self._steps or self._files:
+            raise BackendError("only a step that has a segment of its own is written while it comes")
+        name_of = partial(data_name, self.rank, self.number)
+        self._streamed = StepFiles(store, name_of, most_bytes, published, self._taken)
+        step, gathered = self._open, self._gathered
+        if step is None or gathered is None:
+            return
+        with gathered.view() as whole:
+            offsets = Plan(step.slots, step.originals, (), ()).offsets
+            begins = (step.begin + offset for offset in offsets)
+            slots = zip(begins, step.slots, strict=True)
+            self._stream([whole[begin : begin + slot.nbytes] for begin, slot in slots])
+        self._gathered = None
+        self._memory.give(gathered)
+
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the open step is written while it comes."""
+        return self._streamed is not None
+
+    def _stream(self, data: Sequence[Buffer]) -> None:
+        step, streamed = self._open, self._streamed
+        assert step is not None and streamed is not None
+        slots, digests = step.slots[self._filed :], step.digests[self._filed :]
+        numbers = [self._told.arrays.number(slot.text) for slot in slots]
+        streamed.write(map(Tensor, numbers, slots, digests, data))
+        self._filed = len(step.slots)
+
+    def _finish_stream(self) -> None:
+        if self._streamed is not None:
+            self._streamed.finish()
+            self._columns, self._files = self._streamed.columns, self._streamed.files
+            self._streamed = None
 
     def hand_over_step(self, other: Segment) -> None:
         """Let an empty segment go on with the open step."""
@@ -139,27 +178,27 @@ class Segment:
         """Forget the open step."""
         if self._open is not None and self._gathered is not None:
             self._gathered.nbytes = self._open.begin
+        if self._streamed is not None:
+            self._streamed.abandon()
         self._open = None
 
     @property
-    def abandoned_files(self) -> list[str]:
-        """Files that hold the first tensors of the open step."""
-        return [name for name, _ in self._files]
+    def has_files(self) -> bool:
+        """Whether files hold tensors of the open step; without it they are no segment."""
+        return bool(self._files) or self._streamed is not None
 
     def commit(self, summary: StepSummary) -> None:
         """End the open step (or one without tensors). After an error the step is forgotten."""
         step = self._open or OpenStep(summary.step, None, self.nbytes)
         try:
+            self._finish_stream()
             plan = self._plans.plan(step, summary)
-            own = self._own(plan, summary)
+            self._told.add(plan, summary)
         except BaseException:
             self.abandon_step()
             raise
         self._open = None
         self._steps.append(_Step(summary.step, step.begin, plan, step.hashes))
-        for key, value in own.items():
-            self._per_step[key].append(str(value))
-        self._values_bytes += len(own["values"])
         self._look_whether_full()
 
     def _look_whether_full(self) -> None:
@@ -167,72 +206,12 @@ class Segment:
             # Runs of steps mostly grow without their text growing; looking each time would be quadratic.
             self._checked += _NAME_CHECKED
             self.full |= len(steps_text(self.numbers)) > LONGEST_STEPS
-        header = len(self._arrays.texts) * _ENTRY_BYTES + self._arrays.nbytes
-        self.full |= len(self._arrays.texts) >= MOST_ARRAYS or header >= _MOST_HEADER_BYTES
-        self.full |= self._tables_bytes >= _MOST_HEADER_BYTES or bool(self._files)
+        arrays = self._told.arrays
+        header = len(arrays.texts) * _ENTRY_BYTES + arrays.nbytes
+        self.full |= len(arrays.texts) >= MOST_ARRAYS or header >= _MOST_HEADER_BYTES
+        self.full |= self._told.nbytes >= _MOST_HEADER_BYTES or bool(self._files)
         # Readers refuse what claims far more.
-        self.full |= len(self._steps) >= MOST_STEPS or self._plan_items >= MOST_ITEMS // 4
-
-    @property
-    def _tables_bytes(self) -> int:
-        tables = (self._structures, self._plan_table, self._skeletons, self._deltas, self._row_lists)
-        return sum(table.nbytes for table in tables) + self._values_bytes
-
-    def _bind(self, plan: Plan) -> int:
-        """The number of a plan in this segment; all that it refers to gets numbers as well."""
-        known = self._numbers.get(id(plan))
-        if known is not None:
-            return known[0]
-        arrays = list(map(self._arrays.number, (slot.text for slot in plan.slots)))
-        extents: dict[int, int] = {}
-        groups = [extents.setdefault(slot.rows, len(extents)) for slot in plan.slots]
-        text = compact(
-            {
-                "calls": runs(map(self._calls.number, map(compact, plan.calls))),
-                "structures": runs(map(self._structures.number, plan.structures)),
-                "arrays": runs(arrays),
-                "extents": repeats(groups),
-            }
-        )
-        number = self._plan_table.number(text)
-        self._plan_items += len(plan.calls) + len(plan.structures) + 2 * len(plan.slots)
-        self._numbers[id(plan)] = number, arrays
-        # As long as it lives no other can get its id.
-        self._bound.append(plan)
-        return number
-
-    def _own(self, plan: Plan, summary: StepSummary) -> dict[str, str]:
-        """What the index says of a step by itself, as JSON texts."""
-        started, ended = microseconds(summary.started), microseconds(summary.ended)
-        details: Json = {"ledger": summary.counts.to_json(), "extra": dict(summary.extra)}
-        if started is None or ended is None:
-            details |= {"started": summary.started, "ended": summary.ended}
-        # All that may be refused comes before anything is noted.
-        told = split(details)
-        rows = None if summary.rows is None else list(map(self._splitter.split, summary.rows))
-        values = _values(structures_of(step_dir(summary.step), summary.structures))
-        number = self._bind(plan)
-        skeleton, change = self._details.told(*told)
-        times = ("null", "null")
-        if started is not None and ended is not None:
-            times = str(started - self._started), str(ended - started)
-            self._started = started
-        row_list = "null"
-        if rows is not None:
-            parts = [part for row in rows for part in self._rows.told(*row)]
-            row_list = str(self._row_lists.number(listed(parts)))
-        extents = dict.fromkeys(slot.rows for slot in plan.slots)
-        return {
-            "number": str(summary.step),
-            "plan": str(number),
-            "extents": str(self._extents.number(compact(list(extents)))),
-            "started": times[0],
-            "took": times[1],
-            "details": str(skeleton),
-            "change": str(change),
-            "rows": row_list,
-            "values": values,
-        }
+        self.full |= len(self._steps) >= MOST_STEPS or self._told.plan_items >= MOST_ITEMS // 4
 
     def file_open_step(self) -> File:
         """Put the tensors that are in memory of the open step into a file, which makes room for more.
@@ -243,7 +222,7 @@ class Segment:
         if step is None or self._steps or self._gathered is None:
             raise BackendError("only a step that is larger than a segment is written in several files")
         plan = Plan(step.slots, step.originals, (), ())
-        numbers = [self._arrays.number(slot.text) for slot in plan.slots]
+        numbers = [self._told.arrays.number(slot.text) for slot in plan.slots]
         file = self._make_file(self._columns_of_step(plan, step, numbers))
         self._filed = len(step.slots)
         return file
@@ -274,8 +253,7 @@ class Segment:
     def _make_file(self, columns: dict[int, Column]) -> File:
         """A file of these columns; the memory of the steps' bytes is free again."""
         name = data_name(self.rank, self.number, len(self._files))
-        numbers = list(columns)
-        head = lay_out(list(columns.values()), numbers, self._taken, len(self._files))
+        head = lay_out(columns, self._taken, len(self._files))
         own = [column for column in columns.values() if column.same_as is None]
         nbytes = len(head) + sum(column.stored_bytes for column in own)
         whole = self._memory.take()
@@ -301,7 +279,7 @@ class Segment:
         columns = self._all_columns()
         file = self._make_file(columns) if columns else None
         numbers = [step.number for step in self._steps]
-        text = self._index_text(ledger)
+        text = self._told.text(self.rank, self.number, ledger, self._files, self._columns)
         name = index_name(self.rank, self.number, numbers)
         return Sealed(file, name, text, numbers, file.nbytes if file is not None else 0)
 
@@ -330,54 +308,17 @@ class Segment:
         again = OpenStep(step.number, None, step.begin)
         again.slots, again.originals = list(step.plan.slots), step.plan.originals
         again.digests = [step.hashes.hex()]
-        return self._columns_of_step(step.plan, again, self._numbers[id(step.plan)][1])
+        return self._columns_of_step(step.plan, again, self._told.arrays_of(step.plan))
 
     def _add_run(self, found: dict[int, Column], steps: Sequence[_Step]) -> None:
         """Add steps of one plan whose bytes lie one after the other."""
         plan, begin, count = steps[0].plan, steps[0].begin, len(steps)
         hashes = hash_table([step.hashes for step in steps], len(plan.slots))
         data = self._bytes(begin, begin + count * plan.nbytes).reshape(count, plan.nbytes)
-        for position, number in enumerate(self._numbers[id(plan)][1]):
+        for position, number in enumerate(self._told.arrays_of(plan)):
             slot = plan.slots[position]
             column = found.get(number)
             if column is None:
                 column = found[number] = Column(slot)
             chunk = Chunk(data, plan.offsets[position], slot.nbytes, hashes[:, position], slot.rows)
             column.chunks.append(chunk)
-
-    def _index_text(self, ledger: Counts) -> bytes:
-        for number, column in self._columns.items():
-            self._arrays.texts[number] = column.entry()
-        files = [{"file": name, "bytes": nbytes} for name, nbytes in self._files]
-        told = {
-            "layout": "2",
-            "rank": str(self.rank),
-            "segment": str(self.number),
-            "ledger": compact(ledger.to_json()),
-            "files": compact(files),
-            "calls": self._calls.text(),
-            "structures": self._structures.text(),
-            "arrays": self._arrays.text(),
-            "plans": self._plan_table.text(),
-            "extents": self._extents.text(),
-            "skeletons": self._skeletons.text(),
-            "changes": self._deltas.text(),
-            "rows": self._row_lists.text(),
-        }
-        columns = {
-            key: f"[{','.join(values)}]"
-            for key, values in self._per_step.items()
-            if key not in ("rows", "values") or any(value != "null" for value in values)
-        }
-        told["steps"] = "{" + ",".join(f'"{key}":{value}' for key, value in columns.items()) + "}"
-        return ("{" + ",\n".join(f'"{key}":{value}' for key, value in told.items()) + "}\n").encode("ascii")
-
-
-# What the index says of each step.
-PER_STEP = ("number", "plan", "extents", "started", "took", "details", "change", "rows", "values")
-
-
-def _values(structures: Structures) -> str:
-    """The values that a step's structures leave open, in their order, as a JSON array; ``null`` for none."""
-    values = structures.values_in_order
-    return f"[{','.join(values)}]" if values else "null"
