@@ -157,7 +157,7 @@ def test_a_rule_and_the_noise_must_both_be_exceeded(run: Run) -> None:
     [
         ('{"tolerance": []}', r'\$\.tolerance: unknown key. Did you mean "tolerances"\?'),
         ('{"tolerances": [{"norm": 1}]}', r'\$\.tolerances\[0\]: the key "match" is missing'),
-        ('{"tolerances": [{"match": "x"}]}', r"\$\.tolerances\[0\]: "),
+        ('{"tolerances": [{"match": "x"}]}', r"\$\.tolerances\[0\]: no tolerance is given"),
         ('{"tolerances": [{"match": "x", "grow": {}}]}', r"\$\.tolerances\[0\]: no tolerance is given"),
         (
             '{"tolerances": [{"match": "x", "norm": -1}]}',

@@ -118,6 +118,9 @@ def test_a_file_that_is_none_is_refused(
     assert main(["baseline", "check", str(file), run()]) == 2
     assert problem in capsys.readouterr().err
     assert main(["baseline", "check", str(tmp_path / "none"), run()]) == 2
+    assert "none: there is no such baseline" in capsys.readouterr().err
+    (tmp_path / "empty").mkdir()
+    assert main(["baseline", "check", str(tmp_path / "empty"), run()]) == 2
     assert "a baseline has one run in it, here are 0" in capsys.readouterr().err
 
 
@@ -128,7 +131,9 @@ def test_what_statistics_cannot_do_is_refused(
     main(["baseline", "save", run(), file, "--stats"])
     assert main(["baseline", "check", file, run(), "--noise", run()]) == 2
     assert "--noise: " in capsys.readouterr().err
-    assert main(["baseline", "check", file, run(), "--format", "html"]) == 2
+    for kind in ("html", "model-explorer"):
+        assert main(["baseline", "check", file, run(), "--format", kind]) == 2
+        assert "statistics alone, which make no pictures" in capsys.readouterr().err
 
 
 def test_names_that_xml_cannot_hold_are_replaced(tmp_path: Path) -> None:

@@ -112,7 +112,7 @@ def compare(
     kernels = other_kernels(run_a, run_b) if rtol is atol is None else []
     if kernels:
         tolerance = replace(tolerance, norm=True, kernels=True)
-    further = Further.of(noise, noise_factor, options_a)
+    further = Further.of(noise, noise_factor, (run_a, run_b), options_a)
     _check_steps(pairing, run_a, run_b)
     # A run lets go of steps that nobody holds; their records would be read again for every pair.
     held = [run.step(number) for run in (run_a, run_b, *further.runs) for number in run.steps]
@@ -219,6 +219,7 @@ def _matched(a: Run, b: Run, rules: Rules) -> Matching:
     matching = match(a, b, rules)
     if not matching.pairs and not matching.missing:
         limits = " in the modules asked for" if rules.modules else ""
+        limits += ", but for what the rules leave out" if rules.leave_out else ""
         raise ReadError(f"{a.url} and {b.url}: no tensor to compare{limits}{_kept_apart(a, b)}")
     return matching
 

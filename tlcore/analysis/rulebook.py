@@ -125,6 +125,10 @@ def _checked(document: Any, where: Callable[[str], str]) -> Rulebook:
         raise ConfigError(where("$"), 'the rules must be a JSON object, such as {"leave_out": ["rotary"]}.')
     try:
         given = coerce(plain(document), schema)
+        for at, each in enumerate(listed if isinstance(listed := given.get("tolerances"), list) else ()):
+            # The schema can only say that it is too short.
+            if isinstance(each, Mapping) and "match" in each and not each.keys() - {"match", "grow"}:
+                raise ConfigError(f"$.tolerances[{at}]", 'no tolerance is given, such as "norm": 0.01.')
         for problem in problems(given, schema):
             raise problem
         return Rulebook(
@@ -138,8 +142,6 @@ def _checked(document: Any, where: Callable[[str], str]) -> Rulebook:
 def _rule(given: Mapping[str, Any], path: str) -> Rule:
     grow = given.get("grow", {})
     known = {key: value for key, value in given.items() if key not in ("match", "grow")}
-    if not known:
-        raise ConfigError(path, 'no tolerance is given, such as "norm": 0.01.')
     growth = tuple(float(grow.get(key, 0.0)) for key in ("depth", "position", "step"))
     match = check_regex(given["match"], f"{path}.match")
     return Rule(match, **known, grow=(growth[0], growth[1], growth[2]))

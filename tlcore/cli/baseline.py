@@ -89,6 +89,8 @@ def _runs_in(directory: Path) -> list[Path]:
 
 def _check(args: argparse.Namespace) -> int:
     target = Path(args.baseline)
+    if not target.exists():
+        raise TlcoreError(f"{target}: there is no such baseline; `tlcore baseline save` makes one")
     if target.is_file():
         comparison = _against_statistics(args, target)
     else:
@@ -116,7 +118,7 @@ def _against_statistics(args: argparse.Namespace, file: Path) -> Comparison:
         if getattr(args, name):
             option = f"--{name.replace('_', '-')}"
             raise ConfigError(option, f"{file} has statistics alone; this needs a baseline of tensors")
-    if args.format == "html":
+    if args.format in ("html", "model-explorer"):
         raise ConfigError("--format", f"{file} has statistics alone, which make no pictures")
     with progress("reading", "tensors") as on_progress:
         run = open_run(args.run_path, storage_options(args))

@@ -231,3 +231,6 @@ def test_the_command_takes_further_runs(capture: Capture, capsys: pytest.Capture
     assert "is not a factor" in capsys.readouterr().err
     with pytest.raises(ConfigError, match="noise_factor"):
         tlcore.compare(a, b, noise=c, noise_factor=float("nan"))
+    # Held against itself, no difference would ever be beyond the noise.
+    with pytest.raises(ConfigError, match=r"noise: .* is B itself"):
+        tlcore.compare(a, b, noise=[c, b])

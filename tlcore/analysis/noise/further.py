@@ -33,12 +33,23 @@ class Further:
     factor: float
 
     @classmethod
-    def of(cls, noise: RunLike | Sequence[RunLike], factor: float, options: Mapping[str, Any]) -> Further:
-        """Open the runs. Raises ConfigError for a factor that is none, else as `open_run`."""
+    def of(
+        cls,
+        noise: RunLike | Sequence[RunLike],
+        factor: float,
+        compared: tuple[Run, Run],
+        options: Mapping[str, Any],
+    ) -> Further:
+        """Open the runs. Raises ConfigError for a factor that is none or B itself, else as `open_run`."""
         if not 0 < factor < float("inf"):
             raise ConfigError("noise_factor", f"{factor} is not a factor, which is a number > 0")
         given = [noise] if isinstance(noise, (Run, str, os.PathLike)) else list(noise)
         runs = tuple(opened_run(each, options) for each in given)
+        a, b = compared
+        for run in runs:
+            if run.id == b.id != a.id:
+                problem = f"{run.url} is B itself, and no difference is beyond itself; give further runs of A"
+                raise ConfigError("noise", problem)
         return cls(runs, tuple(place_of(path_of(each), dict(options)) for each in given), factor)
 
     def judge(
