@@ -71,3 +71,19 @@ def test_the_package_itself_is_lazy() -> None:
     code = "import sys, tlcore; dir(tlcore); sys.exit('torch' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
     assert done.returncode == 0
+
+
+@pytest.mark.parametrize("backend", ["pt", "safetensors"])
+def test_a_capture_loads_nothing_that_reads(tmp_path: Path, backend: str) -> None:
+    code = """
+import sys, torch, tlcore
+model = torch.nn.Linear(2, 2)
+with tlcore.capture(model, output_dir=sys.argv[1], backend=sys.argv[2]) as capture:
+    model(torch.ones(1, 2))
+assert capture.ledger.stored == 2
+ours = [name for name in sys.modules if name.startswith(("tlcore.", "tlcore_backends."))]
+print([name for name in ours if name.startswith("tlcore.reader") or name.endswith("source")])
+"""
+    command = [sys.executable, "-c", code, str(tmp_path), backend]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.stdout, done.returncode) == ("[]\n", 0), done.stderr

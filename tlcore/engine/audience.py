@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Container, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -24,7 +24,10 @@ from .hooks.operators import Operators
 from .hooks.steps import StepCalls
 from .hooks.traced import TracedListener
 from .hooks.tracing import PassedBy
-from .injection import Injection
+
+if TYPE_CHECKING:
+    # It loads the reader, which a capture that only writes does not need.
+    from .injection import Injection
 
 log = logging.getLogger("tlcore")
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Mapping
+from typing import TYPE_CHECKING
 
 from torch import nn
 
@@ -26,7 +27,10 @@ from .hooks.module_tree import ModuleTree
 from .hooks.steps import StepCalls
 from .hooks.tap_sites import Taps
 from .hooks.traced import TracedListeners
-from .injection import Injection
+
+if TYPE_CHECKING:
+    # It loads the reader, which a capture that only writes does not need.
+    from .injection import Injection
 
 log = logging.getLogger("tlcore")
 

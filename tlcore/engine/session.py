@@ -37,7 +37,6 @@ from .hooks.module_tree import ModuleTree
 from .hooks.steps import StepCalls
 from .hooks.tracing import PassedBy
 from .hookup import Hookup
-from .injection import Injection
 from .new_run import now, open_run
 from .pipeline.channels import gather_channels
 from .pipeline.executors import InlineExecutor, ThreadExecutor
@@ -62,8 +61,12 @@ class Session:
     def __init__(self, config: Config, run: RunInfo, sink: Sink | None = None, inline: bool = False) -> None:
         devices = known_devices(config.device_names)
         self.config = config
-        injection = None if config.inject is None else Injection(config.inject)
-        if injection is not None:
+        injection = None
+        if config.inject is not None:
+            # It loads the reader, which a capture that only writes does not need.
+            from .injection import Injection
+
+            injection = Injection(config.inject)
             run = replace(run, document={**run.document, "injected": injection.document})
         self._pool = HostPool(config.queue_bytes, config.on_full)
         self._documents, self._sink = open_run(config, replace(run, hold=self._pool.hold), sink)

@@ -1,4 +1,7 @@
-"""The two layouts of the ``safetensors`` backend: segments of many steps (2), or shards of each step (1)."""
+"""The two layouts of the ``safetensors`` backend: segments of many steps (2), or shards of each step (1).
+
+Of their sinks and sources only the one that is needed is loaded.
+"""
 
 from __future__ import annotations
 
@@ -8,11 +11,6 @@ from tlcore.errors import ConfigError
 from tlcore.protocols import Sink, Source
 from tlcore.record import Json
 from tlcore.storage import Store
-
-from .segment_sink import SEGMENT_BYTES, SegmentSink
-from .segment_source import SegmentSource
-from .sink import SHARD_BYTES, SafetensorsSink
-from .source import SafetensorsSource
 
 DEFAULT_LAYOUT: Literal[1, 2] = 2
 
@@ -39,10 +37,20 @@ def make_sink(
         hint = f"Leave it out, or say layout {3 - layout}."
         raise ConfigError(f"$.backend.{wrong[0]}", f"layout {layout} has no such option.", hint)
     if layout == 1:
+        from .sink import SHARD_BYTES, SafetensorsSink
+
         return SafetensorsSink(shard_bytes or SHARD_BYTES)
+    from .segment_sink import SEGMENT_BYTES, SegmentSink
+
     return SegmentSink(segment_bytes or SEGMENT_BYTES, commit_s)
 
 
 def open_source(store: Store, run: Json) -> Source:
     """The source of the layout that a run says it has."""
-    return SegmentSource(store, run) if run.get("layout") == 2 else SafetensorsSource(store, run)
+    if run.get("layout") == 2:
+        from .segment_source import SegmentSource
+
+        return SegmentSource(store, run)
+    from .source import SafetensorsSource
+
+    return SafetensorsSource(store, run)
