@@ -25,12 +25,10 @@ def expert_parts(modules: Mapping[str, nn.Module]) -> dict[str, Json]:
         config = getattr(module, "moe_config", None)
         if config is None or not type(module).__module__.startswith(_HOME):
             continue
-        problem = _unknown(config)
+        around, problem = _unknown(name, config)
         if problem is not None:
-            block = name.rpartition(".")[0]
-            inside = [each for each in modules if not block or each == block or each.startswith(f"{block}.")]
-            # The block itself is given, and gives, the tokens of its own rank.
-            found |= {each: _both({"unknown": problem}) for each in inside if each != block}
+            inside = [each for each in modules if each and (not around or each.startswith(f"{around}."))]
+            found |= {each: _both({"unknown": problem}) for each in inside}
         elif max(_size(config, "tp_size"), _size(config, "ep_size")) > 1:
             found |= _summed(name, module, config)
     return found
@@ -53,15 +51,14 @@ def _reduces(method: Any) -> bool:
     return kernel is not None and bool(kernel.output_is_reduced())
 
 
-def _unknown(config: Any) -> str | None:
-    """Why it is not known which of the model's tokens a rank's tensors are of."""
-    if _size(config, "dp_size") > 1:
-        return "the experts compute tokens of several data-parallel ranks together"
-    if _size(config, "pcp_size") > 1:
-        return "prefill context parallelism splits the tokens over ranks"
+def _unknown(name: str, config: Any) -> tuple[str, str | None]:
+    """Within which module it is not known of which tokens a rank's tensors are, and why; None where it is."""
     if getattr(config, "is_sequence_parallel", False):
-        return "sequence parallelism splits the tokens over ranks"
-    return None
+        # The block itself is given, and gives, the tokens of its own rank.
+        return name.rpartition(".")[0], "sequence parallelism splits the tokens over ranks"
+    if _size(config, "dp_size") > 1:
+        return name, "the experts compute tokens of several data-parallel ranks together"
+    return name, None
 
 
 def _size(config: Any, name: str) -> int:
