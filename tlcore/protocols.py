@@ -1,8 +1,8 @@
 """The contracts of a backend: a `Sink` writes a format, a `Source` reads it, both over a `Store`.
 
-An author of a backend needs nothing but this module, `tlcore.record` and `tlcore.errors`. The contract of
-stores stands in `tlcore.storage` and can be had here too. What a sink or source can do beyond its protocol
-it says by having the methods of one named ``Supports...``.
+An author of a backend needs nothing but this module, `tlcore.record` and `tlcore.errors`. The contracts of
+stores (`tlcore.storage`) and of steps that are alike (`tlcore.alike`) can be had here too. What a sink or
+source can do beyond its protocol it says by having the methods of one named ``Supports...``.
 """
 
 from __future__ import annotations
@@ -11,6 +11,9 @@ from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, S
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+from .alike import AlikeStep as AlikeStep
+from .alike import SupportsAlikeSteps as SupportsAlikeSteps
+from .alike import SupportsWriteAlike as SupportsWriteAlike
 from .record import Json, Record, RunInfo, StepSummary
 from .storage import Appending as Appending
 from .storage import Buffer as Buffer

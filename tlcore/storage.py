@@ -159,6 +159,28 @@ class SupportsAppend(Protocol):
         ...
 
 
+class Folder(NamedTuple):
+    """A directory with all that is in it, as `tlcore.hotpath.making.make_files` takes it."""
+
+    folders: Sequence[str]
+    names: Sequence[str]
+    rows: Buffer
+    texts: Buffer
+    data: Buffer
+
+
+@runtime_checkable
+class SupportsFolders(Protocol):
+    """A store in which many blobs can be published at once, as a directory."""
+
+    def put_folder(self, name: str, folder: Folder) -> bool:
+        """Publish all of ``folder`` as ``name``. False, with nothing done, where that is there already.
+
+        Raises BackendError.
+        """
+        ...
+
+
 @runtime_checkable
 class SupportsPrepare(Protocol):
     """A store whose root is made, and may be refused, before the first blob is put."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import os
 import resource
 import struct
 import sys
@@ -20,6 +21,7 @@ from tlcore.config.configuration import load_config
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
 from tlcore.hotpath import copying, hashing
+from tlcore.hotpath.seals import Seal
 
 STEPS = scaled(250, 5000)
 
@@ -116,6 +118,11 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
     paths = [path, str(tmp_path / "none")]
     spans = struct.pack("=9q", *(1050, 9, 1000), *(3, 0, 3), *(1050, 9, 1000))
 
+    ranges = struct.pack("=6q", *(0, 50, 9), *(50, 99, -1))
+    placed = struct.pack("=12q", *(1050, 9, 1000, 0), *(3, 0, 3, 0), *(1050, 9, 1000, -1))
+    seals = Seal((0,), 1, 2, 8, 4, 30, (32,)).row(40, 0, 3, 1, 9)
+    rows = struct.pack("=21q", *(0, 4, 0, 3, 4, 8, -1), *(0, 0, 0, 0, 0, 0, 0), *(0, 4, 0, 3, 4, 8, -1))
+
     def step() -> None:
         hashing.hex_digests(parts)
         copying.gather(target, [0, 1000], parts)
@@ -126,14 +133,28 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
         native().read_texts(str(tmp_path), ["file", "none"], 2000)
         native().hash_payloads(str(tmp_path), ["file", "none", "file"], spans, target)
         native().digest_in_pieces((parts[0],))
+        native().count_entries(str(tmp_path), [".", "none"])
+        with open(path, "rb") as file:
+            native().gather_ranges(file.fileno(), ranges, target)
+        native().gather_payloads(str(tmp_path), ["file", "none", "file"], placed, target, target)
+        native().seal(target, bytes(40), seals, parts[0])
+        native().are_sealed(target, bytes(40), seals)
+        with suppress(FileExistsError):
+            native().make_files(str(tmp_path), [], ["made", "link", "made"], rows, target, target)
+        for name in ("made", "link"):
+            os.unlink(tmp_path / name)
         refused: list[Any] = [[0], [0, 5000], [0, "x"]]
         for wrong in refused:
             with suppress(ValueError, TypeError):
                 copying.gather(target, wrong, parts)
             with suppress(ValueError, TypeError):
                 native().hash_payloads(str(tmp_path), wrong, spans, target)
+            with suppress(ValueError, TypeError):
+                native().gather_payloads(str(tmp_path), wrong, placed, target, target)
+            with suppress(ValueError, TypeError):
+                native().make_files(str(tmp_path), wrong, [], rows, target, target)
 
-    counted = (parts, target, paths, path, spans, parts[0], parts[1])
+    counted = (parts, target, paths, path, spans, ranges, placed, seals, rows, *parts)
     before = [sys.getrefcount(each) for each in counted]
     objects, memory = kept_over(step)
     after = [sys.getrefcount(each) for each in counted]

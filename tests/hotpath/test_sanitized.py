@@ -15,7 +15,14 @@ from tlcore.hotpath import build_hook
 
 FLAGS = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-omit-frame-pointer"
 # All that touches memory; what asks how tlcore was installed is no matter of these.
-CHECKED = ["test_bytes.py", "test_beneath.py", "test_walking.py", "test_looking.py", "test_listening.py"]
+CHECKED = [
+    "test_bytes.py",
+    "test_beneath.py",
+    "test_whole_steps.py",
+    "test_walking.py",
+    "test_looking.py",
+    "test_listening.py",
+]
 
 
 def _runtime(library: str) -> str:

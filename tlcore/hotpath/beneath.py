@@ -35,6 +35,11 @@ class Beneath:
             self._straight[parent] = os.path.realpath(path) == path
         return place if self._straight[parent] else None
 
+    def directory(self, name: str) -> str | None:
+        """The path of a directory; None where a part of its name is none, or a link may lead elsewhere."""
+        place = self.place(name)
+        return place if place is not None and os.path.realpath(place) == place else None
+
     @contextmanager
     def opened(self, name: str) -> Iterator[tuple[int, os.stat_result] | None]:
         """A handle of a regular file and its state; None for all else."""
@@ -83,6 +88,22 @@ def _whole(handle: int, state: os.stat_result) -> bytes | None:
     return text if len(text) == state.st_size else None
 
 
+def _count_entries(directory: str, names: Sequence[str]) -> int:
+    """How many names the directories below ``directory`` have together; -1 where one cannot be listed.
+
+    None is reached through a symbolic link.
+    """
+    beneath, total = Beneath(directory), 0
+    places = [beneath.directory(name) for name in map(os.fsdecode, names)]
+    try:
+        for place in places:
+            total += len(os.listdir(place)) if place is not None else -1 << 62
+    except OSError:
+        return -1
+    return max(total, -1)
+
+
+count_entries: Callable[[str, Sequence[str]], int] = extension.count_entries if extension else _count_entries
 read_texts: Callable[[str, Sequence[str], int], list[bytes | None]] = (
     extension.read_texts if extension else _read_texts
 )

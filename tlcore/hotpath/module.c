@@ -20,6 +20,8 @@ PyMODINIT_FUNC PyInit__native(void)
         PyModule_AddStringConstant(module, "SOURCES", TLCORE_SOURCES) || tlcore_add_hashing(module) ||
         tlcore_add_copying(module) || tlcore_add_reading(module) ||
         tlcore_add_beneath(module) || tlcore_add_payloads(module) ||
+        tlcore_add_gathering(module) || tlcore_add_seals(module) ||
+        tlcore_add_making(module) ||
         tlcore_add_looking(module) || tlcore_add_pytree(module) || tlcore_add_listening(module)) {
         Py_DECREF(module);
         return NULL;

@@ -9,8 +9,10 @@ from __future__ import annotations
 import ctypes
 import importlib
 import os
+import struct
 import sys
 import sysconfig
+import zlib
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
@@ -19,17 +21,18 @@ if TYPE_CHECKING:
     from . import _native
 
 SWITCH = "TLCORE_NO_EXTENSIONS"
-_INTERFACE = 6
+_INTERFACE = 7
 _TRIED = bytes(range(256)) * 3
 
 
 class Loaded(NamedTuple):
-    """The extension and whether it can hash, also in pieces; or None and the reason why it is not used."""
+    """The extension, and whether it can hash, also in pieces, and take checksums; or None, and the reason."""
 
     module: Any
     hashes: bool
     reason: str
     hashes_pieces: bool = False
+    checks: bool = False
 
 
 def _load() -> Loaded:
@@ -46,7 +49,7 @@ def _load() -> Loaded:
     found = getattr(module, "INTERFACE", None)
     if found != _INTERFACE:
         return Loaded(None, False, f"it was built from other sources (interface {found}, not {_INTERFACE})")
-    return Loaded(module, _can_hash(module), "", _can_hash_pieces(module))
+    return Loaded(module, _can_hash(module), "", _can_hash_pieces(module), _can_check(module))
 
 
 def _can_hash(module: Any) -> bool:
@@ -78,6 +81,23 @@ def _can_hash_pieces(module: Any) -> bool:
     return False
 
 
+def _can_check(module: Any) -> bool:
+    """The same with zlib's function for CRC-32."""
+    # A row whose template is the twenty digits of the checksum of its data, which is mixed in, and no more.
+    row = struct.pack("=5q3qQQ3q3q", 0, 0, 24, 0, len(_TRIED), 20, -1, -1, 0, 0, 0, 0, 0, -1, -1, -1)
+    found = bytearray(24)
+    try:
+        library = ctypes.CDLL(importlib.import_module("zlib").__file__)
+        module.use_crc32(ctypes.cast(library.crc32, ctypes.c_void_p).value or 0)
+        module.seal(found, bytes(24), row, _TRIED)
+        if found[20:] == struct.pack("<I", zlib.crc32(_TRIED)):
+            return True
+    except (ImportError, OSError, AttributeError, RuntimeError, TypeError):
+        pass
+    module.use_crc32(0)
+    return False
+
+
 _loaded = _load()
 # What the twins use: the module, or None. Typed as if it were always there; they ask first.
 extension: Any = _loaded.module
@@ -85,6 +105,7 @@ if TYPE_CHECKING:
     extension = _native
 can_hash = _loaded.hashes
 hashes_pieces = _loaded.hashes_pieces
+can_check = _loaded.checks
 
 
 def in_use() -> str:

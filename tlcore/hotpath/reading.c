@@ -3,6 +3,7 @@
 
 #include <errno.h>
 #include <fcntl.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/stat.h>
 #include <unistd.h>
@@ -258,7 +259,98 @@ static PyObject *hash_ranges(PyObject *module, PyObject *args)
     return found;
 }
 
+/* A range of a file, and where it goes: -1, nowhere, it is only hashed. */
+typedef struct {
+    range from;
+    int64_t at;
+} placed;
+
+static int check_placed(const placed *all, Py_ssize_t count, Py_ssize_t room)
+{
+    for (Py_ssize_t i = 0; i < count; i++) {
+        range from = all[i].from;
+        if (from.begin < 0 || from.end < from.begin || from.end - from.begin > room || all[i].at < -1 ||
+            all[i].at > room - (from.end - from.begin)) {
+            PyErr_Format(PyExc_ValueError, "range %zd: [%lld, %lld), put at %lld, does not fit", i,
+                         (long long)from.begin, (long long)from.end, (long long)all[i].at);
+            return 0;
+        }
+    }
+    return 1;
+}
+
+/* How many ranges, from the first on, were read. */
+static Py_ssize_t read_placed(int handle, const placed *all, Py_ssize_t count, char *target, unsigned char *digests)
+{
+    char *spare = NULL;
+    int64_t room = 0;
+    Py_ssize_t done = 0;
+    for (; done < count; done++) {
+        int64_t size = all[done].from.end - all[done].from.begin;
+        char *place = target + all[done].at;
+        if (all[done].at < 0) {
+            if (size >= room) {
+                free(spare);
+                room = size + 1;
+                spare = malloc((size_t)room);
+            }
+            if (spare == NULL)
+                break;
+            place = spare;
+        }
+        if (!read_range(handle, all[done].from, place))
+            break;
+        tlcore_digest(place, (size_t)size, digests + done * TLCORE_DIGEST_BYTES);
+    }
+    free(spare);
+    return done;
+}
+
+static PyObject *gather_checked(int handle, const Py_buffer *raw, const Py_buffer *target)
+{
+    Py_ssize_t count = raw->len / (Py_ssize_t)sizeof(placed), done;
+    if (!tlcore_can_hash())
+        return PyErr_Format(PyExc_RuntimeError, "no hash function has been given to the extension");
+    if (raw->len % (Py_ssize_t)sizeof(placed))
+        return PyErr_Format(PyExc_ValueError, "ranges with their places are three 64-bit integers");
+    placed *all = PyMem_Calloc((size_t)count + 1, sizeof *all);
+    PyObject *found = all == NULL ? PyErr_NoMemory() : PyBytes_FromStringAndSize(NULL, count * TLCORE_DIGEST_BYTES);
+    if (found != NULL && count)
+        memcpy(all, raw->buf, (size_t)raw->len);
+    if (found != NULL && !check_placed(all, count, target->len))
+        Py_CLEAR(found);
+    if (found != NULL) {
+        /* Nobody else has the new object yet. */
+        unsigned char *digests = (unsigned char *)PyBytes_AsString(found);
+        Py_BEGIN_ALLOW_THREADS;
+        done = read_placed(handle, all, count, target->buf, digests);
+        Py_END_ALLOW_THREADS;
+        if (done < count) {
+            PyObject *less = PyBytes_FromStringAndSize((const char *)digests, done * TLCORE_DIGEST_BYTES);
+            Py_DECREF(found);
+            found = less;
+        }
+    }
+    PyMem_Free(all);
+    return found;
+}
+
+static PyObject *gather_ranges(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int handle;
+    Py_buffer raw, target;
+    if (!PyArg_ParseTuple(args, "iy*w*:gather_ranges", &handle, &raw, &target))
+        return NULL;
+    PyObject *found = gather_checked(handle, &raw, &target);
+    PyBuffer_Release(&raw);
+    PyBuffer_Release(&target);
+    return found;
+}
+
 static PyMethodDef functions[] = {
+    {"gather_ranges", gather_ranges, METH_VARARGS,
+     "Read each range of an open file to its place, and hash it, up to the first that cannot be read."},
     {"read_files", read_files, METH_VARARGS,
      "Read whole files below a directory into a buffer; where each begins, -1 if it was not read."},
     {"hash_ranges", hash_ranges, METH_VARARGS,

@@ -123,6 +123,35 @@ def _read_range(handle: int, begin: int, target: memoryview) -> bool:
     return done == len(target)
 
 
+def _gather_ranges(handle: int, ranges: Any, target: Any) -> bytes:
+    """Read ranges of an open file into ``target``; the XXH3-128 of each, 16 bytes each, the highest first.
+
+    ``ranges`` holds a begin, an end and a place in ``target`` of each, as 64-bit integers; a place of -1 says
+    that it is only hashed. The digests end before the first range that the file does not have or that
+    cannot be read. Raises ValueError for a range that makes no sense, or is larger than all of ``target``.
+    """
+    with memoryview(ranges).cast("B") as raw, memoryview(target).cast("B") as memory:
+        if memory.readonly:
+            raise TypeError("what is read needs writable memory")
+        if len(raw) % 24:
+            raise ValueError("ranges with their places are three 64-bit integers")
+        placed = list(struct.iter_unpack("=qqq", raw))
+        for number, (begin, end, at) in enumerate(placed):
+            if (
+                begin < 0
+                or not 0 <= end - begin <= len(memory)
+                or not -1 <= at <= len(memory) - (end - begin)
+            ):
+                raise ValueError(f"range {number}: [{begin}, {end}), put at {at}, does not fit")
+        digests: list[bytes] = []
+        for begin, end, at in placed:
+            part = memory[at : at + end - begin] if at >= 0 else memoryview(bytearray(end - begin))
+            if not _read_range(handle, begin, part):
+                break
+            digests.append(xxhash.xxh3_128_digest(part))
+        return b"".join(digests)
+
+
 def _identities(paths: Sequence[str]) -> list[Identity | None]:
     """Device, inode, size and time of change (ns) of each path itself; None where there is nothing.
 
@@ -143,6 +172,7 @@ read_files: Callable[[Any, str, Sequence[str], Sequence[int]], list[int]] = (
     extension.read_files if extension else _read_files
 )
 hash_ranges: Callable[[int, Any, Any], bytes] = extension.hash_ranges if can_hash else _hash_ranges
+gather_ranges: Callable[[int, Any, Any], bytes] = extension.gather_ranges if can_hash else _gather_ranges
 identities: Callable[[Sequence[str]], list[Identity | None]] = (
     extension.identities if extension else _identities
 )

@@ -77,7 +77,7 @@ class Stored:
     @cached_property
     def source(self) -> Source:
         """The reader that the run's backend brings. Raises ReadError where there is none."""
-        with self._asking():
+        with self.asking():
             return open_source(self.store, self._run)
 
     # Whether an object has a protocol's methods takes long to find out, and is asked for every tensor.
@@ -111,7 +111,7 @@ class Stored:
         self.files = RunFiles(self.store)
         source = self.__dict__.get("source")
         if source is not None and isinstance(source, SupportsRefresh):
-            with self._asking():
+            with self.asking():
                 source.refresh()
         else:
             for name in ("source", "_structured", "_identifying", "_sizing", "_reading_into", "_knowing"):
@@ -120,12 +120,12 @@ class Stored:
     @property
     def steps(self) -> Mapping[int, StepRanks]:
         """Each step of which something is there; one that is asked for alone may cost less than all."""
-        with self._asking():
+        with self.asking():
             return self.source.steps
 
     def step_ranks(self, step: int) -> StepRanks | None:
         """The ranks of one step; None where the run has nothing of it."""
-        with self._asking():
+        with self.asking():
             return self.source.steps.get(step)
 
     def numbers(self) -> list[int]:
@@ -134,7 +134,7 @@ class Stored:
 
     def all_ranks(self) -> list[tuple[int, StepRanks]]:
         """Each step's ranks, in order."""
-        with self._asking():
+        with self.asking():
             return sorted(self.source.steps.items(), key=itemgetter(0))
 
     def document(self, step: int, rank: int) -> Json:
@@ -143,7 +143,7 @@ class Stored:
         Raises ReadError when it is missing or damaged.
         """
         if (key := (step, rank)) not in self._documents:
-            with self._asking():
+            with self.asking():
                 document = self.source.document(step, rank)
                 kind = None if self._knowing is None else self._knowing.kind(step, rank)
             if not self._sound.has(kind):
@@ -159,7 +159,7 @@ class Stored:
         source = self.source
         if not isinstance(source, SupportsLedger):
             return None
-        with self._asking():
+        with self.asking():
             return source.ledger(rank)
 
     def structure_names(self, step: int, rank: int) -> Collection[str]:
@@ -168,7 +168,7 @@ class Stored:
         if key not in self._structure_names:
             source = self.source
             if isinstance(source, SupportsStructures):
-                with self._asking():
+                with self.asking():
                     names = frozenset(source.structure_names(step, rank))
             else:
                 suffix = f"{rank_suffix(rank)}.json"
@@ -184,7 +184,7 @@ class Stored:
         ranked = f"{name.removesuffix('.json')}{rank_suffix(rank)}.json"
         source = self._structured
         if source is not None:
-            with self._asking():
+            with self.asking():
                 document = source.structure(step, rank, name)
         else:
             packed = self._packed(step, rank)
@@ -217,12 +217,12 @@ class Stored:
 
     def remains(self, step: int) -> Mapping[str, Json]:
         """The whole tensors that ranks left of a step without committing it, by logical name."""
-        with self._asking():
+        with self.asking():
             return self.source.remains(step)
 
     def read(self, record: Mapping[str, Any]) -> Buffer:
         """The bytes of a tensor. Raises MissingError or ReadError, also for too few or too many."""
-        with self._asking():
+        with self.asking():
             data = self.source.read(record)
         return self._whole(record, data)
 
@@ -231,7 +231,7 @@ class Stored:
         source = self.source
         if isinstance(source, SupportsReadMany):
             try:
-                with self._asking():
+                with self.asking():
                     found = source.read_many(records)
             except ReadError as error:
                 return [error] * len(records)
@@ -247,7 +247,7 @@ class Stored:
     def _checked(self, record: Mapping[str, Any], found: Buffer | Exception) -> Buffer | ReadError:
         try:
             if isinstance(found, Exception):
-                with self._asking():
+                with self.asking():
                     raise found
             return self._whole(record, found)
         except ReadError as error:
@@ -269,14 +269,14 @@ class Stored:
         """A rank's arrays, as `SupportsArrays` has them; none from a source without them."""
         source = self.source
         if isinstance(source, SupportsArrays):
-            with self._asking():
+            with self.asking():
                 yield from source.arrays(rank, keys)
 
     def read_array(self, array: Array, begin: int = 0, end: int | None = None) -> Buffer:
         """The bytes of rows ``[begin, end)`` of an array, all by default. Raises MissingError, ReadError."""
         source = self.source
         assert isinstance(source, SupportsArrays)
-        with self._asking():
+        with self.asking():
             return source.read_array(array, begin, end)
 
     def read_array_into(self, array: Array, begin: int, target: memoryview) -> Buffer | None:
@@ -287,7 +287,7 @@ class Stored:
         source = self._reading_into
         if source is None:
             return None
-        with self._asking():
+        with self.asking():
             count = source.read_array_into(array, begin, target)
         return target if count == len(target) else target[:count]
 
@@ -308,12 +308,12 @@ class Stored:
         source = self.source
         if not isinstance(source, SupportsStreams):
             return None
-        with self._asking():
+        with self.asking():
             return source.stream(record)
 
     def read_range(self, record: Mapping[str, Any], begin: int, end: int) -> Buffer:
         """The bytes ``[begin, end)`` of a tensor. Raises MissingError or ReadError."""
-        with self._asking():
+        with self.asking():
             return self.source.read(record, begin, end)
 
     def identity(self, record: Mapping[str, Any]) -> Hashable | None:
@@ -321,7 +321,7 @@ class Stored:
         source = self._identifying
         if source is None:
             return None
-        with self._asking():
+        with self.asking():
             return source.identity(record)
 
     def holds(self, record: Mapping[str, Any]) -> bool:
@@ -329,7 +329,7 @@ class Stored:
         source = self._sizing
         if source is None:
             return True
-        with self._asking():
+        with self.asking():
             return source.holds(record)
 
     def misfit(self, record: Mapping[str, Any]) -> str | None:
@@ -337,7 +337,7 @@ class Stored:
         source = self._sizing
         if source is None:
             return None
-        with self._asking():
+        with self.asking():
             return source.misfit(record)
 
     def advise(self, record: Mapping[str, Any]) -> None:
@@ -345,7 +345,7 @@ class Stored:
         with contextlib.suppress(ReadError):
             source = self.source
             if isinstance(source, SupportsSizes):
-                with self._asking():
+                with self.asking():
                     source.advise(record)
 
     def problems(self, step: int, rank: int, thorough: bool = True) -> Iterator[str]:
@@ -353,7 +353,7 @@ class Stored:
         source = self.source
         if isinstance(source, SupportsCheck):
             try:
-                with self._asking():
+                with self.asking():
                     yield from source.problems(step, rank, self.document(step, rank), thorough)
             except ReadError as error:
                 yield str(error)
@@ -364,19 +364,19 @@ class Stored:
         if not isinstance(source, SupportsWholeChecks):
             return
         # What is wrong is found, and told, step by step.
-        with contextlib.suppress(ReadError), self._asking():
+        with contextlib.suppress(ReadError), self.asking():
             for check in source.whole_checks(rank):
                 yield WholeCheck(check.alike, partial(self._unsound, check))
 
     def _unsound(self, check: WholeCheck) -> Collection[int]:
         try:
-            with self._asking():
+            with self.asking():
                 return check.unsound()
         except ReadError:
             return [step for each in check.alike for step in each.steps]
 
     @contextlib.contextmanager
-    def _asking(self) -> Iterator[None]:
+    def asking(self) -> Iterator[None]:
         """Around a call of a source: whatever comes out of it is a ReadError."""
         try:
             yield

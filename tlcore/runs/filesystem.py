@@ -21,7 +21,7 @@ from ..reader.stored import Stored
 from ..reader.tensor_bytes import kind, payload
 from ..record import Json
 from ..statistics.channel_file import CHANNEL_FILE
-from .convert import summary_of
+from .conversion import summary_of
 
 _MOST_STEPS = 32
 _OF_EVERY_RECORD = frozenset(

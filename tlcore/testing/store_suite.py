@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import struct
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,9 +12,11 @@ import pytest
 from ..errors import BackendError
 from ..storage import (
     Entry,
+    Folder,
     Store,
     SupportsAppend,
     SupportsFiles,
+    SupportsFolders,
     SupportsLevels,
     SupportsOverwrite,
     SupportsPrepare,
@@ -156,6 +159,22 @@ class StoreConformance:
         assert store.get("d/a") == b"headbodytail"
         store.begin("d/b", 0).abandon()
         assert [entry.name for entry in store.list()] == ["d/a"]
+
+    def test_a_folder_is_published_at_once(self, store: Store) -> None:
+        """For a store that `SupportsFolders`."""
+        if not isinstance(store, SupportsFolders):
+            pytest.skip("it does not claim folders")
+        rows = struct.pack("=14q", *(0, 4, 0, 4, 4, 8, -1), *(0, 0, 0, 0, 0, 0, 0))
+        folder = Folder(["a"], ["a/one", "two"], rows, b"headtail", b"body")
+        assert store.put_folder("step_0", folder)
+        assert [store.get(f"step_0/{name}") for name in ("a/one", "two")] == [b"headbodytail"] * 2
+        assert not store.put_folder("step_0", folder)
+        store.put("step_1/two", [b"mine"])
+        assert not store.put_folder("step_1", folder)
+        with pytest.raises(BackendError):
+            store.put_folder("step_2", folder._replace(names=["nowhere/one", "two"]))
+        assert sorted(entry.name for entry in store.list()) == ["step_0/a/one", "step_0/two", "step_1/two"]
+        assert store.get("step_1/two") == b"mine"
 
     def test_its_root_is_made_and_removed(self, store: Store) -> None:
         """For a store that `SupportsPrepare`, `SupportsUsage` or `SupportsRemoval`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import secrets
 from collections.abc import Sequence
+from functools import cached_property
 from typing import NamedTuple
 
 from tlcore.errors import ReadError
@@ -80,13 +81,42 @@ class Leader:
             for record in records
         }
         self.structures = sorted(needed)
+        self._records = records
         self.texts = b""
+
+    @cached_property
+    def originals(self) -> list[int]:
+        """For each record its own index, or that of the one whose bytes it shares.
+
+        Raises ValueError where that is none before it of the same dtype and shape.
+        """
+        known: dict[str, int] = {}
+        found = []
+        for index, record in enumerate(self._records):
+            alias = record.get("alias_of")
+            original = index if alias is None else known.get(alias, -1)
+            own, other = ((each["dtype"], each["shape"]) for each in (record, self._records[original]))
+            if original < 0 or own != other:
+                raise ValueError(f"{record['name']} is no alias of {alias!r}")
+            found.append(original)
+            known[record["name"]] = found[original]
+        return found
+
+    def texts_of(self, directory: str, suffix: str) -> list[str]:
+        """The files that a step needs beside tensors and ``step.json``; ``suffix`` is a rank's."""
+        return text_files(self.structures, directory, suffix)
 
     def learn(self, texts: Sequence[bytes | None], directory: str) -> None:
         """Remember its other files; none where no other step's can be told to be alike."""
         found = together(texts, directory) or b""
         if sum(found.count(key + b"\0") for key in _FILES) == found.count(b"\0"):
             self.texts = found
+
+
+def text_files(structures: Sequence[str], directory: str, suffix: str) -> list[str]:
+    """The call order of a step and these of its structures, as files; ``suffix`` is a rank's."""
+    names = [f"{directory}{name}{suffix}.json" for name in structures]
+    return [f"{directory}module_calls{suffix}.txt", *names]
 
 
 def together(texts: Sequence[bytes | None], directory: str) -> bytes | None:

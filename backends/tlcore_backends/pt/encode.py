@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tlcore.hotpath.seals import Seal, mix
 from tlcore.layout.dtypes import item_size, name_of
 from tlcore.protocols import Buffer
 
@@ -29,6 +30,7 @@ _PREFIX = "archive/"
 _ID_ENTRY = ".data/serialization_id"
 # The first half of torch's serialization id is a hash of the entries' names, which never differ here.
 _ID_NAMES = "15728199511854643026"
+_ID_BYTES = 40
 _UTF8_FLAG, _DESCRIPTOR_FLAG = 0x0800, 0x0008
 _ZIP64_LIMIT = 0xFFFFFFFF
 # Dtypes that have a storage class of their own in torch, with its name.
@@ -95,7 +97,7 @@ def head(dtype: torch.dtype | str, shape: Sequence[int]) -> bytes:
 class Frame:
     """A ``.pt`` file of one dtype and shape without its payload; ``after`` still lacks four checksums.
 
-    ``size`` is that of the whole file.
+    ``size`` is that of the whole file. ``text`` is all but the payload, and ``seal`` says what it lacks.
     """
 
     payload_bytes: int
@@ -106,6 +108,8 @@ class Frame:
     id_at: int
     id_checksum_at: tuple[int, ...]
     size: int
+    text: bytes
+    seal: Seal
 
     def stands_in(self, kept: bytearray, at: int) -> bool:
         """Whether what was kept of a file, from ``at`` on, is this frame with some payload's checksums."""
@@ -118,8 +122,8 @@ class Frame:
 
     def tail(self, checksum: int) -> bytes:
         """What follows a payload whose CRC-32 is ``checksum``."""
-        folded = _fold(self.folded, checksum) if self.payload_bytes else self.folded
-        identity = f"{_ID_NAMES}{_fold(folded, zlib.crc32(_VERSION[1])):020d}".encode()
+        folded = mix(self.folded, checksum) if self.payload_bytes else self.folded
+        identity = f"{_ID_NAMES}{mix(folded, zlib.crc32(_VERSION[1])):020d}".encode()
         tail = bytearray(self.after)
         tail[self.id_at : self.id_at + len(identity)] = identity
         identity_checksum = zlib.crc32(identity)
@@ -145,11 +149,24 @@ def _frame(dtype: str, shape: tuple[int, ...]) -> Frame:
     archive, folded = _Archive(), 0
     for name, content in before_payload:
         archive.add(name, content)
-        folded = _fold(folded, zlib.crc32(content))
+        folded = mix(folded, zlib.crc32(content))
     head_bytes = archive.add_elsewhere("data/0", payload_bytes)
     archive.add(*_VERSION)
-    id_at = archive.add(_ID_ENTRY, bytes(40))
+    id_at = archive.add(_ID_ENTRY, bytes(_ID_BYTES))
     archive.finish()
+    names = _ID_NAMES.encode()
+    text = bytearray(archive.content)
+    text[id_at : id_at + len(names)] = names
+    checksums = archive.checksums_at
+    seal = Seal(
+        of_data=tuple(checksums["data/0"]),
+        mixed=folded,
+        last=zlib.crc32(_VERSION[1]),
+        digits=id_at + len(names),
+        begin=id_at,
+        end=id_at + _ID_BYTES,
+        of_range=tuple(checksums[_ID_ENTRY]),
+    )
     return Frame(
         payload_bytes=payload_bytes,
         head=bytes(archive.content[:head_bytes]),
@@ -159,6 +176,8 @@ def _frame(dtype: str, shape: tuple[int, ...]) -> Frame:
         id_at=id_at - head_bytes,
         id_checksum_at=tuple(at - head_bytes for at in archive.checksums_at[_ID_ENTRY]),
         size=payload_bytes + len(archive.content),
+        text=bytes(text),
+        seal=seal,
     )
 
 
@@ -362,8 +381,3 @@ def _count(shape: Sequence[int]) -> int:
     for extent in shape:
         count *= extent
     return count
-
-
-def _fold(seed: int, checksum: int) -> int:
-    """torch's running mix of the entries' checksums, 64 bits wide."""
-    return seed ^ ((checksum + 0x9E3779B9 + (seed << 6) + (seed >> 2)) & 0xFFFFFFFFFFFFFFFF)

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Sequence
 
+from tlcore.alike import AlikeStep
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.templates import quoted, structures_of
-from tlcore.record import Record, RunInfo, StepSummary
-from tlcore.storage import SupportsFiles
+from tlcore.record import Origin, Record, RunInfo, StepSummary
+from tlcore.storage import SupportsFiles, SupportsFolders
 
 from ..storage.run_store import store_of
 from ..storage.uploads import Uploads
 from .encode import encode, file_bytes
 from .travel import Stored, Travel, TravellingStep
+from .whole_steps import Pattern, Written, pattern_of
 
 _QUEUE_BYTES = 1 << 30
+_MOST_REMEMBERED = 16
 
 
 class PtSink:
@@ -37,6 +41,10 @@ class PtSink:
         self._suffix = rank_suffix(run.rank)
         self._travel: Travel | None = None
         self._uploads: Uploads | None = None
+        self._rank = run.rank
+        # The last steps, which others may be said to be like, and what those have in common.
+        self._written: OrderedDict[int, Written] = OrderedDict()
+        self._patterns: dict[int, Pattern | None] = {}
         if isinstance(self._store, SupportsFiles):
             self._uploads = Uploads(self._store)
         else:
@@ -87,8 +95,29 @@ class PtSink:
         elif self._uploads is not None:
             self._uploads.wait()
             self._store.put(end, [text])
+            self._remember(step.step, Written(self._tensors, structures, step.calls))
             self._stored(step.step, None)
         self._begin_step(None)
+
+    def _remember(self, step: int, written: Written) -> None:
+        self._written[step] = written
+        if len(self._written) > _MOST_REMEMBERED:
+            self._patterns.pop(self._written.popitem(last=False)[0], None)
+
+    def write_alike(self, step: AlikeStep, summary: StepSummary) -> bool:
+        """Write a step that is like one of the last, as one directory."""
+        store, written = self._store, self._written.get(step.like)
+        if written is None or not isinstance(store, SupportsFolders):
+            return False
+        if step.like not in self._patterns:
+            self._patterns[step.like] = pattern_of(step.like, self._rank, written)
+        self._written.move_to_end(step.like)
+        pattern = self._patterns[step.like]
+        if pattern is None or not pattern.write(store, step, summary):
+            return False
+        self._begin_step(None)
+        self._stored(step.step, None)
+        return True
 
     def flush(self) -> None:
         """Return when every step that was accepted is stored or has failed."""
@@ -111,6 +140,7 @@ class PtSink:
             self._travelling = TravellingStep(step)
         self._step = step
         self._entries: list[str] = []
+        self._tensors: list[tuple[str, Origin, str | None]] = []
         self._sizes: dict[str, int] = {}
 
     def _write_record(self, record: Record, copies: list[tuple[str, str]]) -> None:
@@ -129,6 +159,7 @@ class PtSink:
                 # Encoded where it is written, since its checksum takes longer than the writing.
                 self._uploads.run(lambda: self._store.put(file, encode(dtype, shape, data)))
         self._sizes[record.name] = size
+        self._tensors.append((record.name, record.origin, record.alias_of))
         self._entries.append(f'{record.entry_text()},"file":{quoted(file)},"file_bytes":{size}}}')
 
     def _put(self, name: str, text: str) -> None:

@@ -7,6 +7,7 @@ import re
 from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from math import prod
 from typing import Any
 
@@ -16,11 +17,12 @@ from tlcore.layout.directions import PATTERN
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.run_files import LARGEST_JSON, BlockStream, FileStream, RunFiles
-from tlcore.protocols import Buffer, StepRanks, WholeCheck
+from tlcore.protocols import AlikeStep, Buffer, StepRanks, WholeCheck
 from tlcore.record import Json
 from tlcore.storage import Store, SupportsFiles
 
 from ..storage.step_files import StepFiles
+from .alike_steps import alike_steps
 from .decode import parts
 from .encode import head, payload_in
 from .whole_check import LARGEST_TEXTS, check_steps
@@ -158,6 +160,13 @@ class PtSource:
                     yield from check_steps(store.path(), rank, self._texts(rank), pool)
                 finally:
                     pool.shutdown(cancel_futures=True)
+
+    def alike_steps(self, rank: int) -> Iterator[AlikeStep | int]:
+        """A rank's steps in order, of a run on this machine; such as are like an earlier one as a whole."""
+        store = self._files.store
+        if isinstance(store, SupportsFiles):
+            names = partial(self.structure_names, rank=rank)
+            yield from alike_steps(store.path(), rank, self._texts(rank), names)
 
     def _texts(self, rank: int) -> Iterator[tuple[int, bytes]]:
         """Each ``step.json`` of a rank that can be read."""

@@ -102,10 +102,7 @@ class _Window:
 
     def _texts(self, leader: Leader, directory: str) -> Sequence[bytes | None]:
         """The bytes of a step's call order and structures."""
-        names = [f"{directory}{name}{self._suffix}.json" for name in leader.structures]
-        return read_texts(
-            self._directory, [f"{directory}module_calls{self._suffix}.txt", *names], LARGEST_TEXTS
-        )
+        return read_texts(self._directory, leader.texts_of(directory, self._suffix), LARGEST_TEXTS)
 
     def _texts_are_alike(self, leader: Leader, directory: str) -> bool:
         return bool(leader.texts) and together(self._texts(leader, directory), directory) == leader.texts

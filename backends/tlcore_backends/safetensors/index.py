@@ -101,16 +101,15 @@ class SegmentIndex:
         """
         position = self._position(number)
         plan = self.plan(self._columns["plan"][position])
-        records = self._records(position)
         document = self.rest(number)
-        document["calls"] = [self.table("calls", call) for call in plan.calls]
-        document["records"] = records
+        document["calls"] = self.calls_of(self._columns["plan"][position])
+        records = document["records"] = self._records(position)
         pair = self._columns["plan"][position], self._columns["extents"][position]
         column = self._columns.get("values")
         document["structures"] = self._structures.of(
             pair,
             plan,
-            self._forms_at(position),
+            self.forms_at(position),
             None if column is None else column[position],
             (f"step_{number}", self.rank),
             records,
@@ -180,12 +179,22 @@ class SegmentIndex:
         found: list[ArrayRows] = []
         row = 0
         for position, step in enumerate(self.steps):
-            form = self._forms_at(position).get(number)
+            form = self.forms_at(position).get(number)
             if form is not None:
                 record = self._record(form, len(found), row, f"step_{step}")
                 found.append(ArrayRows(step, row, row + form.rows, record))
                 row += form.rows
         return found
+
+    def pair(self, position: int) -> tuple[Any, Any, Any]:
+        """The plan, the extents, and the values of the structures that the step at a position has."""
+        values = self._columns.get("values")
+        plan, extents = self._columns["plan"][position], self._columns["extents"][position]
+        return plan, extents, None if values is None else values[position]
+
+    def calls_of(self, plan: Any) -> list[Any]:
+        """The calls of a plan, in order. Raises ReadError."""
+        return [self.table("calls", call) for call in self.plan(plan).calls]
 
     def pairs(self) -> tuple[list[tuple[Plan, list[int]]], list[int]]:
         """The plans with the extents that steps have, and for each step which of these. Raises ReadError."""
@@ -276,7 +285,7 @@ class SegmentIndex:
         known: dict[tuple[str, str, tuple[int, ...]], str] = {}
         firsts, directory = self._firsts(position), f"step_{self.steps[position]}"
         found = []
-        for form in self._forms_at(position).values():
+        for form in self.forms_at(position).values():
             record = self._record(form, *firsts.get(form.array, (0, 0)), directory)
             # Equal bytes and meaning: an alias of the first such record, which stands before its own place.
             content = record["hash"], str(record.get("dtype")), form.shape
@@ -287,7 +296,8 @@ class SegmentIndex:
             found.append(record)
         return found
 
-    def _forms_at(self, position: int) -> dict[int, RecordForm]:
+    def forms_at(self, position: int) -> dict[int, RecordForm]:
+        """The records of the step at a position by the number of their array, in order. Raises ReadError."""
         return self._record_forms.of(self._columns["plan"][position], self._columns["extents"][position])
 
     def _record(self, form: RecordForm, occurrence: int, row: int, directory: str) -> Json:

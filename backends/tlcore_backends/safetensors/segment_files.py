@@ -13,7 +13,7 @@ import numpy as np
 
 from tlcore.errors import BackendError, MissingError, ReadError
 from tlcore.hotpath.hashing import hex_digests
-from tlcore.hotpath.reading import Scratch, hash_ranges
+from tlcore.hotpath.reading import Scratch, gather_ranges, hash_ranges
 from tlcore.protocols import Buffer
 from tlcore.storage import Store, SupportsFiles
 
@@ -127,6 +127,16 @@ class SegmentFiles:
             raise MissingError(f"{store.url}: no file {name!r}") from None
         except (BackendError, OSError, MemoryError) as error:
             raise ReadError(f"{store.url}/{name}: cannot be read: {error}") from error
+
+    def gather(self, name: str, ranges: np.ndarray, target: memoryview) -> bytes:
+        """Read ranges ``[n, 3]`` of a local file to their places; the XXH3-128 of each, 16 bytes each.
+
+        A place of -1 is none. Ends before the first that is not there. Raises MissingError or ReadError.
+        """
+        with self._lock:
+            # Under the lock: nobody may close it meanwhile.
+            file = self._opened(name)
+            return gather_ranges(file.fileno(), np.ascontiguousarray(ranges), target)
 
     def _hash_remote(self, name: str, ranges: np.ndarray) -> bytes:
         if not len(ranges):

@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
 
+from tlcore.alike import AlikeStep
 from tlcore.errors import BackendError, shareable
 from tlcore.layout.templates import compact
 from tlcore.ledger import Counts
@@ -15,7 +17,7 @@ from tlcore.storage import SupportsAppend, SupportsFiles
 
 from ..storage.run_store import store_of
 from .journey import Journey
-from .plans import Plans
+from .plans import Plan, Plans
 from .segment_names import catalogue_name
 from .segments import MOST_ARRAYS, Segment
 from .shard_buffer import ShardBuffers
@@ -30,6 +32,8 @@ _REMOTE_THREADS = 8
 # Of the queue's bound: what one segment may take, and what all that travel may.
 _FILLING_SHARE = 4
 _TRAVELLING_SHARE = 2
+# Steps that others may be said to be like; each stands for a kind of many, of which a run has few.
+_MOST_REMEMBERED = 64
 
 # A smaller step is put together in memory: its file would be mostly the room that is kept for its header.
 _LEAST_LARGE = 16 << 20
@@ -72,6 +76,7 @@ class SegmentSink:
         self._appending = store if isinstance(store, SupportsAppend) else None
         self._memory = ShardBuffers()
         self._plans = Plans()
+        self._plans_of: OrderedDict[int, Plan] = OrderedDict()
         self._number = 0
         self._hold = run.hold
         self._held = 0
@@ -130,21 +135,54 @@ class SegmentSink:
             if step.step != self._step:
                 self._abandon()
             self._step = None
-            counts = Counts()
-            counts.add(step.counts)
-            if not self._segment.is_empty and step.step <= self._segment.numbers[-1]:
-                self._seal()
-            self._segment.commit(step)
-            with self._booking:
-                self._accepted[step.step] = counts
-            if self._due is None:
-                self._due = time.monotonic() + (self._commit_s or 0)
-                self._start_timer()
-            if self._segment.full or self._segment.nbytes >= self._most_bytes or self._commit_s == 0:
-                self._seal()
-            self._count()
+            self._seal_before(step.step)
+            self._remember(step.step, self._segment.commit(step))
+            self._accept(step)
         if self._commit_s == 0:
             self._journey.wait()
+
+    def write_alike(self, step: AlikeStep, summary: StepSummary) -> bool:
+        """Write and accept a step that is like one of the last; False where it is not known any more."""
+        plan = self._plans_of.get(step.like)
+        if plan is None or plan.nbytes != step.nbytes:
+            return False
+        if plan.nbytes >= self._large_bytes or len(plan.slots) >= MOST_ARRAYS:
+            # One that gets data files of its own.
+            return False
+        self._journey.room()
+        with self._changed:
+            self._abandon()
+            self._seal_before(summary.step)
+            if not self._segment.commit_alike(plan, summary, step.hashes, step.fill):
+                return False
+            self._plans_of.move_to_end(step.like)
+            self._accept(summary)
+        if self._commit_s == 0:
+            self._journey.wait()
+        return True
+
+    def _remember(self, step: int, plan: Plan) -> None:
+        self._plans_of[step] = plan
+        if len(self._plans_of) > _MOST_REMEMBERED:
+            self._plans_of.popitem(last=False)
+
+    def _seal_before(self, step: int) -> None:
+        """Begin another segment for a step that does not follow those of this one."""
+        if not self._segment.is_empty and step <= self._segment.numbers[-1]:
+            self._seal()
+
+    def _accept(self, step: StepSummary) -> None:
+        """Note that a step was committed to the segment, and send it on its way where it is time."""
+        counts = Counts()
+        counts.add(step.counts)
+        with self._booking:
+            self._accepted[step.step] = counts
+        if self._due is None:
+            self._due = time.monotonic() + (self._commit_s or 0)
+            self._start_timer()
+        if self._segment.full or self._segment.nbytes >= self._most_bytes or self._commit_s == 0:
+            self._seal()
+        self._count()
 
     def flush(self) -> None:
         """Return when every step that was accepted is stored or has failed."""

@@ -14,11 +14,12 @@ from typing import Any
 
 from tlcore.errors import MissingError, ReadError
 from tlcore.layout.run_files import parse
-from tlcore.protocols import Array, Buffer, StepRanks, WholeCheck
+from tlcore.protocols import AlikeStep, Array, Buffer, StepRanks, WholeCheck
 from tlcore.record import Json
 from tlcore.storage import Store, SupportsFiles
 
 from ..storage.threads import in_order
+from .alike_steps import AlikeSteps
 from .array_places import ArrayOfRows
 from .index import SegmentIndex
 from .json_files import read_bytes
@@ -224,6 +225,16 @@ class SegmentSource:
                 yield from waiting
             finally:
                 pool.shutdown(cancel_futures=True)
+
+    def alike_steps(self, rank: int) -> Iterator[AlikeStep | int]:
+        """A rank's steps in order, of a run on this machine; such as are like an earlier one as a whole."""
+        alike = AlikeSteps(self._data.gather)
+        for name in self._known.by_rank.get(rank, ()) if isinstance(self._store, SupportsFiles) else ():
+            index = self._index_or_none(rank, name)
+            if index is None or any(segment_problems(self._store, index, {}, thorough=False)):
+                yield from name.steps
+            else:
+                yield from alike.of(index)
 
     def _index_or_none(self, rank: int, name: IndexName) -> SegmentIndex | None:
         with suppress(ReadError):

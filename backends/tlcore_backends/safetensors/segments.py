@@ -27,6 +27,7 @@ _MOST_HEADER_BYTES = 16 << 20
 # Of an array's entry in a header, beside its name.
 _ENTRY_BYTES = 120
 _NAME_CHECKED = 16
+Fill = Callable[[memoryview], bool]
 
 
 class File(NamedTuple):
@@ -187,8 +188,8 @@ class Segment:
         """Whether files hold tensors of the open step; without it they are no segment."""
         return bool(self._files) or self._streamed is not None
 
-    def commit(self, summary: StepSummary) -> None:
-        """End the open step (or one without tensors). After an error the step is forgotten."""
+    def commit(self, summary: StepSummary) -> Plan:
+        """End the open step (or one without tensors); its plan. After an error the step is forgotten."""
         step = self._open or OpenStep(summary.step, None, self.nbytes)
         try:
             self._finish_stream()
@@ -198,7 +199,34 @@ class Segment:
             self.abandon_step()
             raise
         self._open = None
-        self._steps.append(_Step(summary.step, step.begin, plan, step.hashes))
+        self._append(_Step(summary.step, step.begin, plan, step.hashes))
+        return plan
+
+    def commit_alike(self, plan: Plan, summary: StepSummary, hashes: bytes, fill: Fill) -> bool:
+        """Add a step of a plan at once; False, with nothing added, where ``fill`` says no."""
+        begin = self.nbytes
+        if self._gathered is None:
+            self._gathered = self._memory.take()
+        gathered = self._gathered
+        gathered.skip(plan.nbytes)
+        filled = False
+        try:
+            with gathered.view() as whole, whole[begin:] as memory:
+                filled = fill(memory)
+            if filled:
+                self._told.add(plan, summary)
+        except BaseException:
+            filled = False
+            raise
+        finally:
+            if not filled:
+                gathered.nbytes = begin
+        if filled:
+            self._append(_Step(summary.step, begin, plan, hashes))
+        return filled
+
+    def _append(self, step: _Step) -> None:
+        self._steps.append(step)
         self._look_whether_full()
 
     def _look_whether_full(self) -> None:

@@ -64,7 +64,13 @@ class ShardBuffer:
         needed, size = self.nbytes + nbytes, len(self._memory)
         if needed <= size:
             return
-        larger = _fresh(max(needed, 2 * size))
+        size = max(needed, 2 * size)
+        try:
+            # The pages stay what they are; refused while there is a view, and by some systems.
+            self._memory.resize(size)
+            return
+        except (BufferError, OSError, SystemError):
+            larger = _fresh(size)
         with memoryview(larger) as new, self.view() as old:
             new[: self.nbytes] = old
         self._memory = larger

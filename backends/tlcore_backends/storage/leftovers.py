@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import os
+import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -18,6 +20,7 @@ from tlcore.locations import redact_url
 from tlcore.registry import open_store
 from tlcore.storage import Store, SupportsRemoval, SupportsUsage
 
+from .directories import walk
 from .local import unfinished_files
 from .redaction import Redactor
 from .spill.delivery import STEP_END
@@ -94,7 +97,9 @@ def _unfinished_files(directory: str) -> Iterator[Leftover]:
             continue
         for path in unfinished_files(child.path):
             status = os.lstat(path)
-            yield Leftover(path, status.st_mtime, status.st_size, _Unlink(path))
+            below = [entry.stat(follow_symlinks=False).st_size for entry in walk(path)]
+            size = sum(below) if stat.S_ISDIR(status.st_mode) else status.st_size
+            yield Leftover(path, status.st_mtime, size, _Unlink(path))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +108,10 @@ class _Unlink:
 
     def __call__(self) -> None:
         try:
-            os.unlink(self.path)
+            if os.path.isdir(self.path) and not os.path.islink(self.path):
+                shutil.rmtree(self.path)
+            else:
+                os.unlink(self.path)
         except FileNotFoundError:
             return
         except OSError as error:

@@ -16,8 +16,9 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tlcore.errors import BackendError
+from tlcore.hotpath.making import NO_HARD_LINKS, make_files
 from tlcore.hotpath.reading import FILE_ALIGNMENT, Scratch, read_files
-from tlcore.storage import Buffer, Entry, Level, Location, Store
+from tlcore.storage import Buffer, Entry, Folder, Level, Location, Store
 
 from .atomic_file import AtomicFile, remove_quietly, sync_directory
 from .directories import DIRECTORY_MODE, make_parent, refused, walk
@@ -26,7 +27,6 @@ UNFINISHED = ".tmp"
 _UNFINISHED_FILE = re.compile(rf".+\.[0-9a-f]{{8}}-\d+{re.escape(UNFINISHED)}", re.DOTALL)
 # What st_blocks counts in, whatever the file system's blocks are.
 _BLOCK_BYTES = 512
-_NO_HARD_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP})
 # A long run makes a few directories a step; those it will not use again are forgotten.
 _MOST_KNOWN_DIRECTORIES = 4096
 _BAD_NAME = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
@@ -147,6 +147,25 @@ class LocalStore:
         except OSError:
             return False
 
+    def put_folder(self, name: str, folder: Folder) -> bool:
+        """Publish a directory with all its files at once; False where it is there, or must reach the disk."""
+        target = self._place(name)
+        if self._fsync or os.path.lexists(target):
+            return False
+        unfinished = self._unfinished(target)
+        try:
+            self._ensure_parent(target)
+            os.mkdir(unfinished, DIRECTORY_MODE)
+            try:
+                make_files(unfinished, *folder)
+                os.rename(unfinished, target)
+            except BaseException:
+                shutil.rmtree(unfinished, ignore_errors=True)
+                raise
+        except OSError as error:
+            raise refused("write", target, error) from error
+        return True
+
     def begin(self, name: str, reserve: int) -> AtomicFile:
         """A file to be written piece by piece behind ``reserve`` bytes, then published as ``name``."""
         target = self._place(name)
@@ -215,7 +234,7 @@ class LocalStore:
         start = self._place(directory) if directory else self._root
         for entry in walk(start):
             name = entry.path[len(self._root) + 1 :]
-            if name.startswith(prefix) and not name.endswith(UNFINISHED):
+            if name.startswith(prefix) and not name.endswith(UNFINISHED) and not _is_in_unfinished(name):
                 try:
                     yield Entry(name, entry.stat(follow_symlinks=False).st_size)
                 except FileNotFoundError:
@@ -230,7 +249,8 @@ class LocalStore:
             with os.scandir(start) as entries:
                 for entry in entries:
                     if entry.is_dir(follow_symlinks=False):
-                        found.directories.append(begin + entry.name)
+                        if directory or not _UNFINISHED_FILE.fullmatch(entry.name):
+                            found.directories.append(begin + entry.name)
                     elif entry.is_file(follow_symlinks=False) and not entry.name.endswith(UNFINISHED):
                         with contextlib.suppress(FileNotFoundError):
                             size = entry.stat(follow_symlinks=False).st_size
@@ -326,7 +346,7 @@ class LocalStore:
                 # Renaming onto another link of the same file does nothing and leaves the old name.
                 remove_quietly(unfinished)
         except OSError as error:
-            if error.errno in _NO_HARD_LINKS:
+            if error.errno in NO_HARD_LINKS:
                 return False
             raise
         if self._fsync:
@@ -338,9 +358,18 @@ class LocalStore:
             self._publish(place, [file.read()])
 
 
+def _is_in_unfinished(name: str) -> bool:
+    """Whether a blob lies in a directory that is not finished; only those of the root are made as a whole."""
+    return UNFINISHED in name and _UNFINISHED_FILE.fullmatch(name.partition("/")[0]) is not None
+
+
 def unfinished_files(directory: str) -> Iterator[str]:
-    """Paths of the files below a directory that some `LocalStore` has begun and not finished."""
-    for parent, _, names in os.walk(directory):
+    """Paths of what some `LocalStore` has begun below a directory and not finished: files and directories."""
+    for parent, folders, names in os.walk(directory):
+        begun = [name for name in folders if parent == directory and _UNFINISHED_FILE.fullmatch(name)]
+        for name in begun:
+            folders.remove(name)
+            yield os.path.join(parent, name)
         for name in names:
             path = os.path.join(parent, name)
             if _UNFINISHED_FILE.fullmatch(name) and not os.path.islink(path):

@@ -17,7 +17,7 @@ from tlcore.analysis.selftest.layers import layers_of
 from tlcore.layout.rows import as_rows
 from tlcore.reader import Run, Step
 from tlcore.record import Json, Origin, Record, RunInfo
-from tlcore.runs.convert import summary_of
+from tlcore.runs.conversion import summary_of
 from tlcore.testing.run_writer import RunWriter
 from tlcore.testing.samples import bytes_of
 from tlcore_backends.pt.sink import PtSink

@@ -1,0 +1,168 @@
+"""Steps of a run that are like an earlier one, each of whose files are read in one call."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from functools import cached_property
+
+import numpy as np
+
+from tlcore.alike import AlikeStep
+from tlcore.errors import ReadError
+from tlcore.hotpath.beneath import count_entries, read_texts
+from tlcore.hotpath.gathering import gather_payloads
+from tlcore.hotpath.seals import ROW_BYTES, are_sealed
+from tlcore.layout.names import rank_suffix, step_dir
+
+from .alike import Leader, StepText, cut, text_files, together
+from .whole_check import LARGEST_TEXTS
+
+# A run alternates between few kinds of steps; of each, its records are kept as a text.
+_MOST_KINDS = 8
+_HASH_BYTES = 16
+# The call order and step.json.
+_OWN_FILES = 2
+
+
+def alike_steps(
+    directory: str,
+    rank: int,
+    texts: Iterable[tuple[int, bytes]],
+    structures: Callable[[int], Collection[str]],
+) -> Iterator[AlikeStep | int]:
+    """Each of a rank's steps below ``directory``, whose ``step.json`` are ``texts``, in order.
+
+    ``structures`` gives the names of a step's structures.
+    """
+    reader = _Reader(directory, rank, structures)
+    for step, text in texts:
+        yield reader.look(step, text) or step
+
+
+class _Kind:
+    """Steps that are alike, and where each of their tensors goes."""
+
+    def __init__(self, step: int, leader: Leader) -> None:
+        """Raises ValueError where an alias is none of a tensor before it."""
+        self.step, self.leader = step, leader
+        # All of them, as the listing has them; and whether there is nothing in the step's directory beside.
+        self.structures: list[str] = []
+        self.has_no_others = False
+        frames = leader.frames
+        self.originals = leader.originals
+        templates: dict[int, int] = {}
+        self.templates = bytearray()
+        self.nbytes = 0
+        kept, spans, rows, places = 0, [], [], []
+        for index, frame in enumerate(frames):
+            begin = len(frame.head)
+            own = self.originals[index] == index
+            spans.append((frame.size, begin, begin + frame.payload_bytes, self.nbytes if own else -1))
+            self.nbytes += frame.payload_bytes if own else 0
+            if id(frame) not in templates:
+                templates[id(frame)] = len(self.templates)
+                self.templates += frame.text
+            size = len(frame.text)
+            rows.append(frame.seal.row(size, templates[id(frame)], kept, 0, frame.payload_bytes))
+            places.append(kept)
+            kept += size
+        self.spans = np.array(spans, np.int64).tobytes()
+        self.rows = np.frombuffer(b"".join(rows), np.int64).reshape(len(rows), ROW_BYTES // 8).copy()
+        self.places = np.array(places, np.int64)
+        # Used again for each step.
+        self.kept = bytearray(kept)
+
+    @cached_property
+    def directories(self) -> list[str]:
+        """The directories of the calls."""
+        files = *self.leader.files, *self.structures
+        return sorted({file.rpartition("/")[0] for file in files})
+
+    @cached_property
+    def entries(self) -> int:
+        """How many names there are in a step's directory and in those of its calls."""
+        own = len(set(self.leader.files)) + len(self.structures)
+        return own + len(self.directories) + _OWN_FILES
+
+
+class _Reader:
+    def __init__(self, directory: str, rank: int, structures: Callable[[int], Collection[str]]) -> None:
+        self._directory, self._suffix, self._structures = directory, rank_suffix(rank), structures
+        self._kinds: OrderedDict[bytes, _Kind] = OrderedDict()
+
+    def look(self, step: int, text: bytes) -> AlikeStep | None:
+        """A step that is like an earlier one; None for any other."""
+        directory = f"{step_dir(step)}/"
+        parts = cut(text, directory.encode())
+        if parts is None:
+            return None
+        kind = self._kinds.get(parts.kind)
+        if kind is None:
+            self._learn(step, parts, directory)
+            return None
+        self._kinds.move_to_end(parts.kind)
+        leader = kind.leader
+        if parts.rest.get("calls") != leader.calls:
+            return None
+        if not kind.structures:
+            self._learn_texts(kind)
+        if not leader.texts or not self._has_texts_of(kind, step, directory):
+            return None
+        hashes = bytes.fromhex("".join(parts.hashes))
+        table = np.frombuffer(hashes, np.uint8).reshape(-1, _HASH_BYTES)
+        if not np.array_equal(table, table[kind.originals]):
+            return None
+        names = [directory + file for file in leader.files]
+
+        def fill(memory: memoryview) -> bool:
+            return self._fill(kind, names, hashes, memory)
+
+        return AlikeStep(step, kind.step, parts.rest, hashes, kind.nbytes, fill)
+
+    def _learn(self, step: int, parts: StepText, directory: str) -> None:
+        try:
+            kind = _Kind(step, Leader(parts, directory))
+        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError, MemoryError):
+            return
+        self._kinds[parts.kind] = kind
+        if len(self._kinds) > _MOST_KINDS:
+            self._kinds.popitem(last=False)
+
+    def _learn_texts(self, kind: _Kind) -> None:
+        """Remember all texts of the first step of a kind, where another's can be told to be alike."""
+        directory = f"{step_dir(kind.step)}/"
+        kind.structures = sorted(name.removesuffix(".json") for name in self._structures(kind.step))
+        kind.leader.learn(self._texts(kind, directory), directory)
+        kind.has_no_others = not self._suffix and self._count(kind, directory) == kind.entries
+
+    def _has_texts_of(self, kind: _Kind, step: int, directory: str) -> bool:
+        """Whether a step has the same texts, and no structure more."""
+        if kind.has_no_others:
+            # All files of the kind are looked at; so nothing else can be there where they are as many.
+            alone = self._count(kind, directory) == kind.entries
+        else:
+            names = sorted(name.removesuffix(".json") for name in self._structures(step))
+            alone = names == kind.structures
+        return alone and together(self._texts(kind, directory), directory) == kind.leader.texts
+
+    def _count(self, kind: _Kind, directory: str) -> int:
+        calls = [f"{directory}{call}" for call in kind.directories]
+        return count_entries(self._directory, [directory.removesuffix("/"), *calls])
+
+    def _texts(self, kind: _Kind, directory: str) -> Sequence[bytes | None]:
+        """The bytes of a step's call order and structures."""
+        names = text_files(kind.structures, directory, self._suffix)
+        return read_texts(self._directory, names, LARGEST_TEXTS)
+
+    def _fill(self, kind: _Kind, names: Sequence[str], hashes: bytes, memory: memoryview) -> bool:
+        try:
+            read, digests = gather_payloads(self._directory, names, kind.spans, kind.kept, memory)
+        except (TypeError, ValueError, OSError, MemoryError, ReadError):
+            return False
+        first = np.frombuffer(read, np.int64)
+        if digests != hashes or (first < 0).any():
+            return False
+        # Of hard links what is around the payload was kept once; each must be what its own record says.
+        kind.rows[:, 0] = kind.places[first]
+        return are_sealed(kind.kept, kind.templates, kind.rows)

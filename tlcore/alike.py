@@ -1,0 +1,53 @@
+"""The contract of steps that are alike: handed from a source to a sink without a record for each tensor."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from .record import Json, StepSummary
+
+
+class AlikeStep(NamedTuple):
+    """A step of which the records and structures are those of ``like``, an earlier step of the same rank.
+
+    Only the step's directory in their names, and the tensors' bytes and hashes are its own; and
+    ``document``, which is all of it but the records and structures. ``hashes`` are of each record in order,
+    16 bytes each. ``fill(memory)`` puts the bytes of all tensors that are no aliases, one after the other
+    in the order of the records, ``nbytes`` in all, into memory of that size. It returns whether every tensor
+    has the hash that its record states, the aliases too, and all that is stored with them is sound; what
+    is wrong is told by reading the step as any other.
+    """
+
+    step: int
+    like: int
+    document: Json
+    hashes: bytes
+    nbytes: int
+    fill: Callable[[memoryview], bool]
+
+
+@runtime_checkable
+class SupportsAlikeSteps(Protocol):
+    """A source that knows, without making their documents, which steps are alike."""
+
+    def alike_steps(self, rank: int) -> Iterator[AlikeStep | int]:
+        """Each step that a rank has committed, in order; the number alone of one that is like none.
+
+        Called from one thread. Before the next is asked for, this one was read, or is left out. The
+        reader checks ``document``, and each step that others are like as it checks any.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsWriteAlike(Protocol):
+    """A sink that writes a whole step at once which is like one that it has written."""
+
+    def write_alike(self, step: AlikeStep, summary: StepSummary) -> bool:
+        """Write and commit a step between two others, as `Sink.write` and `Sink.commit_step` would.
+
+        ``summary`` has its calls, and no structures. False, with nothing written, where it cannot be done:
+        ``step.like`` is not known any more, or ``step.fill`` said no. The step then comes by `Sink.write`.
+        """
+        ...

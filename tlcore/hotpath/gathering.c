@@ -1,0 +1,240 @@
+/* Reading a part of many files straight to where it belongs, and hashing it, without the interpreter's lock. */
+#include "beneath.h"
+
+#include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/uio.h>
+#include <unistd.h>
+
+#define NOT_READ (-1)
+/* What one read may ask for on any system. */
+#define MOST_AT_ONCE ((size_t)1 << 30)
+
+/* A file's size, the part of it that is wanted, where that goes (-1: nowhere), and where the rest is kept. */
+typedef struct {
+    int64_t size, begin, end, at, kept;
+} span;
+#define SPAN_NUMBERS 4
+
+typedef struct {
+    const tlcore_places *files;
+    const span *spans;
+    char *kept, *target;
+    unsigned char *digests;
+    Py_ssize_t *first;
+    struct stat *states;
+    /* Hard links of one file follow each other by its number here. */
+    Py_ssize_t *next, *heads;
+    size_t mask;
+    char *spare;
+    size_t room;
+} gathering;
+
+static Py_ssize_t *head_of(const gathering *job, const struct stat *state)
+{
+    uint64_t mixed = ((uint64_t)state->st_ino ^ (uint64_t)state->st_dev << 32) * UINT64_C(0x9E3779B97F4A7C15);
+    return &job->heads[(size_t)(mixed >> 17) & job->mask];
+}
+
+/* An earlier file that is the same, as it is now, and of which the same part was read; -1 for none. */
+static Py_ssize_t same_as(const gathering *job, Py_ssize_t i, const struct stat *now)
+{
+    for (Py_ssize_t j = *head_of(job, now); j >= 0; j = job->next[j]) {
+        const struct stat *then = &job->states[j];
+        const span *one = &job->spans[i], *other = &job->spans[j];
+        if (now->st_ino == then->st_ino && now->st_dev == then->st_dev && now->st_size == then->st_size &&
+            now->st_mtim.tv_sec == then->st_mtim.tv_sec && now->st_mtim.tv_nsec == then->st_mtim.tv_nsec &&
+            one->size == other->size && one->begin == other->begin && one->end == other->end)
+            return j;
+    }
+    return -1;
+}
+
+/* Whether `parts` could be filled. */
+static int read_parts(int handle, struct iovec *parts, int count)
+{
+    for (int i = 0; i < count;) {
+        if (parts[i].iov_len == 0) {
+            i++;
+            continue;
+        }
+        size_t whole = parts[i].iov_len;
+        int several = whole <= MOST_AT_ONCE;
+        if (!several)
+            parts[i].iov_len = MOST_AT_ONCE;
+        ssize_t got = readv(handle, parts + i, several ? count - i : 1);
+        parts[i].iov_len = whole;
+        if (got < 0 && errno == EINTR)
+            continue;
+        if (got <= 0)
+            return 0;
+        for (; i < count && (size_t)got >= parts[i].iov_len; i++)
+            got -= (ssize_t)parts[i].iov_len;
+        if (i < count) {
+            parts[i].iov_base = (char *)parts[i].iov_base + got;
+            parts[i].iov_len -= (size_t)got;
+        }
+    }
+    return 1;
+}
+
+/* Where the wanted part of a file goes; NULL where there is no memory for what goes nowhere. */
+static char *place_of(gathering *job, const span *one)
+{
+    if (one->at >= 0)
+        return job->target + one->at;
+    size_t needed = (size_t)(one->end - one->begin) + 1;
+    if (needed > job->room) {
+        free(job->spare);
+        job->spare = malloc(needed);
+        job->room = job->spare == NULL ? 0 : needed;
+    }
+    return job->spare;
+}
+
+static int gather_file(gathering *job, Py_ssize_t i)
+{
+    const span *one = &job->spans[i];
+    char *kept = job->kept + one->kept;
+    int handle = tlcore_open_beneath(job->files->root, PyBytes_AsString(job->files->names[i]), &job->states[i]);
+    if (handle < 0)
+        return 0;
+    char *place = job->states[i].st_size == one->size ? place_of(job, one) : NULL;
+    size_t wanted = (size_t)(one->end - one->begin);
+    struct iovec parts[] = {
+        {kept, (size_t)one->begin}, {place, wanted}, {kept + one->begin, (size_t)(one->size - one->end)}};
+    int whole = place != NULL && read_parts(handle, parts, 3);
+    close(handle);
+    if (whole)
+        tlcore_digest(place, wanted, job->digests + i * TLCORE_DIGEST_BYTES);
+    return whole;
+}
+
+static void gather_files(gathering *job)
+{
+    for (Py_ssize_t i = 0; i < job->files->count; i++) {
+        const char *name = PyBytes_AsString(job->files->names[i]);
+        Py_ssize_t same = -1;
+        job->first[i] = NOT_READ;
+        /* What goes nowhere need not be read twice. */
+        if (job->spans[i].at < 0 && tlcore_is_plain(name) &&
+            fstatat(job->files->root, name, &job->states[i], AT_SYMLINK_NOFOLLOW) == 0)
+            same = same_as(job, i, &job->states[i]);
+        if (same >= 0) {
+            memcpy(job->digests + i * TLCORE_DIGEST_BYTES, job->digests + same * TLCORE_DIGEST_BYTES,
+                   TLCORE_DIGEST_BYTES);
+            job->first[i] = same;
+        } else if (gather_file(job, i)) {
+            Py_ssize_t *head = head_of(job, &job->states[i]);
+            job->next[i] = *head;
+            *head = job->first[i] = i;
+        }
+    }
+}
+
+/* The spans with where each file's rest is kept; NULL with an exception set. */
+static span *checked_spans(const Py_buffer *raw, Py_ssize_t count, Py_ssize_t room, Py_ssize_t target)
+{
+    if (raw->len != count * SPAN_NUMBERS * (Py_ssize_t)sizeof(int64_t)) {
+        PyErr_Format(PyExc_ValueError, "%zd files need as many spans of four 64-bit integers", count);
+        return NULL;
+    }
+    span *spans = PyMem_Calloc((size_t)count + 1, sizeof *spans);
+    if (spans == NULL)
+        return (span *)PyErr_NoMemory();
+    int64_t kept = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        span *one = &spans[i];
+        memcpy(one, (const char *)raw->buf + (size_t)i * SPAN_NUMBERS * sizeof(int64_t),
+               SPAN_NUMBERS * sizeof(int64_t));
+        one->kept = kept;
+        if (one->begin < 0 || one->end < one->begin || one->size < one->end ||
+            one->size - (one->end - one->begin) > room - kept || one->at < -1 ||
+            (one->at >= 0 && one->at > target - (one->end - one->begin))) {
+            PyErr_Format(PyExc_ValueError, "span %zd: [%lld, %lld) of %lld bytes, put at %lld, does not fit", i,
+                         (long long)one->begin, (long long)one->end, (long long)one->size, (long long)one->at);
+            PyMem_Free(spans);
+            return NULL;
+        }
+        kept += one->size - (one->end - one->begin);
+    }
+    return spans;
+}
+
+static PyObject *run_gathering(const tlcore_places *files, const span *spans, char *kept, char *target)
+{
+    size_t slots = 8, count = (size_t)files->count;
+    while (slots < 2 * count)
+        slots *= 2;
+    PyObject *found = NULL, *digests = PyBytes_FromStringAndSize(NULL, files->count * TLCORE_DIGEST_BYTES);
+    PyObject *first = PyBytes_FromStringAndSize(NULL, files->count * (Py_ssize_t)sizeof(Py_ssize_t));
+    gathering job = {.files = files, .spans = spans, .kept = kept, .target = target, .mask = slots - 1};
+    job.first = PyMem_Calloc(count + 1, sizeof *job.first);
+    job.next = PyMem_Calloc(count + 1, sizeof *job.next);
+    job.heads = PyMem_Calloc(slots, sizeof *job.heads);
+    job.states = PyMem_Calloc(count + 1, sizeof *job.states);
+    if (digests == NULL || first == NULL || job.first == NULL || job.next == NULL || job.heads == NULL ||
+        job.states == NULL) {
+        if (!PyErr_Occurred())
+            PyErr_NoMemory();
+    } else {
+        /* Nobody else has the new objects yet. */
+        job.digests = (unsigned char *)PyBytes_AsString(digests);
+        memset(job.digests, 0, count * TLCORE_DIGEST_BYTES);
+        for (size_t i = 0; i < slots; i++)
+            job.heads[i] = -1;
+        Py_BEGIN_ALLOW_THREADS;
+        gather_files(&job);
+        Py_END_ALLOW_THREADS;
+        int64_t *indices = (int64_t *)(void *)PyBytes_AsString(first);
+        for (size_t i = 0; i < count; i++) {
+            int64_t index = job.first[i];
+            memcpy(indices + i, &index, sizeof index);
+        }
+        found = PyTuple_Pack(2, first, digests);
+    }
+    free(job.spare);
+    PyMem_Free(job.states);
+    PyMem_Free(job.heads);
+    PyMem_Free(job.next);
+    PyMem_Free(job.first);
+    Py_XDECREF(digests);
+    Py_XDECREF(first);
+    return found;
+}
+
+static PyObject *gather_payloads(PyObject *module, PyObject *args)
+{
+    (void)module;
+    PyObject *directory, *names, *found = NULL;
+    Py_buffer raw, kept, target;
+    tlcore_places files;
+    if (!PyArg_ParseTuple(args, "OOy*w*w*:gather_payloads", &directory, &names, &raw, &kept, &target))
+        return NULL;
+    if (!tlcore_can_hash()) {
+        PyErr_SetString(PyExc_RuntimeError, "no hash function has been given to the extension");
+    } else if (tlcore_take_places(directory, names, &files) == 0) {
+        span *spans = checked_spans(&raw, files.count, kept.len, target.len);
+        if (spans != NULL)
+            found = run_gathering(&files, spans, kept.buf, target.buf);
+        PyMem_Free(spans);
+        tlcore_release_places(&files);
+    }
+    PyBuffer_Release(&raw);
+    PyBuffer_Release(&kept);
+    PyBuffer_Release(&target);
+    return found;
+}
+
+static PyMethodDef functions[] = {
+    {"gather_payloads", gather_payloads, METH_VARARGS,
+     "Read a part of each file below a directory into a buffer, the rest into another; and its XXH3-128."},
+    {NULL, NULL, 0, NULL},
+};
+
+int tlcore_add_gathering(PyObject *module)
+{
+    return PyModule_AddFunctions(module, functions);
+}

@@ -1,0 +1,109 @@
+"""Reading a part of many files straight to where it belongs, and hashing it, in one call of C."""
+
+from __future__ import annotations
+
+import os
+import struct
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import xxhash
+
+from .beneath import Beneath
+from .native import can_hash, extension
+
+_NOT_READ = -1
+Span = tuple[int, int, int, int]
+_Key = tuple[int, ...]
+
+
+def _gather_payloads(
+    directory: str, names: Sequence[str], spans: Any, kept: Any, target: Any
+) -> tuple[bytes, bytes]:
+    """Read a part of each file below ``directory`` into ``target``; what is around it goes into ``kept``.
+
+    ``spans`` holds for each file, as 64-bit integers, its size, where the part begins and ends, and where it
+    goes (-1: nowhere, it is only hashed). ``kept`` has the rest of each, one file's after the other's, with
+    room for each. Returns for each file, as 64-bit integers, its own index where it was read; that of an
+    earlier one where it goes nowhere and is the same file (a hard link) with the same part, of which no more
+    is kept then; -1 for one that has another size, is no regular file, is not reached without a symbolic
+    link, or cannot be read. And the XXH3-128 of each part, 16 bytes each, the highest first. Raises
+    ValueError for spans that make no sense, or that do not fit.
+    """
+    names = [os.fsdecode(name) for name in names]
+    with (
+        memoryview(spans).cast("B") as raw,
+        memoryview(kept).cast("B") as room,
+        memoryview(target).cast("B") as memory,
+    ):
+        if room.readonly or memory.readonly:
+            raise TypeError("what is read needs writable memory")
+        if len(raw) != 32 * len(names):
+            raise ValueError(f"{len(names)} files need as many spans of four 64-bit integers")
+        all_spans: list[Span] = list(struct.iter_unpack("=qqqq", raw))
+        places = _places(all_spans, len(room), len(memory))
+        first, digests = list[int](), bytearray()
+        known: dict[_Key, int] = {}
+        beneath = Beneath(directory)
+        for index, (name, span, at) in enumerate(zip(names, all_spans, places, strict=True)):
+            size, begin, end, to = span
+            same = _NOT_READ if to >= 0 else known.get(_looked_at(beneath, name, span), _NOT_READ)
+            if same < 0:
+                part = memory[to : to + end - begin] if to >= 0 else memoryview(bytearray(end - begin))
+                after = at + begin
+                rest = room[at:after], room[after : after + size - end]
+                state = _read(beneath, name, size, [rest[0], part, rest[1]])
+                if state is not None:
+                    same = known[_key(state, span)] = index
+                    digests += xxhash.xxh3_128_digest(part)
+                else:
+                    digests += bytes(16)
+            else:
+                digests += digests[16 * same : 16 * same + 16]
+            first.append(same)
+        return struct.pack(f"={len(first)}q", *first), bytes(digests)
+
+
+def _places(spans: Sequence[Span], room: int, target: int) -> list[int]:
+    places, at = [], 0
+    for number, (size, begin, end, to) in enumerate(spans):
+        fits = 0 <= begin <= end <= size and size - (end - begin) <= room - at
+        if not fits or not to >= -1 or (to >= 0 and to > target - (end - begin)):
+            problem = f"[{begin}, {end}) of {size} bytes, put at {to}, does not fit"
+            raise ValueError(f"span {number}: {problem}")
+        places.append(at)
+        at += size - (end - begin)
+    return places
+
+
+def _looked_at(beneath: Beneath, name: str, span: Span) -> _Key:
+    place = beneath.place(name)
+    try:
+        return () if place is None else _key(os.lstat(place), span)
+    except OSError:
+        return ()
+
+
+def _key(state: os.stat_result, span: Span) -> _Key:
+    return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, *span[:3]
+
+
+def _read(beneath: Beneath, name: str, size: int, parts: Sequence[memoryview]) -> os.stat_result | None:
+    with beneath.opened(name) as opened:
+        if opened is None or opened[1].st_size != size:
+            return None
+        try:
+            for part in parts:
+                done = 0
+                while done < len(part) and (count := os.readv(opened[0], [part[done:]])):
+                    done += count
+                if done < len(part):
+                    return None
+        except OSError:
+            return None
+        return opened[1]
+
+
+gather_payloads: Callable[[str, Sequence[str], Any, Any, Any], tuple[bytes, bytes]] = (
+    extension.gather_payloads if can_hash else _gather_payloads
+)

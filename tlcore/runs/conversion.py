@@ -1,0 +1,225 @@
+"""A rank's steps on their way to another backend's sink: whole where they are alike, else by records."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from ..alike import AlikeStep, SupportsWriteAlike
+from ..engine.run_documents import RunDocuments, close_run
+from ..errors import ReadError, VerifyError
+from ..layout.run_files import STEP_KEYS
+from ..layout.templates import compact
+from ..ledger import Counts
+from ..locations import is_url
+from ..protocols import Sink, SupportsLateCommit
+from ..reader import Run, Step
+from ..reader.alike import alike_steps
+from ..reader.bulk import Payload, read_payloads
+from ..reader.step import counts_of
+from ..record import Json, Origin, Record, StepSummary
+
+# Records are handed over in batches: a remote place gets many at a time, the local disk what the cache holds.
+_REMOTE_BATCH_BYTES = 64 << 20
+_LOCAL_BATCH_BYTES = 16 << 20
+# Records of small steps that are read together.
+_MOST_TOGETHER = 8192
+
+
+def convert_rank(source: Run, sink: Sink, documents: RunDocuments, on_tensor: Callable[[], None]) -> None:
+    """Write all whole steps of a rank, and close the run. Raises as `convert` does."""
+    documents.open()
+    run = documents.run
+    sink.open(run)
+    booked = _Booking(source, sink, documents)
+    batch_bytes = _REMOTE_BATCH_BYTES if is_url(run.url) else _LOCAL_BATCH_BYTES
+    steps = _Steps(source, sink, run.rank, batch_bytes, booked, on_tensor)
+    steps.write()
+    if isinstance(sink, SupportsLateCommit):
+        sink.flush()
+    # Of steps that the source does not have, and that the ledger counts.
+    run.ledger.add(booked.left)
+    # What was told late is known when the sink is closed; without an end mark the run reads as incomplete.
+    close_run(sink, documents, lambda: not booked.lost)
+    if booked.lost:
+        raise booked.lost[0]
+
+
+class _Booking:
+    """What became of the steps that the sink has accepted."""
+
+    def __init__(self, source: Run, sink: Sink, documents: RunDocuments) -> None:
+        self._ledger = documents.run.ledger
+        self._accepted: dict[int, Counts] = {}
+        self.left = source.ledger_of(documents.run.rank)
+        self.lost: list[BaseException] = []
+        self._late = isinstance(sink, SupportsLateCommit)
+        if isinstance(sink, SupportsLateCommit):
+            sink.tell_stored(self._stored)
+
+    def _stored(self, step: int, error: BaseException | None) -> None:
+        if error is not None:
+            self.lost.append(error)
+        counts = self._accepted.pop(step)
+        self._ledger.add(counts)
+        self.left.subtract(counts)
+
+    def committed(self, summary: StepSummary, commit: Callable[[], bool]) -> bool:
+        """Whether ``commit`` has had the sink accept a step."""
+        # It may be told as stored before it is said to be accepted.
+        self._accepted[summary.step] = summary.counts
+        if not commit():
+            self._accepted.pop(summary.step)
+            return False
+        if not self._late:
+            self._stored(summary.step, None)
+        return True
+
+
+class _Steps:
+    """The steps on their way; a few small ones are read together."""
+
+    def __init__(
+        self,
+        source: Run,
+        sink: Sink,
+        rank: int,
+        batch_bytes: int,
+        booked: _Booking,
+        on_tensor: Callable[[], None],
+    ) -> None:
+        self._source, self._sink, self._rank = source, sink, rank
+        self._batch_bytes, self._booked, self._on_tensor = batch_bytes, booked, on_tensor
+        self._window: list[tuple[list[Json], StepSummary]] = []
+        self._bytes = self._count = 0
+
+    def write(self) -> None:
+        """Write all of them, up to one that is lost."""
+        sink = self._sink
+        alike: Iterator[AlikeStep] = iter(())
+        if isinstance(sink, SupportsWriteAlike):
+            alike = alike_steps(self._source.stored, self._rank)
+        known = next(alike, None)
+        for step in self._source.values():
+            if self._rank not in step.ranks or self._booked.lost:
+                continue
+            while known is not None and known.step < step.number:
+                known = next(alike, None)
+            if known is not None and known.step == step.number and isinstance(sink, SupportsWriteAlike):
+                # What it is like may still be waiting.
+                self._write_window()
+                if self._write_alike(sink, known):
+                    continue
+            self._add(step)
+        self._write_window()
+
+    def _write_alike(self, sink: SupportsWriteAlike, step: AlikeStep) -> bool:
+        summary = _summary(step.document, step.step, self._rank, {})
+        written = self._booked.committed(summary, lambda: sink.write_alike(step, summary))
+        for _ in range(len(step.hashes) // 16 if written else 0):
+            self._on_tensor()
+        return written
+
+    def _add(self, step: Step) -> None:
+        """Write a step with those that follow, as far as their bytes fit together; or a large one alone."""
+        source, rank = self._source, self._rank
+        for problem in source.stored.problems(step.number, rank, thorough=False):
+            raise ReadError(f"{source.url}: {problem}")
+        records = step.documents[rank]["records"]
+        nbytes = sum(record["bytes"] for record in records)
+        if self._bytes + nbytes > self._batch_bytes or self._count + len(records) > _MOST_TOGETHER:
+            self._write_window()
+        self._window.append((records, summary_of(step, rank)))
+        self._bytes, self._count = self._bytes + nbytes, self._count + max(1, len(records))
+
+    def _write_window(self) -> None:
+        window, self._window = self._window, []
+        self._bytes = self._count = 0
+        entries = [entry for records, _ in window for entry in records]
+        # Once a batch was handed on nobody looks at its bytes again.
+        payloads = read_payloads(self._source.stored, entries, keep=True)
+        for records, summary in window:
+            if self._booked.lost:
+                break
+            own = itertools.islice(payloads, len(records))
+            made = _records(own, summary.step, self._rank, hashed=not self._source.is_foreign)
+            self._write_step(made, summary)
+
+    def _write_step(self, records: Iterable[Record], summary: StepSummary) -> None:
+        for batch in _batches(records, self._batch_bytes):
+            self._sink.write(batch)
+            for _ in batch:
+                self._on_tensor()
+
+        def commit() -> bool:
+            self._sink.commit_step(summary)
+            return True
+
+        self._booked.committed(summary, commit)
+
+
+def _records(payloads: Iterable[Payload], step: int, rank: int, hashed: bool) -> Iterator[Record]:
+    hashes: dict[str, Any] = {}
+    for payload in payloads:
+        record = _record(step, rank, payload, hashed)
+        if record.alias_of is not None and hashes.get(record.alias_of) != record.hash:
+            raise ReadError(f"step {step}: {record.name} is no alias of {record.alias_of!r}")
+        hashes[record.name] = record.hash
+        yield record
+
+
+def _batches(records: Iterable[Record], batch_bytes: int) -> Iterator[list[Record]]:
+    """Records in the order they were stored, about ``batch_bytes`` at a time."""
+    batch: list[Record] = []
+    size = 0
+    for record in records:
+        batch.append(record)
+        size += record.nbytes
+        if size >= batch_bytes:
+            yield batch
+            batch, size = [], 0
+    if batch:
+        yield batch
+
+
+def _record(step: int, rank: int, stored: Payload, hashed: bool) -> Record:
+    entry = stored.record
+    if stored.problem is not None:
+        raise ReadError(stored.problem)
+    if hashed and entry["hash"] != f"xxh3-128:{stored.digest}":
+        raise VerifyError([f"{entry['name']}: xxh3-128:{stored.digest}, step.json says {entry['hash']}"])
+    origin = Origin(
+        rank,
+        entry["module"],
+        entry["call"],
+        entry["direction"],
+        tuple(entry["path"]),
+        getattr(torch, entry["dtype"]),
+        tuple(entry["shape"]),
+        entry["device"],
+        compact(entry["placements"]) if "placements" in entry else "",
+        str(entry.get("converted_from") or ""),
+    )
+    return Record(entry["name"], step, origin, stored.data, stored.digest, entry.get("alias_of"))
+
+
+def summary_of(step: Step, rank: int) -> StepSummary:
+    """All of a rank's step that is not tensor bytes, as the capture handed it over."""
+    return _summary(step.documents[rank], step.number, rank, step.structures(rank))
+
+
+def _summary(document: Json, step: int, rank: int, structures: dict[str, Json]) -> StepSummary:
+    return StepSummary(
+        step=step,
+        rank=rank,
+        calls=document["calls"],
+        structures=structures,
+        counts=counts_of(document, f"step {step}"),
+        started=str(document.get("started", "")),
+        ended=str(document.get("ended", "")),
+        rows=document.get("rows"),
+        extra={key: value for key, value in document.items() if key not in STEP_KEYS},
+    )
