@@ -66,7 +66,7 @@ class Audience:
         self, each: Named, wanted: Calls | None, module_names: frozenset[str], hearing: Hearing
     ) -> tuple[Any, ...]:
         """What every kind of listener is made with."""
-        directory = functools.partial(call_directory, module_names - {""})
+        directory = functools.partial(call_directory, module_names)
         of_module = each.name, each.module, wanted or frozenset()
         return (*of_module, self._collector, hearing, directory, self._post_inputs)
 
