@@ -1,4 +1,4 @@
-"""Environments with other releases of vLLM, torch and Python, and with what reads exports, each made once.
+"""Environments with other releases of vLLM, torch and Python, and with what few tests need, each made once.
 
 They lie in the user's cache; ``python -m tests.compat.environments`` makes them all. The releases of vLLM are
 those whose torch is the one that ``make venv`` installs, so that all but vLLM itself is pinned already.
@@ -28,6 +28,9 @@ CONSUMERS = {
 }
 # What reads no tensors needs no torch.
 _WITHOUT_TORCH = {"model-explorer"}
+# What vLLM 0.32 asks for to decode with suffix trees, and what builds its extension.
+_ARCTIC = "arctic-inference==0.1.1"
+_ARCTIC_NEEDS = ("nanobind==2.9.2", "grpcio-tools", "ninja", "cmake")
 # Built for other releases of torch than ours, and not needed.
 _UNWANTED = ("torchvision", "torchaudio")
 _MADE = "made"
@@ -82,6 +85,26 @@ def consumer(name: str) -> Path:
     return python
 
 
+def arctic_inference() -> Path:
+    """A folder for Python's path that has the package of vLLM's suffix decoding.
+
+    Its build asks for a torch of its own, which the part that vLLM uses has no need of.
+    """
+    home = CACHE / "compat" / _ARCTIC
+    if not (home / _MADE).exists():
+        shutil.rmtree(home, ignore_errors=True)
+        home.parent.mkdir(parents=True, exist_ok=True)
+        python = Path(sys.executable)
+        with tempfile.TemporaryDirectory() as tools:
+            _pip(python, "--target", tools, *_ARCTIC_NEEDS)
+            path = os.pathsep.join([f"{tools}/bin", os.environ["PATH"]])
+            environment = {**os.environ, "PYTHONPATH": tools, "PATH": path}
+            options = ("--no-deps", "--no-build-isolation", "--target", str(home))
+            _pip(python, *options, _ARCTIC, environment=environment)
+        (home / _MADE).touch()
+    return home
+
+
 def interpreter_of(version: str) -> str | None:
     """The program of a Python version on this machine, also one of pyenv's that is not in use here."""
     pyenv = Path(os.environ.get("PYENV_ROOT") or Path.home() / ".pyenv") / "versions"
@@ -118,12 +141,13 @@ def _install_tlcore(python: Path, builder: Path) -> None:
         _pip(python, "--no-deps", "--force-reinstall", str(wheel))
 
 
-def _pip(python: Path, *arguments: str) -> None:
-    _run(str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", *arguments)
+def _pip(python: Path, *arguments: str, environment: dict[str, str] | None = None) -> None:
+    pip = (str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet")
+    _run(*pip, *arguments, environment=environment)
 
 
-def _run(*command: str) -> None:
-    done = subprocess.run(command, capture_output=True, text=True, timeout=1800)
+def _run(*command: str, environment: dict[str, str] | None = None) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=1800, env=environment)
     if done.returncode:
         raise RuntimeError(f"{' '.join(command)} failed:\n{done.stdout}{done.stderr}")
 
@@ -135,3 +159,4 @@ if __name__ == "__main__":
         sys.stdout.write(f"{consumer(name)}\n")
     for pair in PAIRS:
         sys.stdout.write(f"{python_with(*pair)}\n")
+    sys.stdout.write(f"{arctic_inference()}\n")

@@ -1,13 +1,10 @@
-"""Speculators that run on a CPU, made from the tiny model so that some of what they propose is right.
-
-vLLM's n-gram speculator for GPUs (``ngram_gpu``) is not among them: it asks for pinned memory.
-"""
+"""Speculators made from the tiny model so that some of what they propose is right."""
 
 from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +18,20 @@ _LAYER = "model.layers.3."
 Weights = dict[str, torch.Tensor]
 
 
+class Again:
+    """A speculator of one's own: the last token will follow itself."""
+
+    def __init__(self, vllm_config: Any) -> None:
+        self._count = int(vllm_config.speculative_config.num_speculative_tokens)
+
+    def load_model(self, *_: Any, **__: Any) -> None:
+        """There is none."""
+
+    def propose(self, sampled: Sequence[Sequence[int]], *_: Any, **__: Any) -> list[list[int]]:
+        """What may follow the tokens that were sampled for each request; nothing within a prompt."""
+        return [[*new[-1:]] * self._count for new in sampled]
+
+
 def target_of(method: str, directory: Path) -> Path:
     """The target model of a speculator: the tiny one, but for one that brings its own speculator."""
     if method != "mtp":
@@ -32,13 +43,15 @@ def target_of(method: str, directory: Path) -> Path:
 def speculator(method: str, directory: Path) -> dict[str, Any]:
     """vLLM's ``speculative_config`` of a speculator, whose checkpoint is written into ``directory``."""
     found: dict[str, Any] = {"method": method, "num_speculative_tokens": 3}
-    if method == "ngram":
+    if method in ("ngram", "ngram_gpu"):
         return {**found, "prompt_lookup_max": 2, "prompt_lookup_min": 1}
     if method == "suffix":
         return {**found, "suffix_decoding_min_token_prob": 0.01}
     if method == "extract_hidden_states":
         layers = {"hf_config": {"eagle_aux_hidden_state_layer_ids": [1, 3]}}
         return {**found, "num_speculative_tokens": 1, "draft_model_config": layers}
+    if method == "custom_class":
+        return {**found, "model": f"{__name__}.{Again.__name__}"}
     if method in _WRITTEN:
         (directory / "draft").mkdir()
         _WRITTEN[method](directory / "draft")
@@ -103,6 +116,42 @@ def _eagle3(directory: Path) -> None:
     _write(directory, weights, architectures=["LlamaForCausalLMEagle3"], eagle_config=layers)
 
 
+def _dflash(directory: Path) -> None:
+    """Two layers, each of which hands half of the mean of the context's states to every token of a block."""
+    own = _weights()
+    weights = {f"{name}.weight": torch.ones(SIZE) for name in ("norm", "hidden_norm")}
+    weights["fc.weight"] = torch.cat([torch.zeros(SIZE, 2 * SIZE), torch.eye(SIZE)], 1)
+    weights["lm_head.weight"] = own["lm_head.weight"]
+    half = SIZE // 2
+    for layer in (0, 1):
+        mine = slice(layer * half, (layer + 1) * half)
+        value, output = torch.zeros(half, SIZE), torch.zeros(SIZE, SIZE)
+        value[:, mine] = torch.eye(half)
+        # Of four heads, each two share what they attend to.
+        output[mine, :32], output[mine, 64:96] = torch.eye(half)[:, :32], torch.eye(half)[:, 32:]
+        parts = {"q": torch.zeros(SIZE, SIZE), "k": torch.zeros(half, SIZE), "v": value, "o": output}
+        weights |= {f"layers.{layer}.self_attn.{k}_proj.weight": v for k, v in parts.items()}
+        weights |= {f"layers.{layer}.self_attn.{k}_norm.weight": torch.ones(32) for k in "qk"}
+        weights |= {
+            f"layers.{layer}.mlp.{k}_proj.weight": torch.zeros(SIZE, SIZE) for k in ("gate", "up", "down")
+        }
+        weights |= {
+            f"layers.{layer}.{k}_layernorm.weight": torch.ones(SIZE) for k in ("input", "post_attention")
+        }
+    block = {"target_layer_ids": [0, 1, 2], "mask_token_id": 2, "causal": True}
+    known = {"model_type": "qwen3", "architectures": ["DFlashDraftModel"], "head_dim": 32}
+    _write(directory, weights, **known, num_hidden_layers=2, dflash_config=block)
+
+
+def _dspark(directory: Path) -> None:
+    known = {"model_type": "qwen3", "architectures": ["Qwen3DSparkModel"], "block_size": 4}
+    _write(directory, {}, **known, mask_token_id=2, target_layer_ids=[0, 1, 2])
+
+
+def _mlp_speculator(directory: Path) -> None:
+    _write(directory, {}, model_type="mlp_speculator", architectures=["MLPSpeculatorPreTrainedModel"])
+
+
 def _medusa(directory: Path) -> None:
     """Three heads on the target's last state."""
     head = _weights()["lm_head.weight"]
@@ -116,7 +165,10 @@ _WRITTEN: dict[str, Callable[[Path], None]] = {
     "draft_model": _draft_model,
     "eagle": _eagle,
     "eagle3": _eagle3,
+    "dflash": _dflash,
+    "dspark": _dspark,
     "medusa": _medusa,
+    "mlp_speculator": _mlp_speculator,
 }
 
 

@@ -64,7 +64,7 @@ def run_mix(llm: Any, output_dir: str, seed: int, plant: str | None = None) -> d
     ) as attached:
         if plant:
             llm.collective_rpc(_plant, args=(plant,))
-        beams = chance.random() < 0.15 and not speculates and plant is None
+        beams = chance.random() < 0.15 and not speculates and plant is None and hasattr(llm, "beam_search")
         asked = [] if beams else _asked(chance, seed, speculates, plant is None)
         if beams:
             _search(llm, chance)

@@ -20,6 +20,7 @@ from tests.adapters.vllm.adapters import NAMES, RANK, write_adapter
 from tests.adapters.vllm.drafters import speculator, target_of
 from tests.adapters.vllm.helpers import prepare_stages
 from tests.adapters.vllm.mixes import run_mix
+from tests.adapters.vllm.replicas import Replicas
 from tests.adapters.vllm.second_runner import use_second_runner
 from tests.fuzz.plants import PLANTS
 
@@ -38,7 +39,7 @@ RANKS = {"tensor": "tensor_parallel_size", "pipeline": "pipeline_parallel_size"}
 
 def ways(way: str, output_dir: Path) -> dict[str, Any]:
     """The engine's arguments, by the name of what is hard about them; else ``way`` is a speculator."""
-    if way == "chunks":
+    if way in ("chunks", "data"):
         return {"max_num_batched_tokens": 24, "async_scheduling": True, **CROWDED}
     if way in RANKS:
         return {RANKS[way]: 2, "max_num_batched_tokens": 24, **CROWDED}
@@ -54,17 +55,20 @@ def main(output_dir: str, way: str, runner: str, mixes: str, plants: str) -> dic
     from vllm import LLM
 
     model, arguments = target_of(way, Path(output_dir)), ways(way, Path(output_dir))
-    llm = LLM(str(model), dtype="float32", **{**COMMON, **arguments})
+    engine: Any = Replicas if way == "data" else LLM
+    llm = engine(str(model), dtype="float32", **{**COMMON, **arguments})
     if way == "pipeline":
         prepare_stages(llm)
     speculates = "speculative_config" in arguments
     # vLLM 0.32 fails at the logits of whole prompts where it takes adapters.
-    report = {"model": str(model), **_three_ways(llm, output_dir, prompt_logits=way == "chunks")}
+    report = {"model": str(model), **_three_ways(llm, output_dir, prompt_logits=way in ("chunks", "data"))}
     found = [run_mix(llm, output_dir, seed) for seed in range(int(mixes))]
     for seed in range(int(plants)):
         found += [run_mix(llm, output_dir, seed, name) for name in PLANTS if name != "believed" or speculates]
     if way == "adapters":
         report["adapters"] = _adapters(llm, Path(output_dir), report["prompts"])
+    if way == "data":
+        llm.close()
     return {**report, "mixes": found}
 
 
@@ -154,6 +158,8 @@ def _three_ways(llm: Any, output_dir: str, prompt_logits: bool) -> dict[str, Any
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
+    # Functions of the tests, run in the workers of engines in other processes.
+    os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     sys.stdout.write("\nREPORT " + json.dumps(main(*sys.argv[1:])) + "\n")
     sys.stdout.flush()
     os._exit(0)

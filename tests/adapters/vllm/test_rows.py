@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import importlib.util
+import os
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 import tlcore
-from tests.adapters.vllm.helpers import REPOSITORY, SEVERAL_RANKS, report
+from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY, SEVERAL_RANKS, report
 from tests.adapters.vllm.truth import HIDDEN, IDS, STATES, Truth, complaints, of_rank, wrong_rows
+from tests.compat.environments import arctic_inference
 from tests.deep import scaled
 from tlcore.errors import TlcoreError
 from tlcore.reader import Run
@@ -18,27 +19,26 @@ from tlcore.reader import Run
 pytestmark = pytest.mark.slow
 SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "rows_script.py")
 DEEP = [
-    "eagle-first", "medusa-first", "mtp-first", "suffix-first", "extract_hidden_states-first",
-    "adapters-first", "tensor-first", "pipeline-first",
+    "eagle-first", "dflash-first", "medusa-first", "mtp-first", "suffix-first", "custom_class-first",
+    "extract_hidden_states-first", "adapters-first", "tensor-first", "pipeline-first",
 ]  # fmt: skip
 WAYS = [
-    "ngram-first", "draft_model-first", "eagle3-first", "chunks-first",
+    "ngram-first", "draft_model-first", "eagle3-first", "chunks-first", "data-first",
     "draft_model-second", "chunks-second",
-    *(pytest.param(way, marks=pytest.mark.deep) for way in DEEP),
 ]  # fmt: skip
 # Of the first runner's engines, that is 12 in short runs and 275 in full ones.
 MIXES, PLANTED = scaled(3, 25), scaled(1, 3)
 
 
-@pytest.fixture(scope="module", params=WAYS)
+@pytest.fixture(scope="module", params=[*WAYS, *(pytest.param(way, marks=pytest.mark.deep) for way in DEEP)])
 def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an engine captured, and the way it works."""
     way, runner = request.param.split("-")
-    if way == "suffix" and importlib.util.find_spec("arctic_inference") is None:
-        pytest.skip("vLLM's suffix decoding needs the package arctic-inference")
     counts = (MIXES, PLANTED) if runner == "first" and way != "adapters" else (0, 0)
     directory = str(tmp_path_factory.mktemp(request.param))
-    environment = SEVERAL_RANKS if way in ("tensor", "pipeline") else {}
+    environment = SEVERAL_RANKS if way in ("tensor", "pipeline", "data") else {}
+    if way == "suffix":
+        environment = {"PYTHONPATH": f"{ENVIRONMENT['PYTHONPATH']}{os.pathsep}{arctic_inference()}"}
     found = report(
         SCRIPT, directory, way, runner, *map(str, counts), timeout=scaled(600, 3000), environment=environment
     )
@@ -49,7 +49,7 @@ def test_every_row_is_its_requests(captured: dict[str, Any]) -> None:
     for name in ("all", "last", "one"):
         run, found = tlcore.open_run(captured[name]["url"]), captured[name]
         run.verify()
-        known = {str(row["request_id"]) for number in run.steps for row in run.step(number).rows or ()}
+        known = {str(row["request_id"]) for number in run.steps for row in run.step(number).samples}
         for place, (identity, tokens) in enumerate(zip(found["ids"], found["tokens"], strict=True)):
             if name == "one" and place != 1:
                 assert not any(each.startswith(f"{identity}-") for each in known)
@@ -78,14 +78,29 @@ def _check_steps(run: Run, tokens: dict[str, list[int]]) -> None:
     """Hold the rows of each step alone against the answers: nothing later overwrites what was rejected."""
     for number in run.steps:
         step = run.step(number)
-        fed = step[f"step_{number}/{IDS}"].tolist()
-        assert len(fed) == sum(row["rows"] for row in step.rows or ())
-        for row in step.rows or ():
-            true = tokens[str(row["request_id"]).rpartition("-")[0]][row["first_position"] :]
-            got = fed[row["first_row"] : row["first_row"] + row["rows"]]
-            both = list(zip(got, true, strict=False))
-            kept = next((i for i, (mine, real) in enumerate(both) if mine != real), len(both))
-            assert row.get("accepted", len(got)) == kept
+        embedding = [rank for rank in step.documents if _ids_of(number, rank) in step]
+        assert embedding
+        for rank in embedding:
+            fed, rows = step[_ids_of(number, rank)].tolist(), step.documents[rank]["rows"]
+            assert len(fed) == sum(row["rows"] for row in rows)
+            for row in rows:
+                true = tokens[str(row["request_id"]).rpartition("-")[0]][row["first_position"] :]
+                got = fed[row["first_row"] : row["first_row"] + row["rows"]]
+                both = list(zip(got, true, strict=False))
+                kept = next((i for i, (mine, real) in enumerate(both) if mine != real), len(both))
+                assert row.get("accepted", len(got)) == kept
+
+
+def _ids_of(number: int, rank: int) -> str:
+    return f"step_{number}/{IDS}" + (f"_rank_{rank}" if rank else "")
+
+
+def test_each_of_several_engines_served_some(captured: dict[str, Any]) -> None:
+    if captured["way"] != "data":
+        pytest.skip("is one engine")
+    for name in ("all", "last", "response"):
+        run, found = tlcore.open_run(captured[name]["url"]), captured[name]
+        assert {of_rank(run.request(each), HIDDEN) for each in found["ids"]} == {HIDDEN, f"{HIDDEN}_rank_1"}
 
 
 def test_a_draft_model_goes_by_names_of_its_own(captured: dict[str, Any]) -> None:
@@ -115,7 +130,8 @@ def test_a_speculators_rows_are_its_requests(captured: dict[str, Any]) -> None:
             if ids in request:
                 fed = [tokens[position + ahead] for position in request.positions(ids)]
                 assert request[ids].tolist() == fed
-                assert name == "last" or len(fed) >= len(tokens) - 2
+                # One that fills in blocks has only the token before each.
+                assert name == "last" or captured["way"] == "dflash" or len(fed) >= len(tokens) - 2
             states = request[tail]
             states = states[:, 0] if states.ndim == 3 else states[:, part]
             assert captured["truth"].agrees(states, tokens, request.positions(tail), layer), (name, place)

@@ -21,6 +21,7 @@ _LAST = -1
 STATES: dict[str, tuple[str, int, slice, int]] = {
     "eagle": ("draft.model.fc/inputs_0_cpu", 1, slice(128, 256), _LAST),
     "eagle3": ("draft.model.fc/inputs_0_cpu", 1, slice(256, 384), 3),
+    "dflash": ("draft.model.fc/inputs_0_cpu", 0, slice(256, 384), 3),
     "medusa": ("draft.blocks.0/inputs_0_cpu", 0, slice(None), _LAST),
     "mtp": ("draft.model.layers.2.hnorm/inputs_0_cpu", 1, slice(None), _LAST),
     "extract_hidden_states": ("draft.cache_only_layers.4/inputs_0_cpu", 0, slice(None), 1),

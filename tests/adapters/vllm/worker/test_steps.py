@@ -169,6 +169,19 @@ def test_rows_that_contradict_each_other_are_not_guessed(spoil: Any, reason: str
     assert reason in step.extra["rows_unavailable"]
 
 
+def test_what_came_from_the_cache_is_told_once_however_often_a_request_comes() -> None:
+    reader = RowReader(Runner())
+    for computed, ended in ((0, ()), (3, ()), (2, ("a",))):
+        step = scheduled(a=3, b=1)
+        step.finished_req_ids = ended
+        step.scheduled_new_reqs = [
+            SimpleNamespace(req_id="a", num_computed_tokens=computed, prompt_token_ids=[5, 6])
+        ]
+        reader.begin_step(step)
+        (row,) = (each for each in reader.rows(step) if each["request_id"] == "a")
+        assert row["cached"] == (2 if ended else 0)
+
+
 class SecondRunner:
     """A runner of the second version: its batch is the return value of ``prepare_inputs``."""
 

@@ -2,7 +2,8 @@
 
 Its first pass has the step's tokens again (with a slot more for each request, where the draft model is a
 whole model), the further ones one row for each request: of a token that is only proposed, so that none of
-these rows is kept in the request.
+these rows is kept in the request. One that fills in a block at once (DFlash) has a pass of its own kind: the
+token just sampled of each request, and a mask for each draft.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ class DraftScopes:
         self._target: list[Json] = []
         self._lasts: list[int] = []
         self._passes = 0
+        # How many tokens come between a request's last real one and the first that is proposed for it.
+        self._masked = 0
         self._padded = 0
         # A draft model that works on the target's states gets with each of them the token after it.
         self._ahead = 0
@@ -34,7 +37,8 @@ class DraftScopes:
         drafter = getattr(runner, "drafter", None)
         if getattr(drafter, "model", None) is None:
             return
-        self._ahead = int(bool(getattr(drafter, "pass_hidden_states_to_model", False)))
+        self._blocks = drafter if hasattr(drafter, "dflash_causal") else None
+        self._ahead = int(bool(getattr(drafter, "pass_hidden_states_to_model", False)) and not self._blocks)
         scopes.wrap(runner, "propose_draft_token_ids", self._begin, self._over, on=self._on)
         scopes.wrap(drafter, "propose", self._propose)
         scopes.wrap(drafter, "set_inputs_first_pass", after=self._first_pass)
@@ -46,7 +50,7 @@ class DraftScopes:
 
     def _begin(self, scheduler_output: Any, sampled: Any, *args: Any, **kwargs: Any) -> Sets:
         self._sampled = sampled
-        self._passes = self._padded = 0
+        self._passes = self._padded = self._masked = 0
         self._target, self._lasts = [], []
         return NO_ROWS
 
@@ -90,6 +94,9 @@ class DraftScopes:
         if starts[len(rows)] != int(tokens):
             self._target = []
             return
+        if self._blocks is not None:
+            self._block_pass(rows, self._blocks.positions.tolist())
+            return
         each = max(1, len(indices) // len(rows))
         lasts = indices.tolist()[::each]
         for row, last in zip(rows, lasts, strict=True):
@@ -99,6 +106,14 @@ class DraftScopes:
             row["first_position"] + last - row["first_row"] for row, last in zip(rows, lasts, strict=True)
         ]
         self._target = rows
+
+    def _block_pass(self, rows: list[Json], positions: Sequence[int]) -> None:
+        """Each request's block begins where its next token stands, which was sampled in this step."""
+        for row in rows:
+            row["first_position"] = int(positions[row["first_row"]])
+            row["accepted"] = min(1, row["rows"])
+        self._lasts = [row["first_position"] for row in rows]
+        self._target, self._masked = rows, 1
 
     def _padding(self, output: Any, tokens: int, *args: Any, **kwargs: Any) -> None:
         if not self._target:
@@ -115,9 +130,9 @@ class DraftScopes:
 
     def _proposed(self, each: int) -> list[Json]:
         """The rows that the next token is sampled from: of a first pass real ones, then drafts."""
-        kept = int(self._passes == 0)
+        drafted = self._passes + self._masked
         return [
-            rows_of(row, place * each, each, last + self._passes, accepted=kept, ahead=self._ahead)
+            rows_of(row, place * each, each, last + drafted, accepted=int(not drafted), ahead=self._ahead)
             for place, (row, last) in enumerate(zip(self._target, self._lasts, strict=True))
         ]
 

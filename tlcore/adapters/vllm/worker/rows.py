@@ -58,7 +58,9 @@ class RowReader:
             self._asked.pop(request, None)
             self._external.pop(request, None)
         for new in getattr(scheduler_output, "scheduled_new_reqs", ()):
-            self._known[new.req_id] = {"cached": int(new.num_computed_tokens), **identity(new)}
+            # One that comes again, after a preemption or with more input, has computed most of it itself.
+            first = self._known.get(new.req_id, {}).get("cached", new.num_computed_tokens)
+            self._known[new.req_id] = {"cached": int(first), **identity(new)}
             prompt = getattr(new, "prompt_token_ids", None)
             if prompt is None:
                 prompt = getattr(new, "prompt_embeds", None)
