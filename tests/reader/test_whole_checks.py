@@ -120,6 +120,28 @@ def test_a_sound_run_is_verified_with_few_documents(
     assert sorted(made) == sorted(2 * [0, 1, 4, 5])
 
 
+def test_one_document_stands_for_segments_of_one_step_and_of_several(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Only where there are several steps can an array be told once for all of them."""
+    store, made = MemoryStore(), list[int]()
+    sink, emitter = opened(store, commit_s=100)
+    for step in range(6):
+        emitter.step(step, {"a/outputs_cpu": torch.full((2, 3), step), "b/outputs_cpu": torch.ones(5)})
+        if step in (0, 3):
+            sink.flush()
+    sink.close()
+    document = SegmentIndex.document
+
+    def counted(index: SegmentIndex, number: int) -> Any:
+        made.append(number)
+        return document(index, number)
+
+    monkeypatch.setattr(SegmentIndex, "document", counted)
+    count, told = found(store, world_size=1)
+    assert (count, told, made) == (12, [12], [0])
+
+
 @pytest.mark.parametrize("local", [True, False])
 def test_every_flipped_byte_of_a_tensor_is_found(
     blobs: dict[str, bytes], by_steps: Any, local: bool, tmp_path: Path

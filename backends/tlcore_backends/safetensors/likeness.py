@@ -35,7 +35,8 @@ class Likeness:
         if known is None:
             plan, entries = self._index.plan(number), self._index.entries
             arrays, structures, calls = entries("arrays"), entries("structures"), entries("calls")
-            its = [{**arrays[each], **_NOWHERE} for each in plan.arrays if self._index.places.of(each)]
+            # First as well as last: whichever of these keys an entry has, the others stand in the same order.
+            its = [{**_NOWHERE, **arrays[each], **_NOWHERE} for each in plan.arrays]
             theirs = [structures[each] for each in plan.structures], [calls[each] for each in plan.calls]
             known = self._plans[number] = _digest((its, plan.groups, *theirs))
         return known
