@@ -131,19 +131,23 @@ def compare(
     results, pieces, reordered = without_reordered(results, pieces)
     results = _detailed((run_a, run_b), pieces, results)
     origin = Origin((run_a, run_b), pieces, held, matching.left_out)
-    notes = [
-        *matching.notes,
-        *reordered,
-        *causes(run_a, run_b),
-        *_mixed(results, tolerance),
-        *further.notes(results),
-    ]
+    notes = [*matching.notes, *reordered, *_notes((run_a, run_b), results, tolerance, further)]
     if not further.runs:
         notes += [*_rounded(kernels), *advice(run_a, run_b, pieces, results)]
-    notes += [injected(label, run) for label, run in zip("AB", (run_a, run_b), strict=True) if run.injected]
-    notes += [*_other_shares(results, run_a, run_b), *other_code(matching.missing, (run_a, run_b))]
+    notes += other_code(matching.missing, (run_a, run_b))
     results += matching.missing
     return Comparison(run_a.url, run_b.url, results, notes, further.to_json(), origin)
+
+
+def _notes(
+    runs: tuple[Run, Run], results: Sequence[TensorResult], tolerance: Tolerance, further: Further
+) -> Iterator[str]:
+    """What to know of two runs and of how their tensors were held against each other."""
+    yield from causes(*runs)
+    yield from _mixed(results, tolerance)
+    yield from further.notes(results)
+    yield from (injected(label, run) for label, run in zip("AB", runs, strict=True) if run.injected)
+    yield from _other_shares(results, *runs)
 
 
 def _detailed(

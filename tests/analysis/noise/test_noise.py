@@ -234,3 +234,18 @@ def test_the_command_takes_further_runs(capture: Capture, capsys: pytest.Capture
     # Held against itself, no difference would ever be beyond the noise.
     with pytest.raises(ConfigError, match=r"noise: .* is B itself"):
         tlcore.compare(a, b, noise=[c, b])
+
+
+def test_runs_that_show_compiled_code_otherwise_are_told_apart(tmp_path: Path) -> None:
+    def run(factor: float, **keys: Any) -> str:
+        model = nn.Sequential(nn.Identity(), Bend())
+        model[1].fault = times(factor)  # type: ignore[assignment]
+        with tlcore.capture(model, output_dir=str(tmp_path), **keys) as captured:
+            model(torch.ones(2, 4))
+        return str(captured.url)
+
+    notes = tlcore.compare(run(1.0), run(1.5, compiled="taps")).notes
+    assert any("compiled code is captured (eager-steps against taps" in note for note in notes)
+    assert any(
+        "same versions, dtypes and batches" in note for note in tlcore.compare(run(1.0), run(1.5)).notes
+    )
