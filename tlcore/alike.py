@@ -1,8 +1,8 @@
-"""The contract of steps that are alike: handed from a source to a sink without a record for each tensor."""
+"""The contract of steps that are alike: told, or handed to a sink, without a record for each tensor."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from .record import Json, StepSummary
@@ -50,4 +50,24 @@ class SupportsWriteAlike(Protocol):
         ``summary`` has its calls, and no structures. False, with nothing written, where it cannot be done:
         ``step.like`` is not known any more, or ``step.fill`` said no. The step then comes by `Sink.write`.
         """
+        ...
+
+
+class Outline(NamedTuple):
+    """A step's document without its records, calls and structures, and what gives its records.
+
+    ``alike`` is equal for steps whose records differ only in their names' step, in hashes and places.
+    """
+
+    rest: Json
+    alike: Hashable
+    records: Callable[[], list[Json]]
+
+
+@runtime_checkable
+class SupportsOutlines(Protocol):
+    """A source that tells steps' outlines at less cost than their documents."""
+
+    def outline(self, step: int, rank: int) -> Outline:
+        """What a rank has committed of a step. Raises MissingError or ReadError."""
         ...

@@ -12,7 +12,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from .alike import AlikeStep as AlikeStep
+from .alike import Outline as Outline
 from .alike import SupportsAlikeSteps as SupportsAlikeSteps
+from .alike import SupportsOutlines as SupportsOutlines
 from .alike import SupportsWriteAlike as SupportsWriteAlike
 from .record import Json, Record, RunInfo, StepSummary
 from .storage import Appending as Appending
@@ -60,10 +62,7 @@ class Sink(Protocol):
         ...
 
     def commit_step(self, step: StepSummary) -> None:
-        """Accept the step: from now on it is read back, whole.
-
-        On return it is durable, unless the sink `SupportsLateCommit`.
-        """
+        """Accept the step, which is then read back whole; durable now unless it `SupportsLateCommit`."""
         ...
 
     def close(self) -> None:
@@ -315,6 +314,10 @@ class SupportsArraysInto(SupportsArrays, Protocol):
         """Fill ``target`` with the bytes from row ``begin`` on; returns how many there were."""
         ...
 
+    def map_array(self, array: Array) -> memoryview | None:
+        """A map of the array's bytes, for the system alone to copy from; None where there is none."""
+        ...
+
 
 @runtime_checkable
 class SupportsKinds(Protocol):
@@ -335,7 +338,7 @@ class SupportsStructureTexts(Protocol):
 
 
 class AlikeSteps(NamedTuple):
-    """Steps of one rank whose documents are sound if that of the first is; each has so many ``tensors``.
+    """Steps of a rank, of so many ``tensors`` each, whose documents are sound if that of the first is.
 
     ``rests``, where there are some, are what of each step's document may be anything: a document without
     records, which the reader checks. Steps of several checks of a rank have the same ``likeness`` where it is
@@ -351,11 +354,7 @@ class AlikeSteps(NamedTuple):
 
 
 class WholeCheck(NamedTuple):
-    """A check of many steps' tensors that is under way.
-
-    ``unsound()`` waits for it, and returns the steps that are not proven: of which a tensor has not the hash
-    that its record states, or cannot be read.
-    """
+    """A check that is under way. ``unsound()`` waits, and gives the steps of which a tensor is not sound."""
 
     alike: Sequence[AlikeSteps]
     unsound: Callable[[], Collection[int]]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import xxhash
 from hypothesis import given, settings
@@ -234,3 +235,47 @@ def test_reading_lays_files_out_alike(
     names = [str(number) for number in range(len(sizes))]
     one, other = both("read_files", bytearray(room), str(folder), names, sizes)
     assert one == other
+
+
+@pytest.mark.skipif(not copying.can_write_from(), reason="the system has no writev")
+@settings(max_examples=40, deadline=None)
+@given(
+    width=st.integers(1, 5000), rows=st.lists(st.integers(0, 99), max_size=1500), taken=st.integers(1, 9999)
+)
+def test_rows_are_written_from_their_addresses_however_little_is_taken_at_a_time(
+    width: int, rows: list[int], taken: int
+) -> None:
+    memory = np.frombuffer(os.urandom(100 * width), np.uint8)
+    addresses = memory.ctypes.data + width * np.array(rows, np.int64)
+    expected = b"".join(memory[width * row : width * (row + 1)].tobytes() for row in rows)
+    with tempfile.TemporaryFile() as file:
+        copying.write_from(file.fileno(), addresses, width)
+        file.seek(0)
+        assert file.read() == expected
+    receiver, sender = os.pipe()
+    received = bytearray()
+
+    def receive() -> None:
+        while part := os.read(receiver, taken):
+            received.extend(part)
+
+    thread = threading.Thread(target=receive)
+    thread.start()
+    try:
+        copying.write_from(sender, addresses, width)
+    finally:
+        os.close(sender)
+        thread.join(60)
+        os.close(receiver)
+    assert received == expected
+
+
+@pytest.mark.skipif(not copying.can_write_from(), reason="the system has no writev")
+def test_addresses_without_memory_are_an_error_and_end_no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    with tempfile.TemporaryFile() as file:
+        with pytest.raises(OSError, match="Bad address"):
+            copying.write_from(file.fileno(), np.array([4096], np.int64), 16)
+        monkeypatch.setattr(copying, "_writev", None)
+        assert not copying.can_write_from()
+        with pytest.raises(OSError, match="not implemented"):
+            copying.write_from(file.fileno(), np.array([4096], np.int64), 16)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import pickle
 from pathlib import Path
 from typing import Any
@@ -19,8 +20,10 @@ from tests.reader.dataset.served import NAMES, Served
 from tlcore.__main__ import main
 from tlcore.errors import ReadError, TlcoreError
 from tlcore.reader import Run
+from tlcore.runs.export import requests
 from tlcore.runs.export.export import ABOUT, export
 from tlcore.runs.export.job import Memory
+from tlcore.runs.export.target import DirectoryTarget
 
 pytest.importorskip("pyarrow")
 
@@ -82,6 +85,92 @@ def test_memory_that_is_used_again_ends_with_the_export(run: Run, tmp_path: Path
     before = there()
     export(run, tmp_path / "out", "requests", NAMES[:1])
     assert len(there()) == len(before)
+
+
+LAYERS = ["a/outputs", "b/outputs"]
+
+
+def _layered(directory: Path, backend: str) -> Run:
+    """Requests of two layers that are prefilled together, apart in two steps, and decoded together."""
+    ids = [f"r{number}-{number:08x}" for number in range(5)]
+    steps: list[Rows] = [[(ids[0], 3, 0), (ids[1], 2, 0)], [(ids[2], 4, 0), (ids[1], 1, 2), (ids[3], 1, 0)]]
+    steps += [[(ids[4], 6, 0)], *([(each, 1, 6 + at) for each in ids[::2]] for at in range(3))]
+    steps += [[(ids[0], 3, 3), (ids[2], 2, 4)]]
+    random = torch.Generator().manual_seed(0)
+
+    def tensors(step: int, rows: list[dict[str, Any]]) -> dict[str, torch.Tensor]:
+        count = sum(row["rows"] for row in rows)
+        return {name: torch.randn(count, 3, 2, generator=random).bfloat16() for name in ("a", "b")}
+
+    def extra(step: int) -> dict[str, Any]:
+        told = [
+            {
+                "request_id": each,
+                "prompt": 1,
+                "first_position": first,
+                "ids": list(range(first, first + count)),
+            }
+            for each, count, first in steps[step]
+        ]
+        return {"tokens": told}
+
+    return requests_run(directory, steps, tensors, backend=backend, extra=extra)
+
+
+@pytest.mark.parametrize("least", [1, 1 << 30])
+def test_rows_are_written_from_where_they_lie_or_read_the_same(
+    least: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Several layers of segments on this machine's disk; sums, one layer and other backends are read."""
+    gathered: list[str] = []
+    put = DirectoryTarget.put_gathered
+
+    def noted(self: DirectoryTarget, name: str, *args: Any) -> None:
+        gathered.append(name)
+        put(self, name, *args)
+
+    monkeypatch.setattr(DirectoryTarget, "put_gathered", noted)
+    monkeypatch.setattr(requests, "_LEAST_GATHERED", least)
+    turned = LAYERS[::-1]
+    for backend, tensors, gathers in (
+        ("safetensors", turned, least == 1),
+        ("safetensors", [*LAYERS, " + ".join(LAYERS)], False),
+        ("safetensors", LAYERS[:1], False),
+        ("pt", turned, False),
+    ):
+        place = tmp_path / f"{backend}-{len(tensors)}"
+        run = _layered(place / "runs", backend)
+        gathered.clear()
+        export(run, place / "out", "requests", tensors)
+        names = [row["request_id"] for row in _stream(place / "out")]
+        assert len(names) == 5 and len(gathered) == gathers * 5
+        for number, name in enumerate(names):
+            states = load_file(place / "out" / "hidden_states" / f"hs_{number}.safetensors")["hidden_states"]
+            request = run.request(name)
+            assert states.shape == (len(request["a/outputs_cpu"]), len(tensors), 3, 2)
+            for at, terms in enumerate(each.split(" + ") for each in tensors):
+                first, *others = [request[f"{term}_cpu"] for term in terms]
+                assert torch.equal(states[:, at], sum(others, first))
+
+
+def test_a_run_that_others_cut_off_meanwhile_ends_the_export_and_no_process(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(requests, "_LEAST_GATHERED", 1)
+    run = _layered(tmp_path / "runs", "safetensors")
+    put = DirectoryTarget.put_gathered
+
+    def cut(self: DirectoryTarget, *args: Any) -> None:
+        for path in Path(run.url).glob("segments/*.safetensors"):
+            os.truncate(path, 0)
+        put(self, *args)
+
+    monkeypatch.setattr(DirectoryTarget, "put_gathered", cut)
+    with pytest.raises(ReadError, match="was cut off while it was read"):
+        export(run, tmp_path / "out", "requests", LAYERS)
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(ReadError):
+        export(tlcore.open_run(run.url), tmp_path / "out", "requests", LAYERS)
 
 
 def _stream(directory: Path) -> list[dict[str, Any]]:

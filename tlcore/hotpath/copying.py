@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ctypes
+import errno
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from .native import extension
 
@@ -58,6 +62,54 @@ def _write_group(handle: int, pending: Sequence[memoryview]) -> None:
             first += 1
         if written:
             rest[first] = rest[first][written:]
+
+
+def can_write_from() -> bool:
+    """Whether the system has what `write_from` needs."""
+    return _writev is not None
+
+
+def write_from(handle: int, addresses: np.ndarray[Any, np.dtype[np.int64]], width: int) -> None:
+    """Write ``width`` bytes from each address in order. Raises OSError, EFAULT for memory that is not there.
+
+    The system copies: what is a map of a file that others have cut off ends no process, as reading it would.
+    """
+    if _writev is None:
+        raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    most = max(1, min(_WRITEV_PARTS, _WRITE_BYTES // width))
+    for begin in range(0, len(addresses), most):
+        vectors = np.empty((len(addresses[begin : begin + most]), 2), np.int64)
+        vectors[:, 0], vectors[:, 1] = addresses[begin : begin + most], width
+        while len(vectors):
+            done = _writev(handle, ctypes.c_void_p(vectors.ctypes.data), len(vectors))
+            if done < 0:
+                code = ctypes.get_errno()
+                if code == errno.EINTR:
+                    continue
+                raise OSError(code, os.strerror(code))
+            whole, rest = _taken(vectors[:, 1], done)
+            vectors = vectors[whole:]
+            if rest:
+                vectors[0] += rest, -rest
+
+
+def _taken(lengths: np.ndarray[Any, np.dtype[np.int64]], done: int) -> tuple[int, int]:
+    """How many whole parts so many bytes are, and how many bytes of the next."""
+    ends = np.cumsum(lengths)
+    whole = int(np.searchsorted(ends, done, "right"))
+    return whole, done - (int(ends[whole - 1]) if whole else 0)
+
+
+def _find_writev() -> Any:
+    try:
+        found = ctypes.CDLL(None, use_errno=True).writev
+    except (OSError, AttributeError, TypeError):
+        return None
+    found.argtypes, found.restype = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int), ctypes.c_ssize_t
+    return found
+
+
+_writev = _find_writev()
 
 
 class _Memory:

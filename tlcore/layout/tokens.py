@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from .checks import is_whole
+from .checks import are_whole, is_whole
 
 TOKENS = "tokens"
 Entry = dict[str, Any]
@@ -47,7 +47,7 @@ def _is_sound(entry: Any) -> bool:
     numbers = [entry[key] for key in ("prompt", "accepted", "drafts") if key in entry]
     return (
         isinstance(ids, list)
-        and all(map(is_whole, ids))
+        and are_whole(ids)
         and all(map(is_whole, (entry.get("first_position"), *numbers)))
         and isinstance(entry.get("sequence", ""), str)
     )

@@ -7,7 +7,7 @@ is a number that fits, and nothing is nested deeper than a capture writes.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 from ..errors import ReadError
@@ -29,6 +29,9 @@ _NAME = re.compile(rf"(step_[0-9]+)/({_PART})/({_PART})")
 _STRUCTURE_NAME = re.compile(rf"{_PART}/{PATTERN}(?:_rank_[1-9][0-9]*)?\.json")
 ProblemOf = Callable[[Any, int], str | None]
 _SCALARS: dict[str, tuple[type, ...]] = {"bool": (bool,), "int": (int,), "str": (str,)}
+
+
+_PLAIN = frozenset((int, float, str, bool, type(None)))
 
 
 def check_layout(document: Any, where: str) -> Json:
@@ -157,15 +160,16 @@ def _too_deep(value: Any) -> bool:
     level = [value] if isinstance(value, (dict, list)) else []
     for _ in range(_DEEPEST + 1):
         # One comprehension a level: this looks at every value of every document.
-        level = [
-            child
-            for node in level
-            for child in (node.values() if isinstance(node, dict) else node)
-            if isinstance(child, (dict, list))
-        ]
+        level = [child for node in level for child in _inner(node) if isinstance(child, (dict, list))]
         if not level:
             return False
     return True
+
+
+def _inner(node: Any) -> Iterable[Any]:
+    """The values in a node; none where no node is among them, as in most."""
+    values = node.values() if isinstance(node, dict) else node
+    return () if _PLAIN.issuperset(map(type, values)) else values
 
 
 def children(node: Mapping[str, Any]) -> Iterator[Any]:

@@ -61,7 +61,7 @@ class Stored:
         self._run = run
         self._documents = Kept[Json]()
         self._kinds = Kept[Hashable | None]()
-        self._sound, self._records, self.known = Sound(), SoundRecords(), SoundStructures()
+        self._sound, self.sound_records, self.known = Sound(), SoundRecords(), SoundStructures()
         self._structure_names = Kept[frozenset[str]]()
 
     @property
@@ -148,7 +148,7 @@ class Stored:
                 kind = None if self._knowing is None else self._knowing.kind(step, rank)
             if not self._sound.has(kind):
                 where = self._where(step, f"step{rank_suffix(rank)}.json")
-                check_step(document, where, step, self._records.problem)
+                check_step(document, where, step, self.sound_records.problem)
                 self._sound.add(kind)
             self._kinds.keep(key, kind)
             return self._documents.keep(key, document)
@@ -291,6 +291,11 @@ class Stored:
             count = source.read_array_into(array, begin, target)
         return target if count == len(target) else target[:count]
 
+    def map_array(self, array: Array) -> memoryview | None:
+        """The bytes of an array for the system to copy from, if there are such. Raises as `read_array`."""
+        with self.asking():
+            return None if self._reading_into is None else self._reading_into.map_array(array)
+
     def tensor(self, record: Mapping[str, Any]) -> torch.Tensor:
         """The tensor of a record, on the CPU. Raises MissingError or ReadError."""
         where = f"{self.url}: {record['name']!r}"
@@ -334,11 +339,8 @@ class Stored:
 
     def misfit(self, record: Mapping[str, Any]) -> str | None:
         """What is wrong with the size of what holds a record's bytes, in words."""
-        source = self._sizing
-        if source is None:
-            return None
         with self.asking():
-            return source.misfit(record)
+            return None if self._sizing is None else self._sizing.misfit(record)
 
     def advise(self, record: Mapping[str, Any]) -> None:
         """Have what holds a record's bytes fetched ahead; never raises."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from tlcore.errors import ReadError
@@ -13,6 +13,7 @@ from .compact import joined
 _LARGEST_CHANGED = 1 << 200
 # What the values of one step may consist of, all together: a list of few numbers can repeat a large value.
 _MOST_PARTS = 4_000_000
+_PLAIN = frozenset((int, float, str, bool, type(None)))
 
 
 class Changing:
@@ -59,7 +60,7 @@ class Changing:
         """How many values a skeleton consists of."""
         size = self._sizes.get(skeleton) if type(skeleton) is int else None
         if size is None:
-            size = self._sizes[skeleton] = sum(1 for _ in _parts(self._table("skeletons", skeleton)))
+            size = self._sizes[skeleton] = _counts(self._table("skeletons", skeleton))[0]
         return size
 
     def _value(self, skeleton: Any, change: Any) -> Any:
@@ -73,13 +74,9 @@ class Changing:
         form = self._table("skeletons", skeleton)
         last = self._last.get(skeleton)
         if last is None:
-            last = self._last[skeleton] = [0] * _count(form)
+            last = self._last[skeleton] = [0] * _counts(form)[1]
         changes = self._table("changes", change)
-        if (
-            not isinstance(changes, list)
-            or len(changes) % 2
-            or not all(type(each) is int for each in changes)
-        ):
+        if not isinstance(changes, list) or len(changes) % 2 or not set(map(type, changes)) <= {int}:
             raise self._damaged("a change makes no sense")
         before = -1
         for place, difference in zip(changes[::2], changes[1::2], strict=True):
@@ -90,15 +87,17 @@ class Changing:
         return last
 
 
-def _parts(skeleton: Any) -> Iterator[Any]:
-    """All values in a skeleton, itself among them."""
-    waiting = [skeleton]
+def _counts(skeleton: Any) -> tuple[int, int]:
+    """How many values a skeleton has, itself among them, and how many of these are integers."""
+    waiting: list[Any] = [[skeleton]]
+    values = integers = 0
     while waiting:
         node = waiting.pop()
-        yield node
-        if isinstance(node, (dict, list)):
-            waiting += node.values() if isinstance(node, dict) else node
-
-
-def _count(skeleton: Any) -> int:
-    return sum(type(node) is int for node in _parts(skeleton))
+        inner = node if isinstance(node, list) else list(node.values())
+        # Mostly lists of token ids: no value of them is looked at by itself.
+        types = list(map(type, inner))
+        values += len(types)
+        integers += types.count(int)
+        if not _PLAIN.issuperset(types):
+            waiting += [each for each in inner if isinstance(each, (dict, list))]
+    return values, integers

@@ -120,6 +120,8 @@ def joined(skeleton: Any, numbers: Iterator[int]) -> Any:
     if isinstance(skeleton, dict):
         return {key: joined(item, numbers) for key, item in skeleton.items()}
     if isinstance(skeleton, list):
+        if list(map(type, skeleton)).count(int) == len(skeleton):
+            return list(itertools.islice(numbers, len(skeleton)))
         return [joined(item, numbers) for item in skeleton]
     return skeleton
 

@@ -14,7 +14,7 @@ from typing import Any
 
 from tlcore.errors import ReadError
 from tlcore.layout.run_files import STEP_KEYS
-from tlcore.protocols import Array, ArrayRows
+from tlcore.protocols import Array, ArrayRows, Outline
 from tlcore.record import Json
 
 from .array_places import LARGEST, ArrayOfRows, Places, number_of, numbers_of
@@ -22,32 +22,29 @@ from .changing import Changing
 from .compact import time_text
 from .kinds import kinds_of
 from .record_forms import RecordForm, RecordForms
-from .segment_names import is_data
 from .stored_plans import Plan, StoredPlans
 from .stored_structures import StoredStructures
+from .tables import Tables
 
 # Who asks for fewer steps does not wait until all were looked at.
 _FEW_ASKED = 4
 # The end of the year 9000, in microseconds since 1970.
 _LATEST = 221_000_000_000 * 10**6
-_TABLES = ("files", "calls", "structures", "arrays", "plans", "extents", "skeletons", "changes", "rows")
 _COLUMNS = ("number", "plan", "extents", "started", "took", "details", "change")
 
 
 class SegmentIndex:
-    """An index that was read; ``where`` is its name for messages, ``file`` its name in the run.
+    """An index that was read; ``where`` is its name for messages, ``nbytes`` its size as it is stored.
 
     Raises ReadError, at once or when it is used, for one that makes no sense.
     """
 
-    def __init__(self, document: Any, where: str) -> None:
-        self.where = where
+    def __init__(self, document: Any, where: str, nbytes: int = 0) -> None:
+        self.where, self.nbytes = where, nbytes
         self._token = object()
-        if not isinstance(document, dict) or document.get("layout") != 2:
-            raise self.damaged("not an index of layout version 2")
-        for key in _TABLES:
-            if not isinstance(document.get(key), list):
-                raise self.damaged(f"{key!r} is missing or no array")
+        tables = self._tables = Tables(document, where)
+        # Of the tables, and not of this: then nothing here holds itself.
+        self.damaged, self.table = tables.damaged, tables.entry
         self._document = document
         columns = document.get("steps")
         if not isinstance(columns, dict):
@@ -63,9 +60,9 @@ class SegmentIndex:
             raise self.damaged("its steps do not ascend")
         self.rank = self._number(document.get("rank"), 1 << 20)
         self.places = Places(document["arrays"], self.damaged)
-        self._plans = StoredPlans(self.table, lambda table: len(document[table]), self.damaged)
+        self._plans = StoredPlans(self.table, tables.count, self.damaged)
         self._record_forms = RecordForms(
-            self._plans, self.places, self.table, lambda: self.files, self.damaged
+            self._plans, self.places, self.table, lambda: tables.files, self.damaged
         )
         self._structures = StoredStructures(self.table, self.damaged)
         self._asked = 0
@@ -74,25 +71,15 @@ class SegmentIndex:
         self._told_details = Changing(self.table, self.damaged)
         self._told_rows = Changing(self.table, self.damaged)
 
-    def damaged(self, what: str) -> ReadError:
-        """The error for an index that makes no sense."""
-        return ReadError(f"{self.where}: damaged index, {what}")
-
     @property
     def ledger(self) -> Any:
         """What had become of all the rank's tensors by then."""
         return self._document.get("ledger")
 
-    @cached_property
+    @property
     def files(self) -> list[tuple[str, int]]:
-        """The data files and their sizes in bytes."""
-        found: dict[str, int] = {}
-        for entry in self._document["files"]:
-            name = entry.get("file") if isinstance(entry, dict) else None
-            if not isinstance(name, str) or not is_data(name) or name in found:
-                raise self.damaged("a file has no name that is its own")
-            found[name] = self._number(entry.get("bytes"), LARGEST)
-        return list(found.items())
+        """The data files and their sizes in bytes. Raises ReadError."""
+        return self._tables.files
 
     def document(self, number: int) -> Json:
         """A step's document as ``step.json`` has it, its records with ``shard`` and ``offsets``.
@@ -129,6 +116,12 @@ class SegmentIndex:
         if rows is not None:
             document["rows"] = rows
         return document
+
+    def outline(self, number: int) -> Outline:
+        """A step's document without what needs its records. Raises ReadError."""
+        position = self._position(number)
+        alike = self._token, self._columns["plan"][position], self._columns["extents"][position]
+        return Outline(self.rest(number), alike, lambda: self._records(position))
 
     def extents_of_arrays(self) -> list[tuple[int, int, int, str]]:
         """Of each array that has bytes of its own: file, begin, end, and key. Raises ReadError."""
@@ -372,13 +365,6 @@ class SegmentIndex:
         """One of the index's tables, whatever is in it."""
         found: list[Any] = self._document[table]
         return found
-
-    def table(self, table: str, number: Any) -> Any:
-        """An entry of one of the index's tables."""
-        entries = self.entries(table)
-        if type(number) is not int or not 0 <= number < len(entries):
-            raise self.damaged(f"{table!r} has no entry {str(number)[:40]}")
-        return entries[number]
 
     def _number(self, value: Any, most: int = LARGEST) -> int:
         return number_of(value, self.damaged, most)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import mmap
 import os
 import threading
 from collections import OrderedDict
@@ -37,6 +38,7 @@ class SegmentFiles:
         self._store = store
         self._is_local = isinstance(store, SupportsFiles)
         self._open: OrderedDict[str, BinaryIO] = OrderedDict()
+        self._maps: OrderedDict[str, memoryview] = OrderedDict()
         self._whole: OrderedDict[str, _Whole] = OrderedDict()
         self._ahead: tuple[str, int, Buffer] = ("", 0, b"")
         self._last: tuple[str, int] = ("", 0)
@@ -153,6 +155,7 @@ class SegmentFiles:
             files = list(self._open.values())
             self._open.clear()
             self._whole.clear()
+            self._maps.clear()
             self._ahead = ("", 0, b"")
         for file in files:
             file.close()
@@ -194,6 +197,26 @@ class SegmentFiles:
                 raise ReadError(f"{self._store.url}/{name}: cannot be read: {error}") from error
         if done < len(target):
             raise ReadError(f"{self._store.url}/{name}: ends too early, {done} bytes at {begin}")
+
+    def mapped(self, name: str) -> memoryview | None:
+        """A local file in memory, to be copied from by the system alone: it may be cut off by others.
+
+        None where the store has no files. Raises MissingError or ReadError.
+        """
+        if not self._is_local:
+            return None
+        with self._lock:
+            known = self._maps.get(name)
+            if known is None:
+                file = self._opened(name)
+                try:
+                    known = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                except (OSError, ValueError) as error:
+                    raise ReadError(f"{self._store.url}/{name}: cannot be read: {error}") from error
+                self._maps[name] = known
+                if len(self._maps) > _MOST_OPEN:
+                    self._maps.popitem(last=False)
+            return known
 
     def _pread(self, name: str, begin: int, end: int) -> Buffer:
         with self._lock:

@@ -14,7 +14,7 @@ from typing import Any
 
 from tlcore.errors import MissingError, ReadError
 from tlcore.layout.run_files import parse
-from tlcore.protocols import AlikeStep, Array, Buffer, StepRanks, WholeCheck
+from tlcore.protocols import AlikeStep, Array, Buffer, Outline, StepRanks, WholeCheck
 from tlcore.record import Json
 from tlcore.storage import Store, SupportsFiles
 
@@ -30,6 +30,8 @@ from .segment_names import IndexName, is_data
 from .whole_check import check_index
 
 _MOST_INDEXES = 16
+# Of the indexes that are kept, as they are stored: in memory they are about ten times as large.
+_MOST_INDEX_BYTES = 4 << 20
 _REMOTE_THREADS = 8
 _LOCAL_THREADS = min(4, os.cpu_count() or 1)
 
@@ -49,6 +51,7 @@ class SegmentSource:
         # What is wrong with an index.
         self._damaged: dict[str, str] = {}
         self._lock = threading.Lock()
+        self._reading: dict[str, threading.Lock] = {}
 
     @property
     def _known(self) -> Listing:
@@ -73,6 +76,10 @@ class SegmentSource:
         """What a rank has committed of a step. Raises MissingError or ReadError."""
         return self._index(step, rank).document(step)
 
+    def outline(self, step: int, rank: int) -> Outline:
+        """What a rank has committed of a step, but for its records. Raises MissingError or ReadError."""
+        return self._index(step, rank).outline(step)
+
     def kind(self, step: int, rank: int) -> Hashable | None:
         """Equal for steps whose documents are sound if that of one of them is."""
         return self._index(step, rank).kind(step)
@@ -81,31 +88,59 @@ class SegmentSource:
         name = self._known.find(step, rank)
         if name is None:
             raise MissingError(f"{self._store.url}: rank {rank} has not committed step {step}")
+        known = self._kept(name.file)
+        if known is not None:
+            return known
         with self._lock:
-            index = self._indexes.get(name.file)
+            reading = self._reading.setdefault(name.file, threading.Lock())
+        with reading:
+            # Threads that come together have one: it takes long to read, and is large.
+            known = self._kept(name.file)
+            return self._read_and_keep(name) if known is None else known
+
+    def _kept(self, file: str) -> SegmentIndex | None:
+        with self._lock:
+            index = self._indexes.get(file)
             if index is not None:
-                self._indexes.move_to_end(name.file)
+                self._indexes.move_to_end(file)
                 return index
-            damaged = self._damaged.get(name.file)
+            damaged = self._damaged.get(file)
         if damaged is not None:
             # Of each of its steps the same is said, and it is not read for each.
             raise ReadError(damaged)
-        index = self._read_index(name)
+        return None
+
+    def _read_and_keep(self, name: IndexName) -> SegmentIndex:
+        try:
+            index = self._read_index(name)
+        finally:
+            with self._lock:
+                self._reading.pop(name.file, None)
         with self._lock:
             self._indexes[name.file] = index
             begins = index.places.begins()
             for number, (file, size) in enumerate(index.files):
                 self._bounds[file] = [*begins.get(number, ()), size]
-            while len(self._indexes) > _MOST_INDEXES:
-                for file, _ in self._indexes.popitem(last=False)[1].files:
-                    self._bounds.pop(file, None)
+            self._forget_indexes()
         return index
+
+    def _forget_indexes(self) -> None:
+        """Forget those that were not used for longest; who asks every rank for each step has all of these."""
+        ranks = min(_MOST_INDEXES, len(self._listing.by_rank) if self._listing else 0)
+        nbytes = sum(index.nbytes for index in self._indexes.values())
+        while len(self._indexes) > _MOST_INDEXES or (
+            nbytes > _MOST_INDEX_BYTES and len(self._indexes) > max(2, ranks)
+        ):
+            _, index = self._indexes.popitem(last=False)
+            nbytes -= index.nbytes
+            for file, _ in index.files:
+                self._bounds.pop(file, None)
 
     def _read_index(self, name: IndexName) -> SegmentIndex:
         where = f"{self._store.url}/{name.file}"
         data = read_bytes(self._store, name.file)
         try:
-            index = SegmentIndex(parse(data, where), where)
+            index = SegmentIndex(parse(data, where), where, len(data))
             if index.rank != name.rank or index.steps != list(name.steps):
                 raise index.damaged("it is not of the rank and steps that its name says")
             _ = index.files
@@ -297,6 +332,17 @@ class SegmentSource:
         wanted = max(0, min(width, array.shape[0] * rows.place.row_bytes - first))
         self._data.read_into(rows.file, rows.place.begin + first, target[:wanted])
         return wanted
+
+    def map_array(self, array: Array) -> memoryview | None:
+        """The array's bytes in a map of their file; None of what is stored once, or elsewhere."""
+        rows = array.rows
+        if not isinstance(rows, ArrayOfRows) or rows.place.constant:
+            return None
+        whole = self._data.mapped(rows.file)
+        found = None if whole is None else whole[rows.place.begin : rows.end]
+        if found is not None and found.nbytes != rows.end - rows.place.begin:
+            raise ReadError(f"{self._store.url}/{rows.file}: ends too early, it has {len(whole or ())} bytes")
+        return found
 
     def close(self) -> None:
         """Close files."""

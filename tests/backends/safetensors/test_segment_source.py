@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import gc
+import threading
+import weakref
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ import xxhash
 
 from tlcore.errors import MissingError, ReadError
 from tlcore.testing import MemoryStore
+from tlcore_backends.safetensors.index import SegmentIndex
 from tlcore_backends.safetensors.segment_sink import SegmentSink
 from tlcore_backends.safetensors.segment_source import SegmentSource
 from tlcore_backends.storage.local import LocalStore
@@ -240,3 +245,78 @@ def test_a_stranger_reads_it_in_sixty_lines(tmp_path: Path) -> None:
             assert f"xxh3-128:{hashes[record['name']]}" == record["hash"]
         assert (rows, ledger) == (document["rows"], document["ledger"])
         assert f"{started}+00:00" == document["started"]
+
+
+def test_an_outline_is_the_document_without_what_needs_records(tmp_path: Path) -> None:
+    store = LocalStore(tmp_path / "run")
+    sink, emitter = opened(store, commit_s=100)
+    for step in range(4):
+        emitter.step(step, {"a/outputs_cpu": torch.randn(3 if step == 2 else 4, 4)})
+    sink.close()
+    source = SegmentSource(store, CLOSED)
+    alike = set()
+    for step in (0, 3, 1, 2):
+        outline = source.outline(step, 0)
+        document = source.document(step, 0)
+        assert outline.records() == document.pop("records")
+        for key in ("calls", "structures", "shards"):
+            document.pop(key)
+        assert outline.rest == {**document, "calls": [], "records": []}
+        alike.add(outline.alike)
+    assert len(alike) == 2
+    with pytest.raises(MissingError):
+        source.outline(4, 0)
+
+
+def test_indexes_are_kept_as_far_as_they_are_small_and_freed_at_once(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    store = LocalStore(tmp_path / "run")
+    sink, emitter = opened(store, commit_s=100, segment_bytes=300)
+    for step in range(24):
+        emitter.step(step, {"a/outputs_cpu": torch.randn(10, 8)})
+    sink.close()
+    made: list[weakref.ref[SegmentIndex]] = []
+    read = SegmentSource._read_index
+
+    def noted(self: SegmentSource, name: Any) -> SegmentIndex:
+        index = read(self, name)
+        made.append(weakref.ref(index))
+        return index
+
+    monkeypatch.setattr(SegmentSource, "_read_index", noted)
+    gc.collect()
+    gc.disable()
+    try:
+        for most, kept in ((1 << 20, 16), (1, 2)):
+            monkeypatch.setattr("tlcore_backends.safetensors.segment_source._MOST_INDEX_BYTES", most)
+            made.clear()
+            source = SegmentSource(store, CLOSED)
+            for step in range(24):
+                source.document(step, 0)
+                source.outline(step, 0).records()
+                for array in source.arrays(0, {"a/outputs_cpu"}) if not step else ():
+                    assert len(array.rows[0:1])
+            assert sum(index() is not None for index in made) == kept < 24 <= len(made)
+    finally:
+        gc.enable()
+
+
+def test_threads_that_come_together_read_an_index_once(tmp_path: Path) -> None:
+    store = Counted()
+    sink, emitter = opened(store, commit_s=100)
+    for step in range(8):
+        emitter.step(step, {"a/outputs_cpu": torch.randn(4, 4)})
+    sink.close()
+    source = SegmentSource(store, CLOSED)
+    assert len(source.steps) == 8
+    store.requests = 0
+    together = threading.Barrier(8)
+
+    def ask(step: int) -> int:
+        together.wait(30)
+        return int(source.outline(step, 0).rest["step"])
+
+    with ThreadPoolExecutor(8) as pool:
+        assert list(pool.map(ask, range(8))) == list(range(8))
+    assert store.requests == 1

@@ -11,7 +11,7 @@ from torch import nn
 
 import tlcore
 from tests.engine.samples import LAYER, LOGITS, PROMPTS, generated, llama, padded, run_of
-from tests.ranked import Rows, requests_run
+from tests.ranked import Rows, json_rows, requests_run
 from tests.reader.dataset.served import NAMES, Served, seen
 from tlcore.errors import MissingError, ReadError
 
@@ -224,3 +224,47 @@ def test_dumps_of_other_tools_have_no_rows_and_say_so(tmp_path: Path) -> None:
     torch.save({"layer": torch.ones(2, 3)}, tmp_path / "dump.pt")
     with pytest.raises(MissingError, match="no tensor with rows of requests"):
         tlcore.open_run(tmp_path / "dump.pt").dataset("layer")
+
+
+def test_which_call_of_the_model_a_step_is_decides_even_where_steps_are_alike(
+    backend: Any, tmp_path: Path
+) -> None:
+    """The name of a tensor counts calls within one call of the model: one step may hold the second."""
+    steps = [[("r-00000001", 2, 2 * step)] for step in range(4)]
+
+    def tensors(step: int, rows: Any) -> dict[str, torch.Tensor]:
+        return {"layer": torch.arange(6.0).view(2, 3) + 10 * step}
+
+    def extra(step: int) -> dict[str, Any]:
+        sets = [{"kind": "tokens", "rows": json_rows(steps[step])}]
+        return {"call_rows": [{"calls": ["layer"], "indices": [step % 2], "sets": sets}]}
+
+    run = requests_run(tmp_path, steps, tensors, backend=backend, extra=extra)
+    for name, first in (("layer/outputs_cpu", 0), ("layer_1/outputs", 1)):
+        data = run.dataset(name)
+        found = {int(item["positions"]): item[name].tolist() for item in data}
+        assert sorted(found) == [2 * first, 2 * first + 1, 2 * first + 4, 2 * first + 5]
+        for position, row in found.items():
+            assert row == (tensors(position // 2, None)["layer"][position % 2]).tolist()
+
+
+def test_token_ids_take_little_memory_and_may_be_large(backend: Any, tmp_path: Path) -> None:
+    steps = [[("a-00000001", 2, 0), ("b-00000002", 2, 0)]]
+    ids = {"a-00000001": [1, (1 << 31) - 1], "b-00000002": [3, 1 << 40]}
+
+    def extra(step: int) -> dict[str, Any]:
+        return {
+            "tokens": [
+                {"request_id": name, "prompt": 1, "first_position": 0, "ids": each}
+                for name, each in ids.items()
+            ]
+        }
+
+    run = requests_run(
+        tmp_path, steps, lambda step, rows: {"x": torch.ones(4, 2)}, backend=backend, extra=extra
+    )
+    items = list(run.dataset("x/outputs"))
+    assert [int(item["token_ids"]) for item in items] == [*ids["a-00000001"], *ids["b-00000002"]]
+    assert items[0]["token_ids"].dtype == torch.int64
+    table = run.dataset("x/outputs")._made_of[0][0]
+    assert [table.tokens[name].small for name in ids] == [True, False]

@@ -6,7 +6,7 @@ import hashlib
 import os
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
@@ -17,16 +17,16 @@ from ...errors import ReadError
 from ...layout.windows import window_of
 from .items import Items, Per, items_of
 from .order import Order, Plan
-from .reading import AllRows, Batch, Bytes, Rows, new_tensor
-from .table import Form, Numbers, Table
+from .reading import AllRows, Batch, Bytes, Maps, Rows, new_tensor
+from .table import Form, Table
+from .threads import Threads
+from .tokens import Numbers
 
 if TYPE_CHECKING:
     from ..run import Run
     from .loader import Loader
 
-BUFFER_BYTES = 256 << 20
-_REMOTE_THREADS = 8
-_LOCAL_THREADS = 2
+BUFFER_BYTES = 192 << 20
 _OF_ITEM = ("request",)
 
 
@@ -52,7 +52,7 @@ class RowDataset(Dataset[Batch]):
         self._rows = AllRows(rows)
         self._starts, self._counts = _joined([items for _, items in parts], [each.count for each in rows])
         self._count = sum(each.count for each in rows) if self._starts is None else len(self._starts)
-        self._threads = _Threads(self._rows.is_local)
+        self._threads = Threads(self._rows.is_local)
 
     @property
     def names(self) -> list[str]:
@@ -168,6 +168,17 @@ class RowDataset(Dataset[Batch]):
         """
         return self._rows.fill(self.rows_of(items), into, self._threads.pool())
 
+    def maps(self) -> Maps | None:
+        """Maps of the files that all rows lie in, of one run of this machine. Raises ReadError."""
+        return self._rows.maps()
+
+    def places(self, items: Numbers, maps: Maps) -> tuple[Numbers, dict[str, Any]]:
+        """The address of each row ``[rows, tensors]``, one item after the other, and what is known of them.
+
+        Raises ReadError.
+        """
+        return self._rows.places(self.rows_of(items), maps)
+
     def rows_of(self, items: Numbers) -> Numbers:
         """The numbers of the rows of items, one item after the other."""
         if self._starts is None or self._counts is None:
@@ -264,8 +275,8 @@ class OrderedDataset(Dataset[Batch]):
         self.data = data
         self.order = data.order(plan)
         self._windows: OrderedDict[int, Future[Loaded]] = OrderedDict()
-        self._threads = _Threads(data.is_local)
-        self._ahead = _Threads(True, 1)
+        self._threads = Threads(data.is_local)
+        self._ahead = Threads(True, 1)
 
     def __len__(self) -> int:
         return len(self.data)
@@ -330,33 +341,6 @@ class OrderedDataset(Dataset[Batch]):
 
     def __repr__(self) -> str:
         return f"<OrderedDataset of {self.data!r}, {self.order.plan}>"
-
-
-class _Threads:
-    """Threads that read, made when they are needed, in each process anew."""
-
-    def __init__(self, is_local: bool, count: int | None = None) -> None:
-        self._count = count or (_LOCAL_THREADS if is_local else _REMOTE_THREADS)
-        self._single = is_local and count is None
-        self._pool: ThreadPoolExecutor | None = None
-        self._pid = os.getpid()
-
-    def changed(self) -> bool:
-        """Whether this is another process than that of the threads."""
-        return self._pid != os.getpid()
-
-    def pool(self) -> Executor | None:
-        """The threads; None where a local disk is faster without them."""
-        return None if self._single else self.always()
-
-    def always(self) -> Executor:
-        """The threads."""
-        if self._pool is None or self.changed():
-            self._pool, self._pid = ThreadPoolExecutor(self._count, "tlcore-read"), os.getpid()
-        return self._pool
-
-    def __getstate__(self) -> Mapping[str, Any]:
-        return {**self.__dict__, "_pool": None}
 
 
 def _joined(items: Sequence[Items], rows: Sequence[int]) -> tuple[Numbers | None, Numbers | None]:

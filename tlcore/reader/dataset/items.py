@@ -10,7 +10,8 @@ import numpy as np
 
 from ...errors import ReadError
 from ...layout.windows import Window
-from .table import Numbers, Pieces, Table
+from .table import Pieces, Table
+from .tokens import Numbers
 
 Per = Literal["token", "request"]
 

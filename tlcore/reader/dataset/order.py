@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .table import Numbers
+from .tokens import Numbers
 
 _GROUPS_IN_WINDOW = 64
 _SMALLEST_GROUP = 64 << 10

@@ -9,9 +9,11 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from ...errors import ReadError
 from ...layout.dtypes import torch_dtype
 from .items import Items
-from .table import Form, Numbers, Table
+from .table import Form, Table
+from .tokens import Numbers
 
 if TYPE_CHECKING:
     import torch
@@ -34,6 +36,15 @@ class _Read(NamedTuple):
     last: int
     wanted: Numbers
     into: Numbers
+
+
+class Maps:
+    """Maps of the sources' files, as long as this lives: where each source begins, and its bytes."""
+
+    def __init__(self, views: Sequence[memoryview]) -> None:
+        self._arrays = [np.frombuffer(each, np.uint8) for each in views]
+        self.begins = np.array([each.ctypes.data for each in self._arrays], np.int64)
+        self.sizes = np.array([each.size for each in self._arrays], np.int64)
 
 
 class Rows:
@@ -62,7 +73,7 @@ class Rows:
         request = self._pieces.request[piece]
         found: dict[str, Any] = {"positions": positions, "request": request + self._offset}
         if self.has_token_ids:
-            found["token_ids"] = self._ids[rows]
+            found["token_ids"] = self._ids[rows].astype(np.int64)
         if self.has_prompts:
             found["response"] = positions >= self._prompts[request]
         return found
@@ -70,6 +81,22 @@ class Rows:
     def _begins(self, piece: Numbers) -> Numbers:
         begins: Numbers = self._ends[piece] - self._pieces.length[piece]
         return begins
+
+    def maps(self) -> Maps | None:
+        """Where all rows lie in maps of files; None where they do not. Raises MissingError or ReadError."""
+        views = self.sources.maps()
+        return None if views is None else Maps(views)
+
+    def addresses(self, rows: Numbers, maps: Maps) -> Numbers:
+        """The address of each row ``[rows, tensors]``. Raises ReadError for one that is not there."""
+        piece = np.searchsorted(self._ends, rows, "right")
+        source = self._pieces.source[piece]
+        widths = np.array(list(map(row_width, self.forms)), np.int64)
+        begin = (self._pieces.begin[piece] + (rows - self._begins(piece))[:, None]) * widths
+        if (begin + widths > maps.sizes[source]).any():
+            raise ReadError(f"{self.sources.url}: source of rows ends too early")
+        found: Numbers = maps.begins[source] + begin
+        return found
 
     def jobs(
         self, rows: Numbers, into: Sequence[Bytes], places: Numbers | None
@@ -131,12 +158,13 @@ def _as_slice(numbers: Numbers) -> slice | Numbers:
     return slice(first, last + 1) if follow else numbers
 
 
-def _token_ids(table: Table, items: Items) -> Numbers:
+def _token_ids(table: Table, items: Items) -> np.ndarray[Any, Any]:
     """The token id of each row, -1 where it is not known; nothing where none is."""
     pieces, ends = items.pieces, items.ends
     if not table.tokens or not len(ends):
         return np.full(1, -1)
-    found = np.full(int(ends[-1]), -1)
+    small = all(each.small for each in table.tokens.values())
+    found = np.full(int(ends[-1]), -1, dtype=np.int32 if small else np.int64)
     order = np.argsort(pieces.request, kind="stable")
     borders = np.flatnonzero(np.diff(pieces.request[order])) + 1
     for own in np.split(order, borders):
@@ -168,6 +196,17 @@ class AllRows:
     def row_bytes(self) -> int:
         """How many bytes one row has of all tensors together."""
         return sum(map(row_width, self.forms))
+
+    def maps(self) -> Maps | None:
+        """Of the rows of one run that lies here, where they do in maps of files. Raises as reading does."""
+        return self.parts[0].maps() if self.is_local and len(self.parts) == 1 else None
+
+    def places(self, rows: Numbers, maps: Maps) -> tuple[Numbers, dict[str, Any]]:
+        """The address of each row of each tensor, and what is known of the rows. Raises ReadError."""
+        (part,) = self.parts
+        return part.addresses(rows, maps), {
+            name: each for name, each in part.known_of(rows).items() if name in self.known
+        }
 
     def load(self, rows: Numbers, pool: Executor | None) -> Batch:
         """Rows by number: each tensor's ``[rows, ...]``, and what is known of them. Raises ReadError."""

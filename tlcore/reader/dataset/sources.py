@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from bisect import bisect_left
+import threading
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...errors import ReadError
 from ...hotpath.reading import Scratch
 from ...layout.dtypes import item_size
+from ...layout.names import step_dir
 from ...layout.rows import as_rows
 from ...protocols import Array, Buffer
 from ...record import Json
 from ..placements import is_part
 from ..step import Step
 from ..tensor_bytes import payload
+from .wanted import Entry
 
 if TYPE_CHECKING:
     from ..run import Run
@@ -59,23 +61,23 @@ class _Whole(NamedTuple):
 
 
 class _Opened(NamedTuple):
-    """A run as one process has opened it, and its arrays by rank and number."""
+    """A run as one process has opened it, and its arrays by rank and number; one thread looks these up."""
 
     run: Run
     pid: int
     arrays: dict[tuple[int, int], Array]
+    lock: threading.Lock
 
 
 class _ArrayRows(NamedTuple):
-    """Where the tensors of an array's steps begin in it, in the order of steps.
+    """Where the tensors of an array's steps begin in it.
 
     ``rows_each`` is how many rows one of the array's own stands for.
     """
 
     source: int
     rows_each: int
-    steps: list[int]
-    begins: list[int]
+    begins: dict[int, int]
 
 
 class Sources:
@@ -85,9 +87,9 @@ class Sources:
     """
 
     def __init__(self, run: Run) -> None:
-        self._opened: _Opened | None = _Opened(run, os.getpid(), {})
+        self._opened: _Opened | None = _Opened(run, os.getpid(), {}, threading.Lock())
         self._opened_as = run.opened_as
-        self._url = run.url
+        self.url = run.url
         self._has_arrays = run.stored.has_arrays
         self._is_local = run.stored.is_local
         self._sources: list[_InArray | _InRecord | _Whole] = []
@@ -101,16 +103,20 @@ class Sources:
         """Whether the run lies on a disk of this machine."""
         return self._is_local
 
-    def of(self, step: Step, record: Json, axis: int) -> tuple[int, int]:
-        """The source of a record's rows, and the row there that is the record's first. Raises ReadError."""
-        width = item_size(record["dtype"]) or 0
-        row_bytes = prod(row_form(record["shape"], axis)) * width
-        if axis == 2 or "part" in record or is_part(record):
-            return self._append(_Whole(step.number, str(record["name"]), axis, row_bytes)), 0
-        if self._has_arrays:
-            found = self._in_array(step, record, row_bytes, width)
+    def of(self, step: Step, entry: Entry, axis: int) -> tuple[int, int]:
+        """The source of an entry's rows in a step, and the row there that is its first. Raises ReadError."""
+        record = entry.record
+        plain = axis != 2 and "part" not in record and not is_part(record)
+        if plain and self._has_arrays:
+            found = self._in_array(step.number, entry, axis)
             if found is not None:
                 return found
+        row_bytes = prod(row_form(record["shape"], axis)) * (item_size(record["dtype"]) or 0)
+        name = f"{step_dir(step.number)}/{entry.key}"
+        if not plain:
+            return self._append(_Whole(step.number, name, axis, row_bytes)), 0
+        if name != record["name"]:
+            record = self.run().step(step.number).record(name)
         kept = {key: value for key, value in record.items() if key not in ("hash", "path", "module")}
         return self._append(_InRecord(kept, row_bytes)), 0
 
@@ -118,19 +124,21 @@ class Sources:
         self._sources.append(source)
         return len(self._sources) - 1
 
-    def _in_array(self, step: Step, record: Json, row_bytes: int, width: int) -> tuple[int, int] | None:
-        rank, key = int(record["rank"]), str(record["name"]).partition("/")[2]
-        if (rank, key) not in self._located:
-            self._locate(rank, key, row_bytes, width)
-        for each in self._located[rank, key]:
-            at = bisect_left(each.steps, step.number)
-            if at < len(each.steps) and each.steps[at] == step.number:
-                return each.source, each.begins[at] * each.rows_each
+    def _in_array(self, step: int, entry: Entry, axis: int) -> tuple[int, int] | None:
+        own = int(entry.record["rank"]), entry.key
+        if own not in self._located:
+            self._locate(*own, entry.record, axis)
+        for source, rows_each, begins in self._located[own]:
+            begin = begins.get(step)
+            if begin is not None:
+                return source, begin * rows_each
         return None
 
-    def _locate(self, rank: int, key: str, row_bytes: int, width: int) -> None:
+    def _locate(self, rank: int, key: str, record: Json, axis: int) -> None:
         """Note the arrays of a tensor. The rows of each are asked for once, and not kept."""
         run, found = self.run(), self._located.setdefault((rank, key), [])
+        width = item_size(record["dtype"]) or 0
+        row_bytes = prod(row_form(record["shape"], axis)) * width
         for number, array in enumerate(run.stored.arrays(rank, {key})):
             self._counts[rank, key] = number + 1
             unit = prod(array.shape[1:]) * width
@@ -139,8 +147,8 @@ class Sources:
                 continue
             nbytes = unit * array.shape[0]
             source = self._append(_InArray(rank, self._number(rank, key, number), row_bytes, unit, nbytes))
-            steps, begins = [each.step for each in array.rows], [each.begin for each in array.rows]
-            found.append(_ArrayRows(source, unit // row_bytes, steps, begins))
+            begins = {each.step: each.begin for each in array.rows}
+            found.append(_ArrayRows(source, unit // row_bytes, begins))
 
     def _number(self, rank: int, key: str, number: int) -> int:
         keys = self._keys.setdefault(rank, [])
@@ -163,14 +171,14 @@ class Sources:
             return opened
         if opened is not None and not self._is_local:
             raise ReadError(
-                f"{self._url}: a run at a URL is not read in a forked process;"
+                f"{self.url}: a run at a URL is not read in a forked process;"
                 ' give the DataLoader multiprocessing_context="spawn"'
             )
         if self._opened_as is None:
-            raise ReadError(f"{self._url}: it was not opened by open_run, so no other process can open it")
+            raise ReadError(f"{self.url}: it was not opened by open_run, so no other process can open it")
         from ..runs import open_run
 
-        opened = self._opened = _Opened(open_run(*self._opened_as), os.getpid(), {})
+        opened = self._opened = _Opened(open_run(*self._opened_as), os.getpid(), {}, threading.Lock())
         return opened
 
     def read(self, source: int, begin: int, end: int, memory: memoryview | None = None) -> Buffer:
@@ -191,7 +199,7 @@ class Sources:
             data = self._of_array(opened, place, first, last, memory)
         size = memoryview(data).nbytes
         if size != last - first:
-            raise ReadError(f"{self._url}: source of rows ends too early, {size} bytes of {last - first}")
+            raise ReadError(f"{self.url}: source of rows ends too early, {size} bytes of {last - first}")
         return data
 
     def _of_array(
@@ -209,11 +217,29 @@ class Sources:
             return data
         return memoryview(data).cast("B")[first % unit :][: last - first]
 
+    def maps(self) -> list[memoryview] | None:
+        """Of each source the bytes of its rows, for the system to copy from: nobody else may look there.
+
+        None where one of them does not lie so. Raises MissingError or ReadError.
+        """
+        opened, found = self._here(), []
+        for place in self._sources:
+            array = self._array(opened, place) if isinstance(place, _InArray) else None
+            view = None if array is None else opened.run.stored.map_array(array)
+            if view is None:
+                return None
+            found.append(view)
+        return found
+
     def row_bytes(self, source: int) -> int:
         """How many bytes a row has."""
         return self._sources[source].row_bytes
 
     def _array(self, opened: _Opened, place: _InArray) -> Array:
+        with opened.lock:
+            return self._find_array(opened, place)
+
+    def _find_array(self, opened: _Opened, place: _InArray) -> Array:
         known = opened.arrays.get((place.rank, place.number))
         if known is None:
             fewer = False
@@ -227,7 +253,7 @@ class Sources:
         # A run that grows has more behind those that it had.
         if known is None or known.shape[0] * place.unit != place.nbytes:
             opened.arrays.clear()
-            raise ReadError(f"{self._url}: the run has changed since the data set was made of it")
+            raise ReadError(f"{self.url}: the run has changed since the data set was made of it")
         return known
 
     def __getstate__(self) -> Mapping[str, Any]:

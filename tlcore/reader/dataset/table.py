@@ -3,34 +3,26 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
 from ...errors import ReadError, missing
-from ...layout import names as naming
 from ...layout.checks import LARGEST_SIZE
 from ...layout.dtypes import item_size
-from ...layout.rows import Span
-from ...record import Json
-from ..placements import is_part
-from ..request import name_in_model
 from ..step import Step
 from .sources import Sources, row_form
+from .tokens import Numbers, Tokens
+from .wanted import ENCODER, Entry, Spans, WantedRecords, columns_of, steps_of
 
 if TYPE_CHECKING:
     from ..run import Run
 
-_REMOTE_THREADS = 8
-_ENCODER = "@encoder"
 # Of one request in one step. A run may come from anybody: no memory is taken for rows that are only claimed.
 _MOST_ROWS = 1 << 26
-
-Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class Form(NamedTuple):
@@ -38,42 +30,6 @@ class Form(NamedTuple):
 
     dtype: str
     shape: tuple[int, ...]
-
-
-@dataclass
-class Tokens:
-    """The token ids that one request's steps tell of, and how long they say that its prompt is."""
-
-    firsts: list[int] = field(default_factory=list)
-    parts: list[array[int]] = field(default_factory=list)
-    prompts: set[int | None] = field(default_factory=set)
-
-    def add(self, entry: Json) -> None:
-        """Take up an entry of `Step.token_entries`. Raises OverflowError for a position that there is not."""
-        if entry["first_position"] > LARGEST_SIZE:
-            raise OverflowError
-        self.firsts.append(entry["first_position"])
-        self.parts.append(array("q", entry["ids"][: entry["kept"]]))
-        self.prompts.add(entry.get("prompt"))
-
-    def at(self, positions: Numbers) -> Numbers:
-        """The ids at these positions, -1 where one is unknown; of one that was read again the last counts."""
-        if not self.firsts:
-            return np.full(len(positions), -1)
-        pairs = zip(self.firsts, map(len, self.parts), strict=True)
-        known = np.concatenate([np.arange(first, first + count) for first, count in pairs])
-        # The last comes first, and is found.
-        places, where = np.unique(known[::-1], return_index=True)
-        if not len(places):
-            return np.full(len(positions), -1)
-        ids = np.concatenate([np.array(part, dtype=np.int64) for part in self.parts])[::-1][where]
-        found = np.searchsorted(places, positions).clip(0, len(places) - 1)
-        return np.where(places[found] == positions, ids[found], -1)
-
-    @property
-    def prompt(self) -> int | None:
-        """The prompt's length; None where the steps do not all say the same."""
-        return next(iter(self.prompts)) if len(self.prompts) == 1 else None
 
 
 @dataclass
@@ -101,23 +57,10 @@ class Pieces:
         return cut.take(length > 0)
 
 
-class _Spans(NamedTuple):
-    """The rows that a record has of requests: columns, with the place of the first row in the record."""
-
-    requests: list[str]
-    first: list[int]
-    length: list[int]
-    begin: list[int]
-    # Whether some, and whether others, are of an encoder.
-    of_encoder: set[bool]
-    # Whether each request stands there once.
-    plain: bool
-
-
 class _Block(NamedTuple):
     """A record's rows: those of ``spans`` in a source, ``begin`` rows behind its first."""
 
-    spans: _Spans
+    spans: Spans
     source: int
     begin: int
 
@@ -144,62 +87,49 @@ class Table:
         self.requests: list[str] = []
         self.tokens: dict[str, Tokens] = {}
         self._numbers: dict[str, int] = {}
-        self._of_encoder = [name.endswith(_ENCODER) for name in names]
-        # The places among the names of what may be called so, with or without its device.
-        self._wanted: dict[str, list[int]] = {}
-        for number, name in enumerate(names):
-            self._wanted.setdefault(name.removesuffix(_ENCODER), []).append(number)
-        self._seen: dict[str, None] = {}
+        self._of_encoder = [name.endswith(ENCODER) for name in names]
         self._forms: list[Form | None] = [None] * len(self.names)
         # Of a tensor with rows of both, those of the decoder are meant.
         self._encoder: list[set[bool]] = [set() for _ in self.names]
         self.sources = Sources(run)
         self._columns: tuple[array[int], ...] = tuple(array("q") for _ in range(3))
         self._places = array("q")
+        wanted = WantedRecords(run, names)
         try:
-            for step in _steps(run):
-                self._look_at(step, bool(run.ranks))
+            for step in steps_of(run):
+                self._look_at(step, wanted.of(step))
         except OverflowError:
             raise ReadError(f"{run.url}: a step has numbers that are no positions or token ids") from None
         self.sources.forget_steps()
-        self._check()
+        self._check(wanted.seen)
         self.pieces = self._newest()
-        del self._columns, self._places, self._seen
+        del self._columns, self._places
 
-    def _look_at(self, step: Step, of_vllm: bool) -> None:
-        for entry in step.token_entries:
-            if not entry.get("sequence"):
-                self.tokens.setdefault(str(entry["request_id"]), Tokens()).add(entry)
-        records = step.wholes if of_vllm or any(map(is_part, step.records)) else step.records
-        modules = frozenset(str(record["module"]) for record in step.records)
+    def _look_at(self, step: Step, entries: Sequence[Entry]) -> None:
+        for told in step.token_entries:
+            if not told.get("sequence"):
+                self.tokens.setdefault(str(told["request_id"]), Tokens()).add(told)
         blocks: list[list[_Block]] = [[] for _ in self.names]
-        known: dict[tuple[int, bool], tuple[Any, _Spans]] = {}
-        for record in records:
-            own = name_in_model(step, record, modules)
-            short = _without_device(own, record)
-            self._seen[short] = None
-            for number in self._wanted.get(own, ()) if own == short else self._numbers_of(own, short):
-                self._add(step, record, number, blocks[number], known)
+        known: dict[tuple[int, bool], tuple[Any, Spans]] = {}
+        for entry in entries:
+            self._add(step, entry, blocks[entry.number], known)
         self._join(blocks)
-
-    def _numbers_of(self, *names: str) -> list[int]:
-        return [number for name in names for number in self._wanted.get(name, ())]
 
     def _add(
         self,
         step: Step,
-        record: Json,
-        number: int,
+        entry: Entry,
         blocks: list[_Block],
-        known: dict[tuple[int, bool], tuple[Any, _Spans]],
+        known: dict[tuple[int, bool], tuple[Any, Spans]],
     ) -> None:
         """Note a record's rows; ``known`` are those of the step's other records, with what they are of."""
+        number, record = entry.number, entry.record
         spans = step.row_spans(record)
         if not spans:
             return
         key = id(spans), self._of_encoder[number]
         if key not in known:
-            known[key] = spans, _columns_of(spans, self._of_encoder[number])
+            known[key] = spans, columns_of(spans, self._of_encoder[number])
         own = known[key][1]
         self._encoder[number] |= own.of_encoder
         if not own.requests:
@@ -207,11 +137,13 @@ class Table:
         if max(own.length) > _MOST_ROWS:
             raise ReadError(f"{self.url}: {record['name']!r} has {max(own.length)} rows of one request")
         axis = spans[0].axis
-        source, begin = self.sources.of(step, record, axis)
-        form = Form(str(record["dtype"]), row_form(record["shape"], axis))
-        if not prod(form.shape) or item_size(form.dtype) is None:
-            raise ReadError(f"{self.url}: {record['name']!r} has rows without values")
-        self._check_form(number, form)
+        source, begin = self.sources.of(step, entry, axis)
+        if axis not in entry.axes:
+            form = Form(str(record["dtype"]), row_form(record["shape"], axis))
+            if not prod(form.shape) or item_size(form.dtype) is None:
+                raise ReadError(f"{self.url}: {record['name']!r} has rows without values")
+            self._check_form(number, form)
+            entry.axes.add(axis)
         blocks.append(_Block(own, source, begin))
 
     def _check_form(self, number: int, form: Form) -> None:
@@ -222,13 +154,13 @@ class Table:
             shown = f"{known.dtype} {list(known.shape)} and {form.dtype} {list(form.shape)}"
             raise ReadError(f"{self.url}: {self.names[number]!r} has rows of different forms ({shown})")
 
-    def _check(self) -> None:
+    def _check(self, seen: Mapping[str, None]) -> None:
         for number, name in enumerate(self.names):
             form = self._forms[number]
             if form is None:
-                raise missing("tensor with rows of requests", name, self.url, self._seen)
+                raise missing("tensor with rows of requests", name, self.url, seen)
             if self._encoder[number] == {False, True} and not self._of_encoder[number]:
-                hint = f"; name {name}{_ENCODER} for those of the encoder alone"
+                hint = f"; name {name}{ENCODER} for those of the encoder alone"
                 raise ReadError(f"{self.url}: {name!r} has rows of encoder and decoder{hint}")
             self.forms.append(form)
 
@@ -244,7 +176,7 @@ class Table:
         for request in parts[0]:
             self._join_one(request, [each.get(request, []) for each in parts])
 
-    def _append_all(self, spans: _Spans, blocks: Sequence[_Block]) -> None:
+    def _append_all(self, spans: Spans, blocks: Sequence[_Block]) -> None:
         """Add rows that lie alike in all tensors."""
         if max(spans.first) > LARGEST_SIZE:
             raise OverflowError
@@ -300,22 +232,6 @@ class Table:
         return Pieces(*(np.concatenate(columns) for columns in zip(*map(_columns, parts), strict=True)))
 
 
-def _columns_of(spans: Sequence[Span], encoder: bool) -> _Spans:
-    """The rows with a position, as columns; with ``encoder`` those of encoders alone."""
-    found: list[tuple[str, int, int, int]] = []
-    kinds: set[bool] = set()
-    for span in map(Span.kept, spans):
-        if not span.length or span.first is None:
-            continue
-        of_encoder = bool(span.row.get("sequence"))
-        kinds.add(of_encoder)
-        if of_encoder or not encoder:
-            found.append((str(span.row["request_id"]), span.first, span.length, span.begin))
-    requests = [each[0] for each in found]
-    first, length, begin = ([each[1:][at] for each in found] for at in range(3))
-    return _Spans(requests, first, length, begin, kinds, len(set(requests)) == len(requests))
-
-
 def _by_request(blocks: Sequence[_Block]) -> dict[str, list[_Part]]:
     found: dict[str, list[_Part]] = {}
     for spans, source, at in blocks:
@@ -338,21 +254,3 @@ def _newest_of(pieces: Pieces) -> Pieces:
     chosen = np.array([newest[position][0] for position in positions], dtype=np.int64)
     before = np.array([newest[position][1] for position in positions], dtype=np.int64)
     return pieces.take(chosen).cut(before, np.ones_like(before))
-
-
-def _steps(run: Run) -> Iterator[Step]:
-    """The whole steps with their documents; of a remote run several are on their way at a time."""
-    numbers = run.steps
-    if run.stored.is_local:
-        yield from map(run.step, numbers)
-        return
-    with ThreadPoolExecutor(_REMOTE_THREADS, "tlcore-read") as pool:
-        for begin in range(0, len(numbers), 4 * _REMOTE_THREADS):
-            steps = list(map(run.step, numbers[begin : begin + 4 * _REMOTE_THREADS]))
-            list(pool.map(lambda step: step.documents, steps))
-            yield from steps
-
-
-def _without_device(name: str, record: Json) -> str:
-    """A name without what tells the device and the rank."""
-    return name.removesuffix(f"_{naming.device_label(str(record['device']), int(record['rank']))}")

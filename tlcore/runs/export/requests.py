@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import closing
 from itertools import chain
 from typing import Any
@@ -12,8 +12,10 @@ import numpy as np
 import torch
 
 from ...errors import ReadError
+from ...hotpath.copying import can_write_from
 from ...layout.dtypes import torch_dtype
-from ...reader.dataset.reading import Bytes, row_width
+from ...reader.dataset.reading import Maps, row_width
+from ...storage import Buffer
 from .disk import write_documents
 from .job import Advance, Job, Part, Workers, parts_of, pyarrow
 from .safetensors_file import FileOf
@@ -22,6 +24,7 @@ from .tables import Array, feature, list_feature, listed, with_features
 # What is read and written at a time: few enough bytes that a processor still has them near.
 WINDOW_BYTES = 32 << 20
 _TABLE_ROWS = 1000
+_LEAST_GATHERED = 512
 _NUMBERS = list_feature(feature("int64"))
 _FEATURES = {
     "input_ids": _NUMBERS,
@@ -31,6 +34,8 @@ _FEATURES = {
 }
 _TABLE = "data-00000-of-00001.arrow"
 
+# Writes a file: its name, what stands before the rows, which rows, and what stands behind them.
+_Put = Callable[[str, bytes, slice, Buffer], None]
 # Token ids, loss mask, and whose they are.
 _Row = tuple[Array, Array, str]
 
@@ -100,17 +105,18 @@ def write_part(job: Job, part: Part, advance: Advance) -> list[_Row]:
     form = FileOf(
         {"hidden_states": (column.dtype, (len(job.columns), *column.shape)), "token_ids": ("int64", ())}
     )
+    width = row_width(job.data.forms[column.terms[0]])
+    maps = _maps(job, width)
     for window in range(part.begin, part.end):
         number, _ = order.bounds(window)
         items = order.items(window)
         counts = job.data.counts_of(items).tolist()
-        states, known = _read(job, items, sum(counts))
+        known, put = _read(job, items, sum(counts)) if maps is None else _placed(job, items, maps, width)
         begin = 0
         for count in counts:
             own = slice(begin, begin + count)
             ids, request = known["token_ids"][own], job.data.requests[int(known["request"][begin])]
-            head = form.head(count, {"request_id": request, **layers})
-            job.target.put(_name(number), [head, states[own].reshape(-1).data, ids.data])
+            put(_name(number), form.head(count, {"request_id": request, **layers}), own, ids.data)
             mask = known["response"][own].astype(np.int64) if job.loss == "response" else np.ones_like(ids)
             # Copied: what is kept of a request keeps all that was read with it.
             rows.append((ids.copy(), mask, request))
@@ -119,8 +125,29 @@ def write_part(job: Job, part: Part, advance: Advance) -> list[_Row]:
     return rows
 
 
-def _read(job: Job, items: Any, count: int) -> tuple[Bytes, dict[str, Any]]:
-    """The layers of each position side by side, as bytes until the next ones; and what is known of it."""
+def _maps(job: Job, width: int) -> Maps | None:
+    """Maps of the run's files, for the system to copy from right into the export; None where it cannot be.
+
+    Sums are computed, and of many small rows to tell where each lies takes longer than to copy them.
+    """
+    if job.target.put_gathered is None or len(job.columns) == 1 or width < _LEAST_GATHERED:
+        return None
+    if not can_write_from():
+        return None
+    return job.data.maps() if len(_direct(job)) == len(job.columns) == len(job.data.names) else None
+
+
+def _placed(job: Job, items: Any, maps: Maps, width: int) -> tuple[dict[str, Any], _Put]:
+    """What is known of each position of some requests, and what writes them from where they lie."""
+    places, known = job.data.places(items, maps)
+    columns = places[:, [job.data.names.index(column.terms[0]) for column in job.columns]]
+    gathered = job.target.put_gathered
+    assert gathered is not None
+    return known, lambda name, head, own, tail: gathered(name, head, columns[own].reshape(-1), width, tail)
+
+
+def _read(job: Job, items: Any, count: int) -> tuple[dict[str, Any], _Put]:
+    """What is known of each position, and what writes its layers side by side; until the next are read."""
     width, layers = row_width(job.data.forms[job.columns[0].terms[0]]), len(job.columns)
     direct = _direct(job)
     apart = [name for name in job.data.names if name not in direct]
@@ -135,7 +162,9 @@ def _read(job: Job, items: Any, count: int) -> tuple[Bytes, dict[str, Any]]:
     for number, column in enumerate(job.columns):
         if number not in direct.values():
             _add_up([torch.from_numpy(into[name]).view(dtype) for name in column.terms], values[:, number])
-    return states, known
+    return known, lambda name, head, own, tail: job.target.put(
+        name, [head, states[own].reshape(-1).data, tail]
+    )
 
 
 def _direct(job: Job) -> dict[str, int]:

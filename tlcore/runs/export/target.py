@@ -7,18 +7,22 @@ documents that make a data set of them come last.
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import shutil
 import tempfile
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Protocol
 from uuid import uuid4
 
+import numpy as np
+
 from ...errors import BackendError, ReadError, TlcoreError
+from ...hotpath.copying import write_all, write_from
 from ...locations import is_url, redact_url
 from ...registry import open_store
 from ...storage import Buffer, Store
@@ -29,14 +33,18 @@ log = logging.getLogger("tlcore")
 REMOTE_THREADS = 8
 # As pyarrow, `datasets` and others leave out what begins so.
 _UNFINISHED = ".unfinished-"
-# What the system takes in one call.
-_MOST_PARTS = 512
 # What S3 copies at a time, in bytes, and what files have beside their values, generously.
 _MOST_COPIED = 5 << 30
 _HEAD_BYTES = 1 << 20
 _S3 = ("s3", "s3a")
 # Of the names that a message has.
 _MOST_SHOWN = 5
+
+
+# Addresses.
+Rows = np.ndarray[Any, np.dtype[np.int64]]
+# Takes the file's name, what stands before the rows, their addresses, the bytes of each, what stands behind.
+PutGathered = Callable[[str, Buffer, Rows, int, Buffer], None]
 
 
 class Target(Protocol):
@@ -49,6 +57,11 @@ class Target(Protocol):
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """Write a file from memory. Raises BackendError."""
+        ...
+
+    @property
+    def put_gathered(self) -> PutGathered | None:
+        """What writes a file from where its rows lie; None where it must be given their bytes."""
         ...
 
     def file(self, name: str) -> Any:
@@ -75,6 +88,26 @@ class DirectoryTarget:
 
     def put(self, name: str, parts: Sequence[Buffer]) -> None:
         """Write a file."""
+        with self._new(name) as handle:
+            write_all(handle, parts)
+
+    def put_gathered(self, name: str, head: Buffer, rows: Rows, width: int, tail: Buffer) -> None:
+        """Write a file with rows of so many bytes from their addresses in its middle.
+
+        Raises BackendError; ReadError where the rows are no longer there.
+        """
+        with self._new(name) as handle:
+            write_all(handle, [head])
+            try:
+                write_from(handle, rows, width)
+            except OSError as error:
+                if error.errno == errno.EFAULT:
+                    raise ReadError(f"{name}: a file of the run was cut off while it was read") from error
+                raise
+            write_all(handle, [tail])
+
+    @contextmanager
+    def _new(self, name: str) -> Iterator[int]:
         path = os.path.join(self._directory, name)
         try:
             try:
@@ -83,7 +116,7 @@ class DirectoryTarget:
                 self._make_parents(name)
                 handle = _created(path)
             try:
-                _write(handle, parts)
+                yield handle
             finally:
                 os.close(handle)
         except OSError as error:
@@ -128,6 +161,7 @@ class UrlTarget:
     """A place behind a URL. Its unfinished files lie apart from others', by a name that is drawn."""
 
     is_local = False
+    put_gathered: PutGathered | None = None
 
     def __init__(self, url: str, options: Mapping[str, Any] | None) -> None:
         self._url, self._options = url, options
@@ -308,13 +342,3 @@ def _absent(place: str, name: str) -> BackendError:
 
 def _created(path: str) -> int:
     return os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o666)
-
-
-def _write(handle: int, parts: Sequence[Buffer]) -> None:
-    views = [view for view in (memoryview(each).cast("B") for each in parts) if view]
-    while views:
-        done = os.writev(handle, views[:_MOST_PARTS])
-        while views and done >= len(views[0]):
-            done -= len(views.pop(0))
-        if done:
-            views[0] = views[0][done:]

@@ -1,0 +1,69 @@
+"""Steps without their records, for who looks at all of a run's steps and finds most of them alike."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from functools import cached_property
+from typing import TYPE_CHECKING, cast
+
+from ..layout.names import rank_suffix, step_dir
+from ..protocols import Outline, SupportsOutlines
+from ..record import Json
+from .documents import check_step
+from .step import Step
+from .stored import Stored
+
+if TYPE_CHECKING:
+    from .run import Run
+
+
+class OutlinedStep(Step):
+    """A whole step that has no records: what rows and tokens it has is told, as of any step.
+
+    ``whole`` is the step with its records. ``alike`` is equal for steps whose records differ only in their
+    names' step, in hashes and places.
+    """
+
+    @cached_property
+    def _outlines(self) -> Mapping[int, Outline]:
+        # Asked once for all steps (`has_outlines`): it takes as long as an outline.
+        source = cast(SupportsOutlines, self._stored.source)
+        with self._stored.asking():
+            return {rank: source.outline(self.number, rank) for rank in self.ranks}
+
+    @cached_property
+    def documents(self) -> Mapping[int, Json]:
+        """What each rank's ``step.json`` says beside its records. Raises MissingError or ReadError."""
+        return {rank: self._checked(rank, each.rest, []) for rank, each in self._outlines.items()}
+
+    @property
+    def alike(self) -> Hashable:
+        """See above."""
+        return tuple((rank, each.alike) for rank, each in self._outlines.items())
+
+    @property
+    def whole(self) -> Step:
+        """The same step with its records. Raises ReadError."""
+        step = Step(self._stored, self.number, self.ranks, self.complete, self._places)
+        with self._stored.asking():
+            records = {rank: each.records() for rank, each in self._outlines.items()}
+        step.documents = {
+            rank: self._checked(rank, each.rest, records[rank]) for rank, each in self._outlines.items()
+        }
+        return step
+
+    def _checked(self, rank: int, rest: Json, records: list[Json]) -> Json:
+        where = f"{self._stored.url}/{step_dir(self.number)}/step{rank_suffix(rank)}.json"
+        document = {**rest, "calls": [], "records": records}
+        return check_step(document, where, self.number, self._stored.sound_records.problem)
+
+
+def has_outlines(stored: Stored) -> bool:
+    """Whether a run's steps can be outlined."""
+    return isinstance(stored.source, SupportsOutlines)
+
+
+def outlined(run: Run, number: int) -> OutlinedStep:
+    """A whole step of a run that `has_outlines`."""
+    step = run.step(number)
+    return OutlinedStep(run.stored, number, step.ranks, True, run.ranks)
