@@ -114,7 +114,8 @@ class Places:
         # Earlier writers took the arrays of a number and of a vector of one for the same.
         if place.dtype != entry["dtype"] or list(place.row) != entry["shape"][1:]:
             raise self._damaged(f"array {number} is the same as one of another form")
-        return place._replace(scalar=not entry["shape"])
+        scalar = not entry["shape"]
+        return place if place.scalar is scalar else place._replace(scalar=scalar)
 
 
 class ArrayOfRows(Sequence[ArrayRows]):
@@ -159,4 +160,8 @@ def numbers_of(values: Any, damaged: Damaged, most: int = LARGEST) -> list[int]:
     """A list of such numbers."""
     if not isinstance(values, list):
         raise damaged("something is no list of numbers")
-    return [number_of(value, damaged, most) for value in values]
+    for value in values:
+        # An index has many; a call for each takes longer than looking at it.
+        if type(value) is not int or not 0 <= value <= most:
+            number_of(value, damaged, most)
+    return list(values)
