@@ -23,7 +23,7 @@ from .matching.match import match
 from .matching.pairs import Matching, Pair
 from .matching.rules import Rules, compiled_patterns, positions, renames
 from .measure import Tolerance
-from .noise.advice import advice
+from .noise.advice import advice, other_batches
 from .noise.counterparts import Pieces
 from .noise.further import Further, RunLike, opened_run, path_of
 from .other_code import other_code
@@ -128,7 +128,7 @@ def compare(
                 results = further.judge(pool, task, (run_a, run_b), pairing, pieces, results)
     finally:
         unshare(task)
-    results, pieces, reordered = without_reordered(results, pieces)
+    results, pieces, reordered = without_reordered(results, pieces, other_batches(pieces))
     results = _detailed((run_a, run_b), pieces, results)
     origin = Origin((run_a, run_b), pieces, held, matching.left_out)
     notes = [*matching.notes, *reordered, *_notes((run_a, run_b), results, tolerance, further)]

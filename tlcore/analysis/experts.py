@@ -7,12 +7,14 @@ from typing import TypeVar
 
 import torch
 
+from .matching.pairs import Pair
 from .measure import Tolerance
 from .results import Gap, TensorResult
 
 T = TypeVar("T")
 _SHOWN = 3
 IN_ANOTHER_ORDER = "the same experts in another order"
+_OTHERS = "other experts for "
 
 
 def in_order_of(experts: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
@@ -40,34 +42,38 @@ def other_experts(
         shown.append(text + _margin(token, set(mine) - set(other), set(other) - set(mine), logits))
     more = len(differing) - len(shown)
     told = "; ".join(shown) + (f"; and {more} more" if more else "")
-    return f"other experts for {len(differing)} of {len(a)} tokens: {told}"
+    return f"{_OTHERS}{len(differing)} of {len(a)} tokens: {told}"
 
 
 def without_reordered(
-    results: Sequence[TensorResult], beside: Sequence[T]
-) -> tuple[list[TensorResult], list[T], list[Gap]]:
-    """The results, and what stands ``beside`` each, without those that only another order can have changed.
+    results: Sequence[TensorResult], pieces: Sequence[tuple[Pair, T]], other_batches: bool
+) -> tuple[list[TensorResult], list[tuple[Pair, T]], list[Gap]]:
+    """The results, and the pairs behind them, without those that differ since they have other rows.
 
-    What modules within the experts compute has its rows in the order of the choices; their results are
-    added up to what is compared anyway.
+    What modules within the experts compute has rows as the choices and the batch say; added up, it is
+    compared anyway.
     """
-    outer = {
-        (each.step, each.rank, each.module)
-        for each in results
-        if each.reason == IN_ANOTHER_ORDER and each.direction == "inputs"
-    }
-    if not outer:
-        return list(results), list(beside), []
+    inputs = [
+        ((each.step, each.rank, each.module), (each.reason or "").startswith((IN_ANOTHER_ORDER, _OTHERS)))
+        for each, (pair, _) in zip(results, pieces, strict=True)
+        if pair.a.is_experts and each.direction == "inputs"
+    ]
+    otherwise = {call for call, changed in inputs if changed}
+    # Of whose rows these are, nothing is known where they are no request's.
+    mixed = {call for call, _ in inputs} if other_batches else set()
 
-    def is_within(result: TensorResult) -> bool:
+    def is_compared(result: TensorResult) -> bool:
+        if result.status != "different":
+            return True
         parts = result.module.split(".")
-        around = (".".join(parts[:count]) for count in range(1, len(parts)))
-        return any((result.step, result.rank, module) in outer for module in around)
+        around = {(result.step, result.rank, ".".join(parts[:count])) for count in range(1, len(parts))}
+        return not around & otherwise and (result.request is not None or not around & mixed)
 
-    kept = [each.status != "different" or not is_within(each) for each in results]
+    kept = [is_compared(each) for each in results]
     count = len(kept) - sum(kept)
-    notes = [Gap(f"{count} tensors within experts that were chosen in another order: their rows are, too")]
-    pairs = [pair for pair, keep in zip(zip(results, beside, strict=True), kept, strict=True) if keep]
+    why = "computed in other batches" if other_batches else "chosen otherwise"
+    notes = [Gap(f"{count} tensors within experts that were {why}: their rows are other ones")]
+    pairs = [pair for pair, keep in zip(zip(results, pieces, strict=True), kept, strict=True) if keep]
     return [result for result, _ in pairs], [other for _, other in pairs], notes if count else []
 
 
