@@ -110,9 +110,7 @@ class SegmentSink:
             self._segment.write(batch)
             if self._segment.open_bytes >= self._large_bytes:
                 self._stream()
-            if self._segment.is_empty and (
-                self._segment.nbytes >= self._most_bytes or self._segment.open_arrays >= MOST_ARRAYS
-            ):
+            if self._segment.is_empty and self._is_full_of_open_step:
                 self._journey.send_file(self._segment.file_open_step())
             self._count()
 
@@ -122,6 +120,13 @@ class SegmentSink:
             return
         self._seal()
         self._segment.stream(self._appending, self._most_bytes, self._journey.note_file)
+
+    @property
+    def _is_full_of_open_step(self) -> bool:
+        segment = self._segment
+        return not segment.is_streamed and (
+            segment.nbytes >= self._most_bytes or segment.open_arrays >= MOST_ARRAYS
+        )
 
     @property
     def _was_large(self) -> bool:

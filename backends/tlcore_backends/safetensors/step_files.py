@@ -78,6 +78,9 @@ class StepFiles:
             file.add(tensor, column)
         if self._file is not None:
             self._file.flush()
+            if self._file.nbytes >= self._most_bytes:
+                # What waits for its end is in memory.
+                self.finish()
 
     def finish(self) -> None:
         """Publish the file that is open. Raises BackendError."""
@@ -114,13 +117,17 @@ class _StepFile:
         self._waiting: list[Buffer] = []
         self._late: list[tuple[Column, bytes]] = []
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors so far."""
+        return self._position + self.late_bytes
+
     def has_room(self, tensor: Tensor, most_bytes: int) -> bool:
         """Whether another tensor should follow; a file without any takes each."""
         if not self._columns:
             return True
-        nbytes = self._position + self.late_bytes
         entry = 3 * len(quoted(tensor.slot.tail)) + 20 * len(tensor.slot.row) + _ROOM_FOR_ENTRY
-        return nbytes < most_bytes and self._header_bytes + entry <= self._reserve
+        return self.nbytes < most_bytes and self._header_bytes + entry <= self._reserve
 
     def add(self, tensor: Tensor, column: Column) -> None:
         """Note a tensor: call `flush` before its bytes change."""

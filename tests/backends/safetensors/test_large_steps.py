@@ -105,6 +105,20 @@ def test_nothing_of_it_is_kept_in_memory_and_nothing_is_seen_before_its_end(tmp_
     assert sum(name.endswith(".safetensors") for name in names(store)) == 3
 
 
+def test_tensors_that_would_misalign_others_wait_for_the_end_of_a_file_at_most(tmp_path: Path) -> None:
+    held: list[int] = []
+    store = LocalStore(tmp_path / "run")
+    sink = SegmentSink(SEGMENT_BYTES, commit_s=100)
+    sink.open(run_info(store, hold=held.append))
+    emitter = Emitter(sink)
+    odd = {f"m{n}/outputs_cpu": torch.randint(0, 99, (70_001,), dtype=torch.int8) for n in range(4)}
+    emitter.step(0, {"a/outputs_cpu": torch.randn(3, 5).to(torch.bfloat16), **odd}, batches=5)
+    assert max(held) < 2 * SEGMENT_BYTES
+    sink.close()
+    emitter.check(SegmentSource(store, CLOSED))
+    assert problems(store) == []
+
+
 def test_a_header_without_room_begins_another_file_with_more(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
