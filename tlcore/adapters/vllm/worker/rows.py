@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from itertools import accumulate
 from typing import Any
 
-import numpy as np
 import torch
 
 from ....record import Json
@@ -174,8 +173,9 @@ def _agree(what: str, one: list[int], other: list[int]) -> None:
 
 
 def _integers(values: Any) -> list[int]:
-    """The integers of a numpy array, or of a buffer that has one beside its device tensor."""
-    return [int(each) for each in np.asarray(getattr(values, "np", values)).tolist()]
+    """The integers of an array or tensor, or of a buffer that has an array beside its device tensor."""
+    array = getattr(values, "np", values)
+    return [int(each) for each in (array.tolist() if hasattr(array, "tolist") else array)]
 
 
 def _tensor(values: Any) -> torch.Tensor:
