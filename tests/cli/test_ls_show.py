@@ -178,3 +178,14 @@ def test_ranks_and_their_parts_are_shown(tmp_path: Path, capsys: pytest.CaptureF
     assert main(["show", url, "a_proj/outputs_0_cpu_rank_1", "--json"]) == 0
     described = json.loads(capsys.readouterr().out)
     assert (described["rank"], described["part"]["tp_size"]) == (1, 2)
+
+
+def test_parts_that_cannot_be_joined_are_shown_with_the_reason(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    part = {"unknown": "tokens of several replicas"}
+    url = ranks_run(tmp_path, [{"a_proj": torch.ones(1, 2)}] * 2, {"a_proj": {"inputs": {"*": part}}}).url
+    assert main(["ls", url, "--step", "0"]) == 0
+    shown = capsys.readouterr().out
+    assert "rank 0's own (tokens of several replicas)" in shown and "rank 1's own" in shown
+    assert main(["show", url, "a_proj/inputs_0_cpu"]) == 0

@@ -185,8 +185,11 @@ def _note(record: Json) -> str | None:
     notes = []
     if "part" in record:
         part = record["part"]
-        how = "sum" if part.get("sum") else f"dim {part['dim']}"
-        notes.append(f"part {part['tp_rank'] + 1} of {part['tp_size']} ({how})")
+        if "unknown" in part:
+            notes.append(f"rank {record['rank']}'s own ({part['unknown']})")
+        else:
+            how = "sum" if part.get("sum") else f"dim {part['dim']}"
+            notes.append(f"part {part['tp_rank'] + 1} of {part['tp_size']} ({how})")
     if "alias_of" in record:
         notes.append(f"same as {record['alias_of'].partition('/')[2]}")
     return ", ".join(notes) or None
