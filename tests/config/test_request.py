@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -11,6 +13,7 @@ from jsonschema import Draft202012Validator
 import tlcore_schemas
 from tlcore.config.configuration import load_config
 from tlcore.config.request import Allowed, RequestChoice, request_choice, unknown_module
+from tlcore.engine.filters.choosing import ModuleNames
 from tlcore.errors import ConfigError
 from tlcore.layout.windows import Window
 
@@ -54,7 +57,14 @@ def test_a_choice_is_read_from_a_mapping_and_from_text(
         ("{", "$.tlcore", "not valid JSON"),
         ('{"rows": "all", "rows": "last"}', "$.tlcore", "twice"),
         ("[" * 100_000, "$.tlcore", "longer than"),
-        ("[" * 60_000, "$.tlcore", "nesting"),
+        ("[" * 30_000, "$.tlcore", "nesting"),
+        ('{"rows": ' + "[" * 600 + "]" * 600 + "}", "$.tlcore.rows[0][0]", "more than 32 levels deep"),
+        ({"modules": "[" * 600 + "]" * 600}, "$.tlcore.modules", "1 to 64"),
+        ({"k" * 30_000: 1}, f'$.tlcore["{"k" * 76}...]', "unknown key"),
+        ('{"rows": {"from": 1e400}}', "$.tlcore.rows.from", "finite"),
+        ('{"rows": {"from": ' + "9" * 5000 + "}}", "$.tlcore", "too long"),
+        ('{"modules": ["a", {"b": "\\ud800"}]}', "$.tlcore.modules[1]", r'{"b": "\ud800"} is not allowed'),
+        ('{"\\ud800": 1}', r'$.tlcore["\ud800"]', "unknown key"),
         ([], "$.tlcore", "JSON object"),
         ("true", "$.tlcore", "JSON object"),
     ],
@@ -63,6 +73,26 @@ def test_a_wrong_one_is_refused_with_its_key(given: Any, path: str, words: str) 
     with pytest.raises(ConfigError) as caught:
         request_choice(given)
     assert caught.value.path == path and words in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        json.dumps({"modules": [0] * 5000}),
+        json.dumps({f"key{number}": 1 for number in range(2000)}),
+        json.dumps({"rows": {f"from{number}": 1 for number in range(1500)}}),
+        json.dumps({"modules": ["*" * 200 + "z" + "*" * 50] * 64}),
+    ],
+    ids=["wrong items", "unknown keys", "unknown ends", "stars"],
+)
+def test_none_keeps_a_server_long(given: str) -> None:
+    begin = time.process_time()
+    with suppress(ConfigError):
+        choice = request_choice(given)
+        assert choice is not None and choice.modules is not None
+        names = ModuleNames(choice.modules)
+        assert not any(f"model.layers.{number}.mlp" in names for number in range(8000))
+    assert time.process_time() - begin < 2
 
 
 def test_nothing_is_allowed_by_default_but_to_be_left_out() -> None:

@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 from ..errors import ConfigError
 
 # A colon after an even number of backslashes is not escaped.
 _CALL_INDEX = re.compile(r"(?<!\\)(?P<slashes>(?:\\\\)*):(?P<index>[0-9]+)\Z")
+
+# What is escaped, a set of characters, a choice, or a repetition, perhaps of a group.
+_COSTLY = re.compile(
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|(?P<choice>\|)"
+    r"|(?P<group>\))?(?P<repetition>(?:[*+]|\{[0-9]*,?[0-9]*\}|(?<!\()\?)[?+]?)",
+    re.DOTALL,
+)
+_VERBOSE = re.compile(r"\(\?[a-zA-Z-]*x")
+# Of a text that is searched, so many characters are looked at.
+LONGEST_SEARCHED = 256
 
 
 def parse_pattern(text: str, path: str = "$.module_call_match") -> tuple[re.Pattern[str], int | None]:
@@ -37,3 +48,16 @@ def check_regex(text: str, path: str) -> re.Pattern[str]:
         raise ConfigError(path, problem, "See Python's re module for the syntax.") from None
     except (OverflowError, RecursionError, ValueError) as error:
         raise ConfigError(path, f"the pattern is too large to use: {error}.") from None
+
+
+def most_steps(text: str) -> float:
+    """How many steps a search for a regular expression takes at most, roughly: infinite where groups repeat.
+
+    A text of `LONGEST_SEARCHED` characters may be divided among repetitions in each way that there is.
+    """
+    steps: float = LONGEST_SEARCHED
+    for each in _COSTLY.finditer(text):
+        if each["group"]:
+            return math.inf
+        steps *= 2 if each["choice"] else LONGEST_SEARCHED if each["repetition"] else 1
+    return math.inf if _VERBOSE.search(text) else steps

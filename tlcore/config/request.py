@@ -11,12 +11,12 @@ from ..errors import ConfigError, nearest
 from ..layout.jsontext import parse_json
 from ..layout.windows import Window, window_of
 from .configuration import Config
-from .validation import PathPart, coerce, json_path, plain, problems, show
+from .validation import PathPart, coerce, each_problem, json_path, plain, show
 
 # Where a request carries it, which the paths of errors begin with.
 KEY = "tlcore"
 KEYS = ("enabled", "modules", "rows", "deliver")
-_LONGEST_TEXT = 1 << 16
+_LONGEST_TEXT = 1 << 15
 Rows = Literal["last"] | Window
 ALL = Window()
 
@@ -61,9 +61,8 @@ def _of_text(value: str) -> RequestChoice | None:
 
 def _of(value: Any) -> RequestChoice | None:
     document = coerce(plain(_document(value), (KEY,)), _schema())
-    found = problems(document, _schema(), (KEY,))
-    if found:
-        raise found[0]
+    for problem in each_problem(document, _schema(), (KEY,)):
+        raise problem
     if not document or document == {"deliver": False}:
         return None
     modules = document.get("modules")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..errors import ConfigError, nearest
@@ -15,6 +15,8 @@ Schema = Mapping[str, Any]
 PathPart = str | int
 
 _LONGEST_SHOWN = 80
+# Deeper than anything that is asked for, and far from where Python gives up.
+_DEEPEST = 32
 _NOUNS = {
     "boolean": "true or false",
     "integer": "an integer",
@@ -33,15 +35,22 @@ def json_path(parts: Sequence[PathPart]) -> str:
         if isinstance(part, int):
             steps.append(f"[{part}]")
         else:
-            steps.append(f".{part}" if part.isidentifier() else f"[{json.dumps(part)}]")
+            steps.append(f".{part}" if _is_plain(part) else f"[{show(part)}]")
     return "$" + "".join(steps)
+
+
+def _is_plain(key: str) -> bool:
+    return len(key) <= _LONGEST_SHOWN and key.isidentifier()
 
 
 def plain(value: Any, parts: tuple[PathPart, ...] = ()) -> Any:
     """``value`` as JSON data: tuples and ranges become lists, paths strings, mappings dicts.
 
-    Raises ConfigError for a key that is not a string, a NaN or infinity, and any other type.
+    Raises ConfigError for a key that is not a string, a NaN or infinity, any other type, and values in values
+    without an end.
     """
+    if len(parts) > _DEEPEST:
+        raise ConfigError(json_path(parts[:4]), f"it is nested more than {_DEEPEST} levels deep.")
     if value is None or isinstance(value, (bool, int, str)):
         return value
     if isinstance(value, float):
@@ -87,7 +96,7 @@ def _from_text(text: str, schema: Schema) -> Any:
     if as_string is not None and _validator(as_string).is_valid(text):
         return text
     try:
-        value = parse_json(text)
+        value = plain(parse_json(text))
     except ConfigError:
         return text
     return text if isinstance(value, str) or _branch(schema, value) is None else value
@@ -128,13 +137,18 @@ def problems(
     ``parts`` is where ``value`` lies in the whole document. Values under the top-level keys ``hidden``
     (None = under any key) are never shown, as they may hold secrets.
     """
-    found: list[ConfigError] = []
+    return list(each_problem(value, schema, parts, hidden))
+
+
+def each_problem(
+    value: Any, schema: Schema, parts: tuple[PathPart, ...] = (), hidden: Collection[str] | None = ()
+) -> Iterator[ConfigError]:
+    """`problems` one by one, for whoever needs only the first: a value may have very many."""
     for error in _validator(schema).iter_errors(value):
         deepest = _deepest(error)
         inside = tuple(deepest.absolute_path)
         secret = hidden is None or (bool(inside) and inside[0] in hidden)
-        found += _explain(deepest, (*parts, *inside), secret)
-    return found
+        yield from _explain(deepest, (*parts, *inside), secret)
 
 
 def _deepest(error: Any) -> Any:
@@ -153,13 +167,15 @@ def _deepest(error: Any) -> Any:
     return error
 
 
-def _explain(error: Any, parts: tuple[PathPart, ...], secret: bool) -> list[ConfigError]:
+def _explain(error: Any, parts: tuple[PathPart, ...], secret: bool) -> Iterator[ConfigError]:
     if error.validator == "additionalProperties" and error.validator_value is False:
         known = list(error.schema.get("properties", {}))
-        return [unknown_key(parts, key, known) for key in error.instance if key not in known]
+        yield from (unknown_key(parts, key, known) for key in error.instance if key not in known)
+        return
     if error.validator == "required":
         missing = next(key for key in error.validator_value if key not in error.instance)
-        return [ConfigError(json_path(parts), f'the key "{missing}" is missing.')]
+        yield ConfigError(json_path(parts), f'the key "{missing}" is missing.')
+        return
     shown = noun(error.instance) if secret else show(error.instance)
     near = error.validator == "enum" and isinstance(error.instance, str)
     hint = (
@@ -167,7 +183,7 @@ def _explain(error: Any, parts: tuple[PathPart, ...], secret: bool) -> list[Conf
         if near
         else None
     )
-    return [ConfigError(json_path(parts), f"{shown} is not allowed; allowed: {allowed(error.schema)}.", hint)]
+    yield ConfigError(json_path(parts), f"{shown} is not allowed; allowed: {allowed(error.schema)}.", hint)
 
 
 def unknown_key(parts: tuple[PathPart, ...], key: str, known: Sequence[str]) -> ConfigError:

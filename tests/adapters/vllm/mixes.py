@@ -14,7 +14,27 @@ from tests.fuzz.plants import PLANTS, Rows
 VOCABULARY, LONGEST = 512, 40
 # Which requests and rows are stored, with how often.
 _CHOSEN = {"request_ids": r"\.[02]-"}
+_WINDOWS: list[Any] = [
+    "prompt",
+    "response",
+    {"from": -3, "to": 12},
+    {"from": 2, "to": "prompt"},
+    {"from": -40, "to": -1},
+    {"from": 20},
+]
 _KEYS: list[dict[str, Any]] = [{}, {}, {}, {"rows": "last"}, {"rows": "response"}, _CHOSEN]
+_MORE_KEYS = [*_KEYS[2:], *({"rows": rows} for rows in _WINDOWS)]
+# What requests choose for themselves, of runs that let them.
+_OVERRIDES = {"request_overrides": ["enabled", "modules", "rows"]}
+_CHOICES: list[Any] = [
+    None,
+    {"enabled": False},
+    {"enabled": False, "rows": "prompt"},
+    {"enabled": True},
+    {"modules": ["*embed_tokens", "model.norm"]},
+    *({"rows": rows} for rows in _WINDOWS),
+    {"rows": "response", "modules": ["model.norm"]},
+]
 
 
 @dataclass
@@ -29,6 +49,7 @@ class Asked:
     abort_after: int | None
     prompt_logprobs: bool
     choice: bool
+    tlcore: Any
     tokens: list[list[int]]
 
     def sampling(self) -> Any:
@@ -43,6 +64,7 @@ class Asked:
             ignore_eos=not self.choice,
             prompt_logprobs=0 if self.prompt_logprobs else None,
             structured_outputs=choice,
+            extra_args=None if self.tlcore is None else {"tlcore": self.tlcore},
         )
 
 
@@ -52,20 +74,25 @@ def run_mix(llm: Any, output_dir: str, seed: int, plant: str | None = None) -> d
 
     chance = random.Random(seed)
     speculates = llm.llm_engine.vllm_config.speculative_config is not None
-    keys = {} if plant else chance.choice(_KEYS)
+    # A draft model's rows are held against their windows elsewhere.
+    windows = hasattr(llm, "beam_search") and (not speculates or _method(llm) == "ngram")
+    keys = {} if plant else dict(chance.choice(_MORE_KEYS if windows else _KEYS))
+    chooses = windows and plant is None and keys.get("rows") != "last" and chance.random() < 0.5
+    if chooses:
+        # None of those who choose nothing is captured where no step is selected.
+        keys |= {**_OVERRIDES, "log_step_ids": chance.choice([[], [10**6]])}
     changes = 0
     with tlcore.vllm.attach(
         llm,
         output_dir=output_dir,
-        log_step_ids=[],
         module_call_match=[r"embed_tokens$", r"model\.norm$", "logits"],
         backend="safetensors",
-        **keys,
+        **{"log_step_ids": [], **keys},
     ) as attached:
         if plant:
             llm.collective_rpc(_plant, args=(plant,))
         beams = chance.random() < 0.15 and not speculates and plant is None and hasattr(llm, "beam_search")
-        asked = [] if beams else _asked(chance, seed, speculates, plant is None)
+        asked = [] if beams else _asked(chance, seed, speculates, plant is None, chooses)
         if beams:
             _search(llm, chance)
         else:
@@ -76,7 +103,7 @@ def run_mix(llm: Any, output_dir: str, seed: int, plant: str | None = None) -> d
     return {**found, "seed": seed, "asked": [asdict(each) for each in asked]}
 
 
-def _asked(chance: random.Random, seed: int, speculates: bool, aborts: bool) -> list[Asked]:
+def _asked(chance: random.Random, seed: int, speculates: bool, aborts: bool, chooses: bool) -> list[Asked]:
     found: list[Asked] = []
     for place in range(chance.randint(1, 7)):
         prompt = [chance.randrange(3, VOCABULARY) for _ in range(chance.randint(1, LONGEST))]
@@ -97,6 +124,7 @@ def _asked(chance: random.Random, seed: int, speculates: bool, aborts: bool) -> 
                 abort_after=chance.randint(1, 6) if chance.random() < 0.2 and aborts else None,
                 prompt_logprobs=chance.random() < 0.3 and not speculates,
                 choice=chance.random() < 0.2,
+                tlcore=chance.choice(_CHOICES) if chooses else None,
                 tokens=[[] for _ in range(samples)],
             )
         )

@@ -2,44 +2,27 @@
 
 from __future__ import annotations
 
+import http.client
 import json
 import sys
 import time
-import urllib.error
-import urllib.request
+import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 from safetensors.torch import load
 
 import tlcore
+from tests.adapters.vllm.client import CHOICE, KEY, MLP, PROMPT, Answer, complete, fetch, send
 from tests.adapters.vllm.server import VllmServer, serving
 from tests.models import tiny_llama
+from tests.waiting import wait_until
 from tlcore.adapters.vllm.frontend.endpoint import ROOT_VARIABLE
 
 pytestmark = pytest.mark.slow
-KEY = "not-a-secret"
-MLP = "model.layers.2.mlp/outputs"
-CHOICE = {"deliver": True, "modules": ["model.layers.2.mlp"]}
-PROMPT = [5, 6, 7, 8]
-
-
-class Answer(NamedTuple):
-    """What came back, and how long its first byte took."""
-
-    status: int
-    headers: Any
-    body: bytes
-    first_byte_s: float
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """The body."""
-        found: dict[str, Any] = json.loads(self.body)
-        return found
 
 
 @pytest.fixture(scope="module")
@@ -69,43 +52,20 @@ def server(tmp_path_factory: pytest.TempPathFactory, dumps: Path) -> Iterator[Vl
         },
     }
     environment = {"VLLM_PLUGINS": "tlcore,tlcore.endpoint", ROOT_VARIABLE: str(dumps)}
+    environment["VLLM_ENABLE_RESPONSES_API_STORE"] = "1"
     with serving(tmp_path_factory.mktemp("server"), settings, environment) as running:
         yield running
 
 
-def _send(server: VllmServer, path: str, body: Any = None, **headers: str) -> Answer:
-    sent = {"Content-Type": "application/json", "Authorization": f"Bearer {KEY}", **headers}
-    data = None if body is None else json.dumps(body).encode()
-    begin = time.monotonic()
-    try:
-        answer = urllib.request.urlopen(urllib.request.Request(server.url + path, data, sent), timeout=90)
-    except urllib.error.HTTPError as error:
-        answer = error
-    with answer:
-        first = answer.read(1)
-        taken = time.monotonic() - begin
-        return Answer(answer.status, answer.headers, first + answer.read(), taken)
-
-
-def _complete(server: VllmServer, name: str, choice: Any = CHOICE, **more: Any) -> Answer:
-    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 3, "ignore_eos": True, "temperature": 0, **more}
-    body["vllm_xargs"] = {"tlcore": json.dumps(choice)}
-    return _send(server, "/v1/completions", body, **{"X-Request-Id": name})
-
-
-def _fetch(server: VllmServer, name: str, token: str, query: str = "", **headers: str) -> Answer:
-    return _send(server, f"/v1/tlcore/requests/{name}{query}", **{"X-Tlcore-Token": token, **headers})
-
-
 def test_a_request_is_described_and_its_tensors_are_those_of_the_run(server: VllmServer, dumps: Path) -> None:
-    answer = _complete(server, "one")
-    token = answer.headers["X-Tlcore-Token"]
+    answer = complete(server, "one")
+    token = answer.token
     assert answer.status == 200 and answer.json["id"] == "cmpl-one"
-    whole = _fetch(server, "cmpl-one.safetensors", token)
+    whole = fetch(server, "cmpl-one.safetensors", token)
     assert whole.status == 200, whole.body
     tensors = load(whole.body)
     assert {name.rpartition("/")[0] for name in tensors} == {"model.layers.2.mlp", ""}
-    said = _fetch(server, "cmpl-one", token).json
+    said = fetch(server, "cmpl-one", token).json
     assert (said["id"], said["index"], said["prompt_length"]) == ("cmpl-one", 0, 4)
     assert said["token_ids"] == tensors["token_ids"].tolist() and said["token_ids"][:4] == PROMPT
     assert said["tensors"][MLP]["positions"] == list(range(6)) and not said["tensors"][MLP]["gaps"]
@@ -116,59 +76,138 @@ def test_a_request_is_described_and_its_tensors_are_those_of_the_run(server: Vll
 
 
 def test_only_the_answers_token_opens_it_and_only_behind_the_key(server: VllmServer) -> None:
-    mine, other = (_complete(server, name).headers["X-Tlcore-Token"] for name in ("mine", "other"))
-    wrong = [_fetch(server, "cmpl-mine", token) for token in (other, "", mine[:-1])]
-    unknown = _fetch(server, "cmpl-nobody", mine)
+    mine, other = (complete(server, name).token for name in ("mine", "other"))
+    wrong = [fetch(server, "cmpl-mine", token) for token in (other, "", mine[:-1])]
+    unknown = fetch(server, "cmpl-nobody", mine)
     for answer in (*wrong, unknown):
         assert answer.status == 404 and answer.json["error"]["message"] == unknown.json["error"]["message"]
-    assert _fetch(server, "cmpl-mine", mine, Authorization="Bearer wrong").status == 401
-    assert _fetch(server, "cmpl-mine", mine).status == 200
+    assert fetch(server, "cmpl-mine", mine, Authorization="Bearer wrong").status == 401
+    assert fetch(server, "cmpl-mine", mine).status == 200
     log = server.log.read_text()
     assert mine not in log and other not in log
 
 
 def test_an_id_that_can_be_fetched_already_is_refused(server: VllmServer) -> None:
-    first = _complete(server, "twice")
-    again = _complete(server, "twice")
-    assert (first.status, again.status) == (200, 409) and "X-Tlcore-Token" not in again.headers
+    first = complete(server, "twice")
+    again = complete(server, "twice")
+    assert (first.status, again.status) == (200, 409) and not again.token
     assert "'cmpl-twice'" in again.json["error"]["message"]
-    assert _fetch(server, "cmpl-twice", first.headers["X-Tlcore-Token"]).status == 200
+    assert fetch(server, "cmpl-twice", first.token).status == 200
 
 
 def test_prompts_and_samples_are_told_apart_by_index(server: VllmServer) -> None:
     prompts = [[5, 6], [7, 8, 9]]
-    answer = _complete(server, "many", prompt=prompts, n=2, temperature=1)
-    token = answer.headers["X-Tlcore-Token"]
+    answer = complete(server, "many", prompt=prompts, n=2, temperature=1)
+    token = answer.token
     assert [choice["index"] for choice in answer.json["choices"]] == [0, 1, 2, 3]
     for index in range(4):
-        said = _fetch(server, "cmpl-many", token, f"?index={index}").json
+        said = fetch(server, "cmpl-many", token, f"?index={index}").json
         assert said["token_ids"][: said["prompt_length"]] == prompts[index // 2]
         assert (
-            len(load(_fetch(server, "cmpl-many.safetensors", token, f"?index={index}").body)["token_ids"]) > 3
+            len(load(fetch(server, "cmpl-many.safetensors", token, f"?index={index}").body)["token_ids"]) > 3
         )
     for wrong in ("4", "-1", "x"):
-        refused = _fetch(server, "cmpl-many", token, f"?index={wrong}")
+        refused = fetch(server, "cmpl-many", token, f"?index={wrong}")
         assert refused.status == 400 and "$.index" in refused.json["error"]["message"]
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_a_streamed_answer_carries_its_token_in_the_header(server: VllmServer, chat: bool) -> None:
-    name = f"streamed-{chat}"
-    if chat:
-        body = {"model": "tiny", "messages": [{"role": "user", "content": "the fox"}], "max_tokens": 3}
-        body |= {"stream": True, "vllm_xargs": {"tlcore": json.dumps(CHOICE)}}
-        answer = _send(server, "/v1/chat/completions", body, **{"X-Request-Id": name})
+def _ask(server: VllmServer, kind: str, name: str, choice: Any = CHOICE, **more: Any) -> Answer:
+    """The answer of any of the server's routes that generate."""
+    if kind == "completions":
+        return complete(server, name, choice, **more)
+    body: dict[str, Any] = {"model": "tiny", "vllm_xargs": {"tlcore": json.dumps(choice)}, **more}
+    messages = [{"role": "user", "content": "the fox"}]
+    if kind == "chat/completions":
+        body |= {"messages": messages, "max_tokens": 3}
     else:
-        answer = _complete(server, name, stream=True)
-    first = json.loads(answer.body.split(b"data: ")[1])
-    found = _fetch(server, f"{first['id']}.safetensors", answer.headers["X-Tlcore-Token"])
+        body |= {"input": "the fox", "max_output_tokens": 3, "request_id": f"resp-{name}"}
+    return send(server, f"/v1/{kind}", body, **{"X-Request-Id": name})
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "streamed"])
+@pytest.mark.parametrize("kind", ["completions", "chat/completions", "responses"])
+def test_every_answer_carries_its_token_in_the_header(server: VllmServer, kind: str, stream: bool) -> None:
+    answer = _ask(server, kind, f"carries-{stream}", stream=stream)
+    assert answer.status == 200, answer.body
+    first = json.loads(answer.body.split(b"data: ")[1].splitlines()[0]) if stream else answer.json
+    public_id = first["id"] if "id" in first else first["response"]["id"]
+    found = fetch(server, f"{public_id}.safetensors", answer.token)
     assert found.status == 200 and len(load(found.body)[MLP]) >= 1
+    assert _ask(server, kind, f"carries-{stream}", stream=stream).status == 409
+
+
+def test_what_is_answered_before_it_is_computed_is_not_delivered(server: VllmServer) -> None:
+    waits = {"background": True, "store": True}
+    refused = _ask(server, "responses", "background", **waits)
+    assert (refused.status, refused.json["error"]["param"]) == (400, "background")
+    assert not refused.token and "not delivered" in refused.json["error"]["message"]
+    assert _ask(server, "responses", "background", {"rows": "last"}, **waits).status == 200
+
+
+def _leave(server: VllmServer, name: str, stream: bool) -> str:
+    """Begin a long completion and close the connection; returns the token that came, if any."""
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "ignore_eos": True, "stream": stream}
+    body["vllm_xargs"] = {"tlcore": json.dumps(CHOICE)}
+    headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": name, "Content-Type": "application/json"}
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=60)
+    connection.request("POST", "/v1/completions", json.dumps(body), headers)
+    token = ""
+    if stream:
+        answer = connection.getresponse()
+        answer.readline()
+        token = answer.headers["X-Tlcore-Token"]
+        answer.close()
+    else:
+        time.sleep(0.1)
+    connection.close()
+    return token
+
+
+def test_of_a_stream_that_its_client_left_what_there_was_is_fetched(server: VllmServer) -> None:
+    token = _leave(server, "left", stream=True)
+    found = fetch(server, "cmpl-left.safetensors", token)
+    assert found.status == 200, found.body
+    tensors = load(found.body)
+    assert 4 <= len(tensors[MLP]) <= 103 and tensors["token_ids"].tolist()[:4] == PROMPT
+
+
+def test_an_id_whose_client_left_before_the_answer_is_free_again(server: VllmServer) -> None:
+    _leave(server, "gone", stream=False)
+    answers: list[Answer] = []
+
+    def answered() -> bool:
+        answers.append(complete(server, "gone"))
+        return answers[-1].status == 200
+
+    wait_until(answered, "the id is free", 60)
+    assert {each.status for each in answers} <= {200, 409}
+    assert fetch(server, "cmpl-gone", answers[-1].token).status == 200
+
+
+def test_of_a_request_without_rows_there_is_nothing(server: VllmServer) -> None:
+    for name, choice in (
+        ("far", {**CHOICE, "rows": {"from": 100}}),
+        ("no-answer", {**CHOICE, "rows": "response"}),
+    ):
+        answer = complete(server, name, choice, max_tokens=1)
+        assert answer.status == 200 and answer.token
+        for query in ("", ".safetensors"):
+            found = fetch(server, f"cmpl-{name}{query}", answer.token)
+            assert found.status == 404, found.body
+            assert "nothing was captured" in found.json["error"]["message"]
+
+
+def test_a_request_over_the_limits_has_no_token_and_leaves_its_id(server: VllmServer) -> None:
+    for more in ({"prompt": [5] * 200}, {"max_tokens": 500}, {"n": 10**9}, {"logprobs": 10**6}):
+        refused = complete(server, "over", **more)
+        assert refused.status == 400 and not refused.token, refused.body
+    assert complete(server, "over").status == 200
 
 
 def test_many_at_once_get_their_own_soon_after_the_answer(server: VllmServer) -> None:
     def one(number: int) -> float:
-        answer = _complete(server, f"load{number}", prompt=[9, 10 + number], max_tokens=8)
-        found = _fetch(server, f"cmpl-load{number}.safetensors", answer.headers["X-Tlcore-Token"])
+        answer = complete(server, f"load{number}", prompt=[9, 10 + number], max_tokens=8)
+        found = fetch(server, f"cmpl-load{number}.safetensors", answer.token)
         assert load(found.body)["token_ids"].tolist()[:2] == [9, 10 + number]
         return found.first_byte_s
 
@@ -183,9 +222,9 @@ def test_many_at_once_get_their_own_soon_after_the_answer(server: VllmServer) ->
 
 def test_zstd_and_nothing_else_is_compressed(server: VllmServer) -> None:
     zstandard = pytest.importorskip("zstandard")
-    token = _complete(server, "packed").headers["X-Tlcore-Token"]
-    plain = _fetch(server, "cmpl-packed.safetensors", token, **{"Accept-Encoding": "gzip"})
-    packed = _fetch(server, "cmpl-packed.safetensors", token, **{"Accept-Encoding": "zstd"})
+    token = complete(server, "packed").token
+    plain = fetch(server, "cmpl-packed.safetensors", token, **{"Accept-Encoding": "gzip"})
+    packed = fetch(server, "cmpl-packed.safetensors", token, **{"Accept-Encoding": "zstd"})
     assert plain.headers["Content-Encoding"] is None and packed.headers["Content-Encoding"] == "zstd"
     assert zstandard.ZstdDecompressor().decompress(packed.body) == plain.body
     assert load(plain.body)[MLP].shape[0] == 6
@@ -195,14 +234,14 @@ def test_what_is_not_allowed_or_forged_is_refused_and_others_have_no_token(serve
     forged = {"tlcore_delivery": "x"}
     for extra, key in (({"tlcore": '{"deliver": 1}'}, "tlcore.deliver"), (forged, "tlcore_delivery")):
         body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 1, "vllm_xargs": extra}
-        answer = _send(server, "/v1/completions", body)
+        answer = send(server, "/v1/completions", body)
         assert answer.status == 400 and answer.json["error"]["param"] == key
     for choice in ({}, {"rows": "last"}, {"enabled": False, "deliver": True}):
-        answer = _complete(server, "none", choice)
+        answer = complete(server, "none", choice)
         assert answer.status == 200, answer.body
-        token = answer.headers["X-Tlcore-Token"]
-        if token is not None:
-            assert _fetch(server, "cmpl-none", token).status == 404
-    assert _complete(server, "bad", {"deliver": True, "rows": "?"}).status == 400
-    assert _complete(server, "bad", {"deliver": True}, max_tokens=-1).status == 400
-    assert _complete(server, "bad", {"deliver": True}).status == 200
+        token = answer.token
+        if token:
+            assert fetch(server, "cmpl-none", token).status == 404
+    assert complete(server, "bad", {"deliver": True, "rows": "?"}).status == 400
+    assert complete(server, "bad", {"deliver": True}, max_tokens=-1).status == 400
+    assert complete(server, "bad", {"deliver": True}).status == 200

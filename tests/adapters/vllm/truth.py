@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from fnmatch import fnmatchcase as fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -92,7 +93,10 @@ def wrong_rows(
     return found if prompt is None else [*found, *_missing(request, len(tokens), prompt)]
 
 
-def _missing(request: Request, tokens: int, prompt: int) -> Iterator[str]:
+def _missing(
+    request: Request, tokens: int, prompt: int, wanted: Collection[int] | None = None
+) -> Iterator[str]:
+    """Rows that are not there, of all positions or those that are ``wanted``."""
     cached = {
         position
         for gap in (request.gaps(IDS) if IDS in request else ())
@@ -103,6 +107,8 @@ def _missing(request: Request, tokens: int, prompt: int) -> Iterator[str]:
         own = of_rank(request, name)
         there = set(request.positions(own)) if own in request else set()
         lacking = set(range(begin, tokens - 1)) - there - cached
+        if wanted is not None:
+            lacking &= set(wanted)
         if lacking:
             yield f"{name}: no rows of positions {sorted(lacking)}"
 
@@ -119,19 +125,63 @@ def complaints(mix: Mapping[str, Any], truth: Truth) -> list[str]:
 
 def _of_one(run: Run, asked: Mapping[str, Any], keys: Mapping[str, Any], truth: Truth) -> Iterator[str]:
     name, prompt, aborted = asked["name"], asked["prompt"], asked["abort_after"] is not None
+    choice = asked["tlcore"]
     chosen = "request_ids" not in keys or name.endswith((".0", ".2"))
+    if choice is not None or keys.get("log_step_ids"):
+        chosen = choice is not None and choice.get("enabled") is not False
     for sample, tokens in enumerate(asked["tokens"]):
+        wanted = _wanted(keys, choice or {}, len(prompt), len(tokens))
         try:
             request = run.request(name) if asked["samples"] == 1 else run.request(name, sample=sample)
         except MissingError:
-            # One that was taken back may never have run.
-            if chosen and not aborted and (keys.get("rows") != "response" or len(tokens) > 1):
+            # One that was taken back may never have run, and of one whose rows were cached there may be none.
+            if chosen and not aborted and wanted and "rows" not in {**keys, **(choice or {})}:
                 yield f"{name} is missing"
             continue
         if not chosen:
             yield f"{name} was not asked for"
-        if keys.get("rows") == "response" and IDS in request and request.positions(IDS)[0] < len(prompt):
-            yield f"{name}: rows of its prompt"
-        whole = len(prompt) if "rows" not in keys and not aborted else None
-        for text in wrong_rows(request, [*prompt, *tokens], truth, whole, further=aborted):
+        for text in _unwanted(request, keys, choice or {}, len(prompt)):
             yield f"{name}, sample {sample}: {text}"
+        modules = (choice or {}).get("modules")
+        whole = len(prompt) if not aborted and keys.get("rows") != "last" and modules is None else None
+        for text in wrong_rows(request, [*prompt, *tokens], truth, further=aborted):
+            yield f"{name}, sample {sample}: {text}"
+        for text in _missing(request, len(prompt) + len(tokens), whole, wanted) if whole else ():
+            yield f"{name}, sample {sample}: {text}"
+
+
+def _wanted(keys: Mapping[str, Any], choice: Mapping[str, Any], prompt: int, tokens: int) -> set[int]:
+    """The positions that the run's window and the request's own leave, of those that are computed."""
+    found = set(range(prompt + tokens - 1))
+    for rows in (keys.get("rows"), choice.get("rows")):
+        begin, end = _ends(rows, prompt)
+        found = {each for each in found if begin <= each and (end is None or each < end)}
+    return found
+
+
+def _ends(rows: Any, prompt: int) -> tuple[int, int | None]:
+    named = {None: (0, None), "last": (0, None), "prompt": (0, prompt), "response": (prompt, None)}
+    if not isinstance(rows, dict):
+        return named[rows]
+
+    def place(end: Any) -> int:
+        return prompt if end == "prompt" else end if end >= 0 else max(0, prompt + end)
+
+    return place(rows.get("from", 0)), place(rows["to"]) if "to" in rows else None
+
+
+def _unwanted(
+    request: Request, keys: Mapping[str, Any], choice: Mapping[str, Any], prompt: int
+) -> Iterator[str]:
+    """Rows outside the windows, and modules that the request has not chosen."""
+    for name in request:
+        for rows in (keys.get("rows"), choice.get("rows")):
+            begin, end = _ends(rows, prompt)
+            outside = [
+                each for each in request.positions(name) if each < begin or (end is not None and each >= end)
+            ]
+            if outside:
+                yield f"{name}: positions {outside} are none of {rows}"
+        modules = choice.get("modules")
+        if modules is not None and not any(fnmatch(name.partition("/")[0], each) for each in modules):
+            yield f"{name} is none of {modules}"

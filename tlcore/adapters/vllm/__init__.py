@@ -12,11 +12,12 @@ from types import ModuleType
 
 from ..patching import when_imported
 
-# The requests that may ask for a beam search, of the versions that have them in one place or in several.
-_BEAM_SEARCHES = (
+# A server's requests, of the versions that have them in one place or in several.
+_BODIES = (
     "vllm.entrypoints.openai.protocol",
     "vllm.entrypoints.openai.completion.protocol",
     "vllm.entrypoints.openai.chat_completion.protocol",
+    "vllm.entrypoints.openai.responses.protocol",
     "vllm.entrypoints.speech_to_text.transcription.protocol",
     "vllm.entrypoints.speech_to_text.translation.protocol",
 )
@@ -33,8 +34,8 @@ def register() -> None:
     when_imported("vllm.v1.core.sched.output", _patch_requests)
     when_imported("vllm.sampling_params", _patch_sampling)
     when_imported("vllm.v1.engine.input_processor", _patch_input)
-    for name in _BEAM_SEARCHES:
-        when_imported(name, _patch_beams)
+    for name in _BODIES:
+        when_imported(name, _patch_bodies)
 
 
 def platform() -> None:
@@ -93,10 +94,10 @@ def _patch_input(module: ModuleType) -> None:
     patch_input(module)
 
 
-def _patch_beams(module: ModuleType) -> None:
-    from .frontend.requests import patch_beams
+def _patch_bodies(module: ModuleType) -> None:
+    from .frontend.requests import patch_bodies
 
-    patch_beams(module)
+    patch_bodies(module)
 
 
 def _patch_workers(module: ModuleType) -> None:

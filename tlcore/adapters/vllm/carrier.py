@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 KEY = "intermediate_log_config"
+# In a carrier: the configuration is that of a client, not of the operator.
+OVER_HTTP = "over_http"
 
 
 class GivenConfig(dict[str, Any]):

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import xxhash
 
 from ...config.configuration import Config
+from ...config.patterns import LONGEST_SEARCHED
 
 # vLLM's own additions to an id: one that is another each time, and the number of a sample of ``n``.
 _ADDITIONS = re.compile(r"\A\d+_|-[0-9a-f]{8}\Z")
@@ -28,7 +29,9 @@ def request_filter(config: Config) -> Callable[[str], bool] | None:
     # A request is asked about in each of its steps.
     @functools.lru_cache(maxsize=1 << 16)
     def chooses(request_id: str) -> bool:
-        if patterns is not None and not any(pattern.search(request_id) for pattern in patterns):
+        if patterns is not None and not any(
+            pattern.search(request_id[:LONGEST_SEARCHED]) for pattern in patterns
+        ):
             return False
         if rate >= 1:
             return True

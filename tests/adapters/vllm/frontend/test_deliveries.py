@@ -40,7 +40,7 @@ def _params() -> Any:
 
 
 def _answer(
-    public_id: str, *statuses: int, prompts: int = 1, delivers: bool = True
+    public_id: str, *statuses: int, prompts: int = 1, delivers: bool = True, leaves: bool = False
 ) -> tuple[list[Any], list[Any]]:
     """What a server sends that makes sampling parameters for some prompts, and these."""
     sent: list[Any] = []
@@ -55,6 +55,8 @@ def _answer(
             assert delivery is not None
             delivery.add(f"{public_id}-{number}-0123abcd", f"{public_id}-{number}", 2)
             made.append(params)
+        if leaves:
+            assert await receive() == {"type": "http.disconnect"}
         for status in statuses:
             await send({"type": "http.response.start", "status": status, "headers": []})
             await send({"type": "http.response.body", "body": b"..."})
@@ -62,8 +64,11 @@ def _answer(
     async def send(message: Any) -> None:
         sent.append(message)
 
+    async def receive() -> Any:
+        return {"type": "http.disconnect"}
+
     middleware = TokenMiddleware(app, lambda: delivers)
-    asyncio.run(middleware({"type": "http"}, None, send))
+    asyncio.run(middleware({"type": "http"}, receive, send))
     return sent, made
 
 
@@ -200,3 +205,9 @@ def test_the_files_are_json_of_few_things(directory: Path) -> None:
     _answer("cmpl-a", 200)
     (path,) = directory.iterdir()
     assert set(json.loads(path.read_text())) == {"id", "token", "answered", "items"}
+
+
+def test_an_id_whose_client_left_before_the_answer_is_free(directory: Path) -> None:
+    _answer("cmpl-a", 200, leaves=True)
+    assert not list(directory.glob("*.delivery"))
+    assert find_delivery("cmpl-a", _token(_answer("cmpl-a", 200)[0])) is not None

@@ -22,6 +22,7 @@ from tlcore.adapters.vllm.frontend.endpoint import (
     ForbiddenError,
     restricted,
 )
+from tlcore.errors import ConfigError
 
 KEY = "not-a-secret"
 METRIC = re.compile(r'^tlcore_(\w+?)(?:_total)?\{rank="0"\} ([0-9.e+]+)$', re.MULTILINE)
@@ -112,6 +113,8 @@ def test_prometheus_counts_over_all_captures(server: VllmServer) -> None:
         ({"log_step_ids": "first"}, 400, r"\$\.log_step_ids"),
         (b"{", 400, "not JSON"),
         ([], 400, "JSON object"),
+        (b'{"rows": ' + b"[" * 600 + b"]" * 600 + b"}", 400, "more than 32 levels deep"),
+        ({"module_call_match": r"(\w+\.?)+\d!"}, 400, r"\$\.module_call_match\[0\]: the pattern takes more"),
         ({"output_dir": "/tmp/elsewhere"}, 403, "below the operator's"),
         ({"backend": "tests.sinks:MemorySink"}, 403, "not by an import path"),
     ],
@@ -211,3 +214,11 @@ def test_delivery_takes_the_operators_leave(monkeypatch: pytest.MonkeyPatch) -> 
     assert not restricted({"delivery": False}).delivery
     monkeypatch.setenv(DELIVERY_VARIABLE, "1")
     assert restricted({"delivery": True}).delivery
+
+
+def test_no_client_makes_the_patterns_of_requests_costly(root: Path) -> None:
+    for cheap in (["^cmpl-a", "b$"], "x-[0-9]+-", [f"id-{number}" for number in range(1000)]):
+        assert restricted({"request_ids": cheap}).request_ids
+    for costly in ("(a+)+$", "(ab|ab)" * 30, "a?" * 20, ".*.*.*", "(?x)(a) +", ["a+b+"] * 20):
+        with pytest.raises(ConfigError, match=r"\$\.request_ids: over HTTP patterns of requests repeat no"):
+            restricted({"request_ids": costly})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +13,7 @@ import pytest
 
 from tlcore.adapters.vllm.frontend import fetching
 from tlcore.adapters.vllm.frontend.fetching import (
+    Flush,
     Flusher,
     LargeError,
     LateError,
@@ -86,13 +88,13 @@ def test_an_engine_that_is_stuck_keeps_nobody_who_asks_later(monkeypatch: pytest
             await asyncio.sleep(600)
         return await workers.ask(method, ticket, requests)
 
-    async def ask_two() -> list[dict[str, Any]]:
+    async def ask_two() -> Flush:
         flusher = Flusher(ask)
         with pytest.raises(LateError, match=r"the engine has not answered within 1 s"):
             await flusher.flush({"a"}, 30)
         return await flusher.flush({"b"}, 30)
 
-    (answer,) = asyncio.run(ask_two())
+    (answer,) = asyncio.run(ask_two()).answers
     assert answer["done"] and [requests for _, requests in workers.asked] == [["b"]]
 
 
@@ -111,8 +113,25 @@ def test_a_lost_step_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
             "rank yet: 2 steps in the spill",
         ),
     ):
+        answers = [{"rank": 0, "requests": known}, {"rank": 1, "requests": {}, **told}]
         with pytest.raises(kind, match=text):
-            stored_request([{"rank": 0, "requests": known}, {"rank": 1, "requests": {}, **told}], "a", str)
+            stored_request(Flush(answers), "a", str)
+
+
+def test_those_who_share_a_flush_share_what_is_read_of_the_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[str] = []
+
+    def open_run(url: str, storage_options: Any) -> Any:
+        opened.append(url)
+        return SimpleNamespace(url=url, options=storage_options)
+
+    monkeypatch.setattr(fetching, "open_run", open_run)
+    first, second = Flush(), Flush()
+    with ThreadPoolExecutor(8) as pool:
+        runs = list(pool.map(lambda _: first.run("a", str.upper), range(8)))
+    assert all(each is runs[0] for each in runs) and vars(runs[0])["options"] == "A"
+    assert first.run("b", str.upper) is not runs[0] and second.run("a", str.upper) is not runs[0]
+    assert opened == ["a", "b", "a"]
 
 
 def test_what_is_too_large_is_refused_by_its_size(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -152,7 +171,7 @@ def test_a_refusal_of_a_rank_is_told() -> None:
 
 def test_nothing_captured_is_no_request() -> None:
     with pytest.raises(NothingError):
-        stored_request([{"rank": 0, "requests": {}}], "a", lambda url: None)
+        stored_request(Flush([{"rank": 0, "requests": {}}]), "a", lambda url: None)
 
 
 @pytest.mark.parametrize(

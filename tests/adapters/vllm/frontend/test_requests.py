@@ -87,7 +87,7 @@ def test_a_beam_search_with_a_choice_is_refused(name: str, choice: str, paramete
 
     place, _, cls = name.partition(".")
     module = import_module(f"vllm.entrypoints.openai.{place}.protocol")
-    requests.patch_beams(module)
+    requests.patch_bodies(module)
     given = {"prompt": "a"} if place == "completion" else {"messages": [{"role": "user", "content": "a"}]}
     ask = {**given, "model": "m", "use_beam_search": True}
     with pytest.raises(ValueError, match=rf"\$\.{parameter}: ") as told:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import numpy as np
@@ -15,6 +16,7 @@ from tlcore.config.configuration import load_config
 from tlcore.engine.filters.requests import request_filter
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
+from tlcore.engine.staging.stager import Stager
 
 
 def _step(runner: Runner, sink: MemorySink, **keys: Any) -> None:
@@ -54,6 +56,31 @@ def test_chosen_rows_are_stored_with_what_they_are(
     assert torch.equal(sink.tensors["step_0/0/inputs_0_cpu"], runner.input[kept])
 
 
+@pytest.mark.parametrize(
+    ("keys", "share"),
+    [({}, 4), ({"rows": "last"}, 2), ({"request_ids": "b"}, 1), ({"rows": {"from": 1, "to": 3}}, 2)],
+    ids=["all", "last", "one request", "window"],
+)
+def test_rows_are_cut_before_they_are_copied(
+    keys: dict[str, Any], share: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[int] = []
+    original = Stager._acquire
+
+    def acquire(self: Stager, nbytes: int) -> Any:
+        asked.append(nbytes)
+        return original(self, nbytes)
+
+    monkeypatch.setattr(Stager, "_acquire", acquire)
+    runner, sink = Runner(), MemorySink()
+    width = 1 << 20
+    runner.model, runner.input = torch.nn.Sequential(torch.nn.Identity()), torch.ones(4, width)
+    _step(runner, sink, module_call_match="^0$", **keys)
+    # What goes in is what comes out, which is copied once or twice.
+    stored = sum(each.nbytes for each in sink.tensors.values())
+    assert stored >= share * width * 4 and sum(asked) <= stored + (1 << 20)
+
+
 def test_a_step_without_a_chosen_request_is_counted_but_not_captured() -> None:
     runner, sink = Runner(), MemorySink()
     _step(runner, sink, request_ids="nobody")
@@ -91,6 +118,15 @@ def test_a_request_is_in_the_sample_with_all_of_its_samples_or_none() -> None:
     assert 5 < sum(chosen) < 35
     for sample in (0, 1, 13):
         assert [chooses(f"{sample}_{each}") for each in ids] == chosen
+
+
+def test_of_a_long_id_the_beginning_is_searched() -> None:
+    """A client may send megabytes, and a search may take the square of them."""
+    chooses = request_filter(load_config({"request_ids": ["eval.*x", "end$"]})) or (lambda request: True)
+    begin = time.process_time()
+    assert not chooses("eval" * 250_000) and not chooses("a" * 300 + "end")
+    assert chooses("a" * 100 + "eval-x" + "b" * 10**6) and chooses("the-end")
+    assert time.process_time() - begin < 2
 
 
 def test_numbers_of_the_runner_may_be_of_numpy() -> None:

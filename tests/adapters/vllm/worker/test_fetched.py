@@ -15,6 +15,7 @@ from safetensors.torch import load
 from tests.adapters.vllm.worker.test_client_choices import _Layers, _output
 from tests.sinks import MemorySink
 from tlcore.adapters.vllm.frontend.fetching import (
+    Flush,
     LostError,
     as_safetensors,
     described,
@@ -130,8 +131,8 @@ def test_what_is_stored_is_joined_while_the_run_goes_on(
     late = [{"rank": 0, "requests": {"a": known}, "problem": "full"}]
     session.flush()
     with pytest.raises(LostError, match=r"step 7 of the run could not be stored by every rank, .*: full"):
-        stored_request(late, "a", lambda url: None)
-    found = stored_request([{"rank": 0, "requests": wrapper.fetched.of(asked)}], "a", lambda url: None)
+        stored_request(Flush(late), "a", lambda url: None)
+    found = stored_request(Flush([{"rank": 0, "requests": wrapper.fetched.of(asked)}]), "a", lambda url: None)
     tensors = load(as_safetensors(found))
     assert set(tensors) == {f"{layer}/{stem}" for layer in "12" for stem in ("inputs_0", "outputs")}
     assert size_of(found) == sum(each.nbytes for each in tensors.values())

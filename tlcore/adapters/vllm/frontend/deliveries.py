@@ -139,7 +139,7 @@ class Asked:
         if self.delivery is None:
             public_id = self.public_id
             if public_id is None:
-                problem = "only answers of completions and chat can be fetched."
+                problem = "only answers of completions, chat and responses can be fetched."
                 raise choice_error(("deliver",), problem, "Leave it out.")
             token = secrets.token_urlsafe(32)
             made = Delivery(public_id, _path_of(public_id), token)
@@ -168,12 +168,19 @@ class TokenMiddleware:
         if scope["type"] != "http" or not self._delivers():
             await self._app(scope, receive, send)
             return
-        asked, good = Asked(scope), False
+        asked, good, gone = Asked(scope), False, False
+
+        async def receive_until_gone() -> Any:
+            nonlocal gone
+            message = await receive()
+            gone = gone or message["type"] == "http.disconnect"
+            return message
 
         async def send_with_token(message: Any) -> None:
             nonlocal good
             if message["type"] == "http.response.start" and asked.token is not None:
-                good = message["status"] == 200
+                # A client that left before has no token, and may ask again under the same id.
+                good = message["status"] == 200 and not gone
                 if good:
                     header = (HEADER.lower().encode(), asked.token.encode())
                     message = {**message, "headers": [*message.get("headers", ()), header]}
@@ -181,7 +188,7 @@ class TokenMiddleware:
 
         before = _asked.set(asked)
         try:
-            await self._app(scope, receive, send_with_token)
+            await self._app(scope, receive_until_gone, send_with_token)
         finally:
             _asked.reset(before)
             _end(asked.delivery, good)

@@ -19,11 +19,12 @@ from dataclasses import replace
 from typing import Any
 
 from ....config.configuration import Config, load_config
+from ....config.patterns import most_steps
 from ....errors import BackendError, CaptureError, ConfigError, ReadError, TlcoreError
 from ....locations import is_url
 from ....record import Json
 from ....registry import resolve
-from ..carrier import Carrier
+from ..carrier import OVER_HTTP, Carrier
 from ..plugins import ENDPOINT
 from .attach import prepare
 from .deliveries import TokenMiddleware
@@ -39,6 +40,8 @@ ROOT_VARIABLE = "TLCORE_ENDPOINT_OUTPUT_DIR"
 SPILL_VARIABLE = "TLCORE_ENDPOINT_SPILL_DIR"
 DELIVERY_VARIABLE = "TLCORE_ENDPOINT_DELIVERY"
 _LARGEST_BODY = 1 << 20
+# What the patterns of request_ids may take of each request, and no client may make it more.
+_MOST_STEPS = 1 << 28
 # Longer than this, a client asks again.
 _STOP_WAIT_S = 30.0
 
@@ -99,13 +102,15 @@ class EndpointPlugin:
             raise CaptureError("this server has no engine, so there is nothing to capture")
 
     async def _start(self, request: Any) -> Status:
-        config = restricted(_parsed(await request.body()))
+        given = _parsed(await request.body())
+        config = await asyncio.to_thread(restricted, given)
         async with self._lock:
             running = await self._ask(STATUS)
             if running.state == "running":
                 raise CaptureError(f"a run is being captured already, {running.url}; stop it first")
             # It may try out object storage, which takes time.
             carrier = await asyncio.to_thread(prepare, config, self._engine.vllm_config)
+            carrier[OVER_HTTP] = True
             return await self._begin(carrier)
 
     async def _begin(self, carrier: Carrier) -> Status:
@@ -222,6 +227,9 @@ def restricted(given: Any) -> Config:
     if given.get("delivery") and os.environ.get(DELIVERY_VARIABLE) != "1":
         raise ForbiddenError(f"$.delivery: over HTTP it takes the operator's {DELIVERY_VARIABLE}=1")
     config = load_config(given if _names_place(given) else {**given, "output_dir": root})
+    if sum(map(most_steps, config.request_ids or ())) > _MOST_STEPS:
+        problem = "over HTTP patterns of requests repeat no groups, and little else."
+        raise ConfigError("$.request_ids", problem, "Leave out .* at either end, and list alternatives.")
     if not _lies_below(config.output_dir, root):
         text = f"over HTTP the output must lie below the operator's {ROOT_VARIABLE}"
         raise ForbiddenError(f"$.output_dir: {text}")

@@ -9,13 +9,14 @@ import secrets
 import threading
 import time
 import weakref
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
 from ....errors import CaptureError, MissingError
 from ....layout.dtypes import item_size
 from ....reader import open_run
 from ....reader.request import Request
+from ....reader.run import Run
 from ....record import Json
 from .status import FLUSH, raise_refusal
 
@@ -47,12 +48,15 @@ class NothingError(MissingError):
     """There is no such request, or its token is another; which of the two is told to nobody."""
 
 
-class _Flush:
-    """One flush of all engines, for all who ask before it begins."""
+class Flush:
+    """One flush of all engines, for all who ask before it begins, and what is read after it."""
 
-    def __init__(self) -> None:
+    def __init__(self, answers: Sequence[Json] = ()) -> None:
         self.requests: set[str] = set()
-        self.answers: list[Json] = []
+        # Those of the workers.
+        self.answers = list(answers)
+        self._runs: dict[str, Run] = {}
+        self._lock = threading.Lock()
         self.over = asyncio.Event()
         self.error: Exception | None = None
 
@@ -61,21 +65,28 @@ class _Flush:
         """The ranks that have not stored everything."""
         return sorted(answer["rank"] for answer in self.answers if not answer["done"])
 
+    def run(self, url: str, options: Callable[[str], Any]) -> Run:
+        """A run as it was after this flush, opened once: its index has the steps of others, too."""
+        with self._lock:
+            if url not in self._runs:
+                self._runs[url] = open_run(url, storage_options=options(url))
+            return self._runs[url]
+
 
 class Flusher:
     """Has engines store what they have captured, one flush at a time; ``ask`` calls all of their workers."""
 
     def __init__(self, ask: Ask) -> None:
         self._ask = ask
-        self._next: _Flush | None = None
+        self._next: Flush | None = None
         self._lock = asyncio.Lock()
         self._tasks: set[asyncio.Task[None]] = set()
 
-    async def flush(self, requests: set[str], within_s: float) -> list[Json]:
-        """The workers' answers of these requests once everything is stored. Raises LateError."""
+    async def flush(self, requests: set[str], within_s: float) -> Flush:
+        """What the workers say of these requests once everything is stored. Raises LateError."""
         flush = self._next
         if flush is None:
-            flush = self._next = _Flush()
+            flush = self._next = Flush()
             task = asyncio.create_task(self._run(flush))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
@@ -87,9 +98,9 @@ class Flusher:
             raise LateError(f"{which} have not stored the request within {within_s:g} s") from None
         if flush.error is not None:
             raise flush.error
-        return flush.answers
+        return flush
 
-    async def _run(self, flush: _Flush) -> None:
+    async def _run(self, flush: Flush) -> None:
         async with self._lock:
             # Who asks from now on, asks for a later one.
             self._next = None
@@ -113,20 +124,19 @@ class Flusher:
             flush.over.set()
 
 
-def stored_request(answers: list[Json], request_id: str, options: Callable[[str], Any]) -> Request:
-    """A request as it is stored, where the workers' ``answers`` say that it is; ``options`` go with a URL.
+def stored_request(flush: Flush, request_id: str, options: Callable[[str], Any]) -> Request:
+    """A request as it is stored after a flush, where the workers say that it is; ``options`` go with a URL.
 
     Raises NothingError where nothing was captured of it; where steps of it are not stored, LateError if they
     may come from a spill_dir yet, otherwise LostError.
     """
-    known = [each["requests"][request_id] for each in answers if request_id in each["requests"]]
+    known = [each["requests"][request_id] for each in flush.answers if request_id in each["requests"]]
     if not known:
         raise NothingError("nothing was captured of this request")
     # The last run, should one have followed another meanwhile.
     run_id = max(each["run_id"] for each in known)
     own = [each for each in known if each["run_id"] == run_id]
-    url = str(own[0]["url"])
-    run = open_run(url, storage_options=options(url))
+    run = flush.run(str(own[0]["url"]), options)
     steps = []
     for number in sorted({step for each in own for step in each["steps"]}):
         try:
@@ -134,7 +144,7 @@ def stored_request(answers: list[Json], request_id: str, options: Callable[[str]
         except MissingError:
             step = None
         if step is None or not step.complete:
-            raise _not_stored(number, answers)
+            raise _not_stored(number, flush.answers)
         steps.append(step)
     return Request(run.url, request_id, None, steps)
 

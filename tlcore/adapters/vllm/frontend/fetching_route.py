@@ -41,10 +41,10 @@ async def fetched(request: Any, flusher: Flusher, room: Room) -> Any:
     document = await _answered(public_id, token, deadline)
     index = int(_number(request, "index", 0, 1 << 20))
     request_id = _request_of(document, index)
-    answers = await flusher.flush({request_id}, max(0.0, deadline - time.monotonic()))
+    flush = await flusher.flush({request_id}, max(0.0, deadline - time.monotonic()))
 
     def find() -> tuple[Request, int]:
-        found = stored_request(answers, request_id, storage_options)
+        found = stored_request(flush, request_id, storage_options)
         return found, size_of(found) if whole else 0
 
     found, size = await asyncio.to_thread(find)

@@ -90,12 +90,25 @@ def _check_ids() -> None:
 
 def _check_beams(request: Any) -> None:
     """Refuse any choice of a beam search: vLLM makes new sampling parameters for each beam, without it."""
-    extra = getattr(request, "vllm_xargs", None) or {}
+    if _chosen(request) is not None:
+        problem = f"vLLM's beam search does not hand {KEY} on to its beams."
+        hint = f"Leave out use_beam_search or {KEY}."
+        raise _refused()(ConfigError("$.use_beam_search", problem, hint))
+
+
+def _check_waits(request: Any) -> None:
+    """Refuse to deliver what is answered before it is computed: only its own answer carries a token."""
+    if getattr(request, "background", False):
+        choice = _chosen(request)
+        if choice is not None and choice.deliver:
+            problem = "what is computed in the background is not delivered."
+            raise _refused()(ConfigError("$.background", problem, f"Leave out background or {KEY}.deliver."))
+
+
+def _chosen(request: Any) -> RequestChoice | None:
+    """What the body of an HTTP request chooses. Raises as `_check_given`."""
     try:
-        if _choice(extra) is not None:
-            problem = f"vLLM's beam search does not hand {KEY} on to its beams."
-            hint = f"Leave out use_beam_search or {KEY}."
-            raise ConfigError("$.use_beam_search", problem, hint)
+        return _choice(getattr(request, "vllm_xargs", None) or {})
     except ConfigError as error:
         raise _refused()(error) from None
 
@@ -184,22 +197,23 @@ def patch_sampling(module: ModuleType) -> None:
     cls.from_optional = staticmethod(from_optional)
 
 
-def patch_beams(module: ModuleType) -> None:
-    """Refuse choices where a server's request becomes a beam search. Safe to repeat."""
+def patch_bodies(module: ModuleType) -> None:
+    """Refuse what vLLM would lose of choices, in the classes of a server's requests. Safe to repeat."""
     for cls in list(vars(module).values()):
-        original = vars(cls).get("to_beam_search_params") if isinstance(cls, type) else None
-        if original is not None and not hasattr(original, _PATCHED):
-            cls.to_beam_search_params = _refusing(original)
+        for method, check in (("to_beam_search_params", _check_beams), ("to_sampling_params", _check_waits)):
+            original = vars(cls).get(method) if isinstance(cls, type) else None
+            if original is not None and not hasattr(original, _PATCHED):
+                setattr(cls, method, _refusing(original, check))
 
 
-def _refusing(original: Callable[..., Any]) -> Callable[..., Any]:
+def _refusing(original: Callable[..., Any], check: Callable[[Any], None]) -> Callable[..., Any]:
     @functools.wraps(original)
-    def to_beam_search_params(self: Any, *args: Any, **kwargs: Any) -> Any:
-        _check_beams(self)
+    def made(self: Any, *args: Any, **kwargs: Any) -> Any:
+        check(self)
         return original(self, *args, **kwargs)
 
-    to_beam_search_params.__dict__[_PATCHED] = True
-    return to_beam_search_params
+    made.__dict__[_PATCHED] = True
+    return made
 
 
 def patch_input(module: ModuleType) -> None:

@@ -81,8 +81,10 @@ def raise_refusal(answers: Sequence[Json]) -> None:
     for answer in answers:
         if answer["state"] == "refused":
             kind = getattr(errors, str(answer.get("error")), CaptureError)
-            text = f"rank {answer['rank']}: {answer['problem']}"
-            raise (CaptureError if kind is ConfigError else kind)(text)
+            if kind is ConfigError:
+                path, _, problem = str(answer["problem"]).partition(": ")
+                raise ConfigError(path, problem)
+            raise kind(f"rank {answer['rank']}: {answer['problem']}")
 
 
 def _mixed(answers: Sequence[Json], state: str) -> str | None:

@@ -22,7 +22,7 @@ from ....engine.session import Session
 from ....errors import CaptureError, TlcoreError
 from ....locations import redact_url
 from ....record import Json, RunInfo
-from ..carrier import is_carrier
+from ..carrier import OVER_HTTP, is_carrier
 from ..compiled.eager_steps import TAPS, EagerSteps
 from ..compiled.taps import tap_model
 from ..frontend.check import compiles, unknown_vllm
@@ -30,6 +30,7 @@ from ..module_names import plain_modules
 from ..reports import Publisher
 from .engine_settings import engine_settings
 from .fetched import Flushes
+from .pattern_cost import check_cost
 from .ranks import check_place, layout_of
 from .run_end import Runs
 from .sharding import sharding_of
@@ -98,6 +99,9 @@ class WorkerCapture:
             raise CaptureError(f"a run is being captured already, {self._session.url}; stop it first")
         config = load_config(carrier["config"] if is_carrier(carrier) else carrier)
         model = worker.model_runner.get_model()
+        modules = plain_modules(model)
+        if is_carrier(carrier) and carrier.get(OVER_HTTP):
+            check_cost(config, modules)
         session = Session(config, _run(worker, config, carrier if is_carrier(carrier) else {}))
         try:
             eager = _eager_steps(worker)
@@ -105,7 +109,7 @@ class WorkerCapture:
             if tapped:
                 self._tap_before_warm_up(worker, session, carrier)
             else:
-                session.attach(model, modules=plain_modules(model))
+                session.attach(model, modules=modules)
             self._attach_draft(worker.model_runner, session)
             if self._bracket is None:
                 self._bracket = self._bracketed(worker)

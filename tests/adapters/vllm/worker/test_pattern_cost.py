@@ -1,0 +1,36 @@
+"""Patterns that came over HTTP are tried in another process, which ends."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+from tlcore.adapters.vllm.worker.pattern_cost import check_cost
+from tlcore.config.configuration import load_config
+from tlcore.errors import CaptureError, ConfigError
+
+NAMES = [f"model.layers.{number}.self_attn.qkv_proj" for number in range(80)]
+
+
+def test_usual_patterns_are_quick_enough() -> None:
+    usual = ["mlp$", r"layers\.\d+\..*proj:0", r"model\.(layers\.(0|1)|embed_tokens)\.?.*", "ü"]
+    check_cost(load_config({"module_call_match": usual, "ops": ["self_attn$"]}), NAMES)
+    check_cost(load_config({}), NAMES)
+
+
+@pytest.mark.parametrize(
+    ("key", "pattern"), [("module_call_match", r"(\w+\.?)+\d!:2"), ("ops", r"(.*)*(.*)*(.*)*(.*)*\1!")]
+)
+def test_one_that_does_not_end_is_refused_with_its_place(key: str, pattern: str) -> None:
+    config = load_config({key: ["mlp", pattern, "embed"]})
+    with pytest.raises(ConfigError, match="takes more than 2 s on the names of the model's modules") as told:
+        check_cost(config, NAMES)
+    assert told.value.path == f"$.{key}[1]"
+
+
+def test_where_nothing_can_be_tried_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    for program in ("/bin/false", "/nowhere/python"):
+        monkeypatch.setattr(sys, "executable", program)
+        with pytest.raises(CaptureError, match="patterns of the configuration could not be tried"):
+            check_cost(load_config({"module_call_match": ["mlp"]}), NAMES)
