@@ -41,3 +41,13 @@ def test_wrong_arguments_are_refused(
     monkeypatch.chdir(tmp_path)
     status, output = command("selftest", "somewhere", *words)
     assert status == 2 and said in output
+
+
+@pytest.mark.parametrize("place", ["/nowhere/at/all", "./nowhere", "empty"])
+def test_a_place_without_a_checkpoint_is_said_before_an_engine_starts(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    status, output = command("selftest", place)
+    assert status == 2 and f"MODEL: {place!r} is no checkpoint for transformers: it has no config" in output

@@ -133,7 +133,9 @@ def _known(maker: Maker, first: Comparison, side: int) -> Maker:
     if engine not in ENGINES:
         raise ConfigError("--engine", f"{engine!r} is not one of {', '.join(ENGINES)}.")
     need(engine, "explain")
-    return Maker(from_here(maker.model), engine, maker.dtype or _dtype_of(first, side), maker.arguments)
+    return Maker(
+        from_here(maker.model, "--model"), engine, maker.dtype or _dtype_of(first, side), maker.arguments
+    )
 
 
 def _engine_of(run: Run, label: str) -> str:

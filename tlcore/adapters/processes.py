@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from ..errors import TlcoreError
+from ..errors import ConfigError, TlcoreError
 from ..record import Json
 
 _SHOWN_LINES = 30
@@ -78,9 +78,17 @@ def need(package: str, command: str) -> None:
         raise TlcoreError(f"{command} needs {package}, which is not installed; pip install {advice}")
 
 
-def from_here(model: str) -> str:
-    """A checkpoint as another process finds it: a path is one from where the command was given."""
-    return os.path.abspath(model) if os.path.exists(model) else model
+def from_here(model: str, option: str) -> str:
+    """A checkpoint as another process finds it: a path is one from where the command was given.
+
+    Raises ConfigError for a place without a checkpoint, which engines would take minutes to say.
+    """
+    if not (os.path.exists(model) or model.startswith((os.sep, "."))):
+        return model
+    if not os.path.isfile(os.path.join(model, "config.json")):
+        problem = f"{model!r} is no checkpoint for transformers: it has no config.json."
+        raise ConfigError(option, problem, "Give a checkpoint's directory, or its name.")
+    return os.path.abspath(model)
 
 
 def answer(work: Callable[[Json, Path], Json]) -> None:

@@ -39,6 +39,7 @@ def check(settings: Settings) -> None:
             raise ConfigError("--ways", f"{way!r} is not one of {', '.join(WAYS)}.")
     if settings.dtype not in TOLERANCES:
         raise ConfigError("--dtype", f"{settings.dtype!r} is not one of {', '.join(TOLERANCES)}.")
+    from_here(settings.model, "MODEL")
     need("transformers", "selftest")
     if set(settings.ways) - {"transformers"}:
         need("vllm", "selftest")
@@ -120,7 +121,7 @@ def _reference(
 
 def _told(settings: Settings) -> Json:
     return {
-        "model": from_here(settings.model),
+        "model": from_here(settings.model, "MODEL"),
         "dtype": settings.dtype,
         "modules": [LAYERS],
         "seed": settings.seed,
