@@ -8,16 +8,17 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
+from safetensors.torch import load
 
 import tlcore
+from tests.adapters.vllm.client import KEY, MLP, complete, fetch
 from tests.adapters.vllm.helpers import SEVERAL_RANKS
 from tests.adapters.vllm.server import VllmServer, serving
 from tests.models import tiny_llama
 from tests.waiting import wait_until
-from tlcore.adapters.vllm.frontend.endpoint import ROOT_VARIABLE
+from tlcore.adapters.vllm.frontend.endpoint import DELIVERY_VARIABLE, ROOT_VARIABLE
 
 pytestmark = pytest.mark.slow
-KEY = "not-a-secret"
 REQUESTS = 8
 METRIC = re.compile(r'^tlcore_captured_tensors_total\{rank="(\d)"\} ([0-9.e+]+)$', re.MULTILINE)
 
@@ -36,6 +37,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     environment = {
         **SEVERAL_RANKS,
         "VLLM_PLUGINS": "tlcore,tlcore.endpoint",
+        DELIVERY_VARIABLE: "1",
         ROOT_VARIABLE: str(tmp_path_factory.mktemp("captured")),
     }
     with serving(tmp_path_factory.mktemp("server"), settings, environment) as running:
@@ -99,3 +101,25 @@ def test_ledger_and_metrics_speak_for_all_engines(server: VllmServer, pool: Thre
 
     wait_until(lambda: shown() == [by_rank] * 6, "each API server shows both ranks' tensors", 60)
     assert "vllm:num_requests_running" in server.text("/metrics")
+
+
+def test_whichever_answers_delivers_the_same(server: VllmServer, pool: ThreadPoolExecutor) -> None:
+    config = {"log_step_ids": [], "sample_rate": 0, "module_call_match": "mlp$", "delivery": True}
+    status, started = server.ask("/v1/tlcore/start", config, KEY)
+    assert status == 200, started
+
+    def one(number: int) -> list[bytes]:
+        answer = complete(server, f"own{number}", {"deliver": True}, prompt=[9, 8, 10 + number])
+        assert answer.status == 200, answer.body
+        # Either API server knows the id, and refuses it to another.
+        assert {complete(server, f"own{number}", {"deliver": True}).status for _ in range(4)} == {409}
+        assert fetch(server, f"cmpl-own{number}", answer.token[:-1]).status == 404
+        found = [fetch(server, f"cmpl-own{number}.safetensors", answer.token) for _ in range(4)]
+        assert [each.status for each in found] == [200] * 4, found[0].body
+        return [each.body for each in found]
+
+    for number, bodies in enumerate(pool.map(one, range(REQUESTS))):
+        (body,) = set(bodies)
+        tensors = load(body)
+        assert tensors["token_ids"].tolist()[:3] == [9, 8, 10 + number] and len(tensors[MLP]) == 5
+    assert server.ask("/v1/tlcore/stop", b"", KEY)[1]["state"] == "closed"
