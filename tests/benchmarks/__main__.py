@@ -46,6 +46,7 @@ TABLES = (
     "dataset",
     "dataset_memory",
     "exporting",
+    "fetching",
 )
 
 
