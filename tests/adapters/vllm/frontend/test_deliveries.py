@@ -197,7 +197,7 @@ def test_elsewhere_nothing_is_delivered() -> None:
     for ask in (lambda: mark_delivery(_params()), lambda: _answer("cmpl-a", 200, delivers=False)):
         with pytest.raises(ConfigError, match=r"\$\.tlcore\.deliver: only a server"):
             ask()
-    with pytest.raises(ConfigError, match="completions and chat"):
+    with pytest.raises(ConfigError, match="completions, chat and responses"):
         Asked({"type": "http"}).deliver()
 
 
