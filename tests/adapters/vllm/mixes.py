@@ -74,7 +74,7 @@ def run_mix(llm: Any, output_dir: str, seed: int, plant: str | None = None) -> d
 
     chance = random.Random(seed)
     speculates = llm.llm_engine.vllm_config.speculative_config is not None
-    # A draft model's rows are held against their windows elsewhere.
+    # With a draft model, whose rows have positions of their own, and in several engines only the usual ones.
     windows = hasattr(llm, "beam_search") and (not speculates or _method(llm) == "ngram")
     keys = {} if plant else dict(chance.choice(_MORE_KEYS if windows else _KEYS))
     chooses = windows and plant is None and keys.get("rows") != "last" and chance.random() < 0.5
@@ -101,6 +101,10 @@ def run_mix(llm: Any, output_dir: str, seed: int, plant: str | None = None) -> d
             changes = max(llm.collective_rpc(_uproot))
     found = {"url": attached.url, "keys": keys, "beams": beams, "plant": plant, "changes": changes}
     return {**found, "seed": seed, "asked": [asdict(each) for each in asked]}
+
+
+def _method(llm: Any) -> str:
+    return str(llm.llm_engine.vllm_config.speculative_config.method)
 
 
 def _asked(chance: random.Random, seed: int, speculates: bool, aborts: bool, chooses: bool) -> list[Asked]:
