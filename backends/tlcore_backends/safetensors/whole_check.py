@@ -63,7 +63,6 @@ def check_index(
     shared: list[Numbers] = []
     units: list[_Unit] = []
     by_file = _by_file(index, shared)
-    groups = _alike(index)
     for number, pieces in by_file.items():
         if number >= len(index.files):
             raise index.damaged(f"there is no file {number}")
@@ -72,6 +71,8 @@ def check_index(
             raise index.damaged(f"an array ends behind the end of {file}")
         for part in _cut(pieces):
             units.append(_Unit(file, part, pool.submit(hash_ranges, file, part.ranges)))
+    # While the tensors are read in other threads.
+    groups = _alike(index)
     return WholeCheck(groups, lambda: index.steps if any(problems()) else _unsound(index, units, shared))
 
 
