@@ -31,6 +31,7 @@ def captured(
     model: Path, directory: Path, change: Callable[[Any], None] = lambda model: None, **config: Any
 ) -> str:
     """The URL of a run of two prompts in one batch."""
+    pytest.importorskip("transformers")
     from transformers import AutoModelForCausalLM
 
     loaded = AutoModelForCausalLM.from_pretrained(model).eval()
