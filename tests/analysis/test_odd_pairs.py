@@ -13,6 +13,7 @@ from torch import nn
 
 import tlcore
 from tests.waiting import wait_until
+from tlcore.analysis.report import page
 from tlcore.analysis.report.text import rows, verdict
 from tlcore.errors import ReadError
 
@@ -121,6 +122,35 @@ def test_two_tensors(name: str, backend: str, run: Capture) -> None:
     assert [each.status for each in outputs] == [status], told(found)
     assert words in told(found)
     assert found.equal == (status != "different")
+
+
+DTYPES = [
+    *(torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.complex64, torch.complex128),
+    *(torch.int64, torch.int32, torch.int8, torch.uint8, torch.bool, FP8, FP8_WIDE),
+]
+
+
+def test_any_two_dtypes(run: Capture) -> None:
+    """Each beside each other one, with and without noise and rules, in every report."""
+    whole = torch.tensor([[0.0, 1.0], [1.0, 1.0]])
+
+    pairs = {f"{a}-{b}".replace("torch.", ""): (a, b) for a in DTYPES for b in DTYPES}
+
+    def made(side: int, factor: float = 1.0) -> str:
+        values = {name: (whole * factor).to(pair[side]) for name, pair in pairs.items()}
+        return run(values, backend="safetensors")
+
+    a, b, other = made(0), made(1), made(1, factor=4.0)
+    same = tlcore.compare(a, b)
+    assert same.equal and len(same.results) == 2 * len(pairs), told(same)
+    found = tlcore.compare(a, other)
+    differing = {each.module for each in found.results if each.status == "different"}
+    # A 4 is no other bool than a 1.
+    assert differing == {name for name in pairs if not name.endswith("-bool")}
+    assert tlcore.compare(a, other, noise=made(1, factor=4.0)).equal
+    rules = {"tolerances": [{"match": ".", "norm": 0.1, "cosine": 0.9, "ulp": 4}]}
+    assert not tlcore.compare(a, other, rules=rules).equal
+    assert found.to_json() and page(found, None)
 
 
 def test_modules_that_only_one_run_has(run: Capture) -> None:

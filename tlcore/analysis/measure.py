@@ -208,7 +208,8 @@ class Sums:
         """The chunk in float64, with everything that is not finite."""
         unequal = _unequal_bits(a, b)
         self._same = self._same and unequal is not None and not bool(unequal.any())
-        x, y = _wide(a), _wide(b)
+        wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+        x, y = a.to(wide), b.to(wide)
         for side, values in enumerate((x, y)):
             self._nans[side] += int(values.isnan().sum())
             self._infs[side] += int(values.isinf().sum())
@@ -352,7 +353,3 @@ def _unequal_bits(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor | None:
         return None
     bytes_a, bytes_b = (side.contiguous().view(torch.uint8).view(-1, side.element_size()) for side in (a, b))
     return (bytes_a != bytes_b).any(dim=1)
-
-
-def _wide(values: torch.Tensor) -> torch.Tensor:
-    return values.to(torch.complex128 if values.is_complex() else torch.float64)

@@ -98,7 +98,7 @@ class _Sums:
         if not self._rounding:
             self._add_whole(a.reshape(-1, width), b.reshape(-1, width))
             return
-        wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+        wide = self._wide(a, b)
         x, y = a.to(wide).reshape(-1, width), b.to(wide).reshape(-1, width)
         both = x.isfinite() & y.isfinite()
         if not bool(both.all()):
@@ -119,7 +119,14 @@ class _Sums:
         self._a_squares += float(a_squares.sum())
         self._b_squares += float(b_squares.sum())
 
+    @staticmethod
+    def _wide(a: torch.Tensor, b: torch.Tensor) -> torch.dtype:
+        return torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+
     def _add_whole(self, a: torch.Tensor, b: torch.Tensor) -> None:
+        if a.dtype != b.dtype:
+            # Few of them can be held against each other as they are.
+            a, b = (each.to(self._wide(a, b)) for each in (a, b))
         wrong = (a != b).sum(1)
         self._wrong += int(wrong.sum())
         self._row = max(self._row, float(wrong.max()) / a.shape[1])

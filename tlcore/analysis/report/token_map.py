@@ -177,8 +177,8 @@ def row_errors(comparison: Comparison, pair: Pair, pieces: tuple[Piece, Piece]) 
         norms, broken = RowNorms(max(width, 1)), []
 
         def add(a: torch.Tensor, b: torch.Tensor) -> None:
-            sides = [np.abs(each.to(torch.complex128).numpy()) for each in (a, b)] if a.is_complex() else None
-            one, two = sides or [each.to(torch.float64).numpy() for each in (a, b)]
+            wide = torch.complex128 if a.is_complex() or b.is_complex() else torch.float64
+            one, two = (each.to(wide).numpy() for each in (a, b))
             finite = np.isfinite(one) & np.isfinite(two)
             alike = finite | (one == two) | (np.isnan(one) & np.isnan(two))
             broken.append(~alike)
