@@ -233,7 +233,7 @@ def test_what_is_not_there_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixt
         ({"inject": {"run": "a"}}, r"\$\.inject"),
         ({"inject": {"run": "a", "modules": []}}, r"\$\.inject\.modules"),
         ({"inject": {"run": "a", "modules": ["("]}}, r"\$\.inject\.modules\[0\]"),
-        ({"inject": {"run": "a", "modules": ["b"]}, "ops": ["c"]}, r"\$\.inject: it does not go together"),
+        ({"inject": {"run": "a", "modules": ["b"], "serve": "x"}}, r"\$\.inject\.serve"),
         ({"inject": {"run": "a", "modules": ["b"]}, "compiled": "taps"}, r"\$\.inject: results can be"),
     ],
 )
@@ -242,8 +242,14 @@ def test_bad_configurations_are_refused(keys: dict[str, Any], problem: str) -> N
         tlcore.capture(Two(), backend=MemorySink(), **keys)
 
 
-def test_vllm_refuses_it() -> None:
-    from tlcore.adapters.vllm.frontend.check import check
-
-    with pytest.raises(tlcore.ConfigError, match=r"\$\.inject: results are injected into plain PyTorch"):
-        check({"enabled": True, "inject": {"run": "a", "modules": ["b"]}})
+def test_operators_are_captured_beside(tmp_path: Path) -> None:
+    """The module's own code runs, and what comes behind refers to what was injected."""
+    right, results, _ = run(tmp_path, Two())
+    again, injected, _ = run(tmp_path, Two("first"), inject=inject(right, "^first$"), ops=["^first$", "^$"])
+    assert torch.equal(injected[0][0], results[0][0])
+    first, root = again.step(0).call("first"), again.step(0).call("_root")
+    assert [each.name for each in first.operators] == ["mul"]
+    assert torch.equal(first.result_of(first.operators[0]), Two("first").first(X)["pair"][0])
+    (add,) = [each for each in root.operators if each.name == "add"]
+    assert add.inputs[0] == {"from": "first/outputs_pair_0"}
+    assert torch.equal(root.result_of(add), Two().first(X)["pair"][0] + X)

@@ -130,7 +130,7 @@ def sound_by_the_schemas(document: dict[str, Any]) -> bool:
     except ValueError:
         return False
     eager = [key for key in ("ops", "inject") if document.get(key)]
-    if len(eager) > 1 or (eager and document.get("compiled") == "taps"):
+    if eager and document.get("compiled") == "taps":
         return False
     if document.get("delivery") and document.get("capture") in ("stats", "channels"):
         return False

@@ -24,14 +24,19 @@ Captured = Literal["tensor", "stats", "both", "channels"]
 
 
 class Inject(NamedTuple):
-    """The run whose results stand in for those of modules, which patterns select."""
+    """The run whose results stand in for those of modules, which patterns select.
+
+    ``serve`` says that a server may answer its clients with what comes of that.
+    """
 
     run: str
     modules: tuple[str, ...]
+    serve: bool = False
 
     def to_json(self, redact: bool) -> dict[str, Any]:
         """JSON data; with ``redact`` without credentials in the URL."""
-        return {"run": redact_url(self.run) if redact else self.run, "modules": list(self.modules)}
+        run = redact_url(self.run) if redact else self.run
+        return {"run": run, "modules": list(self.modules), "serve": self.serve}
 
 
 @dataclass(frozen=True, repr=False)
@@ -272,8 +277,6 @@ def _alone(document: Mapping[str, Any]) -> list[ConfigError]:
     if document["inject"] is not None and document["compiled"] == "taps":
         problem = 'results can be injected in eager steps only, not with "compiled": "taps".'
         problems.append(ConfigError("$.inject", problem, hint))
-    if document["inject"] is not None and document["ops"]:
-        problems.append(ConfigError("$.inject", "it does not go together with $.ops.", hint))
     return problems
 
 
@@ -361,7 +364,7 @@ def _tuple(patterns: str | list[str] | None) -> tuple[str, ...] | None:
 
 
 def _inject(given: Mapping[str, Any] | None) -> Inject | None:
-    return None if given is None else Inject(given["run"], tuple(given["modules"]))
+    return None if given is None else Inject(given["run"], tuple(given["modules"]), given.get("serve", False))
 
 
 def _public(backend: NamedBackend) -> frozenset[str]:

@@ -51,16 +51,34 @@ class Audience:
 
     def listener(self, each: Named, module_names: frozenset[str], hearing: Hearing) -> Listener | None:
         """Who listens to a module; nobody where it is not selected, or captured in another way."""
+        return self._made(each, module_names, hearing, self.injection)
+
+    def draft_listener(self, each: Named, module_names: frozenset[str], hearing: Hearing) -> Listener | None:
+        """Who listens to a draft model's module, into which nothing is injected."""
+        return self._made(each, module_names, hearing, None)
+
+    def _made(
+        self, each: Named, module_names: frozenset[str], hearing: Hearing, injection: Injection | None
+    ) -> Listener | None:
         wanted = self.selector.calls_of_any(each.names)
-        if self.injection is not None:
-            return self._injecting(each, wanted, module_names, hearing)
         operators = self.operators
         chosen = operators is not None and self._chooser.calls_of_any(each.names) is not None
-        watched = chosen or (operators is not None and may_ask(each.module))
-        if each.module in self._elsewhere or (wanted is None and not watched):
+        watched = chosen or (operators is not None and (may_ask(each.module) or self._is_within(each)))
+        injected = None if injection is None else self._injected.calls_of_any(each.names)
+        # What the model itself is given tells whether anything may be injected.
+        injects = injection is not None and (injected is not None or not each.name)
+        if each.module in self._elsewhere or not (wanted is not None or watched or injects):
             return None
         given = self._given(each, wanted, module_names, hearing)
+        if injection is not None:
+            among = functools.partial(_is_among, injected)
+            return InjectListener(injection, among, operators, chosen, *given)
         return Listener(*given) if operators is None else OperatorListener(operators, chosen, *given)
+
+    def _is_within(self, each: Named) -> bool:
+        """Whether a module lies in one whose operators are chosen, whose calls tell its own code apart."""
+        around = {name[:end] for name in each.names for end in [*_dots_in(name), 0] if name}
+        return any(self._chooser.calls_of_any((name,)) is not None for name in around)
 
     def _given(
         self, each: Named, wanted: Calls | None, module_names: frozenset[str], hearing: Hearing
@@ -69,15 +87,6 @@ class Audience:
         directory = functools.partial(call_directory, module_names)
         of_module = each.name, each.module, wanted or frozenset()
         return (*of_module, self._collector, hearing, directory, self._post_inputs)
-
-    def _injecting(
-        self, each: Named, wanted: Calls | None, module_names: frozenset[str], hearing: Hearing
-    ) -> Listener | None:
-        chosen = self._injected.calls_of_any(each.names)
-        if self.injection is None or (wanted is None and chosen is None and each.name):
-            return None
-        given = self._given(each, wanted, module_names, hearing)
-        return InjectListener(self.injection, functools.partial(_is_among, chosen), *given)
 
     def traced_listener(
         self, steps: StepCalls, each: Named, module_names: frozenset[str], hearing: Hearing
@@ -133,6 +142,10 @@ class Audience:
 
         if self.operators is not None:
             self.operators.add(hooks, directory)
+
+
+def _dots_in(name: str) -> list[int]:
+    return [place for place, letter in enumerate(name) if letter == "."]
 
 
 def _is_among(calls: Calls | None, call: int) -> bool:

@@ -80,7 +80,7 @@ class Hookup:
     def attach_draft(self, model: nn.Module) -> None:
         """Also listen to a draft model's modules, by names behind ``draft``, in its `turn`."""
         audience = self._audience
-        self._draft = ListenerSet(model, audience.listener, as_draft, counts=audience.counts)
+        self._draft = ListenerSet(model, audience.draft_listener, as_draft, counts=audience.counts)
         self._listen_within(self._draft)
 
     def _listen_within(self, hooks: ListenerSet) -> None:

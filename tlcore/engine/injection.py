@@ -4,32 +4,36 @@ from __future__ import annotations
 
 import copy
 import logging
+from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from ..config.configuration import Inject
 from ..errors import ConfigError, ReadError
+from ..layout.names import PathKey
 from ..reader import Call, OpaqueObject, Skipped, open_run
 from ..record import Json
 
 log = logging.getLogger("tlcore")
 _SCALARS = (bool, int, float, str)
+Path = tuple[PathKey, ...]
 
 
-class _UnlikeError(Exception):
+class UnlikeError(Exception):
     """A stored value cannot stand for the model's own; the message says why."""
 
 
-class Injection:
+class Injection(ABC):
     """The results of a run, and what became of them in a capture.
 
-    They are injected only where both runs' models were given the same: in the same step, and in every step
-    before it that a cache goes back to. Raises ReadError when the run cannot be opened, ConfigError for one
-    that was stored rounded.
+    ``counted`` is what is injected or left out, in words. Raises ReadError when the run cannot be opened,
+    ConfigError for one that was stored rounded.
     """
+
+    counted = "results"
 
     def __init__(self, inject: Inject) -> None:
         self._run = open_run(inject.run)
@@ -39,12 +43,10 @@ class Injection:
             raise ConfigError("$.inject.run", problem, "Inject a run that was captured without it.")
         self._modules = inject.modules
         self._step = -1
-        # The last step of which all is known to be the same.
-        self._same_until = -1
-        self._why_not: str | None = None
         self.injected = 0
         self.left_out: Counter[str] = Counter()
-        self._in_step: tuple[int, Counter[str]] = (0, Counter())
+        self._calls_in_step = self._injected_in_step = 0
+        self._left_out_in_step: Counter[str] = Counter()
 
     @property
     def document(self) -> Json:
@@ -54,15 +56,88 @@ class Injection:
     def begin_step(self, number: int) -> None:
         """A step begins, in which the model has not been called yet."""
         self._step = number
-        self._in_step = 0, Counter()
+        self._calls_in_step = self._injected_in_step = 0
+        self._left_out_in_step = Counter()
+
+    def end_step(self) -> Json:
+        """What ``step.json`` says of it."""
+        return {"injected": {"calls": self._calls_in_step, "left_out": dict(self._left_out_in_step)}}
+
+    def enters(self, directory: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The model itself is called, with these arguments."""
+        return
+
+    def result_for(self, directory: str, own: Any) -> Any:
+        """The stored result of a call, or the model's own where that cannot stand for it."""
+        why: str
+        try:
+            return self._in_place_of(directory, own)
+        except UnlikeError as error:
+            why = str(error)
+        except ReadError:
+            why = "the other run has no result of this call"
+        except Exception as error:
+            why = f"its result could not be put in place ({type(error).__name__})"
+            log.debug("a result could not be injected", exc_info=True)
+        self._leave_out(why, self._whole_call)
+        return own
+
+    @property
+    def _whole_call(self) -> int:
+        """What a call that keeps its own result counts."""
+        return 1
+
+    @abstractmethod
+    def _in_place_of(self, directory: str, own: Any) -> Any:
+        """What stands for a call's result. Raises UnlikeError or ReadError where nothing can."""
+
+    def _inject(self, count: int = 1) -> None:
+        self.injected += count
+        self._injected_in_step += count
+        self._calls_in_step += 1
+
+    def _leave_out(self, why: str, count: int = 1) -> None:
+        if count:
+            self.left_out[why] += count
+            self._left_out_in_step[why] += count
+
+    def remarks(self) -> list[str]:
+        """What is to be said of it at the end."""
+        said = [f"inject: {self.injected} {self.counted} are those of {self._run.url}, not this model's own"]
+        said += [
+            f"inject: {count} {self._kept} kept their own result: {why}"
+            for why, count in self.left_out.items()
+        ]
+        return said if self.injected or self.left_out else ["inject: none of its modules was called"]
+
+    @property
+    def _kept(self) -> str:
+        return "calls"
+
+
+class CallInjection(Injection):
+    """The results of whole calls of a model that is given one thing at a time.
+
+    They are injected only where both runs' models were given the same: in the same step, and in every step
+    before it that a cache goes back to.
+    """
+
+    def __init__(self, inject: Inject) -> None:
+        super().__init__(inject)
+        # The last step of which all is known to be the same.
+        self._same_until = -1
+        self._why_not: str | None = None
+
+    def begin_step(self, number: int) -> None:
+        """A step begins, in which the model has not been called yet."""
+        super().begin_step(number)
         self._why_not = "the model itself had not been called before in the step"
 
     def end_step(self) -> Json:
         """What ``step.json`` says of it."""
         if self._why_not is None:
             self._same_until = self._step
-        injected, left_out = self._in_step
-        return {"injected": {"calls": injected, "left_out": dict(left_out)}}
+        return super().end_step()
 
     def enters(self, directory: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model is called: find out whether the other run's was given the same."""
@@ -87,36 +162,12 @@ class Injection:
     def _call(self, directory: str) -> Call:
         return self._run.step(self._step).call(directory)
 
-    def result_for(self, directory: str, own: Any) -> Any:
-        """The stored result of a call, or the model's own where that cannot stand for it."""
-        why = self._why_not
-        found = own
-        if why is None:
-            try:
-                found = _in_place_of(own, self._call(directory).outputs)
-            except _UnlikeError as error:
-                why = str(error)
-            except ReadError:
-                why = "the other run has no result of this call"
-            except Exception as error:
-                why = f"its result could not be put in place ({type(error).__name__})"
-                log.debug("a result could not be injected", exc_info=True)
-        injected, left_out = self._in_step
-        if why is None:
-            self.injected += 1
-            self._in_step = injected + 1, left_out
-        else:
-            self.left_out[why] += 1
-            left_out[why] += 1
+    def _in_place_of(self, directory: str, own: Any) -> Any:
+        if self._why_not is not None:
+            raise UnlikeError(self._why_not)
+        found = in_place_of(own, self._call(directory).outputs)
+        self._inject()
         return found
-
-    def remarks(self) -> list[str]:
-        """What is to be said of it at the end."""
-        said = [f"inject: {self.injected} results are those of {self._run.url}, not this model's own"]
-        said += [
-            f"inject: {count} calls kept their own result: {why}" for why, count in self.left_out.items()
-        ]
-        return said if self.injected or self.left_out else ["inject: none of its modules was called"]
 
 
 def _goes_on(args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
@@ -154,24 +205,48 @@ def _same(own: Any, stored: Any) -> bool:
     return isinstance(stored, OpaqueObject) and not stored.items
 
 
-def _in_place_of(own: Any, stored: Any) -> Any:
-    """A value like the model's own with the stored tensors. Raises _UnlikeError where they do not fit."""
+def in_place_of(own: Any, stored: Any) -> Any:
+    """A value like the model's own with the stored tensors. Raises UnlikeError where they do not fit."""
     if isinstance(own, torch.Tensor):
         if isinstance(stored, Skipped):
-            raise _UnlikeError(f"its result was not stored ({stored.reason})")
+            raise UnlikeError(f"its result was not stored ({stored.reason})")
         if not isinstance(stored, torch.Tensor) or own.shape != stored.shape:
-            raise _UnlikeError("the other run's result has another shape")
+            raise UnlikeError("the other run's result has another shape")
         return stored.to(device=own.device, dtype=own.dtype)
     if own is None or isinstance(own, _SCALARS):
         return own
     if isinstance(own, Mapping) and isinstance(stored, Mapping) and own.keys() == stored.keys():
-        made: Any = copy.copy(own)
-        for key, value in own.items():
-            made[key] = _in_place_of(value, stored[key])
-        return made
+        return _like_mapping(own, lambda key, value: in_place_of(value, stored[key]))
     if isinstance(own, (tuple, list)) and isinstance(stored, (tuple, list)) and len(own) == len(stored):
-        items = [_in_place_of(one, other) for one, other in zip(own, stored, strict=True)]
-        return type(own)(*items) if hasattr(own, "_fields") else type(own)(items)
+        return _like_sequence(own, lambda place, value: in_place_of(value, stored[place]))
     if isinstance(stored, OpaqueObject) and not stored.items:
         return own
-    raise _UnlikeError(f"nothing can stand for a result that is a {type(own).__name__}")
+    raise UnlikeError(f"nothing can stand for a result that is a {type(own).__name__}")
+
+
+def with_each_tensor(own: Any, made: Callable[[Path, torch.Tensor], torch.Tensor], path: Path = ()) -> Any:
+    """A value like the model's own, with what is ``made`` of each tensor in it, told by the way to it.
+
+    Raises UnlikeError for a value in which tensors may be that are not found.
+    """
+    if isinstance(own, torch.Tensor):
+        return made(path, own)
+    if own is None or isinstance(own, _SCALARS):
+        return own
+    if isinstance(own, Mapping):
+        return _like_mapping(own, lambda key, value: with_each_tensor(value, made, (*path, key)))
+    if isinstance(own, (tuple, list)):
+        return _like_sequence(own, lambda place, value: with_each_tensor(value, made, (*path, place)))
+    raise UnlikeError(f"nothing can stand for a result that is a {type(own).__name__}")
+
+
+def _like_mapping(own: Mapping[Any, Any], part: Callable[[Any, Any], Any]) -> Any:
+    made: Any = copy.copy(own)
+    for key, value in own.items():
+        made[key] = part(key, value)
+    return made
+
+
+def _like_sequence(own: tuple[Any, ...] | list[Any], part: Callable[[int, Any], Any]) -> Any:
+    items = [part(place, value) for place, value in enumerate(own)]
+    return type(own)(*items) if hasattr(own, "_fields") else type(own)(items)

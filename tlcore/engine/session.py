@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
@@ -46,6 +46,10 @@ from .run_documents import close_run
 from .staging.host_memory import HostPool
 from .staging.stager import Stager
 
+if TYPE_CHECKING:
+    from .injection import Injection
+    from .row_injection import RowInjection
+
 log = logging.getLogger("tlcore")
 
 
@@ -55,18 +59,32 @@ class Session:
     ``rows`` is to be told which rows a step's tensors have, where that is known; without it nothing is stored
     where the configuration asks for a choice.
     Opening the sink is the first thing that happens: BackendError says that the place cannot be
-    written before any hook exists. ``inline`` stores in the model's thread, for debugging.
+    written before any hook exists. ``inline`` stores in the model's thread, for debugging. A model that runs
+    batches ``of_requests`` is given another run's results row by row, and ``row_injection`` is to be told of them.
     """
 
-    def __init__(self, config: Config, run: RunInfo, sink: Sink | None = None, inline: bool = False) -> None:
+    def __init__(
+        self,
+        config: Config,
+        run: RunInfo,
+        sink: Sink | None = None,
+        inline: bool = False,
+        of_requests: bool = False,
+    ) -> None:
         devices = known_devices(config.device_names)
         self.config = config
-        injection = None
+        self.rows = StepRows(request_filter(config), config.last_only, config.window)
+        injection: Injection | None = None
+        self.row_injection: RowInjection | None = None
         if config.inject is not None:
-            # It loads the reader, which a capture that only writes does not need.
-            from .injection import Injection
+            # They load the reader, which a capture that only writes does not need.
+            from .injection import CallInjection
+            from .row_injection import RowInjection
 
-            injection = Injection(config.inject)
+            if of_requests:
+                injection = self.row_injection = RowInjection(config.inject, run, self.rows)
+            else:
+                injection = CallInjection(config.inject)
             run = replace(run, document={**run.document, "injected": injection.document})
         self._pool = HostPool(config.queue_bytes, config.on_full)
         self._documents, self._sink = open_run(config, replace(run, hold=self._pool.hold), sink)
@@ -90,7 +108,6 @@ class Session:
         at_once = None if self._examination.needed or self._channels else config.max_run_bytes
         stored_as = torch_dtype(config.store_dtype)
         tensors = TensorFilter(devices, config.max_tensor_size, at_once, self._channels, stored_as)
-        self.rows = StepRows(request_filter(config), config.last_only, config.window)
         self.samples = Samples(config.keeps_token_ids, config.window.needs_prompt)
         self.rows.prompts = self.samples.tokens.prompts
         self._collector = self._make_collector(tensors)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import MissingError, ReadError, missing
 from ..layout import names
 from ..layout.dtypes import name_of, torch_dtype
+from ..layout.names import PathKey
 from ..layout.rows import Span, as_rows
 from .placements import as_whole, is_part
 from .request_tokens import Part, RequestTokens
@@ -63,6 +64,7 @@ class Request(Mapping[str, "torch.Tensor"]):
         self.request_id = request_id
         self.external_id = external_id
         self._cached = 0
+        self._rows: dict[str, dict[int, tuple[_Place, int]]] = {}
         self.tokens = RequestTokens(f"{run_url}: request {request_id}")
         found: dict[_Key, list[_Place]] = defaultdict(list)
         self.steps: list[int] = []
@@ -165,11 +167,20 @@ class Request(Mapping[str, "torch.Tensor"]):
 
         Raises MissingError for a name that is not there, ReadError where rows of two steps differ in shape.
         """
+        return self._joined(name, self._newest(name), unshard, dtype)
+
+    def _joined(
+        self,
+        name: str,
+        rows_of: Mapping[int, tuple[_Place, int]],
+        unshard: bool = False,
+        dtype: Wanted = None,
+    ) -> torch.Tensor:
         import torch
 
         pieces: list[torch.Tensor] = []
         last: _Place | None = None
-        for place, rows in _in_runs(self._newest(name)):
+        for place, rows in _in_runs(rows_of):
             if place is not last:
                 last, whole = place, as_rows(place.step.tensor(place.name, unshard, dtype), place.span.axis)
             pieces.append(whole[rows])
@@ -191,6 +202,29 @@ class Request(Mapping[str, "torch.Tensor"]):
             raise ReadError(f"{self._url}: {name} has rows of the shapes {shapes}, which cannot be joined")
         return _promoted(sorted({dtype for dtype, _ in rows})), [len(newest), *shapes[0]]
 
+    @functools.cached_property
+    def outputs(self) -> Mapping[tuple[str, tuple[PathKey, ...], int], str]:
+        """The names of results, by the call's directory, the way into its result, and the rank."""
+        found = {}
+        for name, places in self._places.items():
+            record = places[0].step.record(places[0].name)
+            if record["direction"] == "outputs" and "@" not in name:
+                found[name.split("/")[0], tuple(record["path"]), int(record["rank"])] = name
+        return found
+
+    def has_row(self, name: str, position: int) -> bool:
+        """Whether there is a tensor's row of a position."""
+        return position in self._newest(name)
+
+    def row_shape(self, name: str) -> tuple[int, ...]:
+        """The shape of one row of a tensor. Raises as `dtype_and_shape` does."""
+        return tuple(self.dtype_and_shape(name)[1][1:])
+
+    def rows_at(self, name: str, positions: Iterable[int]) -> torch.Tensor:
+        """A tensor's rows of these positions, each of which it has. Raises as `tensor` does."""
+        newest = self._newest(name)
+        return self._joined(name, {position: newest[position] for position in positions})
+
     def _of(self, name: str) -> list[_Place]:
         if name not in self._places:
             raise missing("tensor with rows", name, f"request {self.request_id} of {self._url}", self._places)
@@ -198,10 +232,13 @@ class Request(Mapping[str, "torch.Tensor"]):
 
     def _newest(self, name: str) -> dict[int, tuple[_Place, int]]:
         """For each position the place of its last computation, and the row there."""
-        newest: dict[int, tuple[_Place, int]] = {}
-        for place in self._of(name):
-            for offset in range(place.span.length):
-                newest[place.first + offset] = (place, place.span.begin + offset)
+        newest = self._rows.get(name)
+        if newest is None:
+            newest = {}
+            for place in self._of(name):
+                for offset in range(place.span.length):
+                    newest[place.first + offset] = (place, place.span.begin + offset)
+            self._rows[name] = newest
         return newest
 
     def __getitem__(self, name: str) -> torch.Tensor:

@@ -177,7 +177,7 @@ def test_what_goes_wrong_in_capturing_is_not_the_models_business(
 
     model = Model()
     plain = model(X)
-    monkeypatch.setattr(operators, "module_of", broken)
+    monkeypatch.setattr(operators, "module_at", broken)
     with caplog.at_level(logging.WARNING, "tlcore"):
         sink = MemorySink()
         with tlcore.capture(model, backend=sink, ops=["gate"]):

@@ -5,17 +5,30 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
-from ...layout.rows import NO_ROWS, Placed, RowSet, Span, as_rows, grid_entry, placed
+from ...layout.rows import NO_ROWS, Placed, Row, RowSet, Span, as_rows, grid_entry, placed
 from ...layout.windows import Window
 from ...record import Json
 from .choosing import Chooses, Choosing
 
 # A call's directory, its module's name, and which call of it in the step it is.
 Begun = tuple[str, str, int]
+
+
+class Given(NamedTuple):
+    """What a model is given of one request in a step.
+
+    ``row`` is its entry in ``step.json``, ``tokens`` are the ids of these rows, ``prompt`` is its prompt's
+    length. It is ``apart`` where no request shares a prefix cache with it.
+    """
+
+    row: Row
+    tokens: Sequence[int]
+    prompt: int | None
+    apart: bool
 
 
 @dataclass
@@ -133,13 +146,8 @@ class StepRows:
 
     def cut(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor's rows that are kept, the tensor itself where all are; None if it must not be stored."""
-        found = Placed(None, 0, False)
         self.cut_along = None
-        part = self._part_of(self._module)
-        plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
-        if plain and self.told:
-            whole_numbers = not (tensor.is_floating_point() or tensor.is_complex())
-            found = placed(tensor.shape, whole_numbers, part.sets)
+        part, found = self._part_of(self._module), self.placed(tensor)
         if found.rows is not None:
             self.cut_along = found.axis
             return self._kept(part, found.rows).of(as_rows(tensor, found.axis))
@@ -147,6 +155,14 @@ class StepRows:
             return None
         part.whole.add(tuple(tensor.shape))
         return tensor
+
+    def placed(self, tensor: torch.Tensor) -> Placed:
+        """Whose the rows are of a tensor of the calls that run now, and along which axis they lie."""
+        plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
+        if not (plain and self.told):
+            return Placed(None, 0, False)
+        whole_numbers = not (tensor.is_floating_point() or tensor.is_complex())
+        return placed(tensor.shape, whole_numbers, self._part.sets)
 
     def _kept(self, part: _Part, rows: RowSet) -> _Kept:
         kept = part.kept.get(id(rows))

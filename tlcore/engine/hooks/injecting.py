@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 
 from .counting import in_backward
-from .listening import Listener
+from .operator_listener import OperatorListener
+from .operators import Operators
 
 _get_ident = threading.get_ident
 _is_compiling = torch.compiler.is_compiling
@@ -27,21 +28,29 @@ class Injector(Protocol):
         ...
 
 
-class InjectListener(Listener):
+class InjectListener(OperatorListener):
     """A listener that hands on another run's result in the place of its module's own.
 
     ``injects`` says of which calls. The model itself, which is the one with an empty name, is only watched.
+    Operators within are heard as usual: the module's own code runs.
     """
 
     __slots__ = ("injector", "injects")
 
-    def __init__(self, injector: Injector, injects: Callable[[int], bool], *given: Any) -> None:
+    def __init__(
+        self,
+        injector: Injector,
+        injects: Callable[[int], bool],
+        operators: Operators | None,
+        chosen: bool,
+        *given: Any,
+    ) -> None:
         self.injector = injector
         self.injects = injects
-        super().__init__(*given)
+        super().__init__(operators, chosen, *given)
 
     def _like_this(self, *given: Any) -> InjectListener:
-        return InjectListener(self.injector, self.injects, *given)
+        return InjectListener(self.injector, self.injects, self.operators, self.chosen, *given)
 
     def _given(self) -> Callable[..., Any]:
         return self._injected
@@ -52,9 +61,11 @@ class InjectListener(Listener):
         call = max(0, self.running)
         if not self.name:
             self.injector.enters(self._directory(self.name, call), args, kwargs)
-        output = self.original(*args, **kwargs)
-        return (
-            self.injector.result_for(self._directory(self.name, call), output)
-            if self.injects(call)
-            else output
-        )
+        output = self._watched(*args, **kwargs)
+        if not self.injects(call):
+            return output
+        directory = self._directory(self.name, call)
+        found = self.injector.result_for(directory, output)
+        if self.operators is not None and found is not output:
+            self.operators.operands.note(found, f"{directory}/outputs", again=False)
+        return found

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
 import torch
 from torch import nn
@@ -18,6 +18,9 @@ _MOST_PARTS = 4096
 
 class Operands:
     """Remembers, within a step, which tensor object is which, without keeping any of them alive."""
+
+    # Stands for an argument that is looked at each time.
+    ASK: Final = object()
 
     def __init__(self) -> None:
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], Operand, int]] = {}
@@ -49,6 +52,10 @@ class Operands:
             if again or self._found(tensor) is None:
                 self._note(tensor, ("from", place + path))
 
+    def is_now(self, tensor: torch.Tensor, operand: Operand) -> None:
+        """A tensor is from now on this operand."""
+        self._note(tensor, operand)
+
     def _note(self, tensor: torch.Tensor, operand: Operand) -> None:
         self._known[id(tensor)] = weakref.ref(tensor), operand, _version(tensor)
 
@@ -74,6 +81,23 @@ class Operands:
         if isinstance(value, (torch.dtype, torch.device, slice, complex, type(Ellipsis))):
             return "value", str(value)[:_LONGEST]
         return "value", f"<{type(value).__name__}>"
+
+    def are_still(self, values: Sequence[Any], before: Sequence[Any], operands: Sequence[Operand]) -> bool:
+        """Whether arguments are the same operands as once, when the plain ones among them were ``before``."""
+        if len(values) != len(before):
+            return False
+        known, ask = self._known, self.ASK
+        for value, old, operand in zip(values, before, operands, strict=True):
+            if old is ask:
+                entry = known.get(id(value))
+                same = entry is not None and entry[0]() is value and entry[1] == operand
+                if same and entry is not None and (entry[2] < 0 or entry[2] == value._version):
+                    continue
+                if self.of(value) != operand:
+                    return False
+            elif type(value) is not type(old) or value != old:
+                return False
+        return True
 
     def same(self, tensor: torch.Tensor, other: torch.Tensor) -> None:
         """A tensor shows what another one holds."""

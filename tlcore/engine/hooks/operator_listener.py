@@ -15,11 +15,14 @@ _is_compiling = torch.compiler.is_compiling
 
 
 class OperatorListener(Listener):
-    """A listener around whose calls operators are heard, or not even then where PyTorch asks for it."""
+    """A listener around whose calls operators are heard, or not even then where PyTorch asks for it.
+
+    Without ``operators`` it is like any other.
+    """
 
     __slots__ = ("chosen", "operators")
 
-    def __init__(self, operators: Operators, chosen: bool, *given: Any) -> None:
+    def __init__(self, operators: Operators | None, chosen: bool, *given: Any) -> None:
         self.operators = operators
         self.chosen = chosen
         super().__init__(*given)
@@ -34,7 +37,7 @@ class OperatorListener(Listener):
         if _is_compiling():
             return self.original(*args, **kwargs)
         operators, original = self.operators, self.now()
-        if not operators.listens():
+        if operators is None or not operators.listens():
             return original(*args, **kwargs)
         if not (self.chosen or operators.depth):
             return original(*args, **kwargs)
@@ -47,7 +50,11 @@ class OperatorListener(Listener):
         note(args, f"{directory}/inputs", again=False)
         note(kwargs, f"{directory}/inputs", again=False)
         call = operators.within if self.chosen else _plainly
-        output = call(original, args, kwargs)
+        before = operators.runs(self.module)
+        try:
+            output = call(original, args, kwargs)
+        finally:
+            operators.running = before
         note(output, f"{directory}/outputs", again=False)
         return output
 

@@ -14,30 +14,29 @@ from types import CodeType, FrameType
 from typing import Any
 
 import torch
-from torch import overrides
+from torch import nn, overrides
 from torch.overrides import TorchFunctionMode
 
-from ...layout.directions import operator_direction
-from ...layout.structure import TreeSpec
-from ..calls import Call, CallSide, Operator, Sides
+from ..calls import Call, Operator
 from ..filters.modules import Calls
 from .collector import Collector
 from .counting import in_backward
 from .functions_of_torch import function_of
 from .listeners import ListenerSet
-from .module_tree import ModuleTree
+from .module_tree import ModuleTree, Named
 from .operands import Operands, parts_of
-from .tap_sites import module_of
+from .operator_uses import Planned, Running, Uses, as_planned
+from .tap_sites import module_at
 
 log = logging.getLogger("tlcore")
 _get_ident = threading.get_ident
 _is_compiling = torch.compiler.is_compiling
-# One that is called by other lines, or with other numbers, in each step must not fill the memory.
-_MOST_USES = 16
 _MOST_LINES = 1 << 14
 # What hands functions of torch around.
 _HANDS_ON = frozenset({overrides.__file__, torch._ops.__file__})
 _OURS = __name__.partition(".")[0] + "."
+# Results of properties such as `shape`, which come as often as tensors do.
+_NO_TENSORS = frozenset({torch.Size, torch.dtype, torch.device, torch.layout, bool, int, float, str})
 
 
 _innermost: Callable[[], Any] = overrides._get_current_function_mode
@@ -61,9 +60,13 @@ class Operators:
         self._of: list[tuple[ListenerSet, Callable[[str, int], str]]] = []
         self._tree: ModuleTree | None = None
         self._wanted: dict[int, Calls | None] = {}
-        self._calls: dict[tuple[int, int, bool], _Uses] = {}
+        self._calls: dict[tuple[int, int, bool], Uses] = {}
         self._mode = _Mode(self)
         self._lines: dict[tuple[int, int], tuple[CodeType, int]] = {}
+        # The call of a module that runs, the innermost one, the code of modules' own, and plain functions'.
+        self.running: Running | None = None
+        self._codes: dict[int, dict[int, CodeType]] = {}
+        self._functions: dict[int, CodeType] = {}
         self._said = False
 
     def add(self, hooks: ListenerSet, directory: Callable[[str, int], str]) -> None:
@@ -74,10 +77,12 @@ class Operators:
         """A step begins; modules may be others than in the one before."""
         self.operands.begin_step()
         self.depth = 0
+        self.running = None
         if self._of and self._of[0][0].tree is not self._tree:
             self._tree = self._of[0][0].tree
             self._wanted.clear()
             self._calls.clear()
+            self._codes.clear()
         for uses in self._calls.values():
             uses.count = 0
 
@@ -86,6 +91,13 @@ class Operators:
         self._of = []
         self.begin_step()
         self._calls.clear()
+        self._codes.clear()
+
+    def runs(self, module: nn.Module) -> Running | None:
+        """A call of a module begins that is listened to; gives the one around it, which goes on behind it."""
+        before = self.running
+        self.running = Running(module, self._codes.setdefault(id(module), {}))
+        return before
 
     def within(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Make a call of a chosen module, heard by the mode; one around it hears those inside."""
@@ -129,12 +141,49 @@ class Operators:
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, frame: FrameType | None
     ) -> None:
         """An operator has given a result; whatever goes wrong here is not the model's business."""
+        if type(result) in _NO_TENSORS:
+            return
         try:
-            self._take(func, args, kwargs, result, frame)
+            if not self._takes_again(func, args, kwargs, result, frame):
+                self._take(func, args, kwargs, result, frame)
         except Exception as error:
             if not self._said:
                 self._said = True
                 log.warning("an operator could not be captured: %s: %s", type(error).__name__, error)
+
+    def _takes_again(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, frame: FrameType | None
+    ) -> bool:
+        """Take what was used at the same place of the call in an earlier step; False where that is unlike."""
+        running, operands = self.running, self.operands
+        if running is None or operands.any_raw:
+            return False
+        if not running.known and running.codes and running.is_own(frame, self._functions):
+            self._recall(running)
+        uses = running.uses
+        if uses is None:
+            return False
+        planned = uses.planned[uses.count] if uses.count < len(uses.planned) else None
+        if planned is None or planned.func is not func or not isinstance(result, torch.Tensor):
+            return False
+        at = frame
+        if at is not None and at.f_code is not planned.code:
+            at = _line_of(frame, planned.function.code)
+        if at is None or not planned.is_used_again(at, operands, args, kwargs):
+            return False
+        if not running.is_own(at, self._functions):
+            return False
+        uses.count += 1
+        operands.is_now(result, planned.place)
+        self._collector.tapped(uses.call, planned.direction, planned.known, result, planned.make)
+        return True
+
+    def _recall(self, running: Running) -> None:
+        """A call of a module begins to use operators, whose code is known from a call before."""
+        heard = self._heard()
+        named = None if heard is None else heard[0].known.get(id(running.module))
+        if heard is not None and named is not None and named.module is running.module:
+            running.known, running.uses = True, self._uses_of(named, *heard)
 
     def _take(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, frame: FrameType | None
@@ -161,6 +210,16 @@ class Operators:
         direction, place = uses.next_place(function.name)
         self.operands.note(value, place)
         known, make = uses.sides(direction, operator)
+        plain = value is result and isinstance(value, torch.Tensor) and function.name != "data"
+        uses.plan(
+            Planned(
+                func, function, at.f_code, at.f_lasti, tuple(map(as_planned, args)), inputs, tuple(kwargs),
+                tuple(map(as_planned, kwargs.values())), tuple([each for _, each in keywords]), direction,
+                ("from", place), known, make,
+            )
+            if plain
+            else None
+        )  # fmt: skip
         self._collector.tapped(uses.call, direction, known, value, make)
 
     def _place(self, at: FrameType) -> tuple[str, int]:
@@ -187,15 +246,24 @@ class Operators:
                 return False
         return True
 
-    def _uses_at(self, frame: FrameType | None) -> _Uses | None:
+    def _uses_at(self, frame: FrameType | None) -> Uses | None:
         """Those of the call whose code runs in a frame; None where they are not to be captured."""
+        running = self.running
+        if running is not None and running.known and running.is_own(frame, self._functions):
+            return running.uses
         heard = self._heard()
         if heard is None:
             return None
         hooks, directory = heard
-        named = module_of(frame, hooks.known)
-        if named is None:
+        named, code = module_at(frame, hooks.known)
+        if named is None or code is None:
             return None
+        uses = self._uses_of(named, hooks, directory)
+        if running is not None and running.module is named.module:
+            running.learn(code, uses)
+        return uses
+
+    def _uses_of(self, named: Named, hooks: ListenerSet, directory: Callable[[str, int], str]) -> Uses | None:
         key = id(named.module)
         if key not in self._wanted:
             self._wanted[key] = self._select(named.names)
@@ -211,46 +279,8 @@ class Operators:
         if uses is None:
             self.seen[named.name] = True
             made = Call(named.name, call, directory(named.name, call), only)
-            uses = self._calls[key, call, only] = _Uses(made)
+            uses = self._calls[key, call, only] = Uses(made)
         return uses
-
-
-class _Uses:
-    """The operators that one call of a module uses: ``count`` of them in this step so far."""
-
-    __slots__ = ("_known", "_places", "call", "count")
-
-    def __init__(self, call: Call) -> None:
-        self.call = call
-        self.count = 0
-        self._known: dict[str, dict[Operator, Sides]] = {}
-        self._places: dict[tuple[int, str], tuple[str, str]] = {}
-
-    def next_place(self, name: str) -> tuple[str, str]:
-        """The direction of the next one, and how others refer to what it gives."""
-        key = self.count, name
-        self.count += 1
-        found = self._places.get(key)
-        if found is None:
-            direction = operator_direction(name, key[0])
-            found = self._places[key] = direction, f"{self.call.directory}/{direction}"
-        return found
-
-    def sides(self, direction: str, operator: Operator) -> tuple[Sides, Callable[[TreeSpec], CallSide]]:
-        """The sides of one use of an operator by structure, and what makes another."""
-        uses = self._known.setdefault(direction, {})
-        known = uses.get(operator)
-        if known is None:
-            if len(uses) >= _MOST_USES:
-                uses.clear()
-            known = uses[operator] = {}
-
-        def make(treespec: TreeSpec) -> CallSide:
-            side = self.call.add(known, treespec, direction, treespec, None)
-            side.operator = operator
-            return side
-
-        return known, make
 
 
 class _Mode(TorchFunctionMode):

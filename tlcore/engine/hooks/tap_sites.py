@@ -249,15 +249,22 @@ class Taps:
 
 def module_of(frame: FrameType | None, modules: Mapping[int, Named]) -> Named | None:
     """The module whose code runs in a frame or nearest around it."""
+    return module_at(frame, modules)[0]
+
+
+def module_at(
+    frame: FrameType | None, modules: Mapping[int, Named]
+) -> tuple[Named, CodeType] | tuple[None, None]:
+    """The module whose code runs in a frame or nearest around it, and that code."""
     while frame is not None:
         code = frame.f_code
         if code.co_argcount:
             first = frame.f_locals.get(code.co_varnames[0])
             named = modules.get(id(first))
             if named is not None and named.module is first and _is_method(code, first):
-                return named
+                return named, code
         frame = frame.f_back
-    return None
+    return None, None
 
 
 def _is_method(code: CodeType, module: nn.Module) -> bool:

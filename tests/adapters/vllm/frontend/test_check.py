@@ -7,7 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
+import tlcore
 from tests.adapters.vllm.helpers import run
 from tests.models import smollm2
 from tlcore.errors import BackendError, ConfigError
@@ -41,6 +43,24 @@ def _parsed(*flags: str) -> Any:
 @pytest.fixture
 def config(tmp_path: Path) -> dict[str, Any]:
     return {"output_dir": str(tmp_path / "dumps"), "module_call_match": "mlp"}
+
+
+def test_a_server_injects_only_with_its_operators_leave(tmp_path: Path, config: dict[str, Any]) -> None:
+    from vllm.usage.usage_lib import UsageContext
+
+    with tlcore.capture(torch.nn.Linear(2, 2), output_dir=str(tmp_path)) as capture:
+        pass
+    injecting = {**config, "inject": {"run": "missing", "modules": ["mlp"]}}
+    with pytest.raises(ConfigError, match=r"\$\.inject\.run: "):
+        _engine_args(intermediate_log_config=injecting)
+    injecting["inject"]["run"] = capture.url
+    arguments = _engine_args(intermediate_log_config=injecting)
+    with pytest.raises(ConfigError, match=r"\$\.inject: the answers"):
+        arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
+    assert arguments.create_engine_config(UsageContext.LLM_CLASS)
+    injecting["inject"]["serve"] = True
+    arguments = _engine_args(intermediate_log_config=injecting)
+    assert arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
 def test_every_way_in_gives_the_same_configuration(tmp_path: Path, config: dict[str, Any]) -> None:

@@ -16,6 +16,7 @@ from tests.adapters.vllm.server import VllmServer, serving
 from tests.models import tiny_llama
 from tlcore.adapters.vllm.frontend.endpoint import (
     DELIVERY_VARIABLE,
+    INJECT_VARIABLE,
     ROOT_VARIABLE,
     SPILL_VARIABLE,
     EndpointPlugin,
@@ -205,6 +206,21 @@ def test_a_server_without_a_key_or_an_engine_refuses() -> None:
         answer = TestClient(app).get("/v1/tlcore/status")
         assert engine_problem in answer.json()["error"]["message"]
         assert answer.status_code == (409 if key else 403)
+
+
+def test_injecting_takes_the_operators_leave(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def asked(run: str) -> dict[str, Any]:
+        return {"inject": {"run": run, "modules": ["mlp"], "serve": True}}
+
+    monkeypatch.delenv(INJECT_VARIABLE, raising=False)
+    with pytest.raises(ForbiddenError, match=INJECT_VARIABLE):
+        restricted(asked(str(tmp_path / "runs" / "one")))
+    monkeypatch.setenv(INJECT_VARIABLE, str(tmp_path / "runs"))
+    for outside in (tmp_path, tmp_path / "runs" / ".." / "other", "s3://bucket/run", "memory://run"):
+        with pytest.raises(ForbiddenError, match=INJECT_VARIABLE):
+            restricted(asked(str(outside)))
+    found = restricted(asked(str(tmp_path / "runs" / "one"))).inject
+    assert found is not None and found.modules == ("mlp",)
 
 
 def test_delivery_takes_the_operators_leave(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -147,6 +147,8 @@ def _checked_config(original: Callable[..., Any]) -> Callable[..., Any]:
         # An instance built before the plugin was loaded has not been prepared yet.
         if self.additional_config:
             self.additional_config = frontend.prepare(self.additional_config)
+            usage = kwargs.get("usage_context", args[0] if args else None)
+            frontend.check_served(self.additional_config, usage)
         # A capture may be asked for later, of workers that are running by then.
         share_directory()
         if frontend.serves_endpoint():

@@ -21,7 +21,7 @@ from ....record import Json
 from ..carrier import KEY, Carrier
 from . import check as frontend
 from .deaths import remains
-from .requests import remember, storage_options
+from .requests import has_ended, remember, storage_options
 from .status import FLUSH, POLL_S, START, STATUS, STOP, Status, merged, raise_refusal
 
 if TYPE_CHECKING:
@@ -150,6 +150,7 @@ class attach:  # noqa: N801 - a context manager reads like a function
         if not self._attached:
             return self.status()
         self._attached = False
+        has_ended(self._run_id)
         try:
             merged(self._ask(STOP, self._run_id))
         except _SilentError:

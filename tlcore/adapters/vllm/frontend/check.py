@@ -11,8 +11,9 @@ from typing import Any
 from ....config.configuration import Config, load_config
 from ....engine.filters.tensors import known_devices
 from ....engine.new_run import new_run_id
-from ....errors import BackendError, CaptureError, ConfigError
+from ....errors import BackendError, CaptureError, ConfigError, ReadError
 from ....locations import absolute_location, is_url
+from ....reader import open_run
 from ....registry import open_store, resolve
 from ....storage import SupportsPrepare
 from ..carrier import KEY, Carrier, carried, is_carrier
@@ -32,9 +33,8 @@ def check(given: Config | Mapping[str, Any] | str) -> Config:
     if config.enabled:
         if config.log_gradients:
             raise ConfigError("$.log_gradients", "vLLM computes no gradients.", "Leave the key out.")
-        if config.inject is not None:
-            problem = "results are injected into plain PyTorch models, not into vLLM."
-            raise ConfigError("$.inject", problem, "Leave the key out.")
+        if config.inject is not None and not is_url(config.inject.run):
+            _check_injected(config.inject.run)
         located = resolve(config.backend, portable=True).located(config.backend_options, config.output_dir)
         if not is_url(located.url):
             _probe_directory(absolute_location(located.url), "output_dir")
@@ -63,6 +63,8 @@ def prepare(additional_config: Mapping[str, Any] | None) -> dict[str, Any]:
     document["output_dir"] = absolute_location(config.output_dir)
     if config.spill_dir is not None:
         document["spill_dir"] = absolute_location(config.spill_dir)
+    if config.inject is not None:
+        document["inject"]["run"] = absolute_location(config.inject.run)
     carrier = Carrier(config=document, run_id=new_run_id())
     if is_url(config.output_dir):
         probe(carrier)
@@ -130,6 +132,25 @@ def unknown_vllm(problem: str) -> CaptureError:
 def mode_name(mode: Any) -> str:
     """The name of a compilation or CUDA graph mode, whether vLLM holds it as an enum or as text."""
     return str(getattr(mode, "name", mode))
+
+
+def check_served(additional_config: Mapping[str, Any], usage: Any) -> None:
+    """Refuse a server that would answer from injected results without its operator's leave.
+
+    ``usage`` is what vLLM calls the engine's usage context. Raises ConfigError.
+    """
+    carrier = carried(additional_config)
+    inject = carrier["config"].get("inject") if is_carrier(carrier) else None
+    if str(getattr(usage, "name", usage)) == "OPENAI_API_SERVER" and inject and not inject.get("serve"):
+        problem = "the answers of a server would come of another run's results."
+        raise ConfigError("$.inject", problem, 'Add "serve": true to it if that is what you want.')
+
+
+def _check_injected(run: str) -> None:
+    try:
+        open_run(run)
+    except ReadError as error:
+        raise ConfigError("$.inject.run", f"{error}.", "Give the path or URL of a run.") from None
 
 
 def _probe_directory(path: str, key: str) -> None:

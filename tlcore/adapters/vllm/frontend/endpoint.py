@@ -3,7 +3,8 @@
 ``VLLM_PLUGINS`` must name it. The routes begin with ``/v1``, so vLLM's own API key guards them, and without
 a key they refuse to work. The key is often given to every client of the model; so a client chooses what is
 captured, but only the operator (``TLCORE_ENDPOINT_OUTPUT_DIR``, ``TLCORE_ENDPOINT_SPILL_DIR``) below which
-place it is written, where it waits in an outage, and with whose code. What was captured of a request is
+place it is written, where it waits in an outage, below which place runs lie that may be injected
+(``TLCORE_ENDPOINT_INJECT_DIR``; without it none may), and with whose code. What was captured of a request is
 opened only by the token that its answer has carried.
 """
 
@@ -31,7 +32,7 @@ from .deliveries import TokenMiddleware
 from .engines import DeadEngineError, Engines
 from .fetching import Flusher, LargeError, LateError, LostError, NothingError, Room
 from .fetching_route import fetched
-from .requests import remember
+from .requests import has_ended, remember
 from .status import POLL_S, START, STATUS, STOP, Status, merged
 
 log = logging.getLogger("vllm.tlcore")
@@ -39,6 +40,7 @@ PATH = "/v1/tlcore"
 ROOT_VARIABLE = "TLCORE_ENDPOINT_OUTPUT_DIR"
 SPILL_VARIABLE = "TLCORE_ENDPOINT_SPILL_DIR"
 DELIVERY_VARIABLE = "TLCORE_ENDPOINT_DELIVERY"
+INJECT_VARIABLE = "TLCORE_ENDPOINT_INJECT_DIR"
 _LARGEST_BODY = 1 << 20
 # What the patterns of request_ids may take of each request, and no client may make it more.
 _MOST_STEPS = 1 << 28
@@ -138,6 +140,7 @@ class EndpointPlugin:
             run_id = (await self._ask(STATUS)).run_id
         if run_id is None:
             return await self._ask(STATUS)
+        has_ended(str(run_id))
         await self._ask(STOP, str(run_id))
         deadline = time.monotonic() + _STOP_WAIT_S
         while (status := await self._ask(STATUS, str(run_id))).state == "closing":
@@ -230,6 +233,11 @@ def restricted(given: Any) -> Config:
     if sum(map(most_steps, config.request_ids or ())) > _MOST_STEPS:
         problem = "over HTTP patterns of requests repeat no groups, and little else."
         raise ConfigError("$.request_ids", problem, "Leave out .* at either end, and list alternatives.")
+    if config.inject is not None:
+        injected = os.environ.get(INJECT_VARIABLE)
+        if not injected or not _lies_below(config.inject.run, injected):
+            text = f"over HTTP the run must lie below the operator's {INJECT_VARIABLE}"
+            raise ForbiddenError(f"$.inject.run: {text}")
     if not _lies_below(config.output_dir, root):
         text = f"over HTTP the output must lie below the operator's {ROOT_VARIABLE}"
         raise ForbiddenError(f"$.output_dir: {text}")

@@ -20,6 +20,8 @@ from ....engine.filters.choosing import ModuleNames
 from ....errors import CaptureError, ConfigError
 from ....layout.names import ROOT_DIR
 from ..reports import read_modules, read_reports
+from ..salts import keep_apart
+from .check import serves_endpoint
 from .deliveries import MARK, TakenError, delivery_of, is_of_this_request, mark_delivery
 
 _PATCHED = "__tlcore__"
@@ -27,13 +29,31 @@ _PATCHED = "__tlcore__"
 _known: list[Config] = []
 # Also the runs before it, as many as a worker remembers, whose requests can still be fetched.
 _opened: deque[Config] = deque(maxlen=16)
+# The run of this process that injects results of another, if any.
+_injecting: list[str] = []
 _REPEATING = "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"
 
 
 def remember(carrier: Any) -> None:
     """A run begins with this carrier's configuration; with None, an engine without one."""
     _known[:] = [] if carrier is None else [load_config(carrier["config"])]
+    _injecting[:] = [str(carrier["run_id"]) for each in _known if each.inject is not None]
     _opened.extendleft(_known)
+
+
+def has_ended(run_id: str) -> None:
+    """A run of this process has been ended."""
+    if run_id in _injecting:
+        _injecting.clear()
+
+
+def _injects() -> bool:
+    """Whether results are injected into what requests of this front end compute from now on."""
+    # Of several API servers any may have begun.
+    if not _injecting and not serves_endpoint():
+        return False
+    reports = [each for each in read_reports() if each.alive]
+    return any(each.document.get("injects") for each in reports) if reports else bool(_injecting)
 
 
 def storage_options(url: str) -> dict[str, Any] | None:
@@ -217,7 +237,7 @@ def _refusing(original: Callable[..., Any], check: Callable[[Any], None]) -> Cal
 
 
 def patch_input(module: ModuleType) -> None:
-    """Refuse wrong choices where an engine takes a request up. Safe to repeat."""
+    """Refuse wrong choices where an engine takes a request up; keep injected ones apart. Safe to repeat."""
     cls = module.InputProcessor
     original = getattr(cls, "process_inputs", None)
     if original is None or hasattr(original, _PATCHED):
@@ -226,7 +246,10 @@ def patch_input(module: ModuleType) -> None:
     @functools.wraps(original)
     def process_inputs(self: Any, request_id: Any, prompt: Any, params: Any, *args: Any, **more: Any) -> Any:
         _check_taken(params)
-        return original(self, request_id, prompt, params, *args, **more)
+        made = original(self, request_id, prompt, params, *args, **more)
+        if _injects():
+            keep_apart(made)
+        return made
 
     process_inputs.__dict__[_PATCHED] = True
     cls.process_inputs = process_inputs

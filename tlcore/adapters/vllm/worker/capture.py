@@ -102,7 +102,9 @@ class WorkerCapture:
         modules = plain_modules(model)
         if is_carrier(carrier) and carrier.get(OVER_HTTP):
             check_cost(config, modules)
-        session = Session(config, _run(worker, config, carrier if is_carrier(carrier) else {}))
+        session = Session(
+            config, _run(worker, config, carrier if is_carrier(carrier) else {}), of_requests=True
+        )
         try:
             eager = _eager_steps(worker)
             tapped = eager is not None and config.compiled == "taps"
@@ -205,6 +207,7 @@ class WorkerCapture:
         state = {"queue_bytes": self._runs.queue_bytes, "running": running, "status": status}
         if session is not None:
             state["allowed"] = Allowed.of(session.config).to_json()
+            state["injects"] = session.row_injection is not None
         return {**self._runs.figures(), **state}
 
     def _bracketed(self, worker: Any) -> StepWrapper:

@@ -11,6 +11,7 @@ import torch
 import xxhash
 
 from ....record import Json
+from ..salts import given_salt
 
 log = logging.getLogger("vllm.tlcore")
 _MARK = "__tlcore__"
@@ -67,7 +68,7 @@ def _hash(request: Any, adapter: str | None) -> str | None:
     more = {
         "adapter": adapter,
         "items": [_item(feature) for feature in getattr(request, "mm_features", None) or ()] or None,
-        "salt": getattr(request, "cache_salt", None),
+        "salt": given_salt(getattr(request, "cache_salt", None)),
     }
     for key, value in more.items():
         if value is not None:

@@ -54,7 +54,12 @@ def check_cost(config: Config, names: Iterable[str]) -> None:
 
 def _patterns(config: Config) -> Iterator[tuple[str, str]]:
     """The patterns that are held against names, each with its path."""
-    for key, texts in (("module_call_match", config.module_call_match), ("ops", config.ops)):
+    injected = () if config.inject is None else config.inject.modules
+    for key, texts in (
+        ("module_call_match", config.module_call_match),
+        ("ops", config.ops),
+        ("inject.modules", injected),
+    ):
         for place, text in enumerate(texts or ()):
             path = f"$.{key}[{place}]"
             yield path, parse_pattern(text, path)[0].pattern

@@ -12,16 +12,19 @@ import functools
 import logging
 from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ....engine.filters.rows import StepRows
+from ....engine.filters.rows import Given, StepRows
 from ....layout.rows import NO_ROWS, Row, RowSet
 from ....record import Json
 from .items import item_sets
 from .rows import RowError, RowReader
 from .tokens import TokenReader
+
+if TYPE_CHECKING:
+    from ....engine.row_injection import RowInjection
 
 log = logging.getLogger("vllm.tlcore")
 Sets = Sequence[RowSet]
@@ -40,6 +43,7 @@ class RowScopes:
         # Makes the entries of the step's token ids.
         self.tokens: Callable[[], list[Json]] | None = None
         self._step: StepRows | None = None
+        self._injection: RowInjection | None = None
         self._scheduled: Any = None
         self.rows: list[Json] | None = None
         self._unsampled: frozenset[str] = frozenset()
@@ -55,9 +59,15 @@ class RowScopes:
         if reader.second_version:
             self._wrap_second_version(runner)
 
-    def begin(self, step: StepRows, scheduler_output: Any, keeps_ids: bool = False) -> None:
-        """A captured step begins, of which token ids are kept or not."""
-        self._step, self._scheduled = step, scheduler_output
+    def begin(
+        self,
+        step: StepRows,
+        scheduler_output: Any,
+        keeps_ids: bool = False,
+        injection: RowInjection | None = None,
+    ) -> None:
+        """A captured step begins, of which token ids are kept or not, and into which results are injected."""
+        self._step, self._scheduled, self._injection = step, scheduler_output, injection
         self._keeps_ids = keeps_ids
         self.rows = self.problem = self.tokens = None
         self._unsampled = frozenset()
@@ -85,8 +95,20 @@ class RowScopes:
             prompts = self._tokens.prompts(requests)
             self._unsampled = self._cut_short(rows, prompts)
             self._step.batch(requests, prompts)
+            if self._injection is not None:
+                self._injection.batch(self._given(rows, output, prompts))
             if self._keeps_ids:
                 self._take_tokens(rows, output, self._step)
+
+    def _given(
+        self, rows: Sequence[Row], batch: Any, prompts: Mapping[tuple[str, str], int]
+    ) -> Iterator[Given]:
+        """What the model is given of each request; of prompt embeddings, no token."""
+        ids = self._tokens.given(rows, batch)
+        for row in rows:
+            request, first = str(row["request_id"]), row["first_row"]
+            own = [-1] * row["rows"] if ids is None else ids[first : first + row["rows"]].tolist()
+            yield Given(row, own, prompts.get((request, "")), self._reader.is_apart(request))
 
     def _cut_short(self, rows: Sequence[Row], prompts: Mapping[tuple[str, str], int]) -> frozenset[str]:
         """The requests of which the step does not reach the end, so that nothing is sampled for them."""

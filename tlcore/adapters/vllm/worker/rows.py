@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from ....record import Json
+from ..salts import is_apart
 from .identity import identity
 
 _RANDOM_SUFFIX = re.compile(r"(.+)-[0-9a-f]{8}\Z", re.DOTALL)
@@ -33,6 +34,7 @@ class RowReader:
         self._known: dict[str, Json] = {}
         self._asked: dict[str, tuple[Any, int]] = {}
         self._external: dict[str, str | None] = {}
+        self._apart: set[str] = set()
         self.second_version = not hasattr(runner, "input_batch") and hasattr(runner, "prepare_inputs")
 
     def prepared(self, batch: Any) -> None:
@@ -44,6 +46,7 @@ class RowReader:
         self._known.clear()
         self._asked.clear()
         self._external.clear()
+        self._apart.clear()
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Drop the batch of the step before, and note where new requests begin, and their prompts.
@@ -56,10 +59,13 @@ class RowReader:
             self._known.pop(request, None)
             self._asked.pop(request, None)
             self._external.pop(request, None)
+            self._apart.discard(request)
         for new in getattr(scheduler_output, "scheduled_new_reqs", ()):
             # One that comes again, after a preemption or with more input, has computed most of it itself.
             first = self._known.get(new.req_id, {}).get("cached", new.num_computed_tokens)
             self._known[new.req_id] = {"cached": int(first), **identity(new)}
+            if is_apart(getattr(new, "cache_salt", None)):
+                self._apart.add(new.req_id)
             prompt = getattr(new, "prompt_token_ids", None)
             if prompt is None:
                 prompt = getattr(new, "prompt_embeds", None)
@@ -69,6 +75,10 @@ class RowReader:
     def known(self, request_id: str) -> Json:
         """What is known of a request besides its rows."""
         return {"external_request_id": external_id(request_id)}
+
+    def is_apart(self, request_id: str) -> bool:
+        """Whether a request shares no prefix cache with others, as one does that is injected into."""
+        return request_id in self._apart
 
     def asked(self, request_id: str) -> tuple[Any, int] | None:
         """A request's sampling parameters and the length of its prompt; None where that is not known.

@@ -7,7 +7,7 @@ import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ....engine.filters.choosing import Choosing
 from ....engine.session import Session
@@ -21,6 +21,9 @@ from .fetched import Fetched
 from .row_scopes import RowScopes
 from .rows import RowError, RowReader
 from .tokens import TokenReader, scheduled_firsts
+
+if TYPE_CHECKING:
+    from ....engine.row_injection import RowInjection
 
 log = logging.getLogger("vllm.tlcore")
 
@@ -158,10 +161,21 @@ class StepWrapper:
         requests = scheduler_output.num_scheduled_tokens
         choosing = session.choosing(requests, self._choices.of(requests))
         begun = session.begin_step(wanted=self._wants(choosing, scheduler_output), choosing=choosing)
+        injection = self._injection(scheduler_output, begun)
         if begun:
             self.fetched.note(session, self._choices.fetched(requests))
-            self._scopes.begin(session.rows, scheduler_output, session.config.keeps_token_ids)
+            self._scopes.begin(session.rows, scheduler_output, session.config.keeps_token_ids, injection)
         return begun
+
+    def _injection(self, scheduler_output: Any, begun: bool) -> RowInjection | None:
+        """What injects into a step that has ``begun``; it is told of one that is not captured, too."""
+        injection = None if self.session is None else self.session.row_injection
+        if injection is None:
+            return None
+        injection.forget(getattr(scheduler_output, "finished_req_ids", ()))
+        if not begun:
+            injection.passed_by(scheduler_output.num_scheduled_tokens)
+        return injection
 
     def _wants(self, choosing: Choosing, scheduler_output: Any) -> bool:
         """Whether any row of a step is one of those that are kept, as far as its schedule tells."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
+from ....layout.rows import Row
 from ....layout.tokens import token_entry
 from ....record import Json
 
@@ -78,6 +79,17 @@ class TokenReader:
             return {}
         return {(request, ""): each.length for request, each in found.items() if each is not None}
 
+    def given(self, rows: Sequence[Row], batch: Any) -> Numbers | None:
+        """A copy of the token ids that the model is given for these rows; None where it is given none."""
+        given = getattr(batch, "input_ids", None)
+        if given is None:
+            given = getattr(self._runner, "input_ids", None)
+        if given is None:
+            return None
+        tensor = given if isinstance(given, torch.Tensor) else given.gpu
+        total = sum(row["rows"] for row in rows)
+        return tensor[:total].to("cpu", torch.int64, copy=True).numpy()
+
     def take(
         self, rows: Sequence[Json], batch: Any, chooses: Callable[[str], bool] | None
     ) -> Callable[[], list[Json]] | None:
@@ -85,15 +97,11 @@ class TokenReader:
 
         ``batch`` is that of the second model runner. None where this rank writes none, or there are none.
         """
-        given = getattr(batch, "input_ids", None)
-        if given is None:
-            given = getattr(self._runner, "input_ids", None)
         taken = [row for row in rows if chooses is None or chooses(row["request_id"])]
-        if not self._writes or given is None or not taken:
+        ids = self.given(rows, batch) if self._writes and taken else None
+        if ids is None:
             return None
-        tensor = given if isinstance(given, torch.Tensor) else given.gpu
-        total = sum(row["rows"] for row in rows)
-        ids = tensor[:total].to("cpu", torch.int64, copy=True).numpy()
+        total = len(ids)
         embeds = bool(getattr(getattr(self._runner, "model_config", None), "enable_prompt_embeds", False))
         flags = self._runner.is_token_ids.np[:total].copy() if _has_flags(self._runner, embeds) else None
         parts = []

@@ -1,0 +1,213 @@
+"""Results of another run put in place row by row, as a runner of many requests tells whose they are."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tlcore
+from tlcore.config.configuration import Inject, load_config
+from tlcore.engine.filters.rows import StepRows
+from tlcore.engine.new_run import new_run
+from tlcore.engine.row_injection import Given, RowInjection
+from tlcore.engine.session import Session
+from tlcore.layout.rows import RowSet
+
+PROMPTS = {"a": [5, 6, 7, 8], "b": [5, 6], "c": [9, 9, 9]}
+
+
+class Doubled(nn.Module):
+    """Its result can be told from what it is given; with a ``fault`` it is another."""
+
+    def __init__(self, fault: float = 0.0) -> None:
+        super().__init__()
+        self.inner = Inner(fault)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inner(x)
+
+
+class Inner(nn.Module):
+    def __init__(self, fault: float) -> None:
+        super().__init__()
+        self.fault = fault
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return x * 2 + self.fault, (x.sum(1, keepdim=True) + self.fault, None)
+
+
+class Engine:
+    """Steps of a model whose rows are requests': ``(id, first position, tokens, apart, drafts)``."""
+
+    def __init__(self, output_dir: Path, fault: float = 0.0, **keys: Any) -> None:
+        config = load_config(output_dir=str(output_dir), log_step_ids=[], backend="safetensors", **keys)
+        self.session = Session(config, new_run(config, world_size=1), of_requests=True)
+        self.model = Doubled(fault)
+        self.session.attach(self.model)
+
+    def step(self, *rows: tuple[Any, ...], captured: bool = True) -> Any:
+        entries, given, first = [], [], 0
+        for request, position, tokens, *more in rows:
+            prompt = PROMPTS[request[0]]
+            entry = {
+                "request_id": request, "external_request_id": None, "first_row": first,
+                "rows": len(tokens), "first_position": position, "prompt_hash": f"h{request[0]}",
+                **({"drafts": more[1]} if len(more) > 1 else {}),
+            }  # fmt: skip
+            entries.append(entry)
+            given.append(Given(entry, tokens, len(prompt), more[0] if more else True))
+            first += len(tokens)
+        x = torch.tensor([[float(token), 1.0] for _, _, tokens, *_ in rows for token in tokens])
+        session = self.session
+        assert session.begin_step(wanted=captured) == captured
+        injection = session.row_injection
+        if captured:
+            session.rows.batch([entry["request_id"] for entry in entries])
+            session.rows.enter([RowSet("tokens", entries)], main=True)
+        if injection is not None:
+            if captured:
+                injection.batch(given)
+            else:
+                injection.passed_by([entry["request_id"] for entry in entries])
+        found = self.model(x)
+        tokens = [
+            {"request_id": r, "first_position": p, "ids": list(ids), "prompt": len(PROMPTS[r[0]])}
+            for r, p, ids, *_ in rows
+        ]
+        session.end_step(tokens=lambda: tokens)
+        return found[0][:, 0].tolist()
+
+    def close(self) -> Any:
+        self.session.close()
+        assert self.session.ledger.balanced
+        return tlcore.open_run(self.session.url)
+
+
+@pytest.fixture
+def other(tmp_path: Path) -> Any:
+    """a: 5 6 7 8 | 1 2; b: 5 6 | 3; c: 9 9 9."""
+    engine = Engine(tmp_path / "a")
+    engine.step(("a", 0, [5, 6]), ("c", 0, [9, 9, 9]))
+    engine.step(("a", 2, [7, 8]), ("b", 0, [5, 6]))
+    engine.step(("b", 2, [3]), ("a", 4, [1]))
+    engine.step(("a", 5, [2]))
+    return engine.close()
+
+
+def injecting(other: Any, tmp_path: Path, **keys: Any) -> Engine:
+    return Engine(tmp_path / "b", 100.0, inject={"run": other.url, "modules": ["^inner$"]}, **keys)
+
+
+def told(run: Any) -> list[dict[str, Any]]:
+    return [run.step(number).documents[0]["injected"] for number in run.steps]
+
+
+def test_rows_are_put_in_place_whatever_the_batch(other: Any, tmp_path: Path) -> None:
+    engine = injecting(other, tmp_path)
+    assert engine.step(("b", 0, [5, 6]), ("a", 0, [5, 6, 7])) == [10, 12, 10, 12, 14]
+    assert engine.step(("a", 3, [8]), ("c", 0, [9, 9]), ("b", 2, [3])) == [16, 18, 18, 6]
+    assert engine.step(("a", 4, [1]), ("c", 2, [9])) == [2, 18]
+    run = engine.close()
+    assert [each["rows"] for each in told(run)] == [5, 4, 2]
+    assert not any(each["left_out"] for each in told(run))
+    assert torch.equal(run.request("a")["inner/outputs_1_0_cpu"].flatten()[:4], torch.tensor([6.0, 7, 8, 9]))
+    assert run.injected["run_id"] == other.id
+
+
+def test_it_goes_as_far_as_the_tokens_are_the_same(other: Any, tmp_path: Path) -> None:
+    engine = injecting(other, tmp_path)
+    engine.step(("a", 0, [5, 6, 7, 8]))
+    assert engine.step(("a", 4, [4])) == [108]
+    # That a later token is the same again does not help.
+    assert engine.step(("a", 5, [2])) == [104]
+    assert [list(each["left_out"]) for each in told(engine.close())] == [
+        [],
+        ["its tokens are others than in the other run"],
+        ["a position before it was not injected, was cached, or was not in a captured step"],
+    ]
+
+
+def test_drafts_are_injected_where_they_are_the_other_runs_tokens(other: Any, tmp_path: Path) -> None:
+    engine = injecting(other, tmp_path)
+    engine.step(("a", 0, [5, 6, 7, 8]))
+    # The second draft is wrong, and computed again when it was rejected.
+    assert engine.step(("a", 4, [1, 7, 2], True, 2)) == [2, 114, 104]
+    assert engine.step(("a", 5, [2])) == [4]
+    rows = [each["rows"] for each in told(engine.close())]
+    assert rows == [4, 1, 1]
+
+
+def test_after_a_preemption_it_begins_anew(other: Any, tmp_path: Path) -> None:
+    engine = injecting(other, tmp_path)
+    engine.step(("a", 0, [5, 6, 7]))
+    assert engine.step(("a", 0, [5, 6])) == [10, 12]
+    assert engine.step(("a", 2, [7, 8, 1])) == [14, 16, 2]
+    assert engine.step(("a", 4, [1, 2])) == [2, 4]
+
+
+@pytest.mark.parametrize(
+    ("rows", "why"),
+    [
+        (("a", 2, [7, 8]), "a position before it was not injected"),
+        (("a", 0, [5, 6], False), "without a cache salt of its own"),
+        (("d", 0, [5, 6]), "no request of the other run"),
+    ],
+    ids=["cached", "shared", "unknown"],
+)
+def test_what_is_not_injected_keeps_its_own_and_is_counted(
+    other: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: Any, why: str
+) -> None:
+    monkeypatch.setitem(PROMPTS, "d", [5, 6])
+    engine = injecting(other, tmp_path)
+    assert engine.step(rows, ("c", 0, [9, 9, 9])) == [*(100 + 2 * each for each in rows[2]), 18, 18, 18]
+    (found,) = told(engine.close())
+    assert found["rows"] == 3 and list(found["left_out"].values()) == [2]
+    assert why in next(iter(found["left_out"]))
+
+
+def test_a_step_that_is_not_captured_ends_it(other: Any, tmp_path: Path) -> None:
+    engine = injecting(other, tmp_path)
+    engine.step(("a", 0, [5, 6]))
+    engine.step(("a", 2, [7, 8]), captured=False)
+    assert engine.step(("a", 0, [5, 6]), ("b", 0, [5, 6])) == [110, 112, 10, 12]
+    (reason,) = told(engine.close())[-1]["left_out"]
+    assert reason == "a step of it was not captured"
+
+
+def test_of_several_requests_with_one_prompt_each_gets_one(other: Any, tmp_path: Path) -> None:
+    engine = injecting(other, tmp_path)
+    assert engine.step(("a", 0, [5]), ("a2", 0, [5])) == [10, 110]
+    (found,) = told(engine.close())
+    assert found["left_out"] == {"no request of the other run, or no other one, has its prompt": 1}
+
+
+def test_positions_that_the_other_run_has_not_end_it(tmp_path: Path) -> None:
+    engine = Engine(tmp_path / "a")
+    engine.step(("a", 0, [5, 6]))
+    engine.step(("a", 2, [7]), captured=False)
+    engine.step(("a", 3, [8]))
+    with_gap = injecting(engine.close(), tmp_path)
+    assert with_gap.step(("a", 0, [5, 6, 7, 8])) == [10, 12, 114, 116]
+    (found,) = told(with_gap.close())
+    assert found["left_out"] == {"the other run has no result of this position": 2}
+
+
+def test_rows_that_nobody_knows_are_not_injected(other: Any, tmp_path: Path) -> None:
+    engine = injecting(other, tmp_path)
+    assert engine.session.begin_step()
+    assert engine.model(torch.tensor([[5.0, 1.0]]))[0].tolist() == [[110, 102]]
+    engine.session.end_step()
+    (found,) = told(engine.close())
+    assert found == {"calls": 0, "rows": 0, "left_out": {"whose rows its result has is not known": 1}}
+
+
+def test_a_run_of_other_ranks_is_refused(other: Any) -> None:
+    config = load_config({})
+    with pytest.raises(
+        tlcore.ConfigError, match=r"\$\.inject\.run: that run is of 1 ranks, and this one of 2"
+    ):
+        RowInjection(Inject(other.url, ("a",)), new_run(config, world_size=2), StepRows())

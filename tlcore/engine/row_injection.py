@@ -1,0 +1,269 @@
+"""Results of another run in the place of a model's own, where a batch has rows of several requests."""
+
+from __future__ import annotations
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ..config.configuration import Inject
+from ..errors import ConfigError
+from ..layout.rows import Span
+from ..reader.request import Request
+from ..reader.run import Run
+from ..record import Json, RunInfo
+from .filters.rows import Given, StepRows
+from .injection import Injection, Path, UnlikeError, with_each_tensor
+
+_UNKNOWN_ROWS = "whose rows its result has is not known"
+
+
+class _Followed:
+    """A request, and the one of the other run that it is paired with; without one, ``why_not``.
+
+    Up to position ``done`` it has the same tokens, and all that was to be injected was. In a step its rows
+    may be injected up to position ``end``, without that, and ``why_not`` further.
+    """
+
+    def __init__(self, given: Given, other: Request | None, why_not: str) -> None:
+        self.other = other
+        self.why_not = why_not
+        self.done = self.end = 0
+        # The scheduler counts what was generated as the prompt, too, after a preemption.
+        self._prompt = given.prompt or 0
+        self.names = {} if other is None else other.outputs
+
+    def begin_step(self, given: Given) -> None:
+        """Find out how many of the rows that come now may be injected."""
+        first = int(given.row["first_position"])
+        self.end = 0
+        if self.other is None:
+            return
+        if first > self.done:
+            self.why_not = "a position before it was not injected, was cached, or was not in a captured step"
+            return
+        # What comes from there on is computed anew, as after a preemption or in the place of rejected drafts.
+        self.end = first
+        known = self.other.tokens.known
+        for position, token in enumerate(given.tokens, first):
+            # Up to there the hash says so.
+            if position >= self._prompt and known.get(position) != token:
+                self.why_not = (
+                    "its tokens are others than in the other run"
+                    if position in known
+                    else "the other run has no token there, or stored no token ids (log_token_ids)"
+                )
+                break
+            self.end = position + 1
+
+    def end_step(self) -> None:
+        """All that was to be injected in the step was, up to ``end``."""
+        self.done = self.end
+
+    def give_up(self, why_not: str) -> None:
+        """Nothing of it can be injected any more."""
+        self.other, self.end, self.why_not = None, 0, why_not
+
+    def stop_at(self, position: int, why_not: str) -> None:
+        """From that position on nothing can be injected."""
+        if position < self.end:
+            self.end, self.why_not = position, why_not
+
+
+class RowInjection(Injection):
+    """The results of single positions of requests, whichever steps and batches computed them.
+
+    A request is paired with one of the other run that has the same prompt. Its rows are injected up to where
+    its tokens are others, and only where all before them was: a part of a cache that comes from the model's
+    own values would be a second difference. ``rows`` knows whose the rows of a tensor are.
+
+    Raises as `Injection` does, and ConfigError for a run of another number of ranks.
+    """
+
+    counted = "rows of results"
+
+    def __init__(self, inject: Inject, run: RunInfo, rows: StepRows) -> None:
+        super().__init__(inject)
+        if self._run.world_size != run.world_size:
+            problem = f"that run is of {self._run.world_size} ranks, and this one of {run.world_size}."
+            raise ConfigError("$.inject.run", problem, "Inject a run of an engine of the same parallelism.")
+        self._rank = run.rank
+        self._rows = rows
+        self._waiting = _by_prompt(self._run)
+        self._followed: dict[str, _Followed] = {}
+        self._now: dict[str, _Followed] = {}
+        self._rows_in_step = 0
+
+    def begin_step(self, number: int) -> None:
+        """A step begins, whose rows are not known yet."""
+        super().begin_step(number)
+        self._now = {}
+        self._rows_in_step = 0
+
+    def batch(self, given: Iterable[Given]) -> None:
+        """Say what the model is given of which request in the step."""
+        for each in given:
+            request = str(each.row["request_id"])
+            followed = self._followed.get(request)
+            if followed is None:
+                followed = self._followed[request] = self._paired(each)
+            followed.begin_step(each)
+            self._now[request] = followed
+            self._rows_in_step += int(each.row["rows"])
+
+    def end_step(self) -> Json:
+        """What ``step.json`` says of it."""
+        for followed in self._now.values():
+            followed.end_step()
+        found = super().end_step()
+        found["injected"]["rows"] = self._injected_in_step
+        return found
+
+    def passed_by(self, requests: Iterable[str]) -> None:
+        """A step that is not captured computes something of these requests."""
+        for request in requests:
+            if request in self._followed:
+                self._followed[request].give_up("a step of it was not captured")
+
+    def forget(self, requests: Iterable[str]) -> None:
+        """These requests have ended."""
+        for request in requests:
+            self._followed.pop(request, None)
+
+    @property
+    def _whole_call(self) -> int:
+        return self._rows_in_step or 1
+
+    @property
+    def _kept(self) -> str:
+        return "rows"
+
+    def _paired(self, given: Given) -> _Followed:
+        """A new request with the next one of the other run that has its prompt, preferably its id, too."""
+        if not given.apart:
+            why_not = "it began without a cache salt of its own, before the capture or around the front end"
+            return _Followed(given, None, why_not)
+        prompt = given.row.get("prompt_hash")
+        if prompt is None:
+            return _Followed(given, None, "its prompt is not known")
+        waiting = self._waiting.get(str(prompt), [])
+        if not waiting:
+            return _Followed(given, None, "no request of the other run, or no other one, has its prompt")
+        own = given.row.get("external_request_id")
+        ids = [self._run.requests[each] for each in waiting]
+        other = self._run.request(waiting.pop(ids.index(own) if own in ids else 0))
+        return _Followed(given, other, "")
+
+    def _in_place_of(self, directory: str, own: Any) -> Any:
+        call = _CallOf(directory, self._rank, self._now)
+
+        def look(path: Path, tensor: torch.Tensor) -> torch.Tensor:
+            found = self._rows.placed(tensor)
+            if found.rows is None or found.axis or not self._now:
+                raise UnlikeError(_UNKNOWN_ROWS)
+            call.parts[path] = tensor, found.rows.spans
+            return tensor
+
+        with_each_tensor(own, look)
+        if not call.parts:
+            return own
+        try:
+            mixed = call.mixed()
+        except Exception as error:
+            for followed in self._now.values():
+                followed.stop_at(0, f"a result before could not be read ({type(error).__name__})")
+            raise
+        injected, left_out = call.counts()
+        for why_not, count in left_out.items():
+            self._leave_out(why_not, count)
+        if injected:
+            self._inject(injected)
+        return with_each_tensor(own, lambda path, tensor: mixed[id(tensor)])
+
+
+class _CallOf:
+    """One call's result: its ``parts`` are tensors and whose their rows are, by the way to them.
+
+    Of a request all parts are injected up to the same position, or none is.
+    """
+
+    def __init__(self, directory: str, rank: int, requests: Mapping[str, _Followed]) -> None:
+        self._directory, self._rank = directory, rank
+        self._requests = requests
+        self.parts: dict[Path, tuple[torch.Tensor, Sequence[Span]]] = {}
+        # Why nothing of a request can be injected in this call, while it can in others.
+        self._lacking: dict[str, str] = {}
+
+    def mixed(self) -> dict[int, torch.Tensor]:
+        """What stands for each tensor, by its id: the tensor itself where none of its rows is injected."""
+        for path, (tensor, spans) in self.parts.items():
+            for span in spans:
+                self._limit(path, tensor, span)
+        return {id(tensor): self._of(path, tensor, spans) for path, (tensor, spans) in self.parts.items()}
+
+    def counts(self) -> tuple[int, Counter[str]]:
+        """How many rows were injected, and how many were not for which reason."""
+        injected, left_out = 0, Counter[str]()
+        for span in next(iter(self.parts.values()))[1]:
+            request = str(span.row["request_id"])
+            count = self._count(span)
+            injected += count
+            why_not = self._lacking.get(request)
+            if span.row.get("unsampled"):
+                why_not = "a chunk of its prompt ended there, and nothing was sampled"
+            elif why_not is None:
+                why_not = self._requests[request].why_not if request in self._requests else _UNKNOWN_ROWS
+            if count < span.length:
+                left_out[why_not] += span.length - count
+        return injected, left_out
+
+    def _limit(self, path: Path, tensor: torch.Tensor, span: Span) -> None:
+        """Stop a request at the first of its positions of which the other run has no such row."""
+        request = str(span.row["request_id"])
+        followed = self._requests.get(request)
+        other = None if followed is None else followed.other
+        if followed is None or other is None or span.row.get("unsampled"):
+            return
+        name = followed.names.get((self._directory, path, self._rank))
+        if span.first is None:
+            self._lacking[request] = _UNKNOWN_ROWS
+        elif name is None:
+            self._lacking[request] = "the other run has no result of this call"
+        elif other.row_shape(name) != tuple(tensor.shape[1:]):
+            self._lacking[request] = "the other run's result has another shape"
+        else:
+            for position in range(span.first, min(span.first + span.length, followed.end)):
+                if not other.has_row(name, position):
+                    followed.stop_at(position, "the other run has no result of this position")
+
+    def _count(self, span: Span) -> int:
+        """How many of the leading rows of a span are injected."""
+        request = str(span.row["request_id"])
+        followed = self._requests.get(request)
+        if followed is None or span.first is None or span.row.get("unsampled") or request in self._lacking:
+            return 0
+        return max(0, min(span.length, followed.end - span.first))
+
+    def _of(self, path: Path, tensor: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
+        made = tensor
+        for span in spans:
+            followed, count = self._requests.get(str(span.row["request_id"])), self._count(span)
+            if not count or span.first is None or followed is None or followed.other is None:
+                continue
+            name = followed.names[self._directory, path, self._rank]
+            found = followed.other.rows_at(name, range(span.first, span.first + count))
+            made = tensor.clone() if made is tensor else made
+            made[span.begin : span.begin + count] = found.to(device=tensor.device, dtype=tensor.dtype)
+        return made
+
+
+def _by_prompt(run: Run) -> Mapping[str, list[str]]:
+    """The requests of a run in the order in which they came, by the hash of their prompts."""
+    found: dict[str, dict[str, None]] = defaultdict(dict)
+    for number in run.steps:
+        for row in run.step(number).samples:
+            if row.get("prompt_hash") is not None:
+                found[str(row["prompt_hash"])][str(row["request_id"])] = None
+    return {prompt: list(requests) for prompt, requests in found.items()}
