@@ -228,6 +228,15 @@ class SupportsStreams(Protocol):
 
 
 @runtime_checkable
+class SupportsOwnBytes(Protocol):
+    """A source that reads a tensor into memory which nobody else has."""
+
+    def own_bytes(self, record: Mapping[str, Any]) -> Buffer:
+        """As `Source.read`; where the bytes can be written, they are the caller's from now on."""
+        ...
+
+
+@runtime_checkable
 class SupportsCheck(Protocol):
     """A source whose format has more to be wrong than tensors' hashes (sizes, headers, overlaps)."""
 

@@ -26,6 +26,7 @@ TABLES = (
     "breakdown",
     "hooks",
     "operators",
+    "foreign",
     "unselected",
     "decode",
     "vllm_prefill",

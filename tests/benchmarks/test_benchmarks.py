@@ -20,7 +20,18 @@ _SLOW = [
 
 
 @pytest.mark.parametrize(
-    "name", ["prefill", "breakdown", "unselected", "decode", "reading", "exporting", "dataset_memory", *_SLOW]
+    "name",
+    [
+        "prefill",
+        "breakdown",
+        "unselected",
+        "decode",
+        "reading",
+        "exporting",
+        "dataset_memory",
+        "foreign",
+        *_SLOW,
+    ],
 )
 def test_every_row_has_a_finite_ratio(name: str) -> None:
     rows = program.run(name, SCALES["tiny"])

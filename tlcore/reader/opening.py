@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from ..errors import BackendError, MissingError, ReadError
 from ..locations import is_url
 from ..registry import open_store
-from ..storage import Buffer, Entry, Level, Store, SupportsLevels
+from ..storage import Buffer, Entry, Level, Store, SupportsFiles, SupportsLevels
 
 
 def local_directory(path: str | os.PathLike[str]) -> Path | None:
@@ -48,7 +48,8 @@ def open_existing(path: str | os.PathLike[str], storage_options: Mapping[str, An
 def open_file(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
     """A file as a store that holds nothing else; raises as `open_existing`, of its directory."""
     directory, _, name = os.fspath(path).rstrip("/").rpartition("/")
-    return OneFile(open_existing(directory or ".", storage_options), name)
+    store = open_existing(directory or ".", storage_options)
+    return OneLocalFile(store, name) if isinstance(store, SupportsFiles) else OneFile(store, name)
 
 
 class OneFile:
@@ -94,6 +95,31 @@ class OneFile:
     def close(self) -> None:
         """Close the other store, which is nobody else's."""
         self._store.close()
+
+
+class OneLocalFile(OneFile):
+    """A file of this machine, which is read where it lies."""
+
+    def __init__(self, store: Any, name: str) -> None:
+        super().__init__(store, name)
+        self._files: SupportsFiles = store
+
+    def path(self, name: str = "") -> str:
+        """The file's absolute path."""
+        return self._files.path(self._of_mine(name or self._name))
+
+    def open_file(self, name: str) -> BinaryIO:
+        """The file, as the other store opens it."""
+        return self._files.open_file(self._of_mine(name))
+
+    def identity(self, name: str) -> Hashable | None:
+        """The file's."""
+        return self._files.identity(name) if name == self._name else None
+
+    def _of_mine(self, name: str) -> str:
+        if name != self._name:
+            raise FileNotFoundError(f"{self.url}: is a file, and has no {name!r}")
+        return name
 
 
 class Below:

@@ -23,10 +23,7 @@ from ..protocols import (
     Source,
     StepRanks,
     SupportsArrays,
-    SupportsArraysInto,
     SupportsCheck,
-    SupportsIdentity,
-    SupportsKinds,
     SupportsLedger,
     SupportsReadMany,
     SupportsRefresh,
@@ -39,6 +36,7 @@ from ..protocols import (
 from ..record import Json, tensor_from_bytes
 from ..registry import open_source
 from ..storage import Store
+from .abilities import Abilities
 from .documents import FOREIGN, check_step, check_structure
 from .kept import Kept, Sound
 from .sound_records import SoundRecords
@@ -82,29 +80,8 @@ class Stored:
 
     # Whether an object has a protocol's methods takes long to find out, and is asked for every tensor.
     @cached_property
-    def _structured(self) -> SupportsStructures | None:
-        source = self.source
-        return source if isinstance(source, SupportsStructures) else None
-
-    @cached_property
-    def _identifying(self) -> SupportsIdentity | None:
-        source = self.source
-        return source if isinstance(source, SupportsIdentity) else None
-
-    @cached_property
-    def _sizing(self) -> SupportsSizes | None:
-        source = self.source
-        return source if isinstance(source, SupportsSizes) else None
-
-    @cached_property
-    def _reading_into(self) -> SupportsArraysInto | None:
-        source = self.source
-        return source if self.is_local and isinstance(source, SupportsArraysInto) else None
-
-    @cached_property
-    def _knowing(self) -> SupportsKinds | None:
-        source = self.source
-        return source if isinstance(source, SupportsKinds) else None
+    def _can(self) -> Abilities:
+        return Abilities(self.source, self.is_local)
 
     def refresh(self) -> None:
         """Look at the run anew; a source that cannot is made again."""
@@ -114,7 +91,7 @@ class Stored:
             with self.asking():
                 source.refresh()
         else:
-            for name in ("source", "_structured", "_identifying", "_sizing", "_reading_into", "_knowing"):
+            for name in ("source", "_can"):
                 self.__dict__.pop(name, None)
 
     @property
@@ -145,7 +122,7 @@ class Stored:
         if (key := (step, rank)) not in self._documents:
             with self.asking():
                 document = self.source.document(step, rank)
-                kind = None if self._knowing is None else self._knowing.kind(step, rank)
+                kind = None if self._can.knowing is None else self._can.knowing.kind(step, rank)
             if not self._sound.has(kind):
                 where = self._where(step, f"step{rank_suffix(rank)}.json")
                 check_step(document, where, step, self.sound_records.problem)
@@ -182,7 +159,7 @@ class Stored:
     def structure(self, step: int, rank: int, name: str) -> Json:
         """A tensor structure, checked. Raises MissingError or ReadError."""
         ranked = f"{name.removesuffix('.json')}{rank_suffix(rank)}.json"
-        source = self._structured
+        source = self._can.structured
         if source is not None:
             with self.asking():
                 document = source.structure(step, rank, name)
@@ -284,7 +261,7 @@ class Stored:
 
         Raises MissingError, ReadError.
         """
-        source = self._reading_into
+        source = self._can.reading_into
         if source is None:
             return None
         with self.asking():
@@ -294,19 +271,28 @@ class Stored:
     def map_array(self, array: Array) -> memoryview | None:
         """The bytes of an array for the system to copy from, if there are such. Raises as `read_array`."""
         with self.asking():
-            return None if self._reading_into is None else self._reading_into.map_array(array)
+            return None if self._can.reading_into is None else self._can.reading_into.map_array(array)
 
     def tensor(self, record: Mapping[str, Any]) -> torch.Tensor:
         """The tensor of a record, on the CPU. Raises MissingError or ReadError."""
         where = f"{self.url}: {record['name']!r}"
-        data = self.read(record)
+        data = self._own_bytes(record)
         dtype, shape = kind(record, where)
         try:
-            return tensor_from_bytes(bytearray(data), dtype, shape)
+            return tensor_from_bytes(data, dtype, shape)
         except (ValueError, RuntimeError, OverflowError) as error:
             raise ReadError(f"{where}: ends too early or is damaged ({error})") from error
         except MemoryError:
             raise ReadError(f"{where}: larger than this machine's memory") from None
+
+    def _own_bytes(self, record: Mapping[str, Any]) -> Buffer:
+        """A tensor's bytes in memory of its own, which may be written."""
+        source = self._can.owning
+        if source is None:
+            return bytearray(self.read(record))
+        with self.asking():
+            data = memoryview(self._whole(record, source.own_bytes(record)))
+        return bytearray(data) if data.readonly else data
 
     def stream(self, record: Mapping[str, Any]) -> ByteStream | None:
         """A tensor's bytes to be read piece by piece; None where ranged reads are as good."""
@@ -323,7 +309,7 @@ class Stored:
 
     def identity(self, record: Mapping[str, Any]) -> Hashable | None:
         """Equal for records that share stored bytes and mean the same by them; None if unknown."""
-        source = self._identifying
+        source = self._can.identifying
         if source is None:
             return None
         with self.asking():
@@ -331,7 +317,7 @@ class Stored:
 
     def holds(self, record: Mapping[str, Any]) -> bool:
         """Whether the record's bytes are there, as far as can be seen without reading them."""
-        source = self._sizing
+        source = self._can.sizing
         if source is None:
             return True
         with self.asking():
@@ -339,8 +325,11 @@ class Stored:
 
     def misfit(self, record: Mapping[str, Any]) -> str | None:
         """What is wrong with the size of what holds a record's bytes, in words."""
+        source = self._can.sizing
+        if source is None:
+            return None
         with self.asking():
-            return None if self._sizing is None else self._sizing.misfit(record)
+            return source.misfit(record)
 
     def advise(self, record: Mapping[str, Any]) -> None:
         """Have what holds a record's bytes fetched ahead; never raises."""

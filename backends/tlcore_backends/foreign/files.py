@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 import struct
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
+from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -17,7 +19,7 @@ from tlcore.layout.checks import is_shape
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.run_files import RunFiles
 from tlcore.record import Json
-from tlcore.storage import Buffer, SupportsFiles, SupportsLevels
+from tlcore.storage import Buffer, Store, SupportsFiles, SupportsLevels
 
 from ..pt.zip_parts import END, ENTRY, LOCAL, LOCATOR, WIDE_END, ZIP64, PtError, unpack, wide
 from ..safetensors.remains import DTYPES
@@ -104,8 +106,7 @@ def read_at(files: Readable, record: Mapping[str, Any]) -> Buffer:
     begin = int(place["at"])
     strides = place.get("strides")
     if strides is None:
-        size = int(record["bytes"])
-        return _whole(files.read(place["file"], begin, begin + size), size, place["file"])
+        return _one_piece(files, str(place["file"]), begin, int(record["bytes"]))
     if prod(shape) == 0:
         return b""
     width = item_size(record["dtype"]) or 1
@@ -114,6 +115,29 @@ def read_at(files: Readable, record: Mapping[str, Any]) -> Buffer:
     elements = np.frombuffer(view, dtype=f"V{width}") if width > 1 else np.frombuffer(view, np.uint8)
     laid = np.lib.stride_tricks.as_strided(elements, shape, [each * width for each in strides])
     return np.ascontiguousarray(laid).reshape(-1).view(np.uint8).data
+
+
+def _one_piece(files: Readable, file: str, begin: int, size: int) -> Buffer:
+    """The bytes of a range; of a large one of this machine in memory that is the caller's."""
+    if not isinstance(files.store, SupportsFiles) or size < _FIRST:
+        return _whole(files.read(file, begin, begin + size), size, file)
+    try:
+        with files.store.open_file(file) as opened:
+            if (missing := begin + size - os.fstat(opened.fileno()).st_size) > 0:
+                raise ReadError(f"{file}: ends too early, {missing} bytes are missing")
+            opened.seek(begin)
+            data = np.empty(size, np.uint8).data
+            done = 0
+            # The system reads at most 2 GiB at a time.
+            while done < size and (more := opened.readinto(data[done:])):  # type: ignore[attr-defined]
+                done += more
+    except FileNotFoundError:
+        return _whole(files.read(file, begin, begin + size), size, file)
+    except (OSError, BackendError, MemoryError) as error:
+        raise ReadError(f"{files.url}/{file}: {error}") from error
+    if done != size:
+        raise ReadError(f"{file}: ends too early, {size - done} bytes are missing")
+    return data
 
 
 def _span(files: Readable, file: str, begin: int, size: int) -> Any:
@@ -135,6 +159,10 @@ def safetensors_in(files: RunFiles, file: str) -> tuple[dict[str, StoredAt], dic
 
     Raises ReadError for a file that is none.
     """
+    return _once(files, file, lambda: _safetensors_in(files, file))
+
+
+def _safetensors_in(files: RunFiles, file: str) -> tuple[dict[str, StoredAt], dict[str, str]]:
     where = f"{files.url}/{file}"
     head = files.read(file, 0, _FIRST)
     if len(head) < 8:
@@ -169,6 +197,30 @@ def _described(file: str, begin: int, entry: Json) -> StoredAt:
     if end - start != prod(shape) * (item_size(dtype) or 0):
         raise ValueError("an offset is not that of its shape")
     return StoredAt(file, begin + start, dtype, tuple(shape))
+
+
+_looked_at: WeakKeyDictionary[Store, tuple[str, Hashable, Any]] = WeakKeyDictionary()
+_Seen = TypeVar("_Seen")
+
+
+def _once(files: Readable, file: str, look: Callable[[], _Seen]) -> _Seen:
+    """What a file of this machine holds: the one that was recognised is opened next, and looked at once."""
+    store = files.store
+    identity = store.identity(file) if isinstance(store, SupportsFiles) else None
+    if identity is None:
+        return look()
+    known = _looked_at.get(store)
+    if known is not None and known[:2] == (file, identity):
+        found: _Seen = known[2]
+        return found
+    found = look()
+    _looked_at[store] = file, identity, found
+    return found
+
+
+def torch_file(files: Readable, file: str, size: int) -> TorchFile:
+    """A file of `torch.save`. Raises ReadError for one that is no such archive."""
+    return _once(files, file, lambda: TorchFile(files, file, size))
 
 
 class TorchFile:

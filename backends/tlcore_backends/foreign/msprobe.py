@@ -17,7 +17,7 @@ from tlcore.record import Json
 
 from .arrays import describe_npy, read_npy
 from .documents import Found
-from .files import DumpFiles, TorchFile
+from .files import DumpFiles, torch_file
 from .pickled import TensorAt, plain
 from .source import ForeignSource
 
@@ -112,7 +112,7 @@ class Msprobe(ForeignSource):
         if name.endswith(".npy"):
             found = describe_npy(self.files, name, "")
         else:
-            file = TorchFile(self.files, name, self.files.files_in(name.rpartition("/")[0])[name])
+            file = torch_file(self.files, name, self.files.files_in(name.rpartition("/")[0])[name])
             value = plain(file.value)
             if not isinstance(value, TensorAt):
                 raise ReadError(f"{where}: holds no plain tensor")

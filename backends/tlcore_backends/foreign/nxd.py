@@ -15,7 +15,7 @@ from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .documents import Found, in_model_order
-from .files import DumpFiles, TorchFile
+from .files import DumpFiles, torch_file
 from .plain import described
 from .source import ONE_RANK, ForeignSource
 
@@ -59,7 +59,7 @@ class NeuronCapture(ForeignSource):
         if sound is None:
             return f"{min(names)}: is not called {_BEGIN}<phase>_step_<n>_module_<name>_<input or output>.pt"
         try:
-            TorchFile(files, sound, files.top[sound])
+            torch_file(files, sound, files.top[sound])
         except ReadError as error:
             return str(error)
         return {"world_size": 1}
@@ -104,7 +104,7 @@ class NeuronCapture(ForeignSource):
             known = item_size(dtype) is not None and is_shape(shape)
             yield each._replace(dtype=dtype, shape=tuple(shape or ())) if known else each
             return
-        opened = TorchFile(self.files, file.name, self.files.top[file.name])
+        opened = torch_file(self.files, file.name, self.files.top[file.name])
         for path, leaf in opened.leaves():
             if (found := described(opened, leaf)) is not None:
                 yield found._replace(module=file.module, direction=file.direction, path=(*file.path, *path))

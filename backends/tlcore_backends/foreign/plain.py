@@ -14,7 +14,7 @@ from tlcore.record import Json
 
 from .arrays import describe_npy, describe_npz, read_array
 from .documents import Found, in_model_order
-from .files import DumpFiles, TorchFile, read_at, safetensors_in
+from .files import DumpFiles, TorchFile, read_at, safetensors_in, torch_file
 from .pickled import TensorAt, Unknown
 from .source import ONE_RANK, ForeignSource
 
@@ -109,7 +109,7 @@ class _Contents:
             for key, each in describe_npz(files, name):
                 yield located(key, (), each)
         else:
-            yield from torch_tensors(TorchFile(files, name, files.top[name]), _stem(name))
+            yield from torch_tensors(torch_file(files, name, files.top[name]), _stem(name))
 
 
 def torch_tensors(file: TorchFile, alone: str) -> Iterator[Found]:

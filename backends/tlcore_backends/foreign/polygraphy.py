@@ -17,7 +17,7 @@ from tlcore.record import Json
 
 from .arrays import describe_npy, read_npy
 from .documents import Found
-from .files import DumpFiles, TorchFile
+from .files import DumpFiles, torch_file
 from .plain import described
 from .source import ONE_RANK, ForeignSource
 
@@ -109,7 +109,7 @@ class Polygraphy(ForeignSource):
         if "array" in held:
             each = describe_npy(decoded, name, name)
         else:
-            opened = TorchFile(decoded, name, decoded.size)
+            opened = torch_file(decoded, name, decoded.size)
             leaves = [described(opened, leaf) for _, leaf in opened.leaves()]
             each = next((leaf for leaf in leaves if leaf is not None), Found("", "", (), skipped="no tensor"))
         place = None if each.place is None else {"span": span, "within": each.place}

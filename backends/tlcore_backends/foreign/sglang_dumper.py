@@ -13,7 +13,7 @@ from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .documents import Found
-from .files import DumpFiles, StoredAt, TorchFile
+from .files import DumpFiles, StoredAt, TorchFile, torch_file
 from .pickled import plain
 from .plain import described, located
 from .request_rows import Batch, request_rows, vector
@@ -64,7 +64,7 @@ class SglangDumper(ForeignSource):
         if first is None:
             return f"{min(names)}: has tags in its name, but not step=, rank=, dump_index= and name="
         try:
-            TorchFile(files, first.name, files.files_in(directories[0])[first.name])
+            torch_file(files, first.name, files.files_in(directories[0])[first.name])
         except ReadError as error:
             return str(error)
         # How many there were may be told, but the dumps of the others may well have been filtered out.
@@ -106,7 +106,7 @@ class SglangDumper(ForeignSource):
 
     def _opened(self, file: _File) -> TorchFile:
         size = self.files.files_in(self._directory)[file.name]
-        return TorchFile(self.files, file.name, size)
+        return torch_file(self.files, file.name, size)
 
     def rows(self, step: int, rank: int) -> Sequence[Json] | None:
         """Each request's rows, where the batch was dumped."""

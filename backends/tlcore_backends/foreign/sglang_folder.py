@@ -12,7 +12,7 @@ from tlcore.record import Json
 from tlcore.storage import Store
 
 from .documents import Found
-from .files import DumpFiles, StoredAt, TorchFile
+from .files import DumpFiles, StoredAt, TorchFile, torch_file
 from .plain import described
 from .request_rows import Batch, request_rows, vector
 from .source import ForeignSource
@@ -53,7 +53,7 @@ class SglangFolder(ForeignSource):
             return f"has {processes[0][1]}, but no Pass00000.pt in it" if processes[0][1] else None
         name = next(name for each in passes for name in each.values())
         try:
-            value = TorchFile(files, name, _size(files, name)).value
+            value = torch_file(files, name, _size(files, name)).value
         except ReadError:
             # Plain files may be called so, too; their format tells what is wrong with it.
             return None if not processes[0][1] else f"{name}: not a file of torch.save"
@@ -109,7 +109,7 @@ class SglangFolder(ForeignSource):
         """A file's tensors: what is of its ``own`` pass, and of the pass ``before``."""
         found = self._opened.get(name)
         if found is None:
-            file = TorchFile(self.files, name, _size(self.files, name))
+            file = torch_file(self.files, name, _size(self.files, name))
             found = _sorted_out(list(_tensors(file)))
             while len(self._opened) >= _KEPT:
                 self._opened.pop(next(iter(self._opened)), None)

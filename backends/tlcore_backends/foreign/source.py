@@ -66,6 +66,10 @@ class ForeignSource(ABC):
         """All bytes of a tensor."""
         return read_at(self.files, record)
 
+    def own_bytes(self, record: Mapping[str, Any]) -> Buffer:
+        """All bytes of a tensor; what can be written was made for this."""
+        return self.whole(record)
+
     def remains(self, step: int) -> Mapping[str, Json]:
         """Nothing: a dump has no steps that were not committed."""
         return {}

@@ -11,7 +11,7 @@ from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .documents import Found, in_model_order
-from .files import DumpFiles, TorchFile
+from .files import DumpFiles, torch_file
 from .plain import described
 from .source import ForeignSource
 
@@ -53,7 +53,7 @@ class TransformerEngine(ForeignSource):
         if not names:
             return f"has {places[0]}, but no tensor in it"
         try:
-            value = TorchFile(files, names[0], _size(files, names[0])).value
+            value = torch_file(files, names[0], _size(files, names[0])).value
         except ReadError as error:
             return str(error)
         if not isinstance(value, dict) or not {_HIGH, _QUANTIZED} & value.keys():
@@ -88,7 +88,7 @@ class TransformerEngine(ForeignSource):
         module = layer
         if direction in ("", "grad_"):
             module, direction = f"param.{layer}.weight", f"{direction}outputs"
-        opened = TorchFile(self.files, name, _size(self.files, name))
+        opened = torch_file(self.files, name, _size(self.files, name))
         for keys, leaf in opened.leaves():
             if (each := described(opened, leaf)) is None:
                 continue

@@ -16,6 +16,16 @@ _DEEPEST, _MOST, _LONGEST = 3, 64, 80
 _MOST_PARTS = 4096
 
 
+class _Held:
+    """A module, and its parameters and buffers as operands."""
+
+    def __init__(self, name: str, module: nn.Module) -> None:
+        self.name = name
+        self.module = module
+        self.parameters: dict[str, Operand] = {}
+        self.buffers: dict[str, Operand] = {}
+
+
 class Operands:
     """Remembers, within a step, which tensor object is which, without keeping any of them alive."""
 
@@ -27,21 +37,38 @@ class Operands:
         # Memory that nobody has written yet holds anything.
         self._raw: dict[int, weakref.ref[torch.Tensor]] = {}
         self._models: list[nn.Module] = []
+        # The modules of each model, with what their parameters and buffers are called.
+        self._held: dict[int, list[_Held]] = {}
 
-    def begin_step(self) -> None:
-        """Forget the step before."""
+    def begin_step(self, other_modules: bool = True) -> None:
+        """Forget the step before; in a model there may be ``other_modules`` than then."""
         self._known.clear()
         self._raw.clear()
         self._models = []
+        if other_modules:
+            self._held.clear()
 
     def use(self, model: nn.Module) -> None:
         """Know the parameters and buffers of a model, as they are when the step asks first."""
         if any(each is model for each in self._models):
             return
         self._models.append(model)
-        for kind, found in (("parameter", model.named_parameters()), ("buffer", model.named_buffers())):
-            for name, tensor in found:
-                self._note(tensor, (kind, name))
+        held = self._held.get(id(model))
+        if held is None:
+            held = self._held[id(model)] = [_Held(*each) for each in model.named_modules()]
+        known = self._known
+        for each in held:
+            for kind, tensors, operands in (
+                ("parameter", each.module._parameters, each.parameters),
+                ("buffer", each.module._buffers, each.buffers),
+            ):
+                for key, tensor in tensors.items():
+                    # One that several share goes by its first name.
+                    if tensor is not None and id(tensor) not in known:
+                        operand = operands.get(key)
+                        if operand is None:
+                            operand = operands[key] = (kind, f"{each.name}.{key}" if each.name else key)
+                        self._note(tensor, operand)
 
     def note(self, value: Any, place: str, again: bool = True) -> None:
         """Each tensor in a value is from now on what stands at a place; where known, only ``again``."""

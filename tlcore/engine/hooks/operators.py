@@ -75,10 +75,11 @@ class Operators:
 
     def begin_step(self) -> None:
         """A step begins; modules may be others than in the one before."""
-        self.operands.begin_step()
+        changed = not self._of or self._of[0][0].tree is not self._tree
+        self.operands.begin_step(other_modules=changed)
         self.depth = 0
         self.running = None
-        if self._of and self._of[0][0].tree is not self._tree:
+        if changed and self._of:
             self._tree = self._of[0][0].tree
             self._wanted.clear()
             self._calls.clear()
