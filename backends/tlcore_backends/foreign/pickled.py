@@ -12,7 +12,7 @@ from math import prod
 from typing import Any, NamedTuple
 
 from tlcore.layout.dtypes import item_size
-from tlcore.layout.names import PathKey
+from tlcore.layout.names import PathKey, free
 
 from ..pt.encode import STORAGES
 from ..pt.zip_parts import PtError
@@ -40,6 +40,13 @@ class Made:
         self.arguments = arguments
         self.items: list[tuple[Any, Any]] = []
         self.state: Any = None
+
+    def __repr__(self) -> str:
+        """As a key: the same in each reading. Bytes are pickled as their text in Latin 1."""
+        text = self.arguments[0] if isinstance(self.arguments, tuple) and self.arguments else None
+        if isinstance(self.function, Name) and self.function.text == "_codecs encode":
+            return str(text) if isinstance(text, str) else "<bytes>"
+        return f"<{_name(self.function)}>"
 
 
 class StorageOf(NamedTuple):
@@ -157,9 +164,8 @@ def _set(target: Any, values: list[Any]) -> None:
         target.items += pairs
     else:
         # Keys may be anything; only what can be a key is one.
-        target.update(
-            (key if isinstance(key, (str, int, float, bytes)) else repr(key), v) for key, v in pairs
-        )
+        for key, value in pairs:
+            target[key if isinstance(key, (str, int, float, bytes)) else free(repr(key), target)] = value
 
 
 def _build(_: Any, stack: list[Any], memo: dict[Any, Any]) -> None:
@@ -302,7 +308,9 @@ def plain(value: Any) -> Any:
         return tuple(arguments[0]) if isinstance(arguments[0], (list, tuple)) else Unknown(function, False)
     if function == "torch device" and isinstance(arguments, tuple):
         return ":".join(str(each) for each in arguments)
-    return Unknown(_name(value.function), _holds_storage(value))
+    name = _name(value.function)
+    # One on the device meta has no bytes anywhere.
+    return Unknown(name, _holds_storage(value) or (name.startswith("_rebuild_") and "tensor" in name))
 
 
 def _name(value: Any) -> str:

@@ -64,7 +64,7 @@ class _Engine:
         found["right"] = right
         found["same"] = self._captured(self._prompts, inject={"run": right["url"], "modules": ["."]})
         found["injected_ops"] = self._captured(
-            self._prompts[:1], inject={"run": right["url"], "modules": modules[:1]}, ops=[r"layers\.1$"]
+            self._prompts[:1], inject={"run": right["url"], "modules": modules[:1]}, ops=[r"layers\.1\."]
         )
         with self._fault():
             found["wrong"] = self._captured(self._prompts)

@@ -60,7 +60,6 @@ def test_of_two_faults_the_second_is_found_next_and_then_none(said: dict[str, An
     assert both.counts["different"] == both.counts["close"] == 0 and both.counts["bitwise"] > 50
     assert any("B was injected" in note for note in both.notes)
     assert said["both"]["tokens"][: len(said["right"]["tokens"])] == said["right"]["tokens"]
-    assert said["wrong"]["tokens"] != said["right"]["tokens"]
 
 
 def test_each_row_of_an_injected_module_is_that_of_the_other_run(said: dict[str, Any]) -> None:
@@ -104,6 +103,6 @@ def test_the_run_is_marked_and_operators_are_heard_beside(said: dict[str, Any]) 
     run = tlcore.open_run(said["injected_ops"]["url"])
     assert run.injected is not None and run.injected["modules"] == said["modules"][:1]
     assert run.injected["run_id"] == Path(said["right"]["url"]).name
-    calls = [call for call in run.step(0).calls if call.endswith("layers.1")]
-    assert calls and _told(run)[0] > 0
-    assert run.step(0).call(calls[0]).operators_shown
+    assert _told(run)[0] > 0
+    calls = [run.step(0).call(each) for each in run.step(0).calls if "layers.1." in each]
+    assert any(call.operators_shown for call in calls)

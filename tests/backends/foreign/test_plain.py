@@ -159,6 +159,21 @@ def test_a_pickle_runs_nothing_and_what_holds_a_tensor_is_counted(tmp_path: Path
     assert not marker.exists()
 
 
+def test_keys_of_any_kind_have_the_same_names_each_time_and_what_has_no_bytes_is_counted(
+    tmp_path: Path,
+) -> None:
+    keys: list[Any] = ["a/b", 3, (1, 2), None, b"raw", 1.5, torch.float32, torch.device("cpu")]
+    held = {key: torch.tensor([float(place)]) for place, key in enumerate(keys)}
+    more = {torch.device("cuda:0"): torch.tensor([8.0]), "m": torch.empty(3, device="meta")}
+    torch.save({**held, **more}, tmp_path / "any.pt")
+    step = tlcore.open_run(tmp_path).step(0)
+    assert step.names == tlcore.open_run(tmp_path).step(0).names
+    assert not any("0x" in name for name in step.names)
+    assert [float(step.tensor(name)) for name in step.names] == [float(place) for place in range(9)]
+    assert step.ledger.reasons == {"in a _rebuild_meta_tensor_no_storage, which is not opened": 1}
+    assert step.names[4] == "step_0/raw/outputs_cpu"
+
+
 def test_containers_that_share_themselves_end(tmp_path: Path) -> None:
     shared: list[Any] = [torch.ones(1)]
     for _ in range(60):
