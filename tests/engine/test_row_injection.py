@@ -11,9 +11,9 @@ from torch import nn
 
 import tlcore
 from tlcore.config.configuration import Inject, load_config
-from tlcore.engine.filters.rows import StepRows
+from tlcore.engine.filters.rows import Given, StepRows
 from tlcore.engine.new_run import new_run
-from tlcore.engine.row_injection import Given, RowInjection
+from tlcore.engine.row_injection import RowInjection
 from tlcore.engine.session import Session
 from tlcore.layout.rows import RowSet
 

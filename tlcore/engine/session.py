@@ -10,7 +10,7 @@ import threading
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
@@ -37,6 +37,7 @@ from .hooks.module_tree import ModuleTree
 from .hooks.steps import StepCalls
 from .hooks.tracing import PassedBy
 from .hookup import Hookup
+from .injected import injected
 from .new_run import now, open_run
 from .pipeline.channels import gather_channels
 from .pipeline.executors import InlineExecutor, ThreadExecutor
@@ -45,10 +46,6 @@ from .pipeline.processor import Processor
 from .run_documents import close_run
 from .staging.host_memory import HostPool
 from .staging.stager import Stager
-
-if TYPE_CHECKING:
-    from .injection import Injection
-    from .row_injection import RowInjection
 
 log = logging.getLogger("tlcore")
 
@@ -59,8 +56,8 @@ class Session:
     ``rows`` is to be told which rows a step's tensors have, where that is known; without it nothing is stored
     where the configuration asks for a choice.
     Opening the sink is the first thing that happens: BackendError says that the place cannot be
-    written before any hook exists. ``inline`` stores in the model's thread, for debugging. A model that runs
-    batches ``of_requests`` is given another run's results row by row, and ``row_injection`` is to be told of them.
+    written before any hook exists. ``inline`` stores in the model's thread, for debugging. In batches
+    ``of_requests`` another run's results are injected row by row; ``row_injection`` is to be told of each.
     """
 
     def __init__(
@@ -74,18 +71,7 @@ class Session:
         devices = known_devices(config.device_names)
         self.config = config
         self.rows = StepRows(request_filter(config), config.last_only, config.window)
-        injection: Injection | None = None
-        self.row_injection: RowInjection | None = None
-        if config.inject is not None:
-            # They load the reader, which a capture that only writes does not need.
-            from .injection import CallInjection
-            from .row_injection import RowInjection
-
-            if of_requests:
-                injection = self.row_injection = RowInjection(config.inject, run, self.rows)
-            else:
-                injection = CallInjection(config.inject)
-            run = replace(run, document={**run.document, "injected": injection.document})
+        run, injection, self.row_injection = injected(config, run, self.rows, of_requests)
         self._pool = HostPool(config.queue_bytes, config.on_full)
         self._documents, self._sink = open_run(config, replace(run, hold=self._pool.hold), sink)
         self.run = run = self._documents.run
