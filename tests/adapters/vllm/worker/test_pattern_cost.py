@@ -20,10 +20,17 @@ def test_usual_patterns_are_quick_enough() -> None:
 
 
 @pytest.mark.parametrize(
-    ("key", "pattern"), [("module_call_match", r"(\w+\.?)+\d!:2"), ("ops", r"(.*)*(.*)*(.*)*(.*)*\1!")]
+    ("key", "pattern"),
+    [
+        ("module_call_match", r"(\w+\.?)+\d!:2"),
+        ("ops", r"(.*)*(.*)*(.*)*(.*)*\1!"),
+        ("inject.modules", r"(\w+\.?)+\d!"),
+    ],
 )
 def test_one_that_does_not_end_is_refused_with_its_place(key: str, pattern: str) -> None:
-    config = load_config({key: ["mlp", pattern, "embed"]})
+    patterns = ["mlp", pattern, "embed"]
+    injected = {"inject": {"run": "a", "modules": patterns}}
+    config = load_config(injected if key == "inject.modules" else {key: patterns})
     with pytest.raises(ConfigError, match="takes more than 2 s on the names of the model's modules") as told:
         check_cost(config, NAMES)
     assert told.value.path == f"$.{key}[1]"
