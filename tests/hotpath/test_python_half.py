@@ -19,6 +19,8 @@ CHECKED = [
     "tests/backends/pt",
     "tests/backends/safetensors",
     "tests/reader",
+    "tests/runs/test_alike_steps.py",
+    "tests/runs/test_convert.py",
     "tests/hotpath",
 ]
 
