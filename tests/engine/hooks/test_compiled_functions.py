@@ -17,6 +17,11 @@ import tlcore
 from tlcore.engine.hooks.tracing import TRACES
 
 X = torch.ones(2, 4)
+# Releases before 2.6 have no such place to listen at.
+needs_stances = pytest.mark.skipif(
+    not hasattr(torch._dynamo.eval_frame, "_callback_from_stance"),
+    reason="this torch is too old to hear of compiled functions",
+)
 
 
 @pytest.fixture(autouse=True)
@@ -85,6 +90,7 @@ def _in_an_object(model: Model) -> Callable[..., Any]:
 MAKERS = [_of_lambda, _of_method, _of_forward, _given_the_module, _in_an_object]
 
 
+@needs_stances
 @pytest.mark.parametrize("warm", [True, False])
 @pytest.mark.parametrize("make", MAKERS, ids=[each.__name__[1:] for each in MAKERS])
 def test_a_compiled_function_called_outside_any_step_is_said(make: Any, warm: bool, tmp_path: Path) -> None:
@@ -123,6 +129,7 @@ def test_what_runs_eagerly_in_a_compiled_function_is_heard_and_not_said(tmp_path
     assert "block.up" in tlcore.open_run(capture.url).step(0).calls
 
 
+@needs_stances
 @pytest.mark.parametrize("warm", [True, False])
 def test_within_a_step_the_modules_tell_themselves(warm: bool, tmp_path: Path) -> None:
     model = Model()
@@ -138,6 +145,7 @@ def test_within_a_step_the_modules_tell_themselves(warm: bool, tmp_path: Path) -
     assert not any("outside any step" in each for each in capture.remarks)
 
 
+@needs_stances
 def test_the_compiler_is_left_as_it_was(tmp_path: Path) -> None:
     import torch._dynamo.eval_frame as compiler
 
@@ -150,6 +158,7 @@ def test_the_compiler_is_left_as_it_was(tmp_path: Path) -> None:
     assert sys.meta_path == finders
 
 
+@needs_stances
 def test_a_compiler_that_is_loaded_only_within_the_capture_is_heard(tmp_path: Path) -> None:
     script = f"""
         import sys
@@ -170,6 +179,7 @@ def test_a_compiler_that_is_loaded_only_within_the_capture_is_heard(tmp_path: Pa
     subprocess.run([sys.executable, "-c", textwrap.dedent(script)], check=True, timeout=300)
 
 
+@needs_stances
 def test_taps_in_code_that_was_compiled_without_them_are_said(tmp_path: Path) -> None:
     class Shows(Model):
         shown: Any
@@ -198,6 +208,7 @@ def test_taps_in_code_that_was_compiled_without_them_are_said(tmp_path: Path) ->
         assert captured(compiled="taps") == ([], True)
 
 
+@needs_stances
 def test_a_tap_is_of_the_method_that_has_it(tmp_path: Path) -> None:
     class Two(Model):
         def encode(self, x: torch.Tensor) -> torch.Tensor:
