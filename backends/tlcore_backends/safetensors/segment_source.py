@@ -113,16 +113,17 @@ class SegmentSource:
     def _read_and_keep(self, name: IndexName) -> SegmentIndex:
         try:
             index = self._read_index(name)
+            begins = index.places.begins()
+            with self._lock:
+                self._indexes[name.file] = index
+                for number, (file, size) in enumerate(index.files):
+                    self._bounds[file] = [*begins.get(number, ()), size]
+                self._forget_indexes()
+            return index
         finally:
+            # Only now: who comes between would read it again.
             with self._lock:
                 self._reading.pop(name.file, None)
-        with self._lock:
-            self._indexes[name.file] = index
-            begins = index.places.begins()
-            for number, (file, size) in enumerate(index.files):
-                self._bounds[file] = [*begins.get(number, ()), size]
-            self._forget_indexes()
-        return index
 
     def _forget_indexes(self) -> None:
         """Forget those that were not used for longest; who asks every rank for each step has all of these."""
