@@ -30,7 +30,7 @@ def table(scale: Scale) -> list[Row]:
             with ThreadPoolExecutor(_CLIENTS) as pool:
                 numbers = range(1000, 1000 + _CLIENTS * scale.repeats)
                 together = list(pool.map(lambda number: _one(server, number), numbers))
-    return [_row("alone", alone), _row(f"of {_CLIENTS} clients at once", together)]
+    return [_row("a client alone", alone), _row(f"one of {_CLIENTS} clients", together)]
 
 
 def _settings(directory: Path) -> dict[str, Any]:
@@ -64,5 +64,5 @@ def _one(server: VllmServer, number: int) -> float:
 def _row(who: str, seconds: list[float]) -> Row:
     worst = sorted(seconds)[int(0.9 * len(seconds))]
     detail = f"median of {len(seconds)}; nine tenths within {worst * 1e3:.0f} ms"
-    what = f"first byte of a fetched request after its answer, a client {who}"
+    what = f"first byte of a fetched request after its answer, {who}"
     return Row(what, median(seconds), at_most(_GOAL_S), "s", detail)
