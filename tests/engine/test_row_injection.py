@@ -205,6 +205,23 @@ def test_rows_that_nobody_knows_are_not_injected(other: Any, tmp_path: Path) -> 
     assert found == {"calls": 0, "rows": 0, "left_out": {"whose rows its result has is not known": 1}}
 
 
+def test_what_an_encoder_gives_is_left_to_it(other: Any, tmp_path: Path) -> None:
+    engine = injecting(other, tmp_path)
+    engine.step(("c", 0, [9, 9, 9]))
+    session = engine.session
+    assert session.begin_step() and session.row_injection is not None
+    entry = {"request_id": "a", "first_row": 0, "rows": 2, "first_position": 0, "prompt_hash": "ha"}
+    session.rows.batch(["a"])
+    session.row_injection.batch([Given(entry, [5, 6], 4, True)])
+    session.rows.enter([RowSet("item_tokens", [entry])])
+    # Other requests with the same item get it from the encoder's cache.
+    assert engine.model(torch.tensor([[5.0, 1.0], [6.0, 1.0]]))[0][:, 0].tolist() == [110, 112]
+    session.end_step()
+    found = told(engine.close())[-1]
+    assert found["rows"] == 0
+    assert found["left_out"] == {"an encoder's results are kept for all requests with the same item": 2}
+
+
 def test_a_run_of_other_ranks_is_refused(other: Any) -> None:
     config = load_config({})
     with pytest.raises(

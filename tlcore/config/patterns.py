@@ -10,13 +10,14 @@ from ..errors import ConfigError
 # A colon after an even number of backslashes is not escaped.
 _CALL_INDEX = re.compile(r"(?<!\\)(?P<slashes>(?:\\\\)*):(?P<index>[0-9]+)\Z")
 
-# What is escaped, a set of characters, a choice, or a repetition, perhaps of a group.
+# What is escaped, a set of characters, a group's kind, a choice, or a repetition, perhaps of a group.
 _COSTLY = re.compile(
-    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|(?P<choice>\|)"
-    r"|(?P<group>\))?(?P<repetition>(?:[*+]|\{[0-9]*,?[0-9]*\}|(?<!\()\?)[?+]?)",
+    r"\\.|\[\^?\]?(?:\\.|[^\]\\])*\]|\(\?|(?P<choice>\|)"
+    r"|(?P<group>\))?(?P<repetition>(?:[*+]|\{[0-9]*,?[0-9]*\}|\?)[?+]?)",
     re.DOTALL,
 )
-_VERBOSE = re.compile(r"\(\?[a-zA-Z-]*x")
+# In a comment nothing means what it does elsewhere, and in verbose patterns there are comments, too.
+_COMMENTED = re.compile(r"\(\?(?:[a-zA-Z-]*x|#)")
 # Of a text that is searched, so many characters are looked at.
 LONGEST_SEARCHED = 256
 
@@ -60,4 +61,4 @@ def most_steps(text: str) -> float:
         if each["group"]:
             return math.inf
         steps *= 2 if each["choice"] else LONGEST_SEARCHED if each["repetition"] else 1
-    return math.inf if _VERBOSE.search(text) else steps
+    return math.inf if _COMMENTED.search(text) else steps

@@ -10,7 +10,7 @@ import torch
 
 from ..config.configuration import Inject
 from ..errors import ConfigError
-from ..layout.rows import Span
+from ..layout.rows import ENCODED, Span
 from ..reader.request import Request
 from ..reader.run import Run
 from ..record import Json, RunInfo
@@ -163,6 +163,8 @@ class RowInjection(Injection):
             found = self._rows.placed(tensor)
             if found.rows is None or found.axis or not self._now:
                 raise UnlikeError(_UNKNOWN_ROWS)
+            if found.rows.kind in ENCODED:
+                raise UnlikeError("an encoder's results are kept for all requests with the same item")
             call.parts[path] = tensor, found.rows.spans
             return tensor
 

@@ -119,6 +119,8 @@ class RowSet:
         return RowSet(self.kind, rows, self.padded)
 
 
+# The kinds of rows that encoders have: items of a prompt, the tokens that stand for them, and their parts.
+ITEMS, ITEM_TOKENS, ITEM_PARTS = ENCODED = ("items", "item_tokens", "item_parts")
 # What is known of a request's rows only when its draft tokens are decided on.
 DECIDED = ("accepted", "last")
 NO_ROWS: tuple[RowSet, ...] = ()

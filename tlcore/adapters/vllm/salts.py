@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import re
 import secrets
 from typing import Any
 
 _BEGIN = "tlcore-injected:"
+_MADE = re.compile(rf"{_BEGIN}[0-9a-f]{{32}}:")
 
 
 def keep_apart(request: Any) -> None:
@@ -22,9 +24,10 @@ def keep_apart(request: Any) -> None:
 
 def is_apart(salt: str | None) -> bool:
     """Whether `keep_apart` has made a salt."""
-    return salt is not None and salt.startswith(_BEGIN)
+    return salt is not None and _MADE.match(salt) is not None
 
 
 def given_salt(salt: str | None) -> str | None:
     """The salt that the client gave, if any."""
-    return salt.split(":", 2)[2] or None if salt is not None and is_apart(salt) else salt
+    made = None if salt is None else _MADE.match(salt)
+    return salt if salt is None or made is None else salt[made.end() :] or None

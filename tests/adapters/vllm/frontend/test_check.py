@@ -63,6 +63,23 @@ def test_a_server_injects_only_with_its_operators_leave(tmp_path: Path, config: 
     assert arguments.create_engine_config(UsageContext.OPENAI_API_SERVER)
 
 
+def test_nothing_is_injected_where_caches_leave_the_engine(tmp_path: Path, config: dict[str, Any]) -> None:
+    from vllm.config import KVTransferConfig
+
+    from tlcore.adapters.vllm.frontend.attach import prepare
+
+    with tlcore.capture(torch.nn.Linear(2, 2), output_dir=str(tmp_path)) as capture:
+        pass
+    injecting = {**config, "inject": {"run": capture.url, "modules": ["mlp"]}}
+    away = KVTransferConfig(kv_connector="ExampleConnector", kv_role="kv_both")
+    with pytest.raises(ConfigError, match=r"\$\.inject: the engine's KV connector"):
+        _engine_args(intermediate_log_config=injecting, kv_transfer_config=away).create_engine_config()
+    running = _engine_args(kv_transfer_config=away).create_engine_config()
+    with pytest.raises(ConfigError, match=r"\$\.inject: the engine's KV connector"):
+        prepare(injecting, running)
+    assert prepare(config, running)["config"]["inject"] is None
+
+
 def test_every_way_in_gives_the_same_configuration(tmp_path: Path, config: dict[str, Any]) -> None:
     text = json.dumps(config)
     file = tmp_path / "config.json"

@@ -235,6 +235,7 @@ def test_delivery_takes_the_operators_leave(monkeypatch: pytest.MonkeyPatch) -> 
 def test_no_client_makes_the_patterns_of_requests_costly(root: Path) -> None:
     for cheap in (["^cmpl-a", "b$"], "x-[0-9]+-", [f"id-{number}" for number in range(1000)]):
         assert restricted({"request_ids": cheap}).request_ids
-    for costly in ("(a+)+$", "(ab|ab)" * 30, "a?" * 20, ".*.*.*", "(?x)(a) +", ["a+b+"] * 20):
+    hidden = ("(?x)(a) +", "(?#[)(a+)+$(?#])", r"\(?" * 20)
+    for costly in ("(a+)+$", "(ab|ab)" * 30, "a?" * 20, ".*.*.*", *hidden, ["a+b+"] * 20):
         with pytest.raises(ConfigError, match=r"\$\.request_ids: over HTTP patterns of requests repeat no"):
             restricted({"request_ids": costly})

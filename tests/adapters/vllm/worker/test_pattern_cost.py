@@ -3,14 +3,23 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+from torch import nn
 
+from tlcore.adapters.vllm.worker.capture import WorkerCapture
 from tlcore.adapters.vllm.worker.pattern_cost import check_cost
 from tlcore.config.configuration import load_config
 from tlcore.errors import CaptureError, ConfigError
 
 NAMES = [f"model.layers.{number}.self_attn.qkv_proj" for number in range(80)]
+
+
+class Worker:
+    def shutdown(self) -> None:
+        """As vLLM ends one."""
 
 
 def test_usual_patterns_are_quick_enough() -> None:
@@ -34,6 +43,20 @@ def test_one_that_does_not_end_is_refused_with_its_place(key: str, pattern: str)
     with pytest.raises(ConfigError, match="takes more than 2 s on the names of the model's modules") as told:
         check_cost(config, NAMES)
     assert told.value.path == f"$.{key}[1]"
+
+
+def test_they_are_tried_on_the_names_of_a_draft_model_too() -> None:
+    inner = nn.ModuleDict({"aaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaaa": nn.Identity()})
+    runner = SimpleNamespace(
+        get_model=lambda: nn.Sequential(nn.Identity()), drafter=SimpleNamespace(model=inner)
+    )
+    parallel = SimpleNamespace(world_size=1)
+    worker: Any = Worker()
+    worker.rank, worker.model_runner = 0, runner
+    worker.vllm_config = SimpleNamespace(parallel_config=parallel)
+    config = load_config({"module_call_match": [r"^draft\.(a+)+!"]}).to_json(redact=False)
+    with pytest.raises(ConfigError, match=r"\$\.module_call_match\[0\]: the pattern takes more than"):
+        WorkerCapture(worker).start({"run_id": "a", "config": config, "over_http": True})
 
 
 def test_where_nothing_can_be_tried_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,6 +46,7 @@ def prepare(config: Config | Mapping[str, Any] | str | None, vllm_config: Any) -
     if KEY not in prepared:
         raise ConfigError("$.enabled", "a capture that is not enabled cannot be attached.")
     carrier: Carrier = prepared[KEY]
+    frontend.check_caches(carrier["config"], vllm_config)
     if carrier["config"]["compiled"] == "taps" and frontend.compiles(vllm_config):
         problem = "taps are traced into the model when the engine starts, not into a running one."
         raise ConfigError("$.compiled", problem, 'Attach with "eager-steps".')

@@ -81,6 +81,8 @@ def check_engine_config(vllm_config: Any) -> None:
     if carrier is None:
         return
     check_engine(vllm_config)
+    if is_carrier(carrier):
+        check_caches(carrier["config"], vllm_config)
     carrier["world_size"] = world_size(vllm_config)
     give_workers_time()
 
@@ -99,6 +101,15 @@ def check_engine(vllm_config: Any) -> None:
         raise ConfigError("$", problem, "Leave the mode to vLLM, or pass --enforce-eager.")
     if getattr(vllm_config.parallel_config, "use_ubatching", False):
         raise ConfigError("$", "intermediate logging does not work with microbatches (--enable-dbo).")
+
+
+def check_caches(config: Mapping[str, Any], vllm_config: Any) -> None:
+    """Refuse to inject where caches leave the engine: not every connector heeds a request's cache salt."""
+    if config.get("inject") is not None and getattr(vllm_config, "kv_transfer_config", None) is not None:
+        problem = (
+            "the engine's KV connector (kv_transfer_config) may hand what comes of it to other requests."
+        )
+        raise ConfigError("$.inject", problem, "Inject into an engine without one.")
 
 
 def compiles(vllm_config: Any) -> bool:

@@ -16,7 +16,9 @@ from torch import nn
 
 from ....config.configuration import Config, load_config
 from ....config.request import Allowed
+from ....engine.audience import as_draft
 from ....engine.environment import environment
+from ....engine.hooks.module_tree import Named
 from ....engine.new_run import new_run
 from ....engine.session import Session
 from ....errors import CaptureError, TlcoreError
@@ -101,7 +103,7 @@ class WorkerCapture:
         model = worker.model_runner.get_model()
         modules = plain_modules(model)
         if is_carrier(carrier) and carrier.get(OVER_HTTP):
-            check_cost(config, modules)
+            check_cost(config, [*modules, *_names_of_draft(worker.model_runner)])
         session = Session(
             config, _run(worker, config, carrier if is_carrier(carrier) else {}), of_requests=True
         )
@@ -112,7 +114,9 @@ class WorkerCapture:
                 self._tap_before_warm_up(worker, session, carrier)
             else:
                 session.attach(model, modules=modules)
-            self._attach_draft(worker.model_runner, session)
+            draft = _draft_of(worker.model_runner)
+            if draft is not None:
+                session.attach_draft(draft)
             if self._bracket is None:
                 self._bracket = self._bracketed(worker)
             self._bracket.eager = None if tapped else eager
@@ -129,13 +133,6 @@ class WorkerCapture:
         self._publisher.publish()
         log.info("intermediate tensors go to %s", session.run.shown_url)
         return session
-
-    def _attach_draft(self, runner: Any, session: Session) -> None:
-        draft = runner.get_draft_model() if hasattr(runner, "get_draft_model") else None
-        if draft is None:
-            draft = getattr(getattr(runner, "drafter", None), "model", None)
-        if isinstance(draft, nn.Module):
-            session.attach_draft(draft)
 
     def stop(self, run_id: str | None = None) -> None:
         """End the capture: the next step runs without hooks. What is queued is stored in the background.
@@ -235,6 +232,22 @@ class WorkerCapture:
         weakref.finalize(worker, self.finish)
         if parent_process() is not None:
             Finalize(worker, self.finish, exitpriority=_FIRST)
+
+
+def _draft_of(runner: Any) -> nn.Module | None:
+    """The model that proposes tokens, where there is one."""
+    draft = runner.get_draft_model() if hasattr(runner, "get_draft_model") else None
+    if draft is None:
+        draft = getattr(getattr(runner, "drafter", None), "model", None)
+    return draft if isinstance(draft, nn.Module) else None
+
+
+def _names_of_draft(runner: Any) -> list[str]:
+    """The names that a draft model's modules are captured by."""
+    draft = _draft_of(runner)
+    return (
+        [] if draft is None else [as_draft(Named(name, draft, ())).name for name, _ in draft.named_modules()]
+    )
 
 
 def _sharding(worker: Any) -> Json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ....layout.rows import RowSet
+from ....layout.rows import ITEM_PARTS, ITEM_TOKENS, ITEMS, RowSet
 from ....record import Json
 
 
@@ -20,13 +20,13 @@ def item_sets(runner: Any, refs: Sequence[tuple[str, Any]], known: Callable[[str
         entry = {"request_id": request, **known(request)}
         items.append({**entry, "first_row": place, "rows": 1, "first_position": int(where.offset)})
         tokens += [{**entry, **run} for run in _runs(where)]
-    sets = [RowSet("items", items), RowSet("item_tokens", _in_sequence(tokens))]
+    sets = [RowSet(ITEMS, items), RowSet(ITEM_TOKENS, _in_sequence(tokens))]
     for sizes in _sizes(runner, refs):
         parts = [
             {"request_id": request, **known(request), "rows": size}
             for (request, _), size in zip(refs, sizes, strict=True)
         ]
-        sets.append(RowSet("item_parts", _in_sequence(parts)))
+        sets.append(RowSet(ITEM_PARTS, _in_sequence(parts)))
     return sets
 
 
