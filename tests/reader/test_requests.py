@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import tracemalloc
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from tests.ranked import Rows, requests_run
 from tlcore.errors import ReadError
 from tlcore.reader import Gap, MissingError, Run
+from tlcore.reader.request import Request
 
 A, B = "AAA-0123abcd", "BBB-89abcdef"
 # Chunked prefill of A beside decoding of B, then both decode, the other way round in the batch.
@@ -45,6 +47,34 @@ def test_rows_are_joined_in_the_order_of_positions(tmp_path: Path, backend: str)
         dtype, shape = request.dtype_and_shape(name)
         assert (dtype, shape) == ("float32", list(request[name].shape))
     assert "table/outputs_cpu" not in request and "layer/inputs_0_cpu" in request
+
+
+def test_single_rows_are_told_by_their_positions(tmp_path: Path) -> None:
+    request, name = requests_run(tmp_path, STEPS, _tensors).request("AAA"), "layer/outputs_cpu"
+    assert request.row_shape(name) == (3,) and request.has_row(name, 5) and not request.has_row(name, 6)
+    assert request.rows_at(name, [4, 1]).tolist() == [_code(A, 1, 0), _code(A, 4, 1)]
+    with pytest.raises(MissingError, match="layer/outputs_cp"):
+        request.has_row("layer/outputs_cp", 0)
+
+
+def test_a_request_keeps_nothing_of_the_tensors_that_were_read(tmp_path: Path) -> None:
+    count, names = 4096, ["layer/inputs_0_cpu", "layer/outputs_cpu"]
+    run = requests_run(tmp_path, [[(A, count, 0)]], _tensors)
+
+    def kept_after(request: Request) -> int:
+        before = tracemalloc.get_traced_memory()[0]
+        for name in names:
+            assert request[name].shape == (count, 3) and not request.gaps(name)
+            assert request.dtype_and_shape(name) == ("float32", [count, 3])
+        return tracemalloc.get_traced_memory()[0] - before
+
+    tracemalloc.start()
+    try:
+        kept_after(run.request(A))
+        request = run.request(A)
+        assert kept_after(request) < count * 64
+    finally:
+        tracemalloc.stop()
 
 
 def test_a_tensor_with_a_row_for_each_request_has_one_for_each_step(tmp_path: Path) -> None:

@@ -64,7 +64,8 @@ class Request(Mapping[str, "torch.Tensor"]):
         self.request_id = request_id
         self.external_id = external_id
         self._cached = 0
-        self._rows: dict[str, dict[int, tuple[_Place, int]]] = {}
+        # Of tensors of which single rows were asked for: where these are, and their shape.
+        self._rows: dict[str, tuple[dict[int, tuple[_Place, int]], tuple[int, ...]]] = {}
         self.tokens = RequestTokens(f"{run_url}: request {request_id}")
         found: dict[_Key, list[_Place]] = defaultdict(list)
         self.steps: list[int] = []
@@ -213,17 +214,25 @@ class Request(Mapping[str, "torch.Tensor"]):
         return found
 
     def has_row(self, name: str, position: int) -> bool:
-        """Whether there is a tensor's row of a position."""
-        return position in self._newest(name)
+        """Whether there is a tensor's row of a position. Raises as `dtype_and_shape` does."""
+        return position in self._single(name)[0]
 
     def row_shape(self, name: str) -> tuple[int, ...]:
         """The shape of one row of a tensor. Raises as `dtype_and_shape` does."""
-        return tuple(self.dtype_and_shape(name)[1][1:])
+        return self._single(name)[1]
 
     def rows_at(self, name: str, positions: Iterable[int]) -> torch.Tensor:
-        """A tensor's rows of these positions, each of which it has. Raises as `tensor` does."""
-        newest = self._newest(name)
+        """A tensor's rows of these positions, which it has, in ascending order. Raises as `tensor` does."""
+        newest = self._single(name)[0]
         return self._joined(name, {position: newest[position] for position in positions})
+
+    def _single(self, name: str) -> tuple[dict[int, tuple[_Place, int]], tuple[int, ...]]:
+        """What `_rows` has of a tensor; of whole tensors it would be more than can be kept."""
+        found = self._rows.get(name)
+        if found is None:
+            shape = tuple(self.dtype_and_shape(name)[1][1:])
+            found = self._rows[name] = self._newest(name), shape
+        return found
 
     def _of(self, name: str) -> list[_Place]:
         if name not in self._places:
@@ -232,13 +241,10 @@ class Request(Mapping[str, "torch.Tensor"]):
 
     def _newest(self, name: str) -> dict[int, tuple[_Place, int]]:
         """For each position the place of its last computation, and the row there."""
-        newest = self._rows.get(name)
-        if newest is None:
-            newest = {}
-            for place in self._of(name):
-                for offset in range(place.span.length):
-                    newest[place.first + offset] = (place, place.span.begin + offset)
-            self._rows[name] = newest
+        newest: dict[int, tuple[_Place, int]] = {}
+        for place in self._of(name):
+            for offset in range(place.span.length):
+                newest[place.first + offset] = (place, place.span.begin + offset)
         return newest
 
     def __getitem__(self, name: str) -> torch.Tensor:
