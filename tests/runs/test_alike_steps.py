@@ -16,6 +16,7 @@ import tlcore
 from tlcore.__main__ import main
 from tlcore.config.configuration import load_config
 from tlcore.errors import ReadError, VerifyError
+from tlcore.reader.alike import alike_steps
 from tlcore.runs import conversion
 from tlcore.runs.convert import convert
 from tlcore.storage import Folder
@@ -45,7 +46,7 @@ class Part(nn.Module):
 
 
 def capture(
-    output_dir: Path, backend: str, steps: int = 5, changes: Callable[[int], Any] = lambda _: 1
+    output_dir: Path, backend: Any, steps: int = 5, changes: Callable[[int], Any] = lambda _: 1
 ) -> Path:
     torch.manual_seed(0)
     model = Model()
@@ -199,6 +200,23 @@ def test_damaged_segments_are_told_as_ever(tmp_path: Path, monkeypatch: pytest.M
             way(source, tmp_path / f"to{number}", "pt")
         said.append(str(caught.value))
     assert said[0] == said[1]
+
+
+def test_what_is_nested_deeper_than_can_be_looked_at_makes_no_step_alike(tmp_path: Path) -> None:
+    source = capture(tmp_path / "a", {"name": "safetensors", "commit_s": 600}, steps=8)
+    (file,) = source.glob("segments/*_steps_*.json")
+    index = json.loads(file.read_text())
+    index["steps"]["values"] = [None, None, "deep", *[None] * 5]
+    file.write_text(json.dumps(index).replace('"deep"', "[" * 700 + "]" * 700))
+    run = tlcore.open_run(source)
+    assert run.step(0).names
+
+    def at_depth(depth: int) -> list[int]:
+        return at_depth(depth - 1) if depth else [each.step for each in alike_steps(run.stored, 0)]
+
+    # The step before it still is; of those behind it none, since where they lie was told no further.
+    assert at_depth(0) == [1, 3, 4, 6, 7]
+    assert at_depth(400) in ([1], [1, 3, 4, 6, 7])
 
 
 def test_what_is_harmless_but_another_is_kept(tmp_path: Path, written: Counts) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Container, Sequence
+from collections.abc import Sequence
 from urllib.parse import unquote
 
 PathKey = int | str
@@ -109,16 +109,10 @@ def stem(direction: str, path: Sequence[PathKey], device: str, rank: int) -> str
 
 def unique(name: str, taken: set[str], mark: str = "~") -> str:
     """``name``, or the first of ``name~2``, ``name~3``, ... that is free; takes it. ``mark`` is the ``~``."""
-    chosen = free(name, taken, mark)
-    taken.add(chosen)
-    return chosen
-
-
-def free(name: str, taken: Container[str], mark: str = "~") -> str:
-    """``name``, or the first of ``name~2``, ``name~3``, ... that is not taken."""
     chosen, n = name, 2
     while chosen in taken:
         chosen, n = f"{name}{mark}{n}", n + 1
+    taken.add(chosen)
     return chosen
 
 

@@ -10,7 +10,6 @@ from collections.abc import Callable, Hashable, Iterator, Mapping
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, Protocol, TypeVar
-from weakref import WeakKeyDictionary
 
 import numpy as np
 
@@ -199,8 +198,9 @@ def _described(file: str, begin: int, entry: Json) -> StoredAt:
     return StoredAt(file, begin + start, dtype, tuple(shape))
 
 
-_looked_at: WeakKeyDictionary[Store, tuple[str, Hashable, Any]] = WeakKeyDictionary()
 _Seen = TypeVar("_Seen")
+# At most one: what a file holds refers to its store, so that an entry for each store would never go.
+_looked_at: list[tuple[Store, str, Hashable, Any]] = []
 
 
 def _once(files: Readable, file: str, look: Callable[[], _Seen]) -> _Seen:
@@ -209,12 +209,12 @@ def _once(files: Readable, file: str, look: Callable[[], _Seen]) -> _Seen:
     identity = store.identity(file) if isinstance(store, SupportsFiles) else None
     if identity is None:
         return look()
-    known = _looked_at.get(store)
-    if known is not None and known[:2] == (file, identity):
-        found: _Seen = known[2]
-        return found
+    for whose, name, then, known in tuple(_looked_at):
+        if whose is store and (name, then) == (file, identity):
+            seen: _Seen = known
+            return seen
     found = look()
-    _looked_at[store] = file, identity, found
+    _looked_at[:] = [(store, file, identity, found)]
     return found
 
 

@@ -12,41 +12,17 @@ from math import prod
 from typing import Any, NamedTuple
 
 from tlcore.layout.dtypes import item_size
-from tlcore.layout.names import PathKey, free
+from tlcore.layout.names import PathKey
 
 from ..pt.encode import STORAGES
 from ..pt.zip_parts import PtError
+from .unmade import Made, Name, free_key, name_of
 
 LARGEST_PICKLE = 256 << 20
 _LEAST_LIMIT = 10_000
 _DEEPEST = 100
 _MOST_DIMENSIONS = 64
 _LARGEST = 1 << 62
-
-
-class Name(NamedTuple):
-    """A name that the pickle refers to; it stays a name."""
-
-    text: str
-
-
-class Made:
-    """An object that the pickle asks for and that is never made: what it would be made of."""
-
-    __slots__ = ("arguments", "function", "items", "state")
-
-    def __init__(self, function: Any, arguments: Any) -> None:
-        self.function = function
-        self.arguments = arguments
-        self.items: list[tuple[Any, Any]] = []
-        self.state: Any = None
-
-    def __repr__(self) -> str:
-        """As a key: the same in each reading. Bytes are pickled as their text in Latin 1."""
-        text = self.arguments[0] if isinstance(self.arguments, tuple) and self.arguments else None
-        if isinstance(self.function, Name) and self.function.text == "_codecs encode":
-            return str(text) if isinstance(text, str) else "<bytes>"
-        return f"<{_name(self.function)}>"
 
 
 class StorageOf(NamedTuple):
@@ -165,7 +141,7 @@ def _set(target: Any, values: list[Any]) -> None:
     else:
         # Keys may be anything; only what can be a key is one.
         for key, value in pairs:
-            target[key if isinstance(key, (str, int, float, bytes)) else free(repr(key), target)] = value
+            target[key if isinstance(key, (str, int, float, bytes)) else free_key(key, target)] = value
 
 
 def _build(_: Any, stack: list[Any], memo: dict[Any, Any]) -> None:
@@ -301,20 +277,16 @@ def plain(value: Any) -> Any:
     if function == _OF_TYPE and isinstance(arguments, tuple) and len(arguments) == 4:
         if isinstance(arguments[1], Name) and arguments[1].text in _PLAIN_TYPES:
             return plain(Made(arguments[0], arguments[2]))
-        return Unknown(_name(arguments[1]), True)
+        return Unknown(name_of(arguments[1]), True)
     if function in ("collections OrderedDict", "collections defaultdict"):
         return _dict_of([part for pair in value.items for part in pair])
     if function == "torch Size" and isinstance(arguments, tuple) and len(arguments) == 1:
         return tuple(arguments[0]) if isinstance(arguments[0], (list, tuple)) else Unknown(function, False)
     if function == "torch device" and isinstance(arguments, tuple):
         return ":".join(str(each) for each in arguments)
-    name = _name(value.function)
+    name = name_of(value.function)
     # One on the device meta has no bytes anywhere.
     return Unknown(name, _holds_storage(value) or (name.startswith("_rebuild_") and "tensor" in name))
-
-
-def _name(value: Any) -> str:
-    return value.text.rpartition(" ")[2] if isinstance(value, Name) else type(value).__name__
 
 
 def _holds_storage(value: Any) -> bool:
@@ -349,7 +321,7 @@ def _tensor(made: Made) -> TensorAt | Unknown:
         raise PtError("a tensor's description is damaged")
     dtype = _dtype(reference[1], arguments[6] if function.endswith("v3") else None)
     if dtype is None:
-        return Unknown(f"tensor of {_name(reference[1])}", True)
+        return Unknown(f"tensor of {name_of(reference[1])}", True)
     altered = arguments[_TENSORS[function] :]
     if altered and altered[0]:
         # Conjugated or negated: the values are not those of the storage.

@@ -34,7 +34,7 @@ class AlikeSteps:
         self._first: dict[bytes, int] = {}
 
     def of(self, index: SegmentIndex) -> Iterator[AlikeStep | int]:
-        """Each step of an index, in order. Raises ReadError."""
+        """Each step of an index, in order."""
         try:
             table = _Table(index)
         except (ReadError, OverflowError):
@@ -43,9 +43,10 @@ class AlikeSteps:
         for position, step in enumerate(index.steps):
             try:
                 found = self._look(index, table, position)
-            except (ReadError, OverflowError):
-                # Who reads the step by itself says what is wrong with it.
-                found = None
+            except (ReadError, OverflowError, RecursionError):
+                # Where those behind it lie is not known either. Who reads it by itself says what is wrong.
+                yield from index.steps[position:]
+                return
             yield found or step
 
     def _look(self, index: SegmentIndex, table: _Table, position: int) -> AlikeStep | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import pickle
+import time
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,8 @@ from safetensors.torch import save_file
 import tlcore
 from tests.backends.foreign.conformance import ForeignConformance, Tensors
 from tlcore.errors import ReadError
+from tlcore_backends.foreign.files import TorchFile
+from tlcore_backends.foreign.pickled import load
 
 
 class TestSafetensors(ForeignConformance):
@@ -172,6 +176,33 @@ def test_keys_of_any_kind_have_the_same_names_each_time_and_what_has_no_bytes_is
     assert [float(step.tensor(name)) for name in step.names] == [float(place) for place in range(9)]
     assert step.ledger.reasons == {"in a _rebuild_meta_tensor_no_storage, which is not opened": 1}
     assert step.names[4] == "step_0/raw/outputs_cpu"
+
+
+def test_keys_that_are_no_plain_ones_cost_little_however_many_and_large_they_are(tmp_path: Path) -> None:
+    begin = time.process_time()
+    named = b"\x80\x02}(ctorch\nfloat32\nq\x00K\x01" + b"h\x00K\x01" * 100_000 + b"u."
+    found = load(named)
+    assert len(found) == 100_001 and list(found)[:2] == [
+        "Name(text='torch float32')",
+        "Name(text='torch float32')~2",
+    ]
+    assert time.process_time() - begin < 100
+    large: Any = 1
+    for _ in range(18):
+        large = (large, large)
+    torch.save({large: torch.ones(1), (1, "a"): torch.ones(1)}, tmp_path / "any.pt")
+    modules = [name.split("/")[1] for name in tlcore.open_run(tmp_path).step(0).names]
+    assert modules == ["%3Ctuple%3E", "(1,%20%27a%27)"]
+
+
+def test_no_dump_is_kept_for_good_but_the_last_file_that_was_looked_at(tmp_path: Path) -> None:
+    for number in range(3):
+        (tmp_path / str(number)).mkdir()
+        torch.save({"a": torch.ones(1)}, tmp_path / str(number) / "any.pt")
+        assert len(tlcore.open_run(tmp_path / str(number)).step(0).names) == 1
+    gc.collect()
+    places = [each._files.url for each in gc.get_objects() if type(each) is TorchFile]
+    assert len([place for place in places if place.startswith(str(tmp_path))]) <= 1
 
 
 def test_containers_that_share_themselves_end(tmp_path: Path) -> None:
