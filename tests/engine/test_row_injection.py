@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tlcore
+from tests.ranked import ranks_run
 from tlcore.config.configuration import Inject, load_config
 from tlcore.engine.filters.rows import Given, StepRows
 from tlcore.engine.new_run import new_run
@@ -228,3 +229,17 @@ def test_a_run_of_other_ranks_is_refused(other: Any) -> None:
         tlcore.ConfigError, match=r"\$\.inject\.run: that run is of 1 ranks, and this one of 2"
     ):
         RowInjection(Inject(other.url, ("a",)), new_run(config, world_size=2), StepRows())
+
+
+def test_a_run_whose_ranks_share_the_model_otherwise_is_refused(tmp_path: Path) -> None:
+    other = ranks_run(tmp_path, [{"a": torch.ones(2, 2)}] * 2, {})
+    config, inject = load_config({}), Inject(other.url, ("a",))
+    run = new_run(config, world_size=2)
+    run.document["ranks"] = [dict(place) for place in other.ranks.values()]
+    assert RowInjection(inject, run, StepRows()).document["run_id"] == other.id
+    for place in run.document["ranks"]:
+        place.update(pp_rank=place["tp_rank"], pp_size=2, tp_rank=0, tp_size=1)
+    with pytest.raises(
+        tlcore.ConfigError, match=r"\$\.inject\.run: the ranks of that run share the model in"
+    ):
+        RowInjection(inject, run, StepRows())

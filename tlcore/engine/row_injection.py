@@ -13,10 +13,12 @@ from ..errors import ConfigError
 from ..layout.rows import ENCODED, Span
 from ..reader.request import Request
 from ..reader.run import Run
+from ..reader.unshard import places_of
 from ..record import Json, RunInfo
 from .filters.rows import Given, StepRows
 from .injection import Injection, Path, UnlikeError, with_each_tensor
 
+_OF_THE_SAME = "Inject a run of an engine of the same parallelism."
 _UNKNOWN_ROWS = "whose rows its result has is not known"
 
 
@@ -79,7 +81,8 @@ class RowInjection(Injection):
     its tokens are others, and only where all before them was: a part of a cache that comes from the model's
     own values would be a second difference. ``rows`` knows whose the rows of a tensor are.
 
-    Raises as `Injection` does, and ConfigError for a run of another number of ranks.
+    Raises as `Injection` does, and ConfigError for a run whose ranks are not as many, or share the model
+    otherwise: what one of them has may look like what another is to have.
     """
 
     counted = "rows of results"
@@ -88,7 +91,12 @@ class RowInjection(Injection):
         super().__init__(inject)
         if self._run.world_size != run.world_size:
             problem = f"that run is of {self._run.world_size} ranks, and this one of {run.world_size}."
-            raise ConfigError("$.inject.run", problem, "Inject a run of an engine of the same parallelism.")
+            raise ConfigError("$.inject.run", problem, _OF_THE_SAME)
+        if self._run.ranks != places_of(run.document):
+            problem = (
+                "the ranks of that run share the model in another way (tensor, pipeline, data parallel)."
+            )
+            raise ConfigError("$.inject.run", problem, _OF_THE_SAME)
         self._rank = run.rank
         self._rows = rows
         self._waiting = _by_prompt(self._run)
