@@ -153,16 +153,18 @@ def test_rows_are_written_from_where_they_lie_or_read_the_same(
                 assert torch.equal(states[:, at], sum(others, first))
 
 
+@pytest.mark.parametrize("left", [0.0, 0.9])
 def test_a_run_that_others_cut_off_meanwhile_ends_the_export_and_no_process(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, left: float
 ) -> None:
     monkeypatch.setattr(requests, "_LEAST_GATHERED", 1)
     run = _layered(tmp_path / "runs", "safetensors")
+    sizes = {path: path.stat().st_size for path in Path(run.url).glob("segments/*.safetensors")}
     put = DirectoryTarget.put_gathered
 
     def cut(self: DirectoryTarget, *args: Any) -> None:
         for path in Path(run.url).glob("segments/*.safetensors"):
-            os.truncate(path, 0)
+            os.truncate(path, int(left * sizes[path]))
         put(self, *args)
 
     monkeypatch.setattr(DirectoryTarget, "put_gathered", cut)

@@ -8,7 +8,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import numpy as np
 
@@ -201,7 +201,8 @@ class SegmentFiles:
     def mapped(self, name: str) -> memoryview | None:
         """A local file in memory, to be copied from by the system alone: it may be cut off by others.
 
-        None where the store has no files. Raises MissingError or ReadError.
+        None where the store has no files. Raises MissingError or ReadError, also where it was cut off since
+        it was asked for first.
         """
         if not self._is_local:
             return None
@@ -216,6 +217,9 @@ class SegmentFiles:
                 self._maps[name] = known
                 if len(self._maps) > _MOST_OPEN:
                     self._maps.popitem(last=False)
+            whole: Any = known.obj
+            if whole.size() < len(known):
+                raise ReadError(f"{self._store.url}/{name}: was cut off while it was read")
             return known
 
     def _pread(self, name: str, begin: int, end: int) -> Buffer:

@@ -122,6 +122,9 @@ def write_part(job: Job, part: Part, advance: Advance) -> list[_Row]:
             rows.append((ids.copy(), mask, request))
             begin, number = begin + count, number + 1
             advance(1)
+    if maps is not None:
+        # Of a file that was cut off meanwhile, what is left of its last page is zeros, and copied like any.
+        job.data.maps()
     return rows
 
 
