@@ -1,5 +1,5 @@
 /* The extension module: what it is made of, and of which sources. */
-#include "looking.h"
+#include "listening.h"
 
 #ifndef TLCORE_SOURCES
 #define TLCORE_SOURCES "unknown"
@@ -22,7 +22,8 @@ PyMODINIT_FUNC PyInit__native(void)
         tlcore_add_beneath(module) || tlcore_add_payloads(module) ||
         tlcore_add_gathering(module) || tlcore_add_seals(module) ||
         tlcore_add_making(module) ||
-        tlcore_add_looking(module) || tlcore_add_pytree(module) || tlcore_add_listening(module)) {
+        tlcore_add_looking(module) || tlcore_add_walker(module) || tlcore_add_hearing(module) ||
+        tlcore_add_listening(module)) {
         Py_DECREF(module);
         return NULL;
     }

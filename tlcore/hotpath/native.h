@@ -1,7 +1,6 @@
 /* What the parts of the extension share.
  *
- * Everything here has a twin in Python in the file of the same name, which is the reference: where the two
- * differ, this is wrong. Only the limited API of CPython 3.11 is used, and no header but its own: torch's
+ * Everything here has a twin in Python, which is the reference: where the two differ, this is wrong. Only the limited API of CPython 3.11 is used, and no header but its own: torch's
  * tensors are looked at through DLPack's exchange functions, XXH3 is called by its address.
  */
 #ifndef TLCORE_NATIVE_H
@@ -48,7 +47,7 @@ int tlcore_add_payloads(PyObject *module);
 int tlcore_add_gathering(PyObject *module);
 int tlcore_add_seals(PyObject *module);
 int tlcore_add_making(PyObject *module);
-int tlcore_add_pytree(PyObject *module);
+int tlcore_add_walker(PyObject *module);
 int tlcore_add_listening(PyObject *module);
 
 #endif

@@ -46,6 +46,7 @@ PyObject *tlcore_take_result(walker_object *walker, last_structure *last, PyObje
 /* The words of sketches. */
 extern PyObject *tlcore_tensor_word, *tlcore_scalar_word, *tlcore_none_word;
 extern PyObject *tlcore_tuple_word, *tlcore_list_word, *tlcore_dict_word;
+int tlcore_make_words(void);
 int tlcore_is_scalar(PyObject *value);
 /* Note a tensor that was taken; -1 with an exception set. */
 int tlcore_note(walker_object *walker, PyObject *spec, PyObject *memory, Py_ssize_t begin);
