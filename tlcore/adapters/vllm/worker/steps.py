@@ -144,6 +144,8 @@ class StepWrapper:
         self._reader.begin_step(scheduler_output)
         self._tokens.begin_step(scheduler_output)
         self._choices.begin_step(scheduler_output)
+        if self._injection is not None:
+            self._injection.forget(getattr(scheduler_output, "finished_req_ids", ()))
 
     def _begin(self, scheduler_output: Any) -> None:
         self._extra = dict(self.details)
@@ -161,21 +163,18 @@ class StepWrapper:
         requests = scheduler_output.num_scheduled_tokens
         choosing = session.choosing(requests, self._choices.of(requests))
         begun = session.begin_step(wanted=self._wants(choosing, scheduler_output), choosing=choosing)
-        injection = self._injection(scheduler_output, begun)
+        injection = self._injection
         if begun:
             self.fetched.note(session, self._choices.fetched(requests))
             self._scopes.begin(session.rows, scheduler_output, session.config.keeps_token_ids, injection)
+        elif injection is not None:
+            injection.passed_by(requests)
         return begun
 
-    def _injection(self, scheduler_output: Any, begun: bool) -> RowInjection | None:
-        """What injects into a step that has ``begun``; it is told of one that is not captured, too."""
-        injection = None if self.session is None else self.session.row_injection
-        if injection is None:
-            return None
-        injection.forget(getattr(scheduler_output, "finished_req_ids", ()))
-        if not begun:
-            injection.passed_by(scheduler_output.num_scheduled_tokens)
-        return injection
+    @property
+    def _injection(self) -> RowInjection | None:
+        """What injects into the steps, row by row."""
+        return None if self.session is None else self.session.row_injection
 
     def _wants(self, choosing: Choosing, scheduler_output: Any) -> bool:
         """Whether any row of a step is one of those that are kept, as far as its schedule tells."""
@@ -210,6 +209,8 @@ class StepWrapper:
         if not (draft or self.eager.ran):
             self._extra["not_captured"] = "the step did not run eagerly"
             log.error("a selected step ran compiled, and nothing of it is captured")
+            if self._injection is not None:
+                self._injection.passed_by(str(row["request_id"]) for row in self._scopes.rows or ())
 
     def _pass_is_over(self) -> None:
         self._scopes.enter(NO_ROWS)
