@@ -24,6 +24,7 @@ from tlcore.runs.export import requests
 from tlcore.runs.export.export import ABOUT, export
 from tlcore.runs.export.job import Memory
 from tlcore.runs.export.target import DirectoryTarget
+from tlcore_backends.safetensors import segment_files
 
 pytest.importorskip("pyarrow")
 
@@ -90,7 +91,7 @@ def test_memory_that_is_used_again_ends_with_the_export(run: Run, tmp_path: Path
 LAYERS = ["a/outputs", "b/outputs"]
 
 
-def _layered(directory: Path, backend: str) -> Run:
+def _layered(directory: Path, backend: Any) -> Run:
     """Requests of two layers that are prefilled together, apart in two steps, and decoded together."""
     ids = [f"r{number}-{number:08x}" for number in range(5)]
     steps: list[Rows] = [[(ids[0], 3, 0), (ids[1], 2, 0)], [(ids[2], 4, 0), (ids[1], 1, 2), (ids[3], 1, 0)]]
@@ -151,6 +152,33 @@ def test_rows_are_written_from_where_they_lie_or_read_the_same(
             for at, terms in enumerate(each.split(" + ") for each in tensors):
                 first, *others = [request[f"{term}_cpu"] for term in terms]
                 assert torch.equal(states[:, at], sum(others, first))
+
+
+@pytest.mark.parametrize("most", [4, 256])
+def test_however_many_segments_a_run_has_few_of_its_files_are_open(
+    most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(requests, "_LEAST_GATHERED", 1)
+    monkeypatch.setattr(segment_files, "_MOST_MAPS", most)
+    monkeypatch.setattr(segment_files, "_MOST_OPEN", 1)
+    run = _layered(tmp_path / "runs", {"name": "safetensors", "commit_s": 0})
+    assert len(list(Path(run.url).glob("segments/*.safetensors"))) == 7
+    opened: list[int] = []
+    put = DirectoryTarget.put_gathered
+
+    def noted(self: DirectoryTarget, *args: Any) -> None:
+        handles = [os.path.realpath(each) for each in Path("/proc/self/fd").iterdir()]
+        opened.append(sum(each.startswith(run.url) for each in handles))
+        put(self, *args)
+
+    monkeypatch.setattr(DirectoryTarget, "put_gathered", noted)
+    export(run, tmp_path / "out", "requests", LAYERS)
+    # A map for each file, however many layers lie in it; or none.
+    assert max(opened, default=0) == (8 if most > 7 else 0)
+    for number, name in enumerate(row["request_id"] for row in _stream(tmp_path / "out")):
+        states = load_file(tmp_path / "out" / f"hidden_states/hs_{number}.safetensors")["hidden_states"]
+        for at, layer in enumerate(LAYERS):
+            assert torch.equal(states[:, at], run.request(name)[f"{layer}_cpu"])
 
 
 @pytest.mark.parametrize("left", [0.0, 0.9])

@@ -8,7 +8,8 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, BinaryIO
+from typing import BinaryIO
+from weakref import WeakValueDictionary
 
 import numpy as np
 
@@ -20,6 +21,8 @@ from tlcore.storage import Store, SupportsFiles
 
 _MOST_OPEN = 16
 _MOST_WHOLE = 2
+# Each keeps its file open, of which a process may have few.
+_MOST_MAPS = 256
 # A request takes as long as this many bytes do, so they are asked for along with a small slice.
 _ALONG_BYTES = 256 << 10
 # On a disk of this machine, what lies between two slices is rather read than left out, up to so many bytes.
@@ -38,7 +41,8 @@ class SegmentFiles:
         self._store = store
         self._is_local = isinstance(store, SupportsFiles)
         self._open: OrderedDict[str, BinaryIO] = OrderedDict()
-        self._maps: OrderedDict[str, memoryview] = OrderedDict()
+        # For as long as somebody looks at one.
+        self._maps: WeakValueDictionary[str, mmap.mmap] = WeakValueDictionary()
         self._whole: OrderedDict[str, _Whole] = OrderedDict()
         self._ahead: tuple[str, int, Buffer] = ("", 0, b"")
         self._last: tuple[str, int] = ("", 0)
@@ -155,7 +159,6 @@ class SegmentFiles:
             files = list(self._open.values())
             self._open.clear()
             self._whole.clear()
-            self._maps.clear()
             self._ahead = ("", 0, b"")
         for file in files:
             file.close()
@@ -201,26 +204,25 @@ class SegmentFiles:
     def mapped(self, name: str) -> memoryview | None:
         """A local file in memory, to be copied from by the system alone: it may be cut off by others.
 
-        None where the store has no files. Raises MissingError or ReadError, also where it was cut off since
-        it was asked for first.
+        None where the store has no files, or too many are in memory. Raises MissingError or ReadError, also
+        where it was cut off since it was asked for first.
         """
         if not self._is_local:
             return None
         with self._lock:
             known = self._maps.get(name)
             if known is None:
+                if len(self._maps) >= _MOST_MAPS:
+                    return None
                 file = self._opened(name)
                 try:
-                    known = memoryview(mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ))
+                    known = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
                 except (OSError, ValueError) as error:
                     raise ReadError(f"{self._store.url}/{name}: cannot be read: {error}") from error
                 self._maps[name] = known
-                if len(self._maps) > _MOST_OPEN:
-                    self._maps.popitem(last=False)
-            whole: Any = known.obj
-            if whole.size() < len(known):
+            if known.size() < len(known):
                 raise ReadError(f"{self._store.url}/{name}: was cut off while it was read")
-            return known
+            return memoryview(known)
 
     def _pread(self, name: str, begin: int, end: int) -> Buffer:
         with self._lock:
