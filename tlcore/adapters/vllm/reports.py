@@ -27,6 +27,8 @@ from ...record import Json
 VARIABLE = "TLCORE_METRICS_DIR"
 # As often as the quickest scrapers look.
 _EVERY_S = 1.0
+# Two changes of a directory within the ticks of a file system's clock have one time.
+_TICK_NS = 20_000_000
 
 
 def share_directory() -> None:
@@ -158,6 +160,15 @@ def read_reports() -> Iterator[Report]:
             document = json.loads(path.read_text())
             age = time.time() - path.stat().st_mtime
             yield Report(int(path.stem.partition("_")[0]), int(document["rank"]), document, age)
+
+
+def last_change() -> int | None:
+    """When a report was last written, another time for each; None where one that has the same may follow."""
+    try:
+        changed = os.stat(os.environ[VARIABLE]).st_mtime_ns
+    except (KeyError, OSError):
+        return None
+    return changed if time.time_ns() - changed > _TICK_NS else None
 
 
 def read_modules(run_ids: Collection[str | None]) -> frozenset[str]:

@@ -19,7 +19,7 @@ from ....config.request import KEY, Allowed, RequestChoice, choice_error, reques
 from ....engine.filters.choosing import ModuleNames
 from ....errors import CaptureError, ConfigError
 from ....layout.names import ROOT_DIR
-from ..reports import read_modules, read_reports
+from ..reports import last_change, read_modules, read_reports
 from ..salts import keep_apart
 from .check import serves_endpoint
 from .deliveries import MARK, TakenError, delivery_of, is_of_this_request, mark_delivery
@@ -31,6 +31,8 @@ _known: list[Config] = []
 _opened: deque[Config] = deque(maxlen=16)
 # The run of this process that injects results of another, if any.
 _injecting: list[str] = []
+# When and of whom the reports last told whether they inject, and that: every request asks.
+_told: list[Any] = []
 _REPEATING = "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"
 
 
@@ -52,8 +54,12 @@ def _injects() -> bool:
     # Of several API servers any may have begun.
     if not _injecting and not serves_endpoint():
         return False
-    reports = [each for each in read_reports() if each.alive]
-    return any(each.document.get("injects") for each in reports) if reports else bool(_injecting)
+    changed = last_change()
+    if changed is None or [changed, *_injecting] != _told[:-1]:
+        reports = [each for each in read_reports() if each.alive]
+        found = any(each.document.get("injects") for each in reports) if reports else bool(_injecting)
+        _told[:] = changed, *_injecting, found
+    return bool(_told[-1])
 
 
 def storage_options(url: str) -> dict[str, Any] | None:
