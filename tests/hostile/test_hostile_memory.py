@@ -16,7 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import tlcore
 from tests.deep import scaled
 from tests.hostile.files import TENSOR, edit, in_place_of, in_run, record, sound
 
@@ -157,3 +160,37 @@ def test_the_limit_itself_works() -> None:
     )
     assert "MemoryError" in done.stderr
     assert resource.getrlimit(resource.RLIMIT_AS)[0] in (resource.RLIM_INFINITY, -1)
+
+
+TWICE = """
+import os, resource, sys
+from pathlib import Path
+import tlcore
+from tlcore.errors import ReadError
+
+step = tlcore.open_run(sys.argv[1]).step(0)
+name = next(name for name in step.names if "large" in name and "outputs" in name)
+step.tensor(next(name for name in step.names if "small" in name))
+size = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGESIZE")
+resource.setrlimit(resource.RLIMIT_AS, (size + (96 << 20), -1))
+try:
+    step.tensor(name)
+except ReadError as error:
+    print(error)
+"""
+
+
+def test_a_tensor_for_whose_copy_there_is_no_room_is_refused_with_its_name(tmp_path: Path) -> None:
+    model = nn.ModuleDict({"small": nn.ReLU(), "large": nn.ReLU()})
+    with tlcore.capture(model, output_dir=str(tmp_path), backend="safetensors") as captured, captured.step():
+        model["small"](torch.randn(3))
+        model["large"](torch.randn(16 << 20))
+    done = subprocess.run(
+        [sys.executable, "-c", TWICE, captured.url],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    assert "large/outputs_cpu" in done.stdout, done.stderr
+    assert "larger than this machine's memory" in done.stdout

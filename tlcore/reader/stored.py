@@ -276,10 +276,9 @@ class Stored:
     def tensor(self, record: Mapping[str, Any]) -> torch.Tensor:
         """The tensor of a record, on the CPU. Raises MissingError or ReadError."""
         where = f"{self.url}: {record['name']!r}"
-        data = self._own_bytes(record)
-        dtype, shape = kind(record, where)
         try:
-            return tensor_from_bytes(data, dtype, shape)
+            data = self._own_bytes(record)
+            return tensor_from_bytes(data, *kind(record, where))
         except (ValueError, RuntimeError, OverflowError) as error:
             raise ReadError(f"{where}: ends too early or is damaged ({error})") from error
         except MemoryError:
