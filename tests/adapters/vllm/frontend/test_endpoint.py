@@ -23,6 +23,7 @@ from tlcore.adapters.vllm.frontend.endpoint import (
     ForbiddenError,
     restricted,
 )
+from tlcore.adapters.vllm.frontend.status import Status, merged
 from tlcore.errors import ConfigError
 
 KEY = "not-a-secret"
@@ -206,6 +207,31 @@ def test_a_server_without_a_key_or_an_engine_refuses() -> None:
         answer = TestClient(app).get("/v1/tlcore/status")
         assert engine_problem in answer.json()["error"]["message"]
         assert answer.status_code == (409 if key else 403)
+
+
+@pytest.mark.slow
+def test_no_client_sees_the_credentials_in_the_operators_place(
+    monkeypatch: pytest.MonkeyPatch, root: Path
+) -> None:
+    import asyncio
+
+    from fastapi import FastAPI
+    from fastapi.testclient import TestClient
+
+    async def ask(method: str, *args: Any) -> Status:
+        url = "ftp://user:secret@host/runs/one"
+        return merged([{"rank": 0, "state": "running", "run_id": "one", "url": url}])
+
+    app, plugin = FastAPI(), EndpointPlugin()
+    plugin.attach_router(app)
+    asyncio.run(plugin.init_state(object(), app.state, Namespace(api_key=["key"])))
+    monkeypatch.setattr(plugin, "_ask", ask)
+    client = TestClient(app)
+    answers = [client.get("/v1/tlcore/status"), client.post("/v1/tlcore/start", json={})]
+    answers.append(client.post("/v1/tlcore/stop"))
+    assert [each.status_code for each in answers] == [200, 409, 200]
+    for answer in answers:
+        assert "@host/runs/one" in answer.text and "secret" not in answer.text
 
 
 def test_injecting_takes_the_operators_leave(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

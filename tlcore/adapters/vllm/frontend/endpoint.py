@@ -22,7 +22,7 @@ from typing import Any
 from ....config.configuration import Config, load_config
 from ....config.patterns import most_steps
 from ....errors import BackendError, CaptureError, ConfigError, ReadError, TlcoreError
-from ....locations import is_url
+from ....locations import is_url, redact_url
 from ....record import Json
 from ....registry import resolve
 from ..carrier import OVER_HTTP, Carrier
@@ -89,7 +89,7 @@ class EndpointPlugin:
                 found = await act(request)
             except TlcoreError as error:
                 return JSONResponse(_described(error), status_code=_code(error))
-            return JSONResponse(found.to_json()) if isinstance(found, Status) else found
+            return JSONResponse(_shown(found)) if isinstance(found, Status) else found
 
         # FastAPI reads what to pass from the annotations, which are not strings here.
         handler.__annotations__ = {"request": Request}
@@ -109,7 +109,9 @@ class EndpointPlugin:
         async with self._lock:
             running = await self._ask(STATUS)
             if running.state == "running":
-                raise CaptureError(f"a run is being captured already, {running.url}; stop it first")
+                raise CaptureError(
+                    f"a run is being captured already, {_shown(running)['url']}; stop it first"
+                )
             # It may try out object storage, which takes time.
             carrier = await asyncio.to_thread(prepare, config, self._engine.vllm_config)
             carrier[OVER_HTTP] = True
@@ -166,6 +168,17 @@ class EndpointPlugin:
     async def _ask(self, method: str, *args: Any) -> Status:
         engines = Engines(self._engine)
         return merged(await engines.ask(method, *args), engines.ranks)
+
+
+def _shown(status: Status) -> Json:
+    """A status as every client may see it: the operator's place may be a URL with credentials."""
+    found = status.to_json()
+    return {**_without_secrets(found), "ranks": [_without_secrets(each) for each in found["ranks"]]}
+
+
+def _without_secrets(document: Json) -> Json:
+    url = document.get("url")
+    return document if url is None else {**document, "url": redact_url(str(url))}
 
 
 def _known(status: Status, run_id: str) -> Status:

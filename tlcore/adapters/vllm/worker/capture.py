@@ -98,7 +98,9 @@ class WorkerCapture:
         worker = self._worker()
         _log_as_vllm_does()
         if self._session is not None:
-            raise CaptureError(f"a run is being captured already, {self._session.url}; stop it first")
+            raise CaptureError(
+                f"a run is being captured already, {self._session.run.shown_url}; stop it first"
+            )
         config = load_config(carrier["config"] if is_carrier(carrier) else carrier)
         model = worker.model_runner.get_model()
         modules = plain_modules(model)
