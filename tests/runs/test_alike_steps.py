@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from tlcore.reader.alike import alike_steps
 from tlcore.runs import conversion
 from tlcore.runs.convert import convert
 from tlcore.storage import Folder
+from tlcore_backends.safetensors import alike_steps as segment_steps
 from tlcore_backends.storage.local import LocalStore
 
 Counts = dict[bool, int]
@@ -200,6 +202,22 @@ def test_damaged_segments_are_told_as_ever(tmp_path: Path, monkeypatch: pytest.M
             way(source, tmp_path / f"to{number}", "pt")
         said.append(str(caught.value))
     assert said[0] == said[1]
+
+
+def test_little_is_kept_of_steps_that_are_all_of_another_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = Model()
+    backend = {"name": "safetensors", "commit_s": 600}
+    with tlcore.capture(model, output_dir=str(tmp_path), backend=backend, log_step_ids=[]) as captured:
+        for step in range(40):
+            model(torch.randn(1 + step // 2, 4))
+    monkeypatch.setattr(segment_steps, "_MOST_KEPT", 50)
+    alike, most = [], 0
+    for each in alike_steps(tlcore.open_run(captured.url).stored, 0):
+        alike.append(each.step)
+        most = max(most, sum(type(held) is segment_steps._Pair for held in gc.get_objects()))
+    assert alike == list(range(1, 40, 2)) and most <= 6
 
 
 def test_what_is_nested_deeper_than_can_be_looked_at_makes_no_step_alike(tmp_path: Path) -> None:

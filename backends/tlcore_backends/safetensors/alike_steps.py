@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -21,6 +20,8 @@ Gather = Callable[[str, np.ndarray, memoryview], bytes]
 _HASH_BYTES = 16
 _FORM_BYTES = 4
 _MOST_KINDS = 64
+# Tensors in all that is kept of steps with the same plan and extents, of which an index may have very many.
+_MOST_KEPT = 1 << 19
 _NOWHERE = -1
 Array = np.ndarray
 
@@ -53,8 +54,6 @@ class AlikeSteps:
         step = index.steps[position]
         pair = table.pair(position)
         at = table.take(pair)
-        if at is None:
-            return None
         key = hashlib.blake2b(pair.key + at.originals.tobytes(), digest_size=20).digest()
         first = self._first.setdefault(key, step)
         if len(self._first) > _MOST_KINDS:
@@ -115,6 +114,7 @@ class _Table:
     def __init__(self, index: SegmentIndex) -> None:
         self._index = index
         self._pairs: dict[tuple[int, int, str], _Pair] = {}
+        self._kept = 0
         self._names = [name for name, _ in index.files]
         places = [index.places.of(number) for number in range(len(index.entries("arrays")))]
         self._begins = np.array([place.begin for place in places], np.int64)
@@ -128,31 +128,37 @@ class _Table:
         self._row_bytes = np.array([place.row_bytes for place in places], np.int64)
         self._times = np.zeros(len(places), np.int64)
         self._rows = np.zeros(len(places), np.int64)
-        self._known: dict[tuple[str, tuple[int, ...]], int] = defaultdict(lambda: len(self._known))
 
     def pair(self, position: int) -> _Pair:
         """What a step shares with those that are alike. Raises ReadError."""
         plan, extents, values = self._index.pair(position)
         key = plan, extents, compact(values)
-        if key not in self._pairs:
-            forms = list(self._index.forms_at(position).values())
-            content = [
-                self._index.calls_of(plan),
-                [self._index.table("structures", number) for number in self._index.plan(plan).structures],
-                values,
-                [[form.tail, form.content, form.nbytes] for form in forms],
-            ]
-            text = hashlib.blake2b(compact(content).encode(), digest_size=20).digest()
-            arrays = np.array([form.array for form in forms], np.int64)
-            rows = np.array([form.rows for form in forms], np.int64)
-            kinds = [self._known[str(form.content.get("dtype")), form.shape] for form in forms]
-            self._pairs[key] = _Pair(
-                text, arrays, rows, rows * self._row_bytes[arrays], np.array(kinds, np.int32)
-            )
-        return self._pairs[key]
+        known = self._pairs.get(key)
+        if known is None:
+            known = self._made(position, plan, values)
+            self._kept += len(known.arrays)
+            if self._kept > _MOST_KEPT:
+                self._pairs, self._kept = {}, len(known.arrays)
+            self._pairs[key] = known
+        return known
 
-    def take(self, pair: _Pair) -> _At | None:
-        """Where the next step of these lies; None where what an index says of it cannot be."""
+    def _made(self, position: int, plan: Any, values: Any) -> _Pair:
+        forms = list(self._index.forms_at(position).values())
+        content = [
+            self._index.calls_of(plan),
+            [self._index.table("structures", number) for number in self._index.plan(plan).structures],
+            values,
+            [[form.tail, form.content, form.nbytes] for form in forms],
+        ]
+        text = hashlib.blake2b(compact(content).encode(), digest_size=20).digest()
+        arrays = np.array([form.array for form in forms], np.int64)
+        rows = np.array([form.rows for form in forms], np.int64)
+        known: dict[tuple[str, tuple[int, ...]], int] = {}
+        kinds = [known.setdefault((str(form.content.get("dtype")), form.shape), len(known)) for form in forms]
+        return _Pair(text, arrays, rows, rows * self._row_bytes[arrays], np.array(kinds, np.int32))
+
+    def take(self, pair: _Pair) -> _At:
+        """Where the next step of these lies. Raises ReadError where what an index says of it cannot be."""
         arrays = pair.arrays
         constant = self._constant[arrays]
         times = np.where(constant, 0, self._times[arrays])
@@ -162,7 +168,7 @@ class _Table:
         ends, files = begins + pair.sizes, self._files[arrays]
         sound = (times < self._counts[arrays]).all() and (files < len(self._names)).all()
         if not sound or (begins < 0).any() or (ends < begins).any() or (ends > LARGEST).any():
-            return None
+            raise self._index.damaged("a step's tensors lie where nothing can")
         hashes = self._hashes[self._first[arrays] + times]
         return _At(begins, ends, files, self._names, hashes, _originals(hashes, pair.forms))
 
