@@ -180,6 +180,7 @@ except ReadError as error:
 """
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/statm"), reason="reads /proc")
 def test_a_tensor_for_whose_copy_there_is_no_room_is_refused_with_its_name(tmp_path: Path) -> None:
     model = nn.ModuleDict({"small": nn.ReLU(), "large": nn.ReLU()})
     with tlcore.capture(model, output_dir=str(tmp_path), backend="safetensors") as captured, captured.step():

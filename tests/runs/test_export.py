@@ -154,6 +154,7 @@ def test_rows_are_written_from_where_they_lie_or_read_the_same(
                 assert torch.equal(states[:, at], sum(others, first))
 
 
+@pytest.mark.skipif(not os.path.exists("/proc/self/fd"), reason="reads /proc")
 @pytest.mark.parametrize("most", [4, 256])
 def test_however_many_segments_a_run_has_few_of_its_files_are_open(
     most: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
