@@ -199,6 +199,32 @@ def test_calls_of_one_module_are_told_apart(tmp_path: Path) -> None:
                and each.path[1] == 0)  # fmt: skip
 
 
+def test_a_result_without_tensors_is_told_as_kept(tmp_path: Path) -> None:
+    class Writes(nn.Module):
+        """Writes into what it is given, and gives nothing."""
+
+        def forward(self, x: torch.Tensor, given: Any) -> Any:
+            x.add_(1)
+            return given
+
+    class Outer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.none, self.pair, self.other = Writes(), Writes(), Writes()
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = x.clone()
+            for module, given in ((self.none, None), (self.pair, (None, 1)), (self.other, slice(1))):
+                module(y, given)
+            return y
+
+    right, _, _ = run(tmp_path, Outer())
+    again, _, remarks = run(tmp_path, Outer(), inject=inject(right, "none|pair|other"))
+    why = {"its result has no tensor": 2, "nothing can stand for a result that is a slice": 1}
+    assert again.step(0).documents[0]["injected"] == {"calls": 0, "left_out": why}
+    assert "inject: 2 calls kept their own result: its result has no tensor" in remarks
+
+
 def test_hooks_of_others_see_what_was_injected(tmp_path: Path) -> None:
     right, _, _ = run(tmp_path, Two())
     model = Two("first")

@@ -206,6 +206,24 @@ def test_rows_that_nobody_knows_are_not_injected(other: Any, tmp_path: Path) -> 
     assert found == {"calls": 0, "rows": 0, "left_out": {"whose rows its result has is not known": 1}}
 
 
+def test_rows_of_a_module_that_gives_nothing_are_counted(
+    other: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As one does that writes into its arguments."""
+    monkeypatch.setattr(Inner, "forward", lambda self, x: None)
+    engine = injecting(other, tmp_path)
+    session = engine.session
+    assert session.begin_step() and session.row_injection is not None
+    entry = {"request_id": "a", "first_row": 0, "rows": 2, "first_position": 0, "prompt_hash": "ha"}
+    session.rows.batch(["a"])
+    session.rows.enter([RowSet("tokens", [entry])], main=True)
+    session.row_injection.batch([Given(entry, [5, 6], 4, True)])
+    assert engine.model(torch.ones(2, 2)) is None
+    session.end_step()
+    (found,) = told(engine.close())
+    assert found == {"calls": 0, "rows": 0, "left_out": {"its result has no tensor": 2}}
+
+
 def test_what_an_encoder_gives_is_left_to_it(other: Any, tmp_path: Path) -> None:
     engine = injecting(other, tmp_path)
     engine.step(("c", 0, [9, 9, 9]))

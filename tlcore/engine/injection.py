@@ -71,6 +71,8 @@ class Injection(ABC):
         """The stored result of a call, or the model's own where that cannot stand for it."""
         why: str
         try:
+            if not _may_have_tensors(own):
+                raise UnlikeError("its result has no tensor")
             return self._in_place_of(directory, own)
         except UnlikeError as error:
             why = str(error)
@@ -166,6 +168,8 @@ class CallInjection(Injection):
         if self._why_not is not None:
             raise UnlikeError(self._why_not)
         found = in_place_of(own, self._call(directory).outputs)
+        if found is own:
+            raise UnlikeError(f"nothing can stand for a result that is a {type(own).__name__}")
         self._inject()
         return found
 
@@ -222,6 +226,13 @@ def in_place_of(own: Any, stored: Any) -> Any:
     if isinstance(stored, OpaqueObject) and not stored.items:
         return own
     raise UnlikeError(f"nothing can stand for a result that is a {type(own).__name__}")
+
+
+def _may_have_tensors(own: Any) -> bool:
+    """Whether there are tensors in a value, or an object that may have some."""
+    if isinstance(own, (Mapping, tuple, list)):
+        return any(map(_may_have_tensors, own.values() if isinstance(own, Mapping) else own))
+    return not (own is None or isinstance(own, _SCALARS))
 
 
 def with_each_tensor(own: Any, made: Callable[[Path, torch.Tensor], torch.Tensor], path: Path = ()) -> Any:
