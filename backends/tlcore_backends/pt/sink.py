@@ -19,6 +19,8 @@ from .whole_steps import Pattern, Written, pattern_of
 
 _QUEUE_BYTES = 1 << 30
 _MOST_REMEMBERED = 16
+# Tensors in all of them together: their names take memory that a capture of large steps would rather have.
+_MOST_TENSORS = 1 << 16
 
 
 class PtSink:
@@ -45,6 +47,7 @@ class PtSink:
         # The last steps, which others may be said to be like, and what those have in common.
         self._written: OrderedDict[int, Written] = OrderedDict()
         self._patterns: dict[int, Pattern | None] = {}
+        self._remembered = 0
         if isinstance(self._store, SupportsFiles):
             self._uploads = Uploads(self._store)
         else:
@@ -100,9 +103,16 @@ class PtSink:
         self._begin_step(None)
 
     def _remember(self, step: int, written: Written) -> None:
+        self._forget(step)
         self._written[step] = written
-        if len(self._written) > _MOST_REMEMBERED:
-            self._patterns.pop(self._written.popitem(last=False)[0], None)
+        self._remembered += len(written.tensors)
+        while len(self._written) > _MOST_REMEMBERED or self._remembered > _MOST_TENSORS:
+            self._forget(next(iter(self._written)))
+
+    def _forget(self, step: int) -> None:
+        self._patterns.pop(step, None)
+        if step in self._written:
+            self._remembered -= len(self._written.pop(step).tensors)
 
     def write_alike(self, step: AlikeStep, summary: StepSummary) -> bool:
         """Write a step that is like one of the last, as one directory."""

@@ -12,6 +12,7 @@ import pytest
 import torch
 import xxhash
 
+import tlcore_backends.pt.sink
 from tlcore.errors import BackendError
 from tlcore.ledger import Counts, Ledger
 from tlcore.protocols import Sink
@@ -169,3 +170,17 @@ def test_the_same_records_give_the_same_bytes(tmp_path: Path) -> None:
         files = sorted((tmp_path / place).rglob("*.*"))
         contents.append({str(f.relative_to(tmp_path / place)): f.read_bytes() for f in files if f.is_file()})
     assert contents[0] == contents[1]
+
+
+def test_little_is_remembered_of_large_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tlcore_backends.pt.sink, "_MOST_TENSORS", 50)
+    sink = PtSink()
+    writer = RunWriter(sink, run=make_run(tmp_path / "run"), backend="pt")
+    remembered = []
+    for step, count in enumerate((30, 10, 30, 60, 5)):
+        names = (f"step_{step}/m/outputs_{number}_cpu" for number in range(count))
+        writer.write([make_record(name, torch.ones(1)) for name in names])
+        writer.commit_step(make_summary(step, ["m"], {}))
+        remembered.append(list(sink._written))
+    assert remembered == [[0], [0, 1], [1, 2], [], [4]]
+    writer.close()
