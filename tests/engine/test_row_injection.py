@@ -44,9 +44,13 @@ class Inner(nn.Module):
 class Engine:
     """Steps of a model whose rows are requests': ``(id, first position, tokens, apart, drafts)``."""
 
-    def __init__(self, output_dir: Path, fault: float = 0.0, **keys: Any) -> None:
+    def __init__(
+        self, output_dir: Path, fault: float = 0.0, ranks: Any = None, rank: int = 0, **keys: Any
+    ) -> None:
         config = load_config(output_dir=str(output_dir), log_step_ids=[], backend="safetensors", **keys)
-        self.session = Session(config, new_run(config, world_size=1), of_requests=True)
+        run = new_run(config, rank, len(ranks or "a"), None if ranks is None else output_dir.name)
+        run.document.update({} if ranks is None else {"ranks": ranks})
+        self.session = Session(config, run, of_requests=True)
         self.model = Doubled(fault)
         self.session.attach(self.model)
 
@@ -239,6 +243,25 @@ def test_what_an_encoder_gives_is_left_to_it(other: Any, tmp_path: Path) -> None
     found = told(engine.close())[-1]
     assert found["rows"] == 0
     assert found["left_out"] == {"an encoder's results are kept for all requests with the same item": 2}
+
+
+def test_what_a_rank_has_not_is_injected_into_none(tmp_path: Path) -> None:
+    ranks = [dict(place) for place in ranks_run(tmp_path, [{"a": torch.ones(2)}] * 2, {}).ranks.values()]
+    for rank in (0, 1):
+        # The second rank skips what has more than three rows.
+        keys = {"max_tensor_size": 7} if rank else {}
+        engine = Engine(tmp_path / "a", ranks=ranks, rank=rank, **keys)
+        engine.step(("a", 0, [5, 6]))
+        engine.step(("a", 2, [7, 8]), ("b", 0, [5, 6]))
+        other = engine.close()
+    assert other.world_size == 2 and other.steps == [0, 1]
+    for rank in (0, 1):
+        engine = injecting(other, tmp_path, ranks=ranks, rank=rank)
+        assert engine.step(("a", 0, [5, 6, 7, 8])) == [10, 12, 114, 116], rank
+        injection = engine.session.row_injection
+        assert injection is not None
+        assert injection.left_out == {"the other run has no result of this position": 2}
+        engine.session.close()
 
 
 def test_a_run_of_other_ranks_is_refused(other: Any) -> None:

@@ -13,7 +13,7 @@ from ..errors import ConfigError
 from ..layout.rows import ENCODED, Span
 from ..reader.request import Request
 from ..reader.run import Run
-from ..reader.unshard import places_of
+from ..reader.unshard import group_of, places_of
 from ..record import Json, RunInfo
 from .filters.rows import Given, StepRows
 from .injection import Injection, Path, UnlikeError, with_each_tensor
@@ -98,6 +98,8 @@ class RowInjection(Injection):
             )
             raise ConfigError("$.inject.run", problem, _OF_THE_SAME)
         self._rank = run.rank
+        # What they compute together is injected into all of them or none.
+        self._group = group_of(self._run.ranks, run.rank)
         self._rows = rows
         self._waiting = _by_prompt(self._run)
         self._followed: dict[str, _Followed] = {}
@@ -165,7 +167,7 @@ class RowInjection(Injection):
         return _Followed(given, other, "")
 
     def _in_place_of(self, directory: str, own: Any) -> Any:
-        call = _CallOf(directory, self._rank, self._now)
+        call = _CallOf(directory, self._rank, self._group, self._now)
 
         def look(path: Path, tensor: torch.Tensor) -> torch.Tensor:
             found = self._rows.placed(tensor)
@@ -196,11 +198,14 @@ class RowInjection(Injection):
 class _CallOf:
     """One call's result: its ``parts`` are tensors and whose their rows are, by the way to them.
 
-    Of a request all parts are injected up to the same position, or none is.
+    Of a request all parts are injected up to the same position, or none is; nor is a row that only some ranks
+    of the ``group`` have, of those that have such a result.
     """
 
-    def __init__(self, directory: str, rank: int, requests: Mapping[str, _Followed]) -> None:
-        self._directory, self._rank = directory, rank
+    def __init__(
+        self, directory: str, rank: int, group: Sequence[int], requests: Mapping[str, _Followed]
+    ) -> None:
+        self._directory, self._rank, self._group = directory, rank, group
         self._requests = requests
         self.parts: dict[Path, tuple[torch.Tensor, Sequence[Span]]] = {}
         # Why nothing of a request can be injected in this call, while it can in others.
@@ -244,8 +249,10 @@ class _CallOf:
         elif other.row_shape(name) != tuple(tensor.shape[1:]):
             self._lacking[request] = "the other run's result has another shape"
         else:
+            keys = ((self._directory, path, rank) for rank in self._group)
+            names = [followed.names[key] for key in keys if key in followed.names]
             for position in range(span.first, min(span.first + span.length, followed.end)):
-                if not other.has_row(name, position):
+                if not all(other.has_row(name, position) for name in names):
                     followed.stop_at(position, "the other run has no result of this position")
 
     def _count(self, span: Span) -> int:
