@@ -17,6 +17,7 @@ from tlcore.engine.new_run import new_run
 from tlcore.engine.row_injection import RowInjection
 from tlcore.engine.session import Session
 from tlcore.layout.rows import RowSet
+from tlcore.reader import Run
 
 PROMPTS = {"a": [5, 6, 7, 8], "b": [5, 6], "c": [9, 9, 9]}
 
@@ -243,6 +244,24 @@ def test_what_an_encoder_gives_is_left_to_it(other: Any, tmp_path: Path) -> None
     found = told(engine.close())[-1]
     assert found["rows"] == 0
     assert found["left_out"] == {"an encoder's results are kept for all requests with the same item": 2}
+
+
+def test_a_request_that_cannot_be_read_keeps_its_own_and_the_others_are_injected(
+    other: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine, request = injecting(other, tmp_path), Run.request
+
+    def damaged(self: Run, request_id: str) -> Any:
+        if request_id == "a":
+            raise tlcore.ReadError("damaged")
+        return request(self, request_id)
+
+    monkeypatch.setattr(Run, "request", damaged)
+    assert engine.step(("a", 0, [5, 6]), ("b", 0, [5, 6])) == [110, 112, 10, 12]
+    assert engine.step(("a", 2, [7]), ("b", 2, [3])) == [114, 6]
+    run = engine.close()
+    why = "its request of the other run could not be read (ReadError)"
+    assert [each["left_out"] for each in told(run)] == [{why: 2}, {why: 1}]
 
 
 def test_what_a_rank_has_not_is_injected_into_none(tmp_path: Path) -> None:

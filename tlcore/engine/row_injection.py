@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import torch
 
 from ..config.configuration import Inject
-from ..errors import ConfigError
+from ..errors import ConfigError, ReadError
 from ..layout.rows import ENCODED, Span
 from ..reader.request import Request
 from ..reader.run import Run
@@ -18,6 +19,7 @@ from ..record import Json, RunInfo
 from .filters.rows import Given, StepRows
 from .injection import Injection, Path, UnlikeError, with_each_tensor
 
+log = logging.getLogger("tlcore")
 _OF_THE_SAME = "Inject a run of an engine of the same parallelism."
 _UNKNOWN_ROWS = "whose rows its result has is not known"
 
@@ -163,8 +165,13 @@ class RowInjection(Injection):
             return _Followed(given, None, "no request of the other run, or no other one, has its prompt")
         own = given.row.get("external_request_id")
         ids = [self._run.requests[each] for each in waiting]
-        other = self._run.request(waiting.pop(ids.index(own) if own in ids else 0))
-        return _Followed(given, other, "")
+        try:
+            other = self._run.request(waiting.pop(ids.index(own) if own in ids else 0))
+            return _Followed(given, other, "")
+        except ReadError as error:
+            log.debug("a request of the other run could not be read", exc_info=True)
+            why_not = f"its request of the other run could not be read ({type(error).__name__})"
+            return _Followed(given, None, why_not)
 
     def _in_place_of(self, directory: str, own: Any) -> Any:
         call = _CallOf(directory, self._rank, self._group, self._now)
