@@ -199,6 +199,19 @@ def test_calls_of_one_module_are_told_apart(tmp_path: Path) -> None:
                and each.path[1] == 0)  # fmt: skip
 
 
+@pytest.mark.parametrize("damage", [b"no tensor", None], ids=["damaged", "missing"])
+def test_a_result_that_is_not_there_or_damaged_is_told_apart(tmp_path: Path, damage: bytes | None) -> None:
+    right, _, _ = run(tmp_path, Two())
+    (file,) = Path(right.url).glob("step_0/first/outputs_pair_0_cpu.pt")
+    file.unlink()
+    if damage is not None:
+        file.write_bytes(damage)
+    again, _, _ = run(tmp_path, Two("first"), inject=inject(right, "^first$"))
+    (why,) = again.step(0).documents[0]["injected"]["left_out"]
+    kept = "could not be read" if damage is not None else "has no result of this call"
+    assert kept in why
+
+
 def test_a_result_without_tensors_is_told_as_kept(tmp_path: Path) -> None:
     class Writes(nn.Module):
         """Writes into what it is given, and gives nothing."""

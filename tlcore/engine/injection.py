@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from ..config.configuration import Inject
-from ..errors import ConfigError, ReadError
+from ..errors import ConfigError, MissingError, ReadError
 from ..layout.names import PathKey
 from ..reader import Call, OpaqueObject, Skipped, open_run
 from ..record import Json
@@ -76,8 +76,11 @@ class Injection(ABC):
             return self._in_place_of(directory, own)
         except UnlikeError as error:
             why = str(error)
-        except ReadError:
+        except MissingError:
             why = "the other run has no result of this call"
+        except ReadError:
+            why = "the other run's result of this call could not be read"
+            log.debug("a stored result could not be read", exc_info=True)
         except Exception as error:
             why = f"its result could not be put in place ({type(error).__name__})"
             log.debug("a result could not be injected", exc_info=True)
