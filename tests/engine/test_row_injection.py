@@ -283,6 +283,20 @@ def test_what_a_rank_has_not_is_injected_into_none(tmp_path: Path) -> None:
         engine.session.close()
 
 
+def test_whichever_engine_had_a_request_then_it_is_injected(tmp_path: Path) -> None:
+    alone = {
+        f"{group}_{what}": int(what == "size") for group in ("tp", "pcp", "pp") for what in ("rank", "size")
+    }
+    ranks = [{"rank": rank, **alone, "dp_rank": rank, "dp_size": 2} for rank in (0, 1)]
+    for rank, request in enumerate("ba"):
+        engine = Engine(tmp_path / "a", ranks=ranks, rank=rank)
+        engine.step((request, 0, [5, 6]))
+        other = engine.close()
+    engine = injecting(other, tmp_path, ranks=ranks)
+    assert engine.step(("b", 0, [5, 6]), ("a", 0, [5, 6])) == [10, 12, 10, 12]
+    engine.session.close()
+
+
 def test_a_run_of_other_ranks_is_refused(other: Any) -> None:
     config = load_config({})
     with pytest.raises(

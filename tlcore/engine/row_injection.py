@@ -14,7 +14,7 @@ from ..errors import ConfigError, ReadError
 from ..layout.rows import ENCODED, Span
 from ..reader.request import Request
 from ..reader.run import Run
-from ..reader.unshard import group_of, places_of
+from ..reader.unshard import Places, group_of, places_of
 from ..record import Json, RunInfo
 from .filters.rows import Given, StepRows
 from .injection import Injection, Path, UnlikeError, with_each_tensor
@@ -28,16 +28,26 @@ class _Followed:
     """A request, and the one of the other run that it is paired with; without one, ``why_not``.
 
     Up to position ``done`` it has the same tokens, and all that was to be injected was. In a step its rows
-    may be injected up to position ``end``, without that, and ``why_not`` further.
+    may be injected up to position ``end``, without that, and ``why_not`` further. ``group`` are the ranks of
+    the other run that computed it, first the one that stands where this one does.
     """
 
-    def __init__(self, given: Given, other: Request | None, why_not: str) -> None:
+    def __init__(self, given: Given, other: Request | None, why_not: str, group: Sequence[int] = ()) -> None:
         self.other = other
+        self.group = group
         self.why_not = why_not
         self.done = self.end = 0
         # The scheduler counts what was generated as the prompt, too, after a preemption.
         self._prompt = given.prompt or 0
-        self.names = {} if other is None else other.outputs
+        self._names = {} if other is None else other.outputs
+
+    def names(self, directory: str, path: Path) -> list[str]:
+        """The results of a call in the other run: this rank's, and those of the ranks of its group.
+
+        Empty where this rank has none.
+        """
+        found = [self._names.get((directory, path, rank)) for rank in self.group]
+        return [] if not found or found[0] is None else [name for name in found if name is not None]
 
     def begin_step(self, given: Given) -> None:
         """Find out how many of the rows that come now may be injected."""
@@ -99,9 +109,7 @@ class RowInjection(Injection):
                 "the ranks of that run share the model in another way (tensor, pipeline, data parallel)."
             )
             raise ConfigError("$.inject.run", problem, _OF_THE_SAME)
-        self._rank = run.rank
-        # What they compute together is injected into all of them or none.
-        self._group = group_of(self._run.ranks, run.rank)
+        self._groups = _groups(self._run.ranks, run.rank)
         self._rows = rows
         self._waiting = _by_prompt(self._run)
         self._followed: dict[str, _Followed] = {}
@@ -167,14 +175,16 @@ class RowInjection(Injection):
         ids = [self._run.requests[each] for each in waiting]
         try:
             other = self._run.request(waiting.pop(ids.index(own) if own in ids else 0))
-            return _Followed(given, other, "")
+            ranks = {rank for _, _, rank in other.outputs}
+            group = next((each for each in self._groups if each[0] in ranks), self._groups[0])
+            return _Followed(given, other, "", group)
         except ReadError as error:
             log.debug("a request of the other run could not be read", exc_info=True)
             why_not = f"its request of the other run could not be read ({type(error).__name__})"
             return _Followed(given, None, why_not)
 
     def _in_place_of(self, directory: str, own: Any) -> Any:
-        call = _CallOf(directory, self._rank, self._group, self._now)
+        call = _CallOf(directory, self._now)
 
         def look(path: Path, tensor: torch.Tensor) -> torch.Tensor:
             found = self._rows.placed(tensor)
@@ -206,13 +216,11 @@ class _CallOf:
     """One call's result: its ``parts`` are tensors and whose their rows are, by the way to them.
 
     Of a request all parts are injected up to the same position, or none is; nor is a row that only some ranks
-    of the ``group`` have, of those that have such a result.
+    of its group have, of those that have such a result.
     """
 
-    def __init__(
-        self, directory: str, rank: int, group: Sequence[int], requests: Mapping[str, _Followed]
-    ) -> None:
-        self._directory, self._rank, self._group = directory, rank, group
+    def __init__(self, directory: str, requests: Mapping[str, _Followed]) -> None:
+        self._directory = directory
         self._requests = requests
         self.parts: dict[Path, tuple[torch.Tensor, Sequence[Span]]] = {}
         # Why nothing of a request can be injected in this call, while it can in others.
@@ -248,16 +256,14 @@ class _CallOf:
         other = None if followed is None else followed.other
         if followed is None or other is None or span.row.get("unsampled"):
             return
-        name = followed.names.get((self._directory, path, self._rank))
+        names = followed.names(self._directory, path)
         if span.first is None:
             self._lacking[request] = _UNKNOWN_ROWS
-        elif name is None:
+        elif not names:
             self._lacking[request] = "the other run has no result of this call"
-        elif other.row_shape(name) != tuple(tensor.shape[1:]):
+        elif other.row_shape(names[0]) != tuple(tensor.shape[1:]):
             self._lacking[request] = "the other run's result has another shape"
         else:
-            keys = ((self._directory, path, rank) for rank in self._group)
-            names = [followed.names[key] for key in keys if key in followed.names]
             for position in range(span.first, min(span.first + span.length, followed.end)):
                 if not all(other.has_row(name, position) for name in names):
                     followed.stop_at(position, "the other run has no result of this position")
@@ -276,11 +282,22 @@ class _CallOf:
             followed, count = self._requests.get(str(span.row["request_id"])), self._count(span)
             if not count or span.first is None or followed is None or followed.other is None:
                 continue
-            name = followed.names[self._directory, path, self._rank]
+            name = followed.names(self._directory, path)[0]
             found = followed.other.rows_at(name, range(span.first, span.first + count))
             made = tensor.clone() if made is tensor else made
             made[span.begin : span.begin + count] = found.to(device=tensor.device, dtype=tensor.dtype)
         return made
+
+
+def _groups(places: Places, rank: int) -> list[list[int]]:
+    """The ranks that share a model with ``rank``, that one first; behind them those of other engines.
+
+    What a group computes together is injected into all of it or none, and any engine may have had a request.
+    """
+    own = places.get(rank, {})
+    keys = [f"{group}_rank" for group in ("tp", "pcp", "pp") if own]
+    alike = [each for each, place in places.items() if all(place[key] == own[key] for key in keys)]
+    return [list(dict.fromkeys((each, *group_of(places, each)))) for each in dict.fromkeys((rank, *alike))]
 
 
 def _by_prompt(run: Run) -> Mapping[str, list[str]]:
