@@ -37,12 +37,12 @@ class Experts(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        self.act = nn.Identity()
+        self.act: nn.Module = nn.Identity()
 
     def forward(
         self, x: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
     ) -> torch.Tensor:
-        whole = torch.zeros(len(x), 6).scatter_add(1, top_k_index, top_k_weights)
+        whole = torch.zeros(len(x), 6).scatter_add(1, top_k_index.long(), top_k_weights)
         # Rows as the choices say.
         self.act(x.repeat_interleave(2, 0) * top_k_index.flatten()[:, None])
         return x * (whole @ torch.arange(1.0, 7.0))[:, None]
@@ -100,6 +100,19 @@ def test_another_order_of_the_experts_is_no_divergence(backend: str, tmp_path: P
     # Within a noise that has none, and where rules ask for the same bits.
     assert tlcore.compare(a, b, noise=captured(tmp_path, backend=backend)).equal
     assert tlcore.compare(a, b, rules={"tolerances": [{"match": "gate", "bitwise": True}]}).equal
+
+
+def test_the_same_experts_in_another_dtype_are_in_the_same_order(tmp_path: Path) -> None:
+    a = captured(tmp_path)
+    found = tlcore.compare(a, captured(tmp_path, lambda weights, ids: (weights, ids.int())))
+    assert found.equal and not any("within experts" in gap for gap in found.not_compared)
+    for name in ("gate/outputs[1]", "gate/outputs[2]", "experts/inputs[1]"):
+        assert by_name(found)[f"mlp.{name}"].reason is None
+    # So what the experts compute within is compared, too.
+    model = Model()
+    model.mlp.experts.act = nn.ReLU()
+    first = tlcore.compare(a, captured(tmp_path, lambda weights, ids: (weights, ids.int()), model))
+    assert first.first_divergence is not None and first.first_divergence.module == "mlp.experts.act"
 
 
 def test_weights_that_went_to_other_experts_are_found(tmp_path: Path) -> None:

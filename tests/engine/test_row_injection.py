@@ -153,6 +153,7 @@ def test_after_a_preemption_it_begins_anew(other: Any, tmp_path: Path) -> None:
     assert engine.step(("a", 0, [5, 6])) == [10, 12]
     assert engine.step(("a", 2, [7, 8, 1])) == [14, 16, 2]
     assert engine.step(("a", 4, [1, 2])) == [2, 4]
+    engine.close()
 
 
 @pytest.mark.parametrize(

@@ -224,14 +224,18 @@ def _of_experts(task: Task, pair: Pair, pieces: tuple[Piece, Piece], x: Operand,
             return Operand(opened(task, side), source, stack, _axis(pair, side)).values(pieces[side])
 
         a, b = x.values(pieces[0]), y.values(pieces[1])
-        if torch.equal(a, b):
-            same = a.dtype == b.dtype and torch.equal(other(0), other(1))
-            return None if same else IN_ANOTHER_ORDER
+        if _are_equal(a, b):
+            return None if _are_equal(other(0), other(1)) else IN_ANOTHER_ORDER
         if not pair.a.is_experts:
             return None
         names = pair.a.logits, pair.b.logits
         logits = [None if name is None else other(side, names=(name,)) for side, name in enumerate(names)]
     return other_experts(a, b, logits, pieces[0].first_position)
+
+
+def _are_equal(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether values are the same, in whatever dtype: one tool has experts in 32 bits, another in 64."""
+    return torch.equal(a.double(), b.double())
 
 
 def _ruled(

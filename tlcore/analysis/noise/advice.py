@@ -47,8 +47,9 @@ def known_apart(a: Run, b: Run, pieces: Sequence[tuple[Pair, Pieces]]) -> Iterat
         if sides[0].get(name) != sides[1].get(name):
             yield f"{name} ({sides[0].get(name, 'none')} against {sides[1].get(name, 'none')})"
     yield from settings_apart(a, b)
-    ways = [dict(run.document.get("config") or {}).get("compiled") for run in (a, b)]
-    if ways[0] != ways[1]:
+    ways = [run.config.get("compiled") for run in (a, b)]
+    # Another tool's dump does not say.
+    if None not in ways and ways[0] != ways[1]:
         yield f"how compiled code is captured ({ways[0]} against {ways[1]}; it may round otherwise)"
     if a.document.get("host") != b.document.get("host"):
         yield "the host"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
@@ -65,13 +65,15 @@ class Engine:
 
 
 @pytest.fixture
-def engine(tmp_path: Path) -> Engine:
+def engine(tmp_path: Path) -> Iterator[Engine]:
     """Another one than that of the run which it injects, whose request was 5 6 7 | 8."""
     right = Engine(tmp_path / "right", 0.0)
     assert right.step(0, [5, 6, 7], prompt=[5, 6, 7]) == [5, 6, 7] and right.step(3, [8]) == [8]
     right.session.close()
     inject = {"run": right.session.url, "modules": ["^0$"]}
-    return Engine(tmp_path / "wrong", 100.0, inject=inject)
+    found = Engine(tmp_path / "wrong", 100.0, inject=inject)
+    yield found
+    found.session.close()
 
 
 def test_a_request_is_injected_from_its_first_step_on(engine: Engine) -> None:
