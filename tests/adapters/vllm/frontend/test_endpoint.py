@@ -184,6 +184,23 @@ def test_where_blobs_wait_is_the_operators(root: Path, monkeypatch: pytest.Monke
     assert restricted({"backend": "safetensors"}).spill_dir == "/var/spill"
 
 
+def test_a_home_is_no_place_below_the_directory_of_the_server(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(root)
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv(INJECT_VARIABLE, str(root))
+    with pytest.raises(ForbiddenError, match=ROOT_VARIABLE):
+        restricted({"output_dir": "~/runs"})
+    with pytest.raises(ForbiddenError, match=INJECT_VARIABLE):
+        restricted({"inject": {"run": "~/runs/one", "modules": ["mlp"]}})
+    assert restricted({"output_dir": "runs"}).output_dir == "runs"
+    monkeypatch.setenv(ROOT_VARIABLE, "~/runs")
+    assert restricted({"output_dir": str(tmp_path / "home" / "runs" / "a")})
+    with pytest.raises(ForbiddenError, match=ROOT_VARIABLE):
+        restricted({"output_dir": "runs"})
+
+
 def test_code_and_credentials_are_the_operators(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ForbiddenError, match="import path"):
         restricted({"backend": {"name": "os:system"}})

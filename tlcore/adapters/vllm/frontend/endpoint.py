@@ -22,7 +22,7 @@ from typing import Any
 from ....config.configuration import Config, load_config
 from ....config.patterns import most_steps
 from ....errors import BackendError, CaptureError, ConfigError, ReadError, TlcoreError
-from ....locations import is_url, redact_url
+from ....locations import absolute_location, is_url, redact_url
 from ....record import Json
 from ....registry import resolve
 from ..carrier import OVER_HTTP, Carrier
@@ -276,5 +276,6 @@ def _lies_below(place: str, root: str) -> bool:
         if ".." in place.split("/") or any(mark in place for mark in "?#@%\\"):
             return False
         return place == root.rstrip("/") or place.startswith(f"{root.rstrip('/')}/")
-    real, base = (os.path.realpath(path) for path in (place, root))
+    # As it is found later: "~" is somebody's home, wherever the server was started.
+    real, base = (os.path.realpath(absolute_location(path)) for path in (place, root))
     return os.path.commonpath([real, base]) == base
