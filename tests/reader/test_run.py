@@ -76,6 +76,15 @@ def edit(path: Path, **changes: Any) -> None:
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
+def test_another_process_finds_a_run_again_wherever_it_was_looked_for(
+    copy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(copy.parent))
+    monkeypatch.chdir(copy.parent)
+    for place in ("~/run", "run", copy):
+        assert tlcore.open_run(place).opened_as == (str(copy), None)
+
+
 def test_a_run_is_a_mapping_of_steps(written: Written) -> None:
     run = tlcore.open_run(written[0])
     assert (run.state, run.steps, run.incomplete_steps, len(run), list(run)) == (

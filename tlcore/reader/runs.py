@@ -31,7 +31,7 @@ def open_run(path: str | os.PathLike[str], storage_options: Options = None) -> R
     store = None if is_file(path) else open_existing(path, storage_options)
     # Other processes, which may be elsewhere, open it again.
     text = os.fspath(path)
-    opened_as = text if is_url(text) else os.path.abspath(text), storage_options
+    opened_as = text if is_url(text) else os.path.abspath(os.path.expanduser(text)), storage_options
     if store is not None:
         try:
             return Run(store, run_document(store), opened_as)
