@@ -147,6 +147,8 @@ def test_what_is_answered_before_it_is_computed_is_not_delivered(server: VllmSer
 def _leave(server: VllmServer, name: str, stream: bool) -> str:
     """Begin a long completion and close the connection; returns the token that came, if any."""
     body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "ignore_eos": True, "stream": stream}
+    # So many samples that the whole answer takes a second, and its client has left before.
+    body |= {} if stream else {"n": 128, "temperature": 1.0}
     body["vllm_xargs"] = {"tlcore": json.dumps(CHOICE)}
     headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": name, "Content-Type": "application/json"}
     connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=60)
@@ -158,6 +160,7 @@ def _leave(server: VllmServer, name: str, stream: bool) -> str:
         token = answer.headers["X-Tlcore-Token"]
         answer.close()
     else:
+        # One that has not begun by then finds its client gone.
         time.sleep(0.1)
     connection.close()
     return token
