@@ -1,7 +1,8 @@
 /* What the parts of the extension share.
  *
- * Everything here has a twin in Python, which is the reference: where the two differ, this is wrong. Only the limited API of CPython 3.11 is used, and no header but its own: torch's
- * tensors are looked at through DLPack's exchange functions, XXH3 is called by its address.
+ * Everything here has a twin in Python, which is the reference: where the two differ, this is wrong. Only the
+ * limited API of CPython 3.11 is used, and no header but its own: torch's tensors are looked at through DLPack's
+ * exchange functions, XXH3 is called by its address.
  */
 #ifndef TLCORE_NATIVE_H
 #define TLCORE_NATIVE_H
