@@ -70,10 +70,10 @@ class Loose:
         """Take up a tensor; ``counted`` is its key with its call counted within the model's call."""
         place = (step.number, key)
         self.names[place] = source.names[0]
+        if step.fits_rows(source.records[0]):
+            self.fitting.add(counted)
         if step.rows is None:
             self.sources[place] = source, step.layout_of(source.records[0])
-            if step.fits_rows(source.records[0]):
-                self.fitting.add(counted)
             batched = _batched(step, counted, source, labels, mask)
             if batched is not None:
                 self.batched[place] = batched
