@@ -7,7 +7,7 @@ import os
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import pytest
 
 from tests.reader.dataset.served import NAMES, Served
 from tests.runs.test_export_places import PLACE, files_at
+from tests.waiting import wait_until
 from tlcore.__main__ import main
 from tlcore.errors import BackendError, ReadError
 from tlcore.reader import open_run
@@ -110,7 +111,7 @@ def test_a_cluster_without_workers_is_an_error(threads: Any, tmp_path: Path) -> 
     run = Served(requests=3).run(tmp_path / "runs", "safetensors")
     threads.scale(0)
     with distributed.Client(threads, set_as_default=False) as client:
-        _until(lambda: not client.nthreads())
+        wait_until(lambda: not client.nthreads(), "all workers have left")
         with pytest.raises(BackendError, match=r"the cluster has no workers$"):
             export(run, tmp_path / "out", "parquet", NAMES, client=client)
         assert not (tmp_path / "out").exists()
@@ -118,13 +119,6 @@ def test_a_cluster_without_workers_is_an_error(threads: Any, tmp_path: Path) -> 
             export(run, tmp_path / "out", "csv", NAMES, client=client)
     with pytest.raises(BackendError, match="--dask: the cluster failed"):
         export(run, tmp_path / "out", "parquet", NAMES, client=client)
-
-
-def _until(holds: Callable[[], bool]) -> None:
-    end = time.monotonic() + 60
-    while not holds():
-        assert time.monotonic() < end
-        time.sleep(0.05)
 
 
 def test_workers_that_all_leave_end_an_export(
@@ -136,7 +130,7 @@ def test_workers_that_all_leave_end_an_export(
 
         def leave(done: int, total: int) -> None:
             threads.scale(0)
-            _until(lambda: not client.nthreads())
+            wait_until(lambda: not client.nthreads(), "all workers have left")
 
         # What was sent to them is lost, and with it each task.
         with pytest.raises(BackendError, match="--dask: the cluster failed"):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,6 +13,7 @@ from safetensors.torch import load
 
 from tests.adapters.vllm.worker.test_client_choices import _Layers, _output
 from tests.sinks import MemorySink
+from tests.waiting import wait_until
 from tlcore.adapters.vllm.frontend.fetching import (
     Flush,
     LostError,
@@ -100,9 +100,7 @@ def test_a_flush_asked_for_within_a_step_is_over_after_it() -> None:
     told = WorkerCapture.flush(worker, "first", ["a"])
     assert told["requests"]["a"]["steps"] == [0] and not told["done"]
     runner.sample_tokens(None)
-    deadline = time.monotonic() + 60
-    while not WorkerCapture.flush(worker, "first", ["a"])["done"]:
-        assert time.monotonic() < deadline
+    wait_until(lambda: WorkerCapture.flush(worker, "first", ["a"])["done"], "the request is done")
     assert [step.step for step in sink.steps] == [0]
     session.close()
 
