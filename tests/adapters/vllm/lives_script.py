@@ -66,6 +66,8 @@ def main(output_dir: str) -> dict[str, Any]:
     llm.collective_rpc("tlcore_stop")
     attached = tlcore.vllm.attach(llm, {"output_dir": output_dir, "log_step_ids": []})
     generate(llm)
+    # The worker writes behind the model, which may be done before anything lies there.
+    wait_until(lambda: tlcore.open_run(str(attached.status().url)).steps, "a step of the run is stored", 60)
     (worker,) = (pid for pid, text in processes().items() if "Worker" in text)
     os.kill(worker, signal.SIGKILL)
     try:

@@ -27,7 +27,7 @@ from tlcore.adapters.vllm.frontend.status import Status, merged
 from tlcore.errors import ConfigError
 
 KEY = "not-a-secret"
-METRIC = re.compile(r'^tlcore_(\w+?)(?:_total)?\{rank="0"\} ([0-9.e+]+)$', re.MULTILINE)
+METRIC = re.compile(r'^tlcore_(\w+?)(?:_total)?\{rank="0"\} (\S+)$', re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
