@@ -1,4 +1,7 @@
-"""The contract of steps that are alike: told, or handed to a sink, without a record for each tensor."""
+"""The contracts of what is told, or handed to a sink, without a record for each tensor.
+
+Steps that are alike; and files that are taken as they are.
+"""
 
 from __future__ import annotations
 
@@ -70,4 +73,25 @@ class SupportsOutlines(Protocol):
 
     def outline(self, step: int, rank: int) -> Outline:
         """What a rank has committed of a step. Raises MissingError or ReadError."""
+        ...
+
+
+@runtime_checkable
+class SupportsWholeFiles(Protocol):
+    """A source whose files say nothing of where they lie, so that they may be taken to another place."""
+
+    def whole_files(self, rank: int) -> Iterator[str]:
+        """All that a rank has committed, by name: what commits something follows that of which it tells.
+
+        Raises ReadError.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsTakenFiles(Protocol):
+    """A sink in whose place another one's files may stand as they are."""
+
+    def would_take(self, source: object) -> bool:
+        """Whether a run's files may be taken, since those that this sink would make of them are no better."""
         ...

@@ -159,6 +159,15 @@ class SupportsAppend(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsPutFile(Store, Protocol):
+    """A store of files of this machine, which copies one at less cost than its bytes can be read and put."""
+
+    def put_file(self, name: str, file: BinaryIO) -> int:
+        """Publish the bytes of a file as ``name``; returns its size in bytes. Raises as `Store.put`."""
+        ...
+
+
 class Folder(NamedTuple):
     """A directory with all that is in it, as `tlcore.hotpath.making.make_files` takes it."""
 

@@ -93,6 +93,21 @@ def test_both_halves_gather_the_same(there: Path, data: st.DataObject) -> None:
     assert one == other
 
 
+def test_large_parts_are_moved_whole(half: Half, tmp_path: Path) -> None:
+    # Larger, together and each, than what one call of the system is given.
+    head, data, tail = (os.urandom(size) for size in (300_001, 1_000_003, 262_144))
+    rows = [(0, len(head), 0, len(data), len(head), len(head + tail), -1), (5, 5, 7, 9, 0, 0, -1)]
+    half("make_files")(str(tmp_path), ["f"], ["f/one", "two"], packed(rows), head + tail, data)
+    assert (tmp_path / "f" / "one").read_bytes() == head + data + tail
+    assert (tmp_path / "two").read_bytes() == data[7:9]
+    size = len(head + data + tail)
+    kept, target = bytearray(len(head + tail)), bytearray(len(data))
+    span = packed([(size, len(head), len(head + data), 0)])
+    first, digests = half("gather_payloads")(str(tmp_path), ["f/one"], span, kept, target)
+    assert struct.unpack("=q", first) == (0,) and digests == xxhash.xxh3_128_digest(data)
+    assert kept == head + tail and target == data
+
+
 @settings(max_examples=80)
 @given(st.lists(st.tuples(*[st.integers(-2, 17) | st.sampled_from([2**63 - 1, -(2**63)])] * 3), max_size=6))
 def test_both_halves_gather_ranges_alike(there: Path, ranges: list[tuple[int, int, int]]) -> None:

@@ -75,7 +75,7 @@ def written(monkeypatch: pytest.MonkeyPatch) -> Counts:
     return found
 
 
-def converted(source: Path, target: Path, backend: str) -> Path:
+def converted(source: Path, target: Path, backend: Any) -> Path:
     return Path(convert(tlcore.open_run(source), load_config(output_dir=str(target), backend=backend)))
 
 
@@ -104,10 +104,12 @@ def test_what_comes_out_is_the_same(
     tmp_path: Path, own: str, other: str, written: Counts, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source = capture(tmp_path / "a", own, steps=8)
-    whole = converted(source, tmp_path / "b", other)
+    # Who says when segments end does not get those that there are.
+    backend: Any = {"name": other, "commit_s": 600} if other == "safetensors" else other
+    whole = converted(source, tmp_path / "b", backend)
     # Of two kinds, each but the first step.
     assert written == {True: 6, False: 0}
-    single = one_by_one(monkeypatch, source, tmp_path / "c", other)
+    single = one_by_one(monkeypatch, source, tmp_path / "c", backend)
     assert written == {True: 6, False: 0}
     if other == "safetensors":
         # Where segments end depends on time; what is in them does not.

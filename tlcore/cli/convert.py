@@ -32,6 +32,9 @@ def configure(parser: argparse.ArgumentParser) -> None:
         metavar="NAME|JSON",
         help='as in the configuration: pt, safetensors, or {"name": ..., "storage_options": {...}}',
     )
+    parser.add_argument(
+        "--fsync", action="store_true", help="have every file on the disk, to survive a loss of power too"
+    )
     add_storage_options(parser)
 
 
@@ -46,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
             backend = parse_json(backend)
         except ConfigError as error:
             raise ConfigError("--backend", error.problem) from None
-    config = load_config(output_dir=args.target, backend=backend)
+    config = load_config(output_dir=args.target, backend=backend, fsync=args.fsync)
     source = open_run(args.path, storage_options(args))
     with progress() as bar:
         task = bar.add_task("convert", total=source.ledger.stored)
-        url = convert(source, config, lambda: bar.advance(task))
+        url = convert(source, config, lambda count: bar.advance(task, count))
     print(printable(redact_url(url)))
     for note in _notes(source):
         # Not with the result, which scripts read.

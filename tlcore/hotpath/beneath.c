@@ -89,6 +89,33 @@ ssize_t tlcore_read_piece(int handle, char *target, size_t most)
     return (ssize_t)done;
 }
 
+int tlcore_move_all(tlcore_mover move, int handle, struct iovec *parts, int count, size_t most)
+{
+    for (int first = 0; first < count;) {
+        int last = first;
+        size_t bytes = parts[first].iov_len;
+        while (last + 1 < count && bytes < most)
+            bytes += parts[++last].iov_len;
+        size_t whole = parts[last].iov_len;
+        if (bytes > most)
+            parts[last].iov_len -= bytes - most;
+        ssize_t moved = bytes ? move(handle, parts + first, last - first + 1) : 0;
+        int error = moved < 0 ? errno : EIO;
+        parts[last].iov_len = whole;
+        if (moved < 0 && error == EINTR)
+            continue;
+        if (moved < 0 || (moved == 0 && bytes))
+            return error;
+        for (; first < count && (size_t)moved >= parts[first].iov_len; first++)
+            moved -= (ssize_t)parts[first].iov_len;
+        if (first < count) {
+            parts[first].iov_base = (char *)parts[first].iov_base + moved;
+            parts[first].iov_len -= (size_t)moved;
+        }
+    }
+    return 0;
+}
+
 void tlcore_release_places(tlcore_places *all)
 {
     if (all->root >= 0)

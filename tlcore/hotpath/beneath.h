@@ -6,6 +6,7 @@
 
 #include <sys/stat.h>
 #include <sys/types.h>
+#include <sys/uio.h>
 
 /* Read at a time: what the processor's own cache holds. */
 #define TLCORE_PIECE_BYTES (256 << 10)
@@ -30,5 +31,10 @@ int tlcore_open_beneath(int root, const char *name, struct stat *state);
 
 /* Up to `most` bytes, fewer only at the file's end; -1 for an error. */
 ssize_t tlcore_read_piece(int handle, char *target, size_t most);
+
+/* Have `move` (readv or writev) fill, or write, all parts, at most so many bytes a call; 0 or the system's error,
+ * EIO also at a file's end. The parts are changed on the way. */
+typedef ssize_t (*tlcore_mover)(int, const struct iovec *, int);
+int tlcore_move_all(tlcore_mover move, int handle, struct iovec *parts, int count, size_t most);
 
 #endif

@@ -1,7 +1,6 @@
 /* Reading a part of many files straight to where it belongs, and hashing it, without the interpreter's lock. */
 #include "beneath.h"
 
-#include <errno.h>
 #include <fcntl.h>
 #include <stdlib.h>
 #include <string.h>
@@ -52,34 +51,6 @@ static Py_ssize_t same_as(const gathering *job, Py_ssize_t i, const struct stat 
     return -1;
 }
 
-/* Whether `parts` could be filled. */
-static int read_parts(int handle, struct iovec *parts, int count)
-{
-    for (int i = 0; i < count;) {
-        if (parts[i].iov_len == 0) {
-            i++;
-            continue;
-        }
-        size_t whole = parts[i].iov_len;
-        int several = whole <= MOST_AT_ONCE;
-        if (!several)
-            parts[i].iov_len = MOST_AT_ONCE;
-        ssize_t got = readv(handle, parts + i, several ? count - i : 1);
-        parts[i].iov_len = whole;
-        if (got < 0 && errno == EINTR)
-            continue;
-        if (got <= 0)
-            return 0;
-        for (; i < count && (size_t)got >= parts[i].iov_len; i++)
-            got -= (ssize_t)parts[i].iov_len;
-        if (i < count) {
-            parts[i].iov_base = (char *)parts[i].iov_base + got;
-            parts[i].iov_len -= (size_t)got;
-        }
-    }
-    return 1;
-}
-
 /* Where the wanted part of a file goes; NULL where there is no memory for what goes nowhere. */
 static char *place_of(gathering *job, const span *one)
 {
@@ -105,7 +76,7 @@ static int gather_file(gathering *job, Py_ssize_t i)
     size_t wanted = (size_t)(one->end - one->begin);
     struct iovec parts[] = {
         {kept, (size_t)one->begin}, {place, wanted}, {kept + one->begin, (size_t)(one->size - one->end)}};
-    int whole = place != NULL && read_parts(handle, parts, 3);
+    int whole = place != NULL && tlcore_move_all(readv, handle, parts, 3, MOST_AT_ONCE) == 0;
     close(handle);
     if (whole)
         tlcore_digest(place, wanted, job->digests + i * TLCORE_DIGEST_BYTES);

@@ -9,7 +9,6 @@
 
 #define FILE_MODE 0600
 #define FOLDER_MODE 0700
-#define MOST_AT_ONCE ((size_t)1 << 20)
 
 typedef struct {
     int64_t begin, end;
@@ -34,35 +33,6 @@ static struct iovec part_of(char *memory, range where)
     return part;
 }
 
-/* 0, or the system's error. */
-static int write_parts(int handle, struct iovec *parts, int count)
-{
-    for (int i = 0; i < count;) {
-        if (parts[i].iov_len == 0) {
-            i++;
-            continue;
-        }
-        size_t whole = parts[i].iov_len;
-        int several = whole <= MOST_AT_ONCE;
-        if (!several)
-            parts[i].iov_len = MOST_AT_ONCE;
-        ssize_t done = writev(handle, parts + i, several ? count - i : 1);
-        int error = errno;
-        parts[i].iov_len = whole;
-        if (done < 0 && error == EINTR)
-            continue;
-        if (done < 0)
-            return error;
-        for (; i < count && (size_t)done >= parts[i].iov_len; i++)
-            done -= (ssize_t)parts[i].iov_len;
-        if (i < count) {
-            parts[i].iov_base = (char *)parts[i].iov_base + done;
-            parts[i].iov_len -= (size_t)done;
-        }
-    }
-    return 0;
-}
-
 static int make_file(const making *job, const char *name, const file_row *row)
 {
     int handle = openat(job->files->root, name, O_WRONLY | O_CREAT | O_EXCL | O_NOFOLLOW | O_CLOEXEC, FILE_MODE);
@@ -70,7 +40,7 @@ static int make_file(const making *job, const char *name, const file_row *row)
         return errno;
     struct iovec parts[] = {
         part_of(job->texts, row->head), part_of(job->data, row->data), part_of(job->texts, row->tail)};
-    int error = write_parts(handle, parts, 3);
+    int error = tlcore_move_all(writev, handle, parts, 3, TLCORE_PIECE_BYTES);
     if (close(handle) && !error)
         error = errno;
     return error;

@@ -27,16 +27,17 @@ _REMOTE_BATCH_BYTES = 64 << 20
 _LOCAL_BATCH_BYTES = 16 << 20
 # Records of small steps that are read together.
 _MOST_TOGETHER = 8192
+_HASH_BYTES = 16
 
 
-def convert_rank(source: Run, sink: Sink, documents: RunDocuments, on_tensor: Callable[[], None]) -> None:
+def convert_rank(source: Run, sink: Sink, documents: RunDocuments, on_tensors: Callable[[int], None]) -> None:
     """Write all whole steps of a rank, and close the run. Raises as `convert` does."""
     documents.open()
     run = documents.run
     sink.open(run)
     booked = _Booking(source, sink, documents)
     batch_bytes = _REMOTE_BATCH_BYTES if is_url(run.url) else _LOCAL_BATCH_BYTES
-    steps = _Steps(source, sink, run.rank, batch_bytes, booked, on_tensor)
+    steps = _Steps(source, sink, run.rank, batch_bytes, booked, on_tensors)
     steps.write()
     if isinstance(sink, SupportsLateCommit):
         sink.flush()
@@ -89,10 +90,10 @@ class _Steps:
         rank: int,
         batch_bytes: int,
         booked: _Booking,
-        on_tensor: Callable[[], None],
+        on_tensors: Callable[[int], None],
     ) -> None:
         self._source, self._sink, self._rank = source, sink, rank
-        self._batch_bytes, self._booked, self._on_tensor = batch_bytes, booked, on_tensor
+        self._batch_bytes, self._booked, self._on_tensors = batch_bytes, booked, on_tensors
         self._window: list[tuple[list[Json], StepSummary]] = []
         self._bytes = self._count = 0
 
@@ -119,8 +120,8 @@ class _Steps:
     def _write_alike(self, sink: SupportsWriteAlike, step: AlikeStep) -> bool:
         summary = _summary(step.document, step.step, self._rank, {})
         written = self._booked.committed(summary, lambda: sink.write_alike(step, summary))
-        for _ in range(len(step.hashes) // 16 if written else 0):
-            self._on_tensor()
+        if written:
+            self._on_tensors(len(step.hashes) // _HASH_BYTES)
         return written
 
     def _add(self, step: Step) -> None:
@@ -151,8 +152,7 @@ class _Steps:
     def _write_step(self, records: Iterable[Record], summary: StepSummary) -> None:
         for batch in _batches(records, self._batch_bytes):
             self._sink.write(batch)
-            for _ in batch:
-                self._on_tensor()
+            self._on_tensors(len(batch))
 
         def commit() -> bool:
             self._sink.commit_step(summary)

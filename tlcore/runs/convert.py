@@ -14,19 +14,20 @@ from ..errors import ConfigError, ReadError
 from ..layout.names import rank_suffix
 from ..layout.run_files import RUN_FILE
 from ..ledger import Ledger
-from ..locations import absolute_location, redact_url
+from ..locations import absolute_location, is_url, redact_url
 from ..reader import MissingError, Run, is_run
 from ..reader.documents import FOREIGN
 from ..record import Json, RunInfo
 from ..registry import open_store, resolve
 from ..storage import Location
 from .conversion import convert_rank
+from .whole_files import take_rank, would_take
 
 
-def convert(source: Run, config: Config, on_tensor: Callable[[], None] = lambda: None) -> str:
+def convert(source: Run, config: Config, on_tensors: Callable[[int], None] = lambda _: None) -> str:
     """Write ``source`` into ``config.output_dir`` with ``config.backend``; returns the new run's URL.
 
-    The run keeps its id. ``on_tensor`` is called after each tensor, whose hash is checked on the way.
+    The run keeps its id. ``on_tensors`` is told how many more are there, whose hashes were checked.
     What fails half-way reads as an incomplete run. Raises ReadError for a run that is not complete or a
     place that already holds it, VerifyError for damage, ConfigError for a backend without a reader,
     BackendError when the place cannot be written.
@@ -44,12 +45,16 @@ def convert(source: Run, config: Config, on_tensor: Callable[[], None] = lambda:
     document = {**source.document, "backend": backend.written_as(config.backend_options)}
     if document.pop(FOREIGN, None):
         document |= {"converted_from": source.document["backend"], "ledger": source.ledger_of(0).to_json()}
+    takes_files = not is_url(url) and would_take(source, make_sink(config))
     for rank in reversed(range(source.world_size)):
         sink = make_sink(config)
         document["layout"] = layout_of(sink)
-        run = RunInfo(source.id, url, rank, source.world_size, document, Ledger())
-        convert_rank(source, sink, RunDocuments(run, location), on_tensor)
-    _restore_documents(source, url, location, document)
+        run = RunInfo(source.id, url, rank, source.world_size, document, Ledger(), config.fsync)
+        if takes_files:
+            take_rank(source, RunDocuments(run, location), on_tensors)
+        else:
+            convert_rank(source, sink, RunDocuments(run, location), on_tensors)
+    _restore_documents(source, dataclasses.replace(location, url=url, fsync=config.fsync), document)
     return url
 
 
@@ -60,9 +65,9 @@ def _is_taken(url: str, storage_options: Mapping[str, Any] | None) -> bool:
         return False
 
 
-def _restore_documents(source: Run, url: str, location: Location, document: Json) -> None:
+def _restore_documents(source: Run, location: Location, document: Json) -> None:
     """Put back what a new run cannot know: when the source was closed, and with which ledger."""
-    store = open_store(dataclasses.replace(location, url=url))
+    store = open_store(location)
     for name, data in source.channel_files.items():
         store.put(name, [data])
     for rank in range(1, source.world_size):

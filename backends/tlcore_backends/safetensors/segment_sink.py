@@ -56,6 +56,16 @@ class SegmentSink:
         self._commit_s = commit_s
         self._stored: Stored = lambda step, error: None
 
+    def would_take(self, source: object) -> bool:
+        """Segments; unless this sink would make far fewer of them, or more, or when they end is said."""
+        from .segment_source import SegmentSource
+
+        if not isinstance(source, SegmentSource) or self._commit_s is not None:
+            return False
+        count, nbytes = source.extent
+        needed = nbytes / self._segment_bytes
+        return count <= 2 * max(1, needed) and needed <= 2 * count
+
     def tell_stored(self, stored: Stored) -> None:
         """Have ``stored(step, error)`` called, in any thread, once for each step that was accepted."""
         self._stored = stored

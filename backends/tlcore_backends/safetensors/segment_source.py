@@ -26,7 +26,7 @@ from .json_files import read_bytes
 from .listing import Listing, list_segments
 from .segment_check import segment_problems
 from .segment_files import SegmentFiles
-from .segment_names import IndexName, is_data
+from .segment_names import IndexName, catalogue_name, is_data
 from .whole_check import check_index
 
 _MOST_INDEXES = 16
@@ -271,6 +271,19 @@ class SegmentSource:
                 yield from name.steps
             else:
                 yield from alike.of(index)
+
+    def whole_files(self, rank: int) -> Iterator[str]:
+        """A rank's data files, each index behind those that it tells of, then its catalogue."""
+        for name in self._known.by_rank.get(rank, ()):
+            yield from (file for file, _ in self._index(name.steps[0], rank).files)
+            yield name.file
+        if rank in self._known.ledgers:
+            yield catalogue_name(rank)
+
+    @property
+    def extent(self) -> tuple[int, int]:
+        """How many segments there are, and the bytes of their data files."""
+        return sum(map(len, self._known.by_rank.values())), sum(self._known.sizes.values())
 
     def _index_or_none(self, rank: int, name: IndexName) -> SegmentIndex | None:
         with suppress(ReadError):

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from tlcore.hotpath.copying import write_all
 from tlcore.protocols import Buffer
 
+from .regular_files import copy_bytes
+
 _FILE_MODE = 0o600
 
 
@@ -32,6 +34,10 @@ class AtomicFile:
     def write(self, parts: Sequence[Buffer]) -> int:
         """Append ``parts``; returns how many bytes they were."""
         return write_all(self._open_handle, parts)
+
+    def copy(self, handle: int) -> int:
+        """Append what another open file has from where it stands; returns how many bytes it was."""
+        return copy_bytes(handle, self._open_handle)
 
     def publish(self, head: bytes = b"") -> None:
         """Put ``head`` in the reserved place and give the file its name."""

@@ -11,7 +11,7 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
@@ -22,6 +22,7 @@ from tlcore.storage import Buffer, Entry, Folder, Level, Location, Store
 
 from .atomic_file import AtomicFile, remove_quietly, sync_directory
 from .directories import DIRECTORY_MODE, make_parent, refused, walk
+from .regular_files import open_regular, read_all
 
 UNFINISHED = ".tmp"
 _UNFINISHED_FILE = re.compile(rf".+\.[0-9a-f]{{8}}-\d+{re.escape(UNFINISHED)}", re.DOTALL)
@@ -124,7 +125,16 @@ class LocalStore:
         target = self._place(name)
         try:
             self._ensure_parent(target)
-            return self._publish(target, parts)
+            return self._publish(target, lambda file: file.write(parts))
+        except OSError as error:
+            raise refused("write", target, error) from error
+
+    def put_file(self, name: str, file: io.RawIOBase) -> int:
+        """Publish the bytes of an open file, from where it stands, as ``name``; returns its size in bytes."""
+        target = self._place(name)
+        try:
+            self._ensure_parent(target)
+            return self._publish(target, lambda new: new.copy(file.fileno()))
         except OSError as error:
             raise refused("write", target, error) from error
 
@@ -191,10 +201,10 @@ class LocalStore:
         """The bytes ``[start, end)`` of a blob; a symbolic link that leaves the root is refused."""
         try:
             # Straight to the system: a file object would cost as much again as reading a small file.
-            handle = _open_regular(self._resolved(self._place(name)), os.O_RDONLY | os.O_CLOEXEC)
+            handle = open_regular(self._resolved(self._place(name)), os.O_RDONLY | os.O_CLOEXEC)
             try:
                 size = os.fstat(handle).st_size
-                return _read_all(handle, start, max(0, min(size, size if end is None else end) - start))
+                return read_all(handle, start, max(0, min(size, size if end is None else end) - start))
             finally:
                 os.close(handle)
         except FileNotFoundError:
@@ -218,7 +228,7 @@ class LocalStore:
 
         Raises OSError as the system does.
         """
-        return open(self._resolved(self._place(name)), "rb", buffering=0, opener=_open_regular)
+        return open(self._resolved(self._place(name)), "rb", buffering=0, opener=open_regular)
 
     def identity(self, name: str) -> tuple[int, ...] | None:
         """Equal for names that are hard links to one file, as it is now; None for a missing name."""
@@ -324,10 +334,10 @@ class LocalStore:
                 ) from None
         self._known_directories.add(directory)
 
-    def _publish(self, target: str, parts: Sequence[Buffer]) -> int:
+    def _publish(self, target: str, fill: Callable[[AtomicFile], int]) -> int:
         file = AtomicFile(self._unfinished(target), target, self._fsync)
         try:
-            size = file.write(parts)
+            size = fill(file)
             file.publish()
         except BaseException:
             file.abandon()
@@ -354,8 +364,8 @@ class LocalStore:
         return True
 
     def _copy_bytes(self, origin: str, place: str) -> None:
-        with open(origin, "rb") as file:
-            self._publish(place, [file.read()])
+        with open(origin, "rb", buffering=0) as file:
+            self._publish(place, lambda new: new.copy(file.fileno()))
 
 
 def _is_in_unfinished(name: str) -> bool:
@@ -374,25 +384,3 @@ def unfinished_files(directory: str) -> Iterator[str]:
             path = os.path.join(parent, name)
             if _UNFINISHED_FILE.fullmatch(name) and not os.path.islink(path):
                 yield path
-
-
-def _open_regular(path: str, flags: int) -> int:
-    """A handle of a regular file; a pipe or device, which could block or never end, is refused."""
-    handle = os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK)
-    if stat.S_ISREG(os.fstat(handle).st_mode):
-        return handle
-    os.close(handle)
-    raise OSError(errno.EINVAL, "not a regular file", path)
-
-
-def _read_all(handle: int, start: int, count: int) -> bytes:
-    """The ``count`` bytes from ``start`` on, or fewer at the file's end; a large file is not copied twice."""
-    data = os.pread(handle, count, start)
-    if len(data) == count or not data:
-        return data
-    # The system reads at most 2 GiB at a time.
-    parts, done = [data], len(data)
-    while done < count and (more := os.pread(handle, count - done, start + done)):
-        parts.append(more)
-        done += len(more)
-    return b"".join(parts)
