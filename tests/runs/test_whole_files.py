@@ -17,8 +17,8 @@ from tests.runs.test_convert import files, two_ranks
 from tlcore.__main__ import main
 from tlcore.config.configuration import load_config
 from tlcore.errors import ReadError, VerifyError
-from tlcore.runs import convert as converting
 from tlcore.runs.convert import convert
+from tlcore.runs.whole_files import take_rank
 from tlcore_backends.pt.sink import PtSink
 
 SEGMENTS = "safetensors"
@@ -43,13 +43,12 @@ def converted(source: Path, target: Path, backend: Any = SEGMENTS, **keys: Any) 
 def taken(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The ranks whose files were taken as they are."""
     found: list[int] = []
-    plain = converting.take_rank
 
     def noting(source: Any, documents: Any, on_tensors: Any) -> None:
         found.append(documents.run.rank)
-        plain(source, documents, on_tensors)
+        take_rank(source, documents, on_tensors)
 
-    monkeypatch.setattr(converting, "take_rank", noting)
+    monkeypatch.setattr("tlcore.runs.convert.take_rank", noting)
     return found
 
 
@@ -86,7 +85,9 @@ def test_each_tensor_is_told(tmp_path: Path) -> None:
 def test_who_says_how_segments_are_made_gets_others(tmp_path: Path, name: str, taken: list[int]) -> None:
     source = captured(tmp_path / "a")
     # Of one byte each, or one a step.
-    there = converted(source, tmp_path / "b", {"name": SEGMENTS, name: {"segment_bytes": 1, "commit_s": 0}[name]})
+    there = converted(
+        source, tmp_path / "b", {"name": SEGMENTS, name: {"segment_bytes": 1, "commit_s": 0}[name]}
+    )
     assert not taken and len([*there.glob("segments/*_steps_*.json")]) == 4
     # And many small ones are put together.
     again = converted(there, tmp_path / "c")
