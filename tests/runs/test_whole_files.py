@@ -1,4 +1,4 @@
-"""Segments that need not be written anew are taken as they are: the same files, checked where they then lie."""
+"""Segments that need not be written anew are taken as they are: the same files, checked where they lie."""
 
 from __future__ import annotations
 
