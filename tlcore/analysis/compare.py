@@ -96,7 +96,7 @@ def compare(
     """
     options_a = dict(storage_options or {})
     options_b = options_a if storage_options_b is None else dict(storage_options_b)
-    run_a, run_b = opened_run(a, options_a), opened_run(b, options_b)
+    runs = opened_run(a, options_a), opened_run(b, options_b)
     book = rulebook(rules)
     pairing = Rules(
         maps=renames(maps),
@@ -109,34 +109,50 @@ def compare(
         leave_out=book.leave_out,
     )
     tolerance = _tolerance(rtol, atol, by_norm)
-    kernels = other_kernels(run_a, run_b) if rtol is atol is None else []
+    kernels = other_kernels(*runs) if rtol is atol is None else []
     if kernels:
         tolerance = replace(tolerance, norm=True, kernels=True)
-    further = Further.of(noise, noise_factor, (run_a, run_b), options_a)
-    _check_steps(pairing, run_a, run_b)
-    # A run lets go of steps that nobody holds; their records would be read again for every pair.
-    held = [run.step(number) for run in (run_a, run_b, *further.runs) for number in run.steps]
-    matching = _matched(run_a, run_b, pairing)
+    further = Further.of(noise, noise_factor, runs, options_a)
     places = place_of(path_of(a), options_a), place_of(path_of(b), options_b), *further.places
     task = Task(places, tolerance, check_dtype, uuid.uuid4().hex, book)
+    pool = _pool(executor, *runs, *further.runs)
+    return _compared(runs, pairing, task, further, kernels, pool, deep, progress)
+
+
+def _compared(
+    runs: tuple[Run, Run],
+    pairing: Rules,
+    task: Task,
+    further: Further,
+    kernels: Sequence[str],
+    workers: AbstractContextManager[Executor],
+    deep: bool,
+    progress: Progress | None,
+) -> Comparison:
+    """Pair the tensors, measure each pair, and say what is to be known of them."""
+    _check_steps(pairing, *runs)
+    # A run lets go of steps that nobody holds; their records would be read again for every pair.
+    held = [run.step(number) for run in (*runs, *further.runs) for number in run.steps]
+    matching = _matched(*runs, pairing)
     pieces = [(pair, each) for pair in matching.pairs for each in pair.pieces]
-    share(task, run_a, run_b, *further.runs)
+    share(task, *runs, *further.runs)
     try:
-        with _pool(executor, run_a, run_b, *further.runs) as pool:
-            results = _measured(task, (run_a, run_b), matching.pairs, deep, pool, progress)
+        with workers as pool:
+            results = _measured(task, runs, matching.pairs, deep, pool, progress)
             if further.runs:
-                results = further.judge(pool, task, (run_a, run_b), pairing, pieces, results)
+                results = further.judge(pool, task, runs, pairing, pieces, results)
     finally:
         unshare(task)
     results, pieces, reordered = without_reordered(results, pieces, other_batches(pieces))
-    results = _detailed((run_a, run_b), pieces, results)
-    origin = Origin((run_a, run_b), pieces, held, matching.left_out)
-    notes = [*matching.notes, *reordered, *_notes((run_a, run_b), results, tolerance, further)]
+    results = _detailed(runs, pieces, results)
+    origin = Origin(runs, pieces, held, matching.left_out)
+    notes = [*matching.notes, *reordered, *_notes(runs, results, task.tolerance, further)]
     if not further.runs:
-        notes += [*_rounded(kernels), *advice(run_a, run_b, pieces, results)]
-    notes += other_code(matching.missing, (run_a, run_b))
-    results += matching.missing
-    return Comparison(run_a.url, run_b.url, results, notes, further.to_json(), origin)
+        notes += [*_rounded(kernels), *advice(*runs, pieces, results)]
+    notes += other_code(matching.missing, runs)
+    return Comparison(
+        runs[0].url, runs[1].url, [*results, *matching.missing], notes, further.to_json(), origin
+    )
 
 
 def _notes(

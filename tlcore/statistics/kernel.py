@@ -95,6 +95,20 @@ def _measure(
     if HALF:
         value = value.to(tl.float32)
     value = value.to(tl.float64)
+    _moments(value, inside, found_float + row, SCALED)
+
+    word_at = piece.to(tl.int64) * WORDS + tl.arange(0, WORDS)
+    word = _words(data, word_at, nbytes)
+    key = keys + (piece % PIECES_OF_BLOCK) * WORDS + tl.arange(0, WORDS)
+    for lane in tl.static_range(3):
+        tl.store(
+            found + row + 9 + lane,
+            tl.sum(word * tl.load(key + lane * PIECES_OF_BLOCK * WORDS)),
+        )
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _moments(value: tl.tensor, inside: tl.tensor, target: tl.tensor, SCALED: tl.constexpr) -> None:  # noqa: N803
     finite = inside & (value - value == 0.0)
     count = tl.sum(finite.to(tl.int32))
     low = tl.min(tl.where(finite, value, float("inf")))
@@ -108,18 +122,20 @@ def _measure(
     mean = tl.minimum(tl.maximum(mean, low / scale), high / scale)
     apart = tl.where(finite, clean - mean, 0.0)
     nans = tl.sum((inside & (value != value)).to(tl.int32))
-    tl.store(found_float + row + 0, count.to(tl.float64))
-    tl.store(found_float + row + 1, low)
-    tl.store(found_float + row + 2, high)
-    tl.store(found_float + row + 3, scale)
-    tl.store(found_float + row + 4, mean)
-    tl.store(found_float + row + 5, tl.sum(apart * apart))
-    tl.store(found_float + row + 6, tl.sum((inside & (value == 0.0)).to(tl.int32)).to(tl.float64))
-    tl.store(found_float + row + 7, nans.to(tl.float64))
+    tl.store(target + 0, count.to(tl.float64))
+    tl.store(target + 1, low)
+    tl.store(target + 2, high)
+    tl.store(target + 3, scale)
+    tl.store(target + 4, mean)
+    tl.store(target + 5, tl.sum(apart * apart))
+    tl.store(target + 6, tl.sum((inside & (value == 0.0)).to(tl.int32)).to(tl.float64))
+    tl.store(target + 7, nans.to(tl.float64))
     infinite = tl.sum((inside & (tl.abs(value) == float("inf"))).to(tl.int32))
-    tl.store(found_float + row + 8, infinite.to(tl.float64))
+    tl.store(target + 8, infinite.to(tl.float64))
 
-    word_at = piece.to(tl.int64) * WORDS + tl.arange(0, WORDS)
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _words(data: tl.tensor, word_at: tl.tensor, nbytes: tl.tensor) -> tl.tensor:
     whole = nbytes // 4
     words = data.to(tl.pointer_type(tl.int32), bitcast=True)
     word = tl.load(words + word_at, mask=word_at < whole, other=0).to(tl.int64)
@@ -129,10 +145,4 @@ def _measure(
     tail = tl.load(last, mask=rest > 0, other=0).to(tl.int64)
     tail += tl.load(last + 1, mask=rest > 1, other=0).to(tl.int64) * 256
     tail += tl.load(last + 2, mask=rest > 2, other=0).to(tl.int64) * 65536
-    word = tl.where(word_at == whole, tail, word)
-    key = keys + (piece % PIECES_OF_BLOCK) * WORDS + tl.arange(0, WORDS)
-    for lane in tl.static_range(3):
-        tl.store(
-            found + row + 9 + lane,
-            tl.sum(word * tl.load(key + lane * PIECES_OF_BLOCK * WORDS)),
-        )
+    return tl.where(word_at == whole, tail, word)
