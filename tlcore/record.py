@@ -163,7 +163,7 @@ def tensor_from_bytes(
         raise ValueError(f"{size} bytes do not make a {dtype} tensor of shape {tuple(shape)}")
     if count == 0:
         return torch.empty(tuple(shape), dtype=dtype)
-    return torch.frombuffer(data, dtype=torch.uint8).view(dtype).view(tuple(shape))
+    return torch.frombuffer(data, dtype=dtype).view(tuple(shape))
 
 
 @dataclass(frozen=True, slots=True)

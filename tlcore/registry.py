@@ -213,9 +213,10 @@ def recognise(store: Store) -> tuple[Json | None, list[str]]:
     The document is None where no format knows the place. Raises ReadError where it cannot be looked at.
     """
     near: list[str] = []
+    files: Any = _import_target(_DUMP_FILES)(store)
     for name, target in _FOREIGN.items():
         source: Any = _import_target(target)
-        found = source.recognise(_import_target(_DUMP_FILES)(store))
+        found = source.recognise(files)
         if isinstance(found, str):
             near.append(found)
         elif found is not None:

@@ -23,13 +23,16 @@ from tests.backends.foreign import (
     test_nxd,
     test_plain,
     test_polygraphy,
+    test_saelens,
     test_sglang,
     test_transformer_engine,
+    test_transformers_debugger,
 )
 from tests.backends.foreign.conformance import ForeignConformance
+from tests.backends.foreign.tools import installed, write
 
 from .rows import Row, Scale, at_most
-from .timing import interleaved, ratio
+from .timing import Times, interleaved, ratio
 
 _WIDTH = 576
 
@@ -55,6 +58,10 @@ def _polygraphy(directory: Path) -> list[Any]:
     return [np.load(io.BytesIO(base64.b64decode(each["values"]["array"]))) for each in outputs]
 
 
+def _debugger(directory: Path) -> list[Any]:
+    return [load(each.read_bytes())["data"] for each in sorted(directory.glob("*.safetensors"))]
+
+
 _TOOLS: dict[str, tuple[type[ForeignConformance], Callable[[Path], list[Any]]]] = {
     "plain .safetensors": (test_plain.TestSafetensors, _safetensors),
     "plain .pt": (test_plain.TestTorch, _torch_files),
@@ -67,6 +74,7 @@ _TOOLS: dict[str, tuple[type[ForeignConformance], Callable[[Path], list[Any]]]] 
     "SGLang's folder": (test_sglang.TestFolder, _torch_files),
     "SGLang's dumper": (test_sglang.TestDumper, _torch_files),
     "TransformerEngine": (test_transformer_engine.TestTransformerEngine, _torch_files),
+    "transformers' debugger": (test_transformers_debugger.TestTransformersDebugger, _debugger),
 }
 
 
@@ -85,12 +93,46 @@ def table(scale: Scale) -> list[Row]:
                     test_hidden_states.TOKENS = torch.arange(length)
                 path = writer().write(place, held)
                 rows.append(_row(f"{name}, {count} x [{length}, {_WIDTH}]", path, place, own, scale))
+        if not scale.tiny:
+            rows.append(_saelens(count, length, scale))
     return rows
+
+
+# SAELens asks its data set for rows by number, as tensors; both are timed where its packages are.
+_SAELENS = """
+import json, sys, time, torch, tlcore, datasets
+from tests.benchmarks.foreign import _read, _spent
+from tests.benchmarks.timing import interleaved
+def own():
+    data = datasets.load_from_disk(sys.argv[1]).with_format("torch")
+    return [data[i : i + 1] for i in range(len(data))]
+torch.set_num_threads(1)
+measures = {"in place": lambda: _spent(lambda: _read(sys.argv[1])), "own": lambda: _spent(own)}
+print(json.dumps(interleaved(measures, int(sys.argv[2]))))
+"""
+
+
+def _saelens(count: int, length: int, scale: Scale) -> Row:
+    """A data set whose rows are as large as the other tools' tensors."""
+    with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as directory:
+        path = Path(directory) / "data"
+        made = torch.Generator().manual_seed(1)
+        held = {
+            "hook": torch.randn(count, length, _WIDTH, generator=made),
+            "token_ids": torch.zeros(count, length, dtype=torch.int32),
+        }
+        test_saelens._dataset(path, held, ["hook"])
+        package = installed("saelens", *test_saelens.PACKAGES)
+        times = json.loads(write(package, _SAELENS, str(path), str(scale.repeats)).splitlines()[-1])
+    return _measured(f"SAELens, {count} x [{length}, {_WIDTH}]", times)
 
 
 def _row(what: str, path: Path, place: Path, own: Callable[[Path], list[Any]], scale: Scale) -> Row:
     measures = {"in place": lambda: _spent(lambda: _read(path)), "own": lambda: _spent(lambda: own(place))}
-    times = interleaved(measures, scale.repeats)
+    return _measured(what, interleaved(measures, scale.repeats))
+
+
+def _measured(what: str, times: Times) -> Row:
     detail = f"{median(times['own']) * 1e3:.3g} ms by the loader"
     return Row(f"{what}: in place / loader", ratio(times, "in place", "own"), at_most(1.2), "", detail)
 

@@ -16,6 +16,7 @@ import tlcore
 from .rows import Row, Scale, at_most
 from .timing import interleaved, ratio, timed
 
+_STEPS = 5
 _TOKENS = {"a prompt's": 256, "a decode step's": 8}
 
 
@@ -73,14 +74,19 @@ def _rows(what: str, model: nn.Module, hidden: torch.Tensor, scale: Scale) -> li
 def _plain(model: nn.Module, hidden: torch.Tensor) -> float:
     with torch.inference_mode():
         model(hidden)
-        return timed(lambda: model(hidden))
+        return _steps(model, hidden)
+
+
+def _steps(model: nn.Module, hidden: torch.Tensor) -> float:
+    """One step's time, of several that follow one another."""
+    return timed(lambda: [model(hidden) for _ in range(_STEPS)]) / _STEPS
 
 
 def _captured(model: nn.Module, hidden: torch.Tensor, ops: list[str], directory: str) -> float:
-    """The second captured step: the first one plans names and pools."""
+    """A captured step after the first one, which plans names and pools."""
     with (
         torch.inference_mode(),
         tlcore.capture(model, output_dir=directory, backend="safetensors", log_step_ids=[], ops=ops),
     ):
         model(hidden)
-        return timed(lambda: model(hidden))
+        return _steps(model, hidden)

@@ -10,7 +10,7 @@ from .documents import is_tensor_name, record_problem
 
 _MOST = 1 << 16
 # What of a record may be any text, or is looked at here.
-_FLAT = (str, int)
+_TOLD = (str, int, list)
 _OWN = dict.fromkeys(("name", "hash", "file", "alias_of", "module"))
 
 
@@ -49,9 +49,12 @@ class SoundRecords:
             if "file" in record and record["file"] != f"{name}.pt":
                 return b""
             place = record.get("place")
-            if type(place) is dict and all(type(each) in _FLAT for each in place.values()):
-                # Where in a file it lies, or its shard: another in each record.
-                place = [*place, *(type(each).__name__ for each in place.values())]
+            if type(place) is dict and all(type(each) in _TOLD for each in place.values()):
+                # Where in a file it lies, or its shard: another in each record. Lists are mostly alike.
+                place = [
+                    *place,
+                    *(each if type(each) is list else type(each).__name__ for each in place.values()),
+                ]
             # Unlike equality, this tells 1 from 1.0 and from true; version 2 has no references.
             return marshal.dumps({**record, **_OWN, "place": place}, 2)
         except (AttributeError, KeyError, TypeError, ValueError):

@@ -18,7 +18,7 @@ from tlcore.record import Json
 from tlcore.storage import Buffer
 
 from .documents import Found
-from .files import Readable, read_at
+from .files import DumpFiles, Readable, read_at
 
 _NAMES = {
     "?": "bool",
@@ -119,7 +119,7 @@ def read_npy(files: Readable, record: Any) -> Buffer:
     return _in_order(io.BytesIO(data), size, f"{files.url}/{place['npy']}")
 
 
-def read_array(files: RunFiles, record: Any) -> Buffer:
+def read_array(files: DumpFiles, record: Any) -> Buffer:
     """The values of a record whose place is one of `describe_npy` or `describe_npz` that is not direct."""
     place = record["place"]
     size = int(record["bytes"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from math import prod
 from typing import Any, NamedTuple
 
@@ -55,6 +56,7 @@ def in_model_order(found: Iterable[Found]) -> list[Found]:
     return sorted(found, key=place)
 
 
+@lru_cache(1024)
 def _numbered_part(part: str) -> tuple[Any, ...]:
     """How a part of a name sorts: numbers by their values."""
     if part.isdecimal():

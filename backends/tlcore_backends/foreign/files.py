@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import struct
-import sys
-from collections.abc import Callable, Hashable, Iterator, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from functools import cached_property
 from math import prod
-from typing import Any, NamedTuple, Protocol, TypeVar
+from mmap import ACCESS_READ, mmap
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
@@ -18,18 +18,33 @@ from tlcore.layout.checks import is_shape
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.run_files import RunFiles
 from tlcore.record import Json
-from tlcore.storage import Buffer, Store, SupportsFiles, SupportsLevels
+from tlcore.storage import Buffer, Store, SupportsLevels
 
-from ..pt.zip_parts import END, ENTRY, LOCAL, LOCATOR, WIDE_END, ZIP64, PtError, unpack, wide
 from ..safetensors.remains import DTYPES
-from .pickled import LARGEST_PICKLE, Leaf, TensorAt, leaves, load
 
 # What is read of a file at its first look; most small dumps are whole then.
-_FIRST = 64 << 10
+FIRST, _FIRST_HERE = 64 << 10, 4 << 10
+_LEAST_OWN = 16 << 10
 _LARGEST_HEADER = 100 << 20
-_LARGEST_DIRECTORY = 64 << 20
-# What an archive has between an entry's name and its bytes is less, so that one read mostly gets both.
-_PADDING = 256
+
+
+class Handle:
+    """An open file, until nobody has this any more: a thread may read while another opens the next one."""
+
+    def __init__(self, opened: BinaryIO) -> None:
+        self._opened = opened
+        self.number = opened.fileno()
+        self._map = memoryview(b"")
+
+    def mapped(self) -> memoryview:
+        """All of the file as it is now: of parts that lie here and there, only those are read."""
+        size = os.fstat(self.number).st_size
+        if len(self._map) != size:
+            self._map = memoryview(mmap(self.number, size, access=ACCESS_READ) if size else b"")
+        return self._map
+
+    def __del__(self) -> None:
+        self._opened.close()
 
 
 class DumpFiles(RunFiles):
@@ -59,6 +74,41 @@ class DumpFiles(RunFiles):
             self._in[directory] = self._files_in(directory)
         return self._in[directory]
 
+    def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
+        """The bytes ``[start, end)`` of a file, as `RunFiles` reads them."""
+        if (handle := self.handle(name)) is None:
+            return super().read(name, start, end)
+        try:
+            size = os.fstat(handle.number).st_size
+            count = max(0, min(size, size if end is None else end) - start)
+            # The system reads at most 2 GiB at a time.
+            return super().read(name, start, end) if count >> 30 else os.pread(handle.number, count, start)
+        except OSError as error:
+            raise ReadError(f"{self.url}/{name}: {error}") from error
+        except MemoryError:
+            raise ReadError(f"{self.url}/{name}: larger than this machine's memory") from None
+
+    @property
+    def first(self) -> int:
+        """How much of a file is read at the first look: another one costs more where it is not here."""
+        return _FIRST_HERE if self.is_local else FIRST
+
+    def handle(self, name: str) -> Handle | None:
+        """A file of this machine, open for reading by places; None for others. The last one stays open."""
+        held = self._held
+        if held is None or held[0] != name:
+            opened = self.open(name)
+            held = self._held = None if opened is None else (name, Handle(opened))
+        return None if held is None else held[1]
+
+    @cached_property
+    def _held(self) -> tuple[str, Handle] | None:
+        return None
+
+    def close(self) -> None:
+        """Keep nothing open."""
+        self._held = None
+
     @cached_property
     def _in(self) -> dict[str, dict[str, int]]:
         return {}
@@ -80,8 +130,21 @@ class Readable(Protocol):
     url: str
     store: Any
 
+    @property
+    def first(self) -> int:
+        """How many bytes of a file are read at the first look."""
+
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """The bytes ``[start, end)`` of a file, all of it by default. Raises ReadError."""
+
+    def open(self, name: str) -> BinaryIO | None:
+        """The file where it is one of this machine, unbuffered. Raises ReadError."""
+
+    def handle(self, name: str) -> Handle | None:
+        """The same as a handle that stays open until another one is asked for. Raises ReadError."""
+
+    def identity(self, name: str) -> Hashable | None:
+        """What is the same for a file of this machine as long as nobody writes into it."""
 
 
 class StoredAt(NamedTuple):
@@ -111,28 +174,29 @@ def read_at(files: Readable, record: Mapping[str, Any]) -> Buffer:
     width = item_size(record["dtype"]) or 1
     span = (1 + sum((n - 1) * stride for n, stride in zip(shape, strides, strict=True))) * width
     view = _span(files, str(place["file"]), begin, span)
-    elements = np.frombuffer(view, dtype=f"V{width}") if width > 1 else np.frombuffer(view, np.uint8)
-    laid = np.lib.stride_tricks.as_strided(elements, shape, [each * width for each in strides])
+    if strides[-1] == 1 and shape[-1]:
+        # Rows are copied each at once.
+        shape, strides, piece = shape[:-1], strides[:-1], width * shape[-1]
+    else:
+        piece = width
+    laid: Any = np.ndarray(shape, f"V{piece}", view, 0, [each * width for each in strides])
     return np.ascontiguousarray(laid).reshape(-1).view(np.uint8).data
 
 
 def _one_piece(files: Readable, file: str, begin: int, size: int) -> Buffer:
     """The bytes of a range; of a large one of this machine in memory that is the caller's."""
-    if not isinstance(files.store, SupportsFiles) or size < _FIRST:
+    handle = files.handle(file) if size >= _LEAST_OWN else None
+    if handle is None:
         return _whole(files.read(file, begin, begin + size), size, file)
     try:
-        with files.store.open_file(file) as opened:
-            if (missing := begin + size - os.fstat(opened.fileno()).st_size) > 0:
-                raise ReadError(f"{file}: ends too early, {missing} bytes are missing")
-            opened.seek(begin)
-            data = np.empty(size, np.uint8).data
-            done = 0
-            # The system reads at most 2 GiB at a time.
-            while done < size and (more := opened.readinto(data[done:])):  # type: ignore[attr-defined]
-                done += more
-    except FileNotFoundError:
-        return _whole(files.read(file, begin, begin + size), size, file)
-    except (OSError, BackendError, MemoryError) as error:
+        if (missing := begin + size - os.fstat(handle.number).st_size) > 0:
+            raise ReadError(f"{file}: ends too early, {missing} bytes are missing")
+        data = np.empty(size, np.uint8).data
+        done = os.preadv(handle.number, (data,), begin)
+        # The system reads at most 2 GiB at a time.
+        while done < size and (more := os.preadv(handle.number, (data[done:],), begin + done)):
+            done += more
+    except (OSError, MemoryError) as error:
         raise ReadError(f"{files.url}/{file}: {error}") from error
     if done != size:
         raise ReadError(f"{file}: ends too early, {size - done} bytes are missing")
@@ -141,29 +205,31 @@ def _one_piece(files: Readable, file: str, begin: int, size: int) -> Buffer:
 
 def _span(files: Readable, file: str, begin: int, size: int) -> Any:
     """The bytes of a range; of a large one of this machine only what is looked at is read."""
-    if isinstance(files.store, SupportsFiles) and size > 1 << 20:
-        with files.store.open_file(file) as opened:
-            return np.memmap(opened, np.uint8, "r", begin, (size,))
-    return _whole(files.read(file, begin, begin + size), size, file)
+    if (handle := files.handle(file)) is None:
+        return _whole(files.read(file, begin, begin + size), size, file)
+    try:
+        return _whole(handle.mapped()[begin : begin + size], size, file)
+    except OSError as error:
+        raise ReadError(f"{files.url}/{file}: {error}") from error
 
 
-def _whole(data: bytes, size: int, file: str) -> bytes:
+def _whole(data: _Bytes, size: int, file: str) -> _Bytes:
     if len(data) != size:
         raise ReadError(f"{file}: ends too early, {size - len(data)} bytes are missing")
     return data
 
 
-def safetensors_in(files: RunFiles, file: str) -> tuple[dict[str, StoredAt], dict[str, str]]:
+def safetensors_in(files: DumpFiles, file: str) -> tuple[dict[str, StoredAt], dict[str, str]]:
     """The tensors of a safetensors file by name, in the order of its bytes, and its metadata.
 
     Raises ReadError for a file that is none.
     """
-    return _once(files, file, lambda: _safetensors_in(files, file))
+    return once(files, file, lambda: _safetensors_in(files, file))
 
 
-def _safetensors_in(files: RunFiles, file: str) -> tuple[dict[str, StoredAt], dict[str, str]]:
+def _safetensors_in(files: DumpFiles, file: str) -> tuple[dict[str, StoredAt], dict[str, str]]:
     where = f"{files.url}/{file}"
-    head = files.read(file, 0, _FIRST)
+    head = files.read(file, 0, files.first)
     if len(head) < 8:
         raise ReadError(f"{where}: not a safetensors file, it is too short")
     size = struct.unpack_from("<Q", head)[0]
@@ -199,14 +265,14 @@ def _described(file: str, begin: int, entry: Json) -> StoredAt:
 
 
 _Seen = TypeVar("_Seen")
+_Bytes = TypeVar("_Bytes", bytes, memoryview)
 # At most one: what a file holds refers to its store, so that an entry for each store would never go.
 _looked_at: list[tuple[Store, str, Hashable, Any]] = []
 
 
-def _once(files: Readable, file: str, look: Callable[[], _Seen]) -> _Seen:
+def once(files: Readable, file: str, look: Callable[[], _Seen]) -> _Seen:
     """What a file of this machine holds: the one that was recognised is opened next, and looked at once."""
-    store = files.store
-    identity = store.identity(file) if isinstance(store, SupportsFiles) else None
+    store, identity = files.store, files.identity(file)
     if identity is None:
         return look()
     for whose, name, then, known in tuple(_looked_at):
@@ -216,119 +282,3 @@ def _once(files: Readable, file: str, look: Callable[[], _Seen]) -> _Seen:
     found = look()
     _looked_at[:] = [(store, file, identity, found)]
     return found
-
-
-def torch_file(files: Readable, file: str, size: int) -> TorchFile:
-    """A file of `torch.save`. Raises ReadError for one that is no such archive."""
-    return _once(files, file, lambda: TorchFile(files, file, size))
-
-
-class TorchFile:
-    """A file of `torch.save`, in the archive format: its value as `pickled` has it, and where bytes lie."""
-
-    def __init__(self, files: Readable, file: str, size: int) -> None:
-        """``size`` is the file's. Raises ReadError for a file that is no such archive."""
-        self._files, self._file, self._size = files, file, size
-        # Small files are read once, of large ones their end.
-        self._begin = max(0, size - _FIRST)
-        try:
-            self._tail = memoryview(files.read(file, self._begin, size))
-            self._entries = self._listed()
-            pickles = [name for name in self._entries if name.endswith("/data.pkl")]
-            if len(pickles) != 1:
-                raise PtError("it is not an archive of torch.save")
-            self._prefix = pickles[0].removesuffix("data.pkl")
-            self._check_order()
-            self._pickled = self._entries[pickles[0]][1]
-            if self._pickled > LARGEST_PICKLE:
-                raise PtError("its description is too large")
-            self.value = load(self._entry(pickles[0]))
-        except PtError as error:
-            raise ReadError(f"{files.url}/{file}: not a .pt file that can be read ({error})") from None
-
-    def leaves(self) -> Iterator[Leaf]:
-        """What is in it that is no container, with the keys to it. Raises ReadError for too much."""
-        return self._asked(leaves(self.value, self._pickled))
-
-    def _asked(self, found: Iterator[Leaf]) -> Iterator[Leaf]:
-        try:
-            yield from found
-        except PtError as error:
-            raise ReadError(f"{self._files.url}/{self._file}: {error}") from None
-
-    def at(self, tensor: TensorAt) -> StoredAt:
-        """Where a tensor's values lie. Raises ReadError where its storage is not there or too short."""
-        name = f"{self._prefix}data/{tensor.key}"
-        if name not in self._entries:
-            raise ReadError(f"{self._files.url}/{self._file}: the storage {tensor.key!r} is missing")
-        width = item_size(tensor.dtype) or 1
-        try:
-            begin, size = self._place(name)
-        except PtError as error:
-            raise ReadError(f"{self._files.url}/{self._file}: {error}") from None
-        if (tensor.offset + tensor.span) * width > size:
-            raise ReadError(
-                f"{self._files.url}/{self._file}: the storage {tensor.key!r} is shorter than its tensor"
-            )
-        strides = None if tensor.contiguous else tensor.strides
-        return StoredAt(self._file, begin + tensor.offset * width, tensor.dtype, tensor.shape, strides)
-
-    def _check_order(self) -> None:
-        name = f"{self._prefix}byteorder"
-        if name in self._entries and bytes(self._entry(name)) != sys.byteorder.encode():
-            raise PtError("it was written on a machine with another byte order")
-
-    def _listed(self) -> dict[str, tuple[int, int]]:
-        """Each entry's offset and size."""
-        view = self._directory()
-        found: dict[str, tuple[int, int]] = {}
-        position = 0
-        while position < len(view):
-            fields = unpack(ENTRY, view, position, b"PK\x01\x02")
-            method, (packed, plain) = fields[4], fields[8:10]
-            name_size, extra_size, comment_size, offset = *fields[10:13], fields[16]
-            position += ENTRY.size
-            name = bytes(view[position : position + name_size]).decode("utf-8", "replace")
-            extra = view[position + name_size : position + name_size + extra_size]
-            position += name_size + extra_size + comment_size
-            plain, packed, offset = wide(extra, [plain, packed, offset])
-            if method != 0 or plain != packed:
-                raise PtError("it is compressed, which torch.save never does")
-            found[name] = offset, plain
-        return found
-
-    def _directory(self) -> memoryview:
-        at = self._size - END.size
-        size, begin = unpack(END, self._tail, at - self._begin, b"PK\x05\x06")[5:7]
-        if begin == ZIP64 or size == ZIP64:
-            locator = unpack(LOCATOR, self._tail, at - 20 - self._begin, b"PK\x06\x07")
-            size, begin = unpack(WIDE_END, self._bytes(locator[2], WIDE_END.size), 0, b"PK\x06\x06")[8:10]
-        if size > _LARGEST_DIRECTORY or begin + size > self._size:
-            raise PtError("its directory is damaged")
-        return self._bytes(begin, size)
-
-    def _place(self, name: str) -> tuple[int, int]:
-        """Where an entry's bytes begin, and how many they are."""
-        offset, size = self._entries[name]
-        local = unpack(LOCAL, self._bytes(offset, LOCAL.size), 0, b"PK\x03\x04")
-        begin = offset + LOCAL.size + local[9] + local[10]
-        if begin + size > self._size:
-            raise PtError("it ends too early")
-        return begin, size
-
-    def _entry(self, name: str) -> memoryview:
-        offset, size = self._entries[name]
-        room = LOCAL.size + len(name) + _PADDING
-        block = self._bytes(offset, min(room + size, self._size - offset))
-        local = unpack(LOCAL, block, 0, b"PK\x03\x04")
-        begin = LOCAL.size + local[9] + local[10]
-        if begin + size <= len(block):
-            return block[begin : begin + size]
-        return self._bytes(offset + begin, size)
-
-    def _bytes(self, begin: int, size: int) -> memoryview:
-        if begin < 0 or begin + size > self._size:
-            raise PtError("it ends too early")
-        if begin >= self._begin:
-            return self._tail[begin - self._begin : begin - self._begin + size]
-        return memoryview(self._files.read(self._file, begin, begin + size))

@@ -17,9 +17,10 @@ from tlcore.record import Json
 
 from .arrays import describe_npy, read_npy
 from .documents import Found
-from .files import DumpFiles, torch_file
+from .files import DumpFiles
 from .pickled import TensorAt, plain
-from .source import ForeignSource
+from .source import ForeignSource, as_told
+from .torch_files import torch_file
 
 _DUMP, _TREE = "dump.json", "construct.json"
 _BESIDE = (_TREE, "stack.json", "dump_tensor_data")
@@ -105,24 +106,23 @@ class Msprobe(ForeignSource):
             return {}
         return found if isinstance(found, dict) else {}
 
-    def whole(self, record: Mapping[str, Any]) -> Buffer:
-        """All bytes of a tensor; its file is looked at only now."""
+    def located(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The record with the place of its bytes; its file is looked at only now."""
         name = str(record["place"]["tensor"])
-        where = f"{self.files.url}/{name}"
         if name.endswith(".npy"):
             found = describe_npy(self.files, name, "")
         else:
             file = torch_file(self.files, name, self.files.files_in(name.rpartition("/")[0])[name])
             value = plain(file.value)
             if not isinstance(value, TensorAt):
-                raise ReadError(f"{where}: holds no plain tensor")
+                raise ReadError(f"{self.files.url}/{name}: holds no plain tensor")
             at = file.at(value)
             found = Found("", "", (), at.dtype, at.shape, at.place())
-        if (found.dtype, list(found.shape)) != (record["dtype"], list(record["shape"])):
-            held, told = f"{found.dtype} {list(found.shape)}", f"{record['dtype']} {list(record['shape'])}"
-            raise ReadError(f"{where}: holds {held}, {_DUMP} says {told}")
-        moved = {**record, "place": found.place}
-        return read_npy(self.files, moved)
+        return as_told(record, found, f"{self.files.url}/{name}", f"{_DUMP} says")
+
+    def whole(self, record: Mapping[str, Any]) -> Buffer:
+        """All bytes of a tensor whose record is `located`."""
+        return read_npy(self.files, record)
 
 
 class _Nodes:

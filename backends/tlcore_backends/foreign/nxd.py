@@ -15,9 +15,10 @@ from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .documents import Found, in_model_order
-from .files import DumpFiles, torch_file
+from .files import DumpFiles
 from .plain import described
 from .source import ONE_RANK, ForeignSource
+from .torch_files import torch_file
 
 _METADATA = "capture_metadata.json"
 _BEGIN = "captured_tensors_"

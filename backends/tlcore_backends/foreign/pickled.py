@@ -6,7 +6,7 @@ every other object an `Unknown` with its class's name. A pickle may come from an
 
 from __future__ import annotations
 
-import pickletools
+import struct
 from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any, NamedTuple
@@ -16,6 +16,7 @@ from tlcore.layout.names import PathKey
 
 from ..pt.encode import STORAGES
 from ..pt.zip_parts import PtError
+from .pickle_codes import operations
 from .unmade import Made, Name, free_key, name_of
 
 LARGEST_PICKLE = 256 << 20
@@ -73,25 +74,26 @@ def load(pickled: bytes | memoryview) -> Any:
     if len(pickled) > LARGEST_PICKLE:
         raise PtError("its description is too large")
     try:
-        for opcode, argument, _ in pickletools.genops(bytes(pickled)):
-            name = opcode.name
-            if name == "STOP":
-                return stack.pop()
+        for name, argument in operations(bytes(pickled)):
             if name in _PUSHED:
                 stack.append(argument)
-            elif name in _IGNORED:
-                continue
-            else:
+            elif name == "STOP":
+                return stack.pop()
+            elif name not in _IGNORED:
                 _OPERATIONS[name](argument, stack, memo)
     except PtError:
         raise
     except KeyError as error:
         raise PtError(f"its description holds {error}, which no dictionary of tensors needs") from None
-    except (IndexError, ValueError, TypeError, AttributeError, RecursionError, UnicodeError) as error:
+    except _DAMAGE as error:
         raise PtError(f"its description is damaged ({error})") from None
     raise PtError("its description is damaged")
 
 
+_DAMAGE = (
+    *(IndexError, ValueError, TypeError, AttributeError, RecursionError, UnicodeError),
+    *(OverflowError, struct.error),
+)
 _MARK = object()
 _IGNORED = frozenset(("PROTO", "FRAME"))
 _TEXTS = ("BINUNICODE", "SHORT_BINUNICODE", "BINUNICODE8", "UNICODE", "SHORT_BINSTRING", "BINSTRING")

@@ -14,9 +14,10 @@ from tlcore.record import Json
 
 from .arrays import describe_npy, describe_npz, read_array
 from .documents import Found, in_model_order
-from .files import DumpFiles, TorchFile, read_at, safetensors_in, torch_file
+from .files import DumpFiles, read_at, safetensors_in
 from .pickled import TensorAt, Unknown
 from .source import ONE_RANK, ForeignSource
+from .torch_files import TorchFile, torch_file
 
 _TORCH = (".pt", ".pth", ".bin")
 _SUFFIXES = (".safetensors", ".npz", ".npy", *_TORCH)

@@ -17,9 +17,10 @@ from tlcore.record import Json
 
 from .arrays import describe_npy, read_npy
 from .documents import Found
-from .files import DumpFiles, torch_file
+from .files import DumpFiles
 from .plain import described
 from .source import ONE_RANK, ForeignSource
+from .torch_files import torch_file
 
 _CLASS = "polygraphy_class"
 _OLD = "polygraphy_serialized_json_type"
@@ -126,12 +127,22 @@ class _Decoded:
     """What a text in base64 holds, as a file of any name."""
 
     store = None
+    first = 64 << 10
 
     def __init__(self, files: DumpFiles, file: str, begin: int, end: int) -> None:
         self.url = files.url
         self._files, self._file, self._begin, self._end = files, file, begin, end
         padding = files.read(file, max(begin, end - 2), end).count(b"=")
         self.size = (end - begin) // 4 * 3 - padding
+
+    def open(self, name: str) -> None:
+        """It is no file."""
+
+    def handle(self, name: str) -> None:
+        """It is no file."""
+
+    def identity(self, name: str) -> None:
+        """It is no file."""
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """The bytes ``[start, end)``, of which only those of whole groups of characters are decoded."""

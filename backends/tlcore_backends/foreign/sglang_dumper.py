@@ -13,11 +13,12 @@ from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .documents import Found
-from .files import DumpFiles, StoredAt, TorchFile, torch_file
+from .files import DumpFiles, StoredAt
 from .pickled import plain
 from .plain import described, located
 from .request_rows import Batch, request_rows, vector
 from .source import ForeignSource
+from .torch_files import TorchFile, torch_file
 
 _SUFFIX = ".pt"
 _STEPS = ("step", "forward_pass_id", "curr_step")

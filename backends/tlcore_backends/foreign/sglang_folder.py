@@ -12,10 +12,11 @@ from tlcore.record import Json
 from tlcore.storage import Store
 
 from .documents import Found
-from .files import DumpFiles, StoredAt, TorchFile, torch_file
+from .files import DumpFiles, StoredAt
 from .plain import described
 from .request_rows import Batch, request_rows, vector
 from .source import ForeignSource
+from .torch_files import TorchFile, torch_file
 
 _PROCESS = re.compile(r"TP\d+_PP\d+_Rank(\d{1,6})_pid\d+")
 _PASS = re.compile(r"Pass(\d{5,9})\.pt")

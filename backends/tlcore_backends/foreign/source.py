@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, ClassVar
 
+from tlcore.errors import ReadError
 from tlcore.protocols import Buffer, StepRanks
 from tlcore.record import Json
 from tlcore.storage import Store
@@ -55,24 +56,42 @@ class ForeignSource(ABC):
 
     def read(self, record: Mapping[str, Any], begin: int = 0, end: int | None = None) -> Buffer:
         """The bytes of a tensor, from the tool's file."""
-        if (begin or end is not None) and "strides" not in record["place"] and "at" in record["place"]:
-            stop = record["bytes"] if end is None else end
-            place = {**record["place"], "at": record["place"]["at"] + begin}
-            return read_at(self.files, {**record, "place": place, "bytes": max(0, stop - begin)})
-        data = self.whole(record)
+        found = self.located(record)
+        place = found["place"]
+        if (begin or end is not None) and "strides" not in place and "at" in place:
+            stop = found["bytes"] if end is None else end
+            part = {**found, "place": {**place, "at": place["at"] + begin}, "bytes": max(0, stop - begin)}
+            return read_at(self.files, part)
+        data = self.whole(found)
         return data if begin == 0 and end is None else memoryview(data)[begin:end]
 
+    def located(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The record with the place of its bytes, where a file is looked at only when it is read.
+
+        Raises ReadError where the file holds another tensor.
+        """
+        return record
+
     def whole(self, record: Mapping[str, Any]) -> Buffer:
-        """All bytes of a tensor."""
+        """All bytes of a tensor whose record is `located`."""
         return read_at(self.files, record)
 
     def own_bytes(self, record: Mapping[str, Any]) -> Buffer:
         """All bytes of a tensor; what can be written was made for this."""
-        return self.whole(record)
+        return self.whole(self.located(record))
 
     def remains(self, step: int) -> Mapping[str, Json]:
         """Nothing: a dump has no steps that were not committed."""
         return {}
 
-    def close(self) -> None:  # noqa: B027  # what most need
-        """Nothing is held open."""
+    def close(self) -> None:
+        """Close the file that was read last."""
+        self.files.close()
+
+
+def as_told(record: Mapping[str, Any], found: Found, where: str, said: str) -> Mapping[str, Any]:
+    """A record with the place that was found. Raises ReadError where what is there is not as was told."""
+    if (found.dtype, list(found.shape)) != (record["dtype"], list(record["shape"])):
+        held, told = f"{found.dtype} {list(found.shape)}", f"{record['dtype']} {list(record['shape'])}"
+        raise ReadError(f"{where}: holds {held}, {said} {told}")
+    return {**record, "place": found.place}

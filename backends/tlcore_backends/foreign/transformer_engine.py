@@ -11,9 +11,10 @@ from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .documents import Found, in_model_order
-from .files import DumpFiles, torch_file
+from .files import DumpFiles
 from .plain import described
 from .source import ForeignSource
+from .torch_files import torch_file
 
 _FOLDER = "tensor_dumps"
 _RANK = re.compile(r"rank_(\d{1,6})")

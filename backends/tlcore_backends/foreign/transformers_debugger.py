@@ -14,8 +14,8 @@ from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .documents import Found
-from .files import DumpFiles, safetensors_in
-from .source import ONE_RANK, ForeignSource
+from .files import DumpFiles, StoredAt, safetensors_in
+from .source import ONE_RANK, ForeignSource, as_told
 
 _TREE = "_debug_tree_FULL_TENSORS.json"
 _SUMMARY = "_debug_tree_SUMMARY.json"
@@ -117,17 +117,29 @@ class TransformersDebugger(ForeignSource):
         return "", described._replace(skipped=_PRINTED)
 
     def _stored(self, file: str, found: Found) -> Found:
-        """A tensor as its file has it; the tree may be of another forward."""
+        """A tensor whose file is there; it is looked at when it is read, or now where the tree is silent."""
         if file not in self.files.top:
             return found._replace(skipped="its file is missing")
+        if found.dtype:
+            return found._replace(place={"tensor": file})
+        data = self._data(file)
+        return found._replace(dtype=data.dtype, shape=data.shape, place=data.place())
+
+    def _data(self, file: str) -> StoredAt:
         data = safetensors_in(self.files, file)[0].get("data")
         if data is None:
             raise ReadError(f"{self.files.url}/{file}: has no tensor 'data'")
-        if found.dtype and (data.dtype, data.shape) != (found.dtype, found.shape):
-            held, told = f"{data.dtype} {list(data.shape)}", f"{found.dtype} {list(found.shape)}"
-            text = f"holds {held}, its tree says {told}: files of several forwards are mixed"
-            raise ReadError(f"{self.files.url}/{file}: {text}")
-        return found._replace(dtype=data.dtype, shape=data.shape, place=data.place())
+        return data
+
+    def located(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
+        """The record with the place of its bytes; the tree may be of another forward than the file."""
+        file = record["place"].get("tensor")
+        if file is None:
+            return record
+        at = self._data(file)
+        found = Found("", "", (), at.dtype, at.shape, at.place())
+        said = "files of several forwards are mixed: its tree says"
+        return as_told(record, found, f"{self.files.url}/{file}", said)
 
     def _beside(self, listed: set[str], known: list[Found]) -> Iterator[Found]:
         """The tensors whose files the tree does not name: layers in the middle, the model's results."""

@@ -17,8 +17,8 @@ from safetensors.torch import save_file
 import tlcore
 from tests.backends.foreign.conformance import ForeignConformance, Tensors
 from tlcore.errors import ReadError
-from tlcore_backends.foreign.files import TorchFile
 from tlcore_backends.foreign.pickled import load
+from tlcore_backends.foreign.torch_files import TorchFile
 
 
 class TestSafetensors(ForeignConformance):

@@ -110,4 +110,4 @@ def test_files_of_two_forwards_are_not_mixed_silently(tmp_path: Path) -> None:
     told["children"][0]["outputs"]["shape"] = "torch.Size([3])"
     tree.write_text(json.dumps(told))
     with pytest.raises(ReadError, match="files of several forwards are mixed"):
-        tlcore.open_run(tmp_path).step(0).names  # noqa: B018
+        tlcore.open_run(tmp_path).tensor("step_0/0/outputs_cpu")
