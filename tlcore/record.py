@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .layout.dtypes import name_of
 from .layout.names import PathKey
+from .layout.row_scale import KEY, SCALE, STORED
 from .layout.templates import Json as Json
 from .layout.templates import compact, quoted
 from .ledger import Counts, Ledger
@@ -55,7 +56,7 @@ class Origin:
         """The origin's keys in ``step.json``."""
         part = {"placements": json.loads(self.placements)} if self.placements else {}
         if self.original:
-            part["converted_from"] = self.original
+            part |= conversion_of(self.dtype, self.original)
         return {
             "module": self.module,
             "call": self.call,
@@ -67,6 +68,12 @@ class Origin:
             "bytes": math.prod(self.shape) * self.dtype.itemsize,
             **part,
         }
+
+
+def conversion_of(dtype: torch.dtype, original: str) -> Json:
+    """What records and structures say of a tensor that had the ``original`` dtype and is stored otherwise."""
+    said: Json = {"converted_from": original}
+    return said | {KEY: SCALE} if name_of(dtype) == STORED else said
 
 
 class Record(NamedTuple):

@@ -34,6 +34,7 @@ _DEFAULTS = {
     torch.complex128: (1e-7, 1e-7),
 }
 _NARROW_FLOAT = (1.6e-2, 1e-5)
+_SCALED = 0.125
 # As torch has none for them: one rounding, but for those that are mere powers of two.
 _COARSEST = 0.25
 # Compiled and eager vLLM differed by up to 5.6e-6 of the norm in thirty layers of float32, most of it in the
@@ -72,6 +73,14 @@ class Tolerance:
         default = self.rtol is self.atol is None
         mixed = a != b and a.is_floating_point and b.is_floating_point
         return replace(self, norm=True) if default and mixed else self
+
+    def of_scaled_rows(self) -> Tolerance:
+        """The tolerance where a side was stored as int8 with a scale for each row: that of the norm, too.
+
+        What one large value leaves of the others in a row of 8192 is within an eighth of its norm, mostly.
+        """
+        default = self.rtol is self.atol is None
+        return replace(self, rtol=_SCALED, norm=True) if default else self
 
 
 def _default(dtype: torch.dtype) -> tuple[float, float]:

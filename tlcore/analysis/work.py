@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from ..errors import ReadError
+from ..layout.row_scale import as_stored, is_scaled
 from ..layout.rows import as_rows
 from ..reader import Run, Step, TensorStream, open_run
 from ..reader.tensor_stream import SMALL, in_memory, open_together
@@ -148,6 +149,7 @@ class Operand:
             self.shape = (prod(first.shape[:2]), *first.shape[2:])
         # In float32, since the model adds the residual there before it rounds.
         self.dtype = first.dtype if len(self._payloads) == 1 else torch.float32
+        self.is_scaled = any(map(is_scaled, map(as_stored, source.records)))
         if any(payload.shape != first.shape for payload in self._payloads):
             raise ReadError(f"{source.names} cannot be added, their shapes differ")
 
@@ -205,7 +207,10 @@ def _compared(task: Task, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y
     rule = task.rulebook.of(key_name(pair.key))
     if rule is not None:
         return _ruled(task, rule, pair, pieces, x, y)
-    sums = Sums(task.tolerance.between(x.stored, y.stored), x.dtype, y.dtype, shapes[1])
+    tolerance = task.tolerance.between(x.stored, y.stored)
+    if x.is_scaled or y.is_scaled:
+        tolerance = tolerance.of_scaled_rows()
+    sums = Sums(tolerance, x.dtype, y.dtype, shapes[1])
     chunks(x, y, pieces, sums.add)
     measures = sums.measures()
     status: Status = "bitwise" if measures.bitwise else "close" if measures.agrees else "different"

@@ -105,7 +105,7 @@ def _show_tensor(step: Step, given: str, as_json: bool) -> None:
     else:
         description |= {
             key: record[key]
-            for key in ("converted_from", "hash", "rank", "part", "alias_of")
+            for key in ("bytes", "converted_from", "row_scale", "hash", "rank", "part", "alias_of")
             if key in record
         }
     _print_description(description, as_json)

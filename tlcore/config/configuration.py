@@ -65,7 +65,7 @@ class Config:
     request_overrides: tuple[str, ...]
     delivery: bool
     capture: Captured
-    store_dtype: Literal["bfloat16", "float16", "float8_e4m3fn"] | None
+    store_dtype: Literal["bfloat16", "float16", "float8_e4m3fn", "int8"] | None
     on_condition: Literal["nonfinite"] | None
     max_run_bytes: int | None
     queue_bytes: int

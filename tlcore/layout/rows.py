@@ -15,6 +15,8 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from .row_scale import presented
+
 Row = Mapping[str, Any]
 
 
@@ -316,7 +318,7 @@ class CallRows:
 
     def placed(self, record: Mapping[str, Any]) -> Placed:
         """The row set of a record's tensor, and how it lies there."""
-        call = str(record["name"]).split("/")[1]
+        call, record = str(record["name"]).split("/")[1], presented(record)
         if tuple(record["shape"]) in self._whole.get(call, ()):
             # Of this shape some tensor was stored whole where others have only the chosen rows.
             return Placed(None, 0, True)

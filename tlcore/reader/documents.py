@@ -14,6 +14,7 @@ from ..errors import ReadError
 from ..layout.checks import LARGEST_SIZE, is_shape, is_whole
 from ..layout.directions import PATTERN, is_direction
 from ..layout.names import safe, step_dir
+from ..layout.row_scale import is_scaled, problem_of
 from ..ledger import LEDGER_COLUMNS
 from ..record import NEWEST_LAYOUT, Json
 
@@ -116,6 +117,8 @@ def record_problem(record: Any, number: int) -> str | None:
     wrong = next((key for key, right in _FIELDS.items() if not right(record.get(key))), None)
     if wrong is not None:
         return f"{wrong!r} of {_short(name)} is missing or makes no sense"
+    if is_scaled(record) and (problem := problem_of(record)):
+        return f"{_short(name)} has {problem}"
     if _too_deep([value for key, value in record.items() if key not in _FIELDS]):
         return f"{_short(name)} is nested too deep"
     if record.get("file", f"{name}.pt") != f"{name}.pt":

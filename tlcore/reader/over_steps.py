@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 from ..errors import MissingError, ReadError
 from ..layout.dtypes import torch_dtype
+from ..layout.row_scale import STORED as PACKED
+from ..layout.row_scale import is_scaled
 from ..protocols import Array
 from ..record import Json, tensor_from_bytes
 from .bulk import read_payloads
@@ -36,8 +38,20 @@ def tensor_over_steps(
     key = str(record["name"]).partition("/")[2]
     # An array has the rows of steps that are not whole, too.
     if stored.has_arrays and len(steps) == len(stored.steps):
-        return _from_arrays(stored, list(stored.arrays(record["rank"], {key})), key), record
-    return _from_records(stored, list(_records(run, steps, key)), key), record
+        arrays = list(stored.arrays(record["rank"], {key}))
+        if any(array.dtype == PACKED for array in arrays):
+            _check_scales(stored, [row.record for array in arrays for row in array.rows], key)
+        return _from_arrays(stored, arrays, key), record
+    records = list(_records(run, steps, key))
+    _check_scales(stored, records, key)
+    return _from_records(stored, records, key), record
+
+
+def _check_scales(stored: Stored, records: Sequence[Json], key: str) -> None:
+    """Raise ReadError where some of the tensors are rows with a scale, and others are not, or of others."""
+    forms = {each["converted_from"] if is_scaled(each) else None for each in records}
+    if len(forms) > 1:
+        raise _mixed(stored, key, [f"int8 of {form}" if form else "as it was" for form in forms])
 
 
 def _found(stored: Stored, run: Mapping[int, Step], steps: Sequence[int], name: str) -> Json:

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingError, ReadError
+from ..layout.row_scale import presented
 from ..record import Json
 from .unshard import joined_shape
 
@@ -97,7 +98,8 @@ def _along(mesh: Any, kinds: list[str], at: list[int], load: Callable[[int], tor
 def as_whole(record: Json) -> Json:
     """The record of a whole tensor, of which ``record`` may be a rank's part; that has no hash."""
     if is_part(record):
-        return {**record, "shape": whole_shape(record), "hash": None}
+        return {**presented(record), "shape": whole_shape(record), "hash": None}
     if "part" not in record:
         return record
+    record = presented(record)
     return {**record, "shape": joined_shape(record["part"], record["shape"]), "hash": None}

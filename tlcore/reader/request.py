@@ -12,6 +12,7 @@ from ..errors import MissingError, ReadError, missing
 from ..layout import names
 from ..layout.dtypes import name_of, torch_dtype
 from ..layout.names import PathKey
+from ..layout.row_scale import presented
 from ..layout.rows import Span, as_rows
 from .placements import as_whole, is_part
 from .request_tokens import Part, RequestTokens
@@ -266,7 +267,7 @@ class Request(Mapping[str, "torch.Tensor"]):
 def _row_kind(place: _Place, unshard: bool) -> tuple[str, tuple[int, ...]]:
     """The dtype and shape of a row, as its step's tensor is read."""
     record = place.step.parts(place.name)[0] if unshard else place.step.record(place.name)
-    whole = as_whole(record) if unshard or is_part(record) else record
+    whole = presented(as_whole(record) if unshard or is_part(record) else record)
     axis = place.span.axis
     return name_of(whole["dtype"]), tuple(size for i, size in enumerate(whole["shape"]) if i not in (0, axis))
 

@@ -11,6 +11,7 @@ from weakref import WeakValueDictionary
 from ..errors import MissingError, ReadError, VerifyError, missing
 from ..layout.directions import PATTERN
 from ..layout.names import rank_suffix
+from ..layout.row_scale import is_scaled, restored
 from ..layout.run_files import RUN_FILE, RunFiles
 from ..ledger import Counts
 from ..protocols import StepRanks
@@ -28,7 +29,7 @@ from .step import Step, counts_of
 from .stored import Stored
 from .unshard import Places, all_committed, places_of
 from .verify import verify_steps
-from .wanted import Wanted, as_wanted
+from .wanted import STORED, Wanted, as_wanted
 
 if TYPE_CHECKING:
     import torch
@@ -203,7 +204,8 @@ class Run(Mapping[int, Step]):
 
         The name may leave out the device, and then means rank 0's tensor, whichever device it was on.
         With ``unshard``, a tensor of which each rank holds a part is joined from all of them. ``dtype`` is
-        that in which it is wanted, or ``"original"``: the one that it had before ``store_dtype``.
+        that in which it is wanted, ``"original"``: the one that it had before ``store_dtype``, or
+        ``"stored"``: of rows with a scale (``store_dtype: "int8"``) their bytes.
 
         A name without the step (``layers.0/outputs_cpu``) means the tensor of every whole step that has it:
         their rows one after the other, as one tensor ``[rows, ...]``; those without dimensions are stacked.
@@ -214,6 +216,8 @@ class Run(Mapping[int, Step]):
         if unshard:
             raise ReadError(f"{self.url}: {name!r}: unshard takes the tensor of one step (step_<S>/{name})")
         found, record = tensor_over_steps(self.stored, self, self.steps, name)
+        if is_scaled(record) and dtype != STORED:
+            found = restored(found, str(record["converted_from"]))
         return as_wanted(found, record, dtype)
 
     def _step_of(self, name: str) -> Step:

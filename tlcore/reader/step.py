@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -22,7 +22,7 @@ from .placements import as_whole, assembled, is_part
 from .stored import Stored
 from .tensor_stream import TensorStream, in_memory, open_stream
 from .unshard import Places, group_of, joined, part_of, split_by_context
-from .wanted import Wanted, as_wanted
+from .wanted import STORED, Wanted, as_wanted
 
 if TYPE_CHECKING:
     import torch
@@ -306,25 +306,28 @@ class Step(Mapping[str, "torch.Tensor"]):
         """The tensor with a logical name, or any that `find` takes, on the CPU.
 
         A distributed tensor (``DTensor``) is joined from all ranks' parts. With ``unshard``, so is a tensor
-        of vLLM's of which each rank holds a part. ``dtype`` is that in which it is wanted, or ``"original"``:
-        what it had before ``store_dtype``. Raises MissingError where one of the parts was not stored.
+        of vLLM's of which each rank holds a part. ``dtype`` is that in which it is wanted, ``"original"``:
+        what it had before ``store_dtype``, or ``"stored"``: of rows with a scale, whole ones, their bytes.
+        Raises MissingError where one of the parts was not stored.
         """
         found = self.find(name)
-        return as_wanted(self._tensor(found, unshard), self._records.get(found, {}), dtype)
+        load = self._stored.tensor if dtype == STORED else self._stored.values
+        return as_wanted(self._tensor(found, unshard, load), self._records.get(found, {}), dtype)
 
-    def _tensor(self, found: str, unshard: bool) -> torch.Tensor:
+    def _tensor(self, found: str, unshard: bool, load: Callable[[Json], torch.Tensor]) -> torch.Tensor:
         if found not in self._records:
             return self._stored.tensor(self._remains[found])
         record = self.record(found)
         if is_part(record):
-            return assembled(record, self._by_origin[_origin(record)], self._stored.tensor)
-        parts = self.parts(found) if unshard else [record]
-        tensors = [self._stored.tensor(each) for each in parts]
-        return joined(record["part"], tensors, record["name"]) if unshard and "part" in record else tensors[0]
+            # Scales of rows in parts do not go together.
+            return assembled(record, self._by_origin[_origin(record)], self._stored.values)
+        if not unshard or "part" not in record:
+            return load(record)
+        return joined(record["part"], list(map(self._stored.values, self.parts(found))), record["name"])
 
     def part(self, name: str) -> torch.Tensor:
         """The tensor as one rank has stored it: of a distributed tensor, that rank's part."""
-        return self._stored.tensor(self.record(name))
+        return self._stored.values(self.record(name))
 
     def parts(self, name: str) -> list[Json]:
         """The records whose tensors make up a whole one, in order; the tensor's own if it is whole."""

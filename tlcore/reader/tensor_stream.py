@@ -8,6 +8,8 @@ from math import prod
 from typing import TYPE_CHECKING, Protocol
 
 from ..errors import ReadError
+from ..layout.dtypes import torch_dtype
+from ..layout.row_scale import SCALE_BYTES, as_stored, is_scaled, restored
 from ..layout.run_files import BlockStream
 from ..protocols import Buffer, ByteStream
 from ..record import Json, tensor_from_bytes
@@ -49,6 +51,7 @@ def is_in_memory(stream: TensorStream) -> bool:
 
 def open_together(stored: Stored, records: Sequence[Json]) -> list[TensorStream | ReadError]:
     """The values of several records, or why they cannot be had; small ones are read at once, together."""
+    records = list(map(as_stored, records))
     # What is not as its document says is opened alone, and told as ever.
     small = [record["bytes"] <= SMALL and stored.holds(record) for record in records]
     data = iter(stored.read_many(list(itertools.compress(records, small))) if any(small) else ())
@@ -65,18 +68,21 @@ def _held(stored: Stored, record: Json, data: Buffer | ReadError) -> TensorStrea
     if isinstance(data, ReadError):
         raise data
     dtype, shape = kind(record, f"{stored.url}: {record['name']!r}")
-    return _Whole(tensor_from_bytes(bytearray(data), dtype, shape))
+    found = tensor_from_bytes(bytearray(data), dtype, shape)
+    return _Whole(restored(found, record["converted_from"]) if is_scaled(record) else found)
 
 
 def open_stream(stored: Stored, record: Json) -> TensorStream:
     """The values of a record. Raises ReadError when it is missing, of another size, or makes no sense."""
+    record = as_stored(record)
     where = f"{stored.url}: {record.get('name')!r}"
     dtype, shape = kind(record, where)
     size = prod(shape) * dtype.itemsize
     found = stored.stream(record)
     if found is None:
         found = BlockStream(lambda begin, end: stored.read_range(record, begin, end), size)
-    return _Stream(found, dtype, shape, where)
+    stream = _Stream(found, dtype, shape, where)
+    return _Restored(stream, str(record["converted_from"])) if is_scaled(record) else stream
 
 
 class _Stream:
@@ -103,6 +109,29 @@ class _Stream:
 
     def close(self) -> None:
         self._source.close()
+
+
+class _Restored:
+    """The values of rows with a scale, of whole rows at a time."""
+
+    def __init__(self, packed: TensorStream, name: str) -> None:
+        dtype = torch_dtype(name)
+        assert dtype is not None
+        *outer, self._stored_width = packed.shape
+        self._width = self._stored_width - SCALE_BYTES
+        self.dtype, self.shape = dtype, (*outer, self._width)
+        self._packed, self._name = packed, name
+
+    def read(self, begin: int, end: int) -> torch.Tensor:
+        if begin == end:
+            return restored(self._packed.read(0, 0).view(0, self._stored_width), self._name).view(-1)
+        first, last = begin // self._width, -(-end // self._width)
+        rows = self._packed.read(first * self._stored_width, last * self._stored_width)
+        values = restored(rows.view(-1, self._stored_width), self._name).view(-1)
+        return values[begin - first * self._width : end - first * self._width]
+
+    def close(self) -> None:
+        self._packed.close()
 
 
 class _Whole:

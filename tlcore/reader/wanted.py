@@ -12,15 +12,17 @@ if TYPE_CHECKING:
     import torch
 
 ORIGINAL = "original"
+STORED = "stored"
 Wanted: TypeAlias = "torch.dtype | str | None"
 
 
 def as_wanted(tensor: torch.Tensor, record: Mapping[str, Any], dtype: Wanted) -> torch.Tensor:
     """A record's tensor in a dtype, or ``"original"``: in that which it had before ``store_dtype``.
 
-    What the conversion has rounded stays rounded. Raises ReadError where there is no such dtype.
+    What the conversion has rounded stays rounded. With ``"stored"`` it stays as it is: of rows with a scale
+    it is their bytes, where all else has them restored. Raises ReadError where there is no such dtype.
     """
-    if dtype is None:
+    if dtype is None or dtype == STORED:
         return tensor
     if dtype == ORIGINAL:
         dtype = record.get("converted_from")

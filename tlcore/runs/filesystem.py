@@ -27,7 +27,7 @@ _MOST_STEPS = 32
 _OF_EVERY_RECORD = frozenset(
     (
         *("name", "module", "call", "direction", "path", "dtype", "shape", "device", "bytes", "hash"),
-        *("alias_of", "placements", "converted_from"),
+        *("alias_of", "placements", "converted_from", "row_scale"),
     )
 )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 
+from ...layout.row_scale import presented
 from ...reader import Step
 from ...record import Json
 from .conventions import Rename, apply
@@ -29,7 +30,7 @@ def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Located]:
         key = (rank, module, call, direction, tuple(record["path"]))
         if rules.leaves_out(key):
             continue
-        found[key] = Located(step.number, (str(record["name"]),), (record,), rules.unshard)
+        found[key] = Located(step.number, (str(record["name"]),), (presented(record),), rules.unshard)
     return with_experts(found)
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from ...errors import ConfigError
+from ...layout.row_scale import as_stored
 from ...ledger import Counts
 from ...reader import Run, Step
 from ..results import Gap, TensorResult
@@ -123,7 +124,7 @@ def _cut_at_capture(a: Run, b: Run, pairs: Sequence[Pair]) -> Iterator[str]:
     if last[0] != last[1]:
         yield Gap(f"{'AB'[last[1]]} has of each request the last row alone (rows: last)")
     for side, label in enumerate("AB"):
-        records = ((pair.a, pair.b)[side].records[0] for pair in pairs)
+        records = (as_stored((pair.a, pair.b)[side].records[0]) for pair in pairs)
         found = dict.fromkeys((r["converted_from"], r["dtype"]) for r in records if "converted_from" in r)
         for before, after in found:
             yield Gap(

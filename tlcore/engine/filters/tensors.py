@@ -6,11 +6,13 @@ import ctypes
 import itertools
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from math import prod
 
 import torch
 
 from ...errors import ConfigError
 from ...layout.dtypes import name_of
+from ...layout.row_scale import SCALE_BYTES, packed_shape
 from ...ledger import NO_CHANNELS, Outcome
 from ...statistics.channels_of_tensors import has_channels
 
@@ -56,11 +58,17 @@ def _known_device(name: str) -> str:
     return device.type if device.type == "cpu" else str(device)
 
 
-def narrower(dtype: torch.dtype, wanted: torch.dtype | None) -> torch.dtype | None:
-    """The dtype that one is stored in where ``wanted`` is asked for; None where it stays what it is."""
+Stored = tuple[torch.dtype, tuple[int, ...]]
+
+
+def narrower(dtype: torch.dtype, shape: tuple[int, ...], wanted: torch.dtype | None) -> Stored | None:
+    """The dtype and shape that a tensor is stored in where ``wanted`` is asked for; None for as it is."""
+    if wanted == torch.int8:
+        packed = packed_shape(dtype, shape)
+        return None if packed is None else (wanted, packed)
     if wanted is None or not dtype.is_floating_point or dtype.itemsize <= wanted.itemsize:
         return None
-    return wanted
+    return wanted, shape
 
 
 class TensorSpec:
@@ -70,6 +78,7 @@ class TensorSpec:
     need nothing but ``move(target, source, nbytes)``. Of a tensor that is ``measured`` statistics are kept.
     ``placements`` is JSON text on how a rank's part belongs to a distributed tensor, empty for a whole one.
     One that is converted before it is copied had the ``original`` dtype and took ``captured_bytes``.
+    ``shown`` are the dtype and shape that it is read in: not those of its bytes where rows have a scale.
     """
 
     __slots__ = (
@@ -86,6 +95,7 @@ class TensorSpec:
         "placements",
         "plain",
         "shape",
+        "shown",
     )
 
     def __init__(
@@ -111,6 +121,7 @@ class TensorSpec:
         self.placements = ""
         self.original = ""
         self.captured_bytes = nbytes
+        self.shown = dtype, shape
         self._variants: dict[tuple[Outcome | None, bool, str], TensorSpec] = {}
 
     def refused(self, outcome: Outcome, measured: bool = False) -> TensorSpec:
@@ -125,6 +136,11 @@ class TensorSpec:
         """The same form for a tensor that is stored with its statistics."""
         return self if self.outcome is not None else self._variant(None, True)
 
+    @property
+    def is_scaled(self) -> bool:
+        """Whether its bytes are rows with a scale."""
+        return self.shown[0] != self.dtype
+
     def as_part(self, placements: str) -> TensorSpec:
         """The same form for a rank's part of a distributed tensor, with these ``placements``."""
         return self._variant(self.outcome, self.measured, placements)
@@ -138,6 +154,7 @@ class TensorSpec:
             )
             known.placements = placements
             known.original, known.captured_bytes = self.original, self.captured_bytes
+            known.shown = self.shown
             self._variants[outcome, measured, placements] = known
         return known
 
@@ -185,20 +202,21 @@ class TensorSpecs:
         dtype, device = tensor.dtype, str(tensor.device)
         count = 0 if tensor.is_nested else tensor.numel()
         outcome = self._judge(tensor, device, count) or outcome
-        stored = narrower(dtype, self._filter.store_dtype) if outcome is None else None
+        stored = narrower(dtype, shape, self._filter.store_dtype) if outcome is None else None
         if stored is not None:
-            return self._converted(dtype, stored, shape, device, count)
+            return self._converted(dtype, stored, device, count)
         kind = self._kinds.setdefault((dtype, shape), next(self._numbers))
         # A limit on the run's bytes must be looked at for each tensor.
         plain = outcome is None and tensor.is_cpu and not dtype.is_complex and not self._filter.max_run_bytes
         return TensorSpec(dtype, shape, device, count * dtype.itemsize, kind, outcome, plain)
 
-    def _converted(
-        self, dtype: torch.dtype, stored: torch.dtype, shape: tuple[int, ...], device: str, count: int
-    ) -> TensorSpec:
-        kind = self._kinds.setdefault((stored, shape), next(self._numbers))
-        spec = TensorSpec(stored, shape, device, count * stored.itemsize, kind, None)
+    def _converted(self, dtype: torch.dtype, stored: Stored, device: str, count: int) -> TensorSpec:
+        into, shape = stored
+        kind = self._kinds.setdefault(stored, next(self._numbers))
+        spec = TensorSpec(into, shape, device, prod(shape) * into.itemsize, kind, None)
         spec.original, spec.captured_bytes = name_of(dtype), count * dtype.itemsize
+        if into == torch.int8:
+            spec.shown = dtype, (*shape[:-1], shape[-1] - SCALE_BYTES)
         return spec
 
     def _judge(self, tensor: torch.Tensor, device: str, count: int) -> Outcome | None:

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from ...config.configuration import Captured
+from ...layout.row_scale import restored
 from ...ledger import FREED, QUEUE_FULL, RUN_FULL, Outcome
 from ...statistics import channels_of_tensors
 from ...statistics import device as device_statistics
@@ -81,8 +82,9 @@ class Copies:
         """Stage the statistics that the device computes, and the tensor only if it may be stored."""
         if recording():
             raise RuntimeError("a graph is being recorded")
+        values = restored(tensor, spec.original) if spec.is_scaled else tensor
         channels = self._capture == "channels"
-        vector = channels_of_tensors.measure(tensor) if channels else device_statistics.measure(tensor)
+        vector = channels_of_tensors.measure(values) if channels else device_statistics.measure(values)
         staged = self._stager.stage(vector, self._forms.of_vector(vector))
         place = (NO_CHUNK, 0) if self._capture != "both" else self._stager.stage(tensor, spec)
         if staged is None or place is None:

@@ -12,7 +12,7 @@ from ...layout.names import PathKey
 from ...layout.structure import Scalar, describe
 from ...layout.templates import HOLE, STEP_DIR, Template
 from ...ledger import Counts
-from ...record import Json, Origin
+from ...record import Json, Origin, conversion_of
 from ...statistics.summary import KEYS
 from ..calls import CallSide, Operand, Operator
 from ..filters.tensors import TensorSpec
@@ -42,7 +42,7 @@ def describe_side(
     def tensor(path: tuple[PathKey, ...]) -> Json:
         index, spec = next(pending)
         document = _describe_spec(spec)
-        said = {"converted_from": spec.original} if spec.original else {}
+        said = conversion_of(spec.dtype, spec.original) if spec.original else {}
         if spec.outcome is not None:
             document["skipped"] = spec.outcome.reason
         if spec.outcome is not None and not spec.measured:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import logging
 from dataclasses import dataclass, field
+from math import prod
 from typing import NamedTuple
 
 import torch
 import xxhash
 
 from ...config.configuration import Config
+from ...layout.row_scale import restored
 from ...ledger import FINITE, RUN_FULL, STATISTICS_ONLY, Outcome
 from ...statistics import device as device_statistics
 from ...statistics.host import HostStatistics
@@ -96,7 +98,7 @@ class Inspector:
     what: Inspection
     _host: HostStatistics = field(default_factory=HostStatistics)
     _run_bytes: int = 0
-    _known: dict[tuple[str, int], Statistics] = field(default_factory=dict)
+    _known: dict[tuple[str, int, str], Statistics] = field(default_factory=dict)
     _waiting: list[Part] = field(default_factory=list)
 
     def examine(self, batch: Batch) -> Inspected:
@@ -159,23 +161,21 @@ class Inspector:
 
     def _is_odd(self, part: Part, at: int) -> bool:
         """Whether a tensor is a reason to store its call: a mask's -inf among the arguments is none."""
-        dtype = part.specs[at].dtype
+        dtype, data = part.specs[at].shown[0], _shown(part, at)
         if part.side.direction not in ("inputs", "post_fwd_inputs"):
-            return self._host.has_nonfinite(_bytes(part, at), dtype)
-        return self._host.has_nonfinite(_bytes(part, at), dtype, besides_minus_infinity=True)
+            return self._host.has_nonfinite(data, dtype)
+        return self._host.has_nonfinite(data, dtype, besides_minus_infinity=True)
 
     def _statistics(self, part: Part, at: int) -> Statistics:
         spec = part.specs[at]
         chunk = part.chunks[at]
         if isinstance(chunk, Measured):
             vector = chunk.vector.view[chunk.vector_offset : chunk.vector_offset + _vector_bytes(spec)]
-            numel = spec.nbytes // spec.dtype.itemsize
-            return device_statistics.statistics(vector, numel, spec.dtype, spec.shape)
-        data = _bytes(part, at)
-        key = xxhash.xxh3_128_hexdigest(_view(part, at)), spec.kind
+            return device_statistics.statistics(vector, prod(spec.shown[1]), *spec.shown)
+        key = xxhash.xxh3_128_hexdigest(_view(part, at)), spec.kind, spec.original
         found = self._known.get(key)
         if found is None:
-            found = self._known[key] = self._host.statistics(data, spec.dtype, spec.shape)
+            found = self._known[key] = self._host.statistics(_shown(part, at), *spec.shown)
         return found
 
     def _decide(self, spec: TensorSpec, seen: _Finding, whole: bool) -> TensorSpec:
@@ -200,13 +200,21 @@ def _bytes(part: Part, at: int) -> torch.Tensor:
     return part.chunks[at].tensor[begin : begin + part.specs[at].nbytes]
 
 
+def _shown(part: Part, at: int) -> torch.Tensor:
+    """The bytes of a tensor as it is read."""
+    spec, data = part.specs[at], _bytes(part, at)
+    if not spec.is_scaled:
+        return data
+    return restored(data.view(torch.int8).view(spec.shape), spec.original).view(-1).view(torch.uint8)
+
+
 def _view(part: Part, at: int) -> memoryview:
     begin = part.offsets[at]
     return part.chunks[at].view[begin : begin + part.specs[at].nbytes]
 
 
 def _vector_bytes(spec: TensorSpec) -> int:
-    return 8 * device_statistics.vector_numel(spec.nbytes)
+    return 8 * device_statistics.vector_numel(prod(spec.shown[1]) * spec.shown[0].itemsize)
 
 
 def _kept(part: Part) -> Part:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import torch
 
+from .row_scale import packed
+
 _WITHOUT_INFINITY = frozenset({torch.float8_e4m3fn})
 # Values at a time: what is needed meanwhile is memory that nobody has kept for it.
 _PIECE = 1 << 22
 
 
 def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """A tensor of real numbers in a narrower dtype; its host does not wait.
+    """A tensor of real numbers in a narrower dtype (int8: rows with a scale); its host does not wait.
 
     What is finite stays finite: beyond the range of ``dtype`` it becomes the largest number that there is.
     Else a capture would show infinities that the model never had. Those that it had become NaN where the
@@ -18,6 +20,8 @@ def converted(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """
     with torch.no_grad():
         values = tensor.detach()
+        if dtype == torch.int8:
+            return packed(values)
         if values.numel() <= _PIECE:
             return _narrowed(values, dtype)
         flat = values.reshape(-1)

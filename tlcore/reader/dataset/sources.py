@@ -12,6 +12,7 @@ from ...errors import ReadError
 from ...hotpath.reading import Scratch
 from ...layout.dtypes import item_size
 from ...layout.names import step_dir
+from ...layout.row_scale import is_scaled, presented, restored
 from ...layout.rows import as_rows
 from ...protocols import Array, Buffer
 from ...record import Json
@@ -31,10 +32,30 @@ def row_form(shape: Sequence[int], axis: int) -> tuple[int, ...]:
     )
 
 
+class Packed(NamedTuple):
+    """Rows with a scale (`layout.row_scale`): the dtype that they stand for, and their length as stored."""
+
+    dtype: str
+    width: int
+
+    @classmethod
+    def of(cls, record: Json) -> Packed | None:
+        """What a record's rows are; None where they have no scale."""
+        return cls(str(record["converted_from"]), int(record["shape"][-1])) if is_scaled(record) else None
+
+    def restored(self, data: Buffer) -> Buffer:
+        """The bytes of the values."""
+        import torch
+
+        own = bytearray(data) if memoryview(data).readonly else data
+        return payload(restored(torch.frombuffer(own, dtype=torch.int8).view(-1, self.width), self.dtype))
+
+
 class _InArray(NamedTuple):
     """An array by its number among the rank's; ``unit`` is how many bytes one of its rows has.
 
-    ``nbytes`` tells it from one that has its number since other files are there.
+    ``nbytes`` tells it from one that has its number since other files are there. Where its rows have a scale,
+    ``packed`` is the dtype that they are of.
     """
 
     rank: int
@@ -42,6 +63,7 @@ class _InArray(NamedTuple):
     row_bytes: int
     unit: int
     nbytes: int
+    packed: Packed | None = None
 
 
 class _InRecord(NamedTuple):
@@ -49,6 +71,7 @@ class _InRecord(NamedTuple):
 
     record: Json
     row_bytes: int
+    packed: Packed | None = None
 
 
 class _Whole(NamedTuple):
@@ -58,6 +81,11 @@ class _Whole(NamedTuple):
     name: str
     axis: int
     row_bytes: int
+    packed: None = None
+
+
+def _row_bytes(record: Json, axis: int) -> int:
+    return prod(row_form(record["shape"], axis)) * (item_size(record["dtype"]) or 0)
 
 
 class _Opened(NamedTuple):
@@ -107,18 +135,20 @@ class Sources:
         """The source of an entry's rows in a step, and the row there that is its first. Raises ReadError."""
         record = entry.record
         plain = axis != 2 and "part" not in record and not is_part(record)
+        # A scale is that of values along the last dimension, which positions do not share.
+        plain = plain and not (is_scaled(record) and axis == len(record["shape"]) - 1)
         if plain and self._has_arrays:
             found = self._in_array(step.number, entry, axis)
             if found is not None:
                 return found
-        row_bytes = prod(row_form(record["shape"], axis)) * (item_size(record["dtype"]) or 0)
         name = f"{step_dir(step.number)}/{entry.key}"
         if not plain:
+            row_bytes = _row_bytes(presented(record), axis)
             return self._append(_Whole(step.number, name, axis, row_bytes)), 0
         if name != record["name"]:
             record = self.run().step(step.number).record(name)
         kept = {key: value for key, value in record.items() if key not in ("hash", "path", "module")}
-        return self._append(_InRecord(kept, row_bytes)), 0
+        return self._append(_InRecord(kept, _row_bytes(record, axis), Packed.of(record))), 0
 
     def _append(self, source: _InArray | _InRecord | _Whole) -> int:
         self._sources.append(source)
@@ -138,7 +168,7 @@ class Sources:
         """Note the arrays of a tensor. The rows of each are asked for once, and not kept."""
         run, found = self.run(), self._located.setdefault((rank, key), [])
         width = item_size(record["dtype"]) or 0
-        row_bytes = prod(row_form(record["shape"], axis)) * width
+        row_bytes = _row_bytes(record, axis)
         for number, array in enumerate(run.stored.arrays(rank, {key})):
             self._counts[rank, key] = number + 1
             unit = prod(array.shape[1:]) * width
@@ -146,7 +176,9 @@ class Sources:
                 # Rows of another form, which are refused where they are met.
                 continue
             nbytes = unit * array.shape[0]
-            source = self._append(_InArray(rank, self._number(rank, key, number), row_bytes, unit, nbytes))
+            own = self._number(rank, key, number)
+            place = _InArray(rank, own, row_bytes, unit, nbytes, Packed.of(record))
+            source = self._append(place)
             begins = {each.step: each.begin for each in array.rows}
             found.append(_ArrayRows(source, unit // row_bytes, begins))
 
@@ -196,11 +228,12 @@ class Sources:
             tensor = run.step(place.step).tensor(place.name, unshard=True)
             data = payload(as_rows(tensor, place.axis)[begin:end])
         else:
-            data = self._of_array(opened, place, first, last, memory)
+            into = memory if place.packed is None else None
+            data = self._of_array(opened, place, first, last, into)
         size = memoryview(data).nbytes
         if size != last - first:
             raise ReadError(f"{self.url}: source of rows ends too early, {size} bytes of {last - first}")
-        return data
+        return data if place.packed is None or not size else place.packed.restored(data)
 
     def _of_array(
         self, opened: _Opened, place: _InArray, first: int, last: int, memory: memoryview | None
@@ -224,8 +257,10 @@ class Sources:
         """
         opened, found = self._here(), []
         for place in self._sources:
-            array = self._array(opened, place) if isinstance(place, _InArray) else None
-            view = None if array is None else opened.run.stored.map_array(array)
+            if not isinstance(place, _InArray) or place.packed is not None:
+                return None
+            array = self._array(opened, place)
+            view = opened.run.stored.map_array(array)
             if view is None:
                 return None
             found.append(view)

@@ -13,6 +13,7 @@ import numpy as np
 from ...errors import ReadError, missing
 from ...layout.checks import LARGEST_SIZE
 from ...layout.dtypes import item_size
+from ...layout.row_scale import presented
 from ..step import Step
 from .sources import Sources, row_form
 from .tokens import Numbers, Tokens
@@ -139,7 +140,8 @@ class Table:
         axis = spans[0].axis
         source, begin = self.sources.of(step, entry, axis)
         if axis not in entry.axes:
-            form = Form(str(record["dtype"]), row_form(record["shape"], axis))
+            shown = presented(record)
+            form = Form(str(shown["dtype"]), row_form(shown["shape"], axis))
             if not prod(form.shape) or item_size(form.dtype) is None:
                 raise ReadError(f"{self.url}: {record['name']!r} has rows without values")
             self._check_form(number, form)
