@@ -14,7 +14,10 @@ import tlcore
 from tests.backends.safetensors.emitting import opened
 from tests.deep import scaled
 from tlcore.errors import ReadError, VerifyError
+from tlcore.reader.documents import record_problem
 from tlcore.reader.run import Run
+from tlcore.reader.sound_records import SoundRecords
+from tlcore.reader.sound_structures import SoundStructures
 from tlcore.storage import Store
 from tlcore.testing import MemoryStore
 from tlcore_backends.safetensors.index import SegmentIndex
@@ -70,12 +73,14 @@ def found(store: Store, world_size: int = 2) -> Any:
 
 @pytest.fixture
 def by_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Verifies as a source without whole checks has it done."""
+    """Verifies as a source without whole checks has it done, each record and structure by itself."""
 
-    def verify(store: Store) -> Any:
+    def verify(store: Store, world_size: int = 2) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(SegmentSource, "whole_checks", lambda self, rank: iter(()))
-            return found(store)
+            patch.setattr(SoundRecords, "problem", lambda self, record, step: record_problem(record, step))
+            patch.setattr(SoundStructures, "files_of", lambda self, document, directory: None)
+            return found(store, world_size)
 
     return verify
 
@@ -200,6 +205,80 @@ def test_a_changed_index_is_told_as_step_by_step(blobs: dict[str, bytes], by_ste
         assert result == by_steps(store), path
         refused += not isinstance(result[0], int)
     assert refused > 50
+
+
+@pytest.fixture(scope="module")
+def single_steps() -> dict[str, bytes]:
+    """Segments of one step each, whose indexes and headers differ in little."""
+    store, generator = MemoryStore(), torch.Generator().manual_seed(0)
+    sink, emitter = opened(store, commit_s=100)
+    for step in range(6):
+        hidden = torch.randn(3, 4, generator=generator)
+        emitter.step(
+            step,
+            {"a/outputs_cpu": hidden, "b/inputs_0_cpu": hidden, "c/outputs_cpu": torch.ones(5) * step},
+            [{"request_id": f"r{step}", "first_row": 0, "rows": 3, "first_position": step}],
+        )
+        sink.flush()
+    sink.close()
+    return dict(store.blobs)
+
+
+@pytest.mark.parametrize("local", [True, False])
+def test_any_changed_byte_of_a_segment_like_another_is_told_as_step_by_step(
+    single_steps: dict[str, bytes], by_steps: Any, local: bool, tmp_path: Path
+) -> None:
+    chance, refused = random.Random(5), 0
+    count, _ = found(store_of(single_steps, tmp_path if local else None), 1)
+    assert count == 18
+    names = [name for name in single_steps if "000003" in name]
+    for name in names * scaled(60, 3000):
+        data = bytearray(single_steps[name])
+        data[chance.randrange(len(data))] = chance.choice(b'0123456789AZ",[]{}\\ ab=')
+        store = store_of({**single_steps, name: bytes(data)}, tmp_path if local else None)
+        result = found(store, 1)
+        assert result == by_steps(store, 1), (name, bytes(data))
+        refused += not isinstance(result[0], int)
+    assert refused > 60
+
+
+def test_a_structure_is_known_by_all_but_its_directory() -> None:
+    def structure(directory: str, dtype: Any = "torch.float32", file: str = "outputs_cpu.pt") -> Any:
+        node = {"type": "tensor", "shape": [2], "dtype": dtype, "numel": 2, "device": "cpu"}
+        return {"type": "tuple", "items": [{**node, "file": directory + file}, {"type": "none"}]}
+
+    known = SoundStructures()
+    assert known.files_of(structure("step_0/a/"), "step_0/a/") is None
+    known.learn_document(structure("step_0/a/"), "step_0/a/")
+    assert known.files_of(structure("step_0/b/"), "step_0/b/") == ["step_0/b/outputs_cpu.pt"]
+    assert known.files_of(structure("step_0/b/"), "step_0/a/") is None
+    others: list[Any] = ["torch.float16", 7, None, [[]], {"step_0/b/": 1}]
+    for dtype in others:
+        assert known.files_of(structure("step_0/b/", dtype), "step_0/b/") is None
+    # What refers to another place, or says its directory elsewhere too, stands for nothing else.
+    known = SoundStructures()
+    known.learn_document(structure("step_0/a/"), "step_0/c/")
+    known.learn_document(structure("step_0/a/", file="step_0/a/x.pt"), "step_0/a/")
+    known.learn_document(structure("step_0/a/", dtype="step_0/a/"), "step_0/a/")
+    assert not known._documents
+    deep: Any = []
+    for _ in range(5000):
+        deep = [deep]
+    known.learn_document({"type": "none", "more": deep}, "step_0/a/")
+    assert not known._documents and known.files_of({"more": deep}, "step_0/a/") is None
+
+
+def test_the_hash_of_another_step_is_no_proof(single_steps: dict[str, bytes]) -> None:
+    """The index of a segment like another one, with that one's hashes over its own data."""
+    name = next(each for each in single_steps if each.endswith("000003_steps_3.json"))
+    other = next(each for each in single_steps if each.endswith("000002_steps_2.json"))
+    arrays = json.loads(single_steps[other])["arrays"]
+    document = single_steps[name].split(b",\n")
+    place = next(at for at, part in enumerate(document) if part.startswith(b'"arrays":'))
+    document[place] = b'"arrays":' + json.dumps(arrays, separators=(",", ":")).encode()
+    store = store_of({**single_steps, name: b",\n".join(document)}, None)
+    problems, _ = found(store, 1)
+    assert len(problems) == 3 and all("step_3/" in each and "step.json says" in each for each in problems)
 
 
 def test_a_real_run_is_verified_by_whole_arrays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

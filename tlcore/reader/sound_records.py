@@ -12,6 +12,7 @@ _MOST = 1 << 16
 # What of a record may be any text, or is looked at here.
 _TOLD = (str, int, list)
 _OWN = dict.fromkeys(("name", "hash", "file", "alias_of", "module"))
+_TWO_NUMBERS = [int, int]
 
 
 class SoundRecords:
@@ -55,8 +56,11 @@ class SoundRecords:
                     *place,
                     *(each if type(each) is list else type(each).__name__ for each in place.values()),
                 ]
+            offsets = record.get("offsets")
+            if type(offsets) is list and list(map(type, offsets)) == _TWO_NUMBERS:
+                offsets = None
             # Unlike equality, this tells 1 from 1.0 and from true; version 2 has no references.
-            return marshal.dumps({**record, **_OWN, "place": place}, 2)
+            return marshal.dumps({**record, **_OWN, "place": place, "offsets": offsets}, 2)
         except (AttributeError, KeyError, TypeError, ValueError):
             return b""
 

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
+import marshal
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
+from typing import Any
 
 from ..errors import ReadError
 from ..layout.names import step_dir
@@ -23,6 +26,9 @@ class SoundStructures:
 
     def __init__(self) -> None:
         self._known: dict[bytes, list[str]] = {}
+        self._documents: dict[tuple[int, bytes], list[str]] = {}
+        # Nothing that is stored has this in it.
+        self._here = os.urandom(16)
 
     def files(self, text: bytes | None, directory: str) -> list[str] | None:
         """The files that a sound structure refers to; None for a text that is not known."""
@@ -58,15 +64,50 @@ class SoundStructures:
         if text is None or not is_plain(text) or not is_plain(directory.encode()):
             return
         try:
-            files = list(files_in(check_structure(parse(text, ""), "")))
+            files = _alone(check_structure(parse(text, ""), ""), directory)
         except ReadError:
             return
-        alone = all(file.startswith(directory) and file.count(directory) == 1 for file in files)
-        if not alone or text.count(directory.encode()) != len(files):
+        if files is None or text.count(directory.encode()) != len(files):
             return
         if len(self._known) >= _MOST:
             self._known.clear()
         self._known[_key(text, directory)] = [file.removeprefix(directory) for file in files]
+
+    def files_of(self, document: Any, directory: str) -> list[str] | None:
+        """The files that a sound structure refers to; None for one that is not known."""
+        names = self._documents.get(self._form(_marshalled(document), directory))
+        return None if names is None else [directory + name for name in names]
+
+    def learn_document(self, document: Json, directory: str) -> None:
+        """Remember a sound structure, as `learn` does a text."""
+        files, marshalled = _alone(document, directory), _marshalled(document)
+        if files is None or not marshalled or marshalled.count(directory.encode()) != len(files):
+            return
+        if len(self._documents) >= _MOST:
+            self._documents.clear()
+        names = [file.removeprefix(directory) for file in files]
+        self._documents[self._form(marshalled, directory)] = names
+
+    def _form(self, marshalled: bytes, directory: str) -> tuple[int, bytes]:
+        # As the length is the same, another directory in the place of this one makes the same of all else.
+        text = marshalled.replace(directory.encode(), self._here)
+        return len(directory), hashlib.blake2b(text, digest_size=20).digest()
+
+
+def _marshalled(document: Any) -> bytes:
+    """All of a document; nothing of one that is nested far too deep, or has what no JSON has."""
+    try:
+        # Unlike equality, this tells 1 from 1.0 and from true; version 2 has no references.
+        return marshal.dumps(document, 2)
+    except ValueError:
+        return b""
+
+
+def _alone(structure: Json, directory: str) -> list[str] | None:
+    """The files of a structure if each begins with its directory, which stands in none of them again."""
+    files = list(files_in(structure))
+    alone = all(file.startswith(directory) and file.count(directory) == 1 for file in files)
+    return files if alone else None
 
 
 def _key(text: bytes, directory: str) -> bytes:

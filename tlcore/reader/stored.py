@@ -159,6 +159,16 @@ class Stored:
 
     def structure(self, step: int, rank: int, name: str) -> Json:
         """A tensor structure, checked. Raises MissingError or ReadError."""
+        document = self.unchecked_structure(step, rank, name)
+        kind = self._kinds.get((step, rank))
+        if not self._sound.has(kind, name):
+            ranked = f"{name.removesuffix('.json')}{rank_suffix(rank)}.json"
+            check_structure(document, self._where(step, ranked))
+            self._sound.add(kind, name)
+        return document  # type: ignore[no-any-return]
+
+    def unchecked_structure(self, step: int, rank: int, name: str) -> Any:
+        """A tensor structure as it is stored, from anybody. Raises MissingError or ReadError."""
         ranked = f"{name.removesuffix('.json')}{rank_suffix(rank)}.json"
         source = self._can.structured
         if source is not None:
@@ -169,11 +179,7 @@ class Stored:
             document = packed.get(ranked, packed.get(name))
             if document is None:
                 raise missing("file", f"{step_dir(step)}/{ranked}", self.url, ())
-        kind = self._kinds.get((step, rank))
-        if not self._sound.has(kind, name):
-            check_structure(document, self._where(step, ranked))
-            self._sound.add(kind, name)
-        return document  # type: ignore[no-any-return]
+        return document
 
     def structures(self, step: int, rank: int, names: Sequence[str]) -> list[Json]:
         """Tensor structures, checked, in order. Raises as `structure`."""

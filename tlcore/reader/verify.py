@@ -56,6 +56,8 @@ class _Proven:
         self.checks = stored.whole_checks(rank)
         self._known: dict[int, int] = {}
         self._sound: set[Hashable] = set()
+        # Of the last one that was looked at: mostly the next is the same, and hashing it may take long.
+        self._like: Hashable = object()
         self._last = -1
         self._ended = False
 
@@ -88,12 +90,18 @@ class _Proven:
         likeness, step = alike.likeness, alike.steps[0]
         if likeness is None or alike.rest is None:
             return not _document_problems(self._stored, step, self._rank)
-        if likeness in self._sound:
+        if self._is_known(likeness):
             return _rest_is_sound(self._stored, step, alike.rest)
         if _document_problems(self._stored, step, self._rank, beside=False):
             return False
-        self._sound.add(likeness)
+        self._like = likeness
         return True
+
+    def _is_known(self, likeness: Hashable) -> bool:
+        if likeness == self._like:
+            return True
+        self._sound.add(self._like)
+        return likeness in self._sound
 
 
 def _rest_is_sound(stored: Stored, step: int, rest: Json | None) -> bool:
@@ -153,15 +161,26 @@ def _structure_problems(stored: Stored, step: int, rank: int, document: Json) ->
     names = sorted(needed)
     for name, text in zip(names, structure_texts(stored.source, step, rank, names), strict=True):
         directory = f"{begin}{name.rpartition('/')[0]}/"
-        known = stored.known.files(text, directory)
-        if known is not None and files.issuperset(known):
-            continue
         try:
+            known = _known_files(stored, step, rank, name, text)
+            if known is not None and files.issuperset(known):
+                continue
             structure = stored.structure(step, rank, name)
         except ReadError as error:
             yield str(error)
             continue
-        stored.known.learn(text, directory)
+        if text is None:
+            stored.known.learn_document(structure, directory)
+        else:
+            stored.known.learn(text, directory)
         shown = f"{begin}{name.removesuffix('.json')}{rank_suffix(rank)}.json"
         dangling = [file for file in files_in(structure) if file not in files]
         yield from (f"{shown}: refers to {file}, which is not in step.json" for file in dangling)
+
+
+def _known_files(stored: Stored, step: int, rank: int, name: str, text: bytes | None) -> list[str] | None:
+    """The files that a structure refers to, where one that is sound differs in their names alone."""
+    directory = f"{step_dir(step)}/{name.rpartition('/')[0]}/"
+    if text is not None:
+        return stored.known.files(text, directory)
+    return stored.known.files_of(stored.unchecked_structure(step, rank, name), directory)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import base64
 import binascii
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, overload
+
+import numpy as np
 
 from tlcore.errors import ReadError
 from tlcore.layout.dtypes import item_size
@@ -16,7 +19,7 @@ from tlcore.record import Json
 LARGEST = 1 << 50
 # What an array's entry says beside what is a record's, and what only the step tells.
 PLACE_KEYS = frozenset(("key", "file", "offset", "constant", "same_as", "hashes", "alias_of"))
-_HASH_BYTES = 16
+HASH_BYTES = 16
 _MOST_DIMENSIONS = 64
 
 # The error for an index that makes no sense.
@@ -54,12 +57,44 @@ class Places:
     def hash(self, array: int, occurrence: int) -> str:
         """The hash, in hex, of the tensor that an array has from the step where it occurs so often before."""
         place = self.of(array)
-        begin = 0 if place.constant else occurrence * _HASH_BYTES
-        digest = place.hashes[begin : begin + _HASH_BYTES]
-        if len(digest) != _HASH_BYTES:
+        begin = 0 if place.constant else occurrence * HASH_BYTES
+        digest = place.hashes[begin : begin + HASH_BYTES]
+        if len(digest) != HASH_BYTES:
             raise self._damaged(f"array {array} has too few hashes")
         return digest.hex()
 
+    @property
+    def firsts(self) -> Sequence[int]:
+        """Where in `hashes` those of each array begin; of an array that makes no sense, anywhere."""
+        return self._all_hashes[0]
+
+    @property
+    def hashes(self) -> np.ndarray:
+        """The hashes ``[n, 16]`` of all arrays that make sense, in order."""
+        return self._all_hashes[1]
+
+    @cached_property
+    def _all_hashes(self) -> tuple[list[int], np.ndarray]:
+        firsts, parts, total = list[int](), list[bytes](), 0
+        same: list[tuple[int, int]] = []
+        for number in range(len(self._entries)):
+            firsts.append(total)
+            try:
+                digests = self.of(number).hashes
+            except ReadError:
+                continue
+            other = self._entries[number].get("same_as")
+            if other is not None:
+                same.append((number, other))
+                continue
+            count = len(digests) // HASH_BYTES
+            parts.append(digests[: count * HASH_BYTES])
+            total += count
+        for number, other in same:
+            firsts[number] = firsts[other]
+        return firsts, np.frombuffer(b"".join(parts), np.uint8).reshape(-1, HASH_BYTES)
+
+    @cached_property
     def begins(self) -> dict[int, list[int]]:
         """Where the arrays of each data file begin, in order."""
         found: dict[int, list[int]] = {}

@@ -20,8 +20,10 @@ from tlcore.record import Json
 from .array_places import LARGEST, ArrayOfRows, Places, number_of, numbers_of
 from .changing import Changing
 from .compact import time_text
+from .index_reading import Common
 from .kinds import kinds_of
 from .record_forms import RecordForm, RecordForms
+from .shared_arrays import OwnArrays, OwnPlaces
 from .stored_plans import Plan, StoredPlans
 from .stored_structures import StoredStructures
 from .tables import Tables
@@ -39,8 +41,9 @@ class SegmentIndex:
     Raises ReadError, at once or when it is used, for one that makes no sense.
     """
 
-    def __init__(self, document: Any, where: str, nbytes: int = 0) -> None:
+    def __init__(self, document: Any, where: str, nbytes: int = 0, common: Common | None = None) -> None:
         self.where, self.nbytes = where, nbytes
+        self.common = common or Common()
         self._token = object()
         tables = self._tables = Tables(document, where)
         # Of the tables, and not of this: then nothing here holds itself.
@@ -59,8 +62,9 @@ class SegmentIndex:
         if any(later <= earlier for earlier, later in itertools.pairwise(self.steps)):
             raise self.damaged("its steps do not ascend")
         self.rank = self._number(document.get("rank"), 1 << 20)
-        self.places = Places(document["arrays"], self.damaged)
-        self._plans = StoredPlans(self.table, tables.count, self.damaged)
+        arrays = document["arrays"]
+        self.places = (OwnPlaces if isinstance(arrays, OwnArrays) else Places)(arrays, self.damaged)
+        self._plans = StoredPlans(self.table, tables.count, self.damaged, self.common.plans)
         self._record_forms = RecordForms(
             self._plans, self.places, self.table, lambda: tables.files, self.damaged
         )
@@ -122,6 +126,13 @@ class SegmentIndex:
         position = self._position(number)
         alike = self._token, self._columns["plan"][position], self._columns["extents"][position]
         return Outline(self.rest(number), alike, lambda: self._records(position))
+
+    @cached_property
+    def told_pairs(self) -> Hashable:
+        """The plan and extents of each step: with `common`, all that says where the arrays lie."""
+        # Of anything but integers, true would be taken for 1.
+        numbers = *self._columns["plan"], *self._columns["extents"]
+        return numbers if {int}.issuperset(map(type, numbers)) else object()
 
     def extents_of_arrays(self) -> list[tuple[int, int, int, str]]:
         """Of each array that has bytes of its own: file, begin, end, and key. Raises ReadError."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import marshal
+import os
 from typing import Any
 
 from .array_places import PLACE_KEYS
@@ -15,38 +16,59 @@ _NOWHERE = dict.fromkeys(PLACE_KEYS)
 
 
 class Likeness:
-    """Digests of what an index's steps have, but for numbers, places and hashes: if one is sound, all are."""
+    """What a step has but for numbers, places and hashes: of equal ones, if one is sound, all are.
 
-    def __init__(self, index: SegmentIndex) -> None:
+    Digests of it, which take long, are made only where steps of indexes with other tables are compared, or
+    for a set.
+    """
+
+    def __init__(self, index: SegmentIndex, plan: Any, extents: Any, values: Any) -> None:
         self._index = index
-        self._plans: dict[Any, bytes] = {}
-        self._extents: dict[Any, bytes] = {}
+        self._pair = plan, extents
+        self._values = values
+        self._told: bytes | None = None
 
-    def of(self, plan: Any, extents: Any, values: Any) -> bytes | None:
-        """That of a step; None where it cannot be told. Raises ReadError for what makes no sense."""
-        try:
-            return _digest((self._plan(plan), self._rows(extents), form_of_values(values)))
-        except (ValueError, RecursionError):
-            # It is nested deeper than what any capture writes.
-            return None
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Likeness):
+            return NotImplemented
+        if self._index.common is other._index.common and self._pair == other._pair:
+            return form_of_values(self._values) == form_of_values(other._values)
+        return self._digest == other._digest
 
-    def _plan(self, number: Any) -> bytes:
-        known = self._plans.get(number)
-        if known is None:
-            plan, entries = self._index.plan(number), self._index.entries
-            arrays, structures, calls = entries("arrays"), entries("structures"), entries("calls")
-            # First as well as last: whichever of these keys an entry has, the others stand in the same order.
-            its = [{**_NOWHERE, **arrays[each], **_NOWHERE} for each in plan.arrays]
-            theirs = [structures[each] for each in plan.structures], [calls[each] for each in plan.calls]
-            known = self._plans[number] = _digest((its, plan.groups, *theirs))
-        return known
+    def __hash__(self) -> int:
+        return hash(self._digest)
 
-    def _rows(self, extents: Any) -> bytes:
-        """A list may be long, and many kinds of steps have the same one."""
-        known = self._extents.get(extents)
-        if known is None:
-            known = self._extents[extents] = _digest(self._index.table("extents", extents))
-        return known
+    @property
+    def _digest(self) -> bytes:
+        if self._told is None:
+            plan, extents = self._pair
+            try:
+                form = form_of_values(self._values)
+                self._told = _digest((_plan(self._index, plan), _rows(self._index, extents), form))
+            except (ValueError, RecursionError):
+                # It is nested deeper than what any capture writes: it is like no other.
+                self._told = os.urandom(20)
+        return self._told
+
+
+def _plan(index: SegmentIndex, number: Any) -> bytes:
+    known = index.common.plan_digests.get(number)
+    if known is None:
+        plan, entries = index.plan(number), index.entries
+        arrays, structures, calls = entries("arrays"), entries("structures"), entries("calls")
+        # First as well as last: whichever of these keys an entry has, the others stand in the same order.
+        its = [{**_NOWHERE, **arrays[each], **_NOWHERE} for each in plan.arrays]
+        theirs = [structures[each] for each in plan.structures], [calls[each] for each in plan.calls]
+        known = index.common.plan_digests[number] = _digest((its, plan.groups, *theirs))
+    return known
+
+
+def _rows(index: SegmentIndex, extents: Any) -> bytes:
+    """A list may be long, and many kinds of steps have the same one."""
+    known = index.common.extent_digests.get(extents)
+    if known is None:
+        known = index.common.extent_digests[extents] = _digest(index.table("extents", extents))
+    return known
 
 
 def _digest(value: Any) -> bytes:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from .index import SegmentIndex
 
 # Far more than any segment's header has.
 _LARGEST_HEADER = 100 << 20
+# A header to compare others with.
+_LARGEST_KEPT = 1 << 20
 
 
 def segment_problems(
@@ -22,23 +25,18 @@ def segment_problems(
 ) -> Iterator[str]:
     """A line for each thing that is wrong with a segment's arrays and files."""
     try:
-        extents = index.extents_of_arrays()
+        found = _placed(index)
     except ReadError as error:
         yield str(error)
         return
-    by_file: dict[int, list[_Extent]] = {}
-    for place, begin, end, key in extents:
-        by_file.setdefault(place, []).append(_Extent(begin, end, key))
     for number, (file, size) in enumerate(index.files):
-        mine = by_file.get(number, [])
-        own = sorted(each for each in mine if each.end > each.begin)
-        for one, other in pairwise(own):
-            if other.begin < one.end:
-                yield f"{file}: {one.key} and {other.key} claim the same bytes"
+        mine, overlaps = found.get(number, _NOTHING)
+        for one, other in overlaps:
+            yield f"{file}: {one} and {other} claim the same bytes"
         if thorough and sizes.get(file) != size:
             yield f"missing or of another size than in the index: {file}"
         elif thorough:
-            yield from _header_problems(store, file, size, mine)
+            yield from _head_problems(store, index, number, mine)
 
 
 class _Extent(NamedTuple):
@@ -47,20 +45,67 @@ class _Extent(NamedTuple):
     key: str
 
 
-def _header_problems(store: Store, file: str, size: int, arrays: Sequence[_Extent]) -> Iterator[str]:
+class _Placed(NamedTuple):
+    """The arrays of a file, and the keys of those that claim the same bytes."""
+
+    arrays: list[_Extent]
+    overlaps: list[tuple[str, str]]
+
+
+_NOTHING = _Placed([], [])
+
+
+def _placed(index: SegmentIndex) -> dict[int, _Placed]:
+    """The arrays by the number of their file; of indexes that are alike the same. Raises ReadError."""
+    known: dict[int, _Placed] | None = index.common.extents.get(index.told_pairs)
+    if known is None:
+        known = {}
+        for place, begin, end, key in index.extents_of_arrays():
+            known.setdefault(place, _Placed([], [])).arrays.append(_Extent(begin, end, key))
+        for arrays, overlaps in known.values():
+            own = sorted(each for each in arrays if each.end > each.begin)
+            overlaps += ((one.key, other.key) for one, other in pairwise(own) if other.begin < one.end)
+        index.common.keep(index.common.extents, index.told_pairs, known)
+    return known
+
+
+def _head_problems(
+    store: Store, index: SegmentIndex, number: int, arrays: Sequence[_Extent]
+) -> Iterator[str]:
+    """What is wrong with a file's header; one that is exactly as another one was is not parsed again."""
+    (file, size), heads, key = index.files[number], index.common.heads, (number, index.told_pairs)
+    known = heads.get(key)
+    if known is not None and len(known) <= size:
+        with suppress(BackendError, OSError):
+            if store.get(file, 0, len(known)) == known:
+                return
+    head: list[bytes] = []
+    problems = list(_header_problems(store, file, size, arrays, head))
+    if not problems and len(head[0]) <= _LARGEST_KEPT:
+        index.common.keep(heads, key, head[0])
+    yield from problems
+
+
+def _header_problems(
+    store: Store, file: str, size: int, arrays: Sequence[_Extent], head: list[bytes]
+) -> Iterator[str]:
+    """``head`` gets all that was read."""
     try:
-        length = int.from_bytes(store.get(file, 0, LENGTH_BYTES), "little")
+        told = store.get(file, 0, LENGTH_BYTES)
+        length = int.from_bytes(told, "little")
         begin = LENGTH_BYTES + length
         if length > _LARGEST_HEADER or begin > size:
             yield f"{file}: its header would have {length} bytes, which no segment has"
             return
-        header = parse(store.get(file, LENGTH_BYTES, begin), f"{store.url}/{file}: header")
+        text = store.get(file, LENGTH_BYTES, begin)
+        header = parse(text, f"{store.url}/{file}: header")
     except (BackendError, OSError, ReadError) as error:
         yield f"{file}: its header cannot be read ({error})"
         return
     if not isinstance(header, dict):
         yield f"{file}: its header is no JSON object"
         return
+    head.append(told + text)
     for first, last, key in arrays:
         entry = header.get(key)
         stated = entry.get("data_offsets") if isinstance(entry, dict) else None

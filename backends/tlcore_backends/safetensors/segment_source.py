@@ -13,7 +13,6 @@ from functools import partial
 from typing import Any
 
 from tlcore.errors import MissingError, ReadError
-from tlcore.layout.run_files import parse
 from tlcore.protocols import AlikeStep, Array, Buffer, Outline, StepRanks, WholeCheck
 from tlcore.record import Json
 from tlcore.storage import Store, SupportsFiles
@@ -22,6 +21,7 @@ from ..storage.threads import in_order
 from .alike_steps import AlikeSteps
 from .array_places import ArrayOfRows
 from .index import SegmentIndex
+from .index_reading import IndexReader
 from .json_files import read_bytes
 from .listing import Listing, list_segments
 from .segment_check import segment_problems
@@ -43,6 +43,7 @@ class SegmentSource:
         self._store = store
         self._run = run
         self._data = SegmentFiles(store)
+        self._reader = IndexReader()
         self._listing: Listing | None = None
         self._listed: Mapping[str, int] | None = None
         self._indexes: OrderedDict[str, SegmentIndex] = OrderedDict()
@@ -113,7 +114,7 @@ class SegmentSource:
     def _read_and_keep(self, name: IndexName) -> SegmentIndex:
         try:
             index = self._read_index(name)
-            begins = index.places.begins()
+            begins = index.places.begins
             with self._lock:
                 self._indexes[name.file] = index
                 for number, (file, size) in enumerate(index.files):
@@ -141,10 +142,12 @@ class SegmentSource:
         where = f"{self._store.url}/{name.file}"
         data = read_bytes(self._store, name.file)
         try:
-            index = SegmentIndex(parse(data, where), where, len(data))
+            read = self._reader.read(data, where)
+            index = SegmentIndex(read.document, where, len(data), read.common)
             if index.rank != name.rank or index.steps != list(name.steps):
                 raise index.damaged("it is not of the rank and steps that its name says")
             _ = index.files
+            self._reader.remember(read, index.places)
         except ReadError as error:
             with self._lock:
                 self._damaged[name.file] = str(error)
@@ -246,8 +249,9 @@ class SegmentSource:
         return segment_problems(self._store, index, self._sizes() if thorough else {}, thorough)
 
     def whole_checks(self, rank: int) -> Iterator[WholeCheck]:
-        """Checks of the rank's segments; the arrays of the next one are read while one is looked at."""
+        """Checks of the rank's segments; the arrays of the next ones are read while one is looked at."""
         names = self._known.by_rank.get(rank, ())
+        threads = _LOCAL_THREADS if isinstance(self._store, SupportsFiles) else None
         waiting: deque[WholeCheck] = deque()
         with ThreadPoolExecutor(max(self._threads, _LOCAL_THREADS), "tlcore-read") as pool:
             try:
@@ -255,8 +259,10 @@ class SegmentSource:
                     if index is not None:
                         with suppress(ReadError):
                             problems = partial(self._problems, index)
-                            waiting.append(check_index(index, self._data.hash_ranges, pool, problems))
-                    if len(waiting) > 1:
+                            waiting.append(
+                                check_index(index, self._data.hash_ranges, pool, problems, threads)
+                            )
+                    if len(waiting) > (threads or 1):
                         yield waiting.popleft()
                 yield from waiting
             finally:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from .array_places import LARGEST, Damaged, numbers_of
@@ -26,18 +27,30 @@ class Plan(NamedTuple):
     groups: Sequence[int]
 
 
+@dataclass(slots=True)
+class KnownPlans:
+    """The plans and extents that were read, also for other indexes with the same tables of them."""
+
+    plans: dict[int, Plan] = field(default_factory=dict)
+    extents: dict[int, list[int]] = field(default_factory=dict)
+    items: int = 0
+
+
 class StoredPlans:
     """The plans and extents of an index, each read once; ``table`` gives an entry, ``lengths`` of a table."""
 
     def __init__(
-        self, table: Callable[[str, Any], Any], lengths: Callable[[str], int], damaged: Damaged
+        self,
+        table: Callable[[str, Any], Any],
+        lengths: Callable[[str], int],
+        damaged: Damaged,
+        known: KnownPlans,
     ) -> None:
         self._table = table
         self._lengths = lengths
         self._damaged = damaged
-        self._plans: dict[int, Plan] = {}
-        self._extents: dict[int, list[int]] = {}
-        self._items = 0
+        self._known = known
+        self._plans, self._extents = known.plans, known.extents
 
     def of(self, number: Any) -> Plan:
         """A plan of the index. Raises ReadError."""
@@ -87,6 +100,6 @@ class StoredPlans:
         return numbers[::2], numbers[1::2]
 
     def _count(self, items: int) -> None:
-        self._items += items
-        if self._items > MOST_ITEMS:
+        self._known.items += items
+        if self._known.items > MOST_ITEMS:
             raise self._damaged("its plans have more tensors than any segment's")

@@ -13,6 +13,7 @@ from tlcore.errors import ReadError
 
 from .array_places import LARGEST, number_of
 from .segment_names import is_data
+from .shared_arrays import OwnArrays
 
 NAMES = ("files", "calls", "structures", "arrays", "plans", "extents", "skeletons", "changes", "rows")
 
@@ -25,7 +26,7 @@ class Tables:
         if not isinstance(document, dict) or document.get("layout") != 2:
             raise self.damaged("not an index of layout version 2")
         for key in NAMES:
-            if not isinstance(document.get(key), list):
+            if not isinstance(document.get(key), (list, OwnArrays)):
                 raise self.damaged(f"{key!r} is missing or no array")
         self._document: Mapping[str, Any] = document
 

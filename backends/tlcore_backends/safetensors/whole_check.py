@@ -15,21 +15,22 @@ import numpy as np
 from tlcore.errors import ReadError
 from tlcore.protocols import AlikeSteps, WholeCheck
 
-from .array_places import LARGEST, Place
+from .array_places import HASH_BYTES, LARGEST, Place
 from .index import SegmentIndex
 from .kinds import kinds_of
 from .likeness import Likeness
 from .stored_plans import Plan
 
-_HASH_BYTES = 16
 # What steps of several kinds may have together: kinds times arrays, steps times arrays, and the steps of
 # arrays that have not the same ones. An index of more is small to write and large to look at.
 _MOST_OF_KINDS = 8_000_000
 _MOST_LOOKED_AT = 1 << 33
 _MOST_DISTINCT = 1 << 24
-# What one thread reads and hashes at a time.
+# What one thread reads and hashes at a time, at least where it is to be in memory.
 _UNIT_BYTES = 16 << 20
 _UNIT_RANGES = 1 << 16
+# Pieces that are kept for indexes to come.
+_MOST_KEPT = 1 << 17
 
 Numbers = np.ndarray
 # The digests of ranges ``[n, 2]`` of a data file, up to the first that cannot be read. Raises ReadError.
@@ -37,7 +38,7 @@ HashRanges = Callable[[str, Numbers], bytes]
 
 
 class _Pieces(NamedTuple):
-    """Ranges ``[n, 2]`` of a file, the hashes ``[n, 16]`` that they should have, and whose they are ``[n]``.
+    """Ranges ``[n, 2]`` of a file; which of the index's hashes each should have, and whose it is: ``[n]``.
 
     An owner is a step's position in the index, or -1 - k for all steps of entry k of a list beside.
     """
@@ -47,33 +48,64 @@ class _Pieces(NamedTuple):
     owners: Numbers
 
 
+class _Part(NamedTuple):
+    """Pieces of the file ``number`` of an index, which are read and hashed in one call."""
+
+    number: int
+    end: int
+    pieces: _Pieces
+
+
+class _Layout(NamedTuple):
+    """All pieces of an index, and of those that lie as its own do."""
+
+    parts: list[_Part]
+    shared: list[Numbers]
+
+
 class _Unit(NamedTuple):
-    file: str
     pieces: _Pieces
     digests: Future[bytes]
 
 
 def check_index(
-    index: SegmentIndex, hash_ranges: HashRanges, pool: Executor, problems: Callable[[], Iterable[str]]
+    index: SegmentIndex,
+    hash_ranges: HashRanges,
+    pool: Executor,
+    problems: Callable[[], Iterable[str]],
+    threads: int | None = None,
 ) -> WholeCheck:
     """The check of a segment, which is under way in ``pool``. Raises ReadError for a damaged index.
 
-    ``problems`` says what is wrong with the segment's files; then none of its steps is proven.
+    ``problems`` says what is wrong with the segment's files; then none of its steps is proven. A large file
+    is shared among so many ``threads``; without, what comes of one range of it must fit into memory.
     """
-    shared: list[Numbers] = []
     units: list[_Unit] = []
-    by_file = _by_file(index, shared)
-    for number, pieces in by_file.items():
+    parts, shared = _layout(index, threads)
+    for number, end, pieces in parts:
         if number >= len(index.files):
             raise index.damaged(f"there is no file {number}")
         file, size = index.files[number]
-        if int(pieces.ranges[:, 1].max(initial=0)) > size:
+        if end > size:
             raise index.damaged(f"an array ends behind the end of {file}")
-        for part in _cut(pieces):
-            units.append(_Unit(file, part, pool.submit(hash_ranges, file, part.ranges)))
+        units.append(_Unit(pieces, pool.submit(hash_ranges, file, pieces.ranges)))
     # While the tensors are read in other threads.
     groups = _alike(index)
     return WholeCheck(groups, lambda: index.steps if any(problems()) else _unsound(index, units, shared))
+
+
+def _layout(index: SegmentIndex, threads: int | None) -> _Layout:
+    known: _Layout | None = index.common.layouts.get(index.told_pairs)
+    if known is None:
+        shared: list[Numbers] = []
+        parts = []
+        for number, pieces in _by_file(index, shared).items():
+            for each in _cut(pieces, threads):
+                parts.append(_Part(number, int(each.ranges[:, 1].max(initial=0)), each))
+        known = _Layout(parts, shared)
+        if sum(len(part.pieces.owners) for part in parts) <= _MOST_KEPT:
+            index.common.keep(index.common.layouts, index.told_pairs, known)
+    return known
 
 
 def _unsound(index: SegmentIndex, units: Sequence[_Unit], shared: Sequence[Numbers]) -> Collection[int]:
@@ -84,10 +116,10 @@ def _unsound(index: SegmentIndex, units: Sequence[_Unit], shared: Sequence[Numbe
             digests = unit.digests.result()
         except ReadError:
             digests = b""
-        expected = unit.pieces.hashes
+        expected = index.places.hashes[unit.pieces.hashes]
         if digests == expected.tobytes():
             continue
-        there = np.frombuffer(digests, np.uint8).reshape(-1, _HASH_BYTES)
+        there = np.frombuffer(digests, np.uint8).reshape(-1, HASH_BYTES)
         sound = np.zeros(len(expected), bool)
         sound[: len(there)] = (there == expected[: len(there)]).all(axis=1)
         for owner in unit.pieces.owners[~sound].tolist():
@@ -99,10 +131,10 @@ def _alike(index: SegmentIndex) -> list[AlikeSteps]:
     """The steps, together where their documents are alike but for numbers that any step may have."""
     found: dict[int, AlikeSteps] = {}
     pairs, ids = index.pairs()
-    likeness, forms = Likeness(index), list(index.forms())
+    forms = list(index.forms())
     for kind, pair, step, form in zip(kinds_of(forms), ids, index.steps, forms, strict=True):
         if kind not in found:
-            tensors, like = len(pairs[pair][0].arrays), likeness.of(*form[:3])
+            tensors, like = len(pairs[pair][0].arrays), Likeness(index, *form[:3])
             found[kind] = AlikeSteps([], tensors, likeness=like, rest=index.rest(step))
         found[kind].steps.append(step)
     return list(found.values())
@@ -130,12 +162,14 @@ def _sorted(pieces: _Pieces) -> _Pieces:
     return _Pieces(pieces.ranges[order], pieces.hashes[order], pieces.owners[order])
 
 
-def _cut(pieces: _Pieces) -> Iterator[_Pieces]:
+def _cut(pieces: _Pieces, threads: int | None) -> Iterator[_Pieces]:
     ends = np.cumsum(pieces.ranges[:, 1] - pieces.ranges[:, 0])
+    # After each part a thread may have to wait for the interpreter: a few large ones.
+    unit = _UNIT_BYTES if threads is None else max(_UNIT_BYTES, -(-int(ends[-1]) // (2 * threads)))
     begin = 0
     while begin < len(ends):
         before = int(ends[begin - 1]) if begin else 0
-        end = bisect_left(ends, before + _UNIT_BYTES, begin, min(len(ends), begin + _UNIT_RANGES))
+        end = bisect_left(ends, before + unit, begin, min(len(ends), begin + _UNIT_RANGES))
         end = max(end, begin + 1)
         yield _Pieces(*(each[begin:end] for each in pieces))
         begin = end
@@ -146,27 +180,27 @@ def _uniform(
 ) -> Iterator[tuple[int, _Pieces]]:
     """The pieces of steps that are all alike, file by file."""
     everywhere = np.arange(times)
-    places: dict[tuple[int, bool], list[tuple[Place, int]]] = {}
+    places: dict[tuple[int, bool], list[tuple[int, int, int]]] = {}
     known: set[tuple[object, ...]] = set()
     for number, rows in _rows_of(index, plan, extents):
         place = index.places.of(number)
         nbytes = rows * place.row_bytes
         stored = 1 if place.constant else times
         _check(index, number, place, nbytes * stored, stored)
-        key = place.file, place.begin, place.constant, place.hashes, nbytes
+        first = index.places.firsts[number]
+        key = place.file, place.begin, place.constant, first, nbytes
         if key not in known:
             known.add(key)
-            places.setdefault((place.file, place.constant), []).append((place, nbytes))
+            places.setdefault((place.file, place.constant), []).append((place.begin, nbytes, first))
     for (file, constant), each in places.items():
         count = 1 if constant else times
-        begins = np.array([place.begin for place, _ in each], np.int64)[:, None]
-        sizes = np.array([nbytes for _, nbytes in each], np.int64)[:, None]
+        begins, sizes, numbers = np.array(each, np.int64).T[:, :, None]
         first = begins + sizes * np.arange(count)
-        hashes = b"".join(place.hashes[: _HASH_BYTES * count] for place, _ in each)
+        hashes = numbers + np.arange(count)
         if constant:
             shared.append(everywhere)
         owners = np.full(len(each), -len(shared)) if constant else np.tile(everywhere, len(each))
-        yield file, _pieces(first.reshape(-1), (first + sizes).reshape(-1), hashes, owners)
+        yield file, _pieces(first.reshape(-1), (first + sizes).reshape(-1), hashes.reshape(-1), owners)
 
 
 def _mixed(
@@ -201,7 +235,8 @@ def _mixed(
         # What has no elements may have rows of any size.
         _check(index, number, place, max(sum(counts.tolist()), 1) * place.row_bytes, len(counts))
         steps = distinct.number(positions)
-        key = place.file, place.begin, place.hashes, distinct.number(counts), steps
+        first = index.places.firsts[number]
+        key = place.file, place.begin, first, distinct.number(counts), steps
         if key in known:
             continue
         known.add(key)
@@ -211,7 +246,7 @@ def _mixed(
                 shared.append(positions)
             owners = np.full(len(counts), -1 - places[steps])
         ends = place.begin + np.cumsum(counts * place.row_bytes)
-        hashes = place.hashes[: _HASH_BYTES * len(counts)]
+        hashes = first + np.arange(len(counts))
         yield place.file, _pieces(ends - counts * place.row_bytes, ends, hashes, owners)
 
 
@@ -250,10 +285,9 @@ def _rows_of(index: SegmentIndex, plan: Plan, extents: Sequence[int]) -> Iterato
 def _check(index: SegmentIndex, number: int, place: Place, nbytes: int, hashes: int) -> None:
     if place.begin + nbytes > LARGEST:
         raise index.damaged(f"array {number} is larger than any file")
-    if len(place.hashes) < _HASH_BYTES * hashes:
+    if len(place.hashes) < HASH_BYTES * hashes:
         raise index.damaged(f"array {number} has too few hashes")
 
 
-def _pieces(begins: Numbers, ends: Numbers, hashes: bytes, owners: Numbers) -> _Pieces:
-    table = np.frombuffer(hashes, np.uint8).reshape(-1, _HASH_BYTES)
-    return _Pieces(np.stack((begins, ends), axis=1), table, owners)
+def _pieces(begins: Numbers, ends: Numbers, hashes: Numbers, owners: Numbers) -> _Pieces:
+    return _Pieces(np.stack((begins, ends), axis=1), hashes, owners)
