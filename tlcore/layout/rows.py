@@ -273,6 +273,7 @@ class CallRows:
         self._indices: dict[str, int] = {}
         # By row sets, which live as long as this.
         self._spans: dict[tuple[int, int], tuple[Span, ...]] = {}
+        self._placed: dict[tuple[int, bool, tuple[int, ...]], Placed] = {}
         try:
             for entry in document.get("call_rows") or ():
                 sets = tuple(map(_row_set, entry["sets"]))
@@ -319,10 +320,16 @@ class CallRows:
     def placed(self, record: Mapping[str, Any]) -> Placed:
         """The row set of a record's tensor, and how it lies there."""
         call, record = str(record["name"]).split("/")[1], presented(record)
-        if tuple(record["shape"]) in self._whole.get(call, ()):
+        shape = tuple(record["shape"])
+        if self._whole and shape in self._whole.get(call, ()):
             # Of this shape some tensor was stored whole where others have only the chosen rows.
             return Placed(None, 0, True)
-        return placed(record["shape"], is_whole_numbers(str(record["dtype"])), self.sets(call))
+        sets = self.sets(call)
+        key = id(sets), is_whole_numbers(str(record["dtype"])), shape
+        found = self._placed.get(key)
+        if found is None:
+            found = self._placed[key] = placed(shape, key[1], sets)
+        return found
 
 
 def _row_set(entry: Any) -> RowSet:

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable
+from operator import add, lt
 from typing import Any
 
 from tlcore.errors import ReadError
 
 from .compact import joined
+from .skeletons import Build, builder
 
 _LARGEST_CHANGED = 1 << 200
 # What the values of one step may consist of, all together: a list of few numbers can repeat a large value.
 _MOST_PARTS = 4_000_000
+# What is put together by what was made for it once: values of so many parts, of so many skeletons.
+_MOST_BUILT, _MOST_BUILDERS = 1 << 14, 1 << 12
 _PLAIN = frozenset((int, float, str, bool, type(None)))
 
 
@@ -27,6 +31,7 @@ class Changing:
         self._damaged = damaged
         self._lock = threading.Lock()
         self._sizes: dict[int, int] = {}
+        self._builders: dict[int, Build | None] = {}
         self._start()
 
     def _start(self) -> None:
@@ -66,6 +71,13 @@ class Changing:
     def _value(self, skeleton: Any, change: Any) -> Any:
         numbers = self._numbers(skeleton, change)
         try:
+            if skeleton not in self._builders:
+                small = self._size(skeleton) <= _MOST_BUILT and len(self._builders) < _MOST_BUILDERS
+                form = self._table("skeletons", skeleton)
+                self._builders[skeleton] = builder(form) if small else None
+            build = self._builders[skeleton]
+            if build is not None:
+                return build(numbers)
             return joined(self._table("skeletons", skeleton), iter(numbers))
         except RecursionError:
             raise self._damaged("a skeleton is nested too deep") from None
@@ -78,12 +90,15 @@ class Changing:
         changes = self._table("changes", change)
         if not isinstance(changes, list) or len(changes) % 2 or not set(map(type, changes)) <= {int}:
             raise self._damaged("a change makes no sense")
-        before = -1
-        for place, difference in zip(changes[::2], changes[1::2], strict=True):
-            if not before < place < len(last) or abs(last[place] + difference) > _LARGEST_CHANGED:
+        # Of a step's token ids all change: no bytecode is run for each of the numbers but to put it there.
+        places = changes[::2]
+        if places:
+            ascend = places[0] >= 0 and places[-1] < len(last) and all(map(lt, places, places[1:]))
+            found = list(map(add, map(last.__getitem__, places), changes[1::2])) if ascend else []
+            if not found or max(found) > _LARGEST_CHANGED or min(found) < -_LARGEST_CHANGED:
                 raise self._damaged("a change of what is not there")
-            last[place] += difference
-            before = place
+            for place, number in zip(places, found, strict=True):
+                last[place] = number
         return last
 
 

@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from ...errors import ReadError
 from ...layout.windows import window_of
+from ..lasting import lasting_objects
 from .items import Items, Per, items_of
 from .order import Order, Plan
 from .reading import AllRows, Batch, Bytes, Maps, Rows, new_tensor
@@ -377,5 +378,6 @@ def make_dataset(
         window = window_of(rows)
     except ValueError as error:
         raise ReadError(f"{run.url}: rows={rows!r}: {error}") from None
-    table = Table(run, asked)
+    with lasting_objects():
+        table = Table(run, asked)
     return RowDataset([(table, items_of(table, window, per, context))], per, context)
