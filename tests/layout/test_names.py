@@ -70,3 +70,10 @@ def test_a_name_longer_than_a_file_system_allows_is_cut_but_stays_its_own() -> N
     one, other = names.safe("x" * 400), names.safe("x" * 401)
     assert one != other
     assert len(names.stem("inputs", ["y" * 190, "z" * 190], "cpu", 0)) <= 200
+
+
+def test_numbers_for_people_are_short_however_many() -> None:
+    assert names.shown_numbers([]) == "none"
+    assert names.shown_numbers([0, 1, 4, 6, 7, 8]) == "0, 1, 4, 6-8"
+    assert names.shown_numbers(range(1_000_000)) == "0-999999"
+    assert names.shown_numbers(range(0, 100, 2), most=3) == "0, 2, 4, ..."

@@ -49,7 +49,7 @@ class Batch:
     memory: Sequence[Chunk] = ()
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class StepEnd:
     """A step's end: everything that is not in its batches.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from urllib.parse import unquote
 
 PathKey = int | str
@@ -119,3 +119,18 @@ def unique(name: str, taken: set[str], mark: str = "~") -> str:
 def printable(text: str) -> str:
     """``text`` with control characters escaped, so that stored names cannot steer a terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def shown_numbers(numbers: Iterable[int], most: int = 8) -> str:
+    """``0-99, 120, 122``: ascending numbers for people; of more than ``most`` runs only the first ones."""
+    runs: list[tuple[int, int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][1] + 1:
+            runs[-1] = runs[-1][0], number
+        else:
+            runs.append((number, number))
+    shown = [
+        f"{first}-{last}" if last - first > 1 else ", ".join(map(str, range(first, last + 1)))
+        for first, last in runs[:most]
+    ]
+    return ", ".join(shown + ["..."] * (len(runs) > most)) or "none"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
@@ -10,7 +11,7 @@ from weakref import WeakValueDictionary
 
 from ..errors import MissingError, ReadError, VerifyError, missing
 from ..layout.directions import PATTERN
-from ..layout.names import rank_suffix
+from ..layout.names import rank_suffix, shown_numbers
 from ..layout.row_scale import is_scaled, restored
 from ..layout.run_files import RUN_FILE, RunFiles
 from ..ledger import Counts
@@ -65,6 +66,8 @@ class Run(Mapping[int, Step]):
         # A step that nobody looks at any more is let go, however many there are.
         self._opened: WeakValueDictionary[int, Step] = WeakValueDictionary()
         self.document = document
+        # One thread after the other: a listing that was begun earlier must not replace a later one.
+        self._refreshing = threading.RLock()
 
     @property
     def url(self) -> str:
@@ -124,9 +127,15 @@ class Run(Mapping[int, Step]):
         names = self.stored.files.top if self.world_size > 1 else ()
         return frozenset(int(found[1]) for name in names if (found := _CLOSE_MARKER.fullmatch(name)))
 
-    @cached_property
+    @property
     def _whole(self) -> dict[int, bool]:
         """Whether each step found is committed by every rank that took part in it, in order."""
+        with self._refreshing:
+            # What a thread found must not come after what another one saw in the run since.
+            return self._whole_now
+
+    @cached_property
+    def _whole_now(self) -> dict[int, bool]:
         # Mostly the same ranks have every step.
         known: dict[StepRanks, bool] = {}
         for _, ranks in (steps := self.stored.all_ranks()):
@@ -195,8 +204,7 @@ class Run(Mapping[int, Step]):
     def _open(self, number: int) -> Step:
         ranks = self.stored.step_ranks(number) if type(number) is int else None
         if ranks is None:
-            held = ", ".join(map(str, self._whole)) or "none"
-            raise MissingError(f"{self.url}: no step {number!r}; it has {held}")
+            raise MissingError(f"{self.url}: no step {number!r}; it has {shown_numbers(self._whole)}")
         return Step(self.stored, number, sorted(ranks.committed), self._is_whole(ranks), self.ranks)
 
     def tensor(self, name: str, unshard: bool = False, dtype: Wanted = None) -> torch.Tensor:
@@ -314,12 +322,13 @@ class Run(Mapping[int, Step]):
 
     def refresh(self) -> None:
         """See what was committed since the run was opened; steps that are held stay as they are."""
-        if not self.is_foreign:
-            self.document = run_document(self.stored.store)
-        self.stored.refresh()
-        self._opened.clear()
-        for name in ("state", "ledger", "requests", "_closed", "_whole", "_channels"):
-            self.__dict__.pop(name, None)
+        with self._refreshing:
+            if not self.is_foreign:
+                self.document = run_document(self.stored.store)
+            self.stored.refresh()
+            self._opened.clear()
+            for name in ("state", "ledger", "requests", "_closed", "_whole_now", "_channels"):
+                self.__dict__.pop(name, None)
 
     def verify(self, on_tensor: Callable[[], None] = lambda: None) -> int:
         """Check every committed tensor and structure; returns how many tensors are sound.

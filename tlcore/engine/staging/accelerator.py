@@ -137,7 +137,15 @@ def device_name(device: torch.device) -> str:
 
 def recording() -> bool:
     """Whether the current stream's work is being recorded into a graph instead of done."""
-    kinds = {"cuda"}
-    if hasattr(torch, "accelerator") and (current := torch.accelerator.current_accelerator()) is not None:
-        kinds.add(current.type)
-    return any(found.recording() for kind in kinds if (found := accelerator_of(kind)) is not None)
+    for kind in _kinds():
+        found = accelerator_of(kind)
+        if found is not None and found.recording():
+            return True
+    return False
+
+
+@cache
+def _kinds() -> tuple[str, ...]:
+    """The device types whose work may be recorded. Those of a build of torch stay the same."""
+    current = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
+    return ("cuda",) if current is None or current.type == "cuda" else ("cuda", current.type)
