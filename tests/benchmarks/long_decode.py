@@ -52,7 +52,7 @@ def _calls(scale: Scale) -> list[Row]:
             "",
             f"{calls.total()} calls, {writes} of them writes; {files} files",
         ),
-        Row(f"of these, other than writes of at most 256 KiB, {what}", others, None),
+        Row(f"of these, other than writes, {what}", others, None),
     ]
 
 

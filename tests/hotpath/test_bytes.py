@@ -93,7 +93,7 @@ def test_what_is_no_memory_or_not_of_one_length_is_refused(half: Half) -> None:
 
 def test_writing_takes_any_number_of_parts_of_any_size(half: Half, tmp_path: Path) -> None:
     parts: list[Any] = [bytes([number % 251]) * (number % 7) for number in range(5000)]
-    parts += [os.urandom((3 << 20) + 1), b"", memoryview(bytearray(b"end"))]
+    parts += [os.urandom((9 << 20) + 1), b"", memoryview(bytearray(b"end"))]
     with (tmp_path / "file").open("wb") as file:
         assert half("write_all")(file.fileno(), parts) == sum(len(part) for part in parts)
         assert half("write_all")(file.fileno(), []) == 0

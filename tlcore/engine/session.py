@@ -184,7 +184,9 @@ class Session:
             self._sink, self._pool, self.run.ledger, self.run.rank, self._examination, self._documents.close,
             gather_channels(self.run) if self._channels else None,
         )  # fmt: skip
-        self._pipeline = (InlineExecutor if self._inline else ThreadExecutor)(self._processor)
+        self._pipeline = (
+            InlineExecutor(self._processor) if self._inline else ThreadExecutor(self._processor, self._pool)
+        )
 
     @property
     def tree(self) -> ModuleTree | None:

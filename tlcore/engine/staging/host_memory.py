@@ -11,6 +11,7 @@ import contextlib
 import mmap
 import threading
 import time
+from collections.abc import Callable
 
 import torch
 
@@ -81,13 +82,15 @@ class HostPool:
     """Chunks bounded in bytes; waiting for one is what slows a model that outruns its storage.
 
     ``pinned`` says of which kind new chunks are, ``waited`` for how many seconds anybody had to wait.
+    ``on_wait`` is called when somebody begins to.
     """
 
     def __init__(self, limit: int, on_full: str) -> None:
         self.limit = limit
         self.pinned = False
         self.waited = 0.0
-        self._drop_at_once = on_full == "drop"
+        self.on_wait: Callable[[], object] = lambda: None
+        self.drops = on_full == "drop"
         self._free: list[Chunk] = []
         self._allocated = 0
         self._in_flight = 0
@@ -110,9 +113,10 @@ class HostPool:
             while True:
                 chunk = self._take(nbytes, size)
                 waited = time.monotonic() - begin
-                if chunk is not None or self._drop_at_once or waited >= wait_s:
+                if chunk is not None or self.drops or waited >= wait_s:
                     self.waited += waited
                     break
+                self.on_wait()
                 self._changed.wait(wait_s - waited)
         if chunk is not None:
             chunk.clear()
