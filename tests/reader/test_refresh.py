@@ -14,6 +14,7 @@ import tlcore
 from tests.waiting import join
 from tlcore.errors import MissingError
 from tlcore_backends.safetensors import segment_source
+from tlcore_backends.safetensors.listing import list_segments
 
 
 def test_a_listing_begun_earlier_does_not_replace_a_later_one(
@@ -31,10 +32,9 @@ def test_a_listing_begun_earlier_does_not_replace_a_later_one(
         run = tlcore.open_run(running.url)
         assert run.steps == [0]
         listed, go_on = threading.Event(), threading.Event()
-        find = segment_source.list_segments
 
         def slow(*arguments: Any) -> Any:
-            found = find(*arguments)
+            found = list_segments(*arguments)
             if not listed.is_set():
                 listed.set()
                 assert go_on.wait(60)
