@@ -91,10 +91,14 @@ def requests_run(
 
 
 def ranks_run(
-    path: Path, tensors: Sequence[Mapping[str, torch.Tensor]], sharded: Mapping[str, Any], backend: str = "pt"
+    path: Path,
+    tensors: Sequence[Mapping[str, torch.Tensor]],
+    sharded: Mapping[str, Any],
+    backend: str = "pt",
+    **keys: Any,
 ) -> Run:
     """A run of one step in which each rank captures its own tensors; ``sharded`` is for ``step.json``."""
-    config = load_config(output_dir=str(path), backend=backend, module_call_match=".")
+    config = load_config(output_dir=str(path), backend=backend, module_call_match=".", **keys)
     size, run_id = len(tensors), new_run_id()
     url = ""
     for rank, own in enumerate(tensors):

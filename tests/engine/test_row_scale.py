@@ -21,6 +21,7 @@ import tlcore
 from tests.engine.samples import LAYER, PROMPTS, generated, llama, padded
 from tests.engine.test_store_dtype import Body, Mixed, captured
 from tests.layout.test_run_schemas import SHARED, STEP
+from tests.ranked import ranks_run
 from tests.reading import command
 from tlcore.engine.staging.conversion import converted
 from tlcore.errors import ReadError
@@ -105,6 +106,21 @@ def test_rows_that_are_odd(dtype: torch.dtype) -> None:
     for row in range(len(rows)):
         alone = converted(values[row : row + 1], torch.int8)
         assert torch.equal(alone, converted(values, torch.int8)[row : row + 1])
+
+
+@pytest.mark.parametrize("default", [torch.bfloat16, torch.float64])
+def test_the_default_dtype_does_not_matter(default: torch.dtype) -> None:
+    values = torch.randn(6, 40)
+    values[1, 2], values[2, 3], values[3] = math.nan, -math.inf, torch.finfo(torch.float32).max
+    packed = converted(values, torch.int8)
+    found, before = restored(packed, "float32"), torch.get_default_dtype()
+    torch.set_default_dtype(default)
+    try:
+        assert torch.equal(converted(values, torch.int8), packed)
+        again = restored(packed, "float32")
+    finally:
+        torch.set_default_dtype(before)
+    assert again.dtype == torch.float32 and torch.equal(again.nan_to_num(7), found.nan_to_num(7))
 
 
 def test_beyond_float32_it_becomes_the_largest_that_there_is() -> None:
@@ -269,6 +285,33 @@ def test_statistics_at_capture_are_of_the_values(tmp_path: Path) -> None:
             assert math.isclose(found.std or 0, expected.std or 1)
         finite = captured(tmp_path, module, x.nan_to_num(0, 0, 0), **keys)
         assert (finite.ledger.stored == 0) == (condition is not None)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_parts_that_ranks_hold_are_joined_as_values(backend: str, tmp_path: Path) -> None:
+    values = torch.randn(4, 24)
+    side = {"cut": {"outputs": {"*": {"dim": -1}}}, "added": {"outputs": {"*": {"sum": True}}}}
+    ranks = [{"cut": values[:, :12], "added": values}, {"cut": values[:, 12:], "added": values * 2}]
+    run = ranks_run(tmp_path, ranks, side, backend, **INT8)
+    assert run.verify() == run.ledger.stored
+    step, bound = run.step(0), values.abs().amax() / 100
+    for name, expected in (("cut", values), ("added", values * 3)):
+        joined = step.tensor(f"step_0/{name}/outputs", unshard=True)
+        assert joined.dtype == torch.float32 and (joined - expected).abs().max() < 3 * bound
+        streamed = step.payload(f"step_0/{name}/outputs", unshard=True)
+        assert torch.equal(streamed.read(0, expected.numel()).view(expected.shape), joined)
+    wholes = {each["module"]: each for each in step.wholes if each["direction"] == "outputs"}
+    assert (wholes["cut"]["dtype"], wholes["cut"]["shape"]) == ("float32", [4, 24])
+
+
+def test_a_stream_gives_values_from_anywhere(tmp_path: Path) -> None:
+    x = torch.randn(3, 5, 70_000)
+    run = captured(tmp_path, nn.Sequential(nn.Identity()), x, **INT8)
+    stream, flat = run.step(0).payload("step_0/0/outputs"), run.tensor("step_0/0/outputs").flatten()
+    assert (stream.dtype, stream.shape) == (torch.float32, (3, 5, 70_000))
+    for begin, end in ((0, 10), (69_999, 70_001), (0, 0), (1_049_999, 1_050_000), (139_000, 400_000)):
+        assert torch.equal(stream.read(begin, end), flat[begin:end])
+    stream.close()
 
 
 def test_what_is_damaged_is_told(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ MODULES = [r"layers\.\d+$", r"model\.norm$"]
 WAYS: dict[str, dict[str, Any]] = {
     "plain": {},
     "converted": {"store_dtype": "bfloat16"},
+    "packed": {"store_dtype": "int8", "rows": {"from": -2}},
     "channels": {"capture": "channels", "rows": "response"},
 }
 

@@ -43,9 +43,10 @@ def _pack(rows: torch.Tensor, into: torch.Tensor) -> None:
     finite = values.isfinite()
     size = torch.where(finite, values, 0).abs().amax(-1, keepdim=True)
     plain = finite.all(-1, keepdim=True)
-    steps = torch.where(plain, _MOST, _MOST - 1)
-    largest = torch.where(plain, _LARGEST, 2 * _LARGEST)
-    bits = (size / steps).clamp(min=_SMALLEST).minimum(largest.to(exact)).to(torch.float32).view(torch.int32)
+    # Made of tensors: of two numbers alone torch would make the default dtype, which may be any.
+    steps = _MOST - 1 + plain.to(exact)
+    largest = _LARGEST * (2 - plain.to(exact))
+    bits = (size / steps).clamp(min=_SMALLEST).minimum(largest).to(torch.float32).view(torch.int32)
     # Rounded up, to what a NaN can carry.
     bits = torch.where(plain, bits, ((bits + (1 << CUT) - 1) >> CUT) << CUT)
     steps_of = (values / bits.view(torch.float32)).round().clamp(-steps, steps)
