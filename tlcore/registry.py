@@ -218,7 +218,8 @@ def recognise(store: Store) -> tuple[Json | None, list[str]]:
         source: Any = _import_target(target)
         found = source.recognise(files)
         if isinstance(found, str):
-            near.append(found)
+            # Two formats may say the same of a damaged file.
+            near += [] if found in near else [found]
         elif found is not None:
             return {**found, "backend": name}, near
     return None, near

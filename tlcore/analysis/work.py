@@ -20,7 +20,7 @@ from ..reader.tensor_stream import SMALL, in_memory, open_together
 from ..record import Json
 from .details import Details, DetailSums
 from .experts import IN_ANOTHER_ORDER, in_order_of, other_experts
-from .matching.pairs import Located, Pair, Piece, key_name
+from .matching.pairs import Columns, Located, Pair, Piece, key_name
 from .measure import CHUNK, EXACT, Sums, Tolerance
 from .results import Status, TensorResult
 from .rulebook import Rule, Rulebook
@@ -93,7 +93,7 @@ def _ready(task: Task, side: int, pairs: Sequence[Pair]) -> Ready:
     records = {
         (source.step, name): record
         for source in sources
-        if not source.unshard and source.by is None
+        if not source.unshard and source.by is None and source.columns is None
         for name, record in zip(source.names, source.records, strict=True)
         if record["bytes"] <= SMALL
     }
@@ -133,6 +133,8 @@ class Operand:
         for name in source.names:
             if source.by is not None:
                 payload = in_memory(self._by_experts(step, name, source, axis))
+            elif source.columns is not None:
+                payload = in_memory(_columns(step.tensor(name, source.unshard), source.columns, axis))
             elif axis > 1:
                 payload = in_memory(as_rows(step.tensor(name, source.unshard), axis))
             else:
@@ -187,6 +189,15 @@ class Operand:
         if not self.shape or end > self.shape[0]:
             raise ReadError(f"rows {begin} to {end} are not in a tensor of shape {self.shape}")
         return begin * prod(self.shape[1:]), (end - begin, *self.shape[1:])
+
+
+def _columns(tensor: torch.Tensor, columns: Columns, axis: int) -> torch.Tensor:
+    """Some columns of a fused projection's result."""
+    begin, end, total = columns
+    if tensor.shape[-1] != total:
+        raise ReadError(f"a fused result of shape {list(tensor.shape)} has other parts than {total} columns")
+    found = tensor[..., begin:end].contiguous()
+    return as_rows(found, axis) if axis > 1 else found
 
 
 def chunks(x: Operand, y: Operand, pieces: tuple[Piece, Piece], add: Callable[..., None]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from ..storage import Store
 from .documents import FOREIGN
 from .opening import open_file
 
+log = logging.getLogger("tlcore")
 _NO_ID = re.compile(r"[^A-Za-z0-9_\-=+@.]+")
 _IS_FILE = re.compile(r"\.[A-Za-z][A-Za-z0-9]*\Z")
 
@@ -35,7 +37,7 @@ def open_foreign(
     """
     text = os.fspath(path)
     if store is None:
-        return _recognised(open_file(Path(text).expanduser()))
+        store = open_file(Path(text).expanduser())
     found, near = _recognised(store)
     if found is None and is_url(text) and _IS_FILE.search(text.rpartition("/")[2]):
         try:
@@ -43,6 +45,11 @@ def open_foreign(
         except (BackendError, MissingError):
             more = []
         near += more
+    if found is not None and near:
+        # Whoever took it for that tool's dump should not miss that it is read as another.
+        kind = found[1]["backend"]
+        shown = "plain tensors" if kind == "plain" else f"a dump of {kind}"
+        log.warning("%s is read as %s, but nearly is another: %s", redact_url(text), shown, "; ".join(near))
     return found, near
 
 

@@ -13,12 +13,11 @@ import numpy as np
 
 from tlcore.errors import ReadError
 from tlcore.layout.checks import is_shape
-from tlcore.layout.run_files import RunFiles
 from tlcore.record import Json
 from tlcore.storage import Buffer
 
 from .documents import Found
-from .files import DumpFiles, Readable, read_at
+from .files import DumpFiles, Readable, read_at, shown_path
 
 _NAMES = {
     "?": "bool",
@@ -85,16 +84,16 @@ def _header(stream: Any) -> tuple[np.dtype[Any], bool, tuple[int, ...]]:
 def describe_npy(files: Readable, file: str, module: str) -> Found:
     """The array of an ``.npy`` file as a module's output. Raises ReadError."""
     head = files.read(file, 0, _LARGEST_HEADER + 16)
-    header = ArrayHeader(io.BytesIO(head), f"{files.url}/{file}")
+    header = ArrayHeader(io.BytesIO(head), f"{shown_path(files, file)}")
     place: Json = {"file": file, "at": header.size} if header.direct else {"npy": file, "skip": header.size}
     return _found(module, header, place)
 
 
-def describe_npz(files: RunFiles, file: str) -> Iterator[tuple[str, Found]]:
+def describe_npz(files: DumpFiles, file: str) -> Iterator[tuple[str, Found]]:
     """Each array of an ``.npz`` file with its name. Raises ReadError."""
     with _archive(files, file) as archive:
         for member in archive.infolist():
-            where = f"{files.url}/{file}: {member.filename!r}"
+            where = f"{shown_path(files, file)}: {member.filename!r}"
             try:
                 with archive.open(member) as stream:
                     header = ArrayHeader(stream, where)
@@ -116,7 +115,7 @@ def read_npy(files: Readable, record: Any) -> Buffer:
     if "at" in place:
         return read_at(files, record)
     data = files.read(place["npy"], 0, place["skip"] + size)
-    return _in_order(io.BytesIO(data), size, f"{files.url}/{place['npy']}")
+    return _in_order(io.BytesIO(data), size, f"{shown_path(files, place['npy'])}")
 
 
 def read_array(files: DumpFiles, record: Any) -> Buffer:
@@ -125,7 +124,7 @@ def read_array(files: DumpFiles, record: Any) -> Buffer:
     size = int(record["bytes"])
     if "npy" in place:
         return read_npy(files, record)
-    where = f"{files.url}/{place['npz']}: {place['member']!r}"
+    where = f"{shown_path(files, place['npz'])}: {place['member']!r}"
     try:
         with _archive(files, place["npz"]) as archive, archive.open(place["member"]) as stream:
             return _in_order(stream, size, where)
@@ -147,12 +146,12 @@ def _in_order(stream: Any, size: int, where: str) -> Buffer:
     return native.reshape(-1).view(np.uint8).data
 
 
-def _archive(files: RunFiles, file: str) -> zipfile.ZipFile:
+def _archive(files: DumpFiles, file: str) -> zipfile.ZipFile:
     opened = files.open(file) or io.BytesIO(files.read(file))
     try:
         return zipfile.ZipFile(opened)
     except (zipfile.BadZipFile, OSError) as error:
-        raise ReadError(f"{files.url}/{file}: not an .npz file ({error})") from None
+        raise ReadError(f"{shown_path(files, file)}: not an .npz file ({error})") from None
 
 
 def _found(module: str, header: ArrayHeader, place: Json) -> Found:

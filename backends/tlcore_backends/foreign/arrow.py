@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from tlcore.errors import ReadError
 
-from .files import DumpFiles
+from .files import DumpFiles, shown_path
 
 _CONTINUES = 0xFFFFFFFF
 _LARGEST_MESSAGE = 64 << 20
@@ -62,9 +62,11 @@ def read_stream(files: DumpFiles, file: str, size: int) -> tuple[list[Column], l
             elif kind == _BATCH:
                 batches.append(_rows(table, columns, body, size))
     except (struct.error, IndexError, ValueError, UnicodeDecodeError) as error:
-        raise ReadError(f"{files.url}/{file}: not an Arrow stream that can be read ({error})") from None
+        raise ReadError(
+            f"{shown_path(files, file)}: not an Arrow stream that can be read ({error})"
+        ) from None
     if not columns:
-        raise ReadError(f"{files.url}/{file}: not an Arrow stream, it has no schema")
+        raise ReadError(f"{shown_path(files, file)}: not an Arrow stream, it has no schema")
     return [each.column for each in columns], batches
 
 

@@ -26,6 +26,12 @@ from ..safetensors.remains import DTYPES
 FIRST, _FIRST_HERE = 64 << 10, 4 << 10
 _LEAST_OWN = 16 << 10
 _LARGEST_HEADER = 100 << 20
+_DTYPES = {
+    **DTYPES,
+    "F8_E8M0": "float8_e8m0fnu",
+    "F8_E4M3FNUZ": "float8_e4m3fnuz",
+    "F8_E5M2FNUZ": "float8_e5m2fnuz",
+}
 
 
 class Handle:
@@ -162,6 +168,11 @@ class StoredAt(NamedTuple):
         return found if self.strides is None else {**found, "strides": list(self.strides)}
 
 
+def shown_path(files: Readable, file: str) -> str:
+    """A file's path or URL; one that was opened alone has no other name below it."""
+    return files.url if files.url.endswith(f"/{file}") else f"{files.url}/{file}"
+
+
 def read_at(files: Readable, record: Mapping[str, Any]) -> Buffer:
     """The values of a record whose place is a `StoredAt`. Raises ReadError where the file is too short."""
     place, shape = record["place"], tuple(record["shape"])
@@ -197,7 +208,7 @@ def _one_piece(files: Readable, file: str, begin: int, size: int) -> Buffer:
         while done < size and (more := os.preadv(handle.number, (data[done:],), begin + done)):
             done += more
     except (OSError, MemoryError) as error:
-        raise ReadError(f"{files.url}/{file}: {error}") from error
+        raise ReadError(f"{shown_path(files, file)}: {error}") from error
     if done != size:
         raise ReadError(f"{file}: ends too early, {size - done} bytes are missing")
     return data
@@ -210,7 +221,7 @@ def _span(files: Readable, file: str, begin: int, size: int) -> Any:
     try:
         return _whole(handle.mapped()[begin : begin + size], size, file)
     except OSError as error:
-        raise ReadError(f"{files.url}/{file}: {error}") from error
+        raise ReadError(f"{shown_path(files, file)}: {error}") from error
 
 
 def _whole(data: _Bytes, size: int, file: str) -> _Bytes:
@@ -222,13 +233,13 @@ def _whole(data: _Bytes, size: int, file: str) -> _Bytes:
 def safetensors_in(files: DumpFiles, file: str) -> tuple[dict[str, StoredAt], dict[str, str]]:
     """The tensors of a safetensors file by name, in the order of its bytes, and its metadata.
 
-    Raises ReadError for a file that is none.
+    One of a dtype that torch does not have has that of the file. Raises ReadError for a file that is none.
     """
     return once(files, file, lambda: _safetensors_in(files, file))
 
 
 def _safetensors_in(files: DumpFiles, file: str) -> tuple[dict[str, StoredAt], dict[str, str]]:
-    where = f"{files.url}/{file}"
+    where = shown_path(files, file)
     head = files.read(file, 0, files.first)
     if len(head) < 8:
         raise ReadError(f"{where}: not a safetensors file, it is too short")
@@ -254,12 +265,11 @@ def _safetensors_in(files: DumpFiles, file: str) -> tuple[dict[str, StoredAt], d
 
 def _described(file: str, begin: int, entry: Json) -> StoredAt:
     shape, (start, end) = entry["shape"], entry["data_offsets"]
-    dtype = DTYPES.get(entry["dtype"])
-    if not is_shape(shape) or type(start) is not int or start < 0:
+    dtype = _DTYPES.get(entry["dtype"], str(entry["dtype"]))
+    if not is_shape(shape) or type(start) is not int or start < 0 or type(end) is not int:
         raise ValueError("a shape or offset makes no sense")
-    if dtype is None:
-        raise ValueError(f"there is no dtype {entry['dtype']!r} here")
-    if end - start != prod(shape) * (item_size(dtype) or 0):
+    width = item_size(dtype)
+    if width is not None and end - start != prod(shape) * width:
         raise ValueError("an offset is not that of its shape")
     return StoredAt(file, begin + start, dtype, tuple(shape))
 

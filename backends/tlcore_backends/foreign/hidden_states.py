@@ -12,7 +12,7 @@ from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .documents import Found
-from .files import DumpFiles, StoredAt, safetensors_in
+from .files import DumpFiles, StoredAt, safetensors_in, shown_path
 from .source import ONE_RANK, ForeignSource
 
 _SUFFIX = ".safetensors"
@@ -103,11 +103,15 @@ class HiddenStates(ForeignSource):
         name = self._requests[step]
         tensors = safetensors_in(self.files, name)[0]
         if tensors.keys() != _KEYS:
-            raise ReadError(f"{self.files.url}/{name}: has {', '.join(tensors)}, not {', '.join(_KEYS)}")
+            raise ReadError(
+                f"{shown_path(self.files, name)}: has {', '.join(tensors)}, not {', '.join(_KEYS)}"
+            )
         states, tokens = tensors["hidden_states"], tensors["token_ids"]
         if len(tokens.shape) != 1 or len(states.shape) not in (2, 3) or states.shape[0] != tokens.shape[0]:
             shapes = f"{list(states.shape)} and {list(tokens.shape)}"
-            raise ReadError(f"{self.files.url}/{name}: hidden states and tokens do not fit: {shapes}")
+            raise ReadError(f"{shown_path(self.files, name)}: hidden states and tokens do not fit: {shapes}")
+        if item_size(states.dtype) is None:
+            raise ReadError(f"{shown_path(self.files, name)}: there is no dtype {states.dtype} here")
         return states, tokens
 
 

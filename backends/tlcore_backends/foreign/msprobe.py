@@ -17,7 +17,7 @@ from tlcore.record import Json
 
 from .arrays import describe_npy, read_npy
 from .documents import Found
-from .files import DumpFiles
+from .files import DumpFiles, shown_path
 from .pickled import TensorAt, plain
 from .source import ForeignSource, as_told
 from .torch_files import torch_file
@@ -59,8 +59,7 @@ class Msprobe(ForeignSource):
         if isinstance(places, str):
             return places
         if not places:
-            beside = [each for each in _BESIDE if each in files.top or each in files.directories]
-            return f"has {', '.join(beside)} of msprobe, but no {_DUMP}" if len(beside) > 1 else None
+            return _lacking(files)
         first = next(iter(places.values()))
         document = _document(files, f"{first}{_DUMP}")
         if not isinstance(document, dict) or not {"task", "level", "data"} <= document.keys():
@@ -115,10 +114,10 @@ class Msprobe(ForeignSource):
             file = torch_file(self.files, name, self.files.files_in(name.rpartition("/")[0])[name])
             value = plain(file.value)
             if not isinstance(value, TensorAt):
-                raise ReadError(f"{self.files.url}/{name}: holds no plain tensor")
+                raise ReadError(f"{shown_path(self.files, name)}: holds no plain tensor")
             at = file.at(value)
             found = Found("", "", (), at.dtype, at.shape, at.place())
-        return as_told(record, found, f"{self.files.url}/{name}", f"{_DUMP} says")
+        return as_told(record, found, f"{shown_path(self.files, name)}", f"{_DUMP} says")
 
     def whole(self, record: Mapping[str, Any]) -> Buffer:
         """All bytes of a tensor whose record is `located`."""
@@ -212,10 +211,28 @@ def _places(files: DumpFiles) -> dict[tuple[int, int], str] | str:
     return found
 
 
+def _lacking(files: DumpFiles) -> str | None:
+    """What is missing where the rest of a dump is there, or where a dump of a step and rank would be."""
+    beside = [each for each in _BESIDE if each in files.top or each in files.directories]
+    if len(beside) > 1:
+        return f"has {', '.join(beside)} of msprobe, but no {_DUMP}"
+    steps = [name for name in files.directories if _STEP.fullmatch(name)]
+    for directory in steps[:1] or [""]:
+        below = files.directories_in(directory) if directory else files.directories
+        process = next((name for name in below if _PROCESS.fullmatch(name.rpartition("/")[2])), None)
+        if process is not None and (_TREE in _own(files, process) or _BESIDE[1] in _own(files, process)):
+            return f"has {process} of msprobe, but no {_DUMP} in it"
+    return None
+
+
+def _own(files: DumpFiles, directory: str) -> set[str]:
+    return {name.rpartition("/")[2] for name in files.files_in(directory)}
+
+
 def _document(files: DumpFiles, name: str) -> Any:
     """A JSON file in which statistics may be no numbers."""
     data = files.read(name, 0, LARGEST_JSON + 1)
-    return parse(_NO_NUMBER.sub(b"null", data), f"{files.url}/{name}")
+    return parse(_NO_NUMBER.sub(b"null", data), f"{shown_path(files, name)}")
 
 
 def _entry(key: str, held: Json) -> _Entry:

@@ -15,7 +15,7 @@ from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .documents import Found, in_model_order
-from .files import DumpFiles
+from .files import DumpFiles, shown_path
 from .plain import described
 from .source import ONE_RANK, ForeignSource
 from .torch_files import torch_file
@@ -73,7 +73,7 @@ class NeuronCapture(ForeignSource):
         document: Any = self.files.json(_METADATA)
         held = document.get("tensors") if isinstance(document, dict) else None
         if not isinstance(held, dict) or not all(isinstance(each, dict) for each in held.values()):
-            raise ReadError(f"{self.files.url}/{_METADATA}: damaged, it lists no tensors")
+            raise ReadError(f"{shown_path(self.files, _METADATA)}: damaged, it lists no tensors")
         return {name.rpartition("/")[2]: each for name, each in held.items()}
 
     @cached_property

@@ -8,13 +8,14 @@ from functools import cached_property
 from typing import Any
 
 from tlcore.errors import ReadError
+from tlcore.layout.dtypes import item_size
 from tlcore.layout.names import PathKey
 from tlcore.protocols import Buffer, StepRanks
 from tlcore.record import Json
 
 from .arrays import describe_npy, describe_npz, read_array
 from .documents import Found, in_model_order
-from .files import DumpFiles, read_at, safetensors_in
+from .files import DumpFiles, StoredAt, read_at, safetensors_in
 from .pickled import TensorAt, Unknown
 from .source import ONE_RANK, ForeignSource
 from .torch_files import TorchFile, torch_file
@@ -101,9 +102,7 @@ class _Contents:
         files, name = self._files, self._name
         if name.endswith(".safetensors"):
             tensors = safetensors_in(files, name)[0].items()
-            yield from in_model_order(
-                located(key, (), Found("", "", (), at.dtype, at.shape, at.place())) for key, at in tensors
-            )
+            yield from in_model_order(located(key, (), _stored(at)) for key, at in tensors)
         elif name.endswith(".npy"):
             yield describe_npy(files, name, _stem(name))
         elif name.endswith(".npz"):
@@ -111,6 +110,12 @@ class _Contents:
                 yield located(key, (), each)
         else:
             yield from torch_tensors(torch_file(files, name, files.top[name]), _stem(name))
+
+
+def _stored(at: StoredAt) -> Found:
+    if item_size(at.dtype) is None:
+        return Found("", "", (), skipped=f"there is no dtype {at.dtype} here")
+    return Found("", "", (), at.dtype, at.shape, at.place())
 
 
 def torch_tensors(file: TorchFile, alone: str) -> Iterator[Found]:

@@ -17,7 +17,7 @@ from tlcore.record import Json
 
 from .arrays import describe_npy, read_npy
 from .documents import Found
-from .files import DumpFiles
+from .files import DumpFiles, shown_path
 from .plain import described
 from .source import ONE_RANK, ForeignSource
 from .torch_files import torch_file
@@ -52,7 +52,7 @@ class Polygraphy(ForeignSource):
         if len(found) > 1:
             return f"holds several results of Polygraphy ({', '.join(found)}): open one of them"
         if not found:
-            others = [f"{name}: is a {kind} of Polygraphy, not RunResults" for name, kind in kinds.items()]
+            others = [f"{name}: is {kind} of Polygraphy, not RunResults" for name, kind in kinds.items()]
             return others[0] if others else None
         return {"world_size": 1, "file": found[0]}
 
@@ -79,7 +79,7 @@ class Polygraphy(ForeignSource):
 
     @property
     def _where(self) -> str:
-        return f"{self.files.url}/{self._file}"
+        return f"{shown_path(self.files, self._file)}"
 
     @property
     def steps(self) -> Mapping[int, StepRanks]:
@@ -181,7 +181,7 @@ def _outline(files: DumpFiles, name: str) -> bytes:
         with opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
             return _without_arrays(mapped)
     if files.top[name] > _LARGEST_REMOTE:
-        raise ReadError(f"{files.url}/{name}: too large to be read from there, copy it to a disk")
+        raise ReadError(f"{shown_path(files, name)}: too large to be read from there, copy it to a disk")
     return _without_arrays(files.read(name))
 
 

@@ -19,7 +19,7 @@ from tlcore.record import Json
 
 from .arrow import Column, ColumnAt, Rows, Span, read_stream
 from .documents import Found, step_document
-from .files import DumpFiles, StoredAt
+from .files import DumpFiles, StoredAt, shown_path
 from .source import ONE_RANK, ForeignSource
 
 _INFO, _STATE = "dataset_info.json", "state.json"
@@ -69,7 +69,7 @@ class Saelens(ForeignSource):
         for name in names:
             found, rows = read_stream(self.files, name, self.files.top[name])
             if columns and found != columns:
-                raise ReadError(f"{self.files.url}/{name}: its columns are not those of {names[0]}")
+                raise ReadError(f"{shown_path(self.files, name)}: its columns are not those of {names[0]}")
             columns = found
             batches += [_Batch(name, each) for each in rows if each.number]
         return columns, batches, list(accumulate(each.rows.number for each in batches))
@@ -113,7 +113,7 @@ class Saelens(ForeignSource):
 
     def _at(self, file: str, column: Column, held: ColumnAt, row: int) -> StoredAt:
         """Where one row of a column lies, whose lists must all be of one size."""
-        where = f"{self.files.url}/{file}: row {row} of {column.name!r}"
+        where = f"{shown_path(self.files, file)}: row {row} of {column.name!r}"
         if held.nulls:
             raise ReadError(f"{where}: has missing values")
         begin, count = row, 1

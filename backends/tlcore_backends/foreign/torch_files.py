@@ -10,7 +10,7 @@ from tlcore.errors import ReadError
 from tlcore.layout.dtypes import item_size
 
 from ..pt.zip_parts import END, ENTRY, LOCAL, LOCATOR, WIDE_END, ZIP64, PtError, unpack, wide
-from .files import FIRST, Readable, StoredAt, once
+from .files import FIRST, Readable, StoredAt, once, shown_path
 from .pickled import LARGEST_PICKLE, Leaf, TensorAt, leaves, load
 
 _LARGEST_DIRECTORY = 64 << 20
@@ -44,7 +44,7 @@ class TorchFile:
                 raise PtError("its description is too large")
             self.value = load(self._entry(pickles[0]))
         except PtError as error:
-            raise ReadError(f"{files.url}/{file}: not a .pt file that can be read ({error})") from None
+            raise ReadError(f"{shown_path(files, file)}: not a .pt file that can be read ({error})") from None
 
     def leaves(self) -> Iterator[Leaf]:
         """What is in it that is no container, with the keys to it. Raises ReadError for too much."""
@@ -54,22 +54,21 @@ class TorchFile:
         try:
             yield from found
         except PtError as error:
-            raise ReadError(f"{self._files.url}/{self._file}: {error}") from None
+            raise ReadError(f"{shown_path(self._files, self._file)}: {error}") from None
 
     def at(self, tensor: TensorAt) -> StoredAt:
         """Where a tensor's values lie. Raises ReadError where its storage is not there or too short."""
         name = f"{self._prefix}data/{tensor.key}"
         if name not in self._entries:
-            raise ReadError(f"{self._files.url}/{self._file}: the storage {tensor.key!r} is missing")
+            raise ReadError(f"{shown_path(self._files, self._file)}: the storage {tensor.key!r} is missing")
         width = item_size(tensor.dtype) or 1
         try:
             begin, size = self._place(name)
         except PtError as error:
-            raise ReadError(f"{self._files.url}/{self._file}: {error}") from None
+            raise ReadError(f"{shown_path(self._files, self._file)}: {error}") from None
         if (tensor.offset + tensor.span) * width > size:
-            raise ReadError(
-                f"{self._files.url}/{self._file}: the storage {tensor.key!r} is shorter than its tensor"
-            )
+            text = f"the storage {tensor.key!r} is shorter than its tensor"
+            raise ReadError(f"{shown_path(self._files, self._file)}: {text}")
         strides = None if tensor.contiguous else tensor.strides
         return StoredAt(self._file, begin + tensor.offset * width, tensor.dtype, tensor.shape, strides)
 
@@ -136,4 +135,4 @@ class TorchFile:
         try:
             return memoryview(os.pread(handle.number, size, begin))
         except OSError as error:
-            raise ReadError(f"{self._files.url}/{self._file}: {error}") from error
+            raise ReadError(f"{shown_path(self._files, self._file)}: {error}") from error

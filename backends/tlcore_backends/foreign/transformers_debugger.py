@@ -9,12 +9,13 @@ from functools import cached_property
 from typing import Any
 
 from tlcore.errors import ReadError
+from tlcore.layout.dtypes import item_size
 from tlcore.layout.names import PathKey
 from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .documents import Found
-from .files import DumpFiles, StoredAt, safetensors_in
+from .files import DumpFiles, StoredAt, safetensors_in, shown_path
 from .source import ONE_RANK, ForeignSource, as_told
 
 _TREE = "_debug_tree_FULL_TENSORS.json"
@@ -65,7 +66,9 @@ class TransformersDebugger(ForeignSource):
         """The tensors of the tree, and those of the layers that it leaves out, in their place."""
         tree = self.files.json(self._tree_file)
         if not isinstance(tree, dict) or "module_path" not in tree:
-            raise ReadError(f"{self.files.url}/{self._tree_file}: not a tree of the transformers debugger")
+            raise ReadError(
+                f"{shown_path(self.files, self._tree_file)}: not a tree of the transformers debugger"
+            )
         named: list[tuple[str, Found]] = list(self._in_node(tree, 0))
         counts = Counter(file for file, _ in named)
         result, calls = [], Counter[tuple[Any, ...]]()
@@ -86,7 +89,7 @@ class TransformersDebugger(ForeignSource):
     def _in_node(self, node: Json, depth: int) -> Iterator[tuple[str, Found]]:
         """Each tensor of a call with its file (none if only printed), arguments, what is within, results."""
         if depth > 100 or not isinstance(node, dict):
-            raise ReadError(f"{self.files.url}/{self._tree_file}: damaged, nested too deep or no tree")
+            raise ReadError(f"{shown_path(self.files, self._tree_file)}: damaged, nested too deep or no tree")
         module = str(node.get("module_path", "")).removesuffix(" (top-level)")
         module = module.removeprefix(self._model).removeprefix(".")
         inputs = node.get("inputs") or {}
@@ -128,7 +131,9 @@ class TransformersDebugger(ForeignSource):
     def _data(self, file: str) -> StoredAt:
         data = safetensors_in(self.files, file)[0].get("data")
         if data is None:
-            raise ReadError(f"{self.files.url}/{file}: has no tensor 'data'")
+            raise ReadError(f"{shown_path(self.files, file)}: has no tensor 'data'")
+        if item_size(data.dtype) is None:
+            raise ReadError(f"{shown_path(self.files, file)}: there is no dtype {data.dtype} here")
         return data
 
     def located(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -139,7 +144,7 @@ class TransformersDebugger(ForeignSource):
         at = self._data(file)
         found = Found("", "", (), at.dtype, at.shape, at.place())
         said = "files of several forwards are mixed: its tree says"
-        return as_told(record, found, f"{self.files.url}/{file}", said)
+        return as_told(record, found, f"{shown_path(self.files, file)}", said)
 
     def _beside(self, listed: set[str], known: list[Found]) -> Iterator[Found]:
         """The tensors whose files the tree does not name: layers in the middle, the model's results."""

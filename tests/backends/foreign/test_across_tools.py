@@ -7,8 +7,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 import tlcore
 from tests.backends.foreign import (
@@ -18,6 +20,7 @@ from tests.backends.foreign import (
     test_saelens,
     test_sglang,
     test_transformer_engine,
+    test_transformers_debugger,
 )
 
 TOKENS = [5, 3, 9, 1, 7, 2]
@@ -143,6 +146,39 @@ def _saelens(directory: Path, tensors: Tensors) -> Path:
     return directory / "data"
 
 
+def _states(tensors: Tensors) -> Tensors:
+    """What vLLM's extraction stores of one request: chosen layers side by side, and its tokens."""
+    layers = [tensors[f"model.layers.{layer}"][0] for layer in range(3)]
+    return {"hidden_states": torch.stack(layers, 1), "token_ids": torch.tensor(TOKENS)}
+
+
+def _hidden_states(directory: Path, tensors: Tensors) -> Path:
+    save_file(_states(tensors), directory / "cmpl-7.safetensors")
+    return directory
+
+
+def _speculators(directory: Path, tensors: Tensors) -> Path:
+    (directory / "hidden_states").mkdir()
+    save_file(_states(tensors), directory / "hidden_states" / "hs_0.safetensors")
+    return directory
+
+
+def _safetensors(directory: Path, tensors: Tensors) -> Path:
+    save_file({name: each.contiguous() for name, each in tensors.items()}, directory / "any.safetensors")
+    return directory / "any.safetensors"
+
+
+def _npz(directory: Path, tensors: Tensors) -> Path:
+    arrays: dict[str, Any] = {name: each.numpy() for name, each in tensors.items()}
+    np.savez(directory / "any.npz", **arrays)
+    return directory / "any.npz"
+
+
+def _torch(directory: Path, tensors: Tensors) -> Path:
+    torch.save({name: {"output": each} for name, each in tensors.items()}, directory / "any.pt")
+    return directory / "any.pt"
+
+
 WRITERS: dict[str, tuple[Callable[[Path, Tensors], Path], str, int]] = {
     "sglang-folder": (_sglang_folder, FAULT, 20),
     "sglang-dumper": (_sglang_dumper, FAULT, 30),
@@ -152,8 +188,18 @@ WRITERS: dict[str, tuple[Callable[[Path, Tensors], Path], str, int]] = {
     "polygraphy": (_polygraphy, FAULT, 14),
     "nxd-capture": (_nxd, FAULT, 30),
     "saelens": (_saelens, "model.layers.1.mlp", 6),
+    "safetensors": (_safetensors, FAULT, 30),
+    "npz": (_npz, FAULT, 30),
+    "pt": (_torch, FAULT, 30),
 }
+# The files do not tell which layers these are.
+STATES = {"hidden-states": _hidden_states, "speculators": _speculators}
+LAYERS = (
+    r"^model\.layers\.(\d+)$=hidden_states.\1",
+    r"^hidden_states\.(\d+)$=model.layers.\1",
+)
 SLOW = ("saelens",)
+AS_TRANSFORMERS = ("sglang-folder", "sglang-dumper", "safetensors", "npz", "pt")
 
 
 @pytest.mark.parametrize(
@@ -171,5 +217,38 @@ def test_a_fault_is_found_under_the_names_of_the_other_tool(tmp_path: Path, tool
     for pair in ((url, dumps[1]), (dumps[1], url)):
         first = tlcore.compare(*pair, ignore_missing=True).first_divergence
         assert first is not None and first.module == expected
-    if tool not in ("sglang-folder", "sglang-dumper"):
+    if tool not in AS_TRANSFORMERS:
         assert any("modules are called differently" in str(note) for note in clean.notes)
+
+
+@pytest.mark.parametrize("tool", STATES)
+def test_a_fault_is_found_in_the_layers_whose_states_were_extracted(tmp_path: Path, tool: str) -> None:
+    url, sound = _captured(tmp_path / "a")
+    faulty = _captured(tmp_path / "b", fault=True)[1]
+    dumps = []
+    for name, tensors in (("sound", sound), ("faulty", faulty)):
+        (tmp_path / name).mkdir()
+        dumps.append(STATES[tool](tmp_path / name, tensors))
+    for place, other in enumerate(LAYERS):
+        pairs = [(url, each) if place == 0 else (each, url) for each in dumps]
+        clean = tlcore.compare(*pairs[0], maps=[other], ignore_missing=True)
+        assert clean.equal and len(clean.results) == 4, str(clean)
+        first = tlcore.compare(*pairs[1], maps=[other], ignore_missing=True).first_difference
+        assert first is not None and first.result.module in ("hidden_states.1", "model.layers.1")
+
+
+@pytest.mark.slow
+def test_a_fault_is_found_against_the_debugger_of_transformers(tmp_path: Path) -> None:
+    url = _captured(tmp_path / "a")[0]
+    dumps = []
+    for name in ("sound", "faulty"):
+        model = _llama()
+        if name == "faulty":
+            with torch.no_grad():
+                model.get_submodule(FAULT).weight[0] += 1
+        dumps.append(tmp_path / name)
+        test_transformers_debugger.debug(model, dumps[-1], torch.tensor([TOKENS]))
+    assert tlcore.compare(url, dumps[0], ignore_missing=True).equal
+    for pair in ((url, dumps[1]), (dumps[1], url)):
+        first = tlcore.compare(*pair, ignore_missing=True).first_divergence
+        assert first is not None and first.module == FAULT

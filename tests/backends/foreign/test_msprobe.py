@@ -197,3 +197,11 @@ def test_a_tree_that_leads_in_a_circle_or_never_ends_is_read_or_refused(tmp_path
     _dump(tmp_path / "b", {"Module.a.L.forward.0": {"output": [deep]}}, {"x": x})
     with pytest.raises(ReadError, match="nested too deep"):
         tlcore.open_run(tmp_path / "b").step(0).names  # noqa: B018
+
+
+def test_a_step_whose_list_is_missing_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "step0" / "rank0"
+    folder.mkdir(parents=True)
+    (folder / "construct.json").write_text("{}")
+    with pytest.raises(ReadError, match=r"has step0/rank0 of msprobe, but no dump\.json in it"):
+        tlcore.open_run(tmp_path)

@@ -236,3 +236,29 @@ def test_a_file_at_a_url_is_opened_too(tmp_path: Path) -> None:
         target.write((tmp_path / "x.safetensors").read_bytes())
     for url in ("memory://foreign-plain/x.safetensors", "memory://foreign-plain"):
         assert tlcore.open_run(url).tensor("step_0/m/outputs_cpu").tolist() == [1.0, 1.0]
+
+
+def test_what_nearly_is_another_tools_dump_says_so_when_it_is_read_as_plain(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    torch.save(torch.ones(2), tmp_path / "captured_tensors_cte_module_x_output.pt")
+    with caplog.at_level("WARNING", "tlcore"):
+        run = tlcore.open_run(tmp_path)
+    assert run.document["backend"] == "plain"
+    assert "read as plain tensors, but nearly is another: captured_tensors_cte_module_x" in caplog.text
+
+
+def test_dtypes_of_safetensors_that_torch_calls_otherwise_are_read_and_others_counted(tmp_path: Path) -> None:
+    scales = torch.arange(4, dtype=torch.uint8).view(torch.float8_e8m0fnu)
+    save_file({"scales": scales, "x": torch.ones(2)}, tmp_path / "a.safetensors")
+    assert tlcore.open_run(tmp_path).tensor("step_0/scales/outputs").view(torch.uint8).tolist() == [
+        0,
+        1,
+        2,
+        3,
+    ]
+    data = (tmp_path / "a.safetensors").read_bytes().replace(b"F8_E8M0", b"F6_E2M3")
+    (tmp_path / "a.safetensors").write_bytes(data)
+    run = tlcore.open_run(tmp_path)
+    assert run.ledger.reasons == {"there is no dtype F6_E2M3 here": 1}
+    assert run.verify() == 1

@@ -102,7 +102,7 @@ def test_a_near_miss_says_what_is_missing(tmp_path: Path) -> None:
     assert tlcore.open_run(tmp_path / "a.json").steps == [0]
     (tmp_path / "b.json").unlink()
     (tmp_path / "a.json").write_text(json.dumps(_results({"m": torch.ones(2)}, "FormattedArray")))
-    with pytest.raises(ReadError, match=r"a\.json: is a FormattedArray of Polygraphy, not RunResults"):
+    with pytest.raises(ReadError, match=r"a\.json: is FormattedArray of Polygraphy, not RunResults"):
         tlcore.open_run(tmp_path)
     old = {"lst": [], "polygraphy_serialized_json_type": "RunResults"}
     (tmp_path / "a.json").write_text(json.dumps(old))

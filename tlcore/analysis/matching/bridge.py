@@ -11,6 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from .fused import Parts, apart, parts_of
 from .pairs import Key, Located
 from .rules import Rules
 
@@ -22,11 +23,15 @@ _INTEGERS = ("int", "uint", "bool")
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """How one side's keys become the other's: ``sums`` by new key, ``renames``, and what takes no part."""
+    """How one side's keys become the other's: ``sums`` by new key, ``renames``, and what takes no part.
+
+    ``parts`` are what a tensor counts as that the other side has in several.
+    """
 
     sums: dict[Key, tuple[Key, ...]] = field(default_factory=dict)
     renames: dict[Key, Key] = field(default_factory=dict)
     dropped: set[Key] = field(default_factory=set)
+    parts: Parts = field(default_factory=dict)
 
     def apply(self, found: Mapping[Key, Located]) -> dict[Key, Located]:
         """A step's tensors under their new keys, in the old order."""
@@ -34,6 +39,9 @@ class Plan:
         used = {part for parts in self.sums.values() for part in parts}
         result: dict[Key, Located] = {}
         for key, source in found.items():
+            if key in self.parts:
+                result.update((goal, apart(source, columns)) for goal, columns in self.parts[key])
+                continue
             parts = self.sums.get(goals[key], ()) if key in goals else ()
             if parts and all(part in found for part in parts):
                 result[goals[key]] = _added([found[part] for part in parts])
@@ -45,11 +53,18 @@ class Plan:
 def bridged(
     mine: dict[Key, Located], theirs: dict[Key, Located], rules: Rules
 ) -> tuple[dict[Key, Located], dict[Key, Located]]:
-    """Both sides' tensors with split ones added and differing paths made equal, if the rules ask for it."""
-    if not rules.bridges:
-        return mine, theirs
-    plan_a, plan_b = bridge(mine, theirs, rules.sums)
+    """Both sides' tensors with fused ones taken apart; if the rules ask for it, with split ones added and
+    differing paths made equal."""
+    plan_a, plan_b = plans(mine, theirs, rules)
     return plan_a.apply(mine), plan_b.apply(theirs)
+
+
+def plans(mine: Mapping[Key, Located], theirs: Mapping[Key, Located], rules: Rules) -> tuple[Plan, Plan]:
+    """How A's and B's tensors correspond where one has in several what the other has in one."""
+    found = bridge(mine, theirs, rules.sums) if rules.bridges else (Plan(), Plan())
+    found[0].parts.update(parts_of(mine, theirs))
+    found[1].parts.update(parts_of(theirs, mine))
+    return found
 
 
 def bridge(

@@ -11,6 +11,8 @@ from ..results import TensorResult
 from ..rulebook import tensor_name
 
 Key = tuple[int, str, int, str, tuple[PathKey, ...]]
+# From which column on, up to which, and how many there are.
+Columns = tuple[int, int, int]
 
 
 def key_name(key: Key) -> str:
@@ -40,7 +42,7 @@ class Located:
 
     With ``unshard`` each name stands for the tensor that the ranks' parts make up. ``by`` are the name and
     record of the experts that were chosen for each token, in whose order its values are compared, ``logits``
-    the name of what they were chosen by.
+    the name of what they were chosen by. Of a tensor with ``columns`` only these count.
     """
 
     step: int
@@ -49,6 +51,7 @@ class Located:
     unshard: bool = False
     by: tuple[str, Json] | None = None
     logits: str | None = None
+    columns: Columns | None = None
 
     @property
     def needed(self) -> tuple[Json, ...]:

@@ -13,7 +13,7 @@ from ...layout.rows import Span
 from ...reader import Step
 from ...record import Json
 from ..results import Gap, TensorResult
-from .bridge import Plan, bridge
+from .bridge import plans
 from .keyed import keyed
 from .loose import Loose, loose_notes, pair_loose
 from .pairs import Key, Located, Pair, Piece, absent
@@ -49,9 +49,9 @@ def match_requests(
     labels_a, labels_b, notes = pair_requests(steps_a, steps_b, rules.requests)
     keyed_a = [(step, keyed(step, rules, rename=True)) for step in steps_a]
     keyed_b = [(step, keyed(step, rules, rename=False)) for step in steps_b]
-    plans = bridge(_merged(keyed_a), _merged(keyed_b), rules.sums) if rules.bridges else (Plan(), Plan())
-    applied_a = [(step, plans[0].apply(found)) for step, found in keyed_a]
-    applied_b = [(step, plans[1].apply(found)) for step, found in keyed_b]
+    plan_a, plan_b = plans(_merged(keyed_a), _merged(keyed_b), rules)
+    applied_a = [(step, plan_a.apply(found)) for step, found in keyed_a]
+    applied_b = [(step, plan_b.apply(found)) for step, found in keyed_b]
     loose = Loose(), Loose()
     mine, theirs = _spans(applied_a, labels_a, loose[0]), _spans(applied_b, labels_b, loose[1])
     cached = _Uncomputed("A", steps_a, labels_a), _Uncomputed("B", steps_b, labels_b)

@@ -42,7 +42,7 @@ class Counterparts:
                 if common is None or first.a.unshard != pair.a.unshard or None in others:
                     continue
                 parts = [first, *(each for each in others if each is not None)]
-                yield Counterpart(run, Pair(pair.key, pair.a, _together(parts), (common,)), common)
+                yield Counterpart(run, Pair(pair.key, pair.a, _together(parts, pair), (common,)), common)
 
     @staticmethod
     def _beside(
@@ -55,10 +55,11 @@ class Counterparts:
         return None
 
 
-def _together(parts: Sequence[Pair]) -> Located:
+def _together(parts: Sequence[Pair], pair: Pair) -> Located:
     first = parts[0].b
     names = tuple(name for part in parts for name in part.b.names)
-    return replace(first, names=names, records=tuple(r for part in parts for r in part.b.records))
+    records = tuple(r for part in parts for r in part.b.records)
+    return replace(first, names=names, records=records, columns=pair.a.columns)
 
 
 def _common(piece: Piece, other: Pieces) -> Pieces | None:
