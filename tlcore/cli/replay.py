@@ -65,6 +65,7 @@ def run(args: argparse.Namespace) -> int:
     # As with `python -m`, a module that lies here is found.
     sys.path.insert(0, os.getcwd())
     recipe = _recipe(args, opened)
+    recipe.device, recipe.dtype = args.device, dtype
     module = recipe.make()
     found = replay(
         opened, args.call, module, replace=_replaced(args.replaced), device=args.device, dtype=dtype,
@@ -86,16 +87,24 @@ def _recipe(args: argparse.Namespace, opened: Run) -> Recipe:
 
 def _replaced(texts: list[str]) -> dict[int | str, Any]:
     found: dict[int | str, Any] = {}
-    hint = "Such as past_key_values=null."
+    hint = "Such as past_key_values=null, or dtype=torch.bfloat16."
     for text in texts:
         key, equals, value = text.partition("=")
         try:
-            found[int(key) if key.isdigit() else key] = json.loads(value)
+            found[int(key) if key.isdigit() else key] = _dtype_of(value) or json.loads(value)
         except ValueError as error:
             raise ConfigError("--set", f"{text!r} is not ARG=JSON", hint) from error
         if not equals or not key:
             raise ConfigError("--set", f"{text!r} is not ARG=JSON", hint)
     return found
+
+
+def _dtype_of(text: str) -> Any:
+    """The dtype that a text such as ``torch.bfloat16`` names; None for any other text."""
+    from ..layout.dtypes import torch_dtype
+
+    module, dot, name = text.partition(".")
+    return torch_dtype(name) if module == "torch" and dot else None
 
 
 def _print(found: Replayed, as_json: bool) -> None:
@@ -117,7 +126,6 @@ def _minimise(args: argparse.Namespace, opened: Run, recipe: Recipe, found: Repl
     assert module is not None
     stored = call_in(opened, args.call, args.rank).outputs
     smallest = minimised(found, stored, module, Tolerance(args.rtol, args.atol))
-    given = {"rtol": args.rtol, "atol": args.atol}
-    script, data = write_script(args.minimise, smallest, recipe, str(found), given)
+    script, data = write_script(args.minimise, smallest, recipe, str(found), Tolerance(args.rtol, args.atol))
     rows = ", ".join(f"{first} to {end - 1} of dimension {at}" for at, (first, end) in smallest.rows.items())
     sys.stderr.write(f"{script} and {data} show it{f' with rows {rows}' if rows else ''}\n")

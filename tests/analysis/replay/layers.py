@@ -41,3 +41,50 @@ def made() -> nn.Module:
     model.add_module("first", Block())
     model.add_module("second", Block())
     return model.eval()
+
+
+class Counts(nn.Module):
+    """Each call leaves something behind, in buffers and attributes, that the next one sees."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.mix = nn.Linear(size, size)
+        self.count: torch.Tensor
+        self.mean: torch.Tensor
+        self.register_buffer("count", torch.zeros(()))
+        self.register_buffer("mean", torch.zeros(size), persistent=False)
+        self.seen: list[torch.Tensor] = []
+        self.cache: torch.Tensor | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.count += 1
+        self.mean = self.mean + x.reshape(-1, x.shape[-1]).mean(0)
+        y: torch.Tensor = self.mix(x) + self.count + self.mean.sum() + len(self.seen)
+        self.seen.append(y)
+        self.cache = y if self.cache is None else self.cache + y
+        return self.cache
+
+
+class Random(nn.Module):
+    """Drops some, whatever mode it is in, and has not a number where it began."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.mix = nn.Linear(size, size)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, None, list[torch.Tensor]]:
+        y: torch.Tensor = nn.functional.dropout(self.mix(x), 0.3)
+        y[..., 0] = float("nan")
+        return y, None, [torch.complex(y, x)]
+
+
+class Narrow(nn.Module):
+    """Computes in the dtype of its weights and gives another one, as it is told."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.mix = nn.Linear(size, size)
+
+    def forward(self, x: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
+        y: torch.Tensor = self.mix(x.to(self.mix.weight.dtype))
+        return y.to(dtype)

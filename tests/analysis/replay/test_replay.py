@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from torch import nn
 
 import tlcore
+from tests.analysis.replay import layers
 from tests.analysis.replay.layers import Block, Mixes, made
 from tests.engine.samples import PROMPTS, llama, run_of
 from tlcore.__main__ import main
@@ -235,6 +238,60 @@ def test_a_script_shows_the_difference_without_tlcore(
     assert run.returncode == 1 and "outputs[]: (1, 1, 8), off by" in run.stdout, run.stderr
     assert "AssertionError" in run.stderr and "are not close" in run.stderr
     assert script.with_suffix(".pt").stat().st_size < 10_000
+
+
+class _Calls(nn.Module):
+    """A model of one module, which it gives keywords, too."""
+
+    def __init__(self, inner: nn.Module, keywords: dict[str, Any]) -> None:
+        super().__init__()
+        self.inner, self.keywords = inner, keywords
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.inner(x, **self.keywords)
+
+
+def _replayed(
+    tmp_path: Path, name: str, *more: str, keywords: dict[str, Any], dtype: Any = None
+) -> tuple[int, int, Path]:
+    """What replaying a module gives with its own weights, and with others, which a script is to show."""
+    torch.manual_seed(0)
+    inner = getattr(layers, name)().eval().to(dtype)
+    script = tmp_path / "shows.py"
+    weights = tmp_path / "weights.pt"
+    given = ["replay", "", "step_0/inner", "--module", f"tests.analysis.replay.layers:{name}", *more]
+    codes = []
+    for fault in (0, 1):
+        torch.save(inner.state_dict(), weights)
+        # What is random is so from the seed that replaying has, too.
+        model = _Calls(copy.deepcopy(inner), keywords)
+        with torch.no_grad():
+            model.get_parameter("inner.mix.weight")[1] += fault
+        torch.manual_seed(0)
+        given[1] = captured(tmp_path, model)
+        codes.append(
+            main([*given, "--weights", str(weights), *(["--minimise", str(script)] if fault else [])])
+        )
+    return codes[0], codes[1], script
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "keys"),
+    [
+        ("Counts", (), {}),
+        ("Random", (), {}),
+        ("Narrow", ("--set", "dtype=torch.float64"), {"dtype": torch.bfloat16}),
+        ("Block", ("--dtype", "float64"), {}),
+    ],
+)
+def test_a_module_with_a_state_of_its_own_is_shown_as_it_was(
+    tmp_path: Path, name: str, more: tuple[str, ...], keys: dict[str, Any]
+) -> None:
+    keywords = {"dtype": torch.float64} if name == "Narrow" else {}
+    same, other, script = _replayed(tmp_path, name, *more, keywords=keywords, **keys)
+    assert (same, other) == (0, 1)
+    with pytest.raises(AssertionError, match="not close"):
+        runpy.run_path(str(script))
 
 
 @pytest.mark.parametrize(

@@ -17,9 +17,11 @@ from ...reader import Arguments, Call, Run, Skipped, open_run
 from ..measure import Tolerance, measure
 from ..results import Status, TensorResult
 from .given import Place, arguments_of, on_each, tensors_of
+from .state import state_kept
 
 Callee = nn.Module | Callable[..., Any]
 _Path = tuple[Any, ...]
+SEED = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +78,8 @@ def replay(
     ``call`` is its directory in a step, ``step_0/model.layers.5``. ``replace`` has arguments, by position or
     name, that stand in the place of stored ones, such as of a cache that was not captured. With a ``device``
     or ``dtype`` a copy of the module runs there, its floating tensors in that dtype. It runs without
-    gradients, in the mode (training or not) that it is in. ``rtol`` and ``atol`` are those of `compare`.
+    gradients, in the mode (training or not) that it is in, with a seed of its own, and leaves the module's
+    buffers and attributes as they were. ``rtol`` and ``atol`` are those of `compare`.
 
     Raises ReadError when the call, an argument or the result is not in the run, and whatever the module does.
     """
@@ -95,9 +98,15 @@ def replay(
 
 
 def run_again(module: Callee, given: Arguments) -> Any:
-    """A module's result for copies of arguments, which it may change in place."""
+    """A module's result for copies of arguments, which it may change in place, and from its state as it is.
+
+    What is random in it is so from one seed on.
+    """
     args, kwargs = on_each((given.args, given.kwargs), torch.Tensor.clone)
-    with torch.no_grad():
+    devices = {each.device for each in tensors_of((args, kwargs)).values() if isinstance(each, torch.Tensor)}
+    accelerated = [each for each in devices if each.type == "cuda"]
+    with torch.no_grad(), state_kept(module), torch.random.fork_rng(accelerated):
+        torch.manual_seed(SEED)
         return module(*args, **kwargs)
 
 

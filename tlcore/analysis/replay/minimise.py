@@ -94,7 +94,8 @@ def _off_by(output: Tensors, expected: Tensors, dimension: int) -> list[float]:
         mine = output.get(path)
         if mine is None or mine.shape != each.shape:
             continue
-        off = (mine.cpu().double() - each.cpu().double()).abs().nan_to_num(posinf=1e300, nan=1e300)
+        wide = torch.complex128 if each.is_complex() or mine.is_complex() else torch.float64
+        off = (mine.cpu().to(wide) - each.cpu().to(wide)).abs().nan_to_num(posinf=1e300, nan=1e300)
         rows = off.movedim(dimension, 0).reshape(off.shape[dimension], -1).amax(1)
         total = rows if total is None else torch.maximum(total, rows)
     return [] if total is None else [float(each) for each in total]

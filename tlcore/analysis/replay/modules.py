@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import sysconfig
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -22,7 +24,8 @@ _MOST_SAVED = 256 << 20
 class Recipe:
     """How a module is made: ``module`` is ``pkg.mod:Class`` or a function, called with ``init``.
 
-    Else ``model`` is a checkpoint that transformers loads, of which the submodule ``name`` is taken.
+    Else ``model`` is a checkpoint that transformers loads, of which the submodule ``name`` is taken. It is
+    on the ``device`` and in the ``dtype`` that are given.
     """
 
     name: str
@@ -31,6 +34,8 @@ class Recipe:
     weights: str | None = None
     prefix: str | None = None
     model: str | None = None
+    device: str | None = None
+    dtype: torch.dtype | None = None
     made: nn.Module | None = field(default=None, repr=False)
 
     def make(self) -> nn.Module:
@@ -47,32 +52,61 @@ class Recipe:
                 _load(
                     self.made, _state(Path(self.weights)), self.name if self.prefix is None else self.prefix
                 )
-        self.made.eval()
+        self.made.to(device=self.device, dtype=self.dtype).eval()
         return self.made
 
     def saved(self) -> dict[str, Any]:
         """What the code of `code` reads beside the arguments."""
-        return {"weights": self._weights()} if self._weights() is not None else {}
+        weights = self._weights()
+        return {} if weights is None else {"weights": weights}
 
     def _weights(self) -> dict[str, torch.Tensor] | None:
         if self.made is None or self.model is not None:
             return None
         state = {key: each for key, each in self.made.state_dict().items() if isinstance(each, torch.Tensor)}
-        return state if sum(each.nbytes for each in state.values()) <= _MOST_SAVED else None
+        if (size := sum(each.nbytes for each in state.values())) > _MOST_SAVED:
+            text = f"its weights ({size >> 20} MiB) are too large for a file beside a script"
+            raise ReadError(f"{self.name}: {text}; --model names a checkpoint that has them")
+        return {key: each.cpu() for key, each in state.items()}
 
     def code(self) -> str:
         """Lines of Python that make ``module`` again."""
+        lines = self._making()
+        if self.device is not None or self.dtype is not None:
+            lines.append(f"module.to(device={self.device!r}, dtype={self.dtype!r})")
+        return "\n".join([*lines, "module.eval()"])
+
+    def _making(self) -> list[str]:
         if self.model is not None:
-            return (
-                "from transformers import AutoModelForCausalLM\n\n"
-                f'model = AutoModelForCausalLM.from_pretrained({self.model!r}, dtype="auto")\n'
-                f"module = model.get_submodule({self.name!r}).eval()"
-            )
+            return [
+                "from transformers import AutoModelForCausalLM\n",
+                f"path = {os.path.abspath(self.model)!r}",
+                'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")',
+                f"module = model.get_submodule({self.name!r})",
+            ]
         package, _, name = (self.module or "").partition(":")
-        lines = [f"from {package} import {name}\n", f"module = {name}(**{dict(self.init)!r}).eval()"]
+        lines = [
+            *_found_again(package),
+            f"from {package} import {name}\n",
+            f"module = {name}(**{dict(self.init)!r})",
+        ]
         if self._weights() is not None:
-            lines.append('module.load_state_dict(saved["weights"])')
-        return "\n".join(lines)
+            lines.append('module.load_state_dict(saved["weights"], assign=True)')
+        return lines
+
+
+def _found_again(package: str) -> list[str]:
+    """Lines that let a module be imported which is not installed."""
+    file = getattr(import_module(package), "__file__", None)
+    if file is None or "site-packages" in file:
+        return []
+    home = Path(file).resolve()
+    for _ in package.split("."):
+        home = home.parent
+    home = home.parent if Path(file).name == "__init__.py" else home
+    if sysconfig.get_path("stdlib") in str(home):
+        return []
+    return ["import sys\n", f"sys.path.insert(0, {str(home)!r})  # where {package.partition('.')[0]} lies"]
 
 
 def _constructed(spec: str, init: Mapping[str, Any]) -> nn.Module:
@@ -148,7 +182,8 @@ def _load(module: nn.Module, state: Mapping[str, torch.Tensor], prefix: str) -> 
     inner = {key.removeprefix(begin): each for key, each in state.items() if key.startswith(begin)}
     wanted = inner if inner else dict(state)
     try:
-        module.load_state_dict(wanted)
+        # In the dtype of the weights, as in the model that had them.
+        module.load_state_dict(wanted, assign=True)
     except RuntimeError as error:
         said = " ".join(str(error).split())[:400]
         raise ReadError(f"the weights do not fit {type(module).__name__}: {said}") from error

@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from ...errors import ReadError
+from ..measure import Tolerance
+from .again import SEED
 from .given import on_each
 from .minimise import Smallest
 from .modules import Recipe
@@ -23,8 +25,9 @@ import pathlib
 
 import torch
 
-saved = torch.load(pathlib.Path(__file__).with_name({data!r}), weights_only=True)
+saved = torch.load(pathlib.Path(__file__).with_name({data!r}), weights_only=True{where})
 {recipe}
+torch.manual_seed({seed})
 with torch.no_grad():
     result = module(*saved["args"], **saved["kwargs"])
 
@@ -35,11 +38,17 @@ def part(value, path):
     return value
 
 
-for path, expected in saved["expected"]:
-    found = part(result, path)
-    off = (found.double() - expected.double()).abs().max().item()
-    print(f"outputs{{list(path)}}: {{tuple(found.shape)}}, off by {{off:.3g}} at most")
-    torch.testing.assert_close(found, expected, check_dtype=False{tolerance})
+for path, expected, rtol, atol, by_norm in saved["expected"]:
+    wide = torch.complex128 if expected.is_complex() else torch.float64
+    found, expected = part(result, path).cpu().to(wide), expected.cpu().to(wide)
+    assert found.shape == expected.shape, f"outputs{{list(path)}}: {{found.shape}} is not {{expected.shape}}"
+    off = (found - expected).abs()
+    print(f"outputs{{list(path)}}: {{tuple(found.shape)}}, off by {{off.max().item():.3g}} at most")
+    if by_norm:
+        assert off.norm() <= rtol * expected.norm(), f"outputs{{list(path)}} are not close"
+    else:
+        # Of two such values the second is the one that the tolerance is relative to.
+        torch.testing.assert_close(expected, found, rtol=rtol, atol=atol, equal_nan=True)
 '''
 
 
@@ -48,7 +57,7 @@ def write_script(
     smallest: Smallest,
     recipe: Recipe,
     title: str,
-    tolerance: Mapping[str, float | None],
+    tolerance: Tolerance,
 ) -> tuple[Path, Path]:
     """Write a script, and beside it a ``.pt`` file with what it needs; returns both.
 
@@ -60,22 +69,25 @@ def write_script(
     saved = {
         "args": [_plain(each, str(place)) for place, each in enumerate(args)],
         "kwargs": {key: _plain(each, key) for key, each in kwargs.items()},
-        "expected": [(list(path), each) for path, each in smallest.expected.items()],
+        "expected": [_expected(path, each, recipe, tolerance) for path, each in smallest.expected.items()],
         **recipe.saved(),
     }
     torch.save(saved, data)
-    given = {key: value for key, value in tolerance.items() if value is not None}
-    if len(given) == 1:
-        given = {"rtol": 0.0, "atol": 0.0, **given}
-    text = "".join(f", {key}={value!r}" for key, value in given.items())
-    script.write_text(
-        _TEMPLATE.format(title=title, data=data.name, recipe=recipe.code(), tolerance=text), encoding="utf-8"
-    )
+    where = "" if recipe.device is None else f", map_location={recipe.device!r}"
+    text = _TEMPLATE.format(title=title, data=data.name, recipe=recipe.code(), where=where, seed=SEED)
+    script.write_text(text, encoding="utf-8")
     return script, data
 
 
+def _expected(path: tuple[Any, ...], tensor: torch.Tensor, recipe: Recipe, tolerance: Tolerance) -> list[Any]:
+    """A part of the stored result, and how far from it is agreement, as `replay` has it."""
+    again = recipe.dtype if recipe.dtype is not None and tensor.is_floating_point() else tensor.dtype
+    allowed = tolerance.between(tensor.dtype, again)
+    return [list(path), tensor, *allowed.of(tensor.dtype, again), allowed.norm]
+
+
 def _plain(value: Any, where: str) -> Any:
-    if value is None or isinstance(value, (torch.Tensor, bool, int, float, str, torch.dtype)):
+    if value is None or isinstance(value, (torch.Tensor, bool, int, float, complex, str, torch.dtype)):
         return value
     if isinstance(value, Mapping):
         return {str(key): _plain(each, where) for key, each in value.items()}
