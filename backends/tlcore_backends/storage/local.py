@@ -39,7 +39,9 @@ def check_name(name: str) -> str:
     Raises BackendError for an absolute name, an empty, ``.`` or ``..`` component, a NUL, or a name that
     ends like an unfinished file.
     """
-    if _BAD_NAME.search(name) or name.endswith(UNFINISHED):
+    # What is certainly none is told in a tenth of the time, and every file that is opened is asked for.
+    odd = name[:1] in ("", "/", ".") or name[-1] == "/" or "/." in name or "//" in name or "\0" in name
+    if (odd and _BAD_NAME.search(name)) or name.endswith(UNFINISHED):
         raise BackendError(f"{name!r} is not a valid name: it must be a relative path without '..'")
     return name
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -104,10 +105,15 @@ def run_again(module: Callee, given: Arguments) -> Any:
     """
     args, kwargs = on_each((given.args, given.kwargs), torch.Tensor.clone)
     devices = {each.device for each in tensors_of((args, kwargs)).values() if isinstance(each, torch.Tensor)}
-    accelerated = [each for each in devices if each.type == "cuda"]
-    with torch.no_grad(), state_kept(module), torch.random.fork_rng(accelerated):
+    with ExitStack() as stack:
+        stack.enter_context(torch.random.fork_rng([]))
+        for device in devices:
+            if device.type != "cpu":
+                stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
+        stack.enter_context(state_kept(module))
         torch.manual_seed(SEED)
-        return module(*args, **kwargs)
+        with torch.no_grad():
+            return module(*args, **kwargs)
 
 
 def tensors_in(value: Any) -> dict[_Path, torch.Tensor]:
