@@ -6,11 +6,9 @@ import tempfile
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from statistics import median
-from typing import Any
 
-from tests.adapters.vllm.client import KEY, complete, fetch
+from tests.adapters.vllm.client import MODULES, complete, delivering, fetch
 from tests.adapters.vllm.server import VllmServer, serving
-from tests.models import tiny_llama
 from tlcore.adapters.vllm.frontend.endpoint import ROOT_VARIABLE
 
 from .rows import Row, Scale, at_most
@@ -24,33 +22,13 @@ def table(scale: Scale) -> list[Row]:
     with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as name:
         directory = Path(name)
         environment = {"VLLM_PLUGINS": "tlcore,tlcore.endpoint", ROOT_VARIABLE: str(directory / "dumps")}
-        with serving(directory, _settings(directory), environment) as server:
+        with serving(directory, delivering(directory / "dumps", MODULES), environment) as server:
             _one(server, 0)
             alone = [_one(server, 1 + number) for number in range(4 * scale.repeats)]
             with ThreadPoolExecutor(_CLIENTS) as pool:
                 numbers = range(1000, 1000 + _CLIENTS * scale.repeats)
                 together = list(pool.map(lambda number: _one(server, number), numbers))
     return [_row("a client alone", alone), _row(f"one of {_CLIENTS} clients", together)]
-
-
-def _settings(directory: Path) -> dict[str, Any]:
-    return {
-        "model": str(tiny_llama()),
-        "served-model-name": "tiny",
-        "enforce-eager": True,
-        "max-model-len": 128,
-        "api-key": KEY,
-        "no-enable-prefix-caching": True,
-        "intermediate-log-config": {
-            "output_dir": str(directory / "dumps"),
-            "sample_rate": 0,
-            "log_step_ids": [],
-            "module_call_match": [r"layers\.[02]\.mlp$"],
-            "request_overrides": ["modules"],
-            "delivery": True,
-            "backend": "safetensors",
-        },
-    }
 
 
 def _one(server: VllmServer, number: int) -> float:

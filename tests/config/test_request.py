@@ -52,6 +52,7 @@ def test_a_choice_is_read_from_a_mapping_and_from_text(
         ({"modules": []}, "$.tlcore.modules", "1 to 64"),
         ({"modules": ["x"] * 65}, "$.tlcore.modules", "1 to 64"),
         ({"modules": ["x", "y" * 257]}, "$.tlcore.modules[1]", "256"),
+        ({"modules": ["*." * 5 + "a"] * 13}, "$.tlcore.modules", "have 65 * together, more than 64"),
         ({"enabled": 1}, "$.tlcore.enabled", "true or false"),
         ({"enabled": float("nan")}, "$.tlcore.enabled", "finite"),
         ("{", "$.tlcore", "not valid JSON"),
@@ -81,9 +82,11 @@ def test_a_wrong_one_is_refused_with_its_key(given: Any, path: str, words: str) 
         json.dumps({"modules": [0] * 5000}),
         json.dumps({f"key{number}": 1 for number in range(2000)}),
         json.dumps({"rows": {f"from{number}": 1 for number in range(1500)}}),
-        json.dumps({"modules": ["*" * 200 + "z" + "*" * 50] * 64}),
+        json.dumps({"modules": ["*" * 200 + f"z{number}" for number in range(64)]}),
+        json.dumps({"modules": ["*".join("model.layers.") + f"*{number}z*" for number in range(4)]}),
+        json.dumps({"modules": ["*".join("model.layers.") + f"*{number}z*" for number in range(64)]}),
     ],
-    ids=["wrong items", "unknown keys", "unknown ends", "stars"],
+    ids=["wrong items", "unknown keys", "unknown ends", "stars", "parts", "many parts"],
 )
 def test_none_keeps_a_server_long(given: str) -> None:
     begin = time.process_time()
@@ -92,7 +95,7 @@ def test_none_keeps_a_server_long(given: str) -> None:
         assert choice is not None and choice.modules is not None
         names = ModuleNames(choice.modules)
         assert not any(f"model.layers.{number}.mlp" in names for number in range(8000))
-    assert time.process_time() - begin < 2
+    assert time.process_time() - begin < 0.5
 
 
 def test_nothing_is_allowed_by_default_but_to_be_left_out() -> None:

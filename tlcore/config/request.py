@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,6 +18,9 @@ from .validation import PathPart, coerce, each_problem, json_path, plain, show
 KEY = "tlcore"
 KEYS = ("enabled", "modules", "rows", "deliver")
 _LONGEST_TEXT = 1 << 15
+# Each is looked for in the names of all modules, while an engine's requests wait.
+_MOST_STARS = 64
+_STARS = re.compile(r"\*+")
 Rows = Literal["last"] | Window
 ALL = Window()
 
@@ -66,6 +70,7 @@ def _of(value: Any) -> RequestChoice | None:
     if not document or document == {"deliver": False}:
         return None
     modules = document.get("modules")
+    _check_stars(modules or ())
     return RequestChoice(
         document.get("enabled"),
         None if modules is None else tuple(modules),
@@ -93,6 +98,13 @@ def _document(value: Any) -> Mapping[str, Any]:
     if not isinstance(value, Mapping):
         raise choice_error((), 'it must be a JSON object or its text, such as {"rows": "last"}.')
     return value
+
+
+def _check_stars(modules: Collection[str]) -> None:
+    count = sum(len(_STARS.findall(name)) for name in modules)
+    if count > _MOST_STARS:
+        problem = f"its names have {count} * together, more than {_MOST_STARS}."
+        raise choice_error(("modules",), problem, "Name modules as a whole, or by fewer patterns.")
 
 
 def _rows(given: Any) -> Rows | None:

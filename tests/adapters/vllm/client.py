@@ -6,14 +6,42 @@ import json
 import time
 import urllib.error
 import urllib.request
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from tests.adapters.vllm.server import VllmServer
+from tests.models import tiny_llama
 
 KEY = "not-a-secret"
+MODULES = r"layers\.[02]\.mlp$"
 MLP = "model.layers.2.mlp/outputs"
 CHOICE = {"deliver": True, "modules": ["model.layers.2.mlp"]}
 PROMPT = [5, 6, 7, 8]
+
+
+def delivering(dumps: Path, modules: str, **more: Any) -> dict[str, Any]:
+    """The settings of a server that captures these modules of the requests alone that ask for it.
+
+    ``more`` are keys of the configuration.
+    """
+    captured = {
+        "output_dir": str(dumps),
+        "sample_rate": 0,
+        "log_step_ids": [],
+        "module_call_match": [modules],
+        "request_overrides": ["modules", "rows"],
+        "delivery": True,
+        "backend": "safetensors",
+    }
+    return {
+        "model": str(tiny_llama()),
+        "served-model-name": "tiny",
+        "enforce-eager": True,
+        "max-model-len": 128,
+        "api-key": KEY,
+        "no-enable-prefix-caching": True,
+        "intermediate-log-config": captured | more,
+    }
 
 
 class Answer(NamedTuple):

@@ -16,9 +16,19 @@ import pytest
 from safetensors.torch import load
 
 import tlcore
-from tests.adapters.vllm.client import CHOICE, KEY, MLP, PROMPT, Answer, complete, fetch, send
+from tests.adapters.vllm.client import (
+    CHOICE,
+    KEY,
+    MLP,
+    MODULES,
+    PROMPT,
+    Answer,
+    complete,
+    delivering,
+    fetch,
+    send,
+)
 from tests.adapters.vllm.server import VllmServer, serving
-from tests.models import tiny_llama
 from tests.waiting import wait_until
 from tlcore.adapters.vllm.frontend.endpoint import ROOT_VARIABLE
 
@@ -32,24 +42,9 @@ def dumps(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory, dumps: Path) -> Iterator[VllmServer]:
-    settings = {
-        "model": str(tiny_llama()),
-        "served-model-name": "tiny",
-        "enforce-eager": True,
-        "max-model-len": 128,
-        "api-key": KEY,
-        "no-enable-prefix-caching": True,
+    settings = delivering(dumps, MODULES) | {
         "chat-template": "{{ messages[0]['content'] }}",
         "enable-log-requests": True,
-        "intermediate-log-config": {
-            "output_dir": str(dumps),
-            "sample_rate": 0,
-            "log_step_ids": [],
-            "module_call_match": [r"layers\.[02]\.mlp$"],
-            "request_overrides": ["modules", "rows"],
-            "delivery": True,
-            "backend": "safetensors",
-        },
     }
     environment = {"VLLM_PLUGINS": "tlcore,tlcore.endpoint", ROOT_VARIABLE: str(dumps)}
     environment["VLLM_ENABLE_RESPONSES_API_STORE"] = "1"

@@ -15,7 +15,7 @@ from safetensors.torch import load
 
 import tlcore
 from tests.adapters.vllm import late_sink
-from tests.adapters.vllm.client import KEY, complete, fetch
+from tests.adapters.vllm.client import KEY, complete, delivering, fetch
 from tests.adapters.vllm.helpers import SEVERAL_RANKS
 from tests.adapters.vllm.server import VllmServer, serving
 from tests.models import tiny_llama
@@ -41,24 +41,8 @@ class _Running(NamedTuple):
 @pytest.fixture(scope="module", params=SERVERS)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Running]:
     directory = tmp_path_factory.mktemp("server")
-    settings = {
-        "model": str(tiny_llama()),
-        "served-model-name": "tiny",
-        "enforce-eager": True,
-        "max-model-len": 128,
-        "api-key": KEY,
-        "no-enable-prefix-caching": True,
-        "intermediate-log-config": {
-            "output_dir": str(directory / "dumps"),
-            "sample_rate": 0,
-            "log_step_ids": [],
-            "module_call_match": [r"layers\.2\.self_attn\.qkv_proj$"],
-            "request_overrides": ["modules", "rows"],
-            "delivery": True,
-            "backend": late_sink.NAME,
-        },
-        **SERVERS[request.param],
-    }
+    captured = delivering(directory / "dumps", r"layers\.2\.self_attn\.qkv_proj$", backend=late_sink.NAME)
+    settings = captured | SERVERS[request.param]
     late = directory / "late"
     environment = {**SEVERAL_RANKS, "VLLM_PLUGINS": "tlcore,tlcore.endpoint", late_sink.VARIABLE: str(late)}
     with serving(directory, settings, environment) as server:

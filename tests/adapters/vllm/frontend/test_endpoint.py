@@ -279,6 +279,6 @@ def test_no_client_makes_the_patterns_of_requests_costly(root: Path) -> None:
     for cheap in (["^cmpl-a", "b$"], "x-[0-9]+-", [f"id-{number}" for number in range(1000)]):
         assert restricted({"request_ids": cheap}).request_ids
     hidden = ("(?x)(a) +", "(?#[)(a+)+$(?#])", r"\(?" * 20)
-    for costly in ("(a+)+$", "(ab|ab)" * 30, "a?" * 20, ".*.*.*", *hidden, ["a+b+"] * 20):
+    for costly in ("(a+)+$", "(ab|ab)" * 30, "a?" * 20, ".*.*.*", *hidden, ["a+b+"] * 3):
         with pytest.raises(ConfigError, match=r"\$\.request_ids: over HTTP patterns of requests repeat no"):
             restricted({"request_ids": costly})

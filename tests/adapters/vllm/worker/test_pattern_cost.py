@@ -10,7 +10,7 @@ import pytest
 from torch import nn
 
 from tlcore.adapters.vllm.worker.capture import WorkerCapture
-from tlcore.adapters.vllm.worker.pattern_cost import check_cost
+from tlcore.adapters.vllm.worker.pattern_cost import _last_tried, check_cost
 from tlcore.config.configuration import load_config
 from tlcore.errors import CaptureError, ConfigError
 
@@ -40,9 +40,17 @@ def test_one_that_does_not_end_is_refused_with_its_place(key: str, pattern: str)
     patterns = ["mlp", pattern, "embed"]
     injected = {"inject": {"run": "a", "modules": patterns}}
     config = load_config(injected if key == "inject.modules" else {key: patterns})
-    with pytest.raises(ConfigError, match="takes more than 2 s on the names of the model's modules") as told:
+    with pytest.raises(ConfigError, match=r"takes more than 0\.2 s, with those before it, on") as told:
         check_cost(config, NAMES)
     assert told.value.path == f"$.{key}[1]"
+
+
+def test_many_that_each_end_have_one_budget_together() -> None:
+    slow = [rf"(?:a|b|[^!])*(?:a|[^!])*{number}!" for number in range(400)]
+    check_cost(load_config({"module_call_match": slow[:1]}), NAMES)
+    with pytest.raises(ConfigError, match="takes more than") as told:
+        check_cost(load_config({"module_call_match": slow}), NAMES)
+    assert told.value.path != "$.module_call_match[0]"
 
 
 def test_they_are_tried_on_the_names_of_a_draft_model_too() -> None:
@@ -61,6 +69,7 @@ def test_they_are_tried_on_the_names_of_a_draft_model_too() -> None:
 
 def test_where_nothing_can_be_tried_it_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     for program in ("/bin/false", "/nowhere/python"):
+        _last_tried.cache_clear()
         monkeypatch.setattr(sys, "executable", program)
         with pytest.raises(CaptureError, match="patterns of the configuration could not be tried"):
             check_cost(load_config({"module_call_match": ["mlp"]}), NAMES)

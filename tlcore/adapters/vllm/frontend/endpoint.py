@@ -43,7 +43,7 @@ DELIVERY_VARIABLE = "TLCORE_ENDPOINT_DELIVERY"
 INJECT_VARIABLE = "TLCORE_ENDPOINT_INJECT_DIR"
 _LARGEST_BODY = 1 << 20
 # What the patterns of request_ids may take of each request, and no client may make it more.
-_MOST_STEPS = 1 << 28
+_MOST_STEPS = 1 << 25
 # Longer than this, a client asks again.
 _STOP_WAIT_S = 30.0
 

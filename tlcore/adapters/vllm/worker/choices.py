@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterable
 from typing import Any
@@ -95,6 +96,12 @@ def _resolved(choice: RequestChoice, config: Config) -> Choice | None:
         return LEFT_OUT
     if Allowed.of(config).refusal(choice) is not None:
         return None
-    modules = None if choice.modules is None else ModuleNames(choice.modules)
+    modules = None if choice.modules is None else _names(choice.modules)
     window = choice.rows if isinstance(choice.rows, Window) and choice.rows != Window() else None
     return Choice(True, modules, window, choice.rows == "last")
+
+
+# It keeps which modules it has found, and many requests choose the same.
+@functools.lru_cache(maxsize=64)
+def _names(modules: tuple[str, ...]) -> ModuleNames:
+    return ModuleNames(modules)
