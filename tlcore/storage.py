@@ -151,6 +151,15 @@ class SupportsManyReads(Protocol):
 
 
 @runtime_checkable
+class SupportsBuffers(Protocol):
+    """A store whose client has a range in memory that need not be copied to become bytes."""
+
+    def get_buffer(self, name: str, start: int, end: int) -> memoryview:
+        """The bytes ``[start, end)`` of a blob, in memory that is read only. Raises as `Store.get`."""
+        ...
+
+
+@runtime_checkable
 class SupportsAppend(Protocol):
     """A store in which a blob can be written before it is whole."""
 

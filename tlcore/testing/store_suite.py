@@ -15,6 +15,7 @@ from ..storage import (
     Folder,
     Store,
     SupportsAppend,
+    SupportsBuffers,
     SupportsFiles,
     SupportsFolders,
     SupportsLevels,
@@ -146,6 +147,19 @@ class StoreConformance:
             store.path("../outside")
         assert store.identity("missing") is None
         assert store.identity("d/a") not in (None, store.identity("d/c"))
+
+    def test_a_range_in_the_clients_memory_is_that_of_the_blob(self, store: Store) -> None:
+        """For a store that `SupportsBuffers`."""
+        if not isinstance(store, SupportsBuffers):
+            pytest.skip("it does not claim buffers")
+        store.put("d/a", [bytes(range(100))])
+        assert bytes(store.get_buffer("d/a", 10, 90)) == bytes(range(10, 90))
+        assert bytes(store.get_buffer("d/a", 10, 10)) == b""
+        assert store.get_buffer("d/a", 0, 4).readonly
+        with pytest.raises(FileNotFoundError):
+            store.get_buffer("missing", 0, 4)
+        with pytest.raises(BackendError):
+            store.get_buffer("../outside", 0, 4)
 
     def test_a_blob_can_be_written_piece_by_piece(self, store: Store) -> None:
         """For a store that `SupportsAppend`: seen once it is published, whole."""

@@ -17,7 +17,7 @@ from tlcore.errors import BackendError, MissingError, ReadError
 from tlcore.hotpath.hashing import hex_digests
 from tlcore.hotpath.reading import Scratch, gather_ranges, hash_ranges
 from tlcore.protocols import Buffer
-from tlcore.storage import Store, SupportsFiles
+from tlcore.storage import Store, SupportsBuffers, SupportsFiles
 
 _MOST_OPEN = 16
 _MOST_WHOLE = 2
@@ -172,9 +172,12 @@ class SegmentFiles:
                     self._whole.popitem(last=False)
         return whole.data()
 
-    def _get(self, name: str, begin: int, end: int) -> bytes:
+    def _get(self, name: str, begin: int, end: int) -> Buffer:
+        store = self._store
         try:
-            return self._store.get(name, begin, end)
+            if isinstance(store, SupportsBuffers):
+                return store.get_buffer(name, begin, end)
+            return store.get(name, begin, end)
         except FileNotFoundError:
             raise MissingError(f"{self._store.url}: no file {name!r}") from None
         except (BackendError, OSError) as error:
@@ -278,12 +281,12 @@ def _largest(ranges: np.ndarray) -> int:
 class _Whole:
     """A file that the first who asks reads, while the others wait."""
 
-    def __init__(self, read: Callable[[], bytes]) -> None:
+    def __init__(self, read: Callable[[], Buffer]) -> None:
         self._read = read
-        self._data: bytes | None = None
+        self._data: Buffer | None = None
         self._lock = threading.Lock()
 
-    def data(self) -> bytes:
+    def data(self) -> Buffer:
         """The file's bytes. Raises as reading does."""
         with self._lock:
             if self._data is None:

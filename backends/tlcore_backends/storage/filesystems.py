@@ -65,12 +65,11 @@ def open_filesystem(
 
 
 def _obstore_filesystem(url: str, options: dict[str, Any], redactor: Redactor) -> tuple[FileSystem, str]:
-    from obstore.fsspec import FsspecStore
+    from .obstore_filesystem import BucketFilesystem
 
     root = url.partition("://")[2].rstrip("/")
     _check_root(root, redactor)
-    filesystem: Any = FsspecStore("s3", **options, skip_instance_cache=True)
-    filesystem.dircache.use_listings_cache = False
+    filesystem: Any = BucketFilesystem(root.partition("/")[0], options, skip_instance_cache=True)
     return filesystem, root
 
 

@@ -104,6 +104,10 @@ def test_several_items_at_once_and_from_behind(backend: Any, tmp_path: Path) -> 
         assert all(torch.equal(value, data[place][name]) for name, value in item.items())
     with pytest.raises(IndexError, match=f"item {len(data)} of {len(data)}"):
         data[len(data)]
+    assert torch.equal(data[torch.tensor(3)]["positions"], data[3]["positions"])
+    no_number: Any = 1.5
+    with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
+        data[no_number]
 
 
 def test_a_request_with_gaps_is_left_out_and_said(tmp_path: Path) -> None:

@@ -135,6 +135,45 @@ def test_the_end_of_an_epoch_is_a_state_too(both: RowDataset) -> None:
         loader.set_epoch(-1)
 
 
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"delivered": 10**9},
+        {"delivered": -1},
+        {"delivered": None},
+        {"epoch": -1},
+        {"epoch": "1"},
+        {"seed": -1},
+        {"streams": 0},
+        {"streams": 10**9},
+        {"streams": 2.5},
+        {"window_bytes": 0},
+    ],
+    ids=repr,
+)
+def test_a_damaged_state_is_refused_and_leaves_the_loader(both: RowDataset, change: dict[str, Any]) -> None:
+    loader = both.loader(50, buffer_bytes=SMALL)
+    before = loader.state_dict()
+    (key,) = change
+    with pytest.raises(ReadError, match=f"the state is damaged: its {key} is"):
+        loader.load_state_dict({**before, **change})
+    assert loader.state_dict() == before
+    nothing: Any = []
+    with pytest.raises(ReadError, match="list is no loader's state"):
+        loader.load_state_dict(nothing)
+
+
+def test_the_state_is_that_of_the_newest_iteration(both: RowDataset) -> None:
+    loader = both.loader(20, buffer_bytes=SMALL)
+    older = iter(loader)
+    begun = [next(older) for _ in range(3)]
+    newer = iter(loader)
+    first = next(newer)
+    assert sorted(told(both, [*begun, *older])) == expected(both)
+    assert (loader.epoch, loader.state_dict()["delivered"]) == (0, 1)
+    assert sorted(told(both, [first, *newer])) == expected(both) and loader.epoch == 1
+
+
 def test_threads_that_come_together_open_the_run_and_read_right(both: RowDataset) -> None:
     whole = expected(both)
     for _ in range(5):

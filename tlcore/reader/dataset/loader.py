@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from torch.utils.data import DataLoader, Dataset
 
 from ...errors import ReadError
+from ...layout.checks import LARGEST_SIZE
 from .dataset import BUFFER_BYTES, OrderedDataset, RowDataset
 from .order import Plan
 from .reading import Batch
@@ -16,6 +17,13 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
 _STATE_VERSION = 1
+# The numbers of a state, which may come from anybody. A loader has a list for each stream.
+_LIMITS = {
+    "epoch": (0, LARGEST_SIZE),
+    "seed": (0, LARGEST_SIZE),
+    "streams": (1, 1 << 12),
+    "window_bytes": (1, LARGEST_SIZE),
+}
 # What a state and the loader that takes it must have in common.
 _FIXED = ("items", "data", "batch_size", "shuffle", "rank", "world_size", "drop_last")
 
@@ -67,12 +75,14 @@ class Loader:
         self._window_bytes = max(1, buffer_bytes // (2 * self._streams))
         self._delivered = 0
         self._resumes = False
+        # The newest iteration, which alone the state is of.
+        self._turn: object = None
 
     def set_epoch(self, epoch: int) -> None:
         """Which epoch's order the next iteration has; each whole iteration goes on to the next by itself."""
         if epoch < 0:
             raise ValueError(f"epoch {epoch} must not be negative")
-        self.epoch, self._delivered, self._resumes = epoch, 0, False
+        self.epoch, self._delivered, self._resumes, self._turn = epoch, 0, False, None
 
     def __len__(self) -> int:
         """How many batches an epoch has on this rank."""
@@ -108,6 +118,7 @@ class Loader:
         if not self._resumes:
             self._delivered = 0
         self._resumes = False
+        turn = self._turn = object()
         plan = Plan(self._seed if self.shuffle else None, self.epoch, self._window_bytes)
         ordered = OrderedDataset(self.data, plan)
         context = "spawn" if self.num_workers and not self.data.is_local else None
@@ -121,9 +132,10 @@ class Loader:
             collate_fn=_as_it_is,
         )
         for batch in batches:
-            self._delivered += 1
+            self._delivered += self._turn is turn
             yield batch
-        self.epoch, self._delivered = self.epoch + 1, 0
+        if self._turn is turn:
+            self.epoch, self._delivered = self.epoch + 1, 0
 
     def state_dict(self) -> dict[str, Any]:
         """What to give `load_state_dict` of a loader of the same data set to go on behind the last batch."""
@@ -143,6 +155,8 @@ class Loader:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on, in the next iteration, where another loader was. Raises ReadError where that cannot be."""
+        if not isinstance(state, Mapping):
+            raise ReadError(f"{type(state).__name__} is no loader's state, which is a dictionary")
         if state.get("version") != _STATE_VERSION:
             raise ReadError(f"version {state.get('version')!r} of a loader's state is not known")
         for key, own in self._fixed().items():
@@ -150,10 +164,18 @@ class Loader:
                 raise ReadError(
                     f"the state is of another loader: its {key} is {state.get(key)!r}, not {own!r}"
                 )
-        self.epoch, self._delivered = int(state["epoch"]), int(state["delivered"])
-        self._seed, self._streams = int(state["seed"]), int(state["streams"])
-        self._window_bytes = int(state["window_bytes"])
-        self._resumes = True
+        found = {key: _number(state, key, *_LIMITS[key]) for key in _LIMITS}
+        delivered = _number(state, "delivered", 0, len(self))
+        self.epoch, self._seed, self._delivered = found["epoch"], found["seed"], delivered
+        self._streams, self._window_bytes = found["streams"], found["window_bytes"]
+        self._resumes, self._turn = True, None
+
+
+def _number(state: Mapping[str, Any], key: str, least: int, most: int) -> int:
+    value = state.get(key)
+    if type(value) is not int or not least <= value <= most:
+        raise ReadError(f"the state is damaged: its {key} is {value!r}, no number from {least} to {most}")
+    return value
 
 
 class _Batches(Dataset[Any]):
