@@ -18,8 +18,9 @@ from ...errors import ReadError
 from ...layout.windows import window_of
 from ..lasting import lasting_objects
 from .items import Items, Per, items_of
+from .loaded import Loaded
 from .order import Order, Plan
-from .reading import AllRows, Batch, Bytes, Maps, Rows, new_tensor
+from .reading import AllRows, Batch, Bytes, Maps, Rows
 from .table import Form, Table
 from .threads import Threads
 from .tokens import Numbers
@@ -103,9 +104,9 @@ class RowDataset(Dataset[Batch]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
-        """Several items, read together."""
+        """Several items, read together and into one memory."""
         items = np.array([_checked(index, self._count) for index in indices], dtype=np.int64)
-        return list(self._split(items, self._load(items, self._threads.pool())))
+        return self.split(items, self._load(items, self._threads.pool()))
 
     def __iter__(self) -> Iterator[Batch]:
         """The items in their order, read in large pieces."""
@@ -194,13 +195,18 @@ class RowDataset(Dataset[Batch]):
         """How many rows items have."""
         return np.ones(len(items), dtype=np.int64) if self._counts is None else self._counts[items]
 
-    def _split(self, items: Numbers, rows: Batch) -> Iterator[Batch]:
-        """The items, of whose rows one after the other is given."""
-        begin = 0
-        for count in self.counts_of(items).tolist():
-            own = {name: values[begin : begin + count] for name, values in rows.items()}
-            yield self.item(own)
-            begin += count
+    def split(self, items: Numbers, rows: Batch) -> list[Batch]:
+        """The items, of whose rows one after the other is given, as views of these."""
+        if self._starts is None:
+            columns = [values.unbind(0) for values in rows.values()]
+        else:
+            counts = self.counts_of(items)
+            firsts = torch.from_numpy(np.cumsum(counts) - counts)
+            columns = [
+                values[firsts].unbind(0) if name in _OF_ITEM else values.split(counts.tolist())
+                for name, values in rows.items()
+            ]
+        return [dict(zip(rows, each, strict=True)) for each in zip(*columns, strict=True)]
 
     def item(self, rows: Batch) -> Batch:
         """An item of its rows: a token's without the dimension of positions, a sequence's request once."""
@@ -219,60 +225,6 @@ class RowDataset(Dataset[Batch]):
         what = f"pieces of {self.context} positions" if self.context else f"{self.per}s"
         runs = f" of {len(self._made_of)} runs" if len(self._made_of) > 1 else ""
         return f"<RowDataset: {self._count} {what}{runs}, {', '.join(self.names)}>"
-
-
-class Loaded:
-    """Items in memory. ``items`` are sorted, and at ``places`` of them are those that were asked for."""
-
-    def __init__(self, data: RowDataset, rows: Batch, items: Numbers, places: Numbers) -> None:
-        self._data, self._rows, self._places = data, rows, places
-        self._counts = data.counts_of(items)
-        self._ends = np.cumsum(self._counts)
-
-    def take(self, begin: int, end: int) -> list[Batch] | Batch:
-        """Those asked for at ``[begin, end)``: one dictionary, of items of different length several."""
-        places = self._places[begin:end]
-        if self._data.ragged:
-            return [self._one(place) for place in places.tolist()]
-        if self._ends[-1] == len(self._ends):
-            chosen = places
-        else:
-            width = int(self._counts[0])
-            chosen = ((places * width)[:, None] + np.arange(width)).reshape(-1)
-        found = {name: _selected(values, chosen) for name, values in self._rows.items()}
-        return self._data.stacked(found, end - begin)
-
-    def one(self, place: int) -> Batch:
-        """The one that was asked for at a place."""
-        return self._one(int(self._places[place]))
-
-    def view(self, place: int) -> Batch:
-        """The same, in the memory of all of them."""
-        return self._view(int(self._places[place]))
-
-    def _one(self, at: int) -> Batch:
-        # Of its own memory: what is kept of an item must not keep the others.
-        return {name: values.clone() for name, values in self._view(at).items()}
-
-    def _view(self, at: int) -> Batch:
-        end = int(self._ends[at])
-        own = slice(end - int(self._counts[at]), end)
-        return self._data.item({name: values[own] for name, values in self._rows.items()})
-
-
-def _selected(values: torch.Tensor, rows: Numbers) -> torch.Tensor:
-    """Rows by number. One thread copies them: torch's own wait for each other, longest on a busy machine."""
-    target = new_tensor((len(rows), *values.shape[1:]), values.dtype)
-    if target.numel():
-        # Without a mode that cannot fail NumPy copies twice.
-        np.take(_as_bytes(values), rows, out=_as_bytes(target), mode="clip")
-    return target
-
-
-def _as_bytes(values: torch.Tensor) -> np.ndarray[Any, Any]:
-    """Each row as one value of so many bytes, in the same memory."""
-    rows = values.view(-1).view(torch.uint8).numpy()
-    return rows.view(f"V{rows.size // len(values)}")
 
 
 class OrderedDataset(Dataset[Batch]):
@@ -296,12 +248,13 @@ class OrderedDataset(Dataset[Batch]):
         return self.__getitems__([index])[0]
 
     def __getitems__(self, indices: Sequence[int]) -> list[Batch]:
-        """Several items."""
-        found = []
-        for index in indices:
-            place = _checked(index, len(self))
-            window = self.order.window_of(place)
-            found.append(self._window(window, len(self)).one(place - self.order.bounds(window)[0]))
+        """Several items, each as a part of one memory for those of a window that follow one another."""
+        places = np.array([_checked(index, len(self)) for index in indices], dtype=np.int64)
+        windows = self.order.windows_of(places)
+        found: list[Batch] = []
+        for own in np.split(places, np.flatnonzero(np.diff(windows)) + 1) if len(places) else ():
+            window = self.order.window_of(int(own[0]))
+            found += self._window(window, len(self)).several(own - self.order.bounds(window)[0])
         return found
 
     def __iter__(self) -> Iterator[Batch]:

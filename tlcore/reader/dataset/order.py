@@ -49,8 +49,13 @@ class Order:
 
     def window_of(self, place: int) -> int:
         """The window of the item at a place of the order."""
-        group = int(np.searchsorted(self._ends, place, "right"))
-        return int(np.searchsorted(self._windows, group, "right")) - 1
+        return int(self.windows_of(np.array([place]))[0])
+
+    def windows_of(self, places: Numbers) -> Numbers:
+        """The windows of the items at places of the order."""
+        groups = np.searchsorted(self._ends, places, "right")
+        found: Numbers = np.searchsorted(self._windows, groups, "right") - 1
+        return found
 
     def bounds(self, window: int) -> tuple[int, int]:
         """The places ``[begin, end)`` of a window's items."""
