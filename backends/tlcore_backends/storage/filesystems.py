@@ -69,8 +69,9 @@ def _obstore_filesystem(url: str, options: dict[str, Any], redactor: Redactor) -
 
     root = url.partition("://")[2].rstrip("/")
     _check_root(root, redactor)
-    filesystem: Any = BucketFilesystem(root.partition("/")[0], options, skip_instance_cache=True)
-    return filesystem, root
+    # fsspec takes one argument away from what is called.
+    kind: Any = BucketFilesystem
+    return kind(root.partition("/")[0], options, skip_instance_cache=True), root
 
 
 def _check_root(root: str, redactor: Redactor) -> None:

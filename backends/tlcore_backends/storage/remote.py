@@ -103,7 +103,7 @@ class FsspecStore:
         limits = {"start": start, "end": end}
         return memoryview(self._read(name, method, end - start, limits) if start < end else b"")
 
-    def _read(self, name: str, method: str, moved: int, limits: dict[str, int | None]) -> Any:
+    def _read(self, name: str, method: str, moved: int, limits: Mapping[str, int | None]) -> Any:
         try:
             return self._calls.run(method, self._place(name), moved_bytes=moved, **limits)
         except NotImplementedError:

@@ -104,7 +104,8 @@ def test_several_items_at_once_and_from_behind(backend: Any, tmp_path: Path) -> 
         assert all(torch.equal(value, data[place][name]) for name, value in item.items())
     with pytest.raises(IndexError, match=f"item {len(data)} of {len(data)}"):
         data[len(data)]
-    assert torch.equal(data[torch.tensor(3)]["positions"], data[3]["positions"])
+    number: Any = torch.tensor(3)
+    assert torch.equal(data[number]["positions"], data[3]["positions"])
     no_number: Any = 1.5
     with pytest.raises(TypeError, match="cannot be interpreted as an integer"):
         data[no_number]

@@ -203,7 +203,7 @@ class RowDataset(Dataset[Batch]):
             counts = self.counts_of(items)
             firsts = torch.from_numpy(np.cumsum(counts) - counts)
             columns = [
-                values[firsts].unbind(0) if name in _OF_ITEM else values.split(counts.tolist())
+                values[firsts].unbind(0) if name in _OF_ITEM else torch.split(values, counts.tolist())
                 for name, values in rows.items()
             ]
         return [dict(zip(rows, each, strict=True)) for each in zip(*columns, strict=True)]
