@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import numpy as np
 import pytest
 import safetensors.torch
@@ -302,6 +304,22 @@ def test_parts_that_ranks_hold_are_joined_as_values(backend: str, tmp_path: Path
         assert torch.equal(streamed.read(0, expected.numel()).view(expected.shape), joined)
     wholes = {each["module"]: each for each in step.wholes if each["direction"] == "outputs"}
     assert (wholes["cut"]["dtype"], wholes["cut"]["shape"]) == ("float32", [4, 24])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_call_is_replayed_and_the_tree_of_files_is_as_stored(backend: str, tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    linear, x = nn.Linear(64, 64), torch.randn(12, 64)
+    run = captured(tmp_path, nn.Sequential(linear), x, backend=backend, **INT8)
+    assert tlcore.replay(run, "step_0/0", linear).equal
+    assert not tlcore.replay(run, "step_0/0", nn.Linear(64, 64)).equal
+    tree = fsspec.filesystem("tlcore", run=run.url, skip_instance_cache=True)
+    for record in json.loads(tree.cat_file("step_0/step.json"))["records"]:
+        data = tree.cat_file(record["file"])
+        found = torch.load(io.BytesIO(data), weights_only=True)
+        assert torch.equal(found, run.tensor(record["name"], dtype="stored"))
+        assert (record["file_bytes"], record["shape"]) == (len(data), list(found.shape))
+        assert record["row_scale"] == "float32"
 
 
 def test_a_stream_gives_values_from_anywhere(tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -307,27 +307,27 @@ class Step(Mapping[str, "torch.Tensor"]):
 
         A distributed tensor (``DTensor``) is joined from all ranks' parts. With ``unshard``, so is a tensor
         of vLLM's of which each rank holds a part. ``dtype`` is that in which it is wanted, ``"original"``:
-        what it had before ``store_dtype``, or ``"stored"``: of rows with a scale, whole ones, their bytes.
-        Raises MissingError where one of the parts was not stored.
+        what it had before ``store_dtype``, or ``"stored"``: whole rows with a scale as their bytes. Raises
+        MissingError where one of the parts was not stored.
         """
         found = self.find(name)
-        load = self._stored.tensor if dtype == STORED else self._stored.values
-        return as_wanted(self._tensor(found, unshard, load), self._records.get(found, {}), dtype)
+        value = self._tensor(found, unshard, packed=dtype == STORED)
+        return as_wanted(value, self._records.get(found, {}), dtype)
 
-    def _tensor(self, found: str, unshard: bool, load: Callable[[Json], torch.Tensor]) -> torch.Tensor:
+    def _tensor(self, found: str, unshard: bool, packed: bool) -> torch.Tensor:
         if found not in self._records:
             return self._stored.tensor(self._remains[found])
         record = self.record(found)
         if is_part(record):
-            # Scales of rows in parts do not go together.
             return assembled(record, self._by_origin[_origin(record)], self._stored.values)
         if not unshard or "part" not in record:
-            return load(record)
+            return self._stored.values(record, packed)
         return joined(record["part"], list(map(self._stored.values, self.parts(found))), record["name"])
 
-    def part(self, name: str) -> torch.Tensor:
-        """The tensor as one rank has stored it: of a distributed tensor, that rank's part."""
-        return self._stored.values(self.record(name))
+    def part(self, name: str, dtype: Wanted = None) -> torch.Tensor:
+        """The tensor as one rank has it: of a distributed one, that rank's part. ``dtype`` as in `tensor`."""
+        record = self.record(name)
+        return as_wanted(self._stored.values(record, packed=dtype == STORED), record, dtype)
 
     def parts(self, name: str) -> list[Json]:
         """The records whose tensors make up a whole one, in order; the tensor's own if it is whole."""

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import BackendError, MissingError, ReadError, missing
 from ..layout.names import rank_suffix, step_dir
-from ..layout.row_scale import as_stored, is_scaled, restored
+from ..layout.row_scale import is_scaled, restored
 from ..layout.run_files import RunFiles
 from ..protocols import (
     Array,
@@ -291,10 +291,10 @@ class Stored:
         except MemoryError:
             raise ReadError(f"{where}: larger than this machine's memory") from None
 
-    def values(self, record: Mapping[str, Any]) -> torch.Tensor:
-        """What `tensor` gives, of rows with a scale what they stand for. Raises MissingError or ReadError."""
-        found = self.tensor(as_stored(record))
-        return restored(found, str(record["converted_from"])) if is_scaled(as_stored(record)) else found
+    def values(self, record: Mapping[str, Any], packed: bool = False) -> torch.Tensor:
+        """What `tensor` gives; of rows with a scale what they stand for, unless ``packed``. Raises as it."""
+        found = self.tensor(record)
+        return restored(found, str(record["converted_from"])) if is_scaled(record) and not packed else found
 
     def _own_bytes(self, record: Mapping[str, Any]) -> Buffer:
         """A tensor's bytes in memory of its own, which may be written."""

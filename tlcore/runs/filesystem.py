@@ -19,6 +19,7 @@ from ..protocols import SupportsFileTree
 from ..reader import Step, open_run
 from ..reader.stored import Stored
 from ..reader.tensor_bytes import kind, payload
+from ..reader.wanted import STORED
 from ..record import Json
 from ..statistics.channel_file import CHANNEL_FILE
 from .conversion import summary_of
@@ -187,7 +188,7 @@ def _file_bytes(dtype: torch.dtype, shape: tuple[int, ...]) -> int:
 
 
 def _encoded(step: Step, name: str) -> bytes:
-    tensor = step.tensor(name)
+    tensor = step.part(name, dtype=STORED)
     return _file(tensor.dtype, tuple(tensor.shape), payload(tensor))
 
 
