@@ -30,7 +30,8 @@ def configure(parser: argparse.ArgumentParser) -> None:
         "--backend",
         required=True,
         metavar="NAME|JSON",
-        help='as in the configuration: pt, safetensors, or {"name": ..., "storage_options": {...}}',
+        help="as in the configuration: pt, safetensors, or for a URL that needs options"
+        ' {"name": "fsspec", "format": "safetensors", "storage_options": {...}}',
     )
     parser.add_argument(
         "--fsync", action="store_true", help="have every file on the disk, to survive a loss of power too"
