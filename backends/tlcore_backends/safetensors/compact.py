@@ -142,14 +142,15 @@ class Changing:
     def __init__(self, skeletons: Table, deltas: Table) -> None:
         self._skeletons = skeletons
         self._deltas = deltas
-        self._last: dict[int, list[int]] = {}
+        # The integers that came last, by skeleton.
+        self.last: dict[int, list[int]] = {}
 
     def told(self, text: str, numbers: list[int]) -> tuple[int, int]:
         """The numbers of the skeleton and of the differences of a value that was `split`."""
         skeleton = self._skeletons.number(text)
-        last = self._last.get(skeleton)
+        last = self.last.get(skeleton)
         changes = numbers if last is None else [new - old for new, old in zip(numbers, last, strict=True)]
-        self._last[skeleton] = numbers
+        self.last[skeleton] = numbers
         return skeleton, self._deltas.number(listed(sparse(changes)))
 
 

@@ -9,8 +9,9 @@ from tlcore.layout.templates import Structures, compact, structures_of
 from tlcore.ledger import Counts
 from tlcore.record import Json, StepSummary
 
+from .alike_objects import Details, RowLists
 from .columns import Column
-from .compact import Changing, Splitter, Table, listed, microseconds, repeats, runs, split
+from .compact import Changing, Table, microseconds, repeats, runs
 from .plans import Plan
 
 # What the index says of each step.
@@ -32,8 +33,8 @@ class IndexText:
         self._plan_table, self._extents = Table(), Table()
         self._skeletons, self._deltas, self._row_lists = Table(), Table(), Table()
         self._details = Changing(self._skeletons, self._deltas)
-        self._rows = Changing(self._skeletons, self._deltas)
-        self._splitter = Splitter()
+        self._split_details = Details().split
+        self._rows = RowLists(self._skeletons, self._deltas, self._row_lists)
         self._per_step: dict[str, list[str]] = {name: [] for name in PER_STEP}
         self._values_bytes = 0
         self._started = 0
@@ -85,8 +86,9 @@ class IndexText:
         if started is None or ended is None:
             details |= {"started": summary.started, "ended": summary.ended}
         # All that may be refused comes before anything is noted.
-        told = split(details)
-        rows = None if summary.rows is None else list(map(self._splitter.split, summary.rows))
+        told = self._split_details(details)
+        if summary.rows is not None:
+            self._rows.take(summary.rows)
         values = _values(structures_of(step_dir(summary.step), summary.structures))
         number = self._bind(plan)
         skeleton, change = self._details.told(*told)
@@ -94,10 +96,7 @@ class IndexText:
         if started is not None and ended is not None:
             times = str(started - self._started), str(ended - started)
             self._started = started
-        row_list = "null"
-        if rows is not None:
-            parts = [part for row in rows for part in self._rows.told(*row)]
-            row_list = str(self._row_lists.number(listed(parts)))
+        row_list = "null" if summary.rows is None else str(self._rows.told())
         extents = dict.fromkeys(slot.rows for slot in plan.slots)
         return {
             "number": str(summary.step),

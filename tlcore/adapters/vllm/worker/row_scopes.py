@@ -20,6 +20,7 @@ from ....engine.filters.rows import Given, StepRows
 from ....layout.rows import NO_ROWS, Row, RowSet
 from ....record import Json
 from .items import item_sets
+from .later_rows import LaterRows
 from .rows import RowError, RowReader
 from .tokens import TokenReader
 
@@ -155,8 +156,12 @@ class RowScopes:
         return self._current()
 
     def _sampled_next(self, output: Any, *args: Any, **kwargs: Any) -> None:
-        # Only the logits are computed after the pass.
-        self.enter(NO_ROWS if self.rows is None else [sampled(self.rows, self._unsampled)])
+        # Only the logits are computed after the pass, and mostly nobody captures them.
+        rows, unsampled = self.rows, self._unsampled
+        if rows is None:
+            self.enter(NO_ROWS)
+        else:
+            self.enter([RowSet("sampled", LaterRows(lambda: sampled(rows, unsampled).rows))])
 
     def _preprocess(self, *args: Any, **kwargs: Any) -> Sets:
         """The tokens that are embedded apart from the model's pass."""
