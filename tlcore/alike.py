@@ -5,10 +5,10 @@ Steps that are alike; and files that are taken as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
-from .record import Json, StepSummary
+from .record import Json, Record, StepSummary
 
 
 class AlikeStep(NamedTuple):
@@ -52,6 +52,18 @@ class SupportsWriteAlike(Protocol):
 
         ``summary`` has its calls, and no structures. False, with nothing written, where it cannot be done:
         ``step.like`` is not known any more, or ``step.fill`` said no. The step then comes by `Sink.write`.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsWriteWhole(Protocol):
+    """A sink in whose place a step whose records all come at once appears at once."""
+
+    def write_whole(self, batches: Iterable[Sequence[Record]], summary: StepSummary) -> bool:
+        """Write and commit a step between two others, as `Sink.write` and `Sink.commit_step` would.
+
+        False, with no batch asked for, where it cannot be done. The records' memory is theirs until then.
         """
         ...
 

@@ -187,12 +187,32 @@ class Folder(NamedTuple):
     data: Buffer
 
 
+class OpenFolder(Protocol):
+    """A directory that is being filled, by several threads at once. Its methods raise BackendError."""
+
+    def make(self, folder: Folder) -> None:
+        """Make files, and directories for them, none of which is there."""
+        ...
+
+    def link(self, names: Sequence[tuple[str, str]]) -> None:
+        """Give each file of the first names, which are there, a second one."""
+        ...
+
+    def publish(self) -> None:
+        """Give the directory its name."""
+        ...
+
+    def abandon(self) -> None:
+        """Forget what was written; nothing happens to a directory that was published."""
+        ...
+
+
 @runtime_checkable
 class SupportsFolders(Protocol):
     """A store in which many blobs can be published at once, as a directory."""
 
-    def put_folder(self, name: str, folder: Folder) -> bool:
-        """Publish all of ``folder`` as ``name``. False, with nothing done, where that is there already.
+    def begin_folder(self, name: str) -> OpenFolder | None:
+        """A directory to be filled, then published as ``name``; None where it is there, or cannot be had so.
 
         Raises BackendError.
         """

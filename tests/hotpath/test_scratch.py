@@ -30,6 +30,17 @@ def test_it_is_the_same_memory_while_it_is_free_and_large_enough() -> None:
     assert scratch.take(101) is not first and len(scratch.take(101)) >= 101
 
 
+def test_a_few_pieces_are_kept_for_who_reads_ahead() -> None:
+    scratch = Scratch()
+    held = [memoryview(scratch.take(100)) for _ in range(5)]
+    assert len({id(view.obj) for view in held}) == 5
+    last = {id(view.obj) for view in held[-3:]}
+    for view in held:
+        view.release()
+    again = [memoryview(scratch.take(100)) for _ in range(3)]
+    assert {id(view.obj) for view in again} == last
+
+
 def test_each_thread_has_its_own_and_what_is_very_large_is_not_kept() -> None:
     scratch = Scratch()
     here, there = scratch.take(10), []

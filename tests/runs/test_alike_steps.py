@@ -20,7 +20,6 @@ from tlcore.errors import ReadError, VerifyError
 from tlcore.reader.alike import alike_steps
 from tlcore.runs import conversion
 from tlcore.runs.convert import convert
-from tlcore.storage import Folder
 from tlcore_backends.safetensors import alike_steps as segment_steps
 from tlcore_backends.storage.local import LocalStore
 
@@ -188,7 +187,10 @@ def test_damage_is_told_as_ever(
         with pytest.raises((ReadError, VerifyError)) as caught:
             way(source, tmp_path / f"to{number}", other)
         said.append(str(caught.value))
-        assert tlcore.open_run(tmp_path / f"to{number}" / source.name).state == "incomplete"
+        there = tmp_path / f"to{number}" / source.name
+        assert tlcore.open_run(there).state == "incomplete"
+        # Of a step that was begun nothing is left.
+        assert not [*there.rglob("*.tmp")] and not (there / "step_4").exists()
     assert said[0] == said[1]
 
 
@@ -262,7 +264,7 @@ def test_a_directory_that_is_there_is_filled_as_ever(tmp_path: Path, written: Co
     there = converted(source, tmp_path / "b", "pt")
     assert written == {True: 2, False: 1} and files(there) == files(source)
     # What must be on the disk before the call returns is put there file by file.
-    assert not LocalStore(tmp_path / "c", fsync=True).put_folder("step_0", Folder([], [], b"", b"", b""))
+    assert not LocalStore(tmp_path / "c", fsync=True).begin_folder("step_0")
     assert not (tmp_path / "c" / "step_0").exists()
 
 

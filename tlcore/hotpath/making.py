@@ -16,7 +16,8 @@ FILE_MODE, FOLDER_MODE = 0o600, 0o700
 # Where hard links cannot be had.
 NO_HARD_LINKS = frozenset({errno.EPERM, errno.EMLINK, errno.EXDEV, errno.ENOSYS, errno.EOPNOTSUPP})
 _ROW = struct.Struct("=7q")
-_NO_LINK = -1
+# Of a file that is one of its own.
+NO_LINK = -1
 Row = tuple[int, int, int, int, int, int, int]
 
 
@@ -50,16 +51,16 @@ def _make_files(
             _tried(name, place, partial(os.mkdir, mode=FOLDER_MODE))
         for number, (name, place) in enumerate(places[len(folders) :]):
             row = all_rows[number]
-            same = places[len(folders) + row[6]][1] if row[6] != _NO_LINK else None
+            same = places[len(folders) + row[6]][1] if row[6] != NO_LINK else None
             if same is not None and _tried(name, place, partial(_link, same)):
                 continue
-            begin, end, first, last, then, until = all_rows[row[6]][:6] if row[6] != _NO_LINK else row[:6]
+            begin, end, first, last, then, until = all_rows[row[6]][:6] if row[6] != NO_LINK else row[:6]
             _tried(name, place, partial(_write, [text[begin:end], payload[first:last], text[then:until]]))
 
 
 def _is_sound(number: int, row: Row, rows: Sequence[Row], texts: int, data: int) -> bool:
     same = row[6]
-    if same != _NO_LINK and not (0 <= same < number and rows[same][6] == _NO_LINK):
+    if same != NO_LINK and not (0 <= same < number and rows[same][6] == NO_LINK):
         return False
     ranges = ((row[0], row[1], texts), (row[2], row[3], data), (row[4], row[5], texts))
     return all(0 <= begin <= end <= room for begin, end, room in ranges)

@@ -17,33 +17,43 @@ from .native import can_hash, extension
 FILE_ALIGNMENT = 64
 _NOT_READ = -1
 _LARGEST_KEPT = 16 << 20
+# Who reads ahead holds one or two while the next is read.
+_MOST_KEPT = 3
 Identity = tuple[int, int, int, int]
 
 
 class Scratch(threading.local):
-    """Memory to read into, one piece a thread, used again once nobody holds a view of it.
+    """Memory to read into, a few pieces a thread, each used again once nobody holds a view of it.
 
     New memory costs as much again as reading into it.
     """
 
     def __init__(self) -> None:
-        self._memory = bytearray()
+        self._kept: list[bytearray] = []
 
     def take(self, size: int) -> bytearray:
         """At least ``size`` bytes, whatever is in them."""
-        try:
-            # Refused while there is a view; the room for one more byte is always there.
-            self._memory.append(0)
-            del self._memory[-1]
-            if size <= len(self._memory):
-                return self._memory
-        except BufferError:
-            pass
+        for memory in self._kept:
+            if size <= len(memory) and _is_free(memory):
+                return memory
         memory = bytearray(size + 1)
         del memory[-1]
         if size <= _LARGEST_KEPT:
-            self._memory = memory
+            self._kept = [each for each in self._kept if len(each) >= size or not _is_free(each)][
+                1 - _MOST_KEPT :
+            ]
+            self._kept.append(memory)
         return memory
+
+
+def _is_free(memory: bytearray) -> bool:
+    try:
+        # Refused while there is a view; the room for one more byte is always there.
+        memory.append(0)
+        del memory[-1]
+    except BufferError:
+        return False
+    return True
 
 
 def _read_files(target: Any, directory: str, names: Sequence[str], sizes: Sequence[int]) -> list[int]:

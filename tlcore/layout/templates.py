@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import operator
+import re
 import secrets
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
@@ -21,17 +22,58 @@ STEP_DIR = f"<step-{secrets.token_hex(16)}>"
 HOLE = f"<hole-{secrets.token_hex(16)}>"
 
 quoted = encode_basestring_ascii
+# Made once: `json.dumps` makes one for each text.
+_encode = json.JSONEncoder(separators=(",", ":")).encode
+_STRING = re.compile(r'("(?:[^"\\]|\\.)*")')
+# What stands between a document's strings, in one line and in many.
+_indented: dict[tuple[str, ...], list[str]] = {}
+_MOST_INDENTED, _LONGEST_INDENTED = 256, 512
 _QUOTED_HOLE = quoted(HOLE)
 
 
 def compact(document: Any) -> str:
     """JSON for programs, in one line, without a line end."""
-    return json.dumps(document, separators=(",", ":"))
+    return _encode(document)
 
 
 def readable(document: Any) -> str:
-    """JSON for people, one key a line."""
-    return json.dumps(document, indent=1) + "\n"
+    """JSON for people, one key a line: what ``json.dumps`` makes, more slowly, with ``indent=1``."""
+    pieces = _STRING.split(compact(document))
+    # What stands between the strings is alike in most documents.
+    between = tuple(pieces[::2])
+    known = _indented.get(between)
+    if known is None:
+        known = _indent(between)
+        if len(between) <= _LONGEST_INDENTED:
+            if len(_indented) >= _MOST_INDENTED:
+                _indented.clear()
+            _indented[between] = known
+    pieces[::2] = known
+    return "".join(pieces)
+
+
+def _indent(pieces: Sequence[str]) -> list[str]:
+    """What stands between the strings of a compact text, in lines."""
+    found, depth, opened = list[str](), 0, False
+    for piece in pieces:
+        lines = list[str]()
+        for each in piece:
+            if each in "]}":
+                depth -= 1
+                lines.append(each if opened else f"\n{' ' * depth}{each}")
+            else:
+                if opened:
+                    lines.append(f"\n{' ' * depth}")
+                depth += each in "[{"
+                lines.append(f",\n{' ' * depth}" if each == "," else ": " if each == ":" else each)
+            opened = each in "[{"
+        if opened and len(found) + 1 < len(pieces):
+            # A string follows.
+            lines.append(f"\n{' ' * depth}")
+            opened = False
+        found.append("".join(lines))
+    found[-1] += "\n"
+    return found
 
 
 class Template:

@@ -94,8 +94,8 @@ class _Reader:
         first: dict[Hashable, int] = {}
         wanted = []
         for index, identity in enumerate(identities):
-            known = identity is not None and (identity in self._known or identity in first)
-            if self._keep or not known:
+            told = identity in self._known and not self._keep
+            if identity is None or not (told or identity in first):
                 wanted.append(index)
                 first.setdefault(identity, index)
         found = dict(zip(wanted, self._stored.read_many([group[index] for index in wanted]), strict=True))
@@ -121,7 +121,7 @@ class _Reader:
     ) -> Payload:
         digest = None if identity is None else self._known.get(identity)
         if data is None:
-            if digest is None:
+            if digest is None or self._keep:
                 # Only one that could not be read has left no hash.
                 data = found[first[identity]]
             else:

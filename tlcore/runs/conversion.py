@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ..alike import AlikeStep, SupportsWriteAlike
+from ..alike import AlikeStep, SupportsWriteAlike, SupportsWriteWhole
 from ..engine.run_documents import RunDocuments, close_run
 from ..errors import ReadError, VerifyError
 from ..layout.run_files import STEP_KEYS
@@ -150,15 +150,24 @@ class _Steps:
             self._write_step(made, summary)
 
     def _write_step(self, records: Iterable[Record], summary: StepSummary) -> None:
-        for batch in _batches(records, self._batch_bytes):
-            self._sink.write(batch)
-            self._on_tensors(len(batch))
+        sink, batches = self._sink, self._counted(_batches(records, self._batch_bytes))
+        if isinstance(sink, SupportsWriteWhole) and self._booked.committed(
+            summary, lambda: sink.write_whole(batches, summary)
+        ):
+            return
+        for batch in batches:
+            sink.write(batch)
 
         def commit() -> bool:
-            self._sink.commit_step(summary)
+            sink.commit_step(summary)
             return True
 
         self._booked.committed(summary, commit)
+
+    def _counted(self, batches: Iterable[list[Record]]) -> Iterator[list[Record]]:
+        for batch in batches:
+            yield batch
+            self._on_tensors(len(batch))
 
 
 def _records(payloads: Iterable[Payload], step: int, rank: int, hashed: bool) -> Iterator[Record]:

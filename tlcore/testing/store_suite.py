@@ -180,14 +180,29 @@ class StoreConformance:
             pytest.skip("it does not claim folders")
         rows = struct.pack("=14q", *(0, 4, 0, 4, 4, 8, -1), *(0, 0, 0, 0, 0, 0, 0))
         folder = Folder(["a"], ["a/one", "two"], rows, b"headtail", b"body")
-        assert store.put_folder("step_0", folder)
-        assert [store.get(f"step_0/{name}") for name in ("a/one", "two")] == [b"headbodytail"] * 2
-        assert not store.put_folder("step_0", folder)
+        begun = store.begin_folder("step_0")
+        assert begun is not None
+        begun.make(folder)
+        begun.make(folder._replace(folders=["b"], names=["b/one", "b/two"]))
+        begun.link([("a/one", "three")])
+        assert list(store.list()) == []
+        begun.publish()
+        begun.abandon()
+        assert [store.get(f"step_0/{name}") for name in ("a/one", "two", "b/one", "three")] == [
+            b"headbodytail"
+        ] * 4
+        assert store.begin_folder("step_0") is None
         store.put("step_1/two", [b"mine"])
-        assert not store.put_folder("step_1", folder)
+        assert store.begin_folder("step_1") is None
+        failing = store.begin_folder("step_2")
+        assert failing is not None
         with pytest.raises(BackendError):
-            store.put_folder("step_2", folder._replace(names=["nowhere/one", "two"]))
-        assert sorted(entry.name for entry in store.list()) == ["step_0/a/one", "step_0/two", "step_1/two"]
+            failing.make(folder._replace(names=["nowhere/one", "two"]))
+        with pytest.raises(BackendError):
+            failing.link([("nowhere", "three")])
+        failing.abandon()
+        of_step = [f"step_0/{name}" for name in ("a/one", "b/one", "b/two", "three", "two")]
+        assert sorted(entry.name for entry in store.list()) == [*of_step, "step_1/two"]
         assert store.get("step_1/two") == b"mine"
 
     def test_its_root_is_made_and_removed(self, store: Store) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from tlcore.alike import AlikeStep
 from tlcore.layout.names import rank_suffix, step_dir
@@ -14,6 +14,7 @@ from tlcore.storage import SupportsFiles, SupportsFolders
 from ..storage.run_store import store_of
 from ..storage.uploads import Uploads
 from .encode import encode, file_bytes
+from .one_step import OneStep
 from .travel import Stored, Travel, TravellingStep
 from .whole_steps import Pattern, Written, pattern_of
 
@@ -85,22 +86,27 @@ class PtSink:
         """
         if step.step != self._step:
             self._begin_step(step.step)
+        *texts, (end, document) = self._texts(step)
+        for name, text in texts:
+            self._put(name, text)
+        if self._travel is not None:
+            self._travel.commit(self._travelling, end, document.encode("utf-8"))
+        elif self._uploads is not None:
+            self._uploads.wait()
+            self._store.put(end, [document.encode("utf-8")])
+            self._stored(step.step, None)
+        self._begin_step(None)
+
+    def _texts(self, step: StepSummary) -> Iterator[tuple[str, str]]:
+        """A step's structures, its call order, and last its ``step.json``."""
         directory = step_dir(step.step)
         structures = structures_of(directory, step.structures)
         for name in structures:
-            self._put(f"{directory}/{self._ranked(name)}", structures.readable(name))
-        calls = "".join(f"{call}\n" for call in step.calls)
-        self._put(f"{directory}/module_calls{self._suffix}.txt", calls)
-        text = step.to_text(self._entries).encode("utf-8")
-        end = f"{directory}/step{self._suffix}.json"
-        if self._travel is not None:
-            self._travel.commit(self._travelling, end, text)
-        elif self._uploads is not None:
-            self._uploads.wait()
-            self._store.put(end, [text])
+            yield f"{directory}/{self._ranked(name)}", structures.readable(name)
+        yield f"{directory}/module_calls{self._suffix}.txt", "".join(f"{call}\n" for call in step.calls)
+        yield f"{directory}/step{self._suffix}.json", step.to_text(self._entries)
+        if self._travel is None:
             self._remember(step.step, Written(self._tensors, structures, step.calls))
-            self._stored(step.step, None)
-        self._begin_step(None)
 
     def _remember(self, step: int, written: Written) -> None:
         self._forget(step)
@@ -129,6 +135,31 @@ class PtSink:
         self._stored(step.step, None)
         return True
 
+    def write_whole(self, batches: Iterable[Sequence[Record]], summary: StepSummary) -> bool:
+        """Write a step as one directory, which no other rank has begun."""
+        store, uploads, directory = self._store, self._uploads, step_dir(summary.step)
+        folder = None
+        if uploads is not None and isinstance(store, SupportsFolders):
+            folder = store.begin_folder(directory)
+        if folder is None or uploads is None:
+            return False
+        self._begin_step(summary.step)
+        step = OneStep(folder, uploads, f"{directory}/")
+        try:
+            for batch in batches:
+                step.add([record for record in map(self._noted, batch) if record.alias_of is None])
+            for name, _, alias in self._tensors:
+                if alias is not None:
+                    step.link(alias, name)
+            step.finish([(name, text.encode("utf-8")) for name, text in self._texts(summary)])
+        except BaseException:
+            step.abandon()
+            self._begin_step(None)
+            raise
+        self._stored(summary.step, None)
+        self._begin_step(None)
+        return True
+
     def flush(self) -> None:
         """Return when every step that was accepted is stored or has failed."""
         if self._travel is not None:
@@ -154,23 +185,30 @@ class PtSink:
         self._sizes: dict[str, int] = {}
 
     def _write_record(self, record: Record, copies: list[tuple[str, str]]) -> None:
+        record = self._noted(record)
         file = f"{record.name}.pt"
-        size = self._sizes.get(record.alias_of) if record.alias_of is not None else None
-        if size is not None:
+        if record.alias_of is not None:
             copies.append((f"{record.alias_of}.pt", file))
-        else:
-            # Its original was not stored, so this record stands for itself.
+            return
+        dtype, shape, data = record.dtype, record.shape, record.data
+        if self._travel is not None:
+            self._travel.put(self._travelling, file, b"".join(encode(dtype, shape, data)))
+        elif self._uploads is not None:
+            # Encoded where it is written, since its checksum takes longer than the writing.
+            self._uploads.run(lambda: self._store.put(file, encode(dtype, shape, data)))
+
+    def _noted(self, record: Record) -> Record:
+        """A record that is in the step's document; one whose original is not there stands for itself."""
+        size = self._sizes.get(record.alias_of) if record.alias_of is not None else None
+        if size is None:
             record = record._replace(alias_of=None)
-            dtype, shape, data = record.dtype, record.shape, record.data
-            size = file_bytes(dtype, shape)
-            if self._travel is not None:
-                self._travel.put(self._travelling, file, b"".join(encode(dtype, shape, data)))
-            elif self._uploads is not None:
-                # Encoded where it is written, since its checksum takes longer than the writing.
-                self._uploads.run(lambda: self._store.put(file, encode(dtype, shape, data)))
+            size = file_bytes(record.dtype, record.shape)
         self._sizes[record.name] = size
         self._tensors.append((record.name, record.origin, record.alias_of))
-        self._entries.append(f'{record.entry_text()},"file":{quoted(file)},"file_bytes":{size}}}')
+        self._entries.append(
+            f'{record.entry_text()},"file":{quoted(f"{record.name}.pt")},"file_bytes":{size}}}'
+        )
+        return record
 
     def _put(self, name: str, text: str) -> None:
         data = text.encode("utf-8")

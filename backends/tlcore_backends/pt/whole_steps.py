@@ -9,14 +9,15 @@ from typing import NamedTuple
 import numpy as np
 
 from tlcore.alike import AlikeStep
+from tlcore.hotpath.making import NO_LINK, Row
 from tlcore.hotpath.reading import Scratch
 from tlcore.hotpath.seals import seal
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.templates import STEP_DIR, Structures, quoted
 from tlcore.record import Origin, Record, StepSummary
-from tlcore.storage import Folder, SupportsFolders
+from tlcore.storage import Buffer, Folder, SupportsFolders
 
-from .encode import file_bytes, frame_of
+from .encode import Frame, file_bytes, frame_of
 
 _HASH = "0" * 31 + "?"
 _HASH_BYTES = 16
@@ -33,6 +34,33 @@ class Written(NamedTuple):
     tensors: Sequence[tuple[str, Origin, str | None]]
     structures: Structures
     calls: Sequence[str]
+
+
+class Frames:
+    """What stands around payloads in their files, together: where each part lies, and its checksums."""
+
+    def __init__(self, tensors: Sequence[tuple[Frame, int, int]]) -> None:
+        """``tensors`` are each one's frame, and where its payload begins and ends in the data."""
+        templates: dict[int, int] = {}
+        known, seals = bytearray(), list[bytes]()
+        self.rows: list[Row] = []
+        self.nbytes = 0
+        for frame, begin, end in tensors:
+            if id(frame) not in templates:
+                templates[id(frame)] = len(known)
+                known += frame.text
+            at, last = self.nbytes, self.nbytes + len(frame.text)
+            middle = at + len(frame.head)
+            seals.append(frame.seal.row(len(frame.text), templates[id(frame)], at, begin, end))
+            self.rows.append((at, middle, begin, end, middle, last, NO_LINK))
+            self.nbytes = last
+        self._templates, self._seals = bytes(known), b"".join(seals)
+
+    def sealed(self, data: Buffer) -> bytearray:
+        """All frames, one after the other, of these data."""
+        frames = bytearray(self.nbytes)
+        seal(frames, self._templates, self._seals, data)
+        return frames
 
 
 class Pattern:
@@ -74,25 +102,18 @@ class Pattern:
 
     def _place_tensors(self, written: Written) -> None:
         """Where the parts of each file lie: its frame among the texts, its payload in the data."""
-        templates: dict[int, int] = {}
-        known = bytearray()
-        seals, rows, at = [], [], 0
-        self.nbytes = 0
+        own, self.nbytes = list[tuple[Frame, int, int]](), 0
         for position, (_, origin, _) in enumerate(written.tensors):
-            if self._originals[position] != position:
-                rows.append((0, 0, 0, 0, 0, 0, self._originals[position]))
-                continue
-            frame = frame_of(str(origin.dtype).removeprefix("torch."), origin.shape)
-            if id(frame) not in templates:
-                templates[id(frame)] = len(known)
-                known += frame.text
-            begin, end = self.nbytes, self.nbytes + frame.payload_bytes
-            seals.append(frame.seal.row(len(frame.text), templates[id(frame)], at, begin, end))
-            middle, last = at + len(frame.head), at + len(frame.text)
-            rows.append((at, middle, begin, end, middle, last, -1))
-            at, self.nbytes = last, end
-        self._templates, self._seals = bytes(known), b"".join(seals)
-        self._rows, self._frames_bytes = rows, at
+            if self._originals[position] == position:
+                frame = frame_of(str(origin.dtype).removeprefix("torch."), origin.shape)
+                own.append((frame, self.nbytes, self.nbytes + frame.payload_bytes))
+                self.nbytes += frame.payload_bytes
+        self._frames = Frames(own)
+        rows = iter(self._frames.rows)
+        self._rows = [
+            next(rows) if original == position else (0, 0, 0, 0, 0, 0, original)
+            for position, original in enumerate(self._originals)
+        ]
 
     def _place_texts(self, written: Written, own: str) -> None:
         """The structures and the call order, one after the other, open where the step's directory stands."""
@@ -118,22 +139,30 @@ class Pattern:
             return False
         memory = self._scratch.take(self.nbytes)
         with memoryview(memory)[: self.nbytes] as data:
-            return step.fill(data) and store.put_folder(
-                step_dir(summary.step), self._folder(data, step.hashes, summary)
-            )
+            if not step.fill(data):
+                return False
+            unfinished = store.begin_folder(step_dir(summary.step))
+            if unfinished is None:
+                return False
+            try:
+                unfinished.make(self._folder(data, step.hashes, summary))
+                unfinished.publish()
+            except BaseException:
+                unfinished.abandon()
+                raise
+            return True
 
     def _folder(self, data: memoryview, hashes: bytes, summary: StepSummary) -> Folder:
         directory = step_dir(summary.step).encode()
-        frames = bytearray(self._frames_bytes)
-        seal(frames, self._templates, self._seals, data)
+        frames = self._frames.sealed(data)
         document = self._document(hashes, summary)
         sizes = self._text_sizes + self._text_counts * len(directory)
-        ends = self._frames_bytes + np.cumsum(np.append(sizes, len(document)))
+        ends = self._frames.nbytes + np.cumsum(np.append(sizes, len(document)))
         rows = np.zeros((len(self._names), _ROW_NUMBERS), np.int64)
         rows[: len(self._rows)] = np.array(self._rows, np.int64).reshape(-1, _ROW_NUMBERS)
-        rows[len(self._rows) :, 0] = np.append(self._frames_bytes, ends[:-1])
+        rows[len(self._rows) :, 0] = np.append(self._frames.nbytes, ends[:-1])
         rows[len(self._rows) :, 1] = ends
-        rows[len(self._rows) :, 6] = -1
+        rows[len(self._rows) :, 6] = NO_LINK
         texts = b"".join((frames, directory.join(self._texts), document))
         return Folder(self._folders, self._names, rows.tobytes(), texts, data)
 

@@ -29,6 +29,8 @@ _ALONG_BYTES = 256 << 10
 _LOCAL_ALONG_BYTES = 16 << 10
 _AHEAD_BYTES = 64 << 20
 _LARGE_BYTES = 4 << 20
+# More is read into memory of its own, of which no more is touched than there are bytes.
+_LARGEST_RUN = 16 << 20
 _LARGEST_WHOLE = 1 << 30
 # What a core's own cache holds: hashing then finds there what was just read.
 _SCRATCH_BYTES = 256 << 10
@@ -108,10 +110,18 @@ class SegmentFiles:
         found: dict[tuple[int, int], Buffer] = {}
         for run in runs:
             first = run[0][0]
-            data = memoryview(self.read(name, first, run[-1][1], run[-1][1]))
+            data = self._read_run(name, first, run[-1][1])
             for begin, end in run:
                 found[begin, end] = data[begin - first : end - first]
         return [found[each] for each in ranges]
+
+    def _read_run(self, name: str, begin: int, end: int) -> memoryview:
+        """The bytes ``[begin, end)`` of a file; of a local one in memory that is used again."""
+        if not self._is_local or not 0 < end - begin <= _LARGEST_RUN:
+            return memoryview(self.read(name, begin, end, end))
+        memory = memoryview(self._scratch.take(end - begin))[: end - begin]
+        self.read_into(name, begin, memory)
+        return memory.toreadonly()
 
     def hash_ranges(self, name: str, ranges: np.ndarray) -> bytes:
         """The XXH3-128 of ascending ranges ``[n, 2]`` of a file, 16 bytes each, up to one that is not there.

@@ -16,13 +16,14 @@ from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tlcore.errors import BackendError
-from tlcore.hotpath.making import NO_HARD_LINKS, make_files
+from tlcore.hotpath.making import NO_HARD_LINKS
 from tlcore.hotpath.reading import FILE_ALIGNMENT, Scratch, read_files
-from tlcore.storage import Buffer, Entry, Folder, Level, Location, Store
+from tlcore.storage import Buffer, Entry, Level, Location, Store
 
 from .atomic_file import AtomicFile, remove_quietly, sync_directory
 from .directories import DIRECTORY_MODE, make_parent, refused, walk
 from .regular_files import open_regular, read_all
+from .unfinished_folder import UnfinishedFolder
 
 UNFINISHED = ".tmp"
 _UNFINISHED_FILE = re.compile(rf".+\.[0-9a-f]{{8}}-\d+{re.escape(UNFINISHED)}", re.DOTALL)
@@ -159,24 +160,16 @@ class LocalStore:
         except OSError:
             return False
 
-    def put_folder(self, name: str, folder: Folder) -> bool:
-        """Publish a directory with all its files at once; False where it is there, or must reach the disk."""
+    def begin_folder(self, name: str) -> UnfinishedFolder | None:
+        """A directory to be published as ``name``; None where it is there, or must reach the disk."""
         target = self._place(name)
         if self._fsync or os.path.lexists(target):
-            return False
-        unfinished = self._unfinished(target)
+            return None
         try:
             self._ensure_parent(target)
-            os.mkdir(unfinished, DIRECTORY_MODE)
-            try:
-                make_files(unfinished, *folder)
-                os.rename(unfinished, target)
-            except BaseException:
-                shutil.rmtree(unfinished, ignore_errors=True)
-                raise
+            return UnfinishedFolder(self._unfinished(target), target)
         except OSError as error:
             raise refused("write", target, error) from error
-        return True
 
     def begin(self, name: str, reserve: int) -> AtomicFile:
         """A file to be written piece by piece behind ``reserve`` bytes, then published as ``name``."""
