@@ -153,3 +153,25 @@ class Below:
 
     def close(self) -> None:
         """The other store is its owner's."""
+
+
+class _BelowWithLevels(Below):
+    """The same of a store that can look into one directory."""
+
+    def __init__(self, store: Store, levels: SupportsLevels, directory: str) -> None:
+        super().__init__(store, directory)
+        self._levels = levels
+
+    def level(self, directory: str = "") -> Level:
+        """As the other store does."""
+        found = self._levels.level((self._begin + directory).rstrip("/"))
+        skip = len(self._begin)
+        blobs = [Entry(each.name[skip:], each.size) for each in found.blobs]
+        return Level(blobs, [name[skip:] for name in found.directories])
+
+
+def below(store: Store, directory: str) -> Below:
+    """The blobs below a directory of a store, with what both can do of more than every store."""
+    if isinstance(store, SupportsLevels):
+        return _BelowWithLevels(store, store, directory)
+    return Below(store, directory)

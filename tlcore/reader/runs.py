@@ -15,7 +15,7 @@ from ..record import Json
 from ..storage import Store, SupportsLevels
 from .documents import check_run
 from .foreign import is_file, not_recognised, open_foreign
-from .opening import Below, local_directory, open_existing
+from .opening import Below, below, local_directory, open_existing
 from .run import OpenedAs, Options, Run, run_document
 
 _RUN_BELOW = re.compile(r"[^/]+/run\.json")
@@ -92,14 +92,16 @@ def list_runs(output_dir: str | os.PathLike[str], storage_options: Options = Non
     directory = local_directory(output_dir)
     if directory is not None:
         children = sorted(child for child in directory.iterdir() if (child / RUN_FILE).is_file())
-        runs = [_summary(str(child), open_existing(child)) for child in children]
+        summaries = [_summary(str(child), open_existing(child)) for child in children]
     else:
-        runs = _runs_in(open_existing(output_dir, storage_options))
+        summaries = [_summary(each.url, each) for each in _directories_in(output_dir, storage_options)]
+    runs = [each for each in summaries if each is not None]
     return sorted(runs, key=lambda run: (run.created, run.run_id))
 
 
-def _runs_in(store: Store) -> list[RunSummary]:
-    """The runs directly below a remote directory, found without listing what they hold where that can be."""
+def _directories_in(output_dir: str | os.PathLike[str], storage_options: Options) -> list[Below]:
+    """What lies directly below a remote directory, found without listing what it holds where that can be."""
+    store = open_existing(output_dir, storage_options)
     try:
         if isinstance(store, SupportsLevels):
             names = {name.rpartition("/")[2] for name in store.level().directories}
@@ -108,15 +110,19 @@ def _runs_in(store: Store) -> list[RunSummary]:
             names = {name.partition("/")[0] for name in listed if _RUN_BELOW.fullmatch(name)}
     except (BackendError, OSError) as error:
         raise ReadError(str(error)) from error
-    stores = [Below(store, name) for name in sorted(names)]
-    return [_summary(below.url, below) for below in stores if RUN_FILE in RunFiles(below).top]
+    return [below(store, name) for name in sorted(names)]
 
 
-def _summary(path: str, store: Store) -> RunSummary:
+def _summary(path: str, store: Store) -> RunSummary | None:
+    """What a run's own documents say of it; None for what is none."""
     run_id, state, created, counts = path.rpartition("/")[2], "unreadable", "", Counts()
     steps, problem, injected = 0, None, False
     try:
-        run = Run(store, run_document(store))
+        try:
+            document = run_document(store)
+        except MissingError:
+            return None
+        run = Run(store, document)
         run_id, state, created = run.id, run.state, run.created
         counts = run.ledger
         steps, injected = len(run.steps), run.injected is not None
