@@ -94,6 +94,16 @@ class DumpFiles(RunFiles):
         except MemoryError:
             raise ReadError(f"{self.url}/{name}: larger than this machine's memory") from None
 
+    def identity(self, name: str) -> Hashable | None:
+        """What the file that is open is, as `RunFiles` tells it of one by its name."""
+        try:
+            if (handle := self.handle(name)) is None:
+                return None
+            state = os.fstat(handle.number)
+        except (ReadError, OSError):
+            return None
+        return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns
+
     @property
     def first(self) -> int:
         """How much of a file is read at the first look: another one costs more where it is not here."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from tlcore.errors import ReadError
@@ -111,9 +111,8 @@ class TransformersDebugger(ForeignSource):
                 yield from self._tensors(each, module, direction, (*path, key))
 
     def _tensor(self, value: Json, found: Found) -> tuple[str, Found]:
-        shape = _SHAPE.fullmatch(value["shape"])
-        sizes = tuple(int(each) for each in shape[1].split(",") if each.strip()) if shape else ()
-        described = found._replace(dtype=str(value["dtype"]).removeprefix("torch."), shape=sizes)
+        dtype = str(value["dtype"]).removeprefix("torch.")
+        described = found._replace(dtype=dtype, shape=_sizes(value["shape"]))
         file = value.get("value")
         if isinstance(file, str) and file.startswith("./"):
             return file[2:], described
@@ -162,6 +161,12 @@ class TransformersDebugger(ForeignSource):
             yield self._stored(file, Found(split[1], direction, path))
 
 
+@lru_cache(1024)
+def _sizes(text: str) -> tuple[int, ...]:
+    shape = _SHAPE.fullmatch(text)
+    return tuple(int(each) for each in shape[1].split(",") if each.strip()) if shape else ()
+
+
 def _parts(found: Found) -> tuple[str, str, str]:
     """What a tensor's file is called by: the module without its layer's number, the side, the keys."""
     side = "outputs"
@@ -170,6 +175,7 @@ def _parts(found: Found) -> tuple[str, str, str]:
     return _pattern(found.module), side, "_".join(map(str, found.path))
 
 
+@lru_cache(4096)
 def _pattern(module: str) -> str:
     return _LAYER.sub(r"\1*\3", module, count=1)
 
@@ -204,6 +210,7 @@ def _merged(known: list[Found], more: list[Found]) -> list[Found]:
     return result + last
 
 
+@lru_cache(4096)
 def _number(module: str) -> int:
     split = _LAYER.fullmatch(module)
     return int(split[2]) if split else -1
