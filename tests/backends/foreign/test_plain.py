@@ -262,3 +262,11 @@ def test_dtypes_of_safetensors_that_torch_calls_otherwise_are_read_and_others_co
     run = tlcore.open_run(tmp_path)
     assert run.ledger.reasons == {"there is no dtype F6_E2M3 here": 1}
     assert run.verify() == 1
+
+
+def test_nothing_is_said_of_the_versions_that_a_dump_does_not_tell(tmp_path: Path) -> None:
+    for name, value in (("a", 1.0), ("b", 2.0)):
+        save_file({"m": torch.full((2,), value)}, tmp_path / f"{name}.safetensors")
+    found = tlcore.compare(tmp_path / "a.safetensors", tmp_path / "b.safetensors")
+    assert any("does not tell its versions and settings" in note for note in found.notes)
+    assert not any("of the same versions" in note for note in found.notes)

@@ -20,6 +20,12 @@ def advice(
         return []
     apart = list(known_apart(a, b, pieces))
     batches = other_batches(pieces)
+    if a.is_foreign or b.is_foreign:
+        also = f"; the runs differ in {', '.join(apart)}" if apart else ""
+        return [
+            "a dump of another tool does not tell its versions and settings, which may round otherwise"
+            f"{also}; a further run of A, given with --noise, tells how far its own are apart"
+        ]
     if not apart and not batches:
         return [
             "the runs are of the same versions, dtypes and batches; a rerun of A, given with --noise, tells"
@@ -42,23 +48,29 @@ def advice(
 
 def known_apart(a: Run, b: Run, pieces: Sequence[tuple[Pair, Pieces]]) -> Iterator[str]:
     """What two runs say that they differ in, but for their batches."""
-    sides = [dict(run.document.get("versions") or {}) for run in (a, b)]
-    for name in {**sides[0], **sides[1]}:
-        if sides[0].get(name) != sides[1].get(name):
-            yield f"{name} ({sides[0].get(name, 'none')} against {sides[1].get(name, 'none')})"
-    yield from settings_apart(a, b)
-    ways = [run.config.get("compiled") for run in (a, b)]
-    # Another tool's dump does not say.
-    if None not in ways and ways[0] != ways[1]:
-        yield f"how compiled code is captured ({ways[0]} against {ways[1]}; it may round otherwise)"
-    if a.document.get("host") != b.document.get("host"):
-        yield "the host"
+    # Another tool's dump does not say what it was made with.
+    if not (a.is_foreign or b.is_foreign):
+        yield from _made_apart(a, b)
     if a.world_size != b.world_size:
         yield f"ranks ({a.world_size} against {b.world_size})"
     for mine, other in dict.fromkeys(_computed_in(pair) for pair, _ in pieces):
         known = torch_dtype(mine), torch_dtype(other)
         if mine != other and all(each is not None and each.is_floating_point for each in known):
             yield f"dtype ({mine} against {other})"
+
+
+def _made_apart(a: Run, b: Run) -> Iterator[str]:
+    """What two captures say that they were made with, where that is not the same."""
+    sides = [dict(run.document.get("versions") or {}) for run in (a, b)]
+    for name in {**sides[0], **sides[1]}:
+        if sides[0].get(name) != sides[1].get(name):
+            yield f"{name} ({sides[0].get(name, 'none')} against {sides[1].get(name, 'none')})"
+    yield from settings_apart(a, b)
+    ways = [run.config.get("compiled") for run in (a, b)]
+    if None not in ways and ways[0] != ways[1]:
+        yield f"how compiled code is captured ({ways[0]} against {ways[1]}; it may round otherwise)"
+    if a.document.get("host") != b.document.get("host"):
+        yield "the host"
 
 
 def other_batches(pieces: Sequence[tuple[Pair, Pieces]]) -> bool:
