@@ -168,6 +168,27 @@ def test_damaged_call_rows_are_refused(call_rows: Any) -> None:
         CallRows({"call_rows": call_rows})
 
 
+@pytest.mark.parametrize(
+    ("before", "found"),
+    [({}, {1}), ({"before_rows": []}, {1, 2, 3, 6}), ({"before_rows": [3]}, {1, 2, 6})],
+    ids=["nobody knows", "rows come first", "positions of three dimensions"],
+)
+def test_whole_numbers_with_two_axes_of_one_length(before: dict[str, Any], found: set[int]) -> None:
+    """Six experts of each of six tokens, or three dimensions of the positions of three tokens."""
+    for tokens in (1, 2, 3, 6):
+        rows = CallRows({"rows": _rows(tokens), **before})
+        spans = rows.spans(_record("topk", tokens, tokens, dtype="int64"))
+        assert bool(spans) == (tokens in found)
+        # No tensor has its rows behind an axis of another length.
+        assert rows.spans(_record("positions", 5, tokens, dtype="int64")) == ()
+
+
+@pytest.mark.parametrize("before", [3, [-1], ["3"], [True], {}])
+def test_damaged_lengths_of_axes_are_refused(before: Any) -> None:
+    with pytest.raises(ValueError, match="before_rows"):
+        CallRows({"before_rows": before})
+
+
 def test_whole_numbers() -> None:
     assert is_whole_numbers("torch.int64") and is_whole_numbers("uint8") and is_whole_numbers("bool")
     assert not is_whole_numbers("float32") and not is_whole_numbers("torch.bfloat16")

@@ -141,11 +141,17 @@ class Placed(NamedTuple):
     fits: bool
 
 
-def placed(shape: Sequence[int], whole_numbers: bool, sets: Iterable[RowSet]) -> Placed:
+# How long an axis of whole numbers before that of rows may be; None where nobody has said so.
+BeforeRows = Sequence[int] | None
+
+
+def placed(
+    shape: Sequence[int], whole_numbers: bool, sets: Iterable[RowSet], before: BeforeRows = None
+) -> Placed:
     """The one of a call's row sets that a tensor of this shape has, where that is certain, and its axis."""
     listed = list(sets)
     plain = [each for each in listed if each.grid is None]
-    flat = _flat_set_of(shape, whole_numbers, plain)
+    flat = _flat_set_of(shape, whole_numbers, plain, before)
     found = [] if flat is None else [(flat, 0)]
     unclear = flat is None and any(shape and shape[0] in each.lengths for each in plain if each.length)
     for each in listed:
@@ -225,13 +231,16 @@ def as_rows(tensor: Any, axis: int) -> Any:
     return tensor.movedim(axis, 1).flatten(0, 1)
 
 
-def _flat_set_of(shape: Sequence[int], whole_numbers: bool, sets: Iterable[RowSet]) -> RowSet | None:
+def _flat_set_of(
+    shape: Sequence[int], whole_numbers: bool, sets: Iterable[RowSet], before: BeforeRows
+) -> RowSet | None:
     if not shape:
         return None
     fitting = [each for each in sets if each.length and shape[0] in each.lengths]
     if not fitting:
         return None
-    if len(shape) == 2 and whole_numbers and shape[0] != 1 and shape[1] in fitting[0].lengths:
+    both = len(shape) == 2 and whole_numbers and shape[0] != 1 and shape[1] in fitting[0].lengths
+    if both and (before is None or shape[0] in before):
         # Multimodal positions are (3, tokens): where the tokens are three, too, nobody can tell.
         return None
     return fitting[0] if len(fitting) == 1 else _in_common(fitting)
@@ -271,6 +280,7 @@ class CallRows:
         self._listed: dict[str, tuple[RowSet, ...]] = {}
         self._whole: dict[str, frozenset[tuple[int, ...]]] = {}
         self._indices: dict[str, int] = {}
+        self._before = _before_rows(document)
         # By row sets, which live as long as this.
         self._spans: dict[tuple[int, int], tuple[Span, ...]] = {}
         self._placed: dict[tuple[int, bool, tuple[int, ...]], Placed] = {}
@@ -328,8 +338,17 @@ class CallRows:
         key = id(sets), is_whole_numbers(str(record["dtype"])), shape
         found = self._placed.get(key)
         if found is None:
-            found = self._placed[key] = placed(shape, key[1], sets)
+            found = self._placed[key] = placed(shape, key[1], sets, self._before)
         return found
+
+
+def _before_rows(document: Mapping[str, Any]) -> BeforeRows:
+    found = document.get("before_rows")
+    if found is None:
+        return None
+    if not isinstance(found, list) or not all(type(each) is int and each >= 0 for each in found):
+        raise ValueError(f"before_rows: {str(found)[:200]}")
+    return tuple(found)
 
 
 def _row_set(entry: Any) -> RowSet:

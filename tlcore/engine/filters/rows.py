@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...layout.rows import NO_ROWS, Placed, Row, RowSet, Span, as_rows, grid_entry, placed
+from ...layout.rows import NO_ROWS, BeforeRows, Placed, Row, RowSet, Span, as_rows, grid_entry, placed
 from ...layout.windows import Window
 from ...record import Json
 from .choosing import Chooses, Choosing
@@ -57,7 +57,8 @@ class StepRows:
     ``chooses``, ``last`` and ``window`` are those of `Choosing`, and go for every step for which nothing else
     is said; of a request's last token those rows are kept that may be it while drafts are not decided on.
     ``first`` says how often which module was called in
-    the step before the model's call that runs now, where a step has several. ``prompts`` has the length of
+    the step before the model's call that runs now, where a step has several. ``before`` is how long axes of
+    whole numbers before that of rows may be, as far as it is known. ``prompts`` has the length of
     each request's prompt, by its id and sequence, as far as it is known.
     """
 
@@ -67,6 +68,7 @@ class StepRows:
         # What goes for every step.
         self.usual = Choosing(chooses, last, window)
         self.prompts: Mapping[tuple[str, str], int] = {}
+        self.before: BeforeRows = None
         self.calls_begun: Callable[[], Sequence[Begun]] = list
         self.begin_step()
 
@@ -162,7 +164,7 @@ class StepRows:
         if not (plain and self.told):
             return Placed(None, 0, False)
         whole_numbers = not (tensor.is_floating_point() or tensor.is_complex())
-        return placed(tensor.shape, whole_numbers, self._part.sets)
+        return placed(tensor.shape, whole_numbers, self._part.sets, self.before)
 
     def _kept(self, part: _Part, rows: RowSet) -> _Kept:
         kept = part.kept.get(id(rows))
@@ -199,6 +201,8 @@ class StepRows:
         listed = [part for part in self._parts if part.calls]
         if self.told:
             found["call_rows"] = [self._entry(part) for part in listed]
+            if self.before is not None:
+                found["before_rows"] = list(self.before)
         return found
 
     def _entry(self, part: _Part) -> Json:

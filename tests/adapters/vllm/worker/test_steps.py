@@ -80,6 +80,26 @@ def test_a_step_ends_with_its_sampling() -> None:
     assert step.extra == {"call_rows": []}
 
 
+@pytest.mark.parametrize(
+    ("several", "found"),
+    [({}, []), ({"uses_mrope": True}, [3]), ({"uses_mrope": True, "mrope_num_dims": 4}, [4])],
+)
+def test_a_step_says_whether_rows_come_first(several: dict[str, Any], found: list[int]) -> None:
+    """Positions of several dimensions have theirs behind; of a draft model, too."""
+    plain, model = SimpleNamespace(uses_mrope=False), SimpleNamespace(**{"uses_mrope": False, **several})
+    for target, draft in ((plain, model), (model, plain), (model, None)):
+        runner, sink = Runner(), MemorySink()
+        speculative = SimpleNamespace(draft_model_config=draft)
+        runner.vllm_config = SimpleNamespace(
+            **vars(PARALLEL), model_config=target, speculative_config=speculative
+        )
+        session, _ = _bracketed(runner, sink)
+        runner.execute_model(scheduled(a=3, b=1))
+        runner.sample_tokens(None)
+        session.close()
+        assert sink.steps[0].extra["before_rows"] == found
+
+
 def test_a_step_with_a_final_output_ends_at_once() -> None:
     runner, sink = Runner(final=True), MemorySink()
     session, _ = _bracketed(runner, sink)

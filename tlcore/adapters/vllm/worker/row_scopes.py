@@ -70,6 +70,7 @@ class RowScopes:
         """A captured step begins, of which token ids are kept or not, and into which results are injected."""
         self._step, self._scheduled, self._injection = step, scheduler_output, injection
         self._keeps_ids = keeps_ids
+        step.before = self._reader.before
         self.rows = self.problem = self.tokens = None
         self._unsampled = frozenset()
 

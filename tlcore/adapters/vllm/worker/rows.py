@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 from collections.abc import Sequence
@@ -36,6 +37,20 @@ class RowReader:
         self._external: dict[str, str | None] = {}
         self._apart: set[str] = set()
         self.second_version = not hasattr(runner, "input_batch") and hasattr(runner, "prepare_inputs")
+
+    @functools.cached_property
+    def before(self) -> tuple[int, ...] | None:
+        """How long an axis before that of rows may be, which positions have in several dimensions.
+
+        None where the runner does not tell.
+        """
+        try:
+            engine = self._runner.vllm_config
+            draft = getattr(getattr(engine, "speculative_config", None), "draft_model_config", None)
+            dimensions = [_dimensions(each) for each in (engine.model_config, draft) if each is not None]
+        except (AttributeError, TypeError, ValueError):
+            return None
+        return tuple(sorted({each for found in dimensions for each in found}))
 
     def prepared(self, batch: Any) -> None:
         """Keep the batch that the second model runner has made; it keeps it in a local variable."""
@@ -142,6 +157,13 @@ class RowReader:
             if request not in known:
                 known[request] = external_id(request)
         return [known[request] for request in ids]
+
+
+def _dimensions(model: Any) -> list[int]:
+    """The dimensions of a model's positions, where they are several: (dimensions, tokens)."""
+    found = [int(getattr(model, "mrope_num_dims", 3))] if model.uses_mrope else []
+    other = int(getattr(model, "uses_xdrope_dim", 0))
+    return [*found, other] if other else found
 
 
 def _rows(
