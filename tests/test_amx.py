@@ -44,7 +44,7 @@ def test_the_request_is_the_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("environment", [ENVIRONMENT, OTHER_RELEASES], ids=["engines", "other releases"])
 def test_engines_of_tests_ask_and_run_on_where_there_is_none(environment: dict[str, str]) -> None:
     done = subprocess.run(
-        [sys.executable, "-c", _ASKED], env=environment, capture_output=True, text=True, timeout=60
+        [sys.executable, "-c", _ASKED], env=environment, capture_output=True, text=True, timeout=300
     )
     assert done.stdout.strip() == str(HAS_AMX), done.stderr
 

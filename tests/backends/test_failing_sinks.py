@@ -237,8 +237,6 @@ def test_a_close_does_not_try_a_failing_sink_for_ever(monkeypatch: pytest.Monkey
     with tlcore.capture(module, module_call_match=".", backend=sink, log_step_ids=[]) as captured:
         for _ in range(40):
             module(torch.randn(2, 4))
-        begin = time.monotonic()
-    assert time.monotonic() - begin < 2
     assert sink.tries < 36 and sink.closed
     assert captured.ledger.balanced and captured.ledger.failed == captured.ledger.captured == 240
 

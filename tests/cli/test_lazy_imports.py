@@ -69,7 +69,7 @@ def test_commands_answer_without_torch(runs: dict[str, str], tmp_path: Path) -> 
 
 def test_the_package_itself_is_lazy() -> None:
     code = "import sys, tlcore; dir(tlcore); sys.exit('torch' in sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    done = subprocess.run([sys.executable, "-c", code], timeout=300, check=False)
     assert done.returncode == 0
 
 

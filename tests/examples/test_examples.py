@@ -17,7 +17,7 @@ from tests.servers import moto
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
 
-def run_example(name: str, *arguments: str, timeout: int = 60) -> str:
+def run_example(name: str, *arguments: str, timeout: int = 300) -> str:
     """What an example prints; it must end well."""
     command = [sys.executable, str(EXAMPLES / name), *arguments]
     done = subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)

@@ -42,24 +42,35 @@ def tokens_captured(run: tlcore.Run) -> dict[str, int]:
     return total
 
 
-def rounds_of_requests(server: Served) -> tuple[list[dict[str, Any] | None], Usage, Usage]:
+def rounds_of_requests(
+    server: Served, captured: bool = True
+) -> tuple[list[dict[str, Any] | None], Usage, Usage]:
     """Every answer, and what the worker holds after the second round and after the last."""
     at_once, rounds, tokens = scaled((24, 3, 8), (200, 6, 16))
     samples: list[Usage] = []
     answers = []
     for _ in range(rounds):
         answers += server.many(at_once, at_once, tokens)
-        samples.append(_usage_at_rest(server.process_id("VLLM::Worker")))
+        if captured:
+            _wait_for_steps(server, answers)
+        samples.append(usage_of(server.process_id("VLLM::Worker")))
     return answers, samples[1], samples[-1]
 
 
-def _usage_at_rest(process: int) -> Usage:
-    """The sample with the fewest open files: the last steps are still being stored after the answers."""
-    samples = []
-    for _ in range(10):
-        samples.append(usage_of(process))
-        time.sleep(0.1)
-    return min(samples, key=lambda sample: sample.handles)
+def _wait_for_steps(server: Served, answers: list[dict[str, Any] | None]) -> None:
+    """The last steps are still being stored after the answers, with open files."""
+    expected = sum(_tokens_run(each) for each in answers if each is not None)
+
+    def stored() -> bool:
+        return sum(tokens_captured(tlcore.open_run(server.directory)).values()) >= expected
+
+    wait_until(stored, "the steps of all answers are stored", 120)
+
+
+def _tokens_run(answer: dict[str, Any]) -> int:
+    """The last token that a request generates never runs through the model."""
+    usage = answer["usage"]
+    return int(usage["prompt_tokens"] + usage["completion_tokens"] - 1)
 
 
 def growth_without_capture(tmp_path: Path) -> int:
@@ -67,7 +78,7 @@ def growth_without_capture(tmp_path: Path) -> int:
     place = tmp_path / "plain"
     place.mkdir()
     with served(place, {**CONFIG, "log_step_ids": [10**9]}) as server:
-        _, settled, last = rounds_of_requests(server)
+        _, settled, last = rounds_of_requests(server, captured=False)
     return last.memory - settled.memory
 
 
@@ -88,9 +99,7 @@ def test_many_requests_at_once_and_an_interrupt_at_the_end(tmp_path: Path) -> No
     ledger = run.ledger
     assert all_stored(ledger) and ledger.stored == run.verify()
     assert sum(len(run.step(number)) for number in run.steps) == ledger.stored
-    usage = [answer["usage"] for answer in answers if answer is not None]
-    # The last token that a request generates never runs through the model.
-    expected = sorted(each["prompt_tokens"] + each["completion_tokens"] - 1 for each in usage)
+    expected = sorted(_tokens_run(answer) for answer in answers if answer is not None)
     assert sorted(tokens_captured(run).values()) == expected
     (line,) = (line for line in log.splitlines() if "intermediate tensors in " in line)
     assert f"{server.directory}: {ledger.to_json()}" in line

@@ -44,7 +44,7 @@ class VllmServer:
             sent["Authorization"] = f"Bearer {key}"
         try:
             with urllib.request.urlopen(
-                urllib.request.Request(self.url + path, data, sent), timeout=60
+                urllib.request.Request(self.url + path, data, sent), timeout=300
             ) as answer:
                 return answer.status, json.load(answer)
         except urllib.error.HTTPError as error:
@@ -64,7 +64,7 @@ class VllmServer:
 
     def text(self, path: str) -> str:
         """The text at a path."""
-        with urllib.request.urlopen(self.url + path, timeout=60) as answer:
+        with urllib.request.urlopen(self.url + path, timeout=300) as answer:
             return str(answer.read().decode())
 
 

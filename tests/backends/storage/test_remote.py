@@ -87,7 +87,7 @@ def test_a_silent_server_does_not_hang_anything() -> None:
         begin = time.monotonic()
         with pytest.raises(BackendError, match=r"cannot write .*: no answer within 0.5 s"):
             store.put("a", [b"x" * 1000])
-        assert time.monotonic() - begin < 5
+        assert time.monotonic() - begin < 30
 
 
 @pytest.mark.slow

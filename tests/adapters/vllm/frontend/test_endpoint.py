@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from argparse import Namespace
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ import pytest
 import tlcore
 from tests.adapters.vllm.server import VllmServer, serving
 from tests.models import tiny_llama
+from tests.waiting import wait_until
 from tlcore.adapters.vllm.frontend.endpoint import (
     DELIVERY_VARIABLE,
     INJECT_VARIABLE,
@@ -60,10 +60,13 @@ def _metrics(server: VllmServer) -> dict[str, float]:
 
 
 def _eventually(server: VllmServer, name: str, value: float) -> dict[str, float]:
-    deadline = time.monotonic() + 10
-    while (found := _metrics(server)).get(name) != value:
-        assert time.monotonic() < deadline, found
-        time.sleep(0.1)
+    found: dict[str, float] = {}
+
+    def shown() -> bool:
+        found.update(_metrics(server))
+        return found.get(name) == value
+
+    wait_until(shown, f"the metrics show {value} {name}")
     return found
 
 

@@ -85,10 +85,11 @@ def test_a_copy_of_what_is_there_already_is_kept_as_a_note(tmp_path: Path) -> No
 def test_a_place_that_is_too_slow_counts_as_one_that_fails(tmp_path: Path) -> None:
     store = spill(SlowStore(MemoryStore(), 2.0), tmp_path, patience_s=0.1)
     begin = time.monotonic()
-    for i in range(20):
+    for i in range(200):
         store.put(f"step_0/{i}", [b"x"])
-    assert time.monotonic() - begin < 1.9
-    assert len(list((tmp_path / "spill/run-1/step_0").iterdir())) == 20
+    # Not even the patience is spent on each of them.
+    assert time.monotonic() - begin < 10
+    assert len(list((tmp_path / "spill/run-1/step_0").iterdir())) == 200
 
 
 def test_memory_may_be_used_again_even_if_the_place_still_reads_it(tmp_path: Path) -> None:
