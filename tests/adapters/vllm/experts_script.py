@@ -14,7 +14,10 @@ REPOSITORY = str(Path(__file__).parents[3])
 
 
 def main(output_dir: str, keywords: dict[str, Any]) -> dict[str, Any]:
-    """Capture one prompt: how several share the steps depends on when they arrive."""
+    """Capture a prompt, and then one of as many tokens as each token has experts.
+
+    How several at once share the steps depends on when they arrive.
+    """
     from vllm import LLM, SamplingParams
 
     from tests.models import tiny_moe
@@ -28,8 +31,13 @@ def main(output_dir: str, keywords: dict[str, Any]) -> dict[str, Any]:
         intermediate_log_config={"output_dir": output_dir, "log_step_ids": []},
         **keywords,
     )
-    prompts: Any = [{"prompt_token_ids": [5, 6, 7, 8, 9, 10, 11, 20, 30, 40, 50]}]
-    outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=3), use_tqdm=False)
+    prompts: list[Any] = [[5, 6, 7, 8, 9, 10, 11, 20, 30, 40, 50], [5, 6]]
+    sampling = SamplingParams(temperature=0.0, max_tokens=3)
+    outputs = [
+        output
+        for prompt in prompts
+        for output in llm.generate([{"prompt_token_ids": prompt}], sampling, use_tqdm=False)
+    ]
     return {"tokens": [list(each.outputs[0].token_ids) for each in outputs]}
 
 

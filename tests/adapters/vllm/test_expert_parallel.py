@@ -56,6 +56,15 @@ def test_the_ranks_sums_are_added_up(layout: str, runs: dict[str, Run]) -> None:
         assert not parts[1][elsewhere].any() and parts[1][~elsewhere].any(-1).all()
 
 
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_as_many_experts_as_tokens_are_the_requests(layout: str, runs: dict[str, Run]) -> None:
+    run, name = runs[layout], f"{EXPERTS}.routed_experts.quant_method/inputs_topk_ids_cpu"
+    (request,) = (each for each in map(run.request, run.requests) if each.prompt_length == 2)
+    chosen = run.tensor(f"step_{request.steps[0]}/{name}")
+    assert chosen.shape == (2, 2) and torch.equal(request[name][:2], chosen)
+    assert request.positions(name) == list(range(len(request[name]))) and len(request[name]) > 2
+
+
 @pytest.mark.parametrize("pair", [("single", "tensor"), ("single", "expert"), ("tensor", "expert")])
 def test_compare_finds_no_difference(pair: tuple[str, str], runs: dict[str, Run]) -> None:
     found = tlcore.compare(*(runs[each] for each in pair))
