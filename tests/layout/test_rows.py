@@ -183,6 +183,21 @@ def test_whole_numbers_with_two_axes_of_one_length(before: dict[str, Any], found
         assert rows.spans(_record("positions", 5, tokens, dtype="int64")) == ()
 
 
+def test_the_scores_of_one_request_are_not_shared_among_as_many() -> None:
+    """Two labels of two requests at once; but which token is each one's last is one number for each."""
+    tokens, requests = (
+        RowSet(kind, _rows(*n), vectors=True) for kind, n in (("tokens", (2, 3)), ("requests", (1, 1)))
+    )
+    entry = {"kind": "requests", "rows": list(requests.rows), "vectors": True}
+    stored = CallRows({"call_rows": [{"calls": ["pooler"], "sets": [entry]}]})
+    for length in (2, 5):
+        assert row_set_of((length,), False, [tokens, requests]) is None
+        assert row_set_of((length,), True, [tokens, requests]) in (tokens, requests)
+        assert row_set_of((length, 4), False, [tokens, requests]) in (tokens, requests)
+    assert not stored.spans(_record("pooler", 2)) and stored.placed(_record("pooler", 2)).fits
+    assert [span.row["request_id"] for span in stored.spans(_record("pooler", 2, 4))] == ["a", "b"]
+
+
 @pytest.mark.parametrize("before", [3, [-1], ["3"], [True], {}])
 def test_damaged_lengths_of_axes_are_refused(before: Any) -> None:
     with pytest.raises(ValueError, match="before_rows"):

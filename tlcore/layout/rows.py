@@ -75,12 +75,15 @@ class RowSet:
     ``rows`` are entries as in ``step.json``, one after the other: ``request_id``, ``first_row``, ``rows``
     (how many), ``first_position``, and more that is known of the request. ``kind`` says what a row is.
     With a ``grid`` its rows are counted, those of its first sample first; what no entry names is padding.
+    With ``vectors`` a tensor of one axis may be one request's, such as the scores of its labels, so that
+    only whole numbers have these rows.
     """
 
     kind: str
     rows: Sequence[Row]
     padded: int = 0
     grid: Grid | None = None
+    vectors: bool = False
 
     @cached_property
     def length(self) -> int:
@@ -237,7 +240,7 @@ def _flat_set_of(
     if not shape:
         return None
     fitting = [each for each in sets if each.length and shape[0] in each.lengths]
-    if not fitting:
+    if not fitting or (len(shape) == 1 and not whole_numbers and any(each.vectors for each in fitting)):
         return None
     both = len(shape) == 2 and whole_numbers and shape[0] != 1 and shape[1] in fitting[0].lengths
     if both and (before is None or shape[0] in before):
@@ -355,7 +358,8 @@ def _row_set(entry: Any) -> RowSet:
     grid = entry.get("grid")
     if grid is not None:
         grid = _grid(grid)
-    return _checked(RowSet(str(entry["kind"]), entry["rows"], int(entry.get("padded_rows", 0)), grid))
+    padded, vectors = int(entry.get("padded_rows", 0)), bool(entry.get("vectors", False))
+    return _checked(RowSet(str(entry["kind"]), entry["rows"], padded, grid, vectors))
 
 
 def _grid(entry: Any) -> Grid:

@@ -1,6 +1,6 @@
 """Asks an in-process engine with and without capture, and prints what came of it as a JSON line.
 
-``python models_script.py MODEL generate|embed eager|compiled OUTPUT_DIR``
+``python models_script.py MODEL generate|embed|classify eager|compiled OUTPUT_DIR``
 """
 
 from __future__ import annotations
@@ -21,12 +21,14 @@ def main(model: str, task: str, mode: str, output_dir: str) -> dict[str, Any]:
 
     import tlcore.vllm
 
-    extra = {"runner": "pooling"} if task == "embed" else {}
+    extra = {} if task == "generate" else {"runner": "pooling"}
     llm = LLM(model, max_model_len=128, enable_prefix_caching=False, enforce_eager=mode == "eager", **extra)
 
     def ask() -> list[list[float]]:
         if task == "embed":
             return [list(each.outputs.embedding) for each in llm.embed(PROMPTS, use_tqdm=False)]
+        if task == "classify":
+            return [list(each.outputs.probs) for each in llm.classify(PROMPTS, use_tqdm=False)]
         sampling = SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True)
         return [list(each.outputs[0].token_ids) for each in llm.generate(PROMPTS, sampling, use_tqdm=False)]
 

@@ -34,6 +34,8 @@ CROWDED = {
     "num_gpu_blocks_override": 7,
 }
 
+# With adapters, and with proposed tokens besides.
+ADAPTED = ("adapters", "adapters_ngram")
 RANKS = {"tensor": "tensor_parallel_size", "pipeline": "pipeline_parallel_size"}
 
 
@@ -43,8 +45,9 @@ def ways(way: str, output_dir: Path) -> dict[str, Any]:
         return {"max_num_batched_tokens": 24, "async_scheduling": True, **CROWDED}
     if way in RANKS:
         return {RANKS[way]: 2, "max_num_batched_tokens": 24, **CROWDED}
-    if way == "adapters":
-        return {"enable_lora": True, "max_loras": len(NAMES), "max_lora_rank": RANK}
+    if way in ADAPTED:
+        found = {"enable_lora": True, "max_loras": len(NAMES), "max_lora_rank": RANK}
+        return found if way == "adapters" else {**found, **ways("ngram", output_dir)}
     return {"speculative_config": speculator(way, output_dir)}
 
 
@@ -65,7 +68,7 @@ def main(output_dir: str, way: str, runner: str, mixes: str, plants: str) -> dic
     found = [run_mix(llm, output_dir, seed) for seed in range(int(mixes))]
     for seed in range(int(plants)):
         found += [run_mix(llm, output_dir, seed, name) for name in PLANTS if name != "believed" or speculates]
-    if way == "adapters":
+    if way in ADAPTED:
         report["adapters"] = _adapters(llm, Path(output_dir), report["prompts"])
     if way == "data":
         llm.close()
@@ -94,7 +97,7 @@ def _adapters(llm: Any, output_dir: Path, prompts: list[list[int]]) -> dict[str,
     ) as attached:
         outputs = llm.generate(
             [{"prompt_token_ids": prompt} for _, prompt in asked],
-            SamplingParams(temperature=0.0, max_tokens=4, ignore_eos=True),
+            SamplingParams(temperature=0.0, max_tokens=8, ignore_eos=True),
             lora_request=[loras[name] for name, _ in asked],
             use_tqdm=False,
         )

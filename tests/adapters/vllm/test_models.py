@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch
 import tlcore
 from tests.adapters.vllm.helpers import REPOSITORY, all_stored, report
 from tests.adapters.vllm.models_script import TOKENS
-from tests.models import minilm, tiny_moe
+from tests.models import minilm, tiny_llama, tiny_moe
 
 pytestmark = pytest.mark.slow
 SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "models_script.py")
@@ -61,3 +62,23 @@ def test_an_embedding_model(mode: str, tmp_path: Path) -> None:
         mean = hidden[row["first_row"] :][: row["rows"]].mean(0)
         similarity = torch.cosine_similarity(mean, torch.tensor(embedding), dim=0)
         assert float(similarity) > 0.999
+
+
+@pytest.mark.deep
+def test_two_labels_of_two_requests_are_no_rows_of_both(tmp_path: Path) -> None:
+    from transformers import AutoConfig, LlamaForSequenceClassification
+
+    config = AutoConfig.from_pretrained(tiny_llama(), num_labels=2, pad_token_id=1)
+    torch.manual_seed(3)
+    LlamaForSequenceClassification(config).save_pretrained(tmp_path / "model")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(tiny_llama() / name, tmp_path / "model" / name)
+    made, run = _asked(tmp_path / "model", "classify", "eager", tmp_path / "dumps")
+    assert made["captured"] == made["plain"] and [len(scores) for scores in made["plain"]] == [2, 2]
+    step = run.step(0)
+    scores = [step[name] for name in step if name.startswith("step_0/pooler/outputs")]
+    assert [each.shape for each in scores] == [(2,), (2,)]
+    assert len(run.requests) == 2
+    for request in map(run.request, run.requests):
+        assert "model.norm/outputs_0_cpu" in request
+        assert not any(name.startswith("pooler/outputs") for name in request)

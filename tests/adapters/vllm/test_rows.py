@@ -20,7 +20,7 @@ pytestmark = pytest.mark.slow
 SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "rows_script.py")
 DEEP = [
     "eagle-first", "dflash-first", "medusa-first", "mtp-first", "suffix-first", "custom_class-first",
-    "extract_hidden_states-first", "adapters-first", "tensor-first", "pipeline-first",
+    "extract_hidden_states-first", "adapters-first", "adapters_ngram-first", "tensor-first", "pipeline-first",
 ]  # fmt: skip
 WAYS = [
     "ngram-first", "draft_model-first", "eagle3-first", "chunks-first", "data-first",
@@ -34,7 +34,7 @@ MIXES, PLANTED = scaled(3, 25), scaled(1, 3)
 def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an engine captured, and the way it works."""
     way, runner = request.param.split("-")
-    counts = (MIXES, PLANTED) if runner == "first" and way != "adapters" else (0, 0)
+    counts = (MIXES, PLANTED) if runner == "first" and not way.startswith("adapters") else (0, 0)
     directory = str(tmp_path_factory.mktemp(request.param))
     environment = SEVERAL_RANKS if way in ("tensor", "pipeline", "data") else {}
     if way == "suffix":

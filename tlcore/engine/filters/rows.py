@@ -219,6 +219,8 @@ class StepRows:
         found: Json = {"kind": rows.kind, "rows": entries}
         if rows.grid is not None and not self._cuts:
             found["grid"] = grid_entry(rows.grid)
+        if rows.vectors:
+            found["vectors"] = True
         return found | ({"padded_rows": padded} if padded else {})
 
     @property

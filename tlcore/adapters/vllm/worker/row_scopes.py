@@ -179,10 +179,12 @@ class RowScopes:
         if self.rows is None:
             return NO_ROWS
         tasks = {params.task for params in self._runner.input_batch.pooling_params.values()}
-        sets = [RowSet("tokens", self.rows)]
-        if len(tasks) == 1 and not tasks & _TOKENWISE:
-            sets.append(_lasts(self.rows, self._unsampled))
-        return sets
+        tokens = RowSet("tokens", self.rows, vectors=True)
+        if not tasks & _TOKENWISE:
+            return [tokens, _lasts(self.rows, self._unsampled)] if len(tasks) == 1 else [tokens]
+        # A request's result has all its tokens, also those of earlier steps.
+        ends = [row["first_position"] + row["rows"] for row in self.rows]
+        return NO_ROWS if len(ends) > 1 and tokens.length in ends else [tokens]
 
     def _wrap_items(self, runner: Any) -> None:
         """vLLM times each call of an encoder, and says so of which items it is."""
@@ -334,6 +336,7 @@ def _lasts(rows: Sequence[Row], cut_short: Container[str]) -> RowSet:
             rows_of(row, i, 1, end, unsampled=row["request_id"] in cut_short or None)
             for i, (row, end) in enumerate(zip(rows, ends, strict=True))
         ],
+        vectors=True,
     )
 
 
