@@ -7,7 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from tlcore.layout.rows import LOGITS, UNCLEAR, CallRows, Grid, RowSet, as_rows, axis_of, placed
+from tlcore.layout.grids import UNCLEAR, Grid, as_rows, axis_of
+from tlcore.layout.rows import LOGITS, CallRows, RowSet, placed
 
 PROMPT = Grid(3, 7, 7)
 CHUNK = Grid(3, 4, 9)

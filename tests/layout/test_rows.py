@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tlcore.layout.drafts import Decided, accept
-from tlcore.layout.rows import CallRows, RowSet, is_whole_numbers, row_set_of
+from tlcore.layout.rows import ANY, CallRows, RowSet, is_whole_numbers, row_set_of
 
 
 def _rows(*counts: int, first: int = 0, **more: Any) -> list[dict[str, Any]]:
@@ -181,6 +181,17 @@ def test_whole_numbers_with_two_axes_of_one_length(before: dict[str, Any], found
         assert bool(spans) == (tokens in found)
         # No tensor has its rows behind an axis of another length.
         assert rows.spans(_record("positions", 5, tokens, dtype="int64")) == ()
+
+
+def test_shapes_of_one_item_among_several_are_kept_with_the_rows() -> None:
+    rows = _rows(1, 1, 1)
+    entry = {"kind": "items", "rows": rows, "single": [[3, 28, 28], [3, 5, ANY]]}
+    stored = CallRows({"call_rows": [{"calls": ["encoder"], "sets": [entry]}]})
+    for shape, known in (((3, 28, 28), False), ((3, 5, 8), False), ((3, 5), True), ((3, 28, 28, 1), True)):
+        found = stored.placed(_record("encoder", *shape))
+        assert bool(found.rows) == known and found.fits
+    with pytest.raises(ValueError, match="call_rows"):
+        CallRows({"call_rows": [{"calls": ["encoder"], "sets": [{**entry, "single": 3}]}]})
 
 
 def test_the_scores_of_one_request_are_not_shared_among_as_many() -> None:

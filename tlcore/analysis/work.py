@@ -13,8 +13,8 @@ from typing import Any
 import torch
 
 from ..errors import ReadError
+from ..layout.grids import as_rows
 from ..layout.row_scale import as_stored, is_scaled
-from ..layout.rows import as_rows
 from ..reader import Run, Step, TensorStream, open_run
 from ..reader.tensor_stream import SMALL, in_memory, open_together
 from ..record import Json

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from .grids import UNCLEAR, Grid, axis_of, read_grid
 from .row_scale import presented
 
 Row = Mapping[str, Any]
@@ -54,20 +55,6 @@ class Span(NamedTuple):
 LOGITS = "logits"
 
 
-class Grid(NamedTuple):
-    """A batch of ``samples`` sequences in which a call computes ``length`` positions of each.
-
-    These attend to ``keys`` positions. ``channels``: some tensors of the model may have their positions last.
-    ``weights`` are those of ``length`` and ``samples * length`` that the model's weights have as an extent.
-    """
-
-    samples: int
-    length: int
-    keys: int
-    channels: bool = False
-    weights: tuple[int, ...] = ()
-
-
 @dataclass(frozen=True)
 class RowSet:
     """The rows that tensors of one length have, and ``padded`` meaningless ones that may follow them.
@@ -76,7 +63,8 @@ class RowSet:
     (how many), ``first_position``, and more that is known of the request. ``kind`` says what a row is.
     With a ``grid`` its rows are counted, those of its first sample first; what no entry names is padding.
     With ``vectors`` a tensor of one axis may be one request's, such as the scores of its labels, so that
-    only whole numbers have these rows.
+    only whole numbers have these rows. ``single`` are shapes that a tensor of one item among several may
+    have (an image is three channels), whose rows are then not these; `ANY` at the end is all further axes.
     """
 
     kind: str
@@ -84,6 +72,7 @@ class RowSet:
     padded: int = 0
     grid: Grid | None = None
     vectors: bool = False
+    single: tuple[tuple[int, ...], ...] = ()
 
     @cached_property
     def length(self) -> int:
@@ -171,82 +160,34 @@ def placed(
     return Placed(first, axis, True)
 
 
-UNCLEAR = -1
-
-
-def axis_of(shape: Sequence[int], whole_numbers: bool, grid: Grid) -> int | None:
-    """Which axis of a tensor is that of a grid's positions; 0 where samples and positions are one axis.
-
-    None for a tensor that is not of this grid. `UNCLEAR` where it might be, or has nothing of a sample's own.
-    """
-    if not shape:
-        return None
-    samples, length = grid.samples, grid.length
-    if samples > 1 and shape[0] != samples and 1 in (shape[0], len(shape)) and length in shape[:2]:
-        # The same for each sample, such as the cosines of positions.
-        return UNCLEAR
-    if len(shape) <= 2:
-        return _axis_of_few(shape, whole_numbers, grid)
-    if shape[0] != samples:
-        return None
-    if len(shape) > 3:
-        return _axis_of_heads(shape, grid)
-    if whole_numbers and shape[2] == grid.keys > 1:
-        return UNCLEAR
-    fitting = [axis for axis in ((1, 2) if grid.channels else (1,)) if shape[axis] == length]
-    if len(fitting) > 1 and length > 1:
-        return UNCLEAR
-    return fitting[0] if fitting else None
-
-
-def _axis_of_few(shape: Sequence[int], whole_numbers: bool, grid: Grid) -> int | None:
-    total = grid.samples * grid.length
-    if len(shape) == 2 and tuple(shape) == (grid.samples, grid.length):
-        # One vector for each sample may be as long as there are positions.
-        return UNCLEAR if grid.length > 1 and not whole_numbers and grid.length in grid.weights else 1
-    if shape[0] != total:
-        return None
-    if len(shape) == 2 and shape[1] == grid.keys > 1:
-        return UNCLEAR
-    return UNCLEAR if not whole_numbers and total in grid.weights else 0
-
-
-def _axis_of_heads(shape: Sequence[int], grid: Grid) -> int | None:
-    """Heads come before the positions or after them; masks and what is attended to have ``keys`` as well."""
-    length, keys = grid.length, grid.keys
-    if length > 1 or keys > 1:
-        extents = {length, keys} - {1}
-        hits = [axis for axis in range(1, len(shape)) if shape[axis] in extents]
-        if length == 1:
-            if hits:
-                return UNCLEAR
-        elif not any(shape[axis] == length for axis in hits):
-            return None
-        else:
-            return hits[0] if len(hits) == 1 and hits[0] < 3 else UNCLEAR
-    return next((axis for axis in (1, 2) if shape[axis] == 1), None)
-
-
-def as_rows(tensor: Any, axis: int) -> Any:
-    """A tensor with its samples and its positions, which lie along ``axis``, as one leading axis of rows."""
-    if axis == 0:
-        return tensor
-    return tensor.movedim(axis, 1).flatten(0, 1)
-
-
 def _flat_set_of(
     shape: Sequence[int], whole_numbers: bool, sets: Iterable[RowSet], before: BeforeRows
 ) -> RowSet | None:
     if not shape:
         return None
     fitting = [each for each in sets if each.length and shape[0] in each.lengths]
-    if not fitting or (len(shape) == 1 and not whole_numbers and any(each.vectors for each in fitting)):
+    if not fitting or any(_may_be_one(shape, whole_numbers, each) for each in fitting):
         return None
     both = len(shape) == 2 and whole_numbers and shape[0] != 1 and shape[1] in fitting[0].lengths
     if both and (before is None or shape[0] in before):
         # Multimodal positions are (3, tokens): where the tokens are three, too, nobody can tell.
         return None
     return fitting[0] if len(fitting) == 1 else _in_common(fitting)
+
+
+# In the shape of a single item's tensor: all further axes, at least one.
+ANY = -1
+
+
+def _may_be_one(shape: Sequence[int], whole_numbers: bool, rows: RowSet) -> bool:
+    """Whether a tensor that has as many rows may be that of one request or item among several."""
+    if rows.vectors and len(shape) == 1 and not whole_numbers:
+        return True
+    return any(
+        tuple(shape) == each
+        or (each[-1:] == (ANY,) and len(shape) >= len(each) and tuple(shape[: len(each) - 1]) == each[:-1])
+        for each in rows.single
+    )
 
 
 def _in_common(sets: Sequence[RowSet]) -> RowSet | None:
@@ -357,25 +298,10 @@ def _before_rows(document: Mapping[str, Any]) -> BeforeRows:
 def _row_set(entry: Any) -> RowSet:
     grid = entry.get("grid")
     if grid is not None:
-        grid = _grid(grid)
+        grid = read_grid(grid)
     padded, vectors = int(entry.get("padded_rows", 0)), bool(entry.get("vectors", False))
-    return _checked(RowSet(str(entry["kind"]), entry["rows"], padded, grid, vectors))
-
-
-def _grid(entry: Any) -> Grid:
-    numbers = [entry["samples"], entry["length"], entry["keys"], *entry.get("weights", ())]
-    if not all(type(each) is int and each >= 0 for each in numbers):
-        raise ValueError(str(entry)[:200])
-    samples, length, keys, *weights = numbers
-    return Grid(samples, length, keys, bool(entry.get("channels", False)), tuple(weights))
-
-
-def grid_entry(grid: Grid) -> dict[str, Any]:
-    """A grid as ``step.json`` has it."""
-    found: dict[str, Any] = {"samples": grid.samples, "length": grid.length, "keys": grid.keys}
-    if grid.channels:
-        found["channels"] = True
-    return found | ({"weights": list(grid.weights)} if grid.weights else {})
+    single = tuple(tuple(map(int, shape)) for shape in entry.get("single", ()))
+    return _checked(RowSet(str(entry["kind"]), entry["rows"], padded, grid, vectors, single))
 
 
 def _with_accepted(row: Row, known: Mapping[str, Row]) -> Row:

@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ..errors import MissingError, ReadError, missing
 from ..layout import names
 from ..layout.dtypes import name_of, torch_dtype
+from ..layout.grids import as_rows
 from ..layout.names import PathKey
 from ..layout.row_scale import presented
-from ..layout.rows import Span, as_rows
+from ..layout.rows import Span
 from .placements import as_whole, is_part
 from .request_tokens import Part, RequestTokens
 from .step import Step

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingError, ReadError, missing
 from ..layout.checks import is_whole
+from ..layout.grids import Grid
 from ..layout.names import step_dir
-from ..layout.rows import DECIDED, CallRows, Grid, Row, Span
+from ..layout.rows import DECIDED, CallRows, Row, Span
 from ..layout.tokens import checked_tokens
 from ..ledger import Counts
 from ..record import Json

@@ -14,7 +14,7 @@ import xxhash
 import tlcore
 from tests.fuzz.plants import PLANTS
 from tlcore.analysis.selftest.layers import layers_of
-from tlcore.layout.rows import as_rows
+from tlcore.layout.grids import as_rows
 from tlcore.reader import Run, Step
 from tlcore.record import Json, Origin, Record, RunInfo
 from tlcore.runs.conversion import summary_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from ...layout.rows import Grid
+from ...layout.grids import Grid
 from ...reader import Step
 from ..results import Gap, TensorResult
 from .pairs import Key, Located, Pair, Piece, absent

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 
-from ...layout.rows import Span, as_rows
+from ...layout.grids import as_rows
+from ...layout.rows import Span
 from ...reader import Run, Step
 from ...record import Json
 

@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ...layout.rows import NO_ROWS, BeforeRows, Placed, Row, RowSet, Span, as_rows, grid_entry, placed
+from ...layout.grids import as_rows, grid_entry
+from ...layout.rows import NO_ROWS, BeforeRows, Placed, Row, RowSet, Span, placed
 from ...layout.windows import Window
 from ...record import Json
 from .choosing import Chooses, Choosing
@@ -221,6 +222,8 @@ class StepRows:
             found["grid"] = grid_entry(rows.grid)
         if rows.vectors:
             found["vectors"] = True
+        if rows.single:
+            found["single"] = list(map(list, rows.single))
         return found | ({"padded_rows": padded} if padded else {})
 
     @property

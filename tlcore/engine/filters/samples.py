@@ -16,7 +16,8 @@ import numpy as np
 import torch
 import xxhash
 
-from ...layout.rows import LOGITS, NO_ROWS, Grid, RowSet
+from ...layout.grids import Grid
+from ...layout.rows import LOGITS, NO_ROWS, RowSet
 from ...record import Json
 from .batches import (
     Batch,

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from ...errors import ReadError
 from ...hotpath.reading import Scratch
 from ...layout.dtypes import item_size
+from ...layout.grids import as_rows
 from ...layout.names import step_dir
 from ...layout.row_scale import is_scaled, presented, restored
-from ...layout.rows import as_rows
 from ...protocols import Array, Buffer
 from ...record import Json
 from ..placements import is_part

@@ -125,3 +125,22 @@ def test_patches_and_tokens_of_one_number_are_told_apart_or_nobodys(patches: tup
         ("a", 4, None),
         ("b", 6, None),
     ]
+
+
+def test_what_one_image_among_several_may_have_belongs_to_nobody() -> None:
+    """Three clients' images in a list, each of three channels; and each one's tokens apart."""
+    places = [_where(1, 3), _where(2, 6), _where(9, 4)]
+    requests: dict[str, Any] = {}
+    for request, where in zip("abc", places, strict=True):
+        element = SimpleNamespace(data=torch.ones(3, 28, 28), field=SimpleNamespace())
+        feature = SimpleNamespace(mm_position=where, data={"pixel_values": element})
+        requests[request] = SimpleNamespace(mm_features=[feature])
+    refs, runner = list(zip("abc", places, strict=True)), SimpleNamespace(requests=requests)
+    several = item_sets(runner, refs, lambda request: {})
+    for shape in ((3, 28, 28), (3, 8), (6, 8), (4, 8)):
+        assert row_set_of(shape, False, several) is None
+    assert row_set_of((3,), True, several) is several[0]
+    assert row_set_of((13, 8), False, several) is several[1]
+    # Of one image alone there is no doubt.
+    alone = item_sets(runner, refs[:1], lambda request: {})
+    assert row_set_of((3, 8), False, alone) is alone[1] and not alone[0].single

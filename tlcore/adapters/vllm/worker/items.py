@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from ....layout.rows import ITEM_PARTS, ITEM_TOKENS, ITEMS, RowSet
+from ....layout.rows import ANY, ITEM_PARTS, ITEM_TOKENS, ITEMS, RowSet
 from ....record import Json
 
 
@@ -20,14 +20,35 @@ def item_sets(runner: Any, refs: Sequence[tuple[str, Any]], known: Callable[[str
         entry = {"request_id": request, **known(request)}
         items.append({**entry, "first_row": place, "rows": 1, "first_position": int(where.offset)})
         tokens += [{**entry, **run} for run in _runs(where)]
-    sets = [RowSet(ITEMS, items), RowSet(ITEM_TOKENS, _in_sequence(tokens))]
-    for sizes in _sizes(runner, refs):
+    data = [_item(runner, request, where) for request, where in refs]
+    listed = _sizes(data)
+    single = _single(refs, data, listed)
+    sets = [RowSet(ITEMS, items, single=single), RowSet(ITEM_TOKENS, _in_sequence(tokens), single=single)]
+    for sizes in listed:
         parts = [
             {"request_id": request, **known(request), "rows": size}
             for (request, _), size in zip(refs, sizes, strict=True)
         ]
-        sets.append(RowSet(ITEM_PARTS, _in_sequence(parts)))
+        sets.append(RowSet(ITEM_PARTS, _in_sequence(parts), single=single))
     return sets
+
+
+def _single(
+    refs: Sequence[tuple[str, Any]], data: Sequence[Any], listed: Sequence[Sequence[int]]
+) -> tuple[tuple[int, ...], ...]:
+    """The shapes of what a call gets or gives of one item alone, where it has several.
+
+    Some encoders take images as a list, and some of their modules run once for each.
+    """
+    if len(refs) < 2:
+        return ()
+    found = {(each, ANY) for sizes in listed for each in sizes}
+    found |= {(sum(run["rows"] for run in _runs(where)), ANY) for _, where in refs}
+    shapes: set[tuple[int, ...]] = set(found)
+    for item in data:
+        for key in item or ():
+            shapes.add(tuple(map(int, _shape_of(item, key))))
+    return tuple(sorted(shape for shape in shapes if shape))
 
 
 def _in_sequence(entries: list[Json]) -> list[Json]:
@@ -54,9 +75,8 @@ def _runs(where: Any) -> list[Json]:
     return runs
 
 
-def _sizes(runner: Any, refs: Sequence[tuple[str, Any]]) -> list[list[int]]:
+def _sizes(data: Sequence[Any]) -> list[list[int]]:
     """How many rows each item has of each thing that the items consist of and that is joined for the call."""
-    data = [_item(runner, request, where) for request, where in refs]
     if any(item is None for item in data):
         return []
     found: list[list[int]] = []
@@ -74,8 +94,12 @@ def _item(runner: Any, request: str, where: Any) -> Any:
     return None
 
 
+def _shape_of(item: Any, key: str) -> Sequence[int]:
+    shape: Sequence[int] = getattr(getattr(item.get(key), "data", None), "shape", ())
+    return shape
+
+
 def _rows_of(item: Any, key: str) -> int | None:
-    element = item.get(key)
-    shape: Sequence[int] = getattr(getattr(element, "data", None), "shape", ())
-    joined = "Flat" in type(getattr(element, "field", None)).__name__
+    shape = _shape_of(item, key)
+    joined = "Flat" in type(getattr(item.get(key), "field", None)).__name__
     return int(shape[0]) if joined and len(shape) > 0 else None
