@@ -187,7 +187,7 @@ def test_shapes_of_one_item_among_several_are_kept_with_the_rows() -> None:
     rows = _rows(1, 1, 1)
     entry = {"kind": "items", "rows": rows, "single": [[3, 28, 28], [3, 5, ANY]]}
     stored = CallRows({"call_rows": [{"calls": ["encoder"], "sets": [entry]}]})
-    for shape, known in (((3, 28, 28), False), ((3, 5, 8), False), ((3, 5), True), ((3, 28, 28, 1), True)):
+    for shape, known in (((3, 28, 28), False), ((3, 5, 8), False), ((3, 5), True), ((3, 5, 8, 1), True)):
         found = stored.placed(_record("encoder", *shape))
         assert bool(found.rows) == known and found.fits
     with pytest.raises(ValueError, match="call_rows"):

@@ -64,7 +64,7 @@ class RowSet:
     With a ``grid`` its rows are counted, those of its first sample first; what no entry names is padding.
     With ``vectors`` a tensor of one axis may be one request's, such as the scores of its labels, so that
     only whole numbers have these rows. ``single`` are shapes that a tensor of one item among several may
-    have (an image is three channels), whose rows are then not these; `ANY` at the end is all further axes.
+    have (an image is three channels), whose rows are then not these; `ANY` is an axis of any length.
     """
 
     kind: str
@@ -175,7 +175,7 @@ def _flat_set_of(
     return fitting[0] if len(fitting) == 1 else _in_common(fitting)
 
 
-# In the shape of a single item's tensor: all further axes, at least one.
+# In the shape of a single item's tensor: an axis of any length.
 ANY = -1
 
 
@@ -184,8 +184,7 @@ def _may_be_one(shape: Sequence[int], whole_numbers: bool, rows: RowSet) -> bool
     if rows.vectors and len(shape) == 1 and not whole_numbers:
         return True
     return any(
-        tuple(shape) == each
-        or (each[-1:] == (ANY,) and len(shape) >= len(each) and tuple(shape[: len(each) - 1]) == each[:-1])
+        len(each) == len(shape) and all(own in (ANY, axis) for own, axis in zip(each, shape, strict=True))
         for each in rows.single
     )
 

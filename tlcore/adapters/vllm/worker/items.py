@@ -42,9 +42,9 @@ def _single(
     """
     if len(refs) < 2:
         return ()
-    found = {(each, ANY) for sizes in listed for each in sizes}
-    found |= {(sum(run["rows"] for run in _runs(where)), ANY) for _, where in refs}
-    shapes: set[tuple[int, ...]] = set(found)
+    # Of each token one vector; of each part whatever.
+    shapes: set[tuple[int, ...]] = {(sum(run["rows"] for run in _runs(where)), ANY) for _, where in refs}
+    shapes |= {(each, *[ANY] * more) for sizes in listed for each in sizes for more in range(1, 5)}
     for item in data:
         for key in item or ():
             shapes.add(tuple(map(int, _shape_of(item, key))))
