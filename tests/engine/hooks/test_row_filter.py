@@ -16,7 +16,7 @@ from tlcore.engine.filters.rows import StepRows
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
 from tlcore.layout.drafts import Decided, accept
-from tlcore.layout.rows import RowSet
+from tlcore.layout.rows import ANY, CallRows, RowSet
 from tlcore.layout.windows import Window
 
 
@@ -98,6 +98,23 @@ def test_rows_are_those_of_the_call_that_runs() -> None:
         (["logits"], [2]),
         (["logits_1"], [0]),
     ]
+
+
+def test_what_was_cut_was_certain_whatever_its_shape_is_then() -> None:
+    """Of three images one is kept, which then looks like a single one."""
+    rows = StepRows(lambda request: request == "b")
+    rows.calls_begun = lambda: [("encoder", "encoder", 0)]
+    rows.batch("abc")
+    rows.before = (1,)
+    rows.enter([RowSet("items", _rows(1, 1, 1), vectors=True, single=((1, ANY), (3, 28)))])
+    tensor = torch.arange(6.0).view(3, 2)
+    kept = rows.cut(tensor)
+    assert kept is not None and torch.equal(kept, tensor[1:2])
+    assert rows.cut(torch.ones(3)) is None and rows.cut(torch.ones(3, 28)) is None
+    read = CallRows(rows.document())
+    record = {"name": "step_0/encoder/outputs_cpu", "shape": [1, 2], "dtype": "float32"}
+    assert [span.row["request_id"] for span in read.spans(record)] == ["b"]
+    assert read.spans({**record, "shape": [1, 1], "dtype": "int64"})
 
 
 def test_of_drafts_all_that_may_be_the_last_are_kept() -> None:

@@ -203,7 +203,7 @@ class StepRows:
         if self.told:
             found["call_rows"] = [self._entry(part) for part in listed]
             if self.before is not None:
-                found["before_rows"] = list(self.before)
+                found["before_rows"] = [] if self._cuts else list(self.before)
         return found
 
     def _entry(self, part: _Part) -> Json:
@@ -218,11 +218,12 @@ class StepRows:
     def _described(self, part: _Part, rows: RowSet) -> Json:
         entries, padded = self._stored(part, rows)
         found: Json = {"kind": rows.kind, "rows": entries}
+        # What was cut was certain, and what was not is named with its shape.
         if rows.grid is not None and not self._cuts:
             found["grid"] = grid_entry(rows.grid)
-        if rows.vectors:
+        if rows.vectors and not self._cuts:
             found["vectors"] = True
-        if rows.single:
+        if rows.single and not self._cuts:
             found["single"] = list(map(list, rows.single))
         return found | ({"padded_rows": padded} if padded else {})
 
