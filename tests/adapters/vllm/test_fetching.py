@@ -90,6 +90,14 @@ def test_an_id_that_can_be_fetched_already_is_refused(server: VllmServer) -> Non
     assert fetch(server, "cmpl-twice", first.token).status == 200
 
 
+def test_an_id_may_look_like_a_file(server: VllmServer) -> None:
+    token = complete(server, "x.safetensors").token
+    said = fetch(server, "cmpl-x.safetensors", token)
+    assert said.status == 200 and said.json["id"] == "cmpl-x.safetensors"
+    tensors = load(fetch(server, "cmpl-x.safetensors.safetensors", token).body)
+    assert tensors["token_ids"].tolist() == said.json["token_ids"]
+
+
 def test_prompts_and_samples_are_told_apart_by_index(server: VllmServer) -> None:
     prompts = [[5, 6], [7, 8, 9]]
     answer = complete(server, "many", prompt=prompts, n=2, temperature=1)

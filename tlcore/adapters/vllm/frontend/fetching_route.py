@@ -34,9 +34,10 @@ _LOOK_S = 0.02
 async def fetched(request: Any, flusher: Flusher, room: Room) -> Any:
     """The answer. Raises NothingError for an unknown id and for a wrong token, ConfigError, CaptureError."""
     name = str(request.path_params["name"])
-    whole = name.endswith(_SUFFIX)
-    public_id = name.removesuffix(_SUFFIX)
     token = request.headers.get(HEADER, "")
+    # An id may end so itself.
+    whole = name.endswith(_SUFFIX) and find_delivery(name, token) is None
+    public_id = name.removesuffix(_SUFFIX) if whole else name
     deadline = time.monotonic() + _number(request, "timeout", _USUAL_S, _LONGEST_S, _LEAST_S)
     document = await _answered(public_id, token, deadline)
     index = int(_number(request, "index", 0, 1 << 20))
@@ -93,7 +94,7 @@ def _number(request: Any, key: str, usual: float, most: float, least: float = 0)
     except ValueError:
         value = math.nan
     if not least <= value <= most or (key == "index" and value != int(value)):
-        raise ConfigError(f"$.{key}", f"it must be a number from {least:g} to {most:g}.")
+        raise ConfigError(f"$.{key}", f"it must be a number from {least:g} to {most:.7g}.")
     return value
 
 
