@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -53,3 +54,23 @@ def test_runs_of_the_same_ranks_are_compared_rank_by_rank(tmp_path: Path) -> Non
     found = tlcore.compare(a, b)
     assert {each.status for each in found.results} == {"bitwise"}
     assert {each.rank for each in found.results} == {0, 1}
+
+
+def test_a_fault_is_found_on_the_stage_where_it_arose_not_where_it_is_sent(tmp_path: Path) -> None:
+    def run(name: str, fault: float) -> Any:
+        good, bad = torch.ones(3, 2), torch.ones(3, 2) + fault
+        # The second stage's first tensor is what the last one of the first stage gave.
+        stages = [{"embed": good, "layers_0": good, "layers_1": bad}, {"received": bad, "layers_2": bad}]
+        found = ranks_run(tmp_path / name, stages, {})
+        for document in map(_file, Path(found.url).rglob("run*.json")):
+            for place in document["ranks"]:
+                place.update(pp_rank=place["rank"], pp_size=2, tp_rank=0, tp_size=1)
+            Path(document.pop("at")).write_text(json.dumps(document))
+        return tlcore.open_run(found.url)
+
+    first = tlcore.compare(run("a", 0.0), run("b", 1.0)).first_divergence
+    assert first is not None and (first.module, first.result.rank) == ("layers_1", 0)
+
+
+def _file(path: Path) -> dict[str, Any]:
+    return {**json.loads(path.read_text()), "at": str(path)}

@@ -14,9 +14,11 @@ from ..errors import ConfigError, ReadError
 from ..layout.rows import ENCODED, Span
 from ..reader.request import Request
 from ..reader.run import Run
-from ..reader.unshard import Places, group_of, places_of
+from ..reader.unshard import places_of
 from ..record import Json, RunInfo
+from .filters.modules import ModuleFilter
 from .filters.rows import Given, StepRows
+from .injecting_ranks import NO_GROUP, Group, groups_of
 from .injection import Injection, Path, UnlikeError, with_each_tensor
 
 log = logging.getLogger("tlcore")
@@ -29,25 +31,35 @@ class _Followed:
 
     Up to position ``done`` it has the same tokens, and all that was to be injected was. In a step its rows
     may be injected up to position ``end``, without that, and ``why_not`` further. ``group`` are the ranks of
-    the other run that computed it, first the one that stands where this one does.
+    the other run that computed it, and ``before`` the results of stages before this one that these inject.
     """
 
-    def __init__(self, given: Given, other: Request | None, why_not: str, group: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        given: Given,
+        other: Request | None,
+        why_not: str,
+        group: Group = NO_GROUP,
+        before: Sequence[str] = (),
+    ) -> None:
         self.other = other
         self.group = group
         self.why_not = why_not
+        self._before = before
         self.done = self.end = 0
         # The scheduler counts what was generated as the prompt, too, after a preemption.
         self._prompt = given.prompt or 0
-        self._names = {} if other is None else other.outputs
+        self._names: dict[tuple[str, Path], list[str]] = {}
 
     def names(self, directory: str, path: Path) -> list[str]:
         """The results of a call in the other run: this rank's, and those of the ranks of its group.
 
-        Empty where this rank has none.
+        Empty where this rank has none, or one of them had one that was not stored.
         """
-        found = [self._names.get((directory, path, rank)) for rank in self.group]
-        return [] if not found or found[0] is None else [name for name in found if name is not None]
+        found = self._names.get((directory, path))
+        if found is None and self.other is not None:
+            found = self._names[directory, path] = self.group.names(self.other, directory, path)
+        return found or []
 
     def begin_step(self, given: Given) -> None:
         """Find out how many of the rows that come now may be injected."""
@@ -71,6 +83,15 @@ class _Followed:
                 )
                 break
             self.end = position + 1
+        self._heed_stages_before(self.other, first)
+
+    def _heed_stages_before(self, other: Request, first: int) -> None:
+        """Stop where a stage before this one does, which has no other way to say so."""
+        for name in self._before:
+            for position in range(first, self.end):
+                if not other.has_row(name, position):
+                    self.stop_at(position, "a pipeline stage before has no result of this position to inject")
+                    break
 
     def end_step(self) -> None:
         """All that was to be injected in the step was, up to ``end``."""
@@ -109,7 +130,10 @@ class RowInjection(Injection):
                 "the ranks of that run share the model in another way (tensor, pipeline, data parallel)."
             )
             raise ConfigError("$.inject.run", problem, _OF_THE_SAME)
-        self._groups = _groups(self._run.ranks, run.rank)
+        self._groups = groups_of(self._run.ranks, run.rank)
+        self._selects = ModuleFilter(inject.modules, "inject.modules")
+        # Whether this rank alone may have kept its own, of what other ranks injected.
+        self._fell_behind = False
         self._rows = rows
         self._waiting = _by_prompt(self._run)
         self._followed: dict[str, _Followed] = {}
@@ -152,6 +176,16 @@ class RowInjection(Injection):
         for request in requests:
             self._followed.pop(request, None)
 
+    def remarks(self) -> list[str]:
+        """What is to be said of it at the end."""
+        said = super().remarks()
+        if self._fell_behind and self._run.world_size > 1:
+            said.append(
+                "inject: this rank could not read a result that other ranks may have injected: what follows "
+                "mixes both models, and tells nothing of either; check that run (tlcore verify), inject again"
+            )
+        return said
+
     @property
     def _whole_call(self) -> int:
         return self._rows_in_step or 1
@@ -176,9 +210,10 @@ class RowInjection(Injection):
         try:
             other = self._run.request(waiting.pop(ids.index(own) if own in ids else 0))
             ranks = {rank for _, _, rank in other.outputs}
-            group = next((each for each in self._groups if each[0] in ranks), self._groups[0])
-            return _Followed(given, other, "", group)
+            group = next((each for each in self._groups if each.same[0] in ranks), self._groups[0])
+            return _Followed(given, other, "", group, group.names_before(other, self._selects))
         except ReadError as error:
+            self._fell_behind = True
             log.debug("a request of the other run could not be read", exc_info=True)
             why_not = f"its request of the other run could not be read ({type(error).__name__})"
             return _Followed(given, None, why_not)
@@ -201,6 +236,7 @@ class RowInjection(Injection):
         try:
             mixed = call.mixed()
         except Exception as error:
+            self._fell_behind = True
             for followed in self._now.values():
                 followed.stop_at(0, f"a result before could not be read ({type(error).__name__})")
             raise
@@ -287,17 +323,6 @@ class _CallOf:
             made = tensor.clone() if made is tensor else made
             made[span.begin : span.begin + count] = found.to(device=tensor.device, dtype=tensor.dtype)
         return made
-
-
-def _groups(places: Places, rank: int) -> list[list[int]]:
-    """The ranks that share a model with ``rank``, that one first; behind them those of other engines.
-
-    What a group computes together is injected into all of it or none, and any engine may have had a request.
-    """
-    own = places.get(rank, {})
-    keys = [f"{group}_rank" for group in ("tp", "pcp", "pp") if own]
-    alike = [each for each, place in places.items() if all(place[key] == own[key] for key in keys)]
-    return [list(dict.fromkeys((each, *group_of(places, each)))) for each in dict.fromkeys((rank, *alike))]
 
 
 def _by_prompt(run: Run) -> Mapping[str, list[str]]:

@@ -14,7 +14,9 @@ from ..layout.dtypes import name_of, torch_dtype
 from ..layout.grids import as_rows
 from ..layout.names import PathKey
 from ..layout.row_scale import presented
-from ..layout.rows import Span
+from ..layout.rows import ENCODED, Span
+from ..record import Json
+from .described import tensors_in
 from .placements import as_whole, is_part
 from .request_tokens import Part, RequestTokens
 from .step import Step
@@ -71,6 +73,7 @@ class Request(Mapping[str, "torch.Tensor"]):
         self.tokens = RequestTokens(f"{run_url}: request {request_id}")
         found: dict[_Key, list[_Place]] = defaultdict(list)
         self.steps: list[int] = []
+        self._steps: list[Step] = []
         for step in steps:
             self._look_at(step, found)
         self._places = {
@@ -91,6 +94,7 @@ class Request(Mapping[str, "torch.Tensor"]):
         if not own:
             return
         self.steps.append(step.number)
+        self._steps.append(step)
         self._cached = max(self._cached, *(int(row.get("cached", 0)) for row in own))
         modules = frozenset(str(record["module"]) for record in step.records)
         for record in step.records:
@@ -215,6 +219,25 @@ class Request(Mapping[str, "torch.Tensor"]):
                 found[name.split("/")[0], tuple(record["path"]), int(record["rank"])] = name
         return found
 
+    def call_of(self, name: str) -> tuple[str, int]:
+        """The module of a tensor, and which of its calls in a step it is of."""
+        place = self._of(name)[0]
+        record = place.step.record(place.name)
+        return str(record["module"]), int(record["call"])
+
+    def is_of_items(self, name: str) -> bool:
+        """Whether a tensor is an encoder's, which has rows of items (images) alone."""
+        place = self._of(name)[0]
+        return any(kind in ENCODED for kind, *_ in place.step.layout_of(place.step.record(place.name)))
+
+    def left_out(self, directory: str, path: tuple[PathKey, ...], rank: int) -> bool:
+        """Whether a call's result on a rank was described in a step, and not stored. Raises ReadError."""
+        return any(
+            known == path and "skipped" in node
+            for step in self._steps
+            for known, node in tensors_in(_outputs_of(step, directory, rank))
+        )
+
     def has_row(self, name: str, position: int) -> bool:
         """Whether there is a tensor's row of a position. Raises as `dtype_and_shape` does."""
         return position in self._single(name)[0]
@@ -263,6 +286,13 @@ class Request(Mapping[str, "torch.Tensor"]):
 
     def __repr__(self) -> str:
         return f"<Request {self.request_id} of {self._url}, steps {self.steps}>"
+
+
+def _outputs_of(step: Step, directory: str, rank: int) -> Json:
+    try:
+        return step.call(directory, rank).structure("outputs")
+    except MissingError:
+        return {}
 
 
 def _row_kind(place: _Place, unshard: bool) -> tuple[str, tuple[int, ...]]:

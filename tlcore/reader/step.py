@@ -250,8 +250,12 @@ class Step(Mapping[str, "torch.Tensor"]):
                     chosen[key] = as_whole(own)
         return list(chosen.values())
 
+    def stage(self, rank: int) -> int:
+        """Which of the model's pipeline stages a rank belongs to: it takes what those before it computed."""
+        return int(self._places.get(rank, {}).get("pp_rank", 0))
+
     def _stage(self, rank: int) -> tuple[int, int]:
-        return int(self._places.get(rank, {}).get("pp_rank", 0)), rank
+        return self.stage(rank), rank
 
     @cached_property
     def described(self) -> list[Json]:

@@ -15,7 +15,7 @@ from .rules import Rules
 
 
 def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Located]:
-    """A step's tensors by what they are, in order of execution (ranks side by side).
+    """A step's tensors by what they are, in order of execution (ranks of a stage side by side).
 
     Records stand in ``step.json`` in the order in which they came about: inputs at entry, outputs at
     return, so a child's output before its parent's.
@@ -40,12 +40,12 @@ def _ordered(step: Step, unshard: bool) -> Iterator[tuple[int, Json]]:
         yield from ((step.replica(record["rank"]), record) for record in step.wholes)
         return
     place: dict[int, int] = defaultdict(int)
-    ordered: list[tuple[int, int, Json]] = []
+    ordered: list[tuple[int, int, int, Json]] = []
     for record in step.records:
         rank = int(record["rank"])
-        ordered.append((place[rank], rank, record))
+        ordered.append((step.stage(rank), place[rank], rank, record))
         place[rank] += 1
-    yield from (entry[1:] for entry in sorted(ordered, key=lambda entry: entry[:2]))
+    yield from (entry[2:] for entry in sorted(ordered, key=lambda entry: entry[:3]))
 
 
 def renamed(rules: Rules, rename: bool) -> Calls:
