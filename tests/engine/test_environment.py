@@ -26,6 +26,11 @@ def weights(module: nn.Module) -> dict[str, Any]:
     return found
 
 
+def test_weights_that_have_no_shape_yet_are_left_out() -> None:
+    found = weights(nn.Sequential(nn.Linear(4, 4), nn.LazyLinear(4)))
+    assert sorted(found["tensors"]) == ["0.bias", "0.weight"] and found["of"] == 2
+
+
 def test_the_fingerprint_is_that_of_the_values() -> None:
     one = weights(model())
     assert one == weights(model()) and one["of"] == len(one["tensors"]) == 9

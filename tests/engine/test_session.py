@@ -33,6 +33,17 @@ def test_an_in_place_module_does_not_change_what_was_captured_before_it() -> Non
     assert sink.steps[0].calls == ["0", "1", "2"]
 
 
+def test_weights_that_are_made_at_the_first_call_are_no_hindrance_to_it() -> None:
+    module, x = nn.Sequential(nn.LazyLinear(4), nn.LazyBatchNorm1d(), nn.ReLU()), torch.randn(5, 3)
+    sink = MemorySink()
+    with tlcore.capture(module, module_call_match=".", backend=sink, log_step_ids=[]) as capture:
+        outputs = [module(x), module(x)]
+    assert [step.step for step in sink.steps] == [0, 1] and capture.ledger.failed == 0
+    for number, found in enumerate(outputs):
+        assert torch.equal(sink.tensors[f"step_{number}/2/outputs_cpu"], found)
+    assert isinstance(module[0], nn.Linear) and capture.ledger.stored == capture.ledger.captured
+
+
 def test_only_the_selected_steps_are_captured_and_hooks_live_no_longer() -> None:
     module, seen = model(), []
     module[0].register_forward_hook(lambda *_: seen.append(hook_count(module)))

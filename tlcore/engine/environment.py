@@ -17,6 +17,7 @@ import numpy as np
 import torch
 import xxhash
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ..record import Json
 from .staging.accelerator import device_name
@@ -103,7 +104,8 @@ def _weights(model: nn.Module) -> Json | None:
 
     The values are gathered on their devices and fetched at once. What is sampled is the same in every run.
     """
-    tensors = dict(chain(model.named_parameters(), model.named_buffers()))
+    named = chain(model.named_parameters(), model.named_buffers())
+    tensors = {name: each for name, each in named if not is_lazy(each)}
     chosen = dict(list(tensors.items())[:: max(1, -(-len(tensors) // _TENSORS))])
     if not chosen:
         return None

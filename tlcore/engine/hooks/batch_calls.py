@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.parameter import is_lazy
 
 from ...hotpath.intercept import WHOLE_CALL, StandIn, without_dead
 from ..filters.rows import StepRows
@@ -46,7 +47,9 @@ class BatchCalls:
         """A step begins: listen to the modules that the model has now."""
         self._scope = None
         if tree is not self._tree:
-            self._tree = tree
+            # What is not initialized has no shape yet: the next step looks again.
+            unfinished = any(is_lazy(each) for each in tree.modules[0].module.parameters())
+            self._tree = None if unfinished else tree
             self._calls = [_BatchCall(named.module, taker, self) for named, taker in _takers(tree)]
         for each in self._calls:
             each.aim()
@@ -144,7 +147,7 @@ def _takers(tree: ModuleTree) -> list[tuple[Named, Taker]]:
     whole = Whole(
         two_part=any("decoder_input_ids" in each for each in known.values()),
         channels=any(isinstance(named.module, nn.Conv1d) for named in tree.modules),
-        weights=frozenset(extent for each in root.parameters() for extent in each.shape),
+        weights=frozenset(extent for each in root.parameters() if not is_lazy(each) for extent in each.shape),
         ends=frozenset(token_numbers(*configs, key="eos_token_id")),
         padding=frozenset(token_numbers(*configs, key="pad_token_id")),
     )
