@@ -14,6 +14,7 @@ from tests.adapters.vllm.helpers import REPOSITORY, run
 from tests.analysis.vllm_script import ALONE, DTYPE
 from tests.models import smollm2
 from tlcore.__main__ import main
+from tlcore.analysis.results import Comparison
 
 pytestmark = pytest.mark.slow
 SCRIPT = str(REPOSITORY / "tests" / "analysis" / "vllm_script.py")
@@ -42,12 +43,17 @@ def reordered(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.fixture(scope="module")
 def transformers_run(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return _in_transformers(tmp_path_factory.mktemp("transformers"))
+
+
+def _in_transformers(directory: Path, fault: str = "") -> str:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     model = AutoModelForCausalLM.from_pretrained(smollm2(), dtype=getattr(torch, DTYPE)).eval()
+    if fault:
+        model.get_submodule(fault).weight.data[3] += 0.1
     tokens = AutoTokenizer.from_pretrained(smollm2())(ALONE, return_tensors="pt").input_ids
-    out = str(tmp_path_factory.mktemp("transformers"))
-    with torch.inference_mode(), tlcore.capture(model, output_dir=out) as captured:
+    with torch.inference_mode(), tlcore.capture(model, output_dir=str(directory)) as captured:
         model(tokens)
     return captured.url
 
@@ -114,3 +120,34 @@ def test_vllm_against_transformers_needs_the_sum(ordered: str, transformers_run:
     assert not alone.equal or not [r for r in alone.results if r.direction == "outputs"]
     strict = tlcore.compare(ordered, transformers_run, steps=[0], modules=layer, sums=[0, 1])
     assert strict.counts["missing"] > 0 and not strict.equal
+
+
+# Both capture the inside of these layers.
+FUSED = [f"model.layers.{layer}.{part}_proj" for layer in (0, 17)
+         for part in ("self_attn.q", "self_attn.k", "self_attn.v", "mlp.gate", "mlp.up")]  # fmt: skip
+
+
+def _projections(one: str, other: str) -> Comparison:
+    modules = [r"layers\.(0|17)\..*_proj$"]
+    return tlcore.compare(
+        one, other, steps=[0], modules=modules, by_norm=True, ignore_missing=True, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_vllms_fused_projections_are_compared_with_transformers_part_by_part(
+    ordered: str, transformers_run: str
+) -> None:
+    for found in (_projections(ordered, transformers_run), _projections(transformers_run, ordered)):
+        assert found.equal, str(found)
+        compared = [each.module for each in found.results if each.direction == "outputs"]
+        assert set(FUSED) <= set(compared) and not any("qkv" in each for each in compared)
+
+
+def test_a_fault_in_one_of_the_fused_projections_is_found_there(ordered: str, tmp_path: Path) -> None:
+    fault = "model.layers.17.self_attn.k_proj"
+    faulty = _in_transformers(tmp_path, fault)
+    for found in (_projections(ordered, faulty), _projections(faulty, ordered)):
+        first = found.first_divergence
+        assert first is not None and (first.module, first.direction) == (fault, "outputs")
+        beside = {each.module for each in found.results if each.agrees and each.direction == "outputs"}
+        assert set(FUSED) - beside <= {fault, "model.layers.17.mlp.gate_proj", "model.layers.17.mlp.up_proj"}
