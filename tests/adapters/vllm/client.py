@@ -16,6 +16,8 @@ KEY = "not-a-secret"
 MODULES = r"layers\.[02]\.mlp$"
 MLP = "model.layers.2.mlp/outputs"
 CHOICE = {"deliver": True, "modules": ["model.layers.2.mlp"]}
+# A step by itself is stored after ten minutes: what is fetched in time, the fetching has had stored.
+BACKEND = {"name": "safetensors", "commit_s": 600}
 PROMPT = [5, 6, 7, 8]
 
 
@@ -31,7 +33,7 @@ def delivering(dumps: Path, modules: str, **more: Any) -> dict[str, Any]:
         "module_call_match": [modules],
         "request_overrides": ["modules", "rows"],
         "delivery": True,
-        "backend": "safetensors",
+        "backend": BACKEND,
     }
     return {
         "model": str(tiny_llama()),

@@ -115,10 +115,18 @@ def test_a_full_queue_drops_at_once_when_told_to() -> None:
 
 
 def test_a_full_queue_blocks_for_block_s_of_a_step_altogether_then_drops() -> None:
-    stager = Stager(HostPool(1024, "block"), 0.3)
-    begin = time.monotonic()
+    class Pool(HostPool):
+        """One that keeps how long each call may wait."""
+
+        def acquire(self, nbytes: int, wait_s: float) -> tuple[Chunk | None, float]:
+            allowed.append(wait_s)
+            return super().acquire(nbytes, wait_s)
+
+    allowed: list[float] = []
+    stager = Stager(Pool(1024, "block"), 0.3)
     assert fill(stager, 6) == [False] + [True] * 5
-    assert 0.3 <= time.monotonic() - begin < 3
+    assert allowed[0] == 0.3 and 0 < allowed[1] <= 0.3 and allowed[2:] == [0.0] * 4
+    assert stager.waited >= 0.3
     stager.begin_step()
     assert stager.waited == 0.0
 
