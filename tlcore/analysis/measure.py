@@ -48,13 +48,15 @@ class Tolerance:
 
     It holds for each value, or with ``norm`` for the tensor as a whole: relative L2 error at most ``rtol``,
     or root mean square error at most ``atol``; and four times of both for each row along its last dimension.
-    With ``kernels`` the defaults are for two sides that computed the same with other kernels.
+    With ``kernels`` the defaults are for two sides that computed the same with other kernels, with ``scaled``
+    `between` floating tensors is as in `of_scaled_rows`.
     """
 
     rtol: float | None = None
     atol: float | None = None
     norm: bool = False
     kernels: bool = False
+    scaled: bool = False
 
     def of(self, a: torch.dtype, b: torch.dtype) -> tuple[float, float]:
         """``(rtol, atol)`` for two dtypes: what was asked for, else the looser of the defaults."""
@@ -71,8 +73,10 @@ class Tolerance:
         rounds in every operation, and a single value near zero may then differ by any factor.
         """
         default = self.rtol is self.atol is None
-        mixed = a != b and a.is_floating_point and b.is_floating_point
-        return replace(self, norm=True) if default and mixed else self
+        floating = a.is_floating_point and b.is_floating_point
+        if self.scaled and floating:
+            return self.of_scaled_rows()
+        return replace(self, norm=True) if default and floating and a != b else self
 
     def of_scaled_rows(self) -> Tolerance:
         """The tolerance where a side was stored as int8 with a scale for each row: that of the norm, too.

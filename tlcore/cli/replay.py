@@ -117,7 +117,6 @@ def _print(found: Replayed, as_json: bool) -> None:
 
 
 def _minimise(args: argparse.Namespace, opened: Run, recipe: Recipe, found: Replayed) -> None:
-    from ..analysis.measure import Tolerance
     from ..analysis.replay.again import call_in
     from ..analysis.replay.minimise import minimised
     from ..analysis.replay.script import write_script
@@ -125,7 +124,7 @@ def _minimise(args: argparse.Namespace, opened: Run, recipe: Recipe, found: Repl
     module = recipe.made
     assert module is not None
     stored = call_in(opened, args.call, args.rank).outputs
-    smallest = minimised(found, stored, module, Tolerance(args.rtol, args.atol))
-    script, data = write_script(args.minimise, smallest, recipe, str(found), Tolerance(args.rtol, args.atol))
+    smallest = minimised(found, stored, module, found.tolerance)
+    script, data = write_script(args.minimise, smallest, recipe, str(found), found.tolerance)
     rows = ", ".join(f"{first} to {end - 1} of dimension {at}" for at, (first, end) in smallest.rows.items())
     sys.stderr.write(f"{script} and {data} show it{f' with rows {rows}' if rows else ''}\n")

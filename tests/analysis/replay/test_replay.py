@@ -19,9 +19,12 @@ from tests.analysis.replay import layers
 from tests.analysis.replay.layers import Block, Mixes, made
 from tests.engine.samples import PROMPTS, llama, run_of
 from tlcore.__main__ import main
-from tlcore.analysis.measure import Tolerance
+from tlcore.analysis.measure import Tolerance, measure
 from tlcore.analysis.replay.again import call_in
-from tlcore.analysis.replay.minimise import minimised
+from tlcore.analysis.replay.minimise import Smallest, minimised
+from tlcore.analysis.replay.modules import Recipe
+from tlcore.analysis.replay.script import write_script
+from tlcore.reader import Arguments
 
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(1))
 
@@ -292,6 +295,45 @@ def test_a_module_with_a_state_of_its_own_is_shown_as_it_was(
     assert (same, other) == (0, 1)
     with pytest.raises(AssertionError, match="not close"):
         runpy.run_path(str(script))
+
+
+def test_what_rounding_to_int8_leaves_is_nothing_to_minimise(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    script, model = tmp_path / "shows.py", made()
+    torch.save(model.get_submodule("first").state_dict(), tmp_path / "weights.pt")
+    given = ["--module", SPEC, "--init", '{"size": 8}', "--weights", str(tmp_path / "weights.pt")]
+    given += ["--minimise", str(script)]
+    url = captured(tmp_path, model, store_dtype="int8")
+    assert main(["replay", url, "step_0/first", *given]) == 2
+    assert "nothing differs" in capsys.readouterr().err and not script.exists()
+    with torch.no_grad():
+        model.get_parameter("first.mix.weight")[1] += 1
+    assert main(["replay", captured(tmp_path, model, store_dtype="int8"), "step_0/first", *given]) == 1
+    with pytest.raises(AssertionError, match="not close"):
+        runpy.run_path(str(script))
+
+
+def test_a_script_sees_one_row_of_many_as_replaying_does(tmp_path: Path) -> None:
+    recipe = Recipe("first", SPEC, {"size": 8})
+    given = torch.randn(1, 400, 8, generator=torch.Generator().manual_seed(1))
+    given[0, 7] = torch.nan
+    module = recipe.make()
+    with torch.no_grad():
+        result = module(given)
+    one_row = result.clone()
+    one_row[0, 3] *= 1 + 6e-6
+    for expected, agrees in ((result, True), (one_row, False)):
+        tolerance = Tolerance(1e-6, 0.0, norm=True)
+        assert measure(expected, result, tolerance).agrees == agrees
+        assert (one_row - result).nan_to_num().norm() < 1e-6 * result.nan_to_num().norm()
+        smallest = Smallest(Arguments((given,), {}), {(): expected}, {})
+        script, _ = write_script(tmp_path / f"{agrees}.py", smallest, recipe, "first", tolerance)
+        if agrees:
+            runpy.run_path(str(script))
+        else:
+            with pytest.raises(AssertionError, match="not close"):
+                runpy.run_path(str(script))
 
 
 @pytest.mark.parametrize(

@@ -30,7 +30,8 @@ SEED = 0
 class Replayed:
     """What a call gave again: ``results`` holds each tensor of it against the stored one, A against B.
 
-    ``output`` is the new result, ``arguments`` what the module was called with.
+    ``output`` is the new result, ``arguments`` what the module was called with, ``tolerance`` what they were
+    held against each other with.
     """
 
     run: str
@@ -38,6 +39,7 @@ class Replayed:
     results: Sequence[TensorResult]
     output: Any = field(repr=False, compare=False)
     arguments: Arguments = field(repr=False, compare=False)
+    tolerance: Tolerance = field(default_factory=Tolerance, repr=False, compare=False)
 
     @property
     def equal(self) -> bool:
@@ -94,10 +96,10 @@ def replay(
         given = Arguments(*on_each((given.args, given.kwargs), lambda tensor: _moved(tensor, device, dtype)))
     stored = tensors_of(found.outputs)
     # What it is given was rounded, too, whether the result has scales or not.
-    scaled = opened.config.get("store_dtype") == PACKED
+    tolerance = Tolerance(rtol, atol, scaled=opened.config.get("store_dtype") == PACKED)
     output = run_again(module, given)
-    results = _compared(found, stored, tensors_in(output), Tolerance(rtol, atol), scaled)
-    return Replayed(opened.url, call, results, output, given)
+    results = _compared(found, stored, tensors_in(output), tolerance)
+    return Replayed(opened.url, call, results, output, given, tolerance)
 
 
 def run_again(module: Callee, given: Arguments) -> Any:
@@ -148,7 +150,6 @@ def _compared(
     stored: Mapping[_Path, torch.Tensor | Skipped],
     again: Mapping[_Path, torch.Tensor],
     tolerance: Tolerance,
-    scaled: bool,
 ) -> list[TensorResult]:
     if not stored:
         raise ReadError(f"{call.directory}: no tensor of its result was stored")
@@ -156,9 +157,7 @@ def _compared(
     results = []
     for path, tensor in stored.items():
         _, mine = left.pop(_text(path), (path, None))
-        loose = scaled and isinstance(tensor, torch.Tensor) and tensor.is_floating_point()
-        allowed = tolerance.of_scaled_rows() if loose else tolerance
-        results.append(_result(call, path, tensor, mine, allowed))
+        results.append(_result(call, path, tensor, mine, tolerance))
     return results + [_result(call, path, None, tensor, tolerance) for path, tensor in left.values()]
 
 

@@ -38,14 +38,30 @@ def part(value, path):
     return value
 
 
+def near(off, size, rtol, atol):
+    """Whether the whole is, and each row within four times of that."""
+    if not off.numel():
+        return True
+    whole = off.norm() <= rtol * size.norm() or off.square().mean().sqrt() <= atol
+    if off.dim() < 2:
+        return bool(whole)
+    errors, norms = off.norm(dim=-1).flatten(), size.norm(dim=-1).flatten()
+    scale = norms.clamp(min=norms.quantile(0.5).item())
+    rows = (errors <= 4 * rtol * scale) | (errors <= 4 * atol * off.shape[-1] ** 0.5)
+    return bool(whole and rows.all())
+
+
 for path, expected, rtol, atol, by_norm in saved["expected"]:
     wide = torch.complex128 if expected.is_complex() else torch.float64
     found, expected = part(result, path).cpu().to(wide), expected.cpu().to(wide)
     assert found.shape == expected.shape, f"outputs{{list(path)}}: {{found.shape}} is not {{expected.shape}}"
-    off = (found - expected).abs()
-    print(f"outputs{{list(path)}}: {{tuple(found.shape)}}, off by {{off.max().item():.3g}} at most")
+    same = (found == expected) | (found.isnan() & expected.isnan())
+    off = (found - expected).abs().masked_fill(same, 0.0)
+    most = off.max().item() if off.numel() else 0.0
+    print(f"outputs{{list(path)}}: {{tuple(found.shape)}}, off by {{most:.3g}} at most")
     if by_norm:
-        assert off.norm() <= rtol * expected.norm(), f"outputs{{list(path)}} are not close"
+        size = found.abs().masked_fill(~(found.isfinite() & expected.isfinite()), 0.0)
+        assert near(off, size, rtol, atol), f"outputs{{list(path)}} are not close"
     else:
         # Of two such values the second is the one that the tolerance is relative to.
         torch.testing.assert_close(expected, found, rtol=rtol, atol=atol, equal_nan=True)
