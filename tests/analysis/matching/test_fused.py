@@ -9,8 +9,12 @@ import torch
 from torch import nn
 
 import tlcore
+from tlcore.analysis.matching.fused import apart, parts_of
+from tlcore.analysis.matching.pairs import Key, Located
+from tlcore.layout.rows import CallRows
 
 WIDTH, HEADS, SHARED = 8, 8, 4
+WIDTHS = {"q": HEADS, "k": SHARED, "v": SHARED}
 
 
 class _Fused(nn.Module):
@@ -100,3 +104,34 @@ def test_other_parts_than_the_whole_has_are_not_paired(tmp_path: Path) -> None:
     one.forward = lambda x: one.get_submodule("qkv_proj")(x)[0]
     found = tlcore.compare(*_captured(tmp_path, (one, several)), ignore_missing=True)
     assert not {"q_proj", "v_proj"} & {each.module for each in found.results if each.direction == "outputs"}
+
+
+def _located(module: str, shape: list[int], **more: object) -> Located:
+    record = {"name": f"step_0/{module}/outputs_cpu", "call": 0, "shape": shape, "dtype": "float32"}
+    return Located(0, (str(record["name"]),), ({**record, "bytes": 4 * shape[0] * shape[1], **more},))
+
+
+def test_parts_that_ranks_hold_pieces_of_are_as_wide_as_when_they_are_joined() -> None:
+    def piece(module: str, width: int) -> Located:
+        layout = {"placements": ["S1"], "shape": [3, width], "mesh": [0, 1], "rank": 0}
+        return _located(module, [3, width // 2], placements=layout)
+
+    single: dict[Key, Located] = {
+        (0, f"{name}_proj", 0, "outputs", ()): piece(f"{name}_proj", width) for name, width in WIDTHS.items()
+    }
+    key: Key = (0, "qkv_proj", 0, "outputs", (0,))
+    found = parts_of({key: _located("qkv_proj", [3, 16])}, single)
+    assert [columns for _, columns in found[key]] == [(0, 8, 16), (8, 12, 16), (12, 16, 16)]
+    assert not parts_of({key: _located("qkv_proj", [3, 8])}, single)
+
+
+def test_whose_rows_a_part_has_is_told_by_all_of_its_tensor() -> None:
+    rows = [{"request_id": "a", "first_row": 0, "rows": 3, "first_position": 4}]
+    sets = [{"kind": "tokens", "rows": rows}]
+    # A tensor of this shape was kept whole where of others these rows were chosen.
+    entry = {"calls": ["qkv_proj"], "sets": sets, "whole": [[3, 16]]}
+    laid_out = CallRows({"call_rows": [entry]})
+    whole, other = _located("qkv_proj", [3, 16]), _located("qkv_proj", [3, 24])
+    assert not laid_out.spans(whole.laid_out) and laid_out.spans(other.laid_out)
+    assert not laid_out.spans(apart(whole, (0, 8, 16)).laid_out)
+    assert laid_out.spans(apart(other, (0, 16, 24)).laid_out)

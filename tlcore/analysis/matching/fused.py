@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
+from ...reader.placements import as_whole, is_part
 from .pairs import Columns, Key, Located
 
 Parts = dict[Key, tuple[tuple[Key, Columns | None], ...]]
@@ -50,7 +51,7 @@ def apart(source: Located, columns: Columns | None) -> Located:
         "bytes": int(record["bytes"]) // total * (end - begin),
         "hash": f"{record['hash']}[{begin}:{end}]" if record.get("hash") else record.get("hash"),
     }
-    return replace(source, records=({**record, **changed},), columns=columns)
+    return replace(source, records=({**record, **changed},), columns=columns, whole=record)
 
 
 def _by_call(found: Mapping[Key, Located]) -> dict[_Call, dict[str, list[Key]]]:
@@ -69,12 +70,19 @@ def _results(
     if any(len(each) != 1 for each in keys):
         return
     whole, goals = keys[0][0], [each[0] for each in keys[1:]]
-    widths = [int(single[goal].records[0]["shape"][-1]) for goal in goals]
-    # Of one that ranks have parts of, the whole is known only when it is read.
-    if fused[whole].unshard or int(fused[whole].records[0]["shape"][-1]) == sum(widths):
+    widths = [_width(single[goal]) for goal in goals]
+    # Of one that ranks have parts of, the whole is known for sure only when it is read.
+    if fused[whole].unshard or _width(fused[whole]) == sum(widths):
         ends = [sum(widths[: place + 1]) for place in range(len(widths))]
         columns = [(end - width, end, ends[-1]) for end, width in zip(ends, widths, strict=True)]
         yield whole, tuple(zip(goals, columns, strict=True))
+
+
+def _width(source: Located) -> int:
+    """The columns of a tensor as it is compared: joined where ranks hold parts of it."""
+    record = source.records[0]
+    joined = source.unshard or is_part(record)
+    return int((as_whole(record) if joined else record)["shape"][-1])
 
 
 def _arguments(keys: list[list[Key]]) -> Iterator[tuple[Key, tuple[tuple[Key, Columns | None], ...]]]:

@@ -70,7 +70,7 @@ class Loose:
         """Take up a tensor; ``counted`` is its key with its call counted within the model's call."""
         place = (step.number, key)
         self.names[place] = source.names[0]
-        if step.fits_rows(source.records[0]):
+        if step.fits_rows(source.laid_out):
             self.fitting.add(counted)
         if step.rows is None:
             self.sources[place] = source, step.layout_of(source.records[0])

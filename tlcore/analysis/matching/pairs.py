@@ -42,7 +42,8 @@ class Located:
 
     With ``unshard`` each name stands for the tensor that the ranks' parts make up. ``by`` are the name and
     record of the experts that were chosen for each token, in whose order its values are compared, ``logits``
-    the name of what they were chosen by. Of a tensor with ``columns`` only these count.
+    the name of what they were chosen by. Of a tensor with ``columns`` only these count, and ``whole`` is the
+    record of all of it.
     """
 
     step: int
@@ -52,6 +53,12 @@ class Located:
     by: tuple[str, Json] | None = None
     logits: str | None = None
     columns: Columns | None = None
+    whole: Json | None = None
+
+    @property
+    def laid_out(self) -> Json:
+        """The record by whose shape it is known whose the rows are."""
+        return self.records[0] if self.whole is None else self.whole
 
     @property
     def needed(self) -> tuple[Json, ...]:

@@ -179,7 +179,7 @@ def _is_row(row: Json) -> bool:
 
 
 def _rows_of(source: Located, step: Step, labels: Mapping[str, str]) -> Iterator[_Span]:
-    for span in map(Span.kept, step.row_spans(source.records[0])):
+    for span in map(Span.kept, step.row_spans(source.laid_out)):
         if span.length and span.first is not None:
             request = labels[str(span.row["request_id"])]
             if "sequence" in span.row:
