@@ -285,8 +285,13 @@ def test_statistics_at_capture_are_of_the_values(tmp_path: Path) -> None:
             keys_of = ("min", "max", "numel", "zeros", "nans", "infs")
             assert all(getattr(found, key) == getattr(expected, key) for key in keys_of) and found.nans == 1
             assert math.isclose(found.std or 0, expected.std or 1)
+            shown = {(each.dtype, each.shape) for each in tlcore.stats(run).tensors}
+            assert shown == {("float32", (4, 16))}
         finite = captured(tmp_path, module, x.nan_to_num(0, 0, 0), **keys)
         assert (finite.ledger.stored == 0) == (condition is not None)
+        if condition is not None:
+            skipped = finite.step(0).call("0").outputs
+            assert (skipped.dtype, skipped.shape) == ("torch.float32", (4, 16))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

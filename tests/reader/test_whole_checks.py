@@ -6,6 +6,7 @@ import json
 import random
 from pathlib import Path
 from typing import Any
+from weakref import WeakSet
 
 import pytest
 import torch
@@ -266,6 +267,28 @@ def test_a_structure_is_known_by_all_but_its_directory() -> None:
         deep = [deep]
     known.learn_document({"type": "none", "more": deep}, "step_0/a/")
     assert not known._documents and known.files_of({"more": deep}, "step_0/a/") is None
+
+
+def test_of_segments_that_are_all_different_few_are_in_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    store, alive, most = MemoryStore(), WeakSet[SegmentIndex](), 0
+    sink, emitter = opened(store, 0, commit_s=100)
+    for step in range(60):
+        emitter.step(step, {"a/outputs_cpu": torch.full((step + 1, 2), float(step))})
+        sink.flush()
+    sink.close()
+
+    class Counted(SegmentIndex):
+        def __init__(self, *given: Any) -> None:
+            alive.add(self)
+            super().__init__(*given)
+
+    def look() -> None:
+        nonlocal most
+        most = max(most, len(alive))
+
+    monkeypatch.setattr("tlcore_backends.safetensors.segment_source.SegmentIndex", Counted)
+    assert Run(store, {**DOCUMENT}).verify(look) == 60
+    assert 0 < most < 30
 
 
 def test_the_hash_of_another_step_is_no_proof(single_steps: dict[str, bytes]) -> None:

@@ -51,17 +51,26 @@ def presented(record: Mapping[str, Any]) -> Any:
     return {**own, "dtype": record["converted_from"], "shape": shape, _AS_STORED: record}
 
 
+def presented_node(node: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The same of a tensor in a structure, where a dtype has its ``torch.``."""
+    if KEY not in node:
+        return node
+    shape = [*node["shape"][:-1], node["shape"][-1] - SCALE_BYTES]
+    own = {key: value for key, value in node.items() if key != KEY}
+    return {**own, "dtype": f"torch.{node['converted_from']}", "shape": shape}
+
+
 def as_stored(record: Any) -> Any:
     """The record that was `presented`, or itself."""
     return record.get(_AS_STORED, record)
 
 
 def problem_of(record: Mapping[str, Any]) -> str | None:
-    """What makes no sense in a record that says that it has scales, in words; None where nothing does."""
+    """What makes no sense in a record, or a structure's tensor, that says that it has scales, in words."""
     if record[KEY] != SCALE:
         return "a scale of rows that no capture writes"
     shape = record["shape"]
-    if record["dtype"] != STORED or len(shape) < 2 or shape[-1] < SCALE_BYTES:
+    if record["dtype"].removeprefix("torch.") != STORED or len(shape) < 2 or shape[-1] < SCALE_BYTES:
         return "a scale of rows where there can be none"
     known = record.get("converted_from")
     if known not in ("float64", "float32", "bfloat16", "float16") or item_size(known) is None:

@@ -12,6 +12,7 @@ from ..errors import ReadError
 from ..layout.checks import LARGEST_SIZE, is_whole
 from ..layout.directions import DIRECTIONS, gradient_direction, is_amid
 from ..layout.names import PathKey, rank_suffix, step_dir, within
+from ..layout.row_scale import presented_node
 from ..record import Json
 from ..statistics.summary import KEYS, Statistics
 from .documents import is_tensor_name
@@ -65,11 +66,18 @@ def _of_rank(step: Step, rank: int) -> Iterator[Json]:
 
 
 def _entry(
-    node: Json, rank: int, identity: _Identity, direction: str, path: tuple[PathKey, ...], where: str
+    node: Mapping[str, Any],
+    rank: int,
+    identity: _Identity,
+    direction: str,
+    path: tuple[PathKey, ...],
+    where: str,
 ) -> Json:
     name = str(node.get("file", node.get("name"))).removesuffix(".pt")
     if not is_tensor_name(name) or not is_sound(node["stats"]):
         raise ReadError(f"{where}: damaged statistics")
+    # Statistics are of the values, not of rows with a scale.
+    node = presented_node(node)
     return {
         "name": name,
         "rank": rank,

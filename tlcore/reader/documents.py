@@ -189,7 +189,11 @@ def _sound_node(node: Json) -> bool:
         return False
     if kind == "tensor":
         described = is_shape(node.get("shape")) and all(isinstance(node.get(k), str) for k in _TENSOR_TEXTS)
-        return described and isinstance(node.get("file", node.get("skipped")), str)
+        return (
+            described
+            and isinstance(node.get("file", node.get("skipped")), str)
+            and not (is_scaled(node) and problem_of(node))
+        )
     if kind == "dict":
         return isinstance(node.get("items"), dict)
     if kind in ("tuple", "list"):

@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ..errors import MissingError, ReadError, missing
 from ..layout.directions import direction_of
 from ..layout.names import rank_of, stem
+from ..layout.row_scale import presented_node
 from ..ledger import CHANNELS_ONLY
 from ..record import Json
 from ..statistics.summary import KEYS
@@ -73,8 +74,9 @@ def _unstored_by(stored: Stored, name: str, rank: int) -> Iterator[Json]:
         if "file" in node:
             continue
         own = node.get("name", f"{call}/{stem(direction, path, node['device'], rank)}")
-        entry = {"name": str(own), "skipped": node["skipped"], "dtype": node["dtype"].removeprefix("torch.")}
-        entry |= {"shape": node["shape"], "device": node["device"]}
+        shown = presented_node(node)
+        entry = {"name": str(own), "skipped": node["skipped"], "dtype": shown["dtype"].removeprefix("torch.")}
+        entry |= {"shape": shown["shape"], "device": node["device"]}
         if "stats" in node:
             if not is_sound(node["stats"]):
                 raise ReadError(f"{stored.url}/{step}/{file}: damaged statistics")

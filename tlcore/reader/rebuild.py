@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from ..errors import ReadError
+from ..layout.row_scale import presented_node
 from ..record import Json
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ def _rebuild(node: Mapping[str, Any], load: Load) -> Any:
 def _tensor(node: Mapping[str, Any], load: Load) -> torch.Tensor | Skipped:
     if "file" in node:
         return load(str(node["file"]))
+    node = presented_node(node)
     return Skipped(str(node["skipped"]), tuple(node["shape"]), str(node["dtype"]), str(node["device"]))
 
 

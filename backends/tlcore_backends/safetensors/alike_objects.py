@@ -22,7 +22,7 @@ class AlikeObjects:
 
     def __init__(self) -> None:
         self._form: tuple[list[Any], ...] | None = None
-        self._types: list[type] = []
+        self._types: list[type] | None = None
         self._lists: list[int] = []
         self._is_number: list[bool] = []
         self._is_text: list[bool] = []
@@ -66,7 +66,7 @@ class AlikeObjects:
         """Note where numbers stand, and where texts."""
         self._form = None
         if not _PLAIN.issuperset(types):
-            self._types = []
+            self._types = None
             return False
         self._types = types
         self._lists = [place for place, kind in enumerate(types) if kind is list]

@@ -31,6 +31,8 @@ class Common:
     """What is found out of one index, and holds of all whose tables differ in hashes alone."""
 
     plans: KnownPlans = field(default_factory=KnownPlans)
+    # Of this one alone, for who must not hold all that is found out.
+    token: object = field(default_factory=object)
     # By the plans and extents of all steps: where the arrays lie, and pieces of them to be hashed.
     extents: dict[Any, Any] = field(default_factory=dict)
     layouts: dict[Any, Any] = field(default_factory=dict)

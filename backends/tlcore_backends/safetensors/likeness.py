@@ -19,19 +19,20 @@ class Likeness:
     """What a step has but for numbers, places and hashes: of equal ones, if one is sound, all are.
 
     Digests of it, which take long, are made only where steps of indexes with other tables are compared, or
-    for a set.
+    for a set. What has a digest holds no index: of a run that is looked at there may be very many.
     """
 
     def __init__(self, index: SegmentIndex, plan: Any, extents: Any, values: Any) -> None:
-        self._index = index
+        self._index: SegmentIndex | None = index
+        self._token = index.common.token
         self._pair = plan, extents
         self._values = values
-        self._told: bytes | None = None
+        self._told = b""
 
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Likeness):
             return NotImplemented
-        if self._index.common is other._index.common and self._pair == other._pair:
+        if self._token is other._token and self._pair == other._pair:
             return form_of_values(self._values) == form_of_values(other._values)
         return self._digest == other._digest
 
@@ -40,14 +41,16 @@ class Likeness:
 
     @property
     def _digest(self) -> bytes:
-        if self._told is None:
+        index = self._index
+        if index is not None:
             plan, extents = self._pair
             try:
                 form = form_of_values(self._values)
-                self._told = _digest((_plan(self._index, plan), _rows(self._index, extents), form))
+                self._told = _digest((_plan(index, plan), _rows(index, extents), form))
             except (ValueError, RecursionError):
                 # It is nested deeper than what any capture writes: it is like no other.
                 self._told = os.urandom(20)
+            self._index = None
         return self._told
 
 

@@ -95,3 +95,10 @@ def test_what_is_refused_is_refused_again() -> None:
         with pytest.raises(TypeError):
             objects.split([{(1, 2): 3}])
     assert objects.split([{"a": 4}]) == ('[{"a":0}]', [4])
+
+
+def test_what_cannot_be_alike_leaves_nothing_to_compare_with() -> None:
+    objects = AlikeObjects()
+    steps_of: list[list[Any]] = [[{"a": [1]}], [{"a": 1.5}], [{}, {}], [{"b": {"q": 1}}], [{}]]
+    for given in steps_of:
+        assert objects.split(given) == split(given)
