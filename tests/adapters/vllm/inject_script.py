@@ -37,8 +37,12 @@ def main(output_dir: str, way: str, runner: str) -> dict[str, Any]:
     if way == "crowded":
         more = CROWDED
     if way == "drafts":
-        model = target_of("ngram", Path(output_dir))
-        more = {"speculative_config": speculator("ngram", Path(output_dir)), "max_num_seqs": 4}
+        # Triton's interpreter does not take a mask of the second runner's n-grams.
+        method = "draft_model" if runner == "second" else "ngram"
+        drafter = Path(output_dir, "drafter")
+        drafter.mkdir()
+        model = target_of(method, drafter)
+        more = {"speculative_config": speculator(method, drafter), "max_num_seqs": 4}
     llm = LLM(str(model), dtype="float32", enforce_eager=True, max_model_len=128, **more)
     return _Engine(llm, output_dir, way).report()
 
