@@ -54,10 +54,9 @@ class Session:
     """Captures the selected steps of one model into one run.
 
     ``rows`` is to be told which rows a step's tensors have, where that is known; without it nothing is stored
-    where the configuration asks for a choice.
-    Opening the sink is the first thing that happens: BackendError says that the place cannot be
-    written before any hook exists. ``inline`` stores in the model's thread, for debugging. In batches
-    ``of_requests`` another run's results are injected row by row; ``row_injection`` is to be told of each.
+    where the configuration asks for a choice. Opening the sink comes first: BackendError says that the place
+    cannot be written before any hook exists. ``inline`` stores in the model's thread, for debugging. In
+    batches ``of_requests`` another run's results are injected row by row; ``row_injection`` is told of each.
     """
 
     def __init__(

@@ -15,7 +15,7 @@ from ..layout.checks import LARGEST_SIZE, is_shape, is_whole
 from ..layout.directions import PATTERN, is_direction
 from ..layout.names import safe, step_dir
 from ..layout.row_scale import is_scaled, problem_of
-from ..ledger import LEDGER_COLUMNS
+from ..ledger import LEDGER_COLUMNS, Counts
 from ..record import NEWEST_LAYOUT, Json
 
 # Of a run.json that no file holds, since the run is a dump of another tool.
@@ -140,6 +140,14 @@ def check_ledger(document: Mapping[str, Any], where: str) -> None:
     counts = [ledger.get(key, 0) for key in (*LEDGER_COLUMNS, "bytes_captured", "bytes_stored")]
     if not isinstance(reasons, dict) or not all(is_whole(count) for count in (*counts, *reasons.values())):
         raise ReadError(f"{where}: damaged ledger, it holds something else than counts")
+
+
+def counts_of(document: Any, where: str) -> Counts:
+    """The ledger of a ``step.json``, ``run.json`` or close marker. Raises ReadError when it is damaged."""
+    if not isinstance(document, dict):
+        raise ReadError(f"{where}: damaged ledger")
+    check_ledger(document, where)
+    return Counts.from_json(document["ledger"])
 
 
 def check_structure(document: Any, where: str) -> Json:

@@ -22,11 +22,11 @@ from ..statistics.summary import Statistics
 from ..storage import Store
 from .channels import Channels, channels_of
 from .channels import problems_of as channel_problems
-from .documents import FOREIGN, check_run
+from .documents import FOREIGN, check_run, counts_of
 from .lookup import without_device
 from .over_steps import tensor_over_steps
 from .request import Request, find_request, known_requests
-from .step import Step, counts_of
+from .step import Step
 from .stored import Stored
 from .unshard import Places, all_committed, places_of
 from .verify import verify_steps

@@ -17,7 +17,7 @@ from ..record import Json
 from ..statistics.summary import Statistics
 from .call import Call
 from .described import described, statistics_of
-from .documents import check_ledger, is_tensor_name
+from .documents import counts_of, is_tensor_name
 from .lookup import not_one, not_stored, unstored, without_device
 from .placements import as_whole, assembled, is_part
 from .stored import Stored
@@ -395,11 +395,3 @@ def _origin(record: Json) -> tuple[Any, ...]:
 
 def _directory_of(name: str) -> str:
     return name.split("/")[1]
-
-
-def counts_of(document: Any, where: str) -> Counts:
-    """The ledger of a ``step.json``, ``run.json`` or close marker. Raises ReadError when it is damaged."""
-    if not isinstance(document, dict):
-        raise ReadError(f"{where}: damaged ledger")
-    check_ledger(document, where)
-    return Counts.from_json(document["ledger"])

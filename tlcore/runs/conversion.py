@@ -19,7 +19,7 @@ from ..protocols import Sink, SupportsLateCommit
 from ..reader import Run, Step
 from ..reader.alike import alike_steps
 from ..reader.bulk import Payload, read_payloads
-from ..reader.step import counts_of
+from ..reader.documents import counts_of
 from ..record import Json, Origin, Record, StepSummary
 
 # Records are handed over in batches: a remote place gets many at a time, the local disk what the cache holds.
