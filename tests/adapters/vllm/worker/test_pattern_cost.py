@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from types import SimpleNamespace
 from typing import Any
@@ -9,6 +10,7 @@ from typing import Any
 import pytest
 from torch import nn
 
+from tlcore.adapters.vllm.worker import pattern_cost
 from tlcore.adapters.vllm.worker.capture import WorkerCapture
 from tlcore.adapters.vllm.worker.pattern_cost import _last_tried, check_cost
 from tlcore.config.configuration import load_config
@@ -43,6 +45,25 @@ def test_one_that_does_not_end_is_refused_with_its_place(key: str, pattern: str)
     with pytest.raises(ConfigError, match=r"takes more than 0\.2 s, with those before it, on") as told:
         check_cost(config, NAMES)
     assert told.value.path == f"$.{key}[1]"
+
+
+@pytest.mark.parametrize("kept_back", [False, True], ids=["ignored", "kept back"])
+def test_it_ends_where_the_signal_means_nothing_to_the_engine(
+    kept_back: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pattern_cost, "_LONGEST_S", 60.0)
+    _last_tried.cache_clear()
+    before = signal.getsignal(signal.SIGPROF), signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    try:
+        if kept_back:
+            signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGPROF])
+        else:
+            signal.signal(signal.SIGPROF, signal.SIG_IGN)
+        with pytest.raises(ConfigError, match="takes more than"):
+            check_cost(load_config({"module_call_match": ["(a+)+$!"]}), ["a" * 40 + "b"])
+    finally:
+        signal.signal(signal.SIGPROF, before[0])
+        signal.pthread_sigmask(signal.SIG_SETMASK, before[1])
 
 
 def test_many_that_each_end_have_one_budget_together() -> None:

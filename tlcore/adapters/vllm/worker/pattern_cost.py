@@ -20,10 +20,13 @@ from ....errors import CaptureError, ConfigError
 _PROCESSOR_S = 0.2
 # Of a machine that is busy with much else.
 _LONGEST_S = 120.0
-# Says which pattern it is about to try. The timer ends it where it is, in the middle of one.
+# Says which pattern it is about to try. The timer ends it where it is, in the middle of one; whoever began it
+# may have ignored its signal, or kept it back.
 _TRY = f"""
 import json, re, signal, sys
 patterns, names = json.load(sys.stdin)
+signal.signal(signal.SIGPROF, signal.SIG_DFL)
+signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGPROF])
 signal.setitimer(signal.ITIMER_PROF, {_PROCESSOR_S})
 for number, text in enumerate(patterns):
     print(number, flush=True)
