@@ -89,7 +89,7 @@ def test_the_last_selected_step_is_not_kept_waiting(tmp_path: Path) -> None:
         step()
     assert not sink.flushed.wait(0.2)
     step()
-    assert sink.flushed.wait(10)
+    assert sink.flushed.wait(60)
     session.flush()
     assert session.ledger.stored == session.ledger.captured > 0
     session.close()

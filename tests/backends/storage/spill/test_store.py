@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import tlcore
-from tests.waiting import join
+from tests.waiting import join, wait_until
 from tlcore.config.configuration import load_config
 from tlcore.errors import BackendError, ConfigError
 from tlcore.record import SpillLocation
@@ -98,7 +98,8 @@ def test_memory_may_be_used_again_even_if_the_place_still_reads_it(tmp_path: Pat
     data = bytearray(b"first")
     store.put("step_0/a", [data])
     data[:] = b"other"
-    time.sleep(0.7)
+    wait_until(lambda: "step_0/a" in place.blobs, "the place has it")
+    assert place.blobs["step_0/a"] == b"first"
     store.close()
     assert place.blobs["step_0/a"] == b"first"
 
