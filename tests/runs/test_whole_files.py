@@ -19,7 +19,9 @@ from tlcore.config.configuration import load_config
 from tlcore.errors import ReadError, VerifyError
 from tlcore.runs.convert import convert
 from tlcore.runs.whole_files import take_rank
+from tlcore.testing import RunWriter, make_record, make_run, make_summary
 from tlcore_backends.pt.sink import PtSink
+from tlcore_backends.safetensors.segment_sink import SegmentSink
 
 SEGMENTS = "safetensors"
 
@@ -66,6 +68,23 @@ def test_of_all_ranks(tmp_path: Path, taken: list[int]) -> None:
     there = converted(own, tmp_path / "c")
     assert taken == [1, 0] and files(there) == files(own)
     assert files(converted(there, tmp_path / "d", "pt")) == files(tmp_path / "a" / "run-1")
+
+
+def test_not_with_a_step_that_a_rank_lacks(tmp_path: Path, taken: list[int]) -> None:
+    url = tmp_path / "a" / "run-1"
+    for rank in (1, 0):
+        run = make_run(url, rank, world_size=2, run_id="run-1")
+        sink = RunWriter(SegmentSink(), run=run, backend=SEGMENTS)
+        for step in range(1 + rank):
+            name = f"step_{step}/a/outputs_cpu{'_rank_1' if rank else ''}"
+            records = [make_record(name, torch.ones(2), rank)]
+            sink.write(records)
+            sink.commit_step(make_summary(step, records, rank))
+        sink.close()
+    source = tlcore.open_run(url)
+    assert source.state == "complete" and source.incomplete_steps == [1]
+    there = tlcore.open_run(converted(url, tmp_path / "b"))
+    assert not taken and there.steps == [0] and not there.incomplete_steps
 
 
 def test_without_a_catalogue(tmp_path: Path, taken: list[int]) -> None:

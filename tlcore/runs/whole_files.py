@@ -18,6 +18,8 @@ def would_take(source: Run, sink: Sink) -> bool:
     """Whether a sink's place may have the files of a run on this machine as they are."""
     return (
         source.stored.is_local
+        # A step that is not whole is left out.
+        and not source.incomplete_steps
         and isinstance(source.stored.source, SupportsWholeFiles)
         and isinstance(sink, SupportsTakenFiles)
         and sink.would_take(source.stored.source)

@@ -51,6 +51,9 @@ class ArraysText:
         if any((end - begin) % 4 for begin, end in spans):
             # Some decoders take what lacks its padding.
             return None
+        if any(entries[number].get("same_as") is not None for number in numbers):
+            # Its own are no one's.
+            return None
         return cls(text, spans, numbers, places)
 
     def _without_hashes(self, raw: Bytes) -> Bytes:

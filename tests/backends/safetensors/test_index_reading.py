@@ -174,6 +174,23 @@ def test_only_what_is_surely_the_hashes_is_a_pattern(texts: list[bytes]) -> None
     assert ArraysText.of(text, entries, places) is not None
 
 
+def test_hashes_beside_those_of_another_array_are_not_mistaken_for_its_own() -> None:
+    changed = []
+    for text in texts_of([2] * 3):
+        arrays = json.loads(text)["arrays"]
+        same = next(each for each in arrays if each.get("same_as") is not None)
+        same["hashes"] = arrays[-1]["hashes"]
+        begin = text.index(b'"arrays":')
+        table = json.dumps(arrays, separators=(",", ":")).encode()
+        changed.append(text[:begin] + b'"arrays":' + table + text[text.index(b",\n", begin) :])
+    reader = remembering(changed[0])
+    for text in changed[1:]:
+        read = reader.read(text, "index")
+        told = SegmentIndex(read.document, "index", len(text), read.common).places
+        parsed = SegmentIndex(json.loads(text), "index", len(text)).places
+        assert told.hashes.tobytes() == parsed.hashes.tobytes() and told.firsts == parsed.firsts
+
+
 def test_a_table_is_taken_only_from_the_object_itself(texts: list[bytes]) -> None:
     """Divided at line ends, what lies in another object looks like a table of the index."""
     reader = remembering(texts[0])
