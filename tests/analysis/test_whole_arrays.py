@@ -16,6 +16,7 @@ import torch
 from torch import nn
 
 import tlcore
+from tlcore.hotpath import reading
 from tlcore.reader.lasting import lasting_objects
 from tlcore.statistics.stored import summarize_pieces, summarize_rows
 from tlcore_backends.safetensors import segment_files
@@ -116,7 +117,14 @@ def test_the_rows_of_an_array_are_read_at_once(tmp_path: Path, monkeypatch: pyte
         reads.append(size)
         return os.pread(handle, size, offset)
 
-    monkeypatch.setattr(segment_files, "os", type("Counting", (), {"pread": counted, "fstat": os.fstat}))
+    def counted_into(handle: int, memory: list[memoryview], offset: int) -> int:
+        reads.append(memory[0].nbytes)
+        return os.preadv(handle, memory, offset)
+
+    counting = type("Counting", (), {"pread": counted, "preadv": counted_into, "fstat": os.fstat})
+    monkeypatch.setattr(segment_files, "os", counting)
+    # Without the C extension some are read here.
+    monkeypatch.setattr(reading, "os", counting)
     tlcore.stats(run)
     assert 0 < len(reads) <= arrays
     # Hashes settle most steps; of those between which others lie, all the same.

@@ -40,13 +40,19 @@ def captured(tmp_path: Path) -> Path:
 def preads(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """How many bytes each read of a file asked for."""
     asked: list[int] = []
-    original = os.pread
+    original, into = os.pread, os.preadv
 
     def spied(handle: int, size: int, begin: int) -> bytes:
         asked.append(size)
         return original(handle, size, begin)
 
+    # Without the C extension some are read into memory that is there.
+    def spied_into(handle: int, memory: list[memoryview], begin: int) -> int:
+        asked.append(memory[0].nbytes)
+        return into(handle, memory, begin)
+
     monkeypatch.setattr(os, "pread", spied)
+    monkeypatch.setattr(os, "preadv", spied_into)
     return asked
 
 
