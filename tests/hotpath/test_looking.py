@@ -17,12 +17,12 @@ PLAIN: dict[str, Callable[[], torch.Tensor]] = {
     "bfloat16": lambda: torch.zeros(3, dtype=torch.bfloat16),
     "one that wants a gradient": lambda: torch.zeros(3, requires_grad=True),
     "one with a history": lambda: torch.zeros(3, requires_grad=True) * 2,
+    "a transposed one": lambda: torch.zeros(2, 3).T,
     "a contiguous view": lambda: torch.zeros(4, 3)[1:3],
     "a copy made at the first write": lambda: torch._lazy_clone(torch.zeros(3)),
     "one of a dimension of size one with any stride": lambda: torch.zeros(3, 4)[:1].T,
 }
 ODD: dict[str, Callable[[], object]] = {
-    "a transposed one": lambda: torch.zeros(2, 3).T,
     "six dimensions": lambda: torch.zeros((1,) * 6),
     "turned signs": lambda: torch._neg_view(torch.ones(3)),
     "turned signs, from a complex number": lambda: torch.ones(1, dtype=torch.complex64).conj().imag,

@@ -20,6 +20,7 @@ CHECKED = [
     "test_beneath.py",
     "test_whole_steps.py",
     "test_walking.py",
+    "test_strides.py",
     "test_looking.py",
     "test_listening.py",
 ]

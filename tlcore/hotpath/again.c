@@ -14,8 +14,8 @@
 typedef struct {
     PyObject *object; /* held */
     PyObject *spec;   /* held; NULL for a scalar */
-    const void *data;
-    Py_ssize_t bytes, begin;
+    Py_ssize_t begin;
+    tlcore_source source;
 } leaf;
 
 typedef struct {
@@ -37,8 +37,13 @@ static int same_tensor(leaves *found, PyObject *value)
     const known_spec *known = tlcore_find(&found->walker->known, value, &view);
     if (known == NULL || found->end < 0 || memory->size < found->end || memory->size - found->end < known->nbytes)
         return 0;
-    leaf *one = &found->all[found->count++];
-    *one = (leaf){Py_NewRef(value), Py_NewRef(known->spec), view.data, known->nbytes, found->end};
+    leaf *one = &found->all[found->count];
+    if (!tlcore_find_source(&view, known->nbytes, &one->source))
+        return 0;
+    one->object = Py_NewRef(value);
+    one->spec = Py_NewRef(known->spec);
+    one->begin = found->end;
+    found->count++;
     found->end += (known->nbytes + 63) & ~(Py_ssize_t)63;
     return 1;
 }
@@ -47,7 +52,9 @@ static int same_scalar(leaves *found, PyObject *value)
 {
     if (found->count == MOST_LEAVES || !tlcore_is_scalar(value))
         return 0;
-    found->all[found->count++] = (leaf){Py_NewRef(value), NULL, NULL, 0, 0};
+    leaf *one = &found->all[found->count++];
+    one->object = Py_NewRef(value);
+    one->spec = NULL;
     return 1;
 }
 
@@ -118,15 +125,18 @@ static int take(leaves *found, PyObject *side)
     if (!failed)
         failed = PyList_Append(walker->sides, side);
     for (int i = 0; i < found->count && !failed; i++)
-        if (found->all[i].bytes)
-            tlcore_copy((char *)memory->address + found->all[i].begin, found->all[i].data, found->all[i].bytes);
+        if (found->all[i].spec != NULL && found->all[i].source.bytes)
+            tlcore_copy_source((char *)memory->address + found->all[i].begin, &found->all[i].source);
     Py_XDECREF(held);
     return failed ? -1 : 0;
 }
 
 int tlcore_take_again(walker_object *walker, const last_structure *last, PyObject *value, PyObject *kwargs)
 {
-    leaves found = {.walker = walker, .count = 0};
+    /* Not cleared: most of it is never used. */
+    leaves found;
+    found.walker = walker;
+    found.count = 0;
     if (last->side == NULL)
         return 0;
     found.end = walker->memory == NULL ? -1 : ((memory_object *)walker->memory)->bytes;

@@ -47,7 +47,7 @@ static int is_plain_word(uint64_t word)
     return 0;
 }
 
-static int is_contiguous(const dlpack_tensor *view)
+int tlcore_is_contiguous(const dlpack_tensor *view)
 {
     int64_t expected = 1;
     for (int i = view->ndim - 1; i >= 0; i--) {
@@ -68,7 +68,7 @@ int tlcore_look(PyObject *tensor, dlpack_tensor *view)
     }
     if (view->device_type != DLPACK_CPU || view->byte_offset || view->ndim > TLCORE_DIMENSIONS)
         return 0;
-    return is_plain_word((uint64_t)view->shape[plain_index]) && is_contiguous(view);
+    return is_plain_word((uint64_t)view->shape[plain_index]);
 }
 
 /* --- what is known of a dtype and shape --- */
@@ -137,7 +137,7 @@ static int grow(spec_table *table)
     return 0;
 }
 
-/* The bytes of a contiguous tensor, or -1 where they are not `nbytes`, so that no copy can run past its end. */
+/* Whether a copy of the tensor has `nbytes` bytes, so that none can run past its end. */
 static int has_bytes(const dlpack_tensor *view, Py_ssize_t nbytes)
 {
     Py_ssize_t bytes = (view->dtype.bits * view->dtype.lanes + 7) / 8;
@@ -269,7 +269,7 @@ static PyObject *is_plain(PyObject *module, PyObject *tensor)
 
 static PyMethodDef functions[] = {
     {"learn", learn, METH_VARARGS, "Find out what marks a plain tensor; whether that was possible."},
-    {"is_plain", is_plain, METH_O, "Whether a tensor is exactly a torch.Tensor, plain, contiguous, on the CPU."},
+    {"is_plain", is_plain, METH_O, "Whether a tensor is exactly a torch.Tensor, plain, strided, on the CPU."},
     {NULL, NULL, 0, NULL},
 };
 

@@ -29,8 +29,9 @@ int tlcore_can_look(void);
 /* Whether the object is exactly a torch.Tensor; and whether it is one at all. */
 int tlcore_is_tensor(PyObject *object);
 int tlcore_is_some_tensor(PyObject *object);
-/* Fill in the view of a plain, contiguous, strided CPU tensor with memory; 0 for any other, never an exception. */
+/* Fill in the view of a plain, strided CPU tensor with memory; 0 for any other, never an exception. */
 int tlcore_look(PyObject *tensor, dlpack_tensor *view);
+int tlcore_is_contiguous(const dlpack_tensor *view);
 
 /* What is known of a tensor that was looked at; NULL where nothing is. */
 const known_spec *tlcore_find(const spec_table *table, PyObject *tensor, const dlpack_tensor *view);

@@ -21,17 +21,6 @@ static int append_number(PyObject *list, Py_ssize_t number)
     return failed ? -1 : 0;
 }
 
-void tlcore_copy(char *target, const void *source, Py_ssize_t bytes)
-{
-    if (bytes < TLCORE_SMALL_BYTES) {
-        memcpy(target, source, (size_t)bytes);
-        return;
-    }
-    Py_BEGIN_ALLOW_THREADS;
-    memcpy(target, source, (size_t)bytes);
-    Py_END_ALLOW_THREADS;
-}
-
 int tlcore_note(walker_object *walker, PyObject *spec, PyObject *memory, Py_ssize_t begin)
 {
     return PyList_Append(walker->specs, spec) || PyList_Append(walker->memories, memory) ||
@@ -42,6 +31,7 @@ int tlcore_note(walker_object *walker, PyObject *spec, PyObject *memory, Py_ssiz
 static int take_plain(walker_object *walker, PyObject *tensor)
 {
     dlpack_tensor view;
+    tlcore_source source;
     memory_object *memory = (memory_object *)walker->memory;
     if (memory == NULL || !tlcore_look(tensor, &view))
         return 0;
@@ -51,12 +41,14 @@ static int take_plain(walker_object *walker, PyObject *tensor)
     Py_ssize_t begin = memory->bytes, bytes = known->nbytes;
     if (begin < 0 || memory->size < begin || memory->size - begin < bytes)
         return 0;
+    if (!tlcore_find_source(&view, bytes, &source))
+        return 0;
     /* Noted before the bytes are copied: without the lock, others may run. */
     PyObject *spec = Py_NewRef(known->spec), *held = Py_NewRef(walker->memory);
     memory->bytes = begin + ((bytes + 63) & ~(Py_ssize_t)63);
     int failed = tlcore_note(walker, spec, held, begin);
     if (!failed && bytes)
-        tlcore_copy((char *)memory->address + begin, view.data, bytes);
+        tlcore_copy_source((char *)memory->address + begin, &source);
     Py_DECREF(spec);
     Py_DECREF(held);
     return failed ? -1 : 1;

@@ -2,7 +2,7 @@
 #ifndef TLCORE_PYTREE_H
 #define TLCORE_PYTREE_H
 
-#include "looking.h"
+#include "strides.h"
 
 #define TLCORE_DEEPEST 64
 
@@ -50,8 +50,6 @@ int tlcore_make_words(void);
 int tlcore_is_scalar(PyObject *value);
 /* Note a tensor that was taken; -1 with an exception set. */
 int tlcore_note(walker_object *walker, PyObject *spec, PyObject *memory, Py_ssize_t begin);
-/* Copy, without the interpreter's lock where that takes long. */
-void tlcore_copy(char *target, const void *source, Py_ssize_t bytes);
 /* Whether the object is a walker with lists to fill. */
 int tlcore_is_walker(PyObject *object);
 /* Put a new reference where another was; always 0. */
