@@ -19,7 +19,7 @@ from tests.hotpath.halves import native
 from tests.hotpath.test_bytes import TWINS
 from tlcore.engine import session
 from tlcore.engine.hooks import collector
-from tlcore.engine.pipeline import processor
+from tlcore.engine.pipeline import processor, repeating
 from tlcore.hotpath.looking import can_look
 
 # What a module makes of its argument and hands on, and what of that the next one gets.
@@ -84,8 +84,8 @@ def captured(parts: list[tuple[str, str | None, int]], keys: dict[str, Any]) -> 
     model = Model(parts)
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
         patch.setattr(session, "now", lambda: "2000-01-01T00:00:00Z")
-        with tlcore.capture(model, output_dir=directory, log_step_ids=[0, 2], **keys) as capture:
-            for step in range(3):
+        with tlcore.capture(model, output_dir=directory, log_step_ids=[0, 2, 3, 5], **keys) as capture:
+            for step in range(6):
                 model(torch.arange(6.0).view(2, 3) + step)
         assert capture.ledger.balanced and capture.ledger.captured and not capture.ledger.failed
         files = [each for each in Path(capture.url).rglob("*") if each.is_file() and each.name != "run.json"]
@@ -95,6 +95,7 @@ def captured(parts: list[tuple[str, str | None, int]], keys: dict[str, Any]) -> 
 def without_extension(parts: list[tuple[str, str | None, int]], keys: dict[str, Any]) -> dict[str, bytes]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(collector, "can_look", lambda: False)
+        patch.setattr(repeating, "can_hash", False)
         patch.setattr(processor, "hex_digests", TWINS["hex_digests"])
         return captured(parts, keys)
 

@@ -37,7 +37,7 @@ class Batch:
     """Whole sides of one step, in order, and the chunks (``memory``) that nobody needs after it.
 
     ``specs``, ``chunks`` and ``offsets`` have an item for each tensor of the sides, ``scalars`` one for
-    each number or string.
+    each number or string. One that ``is_whole_step`` is all of its step, whose end follows at once.
     """
 
     step: int
@@ -47,6 +47,7 @@ class Batch:
     offsets: list[int] = field(default_factory=list)
     scalars: list[Scalar] = field(default_factory=list)
     memory: Sequence[Chunk] = ()
+    is_whole_step: bool = False
 
 
 @dataclass(slots=True)
@@ -65,9 +66,13 @@ class StepEnd:
     decided: Callable[[], Mapping[str, Decided]] | None = None
     unopened: Counts = field(default_factory=Counts)
     tokens: Callable[[], list[Json]] | None = None
+    is_settled: bool = False
 
     def settle(self) -> None:
         """Note in the rows how many of them are of tokens that stayed in their requests, and the ids."""
+        if self.is_settled:
+            return
+        self.is_settled = True
         entries = self._token_entries()
         decided = {} if self.decided is None else self.decided()
         accept([*(self.rows or ()), *entries], self.extra, decided)

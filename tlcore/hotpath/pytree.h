@@ -52,6 +52,8 @@ int tlcore_is_scalar(PyObject *value);
 int tlcore_note(walker_object *walker, PyObject *spec, PyObject *memory, Py_ssize_t begin);
 /* Whether the object is a walker with lists to fill. */
 int tlcore_is_walker(PyObject *object);
+/* Whether the object is a `memory_object`. */
+int tlcore_is_memory(PyObject *object);
 /* Put a new reference where another was; always 0. */
 int tlcore_set(PyObject **place, PyObject *value);
 

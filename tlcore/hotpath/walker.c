@@ -87,6 +87,11 @@ static void walker_free(PyObject *self)
     Py_DECREF(type);
 }
 
+int tlcore_is_memory(PyObject *object)
+{
+    return PyType_IsSubtype(Py_TYPE(object), memory_type);
+}
+
 int tlcore_is_walker(PyObject *object)
 {
     return Py_TYPE(object) == walker_type && ((walker_object *)object)->scalars != NULL &&

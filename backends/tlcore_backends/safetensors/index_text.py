@@ -97,11 +97,10 @@ class IndexText:
             times = str(started - self._started), str(ended - started)
             self._started = started
         row_list = "null" if summary.rows is None else str(self._rows.told())
-        extents = dict.fromkeys(slot.rows for slot in plan.slots)
         return {
             "number": str(summary.step),
             "plan": str(number),
-            "extents": str(self._extents.number(compact(list(extents)))),
+            "extents": str(self._extents.number(compact(plan.extents))),
             "started": times[0],
             "took": times[1],
             "details": str(skeleton),

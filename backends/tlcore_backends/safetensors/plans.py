@@ -28,6 +28,8 @@ class Plan:
         self, slots: Sequence[Slot], originals: Sequence[int], calls: Sequence[str], structures: Sequence[str]
     ) -> None:
         self.slots = tuple(slots)
+        # How many rows tensors have, each number once.
+        self.extents = list(dict.fromkeys(slot.rows for slot in slots))
         self.originals = list(originals)
         self.calls = tuple(calls)
         self.structures = tuple(structures)

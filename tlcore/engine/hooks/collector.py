@@ -70,6 +70,8 @@ class Collector:
         self.gradients: Gradients | None = None
         self.passed_by = PassedBy()
         self._noted = 0
+        # Whether a part of the step has been handed over.
+        self._in_parts = False
         self._objects = ObjectsOfStep(self._forms)
         self._leaving = False
         self._placements = ""
@@ -385,6 +387,8 @@ class Collector:
             self.before_hand_over()
         batch = self._batch
         batch.memory = self._stager.take(everything)
+        batch.is_whole_step = everything and not self._in_parts
+        self._in_parts = not everything
         self._noted = 0
         self._use(Batch(batch.step))
         if batch.sides or batch.memory:

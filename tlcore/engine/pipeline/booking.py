@@ -34,6 +34,11 @@ class Booking:
         with self._lock:
             self._accepted[number] = counts
 
+    def withdraw(self, number: int) -> None:
+        """Forget a step that its sink did not accept after all."""
+        with self._lock:
+            self._accepted.pop(number, None)
+
     def decide(self, number: int, error: BaseException | None) -> None:
         """Book an accepted step: as stored, or as failed with ``error``. Only the first call counts."""
         with self._lock:

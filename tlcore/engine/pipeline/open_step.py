@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from ...layout.templates import Templates
 from ...ledger import Counts
+from ..batch import Batch
 from .inspector import Inspected
 from .planner import Plan, with_bare_last
 
@@ -15,7 +16,7 @@ class OpenStep:
     """What the pipeline gathers of a step until it is committed.
 
     ``first`` has the name under which each kind of tensor with certain bytes was stored first. ``values``
-    has what the templates leave open.
+    has what the templates leave open. What is ``waiting`` is written at its end.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -27,6 +28,7 @@ class OpenStep:
     written: int = 0
     bytes_written: int = 0
     error: BaseException | None = None
+    waiting: tuple[Batch, Plan] | None = None
 
     def add(self, plan: Plan, examined: Inspected | None) -> None:
         """Take over all that a batch's plan says."""

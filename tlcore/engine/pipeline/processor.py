@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from ...hotpath.hashing import hex_digests
 from ...layout import names
@@ -18,7 +19,8 @@ from .channels import Channels
 from .describing import count_specs
 from .inspector import Inspected, Inspection, Inspector
 from .open_step import OpenStep
-from .planner import Planned, Planner
+from .planner import Plan, Planned, Planner
+from .repeating import Look, Repeats
 
 log = logging.getLogger("tlcore")
 # Records made at a time: few enough that Python's garbage collector sees them come and go.
@@ -58,6 +60,7 @@ class Processor:
             self._late.tell_stored(self._booking.decide)
         self._rank = rank
         self._plans = Planner(rank)
+        self._repeats = Repeats(sink)
         self._steps: dict[int, OpenStep] = {}
 
     @property
@@ -80,8 +83,12 @@ class Processor:
         except self.catches as error:
             step.error = step.error or error
         finally:
-            for chunk in batch.memory:
-                self._pool.release(chunk)
+            if step.waiting is None:
+                self._release(batch)
+
+    def _release(self, batch: Batch) -> None:
+        for chunk in batch.memory:
+            self._pool.release(chunk)
 
     def _store(self, batch: Batch, step: OpenStep) -> None:
         try:
@@ -111,6 +118,12 @@ class Processor:
             step.counts.add(count_specs(batch.specs))
             raise
         step.add(plan, examined)
+        if self._inspector is None and step.error is None and self._repeats.may_repeat(batch, plan):
+            step.waiting = batch, plan
+        else:
+            self._write_planned(batch, step, plan)
+
+    def _write_planned(self, batch: Batch, step: OpenStep, plan: Plan) -> None:
         for first in range(0, len(plan.stored), _AT_ONCE):
             if step.error is not None:
                 break
@@ -152,6 +165,13 @@ class Processor:
                 self._store_examined(rest.batch, step, rest)
             except self.catches as error:
                 step.error = step.error or error
+        if step.waiting is None:
+            self._commit(end, step)
+        else:
+            self._end_waiting(end, step, *step.waiting)
+
+    def _commit(self, end: StepEnd, step: OpenStep) -> bool:
+        """Commit and book a step whose tensors are written; whether the sink has accepted it."""
         counts, accepted = step.counts, False
         if step.error is None:
             counts.stored, counts.bytes_stored = step.written, step.bytes_written
@@ -169,6 +189,40 @@ class Processor:
             self._booking.book(end.step, counts, step.error)
         elif step.error is not None:
             self._booking.decide(end.step, step.error)
+        return step.error is None
+
+    def _end_waiting(self, end: StepEnd, step: OpenStep, batch: Batch, plan: Plan) -> None:
+        """Write and commit a step that may be like one before: at once, or else as any other."""
+        look = None
+        try:
+            if step.error is None:
+                look = self._repeats.look(batch, plan)
+                if look is not None and self._repeated(end, step, look):
+                    return
+                self._write_planned(batch, step, plan)
+        except self.catches as error:
+            step.error = step.error or error
+        finally:
+            self._release(batch)
+        if self._commit(end, step) and look is not None:
+            self._repeats.learn(look, end.step)
+
+    def _repeated(self, end: StepEnd, step: OpenStep, look: Look) -> bool:
+        """Whether the sink has taken the step as one like another, or has failed with it."""
+        if not self._repeats.knows(look):
+            return False
+        counts = step.counts
+        summary = self._summary(end, step)
+        counts.stored, counts.bytes_stored = len(look.seen.plan.stored), look.nbytes
+        self._booking.accept(end.step, counts)
+        try:
+            if self._repeats.write(look, replace(summary, structures={})):
+                return True
+        except self.catches as error:
+            self._booking.decide(end.step, error)
+            return True
+        self._booking.withdraw(end.step)
+        return False
 
     def _gather(self, channels: Channels, step: int, whole: bool) -> None:
         if not whole:

@@ -1,0 +1,187 @@
+"""Steps that are like one before are written at once, and read as if each tensor had come by itself."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tlcore
+from tests.hotpath.halves import native
+from tlcore.alike import AlikeStep
+from tlcore.engine.pipeline import repeating
+from tlcore.errors import BackendError
+from tlcore.record import StepSummary
+from tlcore_backends.safetensors.segment_sink import SegmentSink
+
+KEYS: dict[str, Any] = {"log_step_ids": [], "backend": {"name": "safetensors", "commit_s": 600}}
+
+
+class Model(nn.Module):
+    """Two modules, of which the second gives back its argument where that is to be an alias."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4), nn.Identity()
+
+    def forward(self, x: torch.Tensor, other: torch.Tensor | None = None) -> torch.Tensor:
+        y = self.first(x)
+        found: torch.Tensor = self.second(y if other is None else other)
+        return found
+
+
+def inputs(rows: int, seed: int) -> torch.Tensor:
+    return torch.randn(rows, 4, generator=torch.Generator().manual_seed(seed))
+
+
+def run(directory: Path, calls: Sequence[tuple[torch.Tensor, ...]], **keys: Any) -> tlcore.Run:
+    torch.manual_seed(0)
+    model = Model()
+    with torch.no_grad(), tlcore.capture(model, output_dir=str(directory), **KEYS, **keys) as capture:
+        for call in calls:
+            model(*call)
+    assert capture.ledger.balanced
+    return tlcore.open_run(capture.url)
+
+
+def content(each: tlcore.Run) -> dict[str, Any]:
+    """All that a reader sees but for times, and places in files."""
+    found: dict[str, Any] = {}
+    for number in each.steps:
+        step = each.step(number)
+        for record in step.records:
+            said = {key: value for key, value in record.items() if key not in ("file", "key", "offset")}
+            found[record["name"]] = said, step.tensor(record["name"]).tolist()
+        document = step.documents[0]
+        found[str(number)] = step.structures(0), document["ledger"], document["calls"]
+    return found
+
+
+@pytest.fixture
+def at_once(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps that were written at once."""
+    native()
+    steps: list[int] = []
+    plain = SegmentSink.write_alike
+
+    def counting(sink: SegmentSink, step: AlikeStep, summary: StepSummary) -> bool:
+        written = plain(sink, step, summary)
+        if written:
+            steps.append(step.step)
+        return written
+
+    monkeypatch.setattr(SegmentSink, "write_alike", counting)
+    return steps
+
+
+def both(tmp_path: Path, calls: Sequence[tuple[torch.Tensor, ...]], **keys: Any) -> tlcore.Run:
+    """The run, after it was held against one in which every record came by itself."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(repeating, "can_hash", False)
+        plain = run(tmp_path / "plain", calls, **keys)
+    found = run(tmp_path / "repeated", calls, **keys)
+    found.verify()
+    assert content(found) == content(plain)
+    return found
+
+
+def test_a_step_like_two_before_it_is_written_at_once(tmp_path: Path, at_once: list[int]) -> None:
+    found = both(tmp_path, [(inputs(2, seed),) for seed in range(6)])
+    assert at_once == [2, 3, 4, 5]
+    assert found.ledger.stored == found.ledger.captured == 6 * 6
+
+
+def test_other_shapes_and_other_equal_tensors_are_other_steps(tmp_path: Path, at_once: list[int]) -> None:
+    same = inputs(2, 0)
+    kinds = [(inputs(2, 1),), (same, same), (inputs(3, 2),), (inputs(2, 3), inputs(2, 4))]
+    both(tmp_path, [kinds[number % 4] for number in range(20)])
+    assert len(at_once) > 8
+
+
+def test_what_the_sink_has_forgotten_comes_as_any_other(
+    tmp_path: Path, at_once: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("tlcore_backends.safetensors.segment_sink._MOST_REMEMBERED", 1)
+    calls = [(inputs(2 + number // 3 % 2, number),) for number in range(18)]
+    both(tmp_path, calls)
+    assert at_once
+
+
+def test_equal_tensors_in_ever_other_ways_are_not_hashed_twice_for_ever(
+    tmp_path: Path, at_once: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    looks: list[int] = []
+    plain = repeating.Repeats.look
+
+    def counting(self: repeating.Repeats, batch: Any, plan: Any) -> Any:
+        looks.append(batch.step)
+        return plain(self, batch, plan)
+
+    monkeypatch.setattr(repeating.Repeats, "look", counting)
+    monkeypatch.setattr(repeating, "_MOST_KINDS", 1)
+    same = inputs(2, 0)
+    both(tmp_path, [(same, same) if number % 2 else (same, inputs(2, number)) for number in range(30)])
+    assert len(looks) == repeating._MOST_MISSED and not at_once
+
+
+def test_a_step_that_cannot_be_written_is_booked_and_the_next_one_is_stored(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native()
+    plain = SegmentSink.write_alike
+
+    def failing(sink: SegmentSink, step: AlikeStep, summary: StepSummary) -> bool:
+        if step.step == 3:
+            raise BackendError("no room")
+        return plain(sink, step, summary)
+
+    monkeypatch.setattr(SegmentSink, "write_alike", failing)
+    found = run(tmp_path, [(inputs(2, seed),) for seed in range(6)])
+    assert list(found.steps) == [0, 1, 2, 4, 5]
+    assert found.ledger.failed == 6 and found.ledger.stored == 5 * 6
+    assert found.ledger.reasons == {"failed: BackendError": 6}
+
+
+def test_a_small_queue_and_steps_in_parts_lose_nothing(tmp_path: Path, at_once: list[int]) -> None:
+    calls = [(inputs(64, seed),) for seed in range(8)]
+    found = both(tmp_path, calls, queue_bytes=4096, block_s=60)
+    assert found.ledger.stored == found.ledger.captured == 8 * 6
+
+
+def test_hostile_places_are_refused() -> None:
+    extension = native()
+    memory = extension.Memory()
+    store = torch.zeros(64, dtype=torch.uint8)
+    memory.address, memory.size = store.data_ptr(), 64
+
+    def numbers(*values: int) -> bytes:
+        return torch.tensor(values, dtype=torch.int64).numpy().tobytes()
+
+    addresses, hashes, firsts = extension.fingerprint(
+        [memory] * 2, [0, 32], numbers(0, 1), numbers(32, 32), numbers(7, 7)
+    )
+    assert hashes[:16] == hashes[16:] and firsts == numbers(0, 0)
+    for memories, offsets, places, sizes in (
+        ([memory], [33], numbers(0), numbers(32)),
+        ([memory], [-1], numbers(0), numbers(32)),
+        ([memory], [0], numbers(0), numbers(-1)),
+        ([memory], [0], numbers(-1), numbers(1)),
+        ([object()], [0], numbers(0), numbers(1)),
+        ([memory], [0], numbers(0), numbers(1, 2)),
+    ):
+        with pytest.raises(ValueError, match="tensor|offset|sizes"):
+            extension.fingerprint(memories, offsets, places, sizes, numbers(7))
+    with pytest.raises(IndexError):
+        extension.fingerprint([memory], [0], numbers(1), numbers(1), numbers(7))
+    for target, sizes in (
+        (31, numbers(32, 32)),
+        (33, numbers(32, 32)),
+        (32, numbers(32)),
+        (0, numbers(-1, 32)),
+    ):
+        with pytest.raises(ValueError, match="fill the memory exactly"):
+            extension.collect(bytearray(target), addresses, sizes, firsts)
