@@ -173,7 +173,7 @@ def test_hostile_places_are_refused() -> None:
         ([object()], [0], numbers(0), numbers(1)),
         ([memory], [0], numbers(0), numbers(1, 2)),
     ):
-        with pytest.raises(ValueError, match="tensor|offset|sizes"):
+        with pytest.raises(ValueError, match=r"tensor|offset|sizes"):
             extension.fingerprint(memories, offsets, places, sizes, numbers(7))
     with pytest.raises(IndexError):
         extension.fingerprint([memory], [0], numbers(1), numbers(1), numbers(7))
