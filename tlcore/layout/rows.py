@@ -11,7 +11,7 @@ a tensor is which is told by its shape, where that leaves no doubt.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -110,7 +110,7 @@ class RowSet:
     def without_positions(self) -> RowSet:
         """The same owners, and nothing of where in their requests the rows are."""
         rows = [{key: value for key, value in row.items() if key != "first_position"} for row in self.rows]
-        return RowSet(self.kind, rows, self.padded)
+        return replace(self, rows=rows)
 
 
 # The kinds of rows that encoders have: items of a prompt, the tokens that stand for them, and their parts.

@@ -117,6 +117,57 @@ def test_what_was_cut_was_certain_whatever_its_shape_is_then() -> None:
     assert read.spans({**record, "shape": [1, 1], "dtype": "int64"})
 
 
+def test_within_an_encoder_rows_have_owners_and_no_positions() -> None:
+    """It may sort the tokens of an item; what it gives at last lies as the prompt does."""
+    rows = StepRows(lambda request: request in "ac")
+    rows.inner = lambda module: module != "encoder"
+    rows.calls_begun = lambda: [("encoder", "encoder", 0), ("encoder.merger", "encoder.merger", 0)]
+    rows.batch("abc")
+    items = RowSet("items", _rows(1, 1, 1), single=((3, 7),))
+    rows.enter([items, RowSet("item_tokens", _rows(2, 1, 3), single=((6, 5),))])
+    tensor = torch.arange(12.0).view(6, 2)
+    for module in ("encoder", "encoder.merger"):
+        assert rows.hears(module)
+        kept = rows.cut(tensor)
+        assert kept is not None and torch.equal(kept, tensor[[0, 1, 3, 4, 5]])
+        assert rows.cut(torch.ones(6, 5)) is None and rows.cut(torch.ones(3, 7)) is None
+    read = CallRows(rows.document())
+    for module, positions in (("encoder", [0, 20]), ("encoder.merger", [None, None])):
+        spans = read.spans({"name": f"step_0/{module}/outputs_cpu", "shape": [5, 2], "dtype": "float32"})
+        found = [(span.row["request_id"], span.length, span.first) for span in spans]
+        assert found == [("a", 2, positions[0]), ("c", 3, positions[1])]
+        # Which item is whose is told in any case.
+        spans = read.spans({"name": f"step_0/{module}/outputs_1_cpu", "shape": [2, 2], "dtype": "float32"})
+        assert [span.first for span in spans] == [0, 20]
+
+
+def test_what_was_stored_whole_is_no_requests_whatever_its_shape() -> None:
+    """Of three requests the last rows are kept; positions of three dimensions are (3, tokens)."""
+    rows = StepRows(None, last=True)
+    rows.batch("abc")
+    rows.before = (3,)
+    rows.enter([RowSet("tokens", _rows(2, 1, 3))], main=True)
+    rows.calls_begun = lambda: [("layer", "layer", 0)]
+    positions = torch.zeros(3, 6, dtype=torch.int64)
+    assert rows.cut(positions) is positions
+    read = CallRows(rows.document())
+    record = {"name": "step_0/layer/inputs_positions_cpu", "shape": [3, 6], "dtype": "int64"}
+    assert not read.spans(record) and read.spans({**record, "shape": [3, 2], "dtype": "float32"})
+
+
+@pytest.mark.parametrize("last", [False, True])
+def test_states_in_as_many_planes_as_tokens_are_no_requests(last: bool) -> None:
+    rows = StepRows(None, last=last)
+    rows.batch("abc")
+    rows.enter([RowSet("tokens", _rows(1, 1, 1), single=((3, 3, ANY),))], main=True)
+    rows.calls_begun = lambda: [("layer", "layer", 0)]
+    states = torch.ones(3, 3, 8)
+    assert rows.cut(states) is states
+    read = CallRows(rows.document())
+    record = {"name": "step_0/layer/outputs_cpu", "shape": [3, 3, 8], "dtype": "float32"}
+    assert not read.spans(record) and len(read.spans({**record, "shape": [3, 8]})) == 3
+
+
 def test_of_drafts_all_that_may_be_the_last_are_kept() -> None:
     entries = _rows(5, 2)
     entries[0]["drafts"], entries[1]["drafts"] = 3, 0

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ...layout.grids import as_rows, grid_entry
-from ...layout.rows import NO_ROWS, BeforeRows, Placed, Row, RowSet, Span, placed
+from ...layout.rows import ITEM_TOKENS, NO_ROWS, BeforeRows, Placed, Row, RowSet, Span, placed
 from ...layout.windows import Window
 from ...record import Json
 from .choosing import Chooses, Choosing
@@ -38,8 +38,9 @@ class _Part:
 
     ``first`` says of modules how often they had been called when the call of the model began that these
     calls are part of. ``whole`` are shapes of tensors of which all rows were kept, as nobody knows whose
-    they are. ``left_out`` are requests that have chosen other modules than those of these calls; parts with
-    the same row sets, of which others are left out, are ``narrower``.
+    they are. ``left_out`` are requests that have chosen other modules than those of these calls. ``narrower``
+    are parts with the same row sets, of which others are left out or the positions are not known; they lie
+    ``aside``.
     """
 
     sets: tuple[RowSet, ...]
@@ -49,7 +50,17 @@ class _Part:
     kept: dict[int, _Kept] = field(default_factory=dict)
     whole: set[tuple[int, ...]] = field(default_factory=set)
     left_out: frozenset[str] = frozenset()
-    narrower: dict[frozenset[str], _Part] = field(default_factory=dict)
+    narrower: dict[tuple[frozenset[str], bool], _Part] = field(default_factory=dict)
+    aside: bool = False
+
+    def leaves_doubt(self, kept: int) -> bool:
+        """Whether the number of rows alone does not tell whose they are, where so many were kept."""
+        return any(each.single for each in self.sets) or any(shape[:1] == (kept,) for shape in self.whole)
+
+    @functools.cached_property
+    def of_items(self) -> bool:
+        """Whether rows are said to be those of the tokens that stand for items."""
+        return any(each.kind == ITEM_TOKENS for each in self.sets)
 
 
 class StepRows:
@@ -60,7 +71,8 @@ class StepRows:
     ``first`` says how often which module was called in
     the step before the model's call that runs now, where a step has several. ``before`` is how long axes of
     whole numbers before that of rows may be, as far as it is known. ``prompts`` has the length of
-    each request's prompt, by its id and sequence, as far as it is known.
+    each request's prompt, by its id and sequence, as far as it is known. ``inner`` says of a module whether
+    it lies within an encoder, which may put the tokens of an item into another order.
     """
 
     def __init__(
@@ -70,6 +82,7 @@ class StepRows:
         self.usual = Choosing(chooses, last, window)
         self.prompts: Mapping[tuple[str, str], int] = {}
         self.before: BeforeRows = None
+        self.inner: Callable[[str], bool] | None = None
         self.calls_begun: Callable[[], Sequence[Begun]] = list
         self.begin_step()
 
@@ -116,7 +129,7 @@ class StepRows:
             return
         for part in (self._main, *self._parts):
             # Those from before an interruption go on.
-            if part is None or part.left_out:
+            if part is None or part.aside:
                 continue
             if part.sets is sets and part.first is self.first:
                 self._part = part
@@ -139,18 +152,22 @@ class StepRows:
     def _part_of(self, module: str) -> _Part:
         """The part that the calls of a module belong to now."""
         part, left_out = self._part, self._choosing.left_out(module)
-        if not left_out:
+        inner = part.of_items and self.inner is not None and self.inner(module)
+        if not (left_out or inner):
             return part
-        found = part.narrower.get(left_out)
+        found = part.narrower.get((left_out, inner))
         if found is None:
-            found = part.narrower[left_out] = _Part(part.sets, part.first, left_out=left_out)
+            sets = tuple(map(_in_some_order, part.sets)) if inner else part.sets
+            found = _Part(sets, part.first, left_out=left_out, aside=True)
+            part.narrower[left_out, inner] = found
             self._parts.append(found)
         return found
 
     def cut(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor's rows that are kept, the tensor itself where all are; None if it must not be stored."""
         self.cut_along = None
-        part, found = self._part_of(self._module), self.placed(tensor)
+        part = self._part_of(self._module)
+        found = self._placed(tensor, part.sets)
         if found.rows is not None:
             self.cut_along = found.axis
             return self._kept(part, found.rows).of(as_rows(tensor, found.axis))
@@ -161,11 +178,14 @@ class StepRows:
 
     def placed(self, tensor: torch.Tensor) -> Placed:
         """Whose the rows are of a tensor of the calls that run now, and along which axis they lie."""
+        return self._placed(tensor, self._part.sets)
+
+    def _placed(self, tensor: torch.Tensor, sets: Sequence[RowSet]) -> Placed:
         plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
         if not (plain and self.told):
             return Placed(None, 0, False)
         whole_numbers = not (tensor.is_floating_point() or tensor.is_complex())
-        return placed(tensor.shape, whole_numbers, self._part.sets, self.before)
+        return placed(tensor.shape, whole_numbers, sets, self.before)
 
     def _kept(self, part: _Part, rows: RowSet) -> _Kept:
         kept = part.kept.get(id(rows))
@@ -200,6 +220,8 @@ class StepRows:
             if padded:
                 found["padded_rows"] = padded
         listed = [part for part in self._parts if part.calls]
+        if self._main is not None and self._main.leaves_doubt(sum(row["rows"] for row in found["rows"])):
+            listed.insert(0, self._main)
         if self.told:
             found["call_rows"] = [self._entry(part) for part in listed]
             if self.before is not None:
@@ -268,6 +290,10 @@ class _Kept:
         if index is None:
             index = self._on[tensor.device] = torch.tensor(self._places, device=tensor.device)
         return tensor.index_select(0, index)
+
+
+def _in_some_order(rows: RowSet) -> RowSet:
+    return rows.without_positions if rows.kind == ITEM_TOKENS else rows
 
 
 def _moved(span: Span, skipped: int, count: int, first_row: int) -> Json:

@@ -13,7 +13,8 @@ from typing import Any
 
 from ....layout.rows import NO_ROWS, RowSet
 from ....record import Json
-from .row_scopes import RowScopes, Sets, rows_of
+from .row_scopes import RowScopes
+from .row_sets import Sets, rows_of
 
 
 class DraftScopes:

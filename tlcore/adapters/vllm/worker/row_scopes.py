@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -19,8 +19,10 @@ import torch
 from ....engine.filters.rows import Given, StepRows
 from ....layout.rows import NO_ROWS, Row, RowSet
 from ....record import Json
+from .encoders import within_encoders
 from .items import item_sets
 from .later_rows import LaterRows
+from .row_sets import Sets, lasts, rows_of, sampled, token_set, where
 from .rows import RowError, RowReader
 from .tokens import TokenReader
 
@@ -28,7 +30,6 @@ if TYPE_CHECKING:
     from ....engine.row_injection import RowInjection
 
 log = logging.getLogger("vllm.tlcore")
-Sets = Sequence[RowSet]
 # Their poolers give each request's tokens apart.
 _TOKENWISE = frozenset({"token_embed", "token_classify", "plugin"})
 
@@ -40,6 +41,7 @@ class RowScopes:
         self._runner = runner
         self._reader = reader
         self._tokens = tokens
+        self._inner: Callable[[str], bool] | None = None
         self._keeps_ids = False
         # Makes the entries of the step's token ids.
         self.tokens: Callable[[], list[Json]] | None = None
@@ -71,6 +73,7 @@ class RowScopes:
         self._step, self._scheduled, self._injection = step, scheduler_output, injection
         self._keeps_ids = keeps_ids
         step.before = self._reader.before
+        step.inner = self._inner
         self.rows = self.problem = self.tokens = None
         self._unsampled = frozenset()
 
@@ -139,7 +142,7 @@ class RowScopes:
         self._prepared(batch, self._scheduled)
         if self.rows is not None:
             padded = max(0, int(batch.num_tokens_after_padding) - int(batch.num_tokens))
-            self.enter([RowSet("tokens", self.rows, padded)], main=True)
+            self.enter([token_set(self.rows, padded, self._reader.planes)], main=True)
 
     def _sample(self, hidden: Any, batch: Any, *args: Any, **kwargs: Any) -> Sets:
         if self.rows is None:
@@ -151,9 +154,9 @@ class RowScopes:
         positions = kwargs.get("positions", args[1] if len(args) > 1 else None)
         if self.rows is None or positions is None:
             return NO_ROWS
-        tokens = RowSet("tokens", self.rows)
-        padded = max(0, int(positions.shape[-1]) - tokens.length)
-        self.enter([RowSet("tokens", self.rows, padded)], main=True)
+        padded = max(0, int(positions.shape[-1]) - sum(row["rows"] for row in self.rows))
+        encoded = sum(map(len, kwargs.get("encoder_outputs") or ()))
+        self.enter([token_set(self.rows, padded, self._reader.planes, encoded)], main=True)
         return self._current()
 
     def _sampled_next(self, output: Any, *args: Any, **kwargs: Any) -> None:
@@ -172,7 +175,7 @@ class RowScopes:
             self._runner, "enable_prompt_embeds", False
         ):
             total = sum(row["rows"] for row in self.rows)
-            return [RowSet("tokens", _where(self.rows, self._runner.is_token_ids.np[:total].tolist()))]
+            return [RowSet("tokens", where(self.rows, self._runner.is_token_ids.np[:total].tolist()))]
         return [RowSet("tokens", self.rows)]
 
     def _pool(self, *args: Any, **kwargs: Any) -> Sets:
@@ -181,7 +184,7 @@ class RowScopes:
         tasks = {params.task for params in self._runner.input_batch.pooling_params.values()}
         tokens = RowSet("tokens", self.rows, vectors=True)
         if not tasks & _TOKENWISE:
-            return [tokens, _lasts(self.rows, self._unsampled)] if len(tasks) == 1 else [tokens]
+            return [tokens, lasts(self.rows, self._unsampled)] if len(tasks) == 1 else [tokens]
         # A request's result has all its tokens, also those of earlier steps.
         ends = [row["first_position"] + row["rows"] for row in self.rows]
         return NO_ROWS if len(ends) > 1 and tokens.length in ends else [tokens]
@@ -198,10 +201,17 @@ class RowScopes:
                 if self._step is None:
                     yield given
                     return
+                if self._inner is None:
+                    self._guarded(self._learn_encoders)
                 with self._in(lambda: item_sets(runner, refs[first : first + count], self._reader.known)):
                     yield given
 
         runner.timed_encoder_operation = timed
+
+    def _learn_encoders(self) -> None:
+        self._inner = within_encoders(self._runner.get_model())
+        if self._step is not None:
+            self._step.inner = self._inner
 
     def _wrap_prompt_logits(self, runner: Any) -> None:
         original = getattr(runner, "_get_prompt_logprobs_dict", None)
@@ -306,67 +316,6 @@ class RowScopes:
         if what not in self._warned:
             self._warned.add(what)
             log.warning("%s (said once): %s", what, error, exc_info=not isinstance(error, RowError))
-
-
-def sampled(rows: Sequence[Row], cut_short: Container[str] = ()) -> RowSet:
-    """The rows that tokens are sampled from: each request's last, and those of its draft tokens but one.
-
-    Of requests that are ``cut_short`` it is the end of a chunk, and vLLM throws away what it samples there.
-    """
-    found: list[Json] = []
-    first = 0
-    for row in rows:
-        if "drafts" not in row and row["request_id"] not in cut_short:
-            found.append(rows_of(row, first, 1, row["first_position"] + row["rows"] - 1))
-            first += 1
-            continue
-        count = 1 + int(row.get("drafts", 0))
-        skipped = row["rows"] - count
-        more = {"drafts": row.get("drafts"), "unsampled": row["request_id"] in cut_short or None}
-        found.append(rows_of(row, first, count, row["first_position"] + skipped, **more))
-        first += count
-    return RowSet("sampled", found)
-
-
-def _lasts(rows: Sequence[Row], cut_short: Container[str]) -> RowSet:
-    ends = [row["first_position"] + row["rows"] - 1 for row in rows]
-    return RowSet(
-        "requests",
-        [
-            rows_of(row, i, 1, end, unsampled=row["request_id"] in cut_short or None)
-            for i, (row, end) in enumerate(zip(rows, ends, strict=True))
-        ],
-        vectors=True,
-    )
-
-
-def rows_of(row: Row, first: int, count: int, position: int, **more: int | None) -> Json:
-    """Some other rows of a row's request."""
-    found: Json = {"request_id": row["request_id"]} if "request_id" in row else {}
-    if "external_request_id" in row:
-        found["external_request_id"] = row["external_request_id"]
-    found["first_row"], found["rows"], found["first_position"] = first, count, position
-    for key, value in more.items():
-        if value is not None:
-            found[key] = value
-    return found
-
-
-def _where(rows: Sequence[Row], chosen: Sequence[bool]) -> list[Json]:
-    """The rows that are chosen, one after the other: an entry for each run of them."""
-    found: list[Json] = []
-    first = 0
-    for row in rows:
-        begin = row["first_row"]
-        for place in range(begin, begin + row["rows"]):
-            if not chosen[place]:
-                continue
-            if found and place > begin and chosen[place - 1]:
-                found[-1]["rows"] += 1
-            else:
-                found.append(rows_of(row, first, 1, row["first_position"] + place - begin))
-            first += 1
-    return found
 
 
 def _nothing(*args: Any, **kwargs: Any) -> Sets:

@@ -52,6 +52,15 @@ class RowReader:
             return None
         return tuple(sorted({each for found in dimensions for each in found}))
 
+    @functools.cached_property
+    def planes(self) -> tuple[int, ...]:
+        """How long an axis may be that the model's states have before that of tokens (Gemma 3n's AltUp)."""
+        try:
+            found = getattr(self._runner.vllm_config.model_config.hf_text_config, "altup_num_inputs", None)
+        except AttributeError:
+            return ()
+        return () if found is None else (int(found),)
+
     def prepared(self, batch: Any) -> None:
         """Keep the batch that the second model runner has made; it keeps it in a local variable."""
         self._batch = batch
