@@ -19,6 +19,7 @@ from ..reader.lasting import lasting_objects
 from .details import Details
 from .experts import without_reordered
 from .makings import causes, other_kernels
+from .matching.counting import none_in_common
 from .matching.match import match
 from .matching.pairs import Matching, Pair
 from .matching.rules import Rules, compiled_patterns, positions, renames
@@ -251,6 +252,8 @@ def _kept_apart(a: Run, b: Run) -> str:
         return " (statistics alone: `tlcore baseline save --stats` and `check` compare these)"
     if kinds == {"channels"}:
         return " (statistics of channels alone: see run.channels)"
+    if a.steps and b.steps and not {*a.steps} & {*b.steps}:
+        return f" ({none_in_common(a.steps, b.steps)})"
     return ""
 
 

@@ -5,15 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from .row_norms import RowNorms
+from .row_norms import Doubles, RowNorms, RowPeaks
 
 Floats = npt.NDArray[np.float32]
+Coarse: TypeAlias = tuple[bool | Doubles, bool | Doubles]
 
 # Values in a chunk: few enough for the cache, enough to make the interpreter's part small.
 CHUNK = 1 << 17
@@ -37,6 +38,8 @@ _NARROW_FLOAT = (1.6e-2, 1e-5)
 _SCALED = 0.125
 # As torch has none for them: one rounding, but for those that are mere powers of two.
 _COARSEST = 0.25
+# Half a step of int8, of what 126 of them reach: in a row with infinities 127 stands for these.
+_HALF_STEP = 1 / 250
 # Compiled and eager vLLM differed by up to 5.6e-6 of the norm in thirty layers of float32, most of it in the
 # first twelve.
 _KERNELS = {torch.float32: 8.0}
@@ -58,6 +61,11 @@ class Tolerance:
     kernels: bool = False
     scaled: bool = False
 
+    @property
+    def is_default(self) -> bool:
+        """Whether nothing was asked for but what the dtypes have."""
+        return self.rtol is None and self.atol is None
+
     def of(self, a: torch.dtype, b: torch.dtype) -> tuple[float, float]:
         """``(rtol, atol)`` for two dtypes: what was asked for, else the looser of the defaults."""
         one, other = _default(a), _default(b)
@@ -72,19 +80,17 @@ class Tolerance:
         Between two floating ones it is that of the norm where nothing else was asked for: the narrower one
         rounds in every operation, and a single value near zero may then differ by any factor.
         """
-        default = self.rtol is self.atol is None
         floating = a.is_floating_point and b.is_floating_point
         if self.scaled and floating:
             return self.of_scaled_rows()
-        return replace(self, norm=True) if default and floating and a != b else self
+        return replace(self, norm=True) if self.is_default and floating and a != b else self
 
     def of_scaled_rows(self) -> Tolerance:
-        """The tolerance where a side was stored as int8 with a scale for each row: that of the norm, too.
+        """The tolerance where int8 with a scale for each row went through a module: that of the norm, too.
 
         What one large value leaves of the others in a row of 8192 is within an eighth of its norm, mostly.
         """
-        default = self.rtol is self.atol is None
-        return replace(self, rtol=_SCALED, norm=True) if default else self
+        return replace(self, rtol=_SCALED, norm=True) if self.is_default else self
 
 
 def _default(dtype: torch.dtype) -> tuple[float, float]:
@@ -151,16 +157,27 @@ def measure(a: torch.Tensor, b: torch.Tensor, tolerance: Tolerance) -> Measures:
 
 
 class Sums:
-    """What is carried from one chunk of values to the next, for two dtypes of one shape."""
+    """What is carried from one chunk of values to the next, for two dtypes of one shape.
+
+    By norm, a side in ``coarse`` had each row rounded to steps of int8: the largest values of the rows that
+    were, or True where these are the rows that are added.
+    """
 
     def __init__(
-        self, tolerance: Tolerance, a: torch.dtype, b: torch.dtype, shape: Sequence[int] = ()
+        self,
+        tolerance: Tolerance,
+        a: torch.dtype,
+        b: torch.dtype,
+        shape: Sequence[int] = (),
+        coarse: Coarse = (False, False),
     ) -> None:
         self._norm, self._shape = tolerance.norm, tuple(shape)
         self._largest: tuple[int, float, float] | None = None
         self._unlike = False
         self._rows = RowNorms(shape[-1]) if self._norm and len(shape) > 1 and shape[-1] else None
         self._rtol, self._atol = tolerance.of(a, b)
+        self._peaks = [RowPeaks(shape[-1]) if self._rows and each is True else None for each in coarse]
+        self._known_peaks = [each for each in coarse if not isinstance(each, bool)]
         self._same_dtype = self._same = a == b
         self._single = _fits_float32(a) and _fits_float32(b)
         self._scratch: list[Floats] = []
@@ -203,6 +220,9 @@ class Sums:
                 np.abs(y, out=sizes)
             if self._rows is not None:
                 self._rows.add(difference, sizes)
+            for peaks, each in zip(self._peaks, (x, y), strict=True):
+                if peaks is not None:
+                    peaks.add(np.abs(each))
             if largest == 0:
                 self._same = self._same and _equal_bits(a, b)
                 return True
@@ -230,6 +250,9 @@ class Sums:
         apart = (x - y).abs().where(both, 0.0)
         if self._rows is not None:
             self._rows.add(apart.numpy(), y.abs().where(both, 0.0).numpy())
+        for peaks, values in zip(self._peaks, (x, y), strict=True):
+            if peaks is not None:
+                peaks.add(values.abs().where(values.isfinite(), 0.0).numpy())
         if apart.numel() and float(apart.max()) > self._max_abs:
             self._seen(int(apart.argmax()), x, y)
         if bool(both.all()):
@@ -291,7 +314,11 @@ class Sums:
         near = (relative is not None and relative <= self._rtol) or rms <= self._atol
         row, row_error, rows_near = (None, None, True)
         if self._rows is not None:
-            row, row_error, rows_near = self._rows.worst(self._rtol, self._atol)
+            coarse = self._coarse()
+            row, row_error, rows_near = self._rows.worst(self._rtol, self._atol, coarse)
+            if coarse is not None and not near:
+                left = distance - math.sqrt(self._shape[-1] * float(np.square(coarse).sum()))
+                near = left <= max(self._rtol * b_norm, self._atol * math.sqrt(count))
         return Measures(
             bitwise=self._same and self._same_dtype,
             max_abs=self._max_abs,
@@ -309,6 +336,11 @@ class Sums:
             largest_at=self._coordinates(),
             largest=None if self._largest is None else self._largest[1:],
         )
+
+    def _coarse(self) -> Doubles | None:
+        """How far off each row's values may be for the steps of int8; None where they have none."""
+        peaks = [*self._known_peaks, *(each.found() for each in self._peaks if each is not None)]
+        return _HALF_STEP * np.sum(peaks, axis=0) if peaks else None
 
     def _coordinates(self) -> tuple[int, ...] | None:
         if self._largest is None or not math.prod(self._shape) > self._largest[0]:

@@ -22,9 +22,7 @@ class RowNorms:
 
     def add(self, difference: Numbers, values: Numbers) -> None:
         """The absolute differences of the next values, and the absolute values they are held against."""
-        within = self._taken % self._size
-        starts = np.arange(-within, len(difference), self._size)
-        starts[0] = 0
+        within, starts = _starts(self._taken, self._size, len(difference))
         for parts, each in zip(self._sums, (difference, values), strict=True):
             sums = np.add.reduceat(np.square(each, dtype=np.float64), starts)
             if within:
@@ -34,16 +32,21 @@ class RowNorms:
                 parts.append(sums)
         self._taken += len(difference)
 
-    def worst(self, rtol: float, atol: float) -> tuple[int, float, bool]:
+    def worst(self, rtol: float, atol: float, coarse: Doubles | None = None) -> tuple[int, float, bool]:
         """The worst row, its relative L2 error, and whether all rows agree within four times the tolerance.
 
         The error is held against the row's norm, or the median row's where that is larger: a row that is
-        nearly zero has nothing but noise.
+        nearly zero has nothing but noise. ``coarse`` is how far off a row's values may be beside that.
         """
         if not self._taken:
             return 0, 0.0, True
         errors, relative = self._errors()
         near = (relative <= _SCATTER * rtol) | (errors <= _SCATTER * atol * np.sqrt(self._size))
+        if coarse is not None:
+            left = np.maximum(errors - np.sqrt(self._size) * coarse, 0.0)
+            with np.errstate(all="ignore"):
+                near |= left <= _SCATTER * rtol * np.where(relative > 0, errors / relative, 0.0)
+            near |= left <= _SCATTER * atol * np.sqrt(self._size)
         row = int(np.argmax(np.where(near, 0.0, relative))) if not near.all() else int(np.argmax(relative))
         return row, float(relative[row]), bool(near.all())
 
@@ -57,3 +60,35 @@ class RowNorms:
         with np.errstate(all="ignore"):
             relative: Doubles = np.where(errors > 0, errors / scale, 0.0)
         return errors, relative
+
+
+class RowPeaks:
+    """The largest magnitude in each row of a tensor that comes in flat chunks."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._taken = 0
+        self._parts: list[Doubles] = []
+
+    def add(self, values: Numbers) -> None:
+        """The magnitudes of the next values, none of which is NaN."""
+        within, starts = _starts(self._taken, self._size, len(values))
+        peaks = np.maximum.reduceat(values, starts).astype(np.float64)
+        if within:
+            self._parts[-1][-1] = max(self._parts[-1][-1], peaks[0])
+            peaks = peaks[1:]
+        if len(peaks):
+            self._parts.append(peaks)
+        self._taken += len(values)
+
+    def found(self) -> Doubles:
+        """A value for each row."""
+        return np.concatenate(self._parts) if self._parts else np.zeros(0)
+
+
+def _starts(taken: int, size: int, count: int) -> tuple[int, npt.NDArray[np.intp]]:
+    """How much of a row was taken before, and where in the next values each row begins."""
+    within = taken % size
+    starts = np.arange(-within, count, size)
+    starts[0] = 0
+    return within, starts

@@ -10,6 +10,7 @@ from math import prod
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from ..errors import ReadError
@@ -21,8 +22,9 @@ from ..record import Json
 from .details import Details, DetailSums
 from .experts import IN_ANOTHER_ORDER, in_order_of, other_experts
 from .matching.pairs import Columns, Located, Pair, Piece, key_name
-from .measure import CHUNK, EXACT, Sums, Tolerance
+from .measure import CHUNK, EXACT, Coarse, Sums, Tolerance
 from .results import Status, TensorResult
+from .row_norms import Doubles
 from .rulebook import Rule, Rulebook
 
 # Tensors that were read already, by step and name, and those that could not be.
@@ -93,7 +95,7 @@ def _ready(task: Task, side: int, pairs: Sequence[Pair]) -> Ready:
     records = {
         (source.step, name): record
         for source in sources
-        if not source.unshard and source.by is None and source.columns is None
+        if not (source.unshard or source.shards or source.by or source.columns)
         for name, record in zip(source.names, source.records, strict=True)
         if record["bytes"] <= SMALL
     }
@@ -134,9 +136,11 @@ class Operand:
             if source.by is not None:
                 payload = in_memory(self._by_experts(step, name, source, axis))
             elif source.columns is not None:
-                payload = in_memory(_columns(step.tensor(name, source.unshard), source.columns, axis))
+                payload = in_memory(_columns(_tensor(step, name, source), source.columns, axis))
             elif axis > 1:
-                payload = in_memory(as_rows(step.tensor(name, source.unshard), axis))
+                payload = in_memory(as_rows(_tensor(step, name, source), axis))
+            elif name in source.shards:
+                payload = in_memory(_tensor(step, name, source))
             else:
                 # It is closed when this pair is done; whoever has the same one again reads it again.
                 held = None if ready is None else ready.pop((source.step, name), None)
@@ -151,7 +155,15 @@ class Operand:
             self.shape = (prod(first.shape[:2]), *first.shape[2:])
         # In float32, since the model adds the residual there before it rounds.
         self.dtype = first.dtype if len(self._payloads) == 1 else torch.float32
-        self.is_scaled = any(map(is_scaled, map(as_stored, source.records)))
+        stored = list(map(as_stored, source.records if source.whole is None else [source.whole]))
+        self.is_scaled = any(map(is_scaled, stored))
+        # Of a sum over ranks it is not known here how coarse each summand was.
+        self.is_summed = source.unshard and any(each.get("part", {}).get("sum") for each in source.records)
+        # Of a part of a row, or of a sum of rows, the row whose scale it had is another one.
+        apart = source.columns is not None or len(source.names) > 1
+        named = zip(source.names, stored, strict=True) if apart and self.is_scaled else ()
+        peaks = [self._peaks_of(step, name, source, axis) for name, each in named if is_scaled(each)]
+        self._peaks: Doubles | None = np.sum(peaks, axis=0) if peaks else None
         if any(payload.shape != first.shape for payload in self._payloads):
             raise ReadError(f"{source.names} cannot be added, their shapes differ")
 
@@ -159,8 +171,7 @@ class Operand:
         """The values of each token in the order of its experts, where both runs have them so."""
         assert source.by is not None
         values, experts = (
-            as_rows(step.tensor(each, source.unshard), axis if axis > 1 else 0)
-            for each in (name, source.by[0])
+            as_rows(_tensor(step, each, source), axis if axis > 1 else 0) for each in (name, source.by[0])
         )
         try:
             return in_order_of(experts, values)
@@ -176,6 +187,22 @@ class Operand:
                 values = values + payload.read(begin, end).float()
         return values
 
+    def _peaks_of(self, step: Step, name: str, source: Located, axis: int) -> Doubles:
+        """The largest magnitude in each of a tensor's rows."""
+        tensor = (
+            as_rows(_tensor(step, name, source), axis if axis > 1 else 0).double().nan_to_num(0.0, 0.0, 0.0)
+        )
+        found: Doubles = tensor.abs().amax(-1).flatten().numpy()
+        return found
+
+    def coarse(self, piece: Piece) -> bool | Doubles:
+        """Whether a piece's rows have a scale each; of other rows that had, their largest values."""
+        if self._peaks is None:
+            return self.is_scaled
+        begin, shape = self.cut(piece)
+        first = begin // shape[-1]
+        return self._peaks[first : first + prod(shape[:-1])]
+
     def values(self, piece: Piece) -> torch.Tensor:
         """All values of a piece."""
         begin, shape = self.cut(piece)
@@ -189,6 +216,18 @@ class Operand:
         if not self.shape or end > self.shape[0]:
             raise ReadError(f"rows {begin} to {end} are not in a tensor of shape {self.shape}")
         return begin * prod(self.shape[1:]), (end - begin, *self.shape[1:])
+
+
+def _tensor(step: Step, name: str, source: Located) -> torch.Tensor:
+    """A tensor of a side, joined from what ranks have of it."""
+    if name not in source.shards:
+        return step.tensor(name, source.unshard)
+    names, widths = source.shards[name]
+    tensors = [step.tensor(each) for each in names]
+    if len({each.shape for each in tensors}) > 1 or tensors[0].shape[-1] != sum(widths):
+        raise ReadError(f"{name}: the ranks' parts are not as large as they were said to be")
+    split = [torch.split(each, list(widths), -1) for each in tensors]
+    return torch.cat([each[place] for place in range(len(widths)) for each in split], -1)
 
 
 def _columns(tensor: torch.Tensor, columns: Columns, axis: int) -> torch.Tensor:
@@ -219,9 +258,14 @@ def _compared(task: Task, pair: Pair, pieces: tuple[Piece, Piece], x: Operand, y
     if rule is not None:
         return _ruled(task, rule, pair, pieces, x, y)
     tolerance = task.tolerance.between(x.stored, y.stored)
-    if x.is_scaled or y.is_scaled:
+    coarse: Coarse = (False, False)
+    scaled = [each for each in (x, y) if each.is_scaled]
+    if any(each.is_summed for each in scaled):
         tolerance = tolerance.of_scaled_rows()
-    sums = Sums(tolerance, x.dtype, y.dtype, shapes[1])
+    elif scaled and tolerance.is_default:
+        tolerance = replace(tolerance, norm=True)
+        coarse = x.coarse(pieces[0]), y.coarse(pieces[1])
+    sums = Sums(tolerance, x.dtype, y.dtype, shapes[1], coarse)
     chunks(x, y, pieces, sums.add)
     measures = sums.measures()
     status: Status = "bitwise" if measures.bitwise else "close" if measures.agrees else "different"

@@ -23,7 +23,7 @@ class Found(NamedTuple):
     """One tensor of a dump: what it is of, how it looks, and the ``place`` by which the source reads it.
 
     One that cannot be read has ``skipped``, the reason, in place of a ``place``, and no dtype where
-    even that is not known.
+    even that is not known. ``part`` says how a rank's part of a tensor is joined, as in ``step.json``.
     """
 
     module: str
@@ -35,6 +35,7 @@ class Found(NamedTuple):
     skipped: str | None = None
     call: int = 0
     device: str = "cpu"
+    part: Json | None = None
 
 
 _DIGITS = re.compile(r"(\d+)")
@@ -109,6 +110,18 @@ def step_document(
     if rows is not None:
         document["rows"] = list(rows)
     return document
+
+
+def sharding_of(found: Sequence[Found], place: Json) -> Json | None:
+    """The entry of a step's document that says which tensors are parts, for a rank at a ``place``."""
+    if place["tp_size"] == 1 or all(each.part is None for each in found):
+        return None
+    tensors: Json = {}
+    for each in found:
+        if each.part is not None:
+            side = tensors.setdefault(each.module, {}).setdefault(each.direction, {})
+            side["/".join(map(str, each.path))] = each.part
+    return {"tp_rank": place["tp_rank"], "tp_size": place["tp_size"], "tensors": tensors}
 
 
 def _numbered(found: Iterable[Found]) -> list[Found]:

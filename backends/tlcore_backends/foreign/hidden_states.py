@@ -47,7 +47,8 @@ class HiddenStates(ForeignSource):
                 return None
             if tensors.keys() != _KEYS:
                 lacking = ", ".join(sorted(_KEYS - tensors.keys()))
-                return f"{name}: has hidden states, but no {lacking}" if lacking else None
+                held = ", ".join(sorted(_KEYS & tensors.keys()))
+                return f"{name}: has {held}, but no {lacking}" if lacking else None
             if len(tensors["hidden_states"].shape) not in (2, 3):
                 return f"{name}: its hidden states are no [tokens, layers, hidden]"
         return {"world_size": 1}

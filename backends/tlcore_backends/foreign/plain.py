@@ -20,7 +20,7 @@ from .pickled import TensorAt, Unknown
 from .source import ONE_RANK, ForeignSource
 from .torch_files import TorchFile, torch_file
 
-_TORCH = (".pt", ".pth", ".bin")
+_TORCH = (".pt", ".pth", ".bin", ".ckpt")
 _SUFFIXES = (".safetensors", ".npz", ".npy", *_TORCH)
 _PICKLES = (".pkl", ".pickle", ".joblib")
 _NUMBERED = re.compile(r"(?:.*?(?:step|pass|iter|iteration|batch)[_\-]?)?(\d+)", re.IGNORECASE | re.DOTALL)

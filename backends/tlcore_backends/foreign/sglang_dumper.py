@@ -14,6 +14,7 @@ from tlcore.record import Json
 
 from .documents import Found
 from .files import DumpFiles, StoredAt
+from .parallel import part_of, places
 from .pickled import plain
 from .plain import described, located
 from .request_rows import Batch, request_rows, vector
@@ -69,7 +70,12 @@ class SglangDumper(ForeignSource):
         except ReadError as error:
             return str(error)
         # How many there were may be told, but the dumps of the others may well have been filtered out.
-        return {"world_size": max(each.rank for each in map(_parsed, names) if each is not None) + 1}
+        by_rank = {each.rank: each for each in map(_parsed, sorted(names, reverse=True)) if each is not None}
+        found: Json = {"world_size": max(by_rank) + 1}
+        if 1 < len(by_rank) == found["world_size"]:
+            ranks = _ranks(files, directories[0], by_rank)
+            found |= {} if ranks is None else {"ranks": ranks}
+        return found
 
     @cached_property
     def _directory(self) -> str:
@@ -99,11 +105,14 @@ class SglangDumper(ForeignSource):
     def _tensors(self, file: _File) -> Iterator[Found]:
         opened = self._opened(file)
         whole = _whole(opened.value)
+        meta = {} if whole else _meta(opened)
         for path, leaf in opened.leaves():
             if whole or path[:1] == ("value",):
                 each = described(opened, leaf)
                 if each is not None:
-                    yield _named(file.tags, path if whole else path[1:], each)
+                    key = "dims_grad" if file.tags["name"].startswith(_GRADIENT) else "dims"
+                    part = part_of(meta.get(key), each.shape)
+                    yield _named(file.tags, path if whole else path[1:], each._replace(part=part))
 
     def _opened(self, file: _File) -> TorchFile:
         size = self.files.files_in(self._directory)[file.name]
@@ -199,6 +208,25 @@ def _named(tags: Mapping[str, str], path: tuple[PathKey, ...], found: Found) -> 
         ]
         each = found._replace(module=".".join([module, *more]), direction="outputs", path=path)
     return each._replace(direction=f"grad_{each.direction}") if gradient else each
+
+
+def _meta(opened: TorchFile) -> Mapping[str, Any]:
+    """What a file tells of its tensor; nothing where it has the tensor alone."""
+    value = plain(opened.value)
+    found = plain(value["meta"]) if not _whole(opened.value) else {}
+    return found if isinstance(found, dict) else {}
+
+
+def _ranks(files: DumpFiles, directory: str, by_rank: Mapping[int, _File]) -> list[Json] | None:
+    """Each rank's place in the groups that share the model, as a file of its own tells it."""
+    told: dict[int, Any] = {}
+    for rank, file in by_rank.items():
+        try:
+            meta = _meta(torch_file(files, file.name, files.files_in(directory)[file.name]))
+        except ReadError:
+            return None
+        told[rank] = plain(meta.get("sglang_parallel_info") or meta.get("megatron_parallel_info"))
+    return places(told, len(by_rank))
 
 
 def _whole(value: Any) -> bool:

@@ -13,12 +13,13 @@ from tlcore.storage import Store
 
 from .documents import Found
 from .files import DumpFiles, StoredAt
+from .parallel import places
 from .plain import described
 from .request_rows import Batch, request_rows, vector
 from .source import ForeignSource
 from .torch_files import TorchFile, torch_file
 
-_PROCESS = re.compile(r"TP\d+_PP\d+_Rank(\d{1,6})_pid\d+")
+_PROCESS = re.compile(r"TP(\d{1,6})_PP(\d{1,6})_Rank(\d{1,6})_pid\d+")
 _PASS = re.compile(r"Pass(\d{5,9})\.pt")
 _BATCH = ".forward_batch_info."
 _PROXY = ".pp_proxy_tensors."
@@ -60,7 +61,9 @@ class SglangFolder(ForeignSource):
             return None if not processes[0][1] else f"{name}: not a file of torch.save"
         if not isinstance(value, dict) or not any(isinstance(key, str) and _IDS in key for key in value):
             return f"{name}: has no *{_IDS}, which SGLang puts into each pass" if processes[0][1] else None
-        return {"world_size": max(ranks) + 1}
+        found: Json = {"world_size": max(ranks) + 1}
+        shared = _shared(files) if len(ranks) > 1 else None
+        return found if shared is None else {**found, "ranks": shared}
 
     @cached_property
     def _files(self) -> dict[int, dict[int, str]]:
@@ -149,8 +152,25 @@ def _sorted_out(named: Sequence[tuple[str, Found]]) -> dict[str, list[Found]]:
 
 def _processes(files: DumpFiles) -> list[tuple[int, str]]:
     """The directories of processes with their ranks; the dump itself where it is one's."""
-    listed = [(int(found[1]), name) for name in files.directories if (found := _PROCESS.fullmatch(name))]
+    listed = [(int(found[3]), name) for name in files.directories if (found := _PROCESS.fullmatch(name))]
     return sorted(listed) or [(0, "")]
+
+
+def _shared(files: DumpFiles) -> list[Json] | None:
+    """Each rank's place in the groups that share the model, as the directories are called."""
+    found = [each for name in files.directories if (each := _PROCESS.fullmatch(name))]
+    sizes = [1 + max(int(each[group]) for each in found) for group in (1, 2)]
+    told = {
+        int(each[3]): dict(
+            zip(
+                ("tp_rank", "tp_size", "pp_rank", "pp_size"),
+                (int(each[1]), sizes[0], int(each[2]), sizes[1]),
+                strict=True,
+            )
+        )
+        for each in found
+    }
+    return places(told, max(told) + 1)
 
 
 def _passes(files: DumpFiles, directory: str) -> dict[int, str]:

@@ -11,7 +11,7 @@ from tlcore.protocols import Buffer, StepRanks
 from tlcore.record import Json
 from tlcore.storage import Store
 
-from .documents import Found, step_document
+from .documents import Found, sharding_of, step_document
 from .files import DumpFiles, read_at
 
 ONE_RANK = StepRanks(frozenset((0,)))
@@ -52,7 +52,11 @@ class ForeignSource(ABC):
 
     def document(self, step: int, rank: int) -> Json:
         """The step as a capture would have told it."""
-        return step_document(step, rank, self.found(step, rank), self.rows(step, rank))
+        found = self.found(step, rank)
+        document = step_document(step, rank, found, self.rows(step, rank))
+        place = next((each for each in self.run.get("ranks", ()) if each["rank"] == rank), None)
+        sharding = None if place is None else sharding_of(found, place)
+        return document if sharding is None else {**document, "sharding": sharding}
 
     def read(self, record: Mapping[str, Any], begin: int = 0, end: int | None = None) -> Buffer:
         """The bytes of a tensor, from the tool's file."""

@@ -268,3 +268,69 @@ def test_a_near_miss_says_what_is_missing(tmp_path: Path) -> None:
         _dumped(tmp_path / "two" / name, "x", torch.ones(1), 1)
     with pytest.raises(ReadError, match=r"several dumps of SGLang's dumper \(dump_a, dump_b\)"):
         tlcore.open_run(tmp_path / "two")
+
+
+def _by_two_ranks(directory: Path, fault: int | None = None, **parallel: Any) -> Path:
+    """A projection's result by columns, and one of which each rank has a summand."""
+    directory.mkdir()
+    whole = torch.arange(12.0).view(3, 4)
+    for rank in range(2):
+        info = {"tp_rank": rank, "tp_size": 2, "pp_rank": 0, "pp_size": 1, **parallel}
+        meta = {"step": 0, "rank": rank, "world_size": 2, "sglang_parallel_info": info}
+        tensors = {
+            ("model.layers.0.mlp.up_proj", "t h[tp] # dp:=x"): whole[:, 2 * rank :][:, :2].clone(),
+            ("model.layers.0.mlp.down_proj", "t h[tp:partial]"): whole * (0.25 + rank / 2),
+            ("model.layers.0.mlp", "t h"): whole.clone(),
+            ("model.norm", None): whole.clone(),
+        }
+        for index, ((name, dims), tensor) in enumerate(tensors.items(), 1):
+            if fault == index and rank == 1:
+                tensor[2, 1] += 1
+            tags = f"step=0___rank={rank}___dump_index={index}___name=non_intrusive__{name}.output"
+            told = meta if dims is None else {**meta, "dims": dims}
+            torch.save({"value": tensor, "meta": told}, directory / f"{tags}.pt")
+    return directory
+
+
+def test_ranks_are_joined_as_the_dumper_says(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    names = ["mlp.up_proj", "mlp.down_proj", "mlp"]
+    held = {**{f"model.layers.0.{name}": whole for name in names}, "model.norm": whole}
+    torch.save(held, tmp_path / "one.pt")
+    dump = _by_two_ranks(tmp_path / "dump")
+    run = tlcore.open_run(dump)
+    assert run.ranks[1]["tp_rank"] == 1 and run.ranks[1]["tp_size"] == 2
+    for name in names[:2]:
+        assert run.tensor(f"step_0/model.layers.0.{name}/outputs_cpu", unshard=True).equal(whole)
+    for found in (tlcore.compare(tmp_path / "one.pt", dump), tlcore.compare(dump, tmp_path / "one.pt")):
+        assert found.equal and len(found.results) == 2 + 2 * 2
+    for index, (name, rank) in enumerate(zip(held, (0, 0, 1, 1), strict=True), 1):
+        bad = tlcore.compare(tmp_path / "one.pt", _by_two_ranks(tmp_path / f"bad{index}", index))
+        assert [(each.module, each.rank) for each in bad.results if not each.agrees] == [(name, rank)]
+
+
+def test_of_ranks_of_which_little_is_told_nothing_is_taken_for_granted(tmp_path: Path) -> None:
+    odd: tuple[dict[str, Any], ...] = ({"tp_size": 1}, {"tp_size": "2"}, {"pp_rank": 1})
+    for number, parallel in enumerate(odd):
+        dump = _by_two_ranks(tmp_path / str(number), **parallel)
+        assert not tlcore.open_run(dump).ranks
+    dump = _by_two_ranks(tmp_path / "dump")
+    for file in dump.glob("*rank=0*"):
+        file.unlink()
+    assert not tlcore.open_run(dump).ranks
+
+
+def test_the_folders_names_tell_how_ranks_share_the_model(tmp_path: Path) -> None:
+    for rank in range(4):
+        process = tmp_path / f"TP{rank % 2}_PP{rank // 2}_Rank{rank}_pid{rank}"
+        process.mkdir()
+        held = {f"model.layers.{rank // 2}.mlp": torch.ones(2, 1), **_batch([1, 2], [0, 1], [2])}
+        torch.save(held, process / "Pass00000.pt")
+    run = tlcore.open_run(tmp_path)
+    assert [(each["tp_rank"], each["pp_rank"]) for each in run.ranks.values()] == [
+        (0, 0),
+        (1, 0),
+        (0, 1),
+        (1, 1),
+    ]
+    assert run.ranks[0]["tp_size"] == run.ranks[0]["pp_size"] == 2

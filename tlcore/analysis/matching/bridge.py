@@ -150,4 +150,5 @@ def _hidden(plan: Plan, side: Mapping[Key, Kind], goals: set[Key]) -> list[Key]:
 def _added(sources: Sequence[Located]) -> Located:
     names = tuple(name for source in sources for name in source.names)
     records = tuple(record for source in sources for record in source.records)
-    return Located(sources[0].step, names, records, sources[0].unshard)
+    shards = {name: each for source in sources for name, each in source.shards.items()}
+    return Located(sources[0].step, names, records, sources[0].unshard, shards=shards)

@@ -14,11 +14,14 @@ from ...reader.placements import as_whole, is_part
 from .pairs import Columns, Key, Located
 
 Parts = dict[Key, tuple[tuple[Key, Columns | None], ...]]
-_FUSED = {
+# By the name of a projection, those of the several.
+FUSED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),
     "gate_up_proj": ("gate_proj", "up_proj"),
     "fused_qkv_a_proj": ("q_a_proj", "kv_a_proj_with_mqa"),
 }
+# Those whose parts are as wide, so that each rank has as much of both.
+HALVES = ("gate_up_proj",)
 _INTEGERS = ("int", "uint", "bool")
 _Call = tuple[int, str, int]
 
@@ -29,7 +32,7 @@ def parts_of(fused: Mapping[Key, Located], single: Mapping[Key, Located]) -> Par
     found: Parts = {}
     for rank, module, call in calls[0]:
         outer, dot, name = module.rpartition(".")
-        others = [(rank, f"{outer}{dot}{other}", call) for other in _FUSED.get(name, ())]
+        others = [(rank, f"{outer}{dot}{other}", call) for other in FUSED.get(name, ())]
         if not others or not all(each in calls[1] and each not in calls[0] for each in others):
             continue
         if (rank, module, call) not in calls[1]:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
 from ...layout.row_scale import presented
 from ...reader import Step
+from ...reader.placements import as_whole
 from ...record import Json
 from .conventions import Rename, apply
 from .experts import with_experts
@@ -20,9 +22,10 @@ def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Located]:
     Records stand in ``step.json`` in the order in which they came about: inputs at entry, outputs at
     return, so a child's output before its parent's.
     """
+    side = 0 if rename else 1
     calls = renamed(rules, rename)
     found: dict[Key, Located] = {}
-    for rank, record in _ordered(step, rules.unshard):
+    for rank, record in _ordered(step, rules.joins_ranks(side)):
         module, call = calls.of(rank, str(record["module"]), int(record["call"]))
         direction = str(record["direction"])
         if not rules.wants(module, direction):
@@ -30,8 +33,21 @@ def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Located]:
         key = (rank, module, call, direction, tuple(record["path"]))
         if rules.leaves_out(key):
             continue
-        found[key] = Located(step.number, (str(record["name"]),), (presented(record),), rules.unshard)
-    return with_experts(found)
+        # What tells how it is joined is joined also where the ranks otherwise are held one by one.
+        joined = rules.joins_ranks(side) or (side == rules.spread and "part" in record)
+        if joined and not rules.joins_ranks(side):
+            if record["part"]["tp_rank"]:
+                continue
+            record = as_whole(record)
+        found[key] = Located(step.number, (str(record["name"]),), (presented(record),), joined)
+    found = with_experts(found)
+    return found if rules.spread in (None, side) else _on_each_rank(found, rules.ranks)
+
+
+def _on_each_rank(found: Mapping[Key, Located], ranks: Sequence[int]) -> dict[Key, Located]:
+    """One model's tensors as each of some ranks would have them."""
+    # Objects of their own: their order in the run is known by them.
+    return {(rank, *key[1:]): replace(source) for key, source in found.items() for rank in ranks}
 
 
 def _ordered(step: Step, unshard: bool) -> Iterator[tuple[int, Json]]:

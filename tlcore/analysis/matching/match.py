@@ -13,8 +13,10 @@ from ...reader import Run, Step
 from ..results import Gap, TensorResult
 from .bridge import bridged
 from .conventions import naming
+from .counting import counted_alike
 from .keyed import keyed
-from .pairs import Matching, Pair, absent, key_name
+from .pairs import Key, Located, Matching, Pair, absent, key_name
+from .ranks import spread, spread_note, spread_side, told_once, with_shards_joined
 from .requests import match_requests
 from .rules import Rules
 from .scalars import differing_values
@@ -30,14 +32,21 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
     steps_a, steps_b = _steps(a, rules), _steps(b, rules)
     found = None if rules.maps else naming(_modules(steps_a), _modules(steps_b))
     rules = _between_tools(a, b, replace(rules, unshard=_layout(a) != _layout(b)))
+    rules = spread(rules, spread_side(a, b), (steps_a, steps_b))
     if found is not None:
         rules = replace(rules, maps=found.a, maps_b=found.b)
-    missing = [*_unusable(a, 0, rules), *_unusable(b, 1, rules)]
     per_request = any(step.samples for step in steps_a) and any(step.samples for step in steps_b)
     if rules.requests and not per_request:
         problem = "there are none to pair: not both runs know the rows of requests or samples"
         raise ConfigError("requests", problem)
+    more: list[str] = []
+    if not per_request:
+        rules, more = counted_alike(a, b, rules, (steps_a, steps_b))
+        more += _whole_batches(a, b, steps_a, steps_b)
+    missing = [*_unusable(a, 0, rules), *_unusable(b, 1, rules)]
     pairs, absent, notes = (match_requests if per_request else _match_steps)(steps_a, steps_b, rules)
+    absent = told_once(absent, rules)
+    notes = [*more, *spread_note(rules), *notes]
     pairs = [_ordered_alike(each) for each in pairs]
     if found is not None:
         pairs = [replace(each, reordered=True) for each in pairs]
@@ -104,7 +113,8 @@ def _unusable(run: Run, side: int, rules: Rules) -> Iterator[TensorResult]:
     for number in run.incomplete_steps:
         if rules.steps is None or number in rules.steps:
             yield _missing_step(number, f"step {number} of {label} was not committed by every rank")
-    for number in sorted((rules.steps or frozenset()) - {*run.steps, *run.incomplete_steps}):
+    held = {*run.steps, *run.incomplete_steps, *(each[side] for each in rules.same_step)}
+    for number in sorted((rules.steps or frozenset()) - held):
         yield _missing_step(number, f"{label} has no step {number}")
 
 
@@ -173,10 +183,11 @@ def _match_steps(
 ) -> tuple[list[Pair], list[TensorResult], list[str]]:
     pairs: list[Pair] = []
     missing: list[TensorResult] = []
-    by_number: Mapping[int, Step] = {step.number: step for step in steps_b}
+    by_number = rules.by_number(steps_b)
     for step in steps_a:
         mine = keyed(step, rules, rename=True)
         theirs = keyed(by_number[step.number], rules, rename=False) if step.number in by_number else {}
+        mine, theirs = _joined(mine, theirs, rules)
         mine, theirs = bridged(mine, theirs, rules)
         for key, source in mine.items():
             if key in theirs:
@@ -185,7 +196,26 @@ def _match_steps(
                 missing.append(absent(key, source, 0))
         missing += [absent(key, source, 1) for key, source in theirs.items() if key not in mine]
     numbers = {step.number for step in steps_a}
-    for step in steps_b:
-        if step.number not in numbers:
+    for number, step in by_number.items():
+        if number not in numbers:
             missing += [absent(key, source, 1) for key, source in keyed(step, rules, rename=False).items()]
     return pairs, missing, []
+
+
+def _joined(
+    mine: dict[Key, Located], theirs: dict[Key, Located], rules: Rules
+) -> tuple[dict[Key, Located], dict[Key, Located]]:
+    """Both sides' tensors, with what ranks have parts of joined where the other side shows how."""
+    if rules.spread == 0:
+        return with_shards_joined(mine, theirs, rules.ranks), theirs
+    if rules.spread == 1:
+        return mine, with_shards_joined(theirs, mine, rules.ranks)
+    return mine, theirs
+
+
+def _whole_batches(a: Run, b: Run, steps_a: Sequence[Step], steps_b: Sequence[Step]) -> Iterator[str]:
+    """A note where only one run tells whose rows are whose."""
+    told = [any(step.samples for step in steps) for steps in (steps_a, steps_b)]
+    if (a.is_foreign or b.is_foreign) and any(told):
+        label = "AB"[told.index(False)]
+        yield f"{label} does not tell whose its rows are: tensors are compared whole, step by step"

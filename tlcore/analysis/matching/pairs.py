@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from ...layout.names import PathKey
 from ...record import Json
@@ -36,6 +37,13 @@ class Piece:
 WHOLE = Piece(None, None, None)
 
 
+class Shards(NamedTuple):
+    """The names under which each rank has as much of a tensor, and the widths of what it has side by side."""
+
+    names: tuple[str, ...]
+    widths: tuple[int, ...]
+
+
 @dataclass(frozen=True, slots=True)
 class Located:
     """Where one side of a pair lies: a step and one tensor in it, or two tensors to be added.
@@ -43,7 +51,7 @@ class Located:
     With ``unshard`` each name stands for the tensor that the ranks' parts make up. ``by`` are the name and
     record of the experts that were chosen for each token, in whose order its values are compared, ``logits``
     the name of what they were chosen by. Of a tensor with ``columns`` only these count, and ``whole`` is the
-    record of all of it.
+    record of all of it. A name in ``shards`` stands for what ranks have of a tensor, joined.
     """
 
     step: int
@@ -54,6 +62,7 @@ class Located:
     logits: str | None = None
     columns: Columns | None = None
     whole: Json | None = None
+    shards: Mapping[str, Shards] = field(default_factory=dict)
 
     @property
     def laid_out(self) -> Json:

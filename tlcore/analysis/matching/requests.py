@@ -18,6 +18,7 @@ from .keyed import keyed
 from .loose import Loose, loose_notes, pair_loose
 from .pairs import Key, Located, Pair, Piece, absent
 from .prompts import pair_requests
+from .ranks import with_shards_joined
 from .rules import Rules
 
 _LARGEST = 1 << 50
@@ -49,6 +50,10 @@ def match_requests(
     labels_a, labels_b, notes = pair_requests(steps_a, steps_b, rules.requests)
     keyed_a = [(step, keyed(step, rules, rename=True)) for step in steps_a]
     keyed_b = [(step, keyed(step, rules, rename=False)) for step in steps_b]
+    if rules.spread is not None:
+        spread, whole = (keyed_a, keyed_b) if rules.spread == 0 else (keyed_b, keyed_a)
+        held = _merged(whole)
+        spread[:] = [(step, with_shards_joined(found, held, rules.ranks)) for step, found in spread]
     plan_a, plan_b = plans(_merged(keyed_a), _merged(keyed_b), rules)
     applied_a = [(step, plan_a.apply(found)) for step, found in keyed_a]
     applied_b = [(step, plan_b.apply(found)) for step, found in keyed_b]

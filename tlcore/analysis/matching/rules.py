@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from ...errors import ConfigError
 from ...layout.directions import pattern_names
+from ...reader import Step
 from ..results import TensorResult
 from ..rulebook import Patterns, fits, tensor_name
 from .conventions import Rename
@@ -23,6 +24,8 @@ class Rules:
     ``maps_b`` rename B's modules, too, where both get other names. ``other_tool``: the runs are of different
     tools, so that what a call takes and returns may be told otherwise.
     ``require`` and ``leave_out`` are what must be there and what is not compared, by tensors' names.
+    Each of the ``ranks`` of the side ``spread`` (0: A, 1: B) is held against the other run's whole model.
+    ``same_step`` are numbers of B's steps with those of A's that they are held against.
     """
 
     maps: tuple[Rename, ...] = ()
@@ -36,6 +39,9 @@ class Rules:
     leave_out: Patterns = ()
     maps_b: tuple[Rename, ...] = ()
     other_tool: bool = False
+    spread: int | None = None
+    ranks: tuple[int, ...] = ()
+    same_step: tuple[tuple[int, int], ...] = ()
 
     def leaves_out(self, key: Key) -> bool:
         """Whether a tensor counts as if it were not there."""
@@ -49,6 +55,15 @@ class Rules:
         """Whether a module's tensor is to be compared; that of a tap is also found by the tap's name."""
         names = pattern_names(module, direction)
         return not self.modules or any(each.search(name) for each in self.modules for name in names)
+
+    def joins_ranks(self, side: int) -> bool:
+        """Whether a side (0: A, 1: B) counts as one model, whichever ranks hold its tensors."""
+        return self.unshard and side != self.spread
+
+    def by_number(self, steps_b: Sequence[Step]) -> dict[int, Step]:
+        """B's steps by the numbers of those of A that they are held against."""
+        numbers = dict(self.same_step)
+        return {numbers.get(step.number, step.number): step for step in steps_b}
 
     @property
     def bridges(self) -> bool:

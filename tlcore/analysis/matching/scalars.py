@@ -24,7 +24,7 @@ def differing_values(steps_a: Sequence[Step], steps_b: Sequence[Step], rules: Ru
     """
     if rules.bridges or rules.unshard:
         return []
-    by_number = {step.number: step for step in steps_b}
+    by_number = rules.by_number(steps_b)
     found = [
         place
         for step in steps_a

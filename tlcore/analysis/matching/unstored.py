@@ -22,6 +22,7 @@ def skipped(step: Step, rules: Rules, rename: bool) -> dict[Key, str]:
         return {}
     found: dict[Key, str] = {}
     calls = renamed(rules, rename)
+    joins = rules.joins_ranks(0 if rename else 1)
     for rank in step.ranks:
         for name, structure in step.structures(rank).items():
             directory, _, file = name.rpartition("/")
@@ -31,7 +32,7 @@ def skipped(step: Step, rules: Rules, rename: bool) -> dict[Key, str]:
             if not rules.wants(module, direction):
                 continue
             for path, reason in _nodes(structure, ()):
-                key = (step.replica(rank) if rules.unshard else rank, module, index, direction, path)
+                key = (step.replica(rank) if joins else rank, module, index, direction, path)
                 if not rules.leaves_out(key):
                     found[key] = reason
     return found
@@ -56,7 +57,7 @@ def one_sided(
     What one run skipped and the other stored is missing anyway, since only one has it: ``found`` are these,
     which come back with the reason.
     """
-    by_number = {step.number: step for step in steps_b}
+    by_number = rules.by_number(steps_b)
     missing: list[TensorResult] = []
     reasons: tuple[dict[Key, str], dict[Key, str]] = ({}, {})
     both: list[TensorResult] = []
