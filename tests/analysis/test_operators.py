@@ -99,8 +99,10 @@ def test_other_operators_are_told_from_the_first_on(tmp_path: Path) -> None:
     found = compared(tmp_path, "extra")
     note = next(each for each in found.notes if "other operators" in each)
     assert note.startswith("the code of 1 uses other operators from op.0002.")
-    assert f"A uses clamp at {line('h = h.clamp(-1, 1)')}" in note
-    assert f"B uses abs at {line('h = h.abs()')}" in note
+    assert f"A uses none there, B uses abs at {line('h = h.abs()')}" in note
+    first = found.first_divergence
+    assert first is not None and first.direction == "op.0002.clamp" and first.born
+    assert str(first).endswith(f"A uses none there, B uses abs at {line('h = h.abs()')}")
 
 
 def test_what_has_no_rows_of_its_own_has_inputs_of_every_request(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,57 @@ def test_two_engines(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
     models = [tlcore.open_run(url).document["environment"]["model"].partition(".")[0] for url in urls]
     assert models == ["vllm", "transformers"]
     assert found["divergence"]["module"] == "model.layers.0.input_layernorm"
+
+
+def _with_own_code(directory: Path, old: str, new: str) -> Path:
+    """A tiny T5 whose checkpoint brings the code of transformers', changed in one place."""
+    import transformers
+    from transformers.models.t5 import modeling_t5
+
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "d_model": 16, "d_ff": 24, "num_heads": 2, "d_kv": 8, "vocab_size": 60}
+    transformers.T5ForConditionalGeneration(
+        transformers.T5Config(**sizes, decoder_start_token_id=0)
+    ).save_pretrained(directory)
+    text = Path(str(modeling_t5.__file__)).read_text()
+    assert old in text
+    text = re.sub(r"from \.\.\.(\w+)", r"from transformers.\1", text.replace(old, new))
+    text = text.replace("from ... import", "from transformers import")
+    text = text.replace("from .configuration_t5", "from transformers.models.t5.configuration_t5")
+    (directory / f"{directory.name}_code.py").write_text(text)
+    document = json.loads((directory / "config.json").read_text())
+    document["auto_map"] = {"AutoModelForSeq2SeqLM": f"{directory.name}_code.T5ForConditionalGeneration"}
+    (directory / "config.json").write_text(json.dumps(document))
+    return directory
+
+
+@pytest.mark.slow
+def test_a_line_in_a_checkpoints_own_code_of_encoder_and_decoder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transformers = pytest.importorskip("transformers")
+    monkeypatch.setenv("HF_MODULES_CACHE", str(tmp_path / "modules"))
+    scores = "attn_weights = torch.matmul(query, key.transpose(2, 3)) * scaling\n"
+    wrong = scores.replace("\n", " * 1.5\n")
+    arguments = {"trust_remote_code": True, "attn_implementation": "eager"}
+    paths = _with_own_code(tmp_path / "right", "", ""), _with_own_code(tmp_path / "wrong", scores, wrong)
+    urls = []
+    for path in paths:
+        model = transformers.AutoModelForSeq2SeqLM.from_pretrained(path, **arguments).eval()
+        with torch.no_grad(), tlcore.capture(model, output_dir=str(tmp_path / "runs")) as capture:
+            model(input_ids=torch.tensor(TOKENS) % 60, decoder_input_ids=torch.tensor([[0, 4], [0, 9]]))
+        urls.append(str(capture.url))
+    status, found = explained(
+        capsys, *urls, "--model", str(paths[0]), "--model-b", str(paths[1]),
+        "--engine-args", json.dumps(arguments),
+    )  # fmt: skip
+    assert status == 1 and found["divergence"]["module"] == "encoder.block.0.layer.0.SelfAttention"
+    operator = found["divergence"]["operator"]
+    assert (
+        operator["other_code"] and operator["a"] is None and operator["b"]["function"] == "torch.Tensor.mul"
+    )
+    line = Path(operator["b"]["file"]).read_text().splitlines()[operator["b"]["line"] - 1]
+    assert line.strip() == wrong.strip()
 
 
 def test_runs_that_agree_need_no_engine(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -229,6 +229,24 @@ def test_encoder_and_decoder_have_rows_of_their_own(tmp_path: Path) -> None:
     assert request[LOGITS].shape == (2, 64) and lengths == [3, 2][: len(lengths)]
 
 
+@pytest.mark.parametrize("target", [[0, 6, 3], [0, 0, 6], [0, 6, 0]], ids=["full", "left", "right"])
+def test_what_a_decoder_starts_with_is_no_padding_though_that_has_its_number(
+    tmp_path: Path, target: list[int]
+) -> None:
+    model, batch = t5(), padded(PROMPTS, left=False)
+    model.config.pad_token_id = model.generation_config.pad_token_id = 0
+    ids = torch.tensor([[0, 4, 5], target, [0, 7, 8]])
+    run = run_of(model, tmp_path, lambda _: model(**batch, decoder_input_ids=ids))
+    if 0 in target[1:]:
+        assert "which positions are padding is not known" in run.step(0).documents[0]["rows_unavailable"]
+        return
+    assert list(run.requests) == ["0", "1", "2"]
+    request = run.request("1")
+    assert request.token_ids.tolist() == target
+    assert request["decoder/outputs_last_hidden_state_cpu"].shape == (3, 32)
+    assert [*request.tokens.encoder.values()] == PROMPTS[1]
+
+
 def test_an_encoder_as_long_as_the_decoder_is_not_taken_for_it(tmp_path: Path) -> None:
     model, batch = t5(), padded(PROMPTS, left=False)
     decoder = {

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..analysis import Comparison, compare
 from ..analysis.results import Divergence
@@ -26,6 +26,8 @@ ENGINES: Mapping[str, str] = {"transformers": "tlcore.adapters.again", "vllm": "
 # All modules; the operators of what holds the layers; those of a layer.
 _ROUNDS = 3
 _NUMBER = re.compile(r"\d")
+# Where transformers puts the code of checkpoints that bring their own.
+_REMOTE_CODE = "transformers_modules"
 
 
 @dataclass(frozen=True)
@@ -33,13 +35,21 @@ class Maker:
     """What makes a run again: a checkpoint; where not given, the run tells with which engine and dtype.
 
     ``arguments`` go to `vllm.LLM`, or to transformers' ``from_pretrained``; of B, None means A's, where the
-    engine is the same.
+    engine is the same. ``of`` is the class of which the run was, where it says so.
     """
 
     model: str
     engine: str | None = None
     dtype: str | None = None
     arguments: Mapping[str, Any] | None = None
+    of: str | None = None
+
+
+class Texts(NamedTuple):
+    """The token ids of each request, and of a model with encoder and decoder what the encoder was given."""
+
+    prompts: list[list[int]]
+    encoded: list[list[int]]
 
 
 @dataclass(frozen=True)
@@ -113,18 +123,18 @@ def explain(
     known = _known(makers[0], first, 0), _known(makers[1], first, 1)
     if makers[1].arguments is None and known[0].engine == known[1].engine:
         known = known[0], replace(known[1], arguments=known[0].arguments)
-    prompts: list[list[int]] = []
+    texts = Texts([], [])
     rounds: list[Comparison] = []
     question = _question(first, everything=True)
     while question is not None and len(rounds) < _ROUNDS:
-        prompts = prompts or _prompts(first)
+        texts = texts if texts.prompts else _texts(first)
         urls = [
-            _captured(known[side], prompts, question, side, directory / f"{len(rounds)}_{label}", timeout_s)
+            _captured(known[side], texts, question, side, directory / f"{len(rounds)}_{label}", timeout_s)
             for side, label in enumerate("ab")
         ]
         rounds.append(compare_again(*urls))
         question = _question(rounds[-1], everything=False)
-    return Explanation(first, rounds, known, sum(map(len, prompts)))
+    return Explanation(first, rounds, known, sum(map(len, [*texts.prompts, *texts.encoded])))
 
 
 def _known(maker: Maker, first: Comparison, side: int) -> Maker:
@@ -133,14 +143,24 @@ def _known(maker: Maker, first: Comparison, side: int) -> Maker:
     if engine not in ENGINES:
         raise ConfigError("--engine", f"{engine!r} is not one of {', '.join(ENGINES)}.")
     need(engine, "explain")
+    model = _model_of(first.origin.runs[side])
     return Maker(
-        from_here(maker.model, "--model"), engine, maker.dtype or _dtype_of(first, side), maker.arguments
+        from_here(maker.model, "--model"),
+        engine,
+        maker.dtype or _dtype_of(first, side),
+        maker.arguments,
+        model if model.partition(".")[0] in ("transformers", _REMOTE_CODE) else None,
     )
 
 
+def _model_of(run: Run) -> str:
+    environment = run.document.get("environment")
+    return str(environment.get("model", "")) if isinstance(environment, Mapping) else ""
+
+
 def _engine_of(run: Run, label: str) -> str:
-    model = str(run.document.get("environment", {}).get("model", ""))
-    engine = model.partition(".")[0]
+    model = _model_of(run)
+    engine = model.partition(".")[0].replace(_REMOTE_CODE, "transformers")
     if engine in ENGINES:
         return engine
     of = f"of {model}" if model else "which does not say of what model it is"
@@ -186,7 +206,7 @@ def _name_in_b(comparison: Comparison, module: str) -> str:
     return module
 
 
-def _prompts(first: Comparison) -> list[list[int]]:
+def _texts(first: Comparison) -> Texts:
     """The tokens of the request in which the runs part, as A has them.
 
     Where the comparison is not by request, or A has none, those of all requests of that step.
@@ -196,25 +216,33 @@ def _prompts(first: Comparison) -> list[list[int]]:
     problems = []
     for side, run in enumerate(first.origin.runs):
         try:
-            return _prompts_in(run, found, side)
+            return _texts_in(run, found, side)
         except ReadError as error:
             problems.append(str(error))
     raise ReadError(f"what the runs were given is not known, so they cannot be made again: {problems[0]}")
 
 
-def _prompts_in(run: Run, found: Divergence, side: int) -> list[list[int]]:
+def _texts_in(run: Run, found: Divergence, side: int) -> Texts:
     name = found.result.names[side] or ""
     step = run.step(int(name.partition("/")[0].rpartition("_")[2] or found.step))
     if found.result.request is not None and side == 0:
-        return [run.request(found.result.request).token_ids.tolist()]
+        request = found.result.request
+        # Rows of an encoder's are told as those of a sequence of the request.
+        return _texts_of(run, [request if request in run.requests else request.rpartition("@")[0]])
     requests = sorted({str(each["request_id"]) for each in step.token_entries})
     if not requests:
         raise ReadError(f"{run.url}: step {step.number} has no token ids")
-    return [run.request(each).token_ids.tolist() for each in requests]
+    return _texts_of(run, requests)
+
+
+def _texts_of(run: Run, requests: Sequence[str]) -> Texts:
+    found = [run.request(each) for each in requests]
+    encoded = [[ids for _, ids in sorted(each.tokens.encoder.items())] for each in found]
+    return Texts([each.token_ids.tolist() for each in found], encoded if any(encoded) else [])
 
 
 def _captured(
-    maker: Maker, prompts: list[list[int]], question: _Question, side: int, place: Path, timeout_s: float
+    maker: Maker, texts: Texts, question: _Question, side: int, place: Path, timeout_s: float
 ) -> str:
     """The URL of a run of the prompts, in one pass."""
     config: Json = {
@@ -228,7 +256,9 @@ def _captured(
         "model": maker.model,
         "dtype": maker.dtype,
         "arguments": dict(maker.arguments or {}),
-        "prompts": prompts,
+        "prompts": texts.prompts,
+        "encoded": texts.encoded,
+        "of": maker.of,
         "config": config,
     }
     module = ENGINES[maker.engine or ""]

@@ -196,12 +196,15 @@ class _Around:
         for call in {(each.module, each.call) for _, each in own}:
             own += self._by_call[call]
         outputs = [(place, each) for place, each in own if _is_result(each)]
+        if outputs and all(each.bad is False for _, each in outputs):
+            # It may come later in A, whose code is another.
+            return True
         if not any(each.placed and place < self._at for place, each in outputs):
             # Without outputs before, it may only be a call that has not ended.
             module = own[0][1].module if own else module_of(directory)
             around = self._found.module if own else module_of(until)
             return within(around, module)
-        return all(each.bad is False for _, each in outputs)
+        return False
 
 
 def _is_result(each: Seen) -> bool:

@@ -21,7 +21,7 @@ def other_code(missing: Sequence[TensorResult], runs: tuple[Run, Run]) -> list[s
     texts = []
     for side, run in enumerate(runs):
         mine = [each for each in own if each.names[side] is not None]
-        found = operator_of(run, mine[0].names[side], mine[0].rank, mine[0].direction) if mine else None
+        found = operator_of(run, mine[0].names[side], mine[0].rank) if mine else None
         texts.append(f"{'AB'[side]} uses {found if found is not None else 'none there'}")
     where = shown_module(first.module)
     return [f"the code of {where} uses other operators from {first.direction} on: {', '.join(texts)}"]

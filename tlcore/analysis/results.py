@@ -16,7 +16,7 @@ from .culprit import Culprit, Look, culprit
 from .details import Details
 from .frames import data_frame
 from .measure import Measures
-from .operators import Used, advice, used_for
+from .operators import Used, advice, other_code_in, used_for
 from .origin import Birth, Entered, Seen, birth, entered_in
 
 
@@ -270,7 +270,7 @@ class Comparison:
                 left_out = result.direction == "inputs"
                 seen = self._seen(statuses, left_out)
                 found = birth(seen, place, self._entered())
-                used = None if self.origin is None else used_for(seen[place], self.origin.runs, seen)
+                used = None if self.origin is None else self._used(seen[place], found, statuses)
                 return Divergence(
                     result.step,
                     result.module,
@@ -283,6 +283,20 @@ class Comparison:
                     used,
                 )
         return None
+
+    def _used(self, result: Seen, found: Birth, statuses: set[str]) -> Used | None:
+        """What gave the first tensor to differ, or what other code there is where it was born."""
+        assert self.origin is not None
+        seen = self._seen(statuses, left_out=True)
+        used = used_for(result, self.origin.runs, seen)
+        if used is not None or not found.born:
+            return used
+        module, call = result.module, result.call
+        if result.direction == "inputs":
+            if found.within is None:
+                return None
+            module, call = found.within, found.within_call
+        return other_code_in((result.step, result.rank, module, call), self.origin.runs, seen)
 
     def _seen(self, statuses: set[str], left_out: bool) -> list[Seen]:
         """All tensors, perhaps with those that were left out, by whether they have one of the statuses."""

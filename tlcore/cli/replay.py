@@ -82,7 +82,9 @@ def _recipe(args: argparse.Namespace, opened: Run) -> Recipe:
     from ..analysis.replay.modules import Recipe, init_of
 
     name = call_in(opened, args.call, args.rank).module
-    return Recipe(name, args.module, init_of(args.init), args.weights, args.prefix, args.model)
+    environment = opened.document.get("environment")
+    of = environment.get("model") if isinstance(environment, dict) else None
+    return Recipe(name, args.module, init_of(args.init), args.weights, args.prefix, args.model, of=of)
 
 
 def _replaced(texts: list[str]) -> dict[int | str, Any]:

@@ -11,6 +11,8 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ...reader import Step
+from .code import aligned
 from .fused import Parts, apart, parts_of
 from .pairs import Key, Located
 from .rules import Rules
@@ -51,19 +53,28 @@ class Plan:
 
 
 def bridged(
-    mine: dict[Key, Located], theirs: dict[Key, Located], rules: Rules
+    mine: dict[Key, Located],
+    theirs: dict[Key, Located],
+    rules: Rules,
+    steps: tuple[Sequence[Step], Sequence[Step]],
 ) -> tuple[dict[Key, Located], dict[Key, Located]]:
     """Both sides' tensors with fused ones taken apart; if the rules ask for it, with split ones added and
-    differing paths made equal."""
-    plan_a, plan_b = plans(mine, theirs, rules)
+    differing paths made equal. ``steps`` are those in which they are."""
+    plan_a, plan_b = plans(mine, theirs, rules, steps)
     return plan_a.apply(mine), plan_b.apply(theirs)
 
 
-def plans(mine: Mapping[Key, Located], theirs: Mapping[Key, Located], rules: Rules) -> tuple[Plan, Plan]:
+def plans(
+    mine: Mapping[Key, Located],
+    theirs: Mapping[Key, Located],
+    rules: Rules,
+    steps: tuple[Sequence[Step], Sequence[Step]],
+) -> tuple[Plan, Plan]:
     """How A's and B's tensors correspond where one has in several what the other has in one."""
     found = bridge(mine, theirs, rules.sums) if rules.bridges else (Plan(), Plan())
     found[0].parts.update(parts_of(mine, theirs))
     found[1].parts.update(parts_of(theirs, mine))
+    found[1].renames.update(aligned(mine, theirs, steps))
     return found
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
+from ...layout.directions import is_operator
 from ...layout.grids import Grid
 from ...reader import Step
 from ..results import Gap, TensorResult
@@ -115,10 +116,12 @@ def pair_loose(a: Loose, b: Loose) -> tuple[list[Pair], list[TensorResult]]:
     pairs: list[Pair] = []
     missing: list[TensorResult] = []
     for side, (mine, theirs) in enumerate(((a, b), (b, a))):
+        known = {key for _, key in theirs.names}
         for (step, key), (source, layout) in list(mine.sources.items()):
             other = theirs.sources.get((step, key))
             if other is None:
-                if not layout:
+                # Code that the other run has not, whichever step it would be in.
+                if not layout or (is_operator(key[3]) and key not in known):
                     missing.append(absent(key, source, side))
                 continue
             same = layout == other[1] and (not layout or _shape(source) == _shape(other[0]))

@@ -188,7 +188,8 @@ def _match_steps(
         mine = keyed(step, rules, rename=True)
         theirs = keyed(by_number[step.number], rules, rename=False) if step.number in by_number else {}
         mine, theirs = _joined(mine, theirs, rules)
-        mine, theirs = bridged(mine, theirs, rules)
+        both = [step], [by_number[step.number]] if step.number in by_number else []
+        mine, theirs = bridged(mine, theirs, rules, both)
         for key, source in mine.items():
             if key in theirs:
                 pairs.append(Pair(key, source, theirs[key]))

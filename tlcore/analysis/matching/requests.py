@@ -54,7 +54,7 @@ def match_requests(
         spread, whole = (keyed_a, keyed_b) if rules.spread == 0 else (keyed_b, keyed_a)
         held = _merged(whole)
         spread[:] = [(step, with_shards_joined(found, held, rules.ranks)) for step, found in spread]
-    plan_a, plan_b = plans(_merged(keyed_a), _merged(keyed_b), rules)
+    plan_a, plan_b = plans(_merged(keyed_a), _merged(keyed_b), rules, (steps_a, steps_b))
     applied_a = [(step, plan_a.apply(found)) for step, found in keyed_a]
     applied_b = [(step, plan_b.apply(found)) for step, found in keyed_b]
     loose = Loose(), Loose()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,12 +18,13 @@ from ...layout.structure import KeptLeaves, describe, flatten
 from ...reader import Arguments, Call, Run, Skipped, open_run
 from ..measure import Tolerance, measure
 from ..results import Status, TensorResult
-from .given import Place, arguments_of, on_each, tensors_of
+from .given import Place, arguments_of, on_each, refused, tensors_of
 from .state import state_kept
 
 Callee = nn.Module | Callable[..., Any]
 _Path = tuple[Any, ...]
 SEED = 0
+_RANDOM = "it draws random numbers, and from which ones it began is in no run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +32,7 @@ class Replayed:
     """What a call gave again: ``results`` holds each tensor of it against the stored one, A against B.
 
     ``output`` is the new result, ``arguments`` what the module was called with, ``tolerance`` what they were
-    held against each other with.
+    held against each other with. ``hints`` say what of the call no run holds.
     """
 
     run: str
@@ -40,6 +41,7 @@ class Replayed:
     output: Any = field(repr=False, compare=False)
     arguments: Arguments = field(repr=False, compare=False)
     tolerance: Tolerance = field(default_factory=Tolerance, repr=False, compare=False)
+    hints: tuple[str, ...] = field(default=(), compare=False)
 
     @property
     def equal(self) -> bool:
@@ -55,13 +57,15 @@ class Replayed:
         if self.bitwise:
             return f"{self.call}: equal to what was captured, in every bit"
         if self.equal:
-            return f"{self.call}: agrees with what was captured, within the tolerance"
+            return f"{self.call}: agrees with what was captured, within the tolerance{self._why()}"
         wrong = next(each for each in self.results if not each.agrees)
         path = "".join(f"[{key}]" for key in wrong.path)
         size = "" if wrong.measures is None else f", by {wrong.measures.max_abs:.3g} at most"
-        return f"{self.call}: outputs{path} differs from what was captured{size}" + (
-            f" ({wrong.reason})" if wrong.reason else ""
-        )
+        reason = f" ({wrong.reason})" if wrong.reason else ""
+        return f"{self.call}: outputs{path} differs from what was captured{size}{reason}{self._why()}"
+
+    def _why(self) -> str:
+        return "".join(f"; {each}" for each in self.hints)
 
 
 def replay(
@@ -97,9 +101,29 @@ def replay(
     stored = tensors_of(found.outputs)
     # What it is given was rounded, too, whether the result has scales or not.
     tolerance = Tolerance(rtol, atol, scaled=opened.config.get("store_dtype") == PACKED)
-    output = run_again(module, given)
+    try:
+        output, random = _run_again(module, given)
+    except Exception as error:
+        reason = refused(found, replace or {}, error)
+        raise error if reason is None else reason from error
     results = _compared(found, stored, tensors_in(output), tolerance)
-    return Replayed(opened.url, call, results, output, given, tolerance)
+    shared = given if all(each.status == "bitwise" for each in results) else _shared(given)
+    if shared is not given:
+        # Whether two arguments were one tensor is in no run, and modules may ask.
+        output_of_one, _ = _run_again(module, shared)
+        of_one = _compared(found, stored, tensors_in(output_of_one), tolerance)
+        if all(each.status == "bitwise" for each in of_one):
+            output, results, given = output_of_one, of_one, shared
+    hints = [*_other_dtype(results if dtype is None else ()), *([_RANDOM] if random else [])]
+    return Replayed(opened.url, call, results, output, given, tolerance, tuple(hints))
+
+
+def _other_dtype(results: Sequence[TensorResult]) -> Iterator[str]:
+    """What to know of a result that has another dtype now."""
+    for stored, again in dict.fromkeys(each.dtypes for each in results):
+        if None not in (stored, again) and stored != again:
+            yield f"it was {stored} and is {again} now, and whether autocast was on is in no run"
+            return
 
 
 def run_again(module: Callee, given: Arguments) -> Any:
@@ -107,7 +131,15 @@ def run_again(module: Callee, given: Arguments) -> Any:
 
     What is random in it is so from one seed on.
     """
-    args, kwargs = on_each((given.args, given.kwargs), torch.Tensor.clone)
+    return _run_again(module, given)[0]
+
+
+def _run_again(module: Callee, given: Arguments) -> tuple[Any, bool]:
+    """The same, and whether it drew random numbers on the way."""
+    clones: dict[int, torch.Tensor] = {}
+    args, kwargs = on_each(
+        (given.args, given.kwargs), lambda tensor: clones.setdefault(id(tensor), tensor.clone())
+    )
     devices = {each.device for each in tensors_of((args, kwargs)).values() if isinstance(each, torch.Tensor)}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([]))
@@ -116,8 +148,36 @@ def run_again(module: Callee, given: Arguments) -> Any:
                 stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
         stack.enter_context(state_kept(module))
         torch.manual_seed(SEED)
+        before = _random_states(devices)
         with torch.no_grad():
-            return module(*args, **kwargs)
+            output = module(*args, **kwargs)
+        return output, any(map(_unequal, before, _random_states(devices)))
+
+
+def _random_states(devices: Collection[torch.device]) -> list[torch.Tensor]:
+    others = [each for each in devices if each.type != "cpu"]
+    states = [torch.get_device_module(each).get_rng_state(each) for each in others]
+    return [torch.get_rng_state(), *states]
+
+
+def _unequal(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return not torch.equal(one, other)
+
+
+def _shared(given: Arguments) -> Arguments:
+    """The arguments with one tensor for all that are equal; the same object where none are."""
+    kept: list[torch.Tensor] = []
+
+    def one(tensor: torch.Tensor) -> torch.Tensor:
+        for each in kept:
+            same = each.dtype == tensor.dtype and each.shape == tensor.shape
+            if same and each.device == tensor.device and torch.equal(each, tensor):
+                return each
+        kept.append(tensor)
+        return tensor
+
+    found = Arguments(*on_each((given.args, given.kwargs), one))
+    return given if len(kept) == len(tensors_of((given.args, given.kwargs))) else found
 
 
 def tensors_in(value: Any) -> dict[_Path, torch.Tensor]:

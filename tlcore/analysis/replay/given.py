@@ -9,6 +9,7 @@ import torch
 
 from ...errors import ReadError
 from ...reader import Arguments, Call, OpaqueObject, Skipped
+from ...record import Json
 
 Place = int | str
 
@@ -41,6 +42,29 @@ def _check(value: Any, place: Place, path: tuple[Any, ...], call: Call) -> None:
         raise ReadError(f"{where} is a {value.class_name}, which a run does not hold; {hint}")
     for key, item in _items(value):
         _check(item, place, (*path, key), call)
+
+
+def refused(call: Call, replaced: Mapping[Place, Any], error: Exception) -> ReadError | None:
+    """Why a module may not have taken its arguments: one was an object, of which a run has but the parts."""
+    structure = call.structure("inputs")
+    places: list[tuple[Place, Json]] = [*enumerate(structure.get("items", ()))]
+    places += structure.get("kwargs", {}).get("items", {}).items()
+    for place, node in places:
+        found = None if place in replaced else _class_in(node)
+        if found is not None:
+            where = f"{call.directory}: argument {place} was or held a {found}, of which a run has the parts"
+            hint = f"give it: replace={{{place!r}: ...}}"
+            return ReadError(f"{where}; {hint} ({type(error).__name__}: {error})")
+    return None
+
+
+def _class_in(node: Json) -> str | None:
+    """The class of an object whose parts stand in a structure as a dictionary."""
+    if node.get("type") == "dict" and "class" in node:
+        return str(node["class"])
+    items = node.get("items", ())
+    children = items.values() if isinstance(items, Mapping) else items
+    return next((found for each in children if (found := _class_in(each)) is not None), None)
 
 
 def on_each(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:

@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError, ReadError
+from .checkpoints import class_name, pretrained
 
 # Weights up to here go into the file beside a script.
 _MOST_SAVED = 256 << 20
@@ -24,8 +25,8 @@ _MOST_SAVED = 256 << 20
 class Recipe:
     """How a module is made: ``module`` is ``pkg.mod:Class`` or a function, called with ``init``.
 
-    Else ``model`` is a checkpoint that transformers loads, of which the submodule ``name`` is taken. It is
-    on the ``device`` and in the ``dtype`` that are given.
+    Else ``model`` is a checkpoint that transformers loads, as the class ``of`` that the run names, of which
+    the submodule ``name`` is taken. It is on the ``device`` and in the ``dtype`` that are given.
     """
 
     name: str
@@ -34,6 +35,7 @@ class Recipe:
     weights: str | None = None
     prefix: str | None = None
     model: str | None = None
+    of: str | None = None
     device: str | None = None
     dtype: torch.dtype | None = None
     made: nn.Module | None = field(default=None, repr=False)
@@ -45,7 +47,7 @@ class Recipe:
         read.
         """
         if self.model is not None:
-            self.made = _submodule(_pretrained(self.model), self.name, self.model)
+            self.made = _submodule(_pretrained(self.model, self.of), self.name, self.model)
         else:
             self.made = _constructed(self.module or "", self.init)
             if self.weights is not None:
@@ -78,10 +80,11 @@ class Recipe:
 
     def _making(self) -> list[str]:
         if self.model is not None:
+            kind = class_name(self.model, self.of)
             return [
-                "from transformers import AutoModelForCausalLM\n",
+                f"from transformers import {kind}\n",
                 f"path = {os.path.abspath(self.model)!r}",
-                'model = AutoModelForCausalLM.from_pretrained(path, dtype="auto")',
+                f'model = {kind}.from_pretrained(path, dtype="auto")',
                 f"module = model.get_submodule({self.name!r})",
             ]
         package, _, name = (self.module or "").partition(":")
@@ -127,22 +130,19 @@ def _constructed(spec: str, init: Mapping[str, Any]) -> nn.Module:
     return made
 
 
-def _pretrained(model: str) -> nn.Module:
+def _pretrained(model: str, of: str | None) -> nn.Module:
     if not Path(model).is_dir():
         # Transformers would look for it in the network, for a long time.
         raise ConfigError("--model", f"{model!r} is no directory.", "Give that of a checkpoint.")
     try:
-        from transformers import AutoModelForCausalLM
-
         # Also refused when transformers finds nothing there, by whichever error.
-        loaded: nn.Module = AutoModelForCausalLM.from_pretrained(model, dtype="auto")
+        return pretrained(model, of, {"dtype": "auto"})
     except ImportError as error:
         raise ConfigError("--model", "transformers is not installed", "pip install transformers") from error
     except (OSError, ValueError) as error:
         raise ConfigError(
             "--model", f"{model!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
         ) from error
-    return loaded
 
 
 def _submodule(model: nn.Module, name: str, where: str) -> nn.Module:

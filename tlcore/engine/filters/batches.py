@@ -133,23 +133,27 @@ def mask_flags(batch: Batch, past: int | None) -> Flags:
     return flags
 
 
-def unmasked_flags(batch: Batch, past: int | None, begun: bool, padding: Collection[int]) -> Flags:
+def unmasked_flags(
+    batch: Batch, past: int | None, begun: bool, padding: Collection[int], starts: Collection[int] = ()
+) -> Flags:
     """The same where there is no mask, as where nothing is padded; ``padding`` are ids that would be it.
 
-    ``begun`` says that all samples begin with this call.
+    ``begun`` says that all samples begin with this call, ``starts`` are ids that stand before a decoder's
+    first token, and which may be those of padding.
     """
     alone = batch.samples == 1 and past is not None
     first = begun and batch.length == 1 and past == 0
-    if not (alone or first or (past == 0 and _is_full(batch, padding))):
+    if not (alone or first or (past == 0 and _is_full(batch, padding, starts if begun else ()))):
         raise UnknownRowsError(_NOTHING)
     return np.ones((batch.samples, (past or 0) + batch.length), bool)
 
 
-def _is_full(batch: Batch, padding: Collection[int]) -> bool:
+def _is_full(batch: Batch, padding: Collection[int], starts: Collection[int]) -> bool:
     """Whether no sequence begins or ends with padding."""
     if not (padding and batch.has_ids):
         return False
-    edges = batch.ids[:, [0, -1]]
+    started = batch.length > 1 and bool(np.isin(batch.ids[:, 0], list(starts)).all())
+    edges = batch.ids[:, [1 if started else 0, -1]]
     return not np.isin(edges, list(padding)).any()
 
 

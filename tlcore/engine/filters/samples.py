@@ -278,7 +278,8 @@ class Samples:
             elif self.named is not None and past is not None:
                 flags = np.ones((batch.samples, past + batch.length), bool)
             else:
-                flags = unmasked_flags(batch, past, begun, taker.model.padding or taker.model.ends)
+                padding = taker.model.padding or taker.model.ends
+                flags = unmasked_flags(batch, past, begun, padding, taker.model.starts)
         if self.named is not None:
             if len(self.named) != batch.samples:
                 raise UnknownRowsError(other_batch(self.named, batch.samples))

@@ -19,7 +19,8 @@ class Whole(NamedTuple):
     """What is known of a whole model.
 
     ``two_part`` is one of encoder and decoder, one with ``channels`` may have positions last. ``weights``
-    are the extents of its weights, ``ends`` token ids after which a sample is over, ``padding`` what follows.
+    are the extents of its weights, ``ends`` token ids after which a sample is over, ``padding`` what follows,
+    ``starts`` what a decoder is given before its first token.
     """
 
     two_part: bool
@@ -27,6 +28,7 @@ class Whole(NamedTuple):
     weights: frozenset[int]
     ends: frozenset[int]
     padding: frozenset[int]
+    starts: frozenset[int] = frozenset()
 
 
 class Taker(NamedTuple):

@@ -150,6 +150,7 @@ def _takers(tree: ModuleTree) -> list[tuple[Named, Taker]]:
         weights=frozenset(extent for each in root.parameters() if not is_lazy(each) for extent in each.shape),
         ends=frozenset(token_numbers(*configs, key="eos_token_id")),
         padding=frozenset(token_numbers(*configs, key="pad_token_id")),
+        starts=frozenset(token_numbers(*configs, key="decoder_start_token_id")),
     )
     found = [named for named in tree.modules if not named.name or named.name in takes]
     return [(named, Taker(named.name, parameters[named.name], whole)) for named in found]
