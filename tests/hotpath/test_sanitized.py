@@ -21,6 +21,7 @@ CHECKED = [
     "test_whole_steps.py",
     "test_walking.py",
     "test_strides.py",
+    "test_fingerprint.py",
     "test_looking.py",
     "test_listening.py",
 ]

@@ -13,7 +13,11 @@ from torch import nn
 import tlcore
 from tests.hotpath.halves import native
 from tlcore.alike import AlikeStep
+from tlcore.config.configuration import load_config
+from tlcore.engine.batch import StepEnd
+from tlcore.engine.new_run import new_run
 from tlcore.engine.pipeline import repeating
+from tlcore.engine.session import Session
 from tlcore.errors import BackendError
 from tlcore.record import StepSummary
 from tlcore_backends.safetensors.segment_sink import SegmentSink
@@ -152,36 +156,25 @@ def test_a_small_queue_and_steps_in_parts_lose_nothing(tmp_path: Path, at_once: 
     assert found.ledger.stored == found.ledger.captured == 8 * 6
 
 
-def test_hostile_places_are_refused() -> None:
-    extension = native()
-    memory = extension.Memory()
-    store = torch.zeros(64, dtype=torch.uint8)
-    memory.address, memory.size = store.data_ptr(), 64
+def test_a_step_whose_end_never_comes_keeps_no_memory(tmp_path: Path) -> None:
+    config = load_config({"output_dir": str(tmp_path), **KEYS})
+    session = Session(config, new_run(config), inline=True)
+    model = Model()
+    session.attach(model)
+    submit = session._pipeline.submit  # type: ignore[union-attr]
+    lost = [3]
 
-    def numbers(*values: int) -> bytes:
-        return torch.tensor(values, dtype=torch.int64).numpy().tobytes()
+    def losing(item: Any) -> None:
+        if not (isinstance(item, StepEnd) and item.step in lost):
+            submit(item)
 
-    addresses, hashes, firsts = extension.fingerprint(
-        [memory] * 2, [0, 32], numbers(0, 1), numbers(32, 32), numbers(7, 7)
-    )
-    assert hashes[:16] == hashes[16:] and firsts == numbers(0, 0)
-    for memories, offsets, places, sizes in (
-        ([memory], [33], numbers(0), numbers(32)),
-        ([memory], [-1], numbers(0), numbers(32)),
-        ([memory], [0], numbers(0), numbers(-1)),
-        ([memory], [0], numbers(-1), numbers(1)),
-        ([object()], [0], numbers(0), numbers(1)),
-        ([memory], [0], numbers(0), numbers(1, 2)),
-    ):
-        with pytest.raises(ValueError, match=r"tensor|offset|sizes"):
-            extension.fingerprint(memories, offsets, places, sizes, numbers(7))
-    with pytest.raises(IndexError):
-        extension.fingerprint([memory], [0], numbers(1), numbers(1), numbers(7))
-    for target, sizes in (
-        (31, numbers(32, 32)),
-        (33, numbers(32, 32)),
-        (32, numbers(32)),
-        (0, numbers(-1, 32)),
-    ):
-        with pytest.raises(ValueError, match="fill the memory exactly"):
-            extension.collect(bytearray(target), addresses, sizes, firsts)
+    session._pipeline.submit = losing  # type: ignore[method-assign,union-attr]
+    for number in range(6):
+        session.begin_step()
+        with torch.no_grad():
+            model(inputs(2, number))
+        session.end_step()
+        if number > 3:
+            assert not any(step.waiting for step in session._processor._steps.values())  # type: ignore[union-attr]
+    session.close()
+    assert session.ledger.balanced and session.ledger.stored == 5 * 6 and session.ledger.failed == 6

@@ -75,6 +75,9 @@ class Processor:
 
     def batch(self, batch: Batch, give_up: bool = False) -> None:
         """Name, hash and write a batch, then give its memory back; ``give_up`` fails its step untried."""
+        for waiting in self._steps.values():
+            # Its end should have come: whatever keeps it, the model must not run out of memory.
+            self._write_waiting(waiting)
         step = self._steps.setdefault(batch.step, OpenStep())
         if give_up:
             step.error = step.error or self.failing
@@ -85,6 +88,19 @@ class Processor:
         finally:
             if step.waiting is None:
                 self._release(batch)
+
+    def _write_waiting(self, step: OpenStep) -> None:
+        """Write what waits for a step's end as any other batch, if anything does."""
+        if step.waiting is None:
+            return
+        (batch, plan), step.waiting = step.waiting, None
+        try:
+            if step.error is None:
+                self._write_planned(batch, step, plan)
+        except self.catches as error:
+            step.error = step.error or error
+        finally:
+            self._release(batch)
 
     def _release(self, batch: Batch) -> None:
         for chunk in batch.memory:
@@ -197,13 +213,13 @@ class Processor:
         try:
             if step.error is None:
                 look = self._repeats.look(batch, plan)
-                if look is not None and self._repeated(end, step, look):
-                    return
-                self._write_planned(batch, step, plan)
+            if look is not None and self._repeated(end, step, look):
+                step.waiting = None
+                self._release(batch)
+                return
         except self.catches as error:
             step.error = step.error or error
-        finally:
-            self._release(batch)
+        self._write_waiting(step)
         if self._commit(end, step) and look is not None:
             self._repeats.learn(look, end.step)
 
