@@ -25,7 +25,7 @@ ORDER: list[set[str]] = [
     {"tlcore.layout"},
     {"tlcore.statistics", "tlcore.ledger"},
     {"tlcore.record"},
-    {"tlcore.alike"},
+    {"tlcore.alike", "tlcore.checking"},
     {"tlcore.protocols"},
     {"tlcore.registry", "tlcore.config.validation"},
     {"tlcore.config", "tlcore.reader", "tlcore_backends"},

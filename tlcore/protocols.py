@@ -1,8 +1,9 @@
 """The contracts of a backend: a `Sink` writes a format, a `Source` reads it, both over a `Store`.
 
 An author of a backend needs nothing but this module, `tlcore.record` and `tlcore.errors`. The contracts of
-stores (`tlcore.storage`) and of steps that are alike (`tlcore.alike`) can be had here too. What a sink or
-source can do beyond its protocol it says by having the methods of one named ``Supports...``.
+stores (`tlcore.storage`), of steps that are alike (`tlcore.alike`) and of checks (`tlcore.checking`) can be
+had here too. What a sink or source can do beyond its protocol it says by having the methods of one named
+``Supports...``.
 """
 
 from __future__ import annotations
@@ -16,6 +17,11 @@ from .alike import Outline as Outline
 from .alike import SupportsAlikeSteps as SupportsAlikeSteps
 from .alike import SupportsOutlines as SupportsOutlines
 from .alike import SupportsWriteAlike as SupportsWriteAlike
+from .checking import AlikeSteps as AlikeSteps
+from .checking import SupportsCheck as SupportsCheck
+from .checking import SupportsUnchecked as SupportsUnchecked
+from .checking import SupportsWholeChecks as SupportsWholeChecks
+from .checking import WholeCheck as WholeCheck
 from .record import Json, Record, RunInfo, StepSummary
 from .storage import Appending as Appending
 from .storage import Buffer as Buffer
@@ -237,18 +243,6 @@ class SupportsOwnBytes(Protocol):
 
 
 @runtime_checkable
-class SupportsCheck(Protocol):
-    """A source whose format has more to be wrong than tensors' hashes (sizes, headers, overlaps)."""
-
-    def problems(self, step: int, rank: int, document: Json, thorough: bool = True) -> Iterator[str]:
-        """A line for each thing that is wrong with what a rank stored of a step.
-
-        Without ``thorough`` only what can be seen in the document itself.
-        """
-        ...
-
-
-@runtime_checkable
 class SupportsRefresh(Protocol):
     """A source that can look again at a run that is still written."""
 
@@ -343,38 +337,6 @@ class SupportsStructureTexts(Protocol):
 
     def structure_texts(self, step: int, rank: int, names: Sequence[str]) -> Sequence[bytes | None]:
         """The JSON of structures as it is stored; None for one that must be asked for by itself."""
-        ...
-
-
-class AlikeSteps(NamedTuple):
-    """Steps of a rank, of so many ``tensors`` each, whose documents are sound if that of the first is.
-
-    ``rests``, where there are some, are what of each step's document may be anything: a document without
-    records, which the reader checks. Steps of several checks of a rank have the same ``likeness`` where it is
-    enough to look at one of them, and at each group's ``rest``: the first document without calls, records
-    and structures. Who gives these proves no step of which `problems` would say anything.
-    """
-
-    steps: list[int]
-    tensors: int
-    rests: Sequence[Json] = ()
-    likeness: Hashable | None = None
-    rest: Json | None = None
-
-
-class WholeCheck(NamedTuple):
-    """A check that is under way. ``unsound()`` waits, and gives the steps of which a tensor is not sound."""
-
-    alike: Sequence[AlikeSteps]
-    unsound: Callable[[], Collection[int]]
-
-
-@runtime_checkable
-class SupportsWholeChecks(Protocol):
-    """A source that checks the tensors of many steps in few large reads."""
-
-    def whole_checks(self, rank: int) -> Iterator[WholeCheck]:
-        """Checks of a rank's steps, in order. What none of them proves is then read step by step."""
         ...
 
 

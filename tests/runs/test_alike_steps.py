@@ -14,9 +14,12 @@ import torch
 from torch import nn
 
 import tlcore
+from tests.rewriting import without_checksum
 from tlcore.__main__ import main
 from tlcore.config.configuration import load_config
 from tlcore.errors import ReadError, VerifyError
+from tlcore.layout.checksums import digest_of_files, with_checksum
+from tlcore.layout.templates import compact
 from tlcore.reader.alike import alike_steps
 from tlcore.runs import conversion
 from tlcore.runs.convert import convert
@@ -251,6 +254,10 @@ def test_what_is_harmless_but_another_is_kept(tmp_path: Path, written: Counts) -
     (source / "step_4/part/post_fwd_inputs.json").write_text(
         (source / "step_4/part/outputs.json").read_text()
     )
+    structures = {str(file): file.read_bytes() for file in (source / "step_4").rglob("*/*.json")}
+    document = json.loads(without_checksum((source / "step_4/step.json").read_bytes()))
+    document["structures_hash"] = digest_of_files(structures)
+    (source / "step_4/step.json").write_bytes(with_checksum(compact(document) + "\n"))
     for other in ("pt", "safetensors"):
         written.update({True: 0, False: 0})
         there = converted(source, tmp_path / other, other)

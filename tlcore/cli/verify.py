@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Sequence
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -47,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
         print(printable(line))
     if incomplete:
         print(f"not committed, so not wholly checked: steps {', '.join(map(str, incomplete))}")
+    if opened.unchecked:
+        print(_unchecked(opened.unchecked))
     losses = losses_of(opened)
     found = f"{len(bad)} damaged" if bad else f"{sound} tensors sound"
     if opened.is_foreign:
@@ -62,7 +65,15 @@ def _result(opened: Run, bad: list[str], incomplete: list[int]) -> Json:
         # Why it cannot be read is one of the problems.
         ledger = None
     about = {"run_id": opened.id, "state": opened.state, "ledger": ledger}
-    return about | {"bad": bad, "incomplete_steps": incomplete}
+    return about | {"bad": bad, "incomplete_steps": incomplete, "unchecked": opened.unchecked}
+
+
+def _unchecked(names: Sequence[str]) -> str:
+    shown = ", ".join(map(printable, names[:3])) + (", ..." if len(names) > 3 else "")
+    return (
+        f"of an earlier version, without checksums: {len(names)} documents ({shown});"
+        " what they say beside the tensors is not checked"
+    )
 
 
 def progress() -> Progress:

@@ -11,6 +11,7 @@ from datetime import datetime, timezone
 
 from .. import registry
 from ..errors import BackendError
+from ..layout.checksums import with_checksum
 from ..layout.names import rank_suffix
 from ..layout.run_files import RUN_FILE
 from ..layout.templates import readable
@@ -87,7 +88,7 @@ class RunDocuments:
             self._put_run_document("complete", closed)
         else:
             marker = {"rank": self.run.rank, "closed": closed, "ledger": self._ledger()}
-            self._put(f"close{rank_suffix(self.run.rank)}.json", readable(marker))
+            self._put(f"close{rank_suffix(self.run.rank)}.json", with_checksum(readable(marker)))
 
     def _refuse_foreign_directory(self) -> None:
         """Raise BackendError unless the directory is empty or holds (the ranks of) this very run."""
@@ -107,21 +108,22 @@ class RunDocuments:
         return document.get("run_id") if isinstance(document, dict) else None
 
     def _put_run_document(self, state: str, closed: str | None) -> None:
-        text = readable({**self.run.document, "state": state, "closed": closed, "ledger": self._ledger()})
+        document = {**self.run.document, "state": state, "closed": closed, "ledger": self._ledger()}
+        data = with_checksum(readable(document))
         try:
-            self._put(RUN_FILE, text)
+            self._put(RUN_FILE, data)
         except BackendError:
             # A full disk has no room for another file, but what became of the run must be told.
             store = self._all
             if (
                 closed is None
                 or not isinstance(store, SupportsOverwrite)
-                or not store.overwrite(RUN_FILE, text)
+                or not store.overwrite(RUN_FILE, data.decode("utf-8"))
             ):
                 raise
 
-    def _put(self, name: str, text: str) -> None:
-        self._all.put(name, [text.encode("utf-8")])
+    def _put(self, name: str, data: bytes) -> None:
+        self._all.put(name, [data])
 
     def _ledger(self) -> Json:
         return self.run.ledger.snapshot().to_json()

@@ -16,6 +16,8 @@ from typing import Any, BinaryIO, NoReturn
 
 from ..errors import BackendError, ReadError, missing
 from ..storage import Buffer, Store, SupportsFiles, SupportsLevels, SupportsManyReads
+from .checksums import KEY as CHECKSUM
+from .checksums import without_checksum
 
 RUN_FILE = "run.json"
 # The step.json of a model with 100 000 captured tensors has about 100 MB and six million values.
@@ -25,7 +27,7 @@ MOST_VALUES = 16_000_000
 STEP_KEYS = frozenset(
     {
         *("layout", "step", "rank", "started", "ended", "ledger"),
-        *("calls", "records", "rows", "structures", "shards"),
+        *("calls", "records", "rows", "structures", "shards", "structures_hash", CHECKSUM),
     }
 )
 _LEAVES_THE_RUN = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
@@ -152,11 +154,15 @@ class RunFiles:
         return found
 
     def json(self, name: str) -> Any:
-        """A JSON file's value. Raises MissingError, or ReadError when it is not JSON."""
+        """A JSON file's value without its checksum. Raises MissingError, or ReadError when it is no JSON."""
+        return without_checksum(parse(self.json_bytes(name), f"{self.url}/{name}"))
+
+    def json_bytes(self, name: str) -> bytes:
+        """The bytes of a JSON file, of a too large one not all. Raises MissingError or ReadError."""
         # Where the listing is not known yet, finding out costs more than reading.
         if self.is_listed and self.sizes.get(name, 0) > LARGEST_JSON:
             raise too_large(f"{self.url}/{name}")
-        return parse(self.read(name, 0, LARGEST_JSON + 1), f"{self.url}/{name}")
+        return self.read(name, 0, LARGEST_JSON + 1)
 
     def identity(self, name: str) -> Hashable | None:
         """Equal for two names of one stored file, None where a store has no such names or it is missing."""

@@ -29,7 +29,7 @@ from .request import Request, find_request, known_requests
 from .step import Step
 from .stored import Stored
 from .unshard import Places, all_committed, places_of
-from .verify import verify_steps
+from .verify import unchecked_documents, verify_documents, verify_steps
 from .wanted import STORED, Wanted, as_wanted
 
 if TYPE_CHECKING:
@@ -66,6 +66,8 @@ class Run(Mapping[int, Step]):
         # A step that nobody looks at any more is let go, however many there are.
         self._opened: WeakValueDictionary[int, Step] = WeakValueDictionary()
         self.document = document
+        #: The documents without a checksum, of runs that earlier versions wrote; known when `verify` ends.
+        self.unchecked: list[str] = []
         # One thread after the other: a listing that was begun earlier must not replace a later one.
         self._refreshing = threading.RLock()
 
@@ -334,9 +336,14 @@ class Run(Mapping[int, Step]):
         """Check every committed tensor and structure; returns how many tensors are sound.
 
         It answers for what is stored: what was lost at capture stands in `ledger`.
-        ``on_tensor`` is called after each tensor. Raises VerifyError naming each damaged or missing file.
+        ``on_tensor`` is called after each tensor; `unchecked` is told then. Raises VerifyError naming each
+        damaged or missing file.
         """
+        markers = [f"close{rank_suffix(rank)}.json" for rank in sorted(self._closed)]
+        own = ([], []) if self.is_foreign else verify_documents(self.stored.files, [RUN_FILE, *markers])
         checked, bad = verify_steps(self.stored, on_tensor)
+        bad = own[0] + bad
+        self.unchecked = own[1] + unchecked_documents(self.stored)
         bad += channel_problems(self._channels)
         try:
             _ = self.ledger

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, suppress
 
-from ..errors import ReadError
+from ..errors import MissingError, ReadError
+from ..layout.checksums import has_checksum
 from ..layout.names import rank_suffix, step_dir
-from ..protocols import AlikeSteps, WholeCheck
+from ..layout.run_files import RunFiles
+from ..protocols import AlikeSteps, SupportsUnchecked, WholeCheck
 from ..record import Json
 from .bulk import Payload, read_payloads
 from .documents import check_step
@@ -45,6 +47,29 @@ def verify_steps(stored: Stored, on_tensor: Callable[[], None]) -> tuple[int, li
                 for _ in range(tensors):
                     on_tensor()
     return sound, list(bad)
+
+
+def verify_documents(files: RunFiles, names: Iterable[str]) -> tuple[list[str], list[str]]:
+    """A line for each of these documents that was changed since; and the names of those without checksums."""
+    bad, unchecked = [], []
+    for name in names:
+        # Whatever else is wrong with one is told by whoever needs what it says.
+        with suppress(MissingError):
+            try:
+                if not has_checksum(files.json_bytes(name), f"{files.url}/{name}"):
+                    unchecked.append(name)
+            except ReadError as error:
+                bad.append(str(error))
+    return bad, unchecked
+
+
+def unchecked_documents(stored: Stored) -> list[str]:
+    """The documents that its source has read of a run, and that have no checksum."""
+    source = stored.source
+    if not isinstance(source, SupportsUnchecked):
+        return []
+    with stored.asking():
+        return sorted(source.unchecked)
 
 
 class _Proven:

@@ -11,6 +11,7 @@ from ..config.configuration import Config
 from ..engine.new_run import layout_of, make_sink
 from ..engine.run_documents import RunDocuments
 from ..errors import ConfigError, ReadError
+from ..layout.checksums import with_checksum
 from ..layout.names import rank_suffix
 from ..layout.run_files import RUN_FILE
 from ..ledger import Ledger
@@ -79,4 +80,4 @@ def _restore_documents(source: Run, location: Location, document: Json) -> None:
 
 
 def _text(document: Any) -> bytes:
-    return (json.dumps(document, indent=1) + "\n").encode()
+    return with_checksum(json.dumps(document, indent=1) + "\n")

@@ -13,6 +13,7 @@ from fsspec import AbstractFileSystem
 
 from tlcore_backends.pt.encode import encode, file_bytes
 
+from ..layout.checksums import digest_of_files, is_sound, with_checksum
 from ..layout.names import rank_suffix, step_dir
 from ..layout.run_files import RUN_FILE
 from ..protocols import SupportsFileTree
@@ -63,7 +64,10 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
         names = (name for name in files.top if name.endswith(".json") or CHANNEL_FILE.fullmatch(name))
         found = {name: _File(None, partial(files.read, name)) for name in names}
         document = {**opened.document, "backend": "pt", "layout": 1}
-        self._top = _Files({**found, RUN_FILE: _File(None, partial(_readable, document))})
+        # As the run's own documents do.
+        self._has_checksums = is_sound(files.read(RUN_FILE)) is not None if RUN_FILE in found else False
+        own = partial(_readable, document, self._has_checksums)
+        self._top = _Files({**found, RUN_FILE: _File(None, own)})
         self._steps = {step_dir(number): number for number in opened.steps}
 
     def ls(self, path: str, detail: bool = True, **_: Any) -> list[Any]:
@@ -115,7 +119,7 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
         step = self._run[number]
         found: dict[str, _File] = {}
         for rank in step.ranks:
-            found |= _of_rank(step, rank, self._run.stored)
+            found |= _of_rank(step, rank, self._run.stored, self._has_checksums)
         return _Files(found)
 
 
@@ -143,7 +147,7 @@ class _Files:
                 child = directory
 
 
-def _of_rank(step: Step, rank: int, stored: Stored) -> dict[str, _File]:
+def _of_rank(step: Step, rank: int, stored: Stored, checksums: bool) -> dict[str, _File]:
     directory, suffix = step_dir(step.number), rank_suffix(rank)
     document = step.documents[rank]
     found: dict[str, _File] = {}
@@ -155,7 +159,7 @@ def _of_rank(step: Step, rank: int, stored: Stored) -> dict[str, _File]:
         found[f"{directory}/{ranked}"] = _File(None, partial(_structure, stored, step.number, rank, name))
     calls = "".join(f"{call}\n" for call in document["calls"]).encode()
     found[f"{directory}/module_calls{suffix}.txt"] = _File(len(calls), lambda: calls)
-    found[f"{directory}/step{suffix}.json"] = _File(None, lambda: _step_json(step, rank))
+    found[f"{directory}/step{suffix}.json"] = _File(None, lambda: _step_json(step, rank, checksums))
     return found
 
 
@@ -163,11 +167,19 @@ def _structure(stored: Stored, step: int, rank: int, name: str) -> bytes:
     return _readable(stored.structure(step, rank, name))
 
 
-def _step_json(step: Step, rank: int) -> bytes:
+def _step_json(step: Step, rank: int, checksums: bool) -> bytes:
     """The ``step.json`` of the tree, in which every tensor has a file of its own."""
     records = list(_in_files(step.documents[rank]["records"]))
-    document = summary_of(step, rank).to_json(records)
-    return (json.dumps(document, separators=(",", ":")) + "\n").encode()
+    summary = summary_of(step, rank)
+    document = summary.to_json(records)
+    if checksums:
+        suffix, structures = rank_suffix(rank), summary.structures
+        files = {
+            f"{name.removesuffix('.json')}{suffix}.json": _readable(structures[name]) for name in structures
+        }
+        document["structures_hash"] = digest_of_files(files)
+    text = json.dumps(document, separators=(",", ":")) + "\n"
+    return with_checksum(text) if checksums else text.encode()
 
 
 def _in_files(records: list[Json]) -> Iterator[Json]:
@@ -196,5 +208,6 @@ def _file(dtype: torch.dtype, shape: tuple[int, ...], data: memoryview) -> bytes
     return b"".join(encode(dtype, shape, data))
 
 
-def _readable(document: Any) -> bytes:
-    return (json.dumps(document, indent=1) + "\n").encode()
+def _readable(document: Any, checksum: bool = False) -> bytes:
+    text = json.dumps(document, indent=1) + "\n"
+    return with_checksum(text) if checksum else text.encode()

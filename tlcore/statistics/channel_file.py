@@ -13,10 +13,13 @@ import xxhash
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
+from ..layout.checksums import digest
 from ..layout.names import rank_suffix
 from .channels import COLUMNS, Table
 
 _KEY = "tlcore"
+_CHECKSUM = "checksum"
+_KEYS = {"steps", "columns", "about", "hash", _CHECKSUM}
 # The rank is its group, where it is not 0.
 CHANNEL_FILE = re.compile(r"channels(?:_rank_([1-9][0-9]{0,8}))?\.safetensors")
 
@@ -42,7 +45,7 @@ def encode(found: ChannelTables) -> bytes:
     """The file's bytes."""
     tables = {name: np.ascontiguousarray(table) for name, table in found.tables.items()}
     about = {"steps": found.steps, "columns": COLUMNS, "about": found.about, "hash": _hash(tables)}
-    return save(tables, {_KEY: json.dumps(about)})
+    return save(tables, {_KEY: json.dumps({**about, _CHECKSUM: _checksum(about)})})
 
 
 def decode(data: bytes) -> ChannelTables:
@@ -59,6 +62,10 @@ def decode(data: bytes) -> ChannelTables:
             raise ValueError(f"{name[:200]!r} is no table of {len(COLUMNS)} columns")
     if type(steps) is not int or not _is_sound(described, tables):
         raise ValueError("what it says of its tables makes no sense")
+    # Earlier versions wrote no checksum. One whose name is damaged is a further key.
+    checksum = about.pop(_CHECKSUM, None)
+    if not _KEYS.issuperset(about) or checksum not in (None, _checksum(about)):
+        raise ValueError("what it says of its tables was changed since it was written")
     if stated != _hash(tables):
         raise ValueError("its tables do not have the hash that it states")
     return ChannelTables(steps, {name: tables[name] for name in described}, described)
@@ -76,6 +83,10 @@ def _is_sound(described: Any, tables: Mapping[str, Table]) -> bool:
         and all(type(key) in (int, str) for key in each["path"])
         for each in described.values()
     )
+
+
+def _checksum(about: Mapping[str, Any]) -> str:
+    return digest(json.dumps(about).encode())
 
 
 def _hash(tables: Mapping[str, Table]) -> str:

@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 
 from tlcore.alike import AlikeStep
+from tlcore.layout.checksums import digest_of_files, with_checksum
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.templates import quoted, structures_of
 from tlcore.record import Origin, Record, RunInfo, StepSummary
@@ -90,21 +91,24 @@ class PtSink:
         for name, text in texts:
             self._put(name, text)
         if self._travel is not None:
-            self._travel.commit(self._travelling, end, document.encode("utf-8"))
+            self._travel.commit(self._travelling, end, document)
         elif self._uploads is not None:
             self._uploads.wait()
-            self._store.put(end, [document.encode("utf-8")])
+            self._store.put(end, [document])
             self._stored(step.step, None)
         self._begin_step(None)
 
-    def _texts(self, step: StepSummary) -> Iterator[tuple[str, str]]:
+    def _texts(self, step: StepSummary) -> Iterator[tuple[str, bytes]]:
         """A step's structures, its call order, and last its ``step.json``."""
         directory = step_dir(step.step)
         structures = structures_of(directory, step.structures)
-        for name in structures:
-            yield f"{directory}/{self._ranked(name)}", structures.readable(name)
-        yield f"{directory}/module_calls{self._suffix}.txt", "".join(f"{call}\n" for call in step.calls)
-        yield f"{directory}/step{self._suffix}.json", step.to_text(self._entries)
+        texts = {f"{directory}/{self._ranked(each)}": structures.readable(each) for each in structures}
+        files = {name: text.encode() for name, text in texts.items()}
+        yield from files.items()
+        calls = "".join(f"{call}\n" for call in step.calls)
+        yield f"{directory}/module_calls{self._suffix}.txt", calls.encode()
+        document = step.to_text(self._entries, {"structures_hash": quoted(digest_of_files(files))})
+        yield f"{directory}/step{self._suffix}.json", with_checksum(document)
         if self._travel is None:
             self._remember(step.step, Written(self._tensors, structures, step.calls))
 
@@ -151,7 +155,7 @@ class PtSink:
             for name, _, alias in self._tensors:
                 if alias is not None:
                     step.link(alias, name)
-            step.finish([(name, text.encode("utf-8")) for name, text in self._texts(summary)])
+            step.finish(list(self._texts(summary)))
         except BaseException:
             step.abandon()
             self._begin_step(None)
@@ -210,8 +214,7 @@ class PtSink:
         )
         return record
 
-    def _put(self, name: str, text: str) -> None:
-        data = text.encode("utf-8")
+    def _put(self, name: str, data: bytes) -> None:
         if self._travel is not None:
             self._travel.put(self._travelling, name, data)
         elif self._uploads is not None:

@@ -16,7 +16,7 @@ from tlcore.hotpath.beneath import read_texts
 from tlcore.layout.directions import PATTERN
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.names import rank_suffix, step_dir
-from tlcore.layout.run_files import LARGEST_JSON, BlockStream, FileStream, RunFiles
+from tlcore.layout.run_files import LARGEST_JSON, BlockStream, FileStream, RunFiles, parse
 from tlcore.protocols import AlikeStep, Buffer, StepRanks, WholeCheck
 from tlcore.record import Json
 from tlcore.storage import Store, SupportsFiles
@@ -25,6 +25,7 @@ from ..storage.step_files import StepFiles
 from .alike_steps import alike_steps
 from .decode import parts
 from .encode import head, payload_in
+from .structure_files import StructureFiles
 from .whole_check import LARGEST_TEXTS, check_steps
 from .zip_parts import PtError
 
@@ -43,6 +44,9 @@ class PtSource:
     def __init__(self, store: Store, run: Json) -> None:
         self._files = RunFiles(store)
         self._steps = StepFiles(self._files, run)
+        self._structures = StructureFiles(self._files)
+        # Files that hold a tensor of which capture writes another file.
+        self._rewritten: set[str] = set()
 
     @property
     def steps(self) -> Mapping[int, StepRanks]:
@@ -63,20 +67,23 @@ class PtSource:
 
     def structure(self, step: int, rank: int, name: str) -> Any:
         """The value of a structure file."""
-        return self._files.json(f"{step_dir(step)}/{name.removesuffix('.json')}{rank_suffix(rank)}.json")
+        file = _structure_file(step, rank, name)
+        text = self._structures.known(step, rank).get(file)
+        return self._files.json(file) if text is None else parse(text, f"{self._files.url}/{file}")
 
     def structure_texts(self, step: int, rank: int, names: Sequence[str]) -> Sequence[bytes | None]:
         """The structure files, where they lie on this machine and are small."""
-        store, begin, end = self._files.store, step_dir(step), f"{rank_suffix(rank)}.json"
-        if not isinstance(store, SupportsFiles):
-            return [None] * len(names)
-        files = [f"{begin}/{name.removesuffix('.json')}{end}" for name in names]
+        files = [_structure_file(step, rank, name) for name in names]
+        known, store = self._structures.known(step, rank), self._files.store
+        if known or not isinstance(store, SupportsFiles):
+            return [known.get(file) for file in files]
         return read_texts(store.path(), files, LARGEST_TEXTS)
 
     def read(self, record: Mapping[str, Any], begin: int = 0, end: int | None = None) -> Buffer:
         """The bytes of a tensor, from its file."""
         if begin == 0 and end is None:
-            return self._own(record) or self._foreign(record)
+            own = self._own(record)
+            return self._foreign(record) if own is None else own
         stream = self.stream(record)
         try:
             found = bytearray((record["bytes"] if end is None else end) - begin)
@@ -109,7 +116,12 @@ class PtSource:
         return size is not None and self._files.size(self._file(record)) == size
 
     def misfit(self, record: Mapping[str, Any]) -> str | None:
-        """What is wrong with the file's size."""
+        """What is wrong with the file's size; or, once it was read, with what is around its tensor."""
+        file = self._file(record)
+        rewritten = f"{file}: around its tensor, it is not as it was written"
+        return self._misfit(record) or (rewritten if file in self._rewritten else None)
+
+    def _misfit(self, record: Mapping[str, Any]) -> str | None:
         file, stated = self._file(record), record.get("file_bytes")
         size = self._files.size(file)
         fits = size is None or size == stated
@@ -122,7 +134,7 @@ class PtSource:
     def stream(self, record: Mapping[str, Any]) -> FileStream | BlockStream:
         """The bytes of a tensor, from its file; one that is not as `encode` writes it is read whole."""
         file = self._file(record)
-        if record.get("file_bytes") is not None and (problem := self.misfit(record)) is not None:
+        if record.get("file_bytes") is not None and (problem := self._misfit(record)) is not None:
             raise ReadError(f"{self._files.url}/{problem}")
         first = head(_dtype(record), tuple(record["shape"]))
         found = bytearray(len(first))
@@ -139,17 +151,24 @@ class PtSource:
         return _Remains(self._files, step_dir(step))
 
     def problems(self, step: int, rank: int, document: Json, thorough: bool = True) -> Iterator[str]:
-        """Whether ``module_calls.txt`` agrees with ``step.json``."""
+        """Whether the structures and ``module_calls.txt`` agree with ``step.json``."""
+        files = [_structure_file(step, rank, name) for name in self.structure_names(step, rank)]
+        yield from self._structures.problems(step, rank, files, document)
         if not thorough:
             return
         name = f"{step_dir(step)}/module_calls{rank_suffix(rank)}.txt"
         try:
-            calls = self._files.read(name, 0, LARGEST_JSON).decode().splitlines()
-        except (ReadError, UnicodeDecodeError) as error:
+            calls = self._files.read(name, 0, LARGEST_JSON)
+        except ReadError as error:
             yield str(error)
         else:
-            if calls != document["calls"]:
+            if calls != "".join(f"{call}\n" for call in document["calls"]).encode():
                 yield f"{name}: differs from step.json"
+
+    @property
+    def unchecked(self) -> Collection[str]:
+        """The ``step.json`` read so far that have no checksum."""
+        return self._steps.unchecked
 
     def whole_checks(self, rank: int) -> Iterator[WholeCheck]:
         """Checks of a rank's steps, in order, of a run on this machine: each step's files in few calls."""
@@ -157,7 +176,8 @@ class PtSource:
         if isinstance(store, SupportsFiles):
             with ThreadPoolExecutor(_THREADS, "tlcore-verify") as pool:
                 try:
-                    yield from check_steps(store.path(), rank, self._texts(rank), pool)
+                    names = partial(self.structure_names, rank=rank)
+                    yield from check_steps(store.path(), rank, self._texts(rank), names, pool)
                 finally:
                     pool.shutdown(cancel_futures=True)
 
@@ -169,11 +189,13 @@ class PtSource:
             yield from alike_steps(store.path(), rank, self._texts(rank), names)
 
     def _texts(self, rank: int) -> Iterator[tuple[int, bytes]]:
-        """Each ``step.json`` of a rank that can be read."""
+        """Each ``step.json`` of a rank that can be read and is as it was written."""
         for step, ranks in self._steps.items():
             if rank in ranks.committed:
                 with suppress(ReadError):
-                    yield step, self._steps.text(step, rank)
+                    text = self._steps.text(step, rank)
+                    self._steps.note(text, step, rank)
+                    yield step, text
 
     def tree(self) -> Mapping[str, int]:
         """Every file of the run: the documented tree is how it lies there."""
@@ -218,6 +240,7 @@ class PtSource:
         found, stated = (dtype, list(shape)), (record["dtype"], list(record["shape"]))
         if found != stated:
             raise ReadError(f"{where}: holds {found}, its step.json says {stated}")
+        self._rewritten.add(file)
         return data
 
 
@@ -253,6 +276,10 @@ def _decoded(files: RunFiles, file: str) -> tuple[str, tuple[int, ...], memoryvi
     except MemoryError:
         raise ReadError(f"{where}: larger than this machine's memory") from None
     return dtype, shape, data
+
+
+def _structure_file(step: int, rank: int, name: str) -> str:
+    return f"{step_dir(step)}/{name.removesuffix('.json')}{rank_suffix(rank)}.json"
 
 
 def _dtype(record: Mapping[str, Any]) -> str:

@@ -33,18 +33,23 @@ _KINDS = 8
 
 
 def check_steps(
-    directory: str, rank: int, texts: Iterable[tuple[int, bytes]], pool: Executor
+    directory: str,
+    rank: int,
+    texts: Iterable[tuple[int, bytes]],
+    structures: Callable[[int], Collection[str]],
+    pool: Executor,
 ) -> Iterator[WholeCheck]:
     """Checks of a rank's steps, which are under way in ``pool``; some steps may be left out.
 
-    ``texts`` are each step's ``step.json``, which nobody has looked at yet.
+    ``texts`` are each step's ``step.json``, which nobody has looked at yet. ``structures`` gives the names of
+    a step's structures.
     """
-    window = _Window(directory, rank, pool)
+    window = _Window(directory, rank, structures, pool)
     for step, text in texts:
         window.add(step, text)
         if window.count == _STEPS:
             yield window.check()
-            window = _Window(directory, rank, pool)
+            window = _Window(directory, rank, structures, pool)
     if window.count:
         yield window.check()
 
@@ -58,8 +63,11 @@ class _Kind(NamedTuple):
 class _Window:
     """A few steps."""
 
-    def __init__(self, directory: str, rank: int, pool: Executor) -> None:
+    def __init__(
+        self, directory: str, rank: int, structures: Callable[[int], Collection[str]], pool: Executor
+    ) -> None:
         self._directory, self._suffix, self._pool = directory, rank_suffix(rank), pool
+        self._structures = structures
         self._kinds: dict[bytes, _Kind] = {}
         self._parts: list[tuple[int, Future[bool]]] = []
         self.count = 0
@@ -82,6 +90,9 @@ class _Window:
         if kind.steps:
             if len(kind.steps) == 1:
                 first = f"{step_dir(kind.steps[0])}/"
+                # Also those of calls without tensors.
+                names = self._structures(kind.steps[0])
+                kind.leader.structures = sorted(name.removesuffix(".json") for name in names)
                 kind.leader.learn(self._texts(kind.leader, first), first)
             self._begin(step, partial(self._texts_are_alike, kind.leader, directory))
         kind.steps.append(step)

@@ -12,6 +12,7 @@ from tlcore.alike import AlikeStep
 from tlcore.hotpath.making import NO_LINK, Row
 from tlcore.hotpath.reading import Scratch
 from tlcore.hotpath.seals import seal
+from tlcore.layout.checksums import digest, with_checksum
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.templates import STEP_DIR, Structures, quoted
 from tlcore.record import Origin, Record, StepSummary
@@ -79,9 +80,11 @@ class Pattern:
             positions[name] = position
         self._entries = self._entry_texts(written, tails, own)
         self._place_tensors(written)
-        self._place_texts(written, own)
+        ranked = {f"{name.removesuffix('.json')}{suffix}.json": name for name in written.structures}
+        # In the order in which their hash takes them.
+        texts = sorted(ranked)
+        self._place_texts(written, [ranked[name] for name in texts], own)
         files = [f"{tail}.pt" for tail in tails]
-        texts = [f"{name.removesuffix('.json')}{suffix}.json" for name in written.structures]
         self._names = [*files, *texts, f"module_calls{suffix}.txt", f"step{suffix}.json"]
         self._folders = sorted({name.rpartition("/")[0] for name in (*files, *texts)} - {""})
         if any("/" in folder for folder in self._folders):
@@ -115,10 +118,10 @@ class Pattern:
             for position, original in enumerate(self._originals)
         ]
 
-    def _place_texts(self, written: Written, own: str) -> None:
+    def _place_texts(self, written: Written, names: Sequence[str], own: str) -> None:
         """The structures and the call order, one after the other, open where the step's directory stands."""
         texts = []
-        for name in written.structures:
+        for name in names:
             text = written.structures.readable(name)
             opened = text
             for key in _NAMING:
@@ -155,25 +158,28 @@ class Pattern:
     def _folder(self, data: memoryview, hashes: bytes, summary: StepSummary) -> Folder:
         directory = step_dir(summary.step).encode()
         frames = self._frames.sealed(data)
-        document = self._document(hashes, summary)
         sizes = self._text_sizes + self._text_counts * len(directory)
+        texts = directory.join(self._texts)
+        # All but the last, which is the call order.
+        structures = memoryview(texts)[: int(sizes[:-1].sum())]
+        document = self._document(hashes, summary, digest(structures))
         ends = self._frames.nbytes + np.cumsum(np.append(sizes, len(document)))
         rows = np.zeros((len(self._names), _ROW_NUMBERS), np.int64)
         rows[: len(self._rows)] = np.array(self._rows, np.int64).reshape(-1, _ROW_NUMBERS)
         rows[len(self._rows) :, 0] = np.append(self._frames.nbytes, ends[:-1])
         rows[len(self._rows) :, 1] = ends
         rows[len(self._rows) :, 6] = NO_LINK
-        texts = b"".join((frames, directory.join(self._texts), document))
-        return Folder(self._folders, self._names, rows.tobytes(), texts, data)
+        whole = b"".join((frames, texts, document))
+        return Folder(self._folders, self._names, rows.tobytes(), whole, data)
 
-    def _document(self, hashes: bytes, summary: StepSummary) -> bytes:
+    def _document(self, hashes: bytes, summary: StepSummary, structures_hash: str) -> bytes:
         """The step's ``step.json``."""
         digits = hashes.hex()
         width = 2 * _HASH_BYTES
         each = [digits[at : at + width] for at in range(0, len(digits), width)]
         records = "".join(chain.from_iterable(zip(self._entries, [*each, ""], strict=True)))
-        text = summary.to_text([records] if each else [])
-        return text.replace(STEP_DIR, step_dir(summary.step)).encode()
+        text = summary.to_text([records] if each else [], {"structures_hash": quoted(structures_hash)})
+        return with_checksum(text.replace(STEP_DIR, step_dir(summary.step)))
 
 
 def pattern_of(step: int, rank: int, written: Written) -> Pattern | None:

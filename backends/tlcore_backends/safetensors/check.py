@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import Any
 
 from tlcore.errors import ReadError
+from tlcore.layout.checksums import digest
 from tlcore.layout.run_files import RunFiles, parse
 from tlcore.record import Json
 
@@ -17,17 +18,19 @@ _LARGEST_HEADER = 32 << 20
 
 
 def shard_problems(files: RunFiles, document: Json) -> Iterator[str]:
-    """A line for each thing that is wrong with the shards of a ``step.json``."""
+    """A line for each thing that is wrong with the shards of a ``step.json`` that was checked."""
     for shard in document.get("shards", []):
-        if not isinstance(shard, dict) or files.size(str(shard.get("file"))) != shard.get("bytes"):
+        if files.size(shard["file"]) != shard["bytes"]:
             yield f"missing or of another size than in step.json: {str(shard)[:200]}"
     overlap = overlapping(document)
     if overlap is not None:
         yield overlap
-    for name, records in _by_shard(document).items():
+    heads = {str(each["file"]): each.get("head") for each in document.get("shards", [])}
+    records = _by_shard(document)
+    for name in dict.fromkeys((*heads, *records)):
         if files.size(name) is not None:
             try:
-                yield from _header_problems(files, name, records)
+                yield from _header_problems(files, name, records.get(name, []), heads.get(name))
             except ReadError as error:
                 yield str(error)
 
@@ -56,13 +59,17 @@ def _has_offsets(record: Json) -> bool:
     return isinstance(offsets, list) and len(offsets) == 2 and all(type(each) is int for each in offsets)
 
 
-def _header_problems(files: RunFiles, name: str, records: list[Json]) -> Iterator[str]:
-    length = int.from_bytes(files.read(name, 0, _LENGTH_BYTES), "little")
+def _header_problems(files: RunFiles, name: str, records: list[Json], stated: Any) -> Iterator[str]:
+    told = files.read(name, 0, _LENGTH_BYTES)
+    length = int.from_bytes(told, "little")
     begin = _LENGTH_BYTES + length
     if length > _LARGEST_HEADER or begin > (files.size(name) or 0):
         yield f"{name}: its header would have {length} bytes, which no shard has"
         return
-    header: Any = parse(files.read(name, _LENGTH_BYTES, begin), f"{files.url}/{name}: header")
+    text = files.read(name, _LENGTH_BYTES, begin)
+    if stated not in (None, digest(told + text)):
+        yield f"{name}: its header has another hash than step.json says"
+    header: Any = parse(text, f"{files.url}/{name}: header")
     if not isinstance(header, dict):
         yield f"{name}: its header is no JSON object"
         return

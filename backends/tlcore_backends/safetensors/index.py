@@ -85,6 +85,11 @@ class SegmentIndex:
         """The data files and their sizes in bytes. Raises ReadError."""
         return self._tables.files
 
+    @property
+    def heads(self) -> list[str | None]:
+        """The hash of each data file's head, None where the index has none. Raises ReadError."""
+        return self._tables.heads
+
     def document(self, number: int) -> Json:
         """A step's document as ``step.json`` has it, its records with ``shard`` and ``offsets``.
 

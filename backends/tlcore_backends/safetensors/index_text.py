@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from tlcore.layout.checksums import with_checksum
 from tlcore.layout.names import step_dir
 from tlcore.layout.templates import Structures, compact, structures_of
 from tlcore.ledger import Counts
@@ -12,6 +13,7 @@ from tlcore.record import Json, StepSummary
 from .alike_objects import Details, RowLists
 from .columns import Column
 from .compact import Changing, Table, microseconds, repeats, runs
+from .data_file import DataFile
 from .plans import Plan
 
 # What the index says of each step.
@@ -114,19 +116,18 @@ class IndexText:
         rank: int,
         segment: int,
         ledger: Counts,
-        files: Iterable[tuple[str, int]],
+        files: Iterable[DataFile],
         columns: Mapping[int, Column],
     ) -> bytes:
         """The index: ``ledger`` is the rank's so far, ``columns`` say where each array lies."""
         for number, column in columns.items():
             self.arrays.texts[number] = column.entry()
-        sizes = [{"file": name, "bytes": nbytes} for name, nbytes in files]
         told = {
             "layout": "2",
             "rank": str(rank),
             "segment": str(segment),
             "ledger": compact(ledger.to_json()),
-            "files": compact(sizes),
+            "files": compact([file.to_json() for file in files]),
             "calls": self._calls.text(),
             "structures": self._structures.text(),
             "arrays": self.arrays.text(),
@@ -142,7 +143,7 @@ class IndexText:
             if key not in ("rows", "values") or any(value != "null" for value in values)
         }
         told["steps"] = "{" + ",".join(f'"{key}":{value}' for key, value in told_columns.items()) + "}"
-        return ("{" + ",\n".join(f'"{key}":{value}' for key, value in told.items()) + "}\n").encode("ascii")
+        return with_checksum("{" + ",\n".join(f'"{key}":{value}' for key, value in told.items()) + "}\n")
 
 
 def _values(structures: Structures) -> str:

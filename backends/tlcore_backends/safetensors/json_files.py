@@ -1,17 +1,10 @@
-"""Reading a segment's JSON files, believed only as far as they are JSON and not too large."""
+"""Reading a segment's JSON files, no more of them than such a file has."""
 
 from __future__ import annotations
 
-from typing import Any
-
 from tlcore.errors import BackendError, MissingError, ReadError
-from tlcore.layout.run_files import LARGEST_JSON, parse
+from tlcore.layout.run_files import LARGEST_JSON
 from tlcore.storage import Store
-
-
-def read_json(store: Store, name: str) -> Any:
-    """The value of a JSON file. Raises MissingError or ReadError."""
-    return parse(read_bytes(store, name), f"{store.url}/{name}")
 
 
 def read_bytes(store: Store, name: str) -> bytes:

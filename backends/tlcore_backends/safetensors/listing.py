@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from bisect import bisect_right
-from collections.abc import ItemsView, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, ItemsView, Iterable, Iterator, Mapping, Sequence
 from heapq import merge
 from itertools import groupby, repeat
 from operator import itemgetter
 from typing import Any
 
 from tlcore.errors import BackendError, MissingError, ReadError
+from tlcore.layout.checksums import has_checksum
+from tlcore.layout.run_files import parse
 from tlcore.protocols import StepRanks
 from tlcore.record import Json
 from tlcore.storage import Store
 
-from .json_files import read_json
+from .json_files import read_bytes
 from .segment_names import DIRECTORY, IndexName, catalogue_name, is_data, parse_index_name
 
 # Of a run with more ranks, one listing tells more than so many catalogues.
@@ -30,14 +32,20 @@ _MOST_STEPS = 1 << 26
 class Listing:
     """The indexes that there are, by rank, in the order of their numbers; and the data files' sizes.
 
-    ``ledgers`` has the final ledger of each rank whose catalogue was read.
+    ``ledgers`` has the final ledger of each rank whose catalogue was read, ``unchecked`` the catalogues
+    without a checksum.
     """
 
     def __init__(
-        self, indexes: Iterable[IndexName], sizes: Mapping[str, int], ledgers: Mapping[int, Any]
+        self,
+        indexes: Iterable[IndexName],
+        sizes: Mapping[str, int],
+        ledgers: Mapping[int, Any],
+        unchecked: Collection[str] = (),
     ) -> None:
         self.sizes = sizes
         self.ledgers = ledgers
+        self.unchecked = unchecked
         by_rank: dict[int, list[IndexName]] = {}
         for index in sorted(indexes, key=lambda each: (each.rank, each.number)):
             by_rank.setdefault(index.rank, []).append(index)
@@ -185,13 +193,17 @@ def _catalogued(store: Store, run: Mapping[str, Any]) -> Listing | None:
     indexes: list[IndexName] = []
     sizes: dict[str, int] = {}
     ledgers: dict[int, Any] = {}
+    unchecked: list[str] = []
     for rank in range(world_size):
         name = catalogue_name(rank)
+        where = f"{store.url}/{name}"
         try:
-            document = read_json(store, name)
+            data = read_bytes(store, name)
         except MissingError:
             return None
-        where = f"{store.url}/{name}"
+        if not has_checksum(data, where):
+            unchecked.append(name)
+        document = parse(data, where)
         for entry in _segments(document, where):
             index = parse_index_name(str(entry.get("index")))
             if index is None or index.rank != rank:
@@ -203,7 +215,7 @@ def _catalogued(store: Store, run: Mapping[str, Any]) -> Listing | None:
     if _count(indexes) > _BELIEVED:
         # A listing tells the indexes' sizes as well.
         return None
-    return Listing(indexes, sizes, ledgers)
+    return Listing(indexes, sizes, ledgers, unchecked)
 
 
 def _segments(document: Any, where: str) -> list[Json]:

@@ -8,6 +8,7 @@ from itertools import pairwise
 from typing import NamedTuple
 
 from tlcore.errors import BackendError, ReadError
+from tlcore.layout.checksums import digest
 from tlcore.layout.run_files import parse
 from tlcore.storage import Store
 
@@ -74,13 +75,15 @@ def _head_problems(
 ) -> Iterator[str]:
     """What is wrong with a file's header; one that is exactly as another one was is not parsed again."""
     (file, size), heads, key = index.files[number], index.common.heads, (number, index.told_pairs)
-    known = heads.get(key)
-    if known is not None and len(known) <= size:
+    known, stated = heads.get(key), index.heads[number]
+    if known is not None and len(known) <= size and stated in (None, digest(known)):
         with suppress(BackendError, OSError):
             if store.get(file, 0, len(known)) == known:
                 return
     head: list[bytes] = []
     problems = list(_header_problems(store, file, size, arrays, head))
+    if not problems and stated not in (None, digest(head[0])):
+        problems = [f"{file}: its header has another hash than its index says"]
     if not problems and len(head[0]) <= _LARGEST_KEPT:
         index.common.keep(heads, key, head[0])
     yield from problems

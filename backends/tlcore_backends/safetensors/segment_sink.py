@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 
 from tlcore.alike import AlikeStep
 from tlcore.errors import BackendError, shareable
+from tlcore.layout.checksums import with_checksum
 from tlcore.layout.templates import compact
 from tlcore.ledger import Counts
 from tlcore.record import Record, RunInfo, StepSummary
@@ -225,10 +226,10 @@ class SegmentSink:
 
     def _put_catalogue(self) -> None:
         document = {"layout": 2, "rank": self._rank, "ledger": self._ledger.snapshot().to_json()}
-        head = compact(document)[:-1] + ',"segments":['
+        segments = self._journey.stored.decode("ascii")
+        text = f'{compact(document)[:-1]},"segments":[{segments}]}}\n'
         try:
-            parts = [head.encode("ascii"), bytes(self._journey.stored), b"]}\n"]
-            self._store.put(catalogue_name(self._rank), parts)
+            self._store.put(catalogue_name(self._rank), [with_checksum(text)])
         except (BackendError, OSError) as error:
             # Whoever reads the run lists its files instead: it lacks nothing.
             log.info("the list of the run's segments could not be written: %s", shareable(error))

@@ -13,6 +13,7 @@ from functools import partial
 from typing import Any
 
 from tlcore.errors import MissingError, ReadError
+from tlcore.layout.checksums import has_checksum
 from tlcore.protocols import AlikeStep, Array, Buffer, Outline, StepRanks, WholeCheck
 from tlcore.record import Json
 from tlcore.storage import Store, SupportsFiles
@@ -49,6 +50,7 @@ class SegmentSource:
         self._indexes: OrderedDict[str, SegmentIndex] = OrderedDict()
         # Of each data file, where the arrays begin, as far as its index was read.
         self._bounds: OrderedDict[str, list[int]] = OrderedDict()
+        self._unchecked: set[str] = set()
         # What is wrong with an index.
         self._damaged: dict[str, str] = {}
         self._lock = threading.Lock()
@@ -142,11 +144,13 @@ class SegmentSource:
         where = f"{self._store.url}/{name.file}"
         data = read_bytes(self._store, name.file)
         try:
+            if not has_checksum(data, where):
+                self._unchecked.add(name.file)
             read = self._reader.read(data, where)
             index = SegmentIndex(read.document, where, len(data), read.common)
             if index.rank != name.rank or index.steps != list(name.steps):
                 raise index.damaged("it is not of the rank and steps that its name says")
-            _ = index.files
+            _ = index.files, index.heads
             self._reader.remember(read, index.places)
         except ReadError as error:
             with self._lock:
@@ -247,6 +251,11 @@ class SegmentSource:
 
     def _problems(self, index: SegmentIndex, thorough: bool = True) -> Iterator[str]:
         return segment_problems(self._store, index, self._sizes() if thorough else {}, thorough)
+
+    @property
+    def unchecked(self) -> Collection[str]:
+        """The indexes and catalogues read so far that have no checksum."""
+        return {*self._unchecked, *self._known.unchecked}
 
     def whole_checks(self, rank: int) -> Iterator[WholeCheck]:
         """Checks of the rank's segments; the arrays of the next ones are read while one is looked at."""

@@ -15,6 +15,7 @@ from tlcore.record import Record, StepSummary
 from tlcore.storage import SupportsAppend
 
 from .columns import Chunk, Column, lay_out
+from .data_file import DataFile
 from .index_text import IndexText
 from .plans import OpenStep, Plan, Plans, hash_table
 from .segment_names import LONGEST_STEPS, MOST_STEPS, data_name, index_name, steps_text
@@ -78,7 +79,7 @@ class Segment:
         self._told = IndexText()
         self._checked = _NAME_CHECKED
         # Of a step larger than a segment: the files that hold its first tensors, and where each of them lies.
-        self._files: list[tuple[str, int]] = []
+        self._files: list[DataFile] = []
         self._columns: dict[int, Column] = {}
         self._taken: dict[object, int] = {}
         self._filed = 0
@@ -295,7 +296,7 @@ class Segment:
             column.chunks = []
         del target
         self._columns |= columns
-        self._files.append((name, nbytes))
+        self._files.append(DataFile.of(name, nbytes, head))
         if self._gathered is not None:
             gathered, self._gathered = self._gathered, None
             self._memory.give(gathered)

@@ -12,6 +12,7 @@ from tlcore.layout.templates import compact, quoted
 from tlcore.record import Record
 from tlcore.storage import Appending, Buffer, Store, SupportsAppend
 
+from .data_file import DataFile
 from .shard_buffer import ShardBuffer, ShardBuffers
 
 if TYPE_CHECKING:
@@ -138,20 +139,21 @@ class Shard:
         for part in parts:
             self._gathered.append(part)
 
-    def seal(self, run: Callable[[Callable[[], None]], None]) -> int:
-        """Publish the shard; returns its size in bytes. One gathered in memory is sent by ``run``."""
+    def seal(self, run: Callable[[Callable[[], None]], None]) -> DataFile:
+        """Publish the shard. One gathered in memory is sent by ``run``."""
         self.flush()
         head = self._head()
         self._data_begin = len(head)
+        sealed = DataFile.of(self.name, len(head) + self.payload_bytes, head)
         if self._file is None:
             run(lambda: self._send(head))
-            return len(head) + self.payload_bytes
+            return sealed
         try:
             self._file.publish(head)
         except OSError as error:
             self.abandon()
             raise _refused(self._file, error) from error
-        return len(head) + self.payload_bytes
+        return sealed
 
     def _send(self, head: bytes) -> None:
         gathered, self._gathered = self._gathered, None

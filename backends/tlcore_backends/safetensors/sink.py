@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 
+from tlcore.layout.checksums import with_checksum
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.templates import compact, structures_of
 from tlcore.record import Json, Record, RunInfo, StepSummary
@@ -59,7 +60,7 @@ class SafetensorsSink:
         self._uploads.wait()
         structures = structures_of(step_dir(step.step), step.structures)
         more = {"structures": structures.packed(self._suffix), "shards": compact(self._sealed)}
-        text = step.to_text(self._entry_texts(), more).encode("utf-8")
+        text = with_checksum(step.to_text(self._entry_texts(), more))
         self._store.put(f"{step_dir(step.step)}/step{self._suffix}.json", [text])
         self._begin_step(None)
 
@@ -129,6 +130,5 @@ class SafetensorsSink:
             return
         # One shard travels while the next is put together; more would take more memory.
         self._uploads.wait()
-        size = self._shard.seal(self._uploads.run)
-        self._sealed.append({"file": self._shard.name, "bytes": size})
+        self._sealed.append(self._shard.seal(self._uploads.run).to_json())
         self._shard = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tlcore.errors import ReadError
@@ -103,6 +103,11 @@ class SafetensorsSource:
     def remains(self, step: int) -> Mapping[str, Json]:
         """The tensors of a step's sealed shards."""
         return records_in_shards(self._files, step_dir(step))
+
+    @property
+    def unchecked(self) -> Collection[str]:
+        """The ``step.json`` read so far that have no checksum."""
+        return self._steps.unchecked
 
     def problems(self, step: int, rank: int, document: Json, thorough: bool = True) -> Iterator[str]:
         """What is wrong with the sizes and headers of shards, and tensors that claim the same bytes."""

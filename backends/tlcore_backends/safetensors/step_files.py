@@ -12,6 +12,7 @@ from tlcore.layout.templates import quoted
 from tlcore.storage import Appending, Buffer, SupportsAppend
 
 from .columns import ALIGNMENT, EMPTY_HEAD_BYTES, Chunk, Column, head_bytes, head_of
+from .data_file import DataFile
 from .described import Slot
 
 # Kept free in front of the tensors. Each further file of a step gets twice the room of the one before.
@@ -51,7 +52,7 @@ class StepFiles:
         self._published = published
         self._taken = taken
         self._file: _StepFile | None = None
-        self.files: list[tuple[str, int]] = []
+        self.files: list[DataFile] = []
         self.columns: dict[int, Column] = {}
 
     @property
@@ -86,9 +87,9 @@ class StepFiles:
         """Publish the file that is open. Raises BackendError."""
         file, self._file = self._file, None
         if file is not None:
-            nbytes = file.publish()
-            self.files.append((file.name, nbytes))
-            self._published(file.name, nbytes)
+            whole = file.publish()
+            self.files.append(whole)
+            self._published(whole.name, whole.nbytes)
 
     def abandon(self) -> None:
         """Forget the file that is open."""
@@ -153,8 +154,8 @@ class _StepFile:
             self.abandon()
             raise self._refused(error) from error
 
-    def publish(self) -> int:
-        """Give the file its name; returns its size. Raises BackendError."""
+    def publish(self) -> DataFile:
+        """Give the file its name. Raises BackendError."""
         self._late.sort(key=lambda each: -each[0].slot.dtype.itemsize)
         for column, data in self._late:
             column.begin = self._position
@@ -170,7 +171,7 @@ class _StepFile:
         except OSError as error:
             self.abandon()
             raise self._refused(error) from error
-        return self._reserve + self._position
+        return DataFile.of(self.name, self._reserve + self._position, head)
 
     def abandon(self) -> None:
         """Forget the file."""

@@ -46,6 +46,17 @@ class Tables:
         return len(self._document[table])
 
     @cached_property
+    def heads(self) -> list[str | None]:
+        """The hash of what stands before the tensors of each data file; None of earlier versions."""
+        found: list[str | None] = []
+        for entry in self._document["files"]:
+            head = entry.get("head") if isinstance(entry, dict) else None
+            if head is not None and not isinstance(head, str):
+                raise self.damaged("the hash of a file's head is none")
+            found.append(head)
+        return found
+
+    @cached_property
     def files(self) -> list[tuple[str, int]]:
         """The data files and their sizes in bytes."""
         found: dict[str, int] = {}

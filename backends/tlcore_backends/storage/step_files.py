@@ -9,8 +9,9 @@ from functools import cached_property
 from typing import Any
 
 from tlcore.errors import BackendError, ReadError
+from tlcore.layout.checksums import has_checksum, without_checksum
 from tlcore.layout.names import rank_of, rank_suffix, step_dir
-from tlcore.layout.run_files import LARGEST_JSON, RunFiles
+from tlcore.layout.run_files import RunFiles, parse
 from tlcore.protocols import StepRanks
 from tlcore.record import Json
 from tlcore.storage import SupportsLevels
@@ -28,6 +29,8 @@ class StepFiles(Mapping[int, StepRanks]):
     def __init__(self, files: RunFiles, run: Json) -> None:
         self._files = files
         self._alone: dict[int, StepRanks] = {}
+        # Those that were read, and have no checksum.
+        self.unchecked: set[str] = set()
         # Only engines that step by themselves differ in what they have begun.
         places = run.get("ranks")
         self._several = isinstance(places, list) and any(
@@ -35,12 +38,21 @@ class StepFiles(Mapping[int, StepRanks]):
         )
 
     def document(self, step: int, rank: int) -> Any:
-        """A rank's ``step.json``. Raises MissingError or ReadError."""
-        return self._files.json(self._name(step, rank))
+        """A rank's ``step.json``. Raises MissingError or ReadError, also for one that was changed since."""
+        data = self.text(step, rank)
+        where = f"{self._files.url}/{self._name(step, rank)}"
+        self.note(data, step, rank)
+        return without_checksum(parse(data, where))
+
+    def note(self, data: bytes, step: int, rank: int) -> None:
+        """Look whether a ``step.json`` has its checksum. Raises ReadError where it was changed since."""
+        name = self._name(step, rank)
+        if not has_checksum(data, f"{self._files.url}/{name}"):
+            self.unchecked.add(name)
 
     def text(self, step: int, rank: int) -> bytes:
         """The bytes of a rank's ``step.json``. Raises MissingError or ReadError."""
-        return self._files.read(self._name(step, rank), 0, LARGEST_JSON + 1)
+        return self._files.json_bytes(self._name(step, rank))
 
     def _name(self, step: int, rank: int) -> str:
         return f"{step_dir(step)}/step{rank_suffix(rank)}.json"

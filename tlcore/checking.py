@@ -1,0 +1,62 @@
+"""The contracts of checking a run: what is wrong with a step beside its tensors, and many steps at once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from .record import Json
+
+
+@runtime_checkable
+class SupportsCheck(Protocol):
+    """A source whose format has more to be wrong than tensors' hashes (sizes, headers, overlaps)."""
+
+    def problems(self, step: int, rank: int, document: Json, thorough: bool = True) -> Iterator[str]:
+        """A line for each thing that is wrong with what a rank stored of a step.
+
+        Without ``thorough`` only what can be seen in the document itself, and in others whose hash it has.
+        """
+        ...
+
+
+@runtime_checkable
+class SupportsUnchecked(Protocol):
+    """A source whose documents have checksums, but for those that earlier versions wrote."""
+
+    @property
+    def unchecked(self) -> Collection[str]:
+        """The names of the documents read so far that have none."""
+        ...
+
+
+class AlikeSteps(NamedTuple):
+    """Steps of a rank, of so many ``tensors`` each, whose documents are sound if that of the first is.
+
+    ``rests``, where there are some, are what of each step's document may be anything: a document without
+    records, which the reader checks. Steps of several checks of a rank have the same ``likeness`` where it is
+    enough to look at one of them, and at each group's ``rest``: the first document without calls, records
+    and structures. Who gives these proves no step of which `problems` would say anything.
+    """
+
+    steps: list[int]
+    tensors: int
+    rests: Sequence[Json] = ()
+    likeness: Hashable | None = None
+    rest: Json | None = None
+
+
+class WholeCheck(NamedTuple):
+    """A check that is under way. ``unsound()`` waits, and gives the steps of which a tensor is not sound."""
+
+    alike: Sequence[AlikeSteps]
+    unsound: Callable[[], Collection[int]]
+
+
+@runtime_checkable
+class SupportsWholeChecks(Protocol):
+    """A source that checks the tensors of many steps in few large reads."""
+
+    def whole_checks(self, rank: int) -> Iterator[WholeCheck]:
+        """Checks of a rank's steps, in order. What none of them proves is then read step by step."""
+        ...
