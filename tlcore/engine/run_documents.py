@@ -34,8 +34,8 @@ class RunDocuments:
     """The store of a run while one rank writes it, and the documents that say whose it is and how it ended.
 
     `run` is the run with its store opened. On a disk of this machine its directory is made with mode 0700,
-    or accepted if it is empty or already holds this run. In object storage nothing is read: a role that may
-    only write is enough.
+    or accepted if it is empty or holds what other ranks have written of this run. In object storage nothing
+    is read: a role that may only write is enough.
     """
 
     def __init__(self, run: RunInfo, location: Location) -> None:
@@ -95,7 +95,8 @@ class RunDocuments:
         names = [entry.name for entry in self._all.list()]
         if RUN_FILE in names:
             owner = self._owner()
-            if owner != self.run.run_id:
+            # Who writes rank 0 a second time would write over what is committed.
+            if owner != self.run.run_id or self.run.rank == 0:
                 raise BackendError(f"{self._all.url} already holds run {owner!r}; every run needs its own")
         elif foreign := [name for name in names if not _WRITTEN_BY_OTHER_RANKS.fullmatch(name)]:
             raise BackendError(f"{self._all.url} holds {foreign[0]!r} and no run.json; it must be empty")

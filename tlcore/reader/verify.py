@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, suppress
+from contextlib import ExitStack, closing
 
 from ..errors import MissingError, ReadError
 from ..layout.checksums import has_checksum
@@ -53,13 +53,14 @@ def verify_documents(files: RunFiles, names: Iterable[str]) -> tuple[list[str], 
     """A line for each of these documents that was changed since; and the names of those without checksums."""
     bad, unchecked = [], []
     for name in names:
-        # Whatever else is wrong with one is told by whoever needs what it says.
-        with suppress(MissingError):
-            try:
-                if not has_checksum(files.json_bytes(name), f"{files.url}/{name}"):
-                    unchecked.append(name)
-            except ReadError as error:
-                bad.append(str(error))
+        try:
+            if not has_checksum(files.json_bytes(name), f"{files.url}/{name}"):
+                unchecked.append(name)
+        except MissingError:
+            # Told by whoever needs what it says.
+            continue
+        except ReadError as error:
+            bad.append(str(error))
     return bad, unchecked
 
 
