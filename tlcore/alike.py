@@ -19,7 +19,7 @@ class AlikeStep(NamedTuple):
     16 bytes each. ``fill(memory)`` puts the bytes of all tensors that are no aliases, one after the other
     in the order of the records, ``nbytes`` in all, into memory of that size. It returns whether every tensor
     has the hash that its record states, the aliases too, and all that is stored with them is sound; what
-    is wrong is told by reading the step as any other.
+    is wrong is told by reading the step as any other. Of a step that is captured ``document`` is empty.
     """
 
     step: int
@@ -54,6 +54,13 @@ class SupportsWriteAlike(Protocol):
         ``step.like`` is not known any more, or ``step.fill`` said no. The step then comes by `Sink.write`.
         """
         ...
+
+
+@runtime_checkable
+class SupportsAlikeInCapture(SupportsWriteAlike, Protocol):
+    """A sink that says, once it is open, whether it does so in a capture too, whoever writes beside it."""
+
+    alike_in_capture: bool
 
 
 @runtime_checkable

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from .alike import AlikeStep as AlikeStep
 from .alike import Outline as Outline
+from .alike import SupportsAlikeInCapture as SupportsAlikeInCapture
 from .alike import SupportsAlikeSteps as SupportsAlikeSteps
 from .alike import SupportsOutlines as SupportsOutlines
 from .alike import SupportsWriteAlike as SupportsWriteAlike

@@ -32,6 +32,8 @@ class PtSink:
     steps that follow each other, travel at once, and a step is stored when its ``step.json`` is there.
     """
 
+    alike_in_capture: bool = False
+
     def __init__(self) -> None:
         self._stored: Stored = lambda step, error: None
 
@@ -46,6 +48,8 @@ class PtSink:
         self._travel: Travel | None = None
         self._uploads: Uploads | None = None
         self._rank = run.rank
+        # Of two that publish the same directory, one fails.
+        self.alike_in_capture = run.world_size == 1
         # The last steps, which others may be said to be like, and what those have in common.
         self._written: OrderedDict[int, Written] = OrderedDict()
         self._patterns: dict[int, Pattern | None] = {}

@@ -80,6 +80,7 @@ class Details:
 
     def __init__(self) -> None:
         self._known: dict[str, AlikeObjects] = {}
+        self._last: tuple[str, tuple[str, list[int]]] = "", ("", [])
 
     def split(self, details: Mapping[str, Any]) -> tuple[str, list[int]]:
         """What `split` says."""
@@ -88,7 +89,11 @@ class Details:
     def _extra(self, key: str, value: Any) -> tuple[str, list[int]]:
         if key == "extra" and type(value) is dict:
             return self._joined(value, self._own)
-        return split(value)
+        # Mostly the ledger of the step before. Unlike equality, this tells 1 from 1.0 and from true.
+        shown = repr(value)
+        if shown != self._last[0]:
+            self._last = shown, split(value)
+        return self._last[1]
 
     def _own(self, key: str, value: Any) -> tuple[str, list[int]]:
         if type(value) is list and len(value) > 1:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -20,6 +20,8 @@ ALIGNMENT = 8
 _METADATA = ('"format":"pt"', '"tlcore.layout":"2"')
 # What the offsets of a column may be longer than those it has before it has its place, and a comma.
 _OFFSETS_BYTES = 40
+# Each piece that is written by itself costs about as much as copying so many bytes.
+_LARGE_PIECE = 2 << 10
 Bytes = np.ndarray
 
 
@@ -103,6 +105,30 @@ class Column:
             part = chunk.steps[:count, chunk.offset : chunk.offset + chunk.nbytes]
             target[position:end].reshape(count, chunk.nbytes)[:] = part
             position = end
+            if self.constant:
+                return
+
+    @property
+    def is_in_large_pieces(self) -> bool:
+        """Whether to write its bytes from where they lie takes less than to put them together first."""
+        return all(
+            chunk.nbytes >= _LARGE_PIECE or len(chunk.steps) == 1 or chunk.nbytes == chunk.steps.shape[1]
+            for chunk in self.chunks
+        )
+
+    def pieces(self) -> Iterator[memoryview]:
+        """The array's bytes, in order, where they lie."""
+        for chunk in self.chunks:
+            count = 1 if self.constant else len(chunk.steps)
+            width = chunk.steps.shape[1]
+            if not chunk.nbytes:
+                continue
+            flat = chunk.steps.reshape(-1).data
+            if width == chunk.nbytes:
+                yield flat[: count * width]
+            else:
+                for begin in range(chunk.offset, chunk.offset + count * width, width):
+                    yield flat[begin : begin + chunk.nbytes]
             if self.constant:
                 return
 

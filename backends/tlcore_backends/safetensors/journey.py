@@ -133,8 +133,8 @@ class Journey:
         for part in parts:
             if isinstance(part, memoryview):
                 part.release()
-        if memory is not None:
-            self._memory.give(memory)
+        for each in memory:
+            self._memory.give(each)
         with self._changed:
             job.missing -= 1
             self._travelling -= nbytes

@@ -51,6 +51,7 @@ class SegmentSink:
     """
 
     layout: int = 2
+    alike_in_capture: bool = True
 
     def __init__(self, segment_bytes: int = SEGMENT_BYTES, commit_s: float | None = None) -> None:
         self._segment_bytes = segment_bytes
@@ -85,6 +86,8 @@ class SegmentSink:
         # whole, such a step goes there at once.
         self._large_bytes = max(_LEAST_LARGE, self._most_bytes // 2)
         self._appending = store if isinstance(store, SupportsAppend) else None
+        # A place on this machine takes many small parts as well as one.
+        self._in_pieces = is_local
         self._memory = ShardBuffers()
         self._plans = Plans()
         self._plans_of: OrderedDict[int, Plan] = OrderedDict()
@@ -235,7 +238,7 @@ class SegmentSink:
             log.info("the list of the run's segments could not be written: %s", shareable(error))
 
     def _new_segment(self) -> Segment:
-        segment = Segment(self._rank, self._number, self._plans, self._memory)
+        segment = Segment(self._rank, self._number, self._plans, self._memory, self._in_pieces)
         self._number += 1
         return segment
 

@@ -28,6 +28,8 @@ _MOST_HEADER_BYTES = 16 << 20
 # Of an array's entry in a header, beside its name.
 _ENTRY_BYTES = 120
 _NAME_CHECKED = 16
+# More is put together in memory that is used again.
+_LARGE_HEAD = 1 << 20
 Fill = Callable[[memoryview], bool]
 
 
@@ -37,7 +39,7 @@ class File(NamedTuple):
     name: str
     parts: Sequence[Buffer]
     nbytes: int
-    memory: ShardBuffer | None
+    memory: Sequence[ShardBuffer]
 
 
 class Sealed(NamedTuple):
@@ -64,10 +66,13 @@ class Segment:
     """Segment ``number`` of a rank while it is filled.
 
     ``plans`` and ``memory`` outlive it. The steps' bytes lie one after the other in memory as they came,
-    each tensor's rows are brought together when the segment is sealed.
+    each tensor's rows are brought together when the segment is sealed; ``in_pieces`` only when it is written.
     """
 
-    def __init__(self, rank: int, number: int, plans: Plans, memory: ShardBuffers) -> None:
+    def __init__(
+        self, rank: int, number: int, plans: Plans, memory: ShardBuffers, in_pieces: bool = False
+    ) -> None:
+        self._in_pieces = in_pieces
         self.rank = rank
         self.number = number
         self.full = False
@@ -280,27 +285,49 @@ class Segment:
         return np.frombuffer(self._gathered.view(), np.uint8)[begin:end]
 
     def _make_file(self, columns: dict[int, Column]) -> File:
-        """A file of these columns; the memory of the steps' bytes is free again."""
+        """A file of these columns; the memory of the steps' bytes is free again, or with the file."""
         name = data_name(self.rank, self.number, len(self._files))
         head = lay_out(columns, self._taken, len(self._files))
         own = [column for column in columns.values() if column.same_as is None]
+        own.sort(key=lambda column: column.begin)
+        apart = [self._in_pieces and column.is_in_large_pieces for column in own]
         nbytes = len(head) + sum(column.stored_bytes for column in own)
-        whole = self._memory.take()
-        whole.skip(nbytes)
-        target = np.frombuffer(whole.view(), np.uint8)
-        target[: len(head)] = np.frombuffer(head, np.uint8)
-        for column in own:
-            column.copy_into(target[column.begin : column.begin + column.stored_bytes])
-            column.chunks = [chunk._replace(steps=chunk.steps[:, :0]) for chunk in column.chunks]
+        parts, memory = self._parts(head, own, apart)
         for column in columns.values():
             column.chunks = []
-        del target
         self._columns |= columns
         self._files.append(DataFile.of(name, nbytes, head))
-        if self._gathered is not None:
-            gathered, self._gathered = self._gathered, None
+        gathered, self._gathered = self._gathered, None
+        if gathered is not None and any(apart):
+            memory.append(gathered)
+        elif gathered is not None:
             self._memory.give(gathered)
-        return File(name, [whole.view()], nbytes, whole)
+        return File(name, parts, nbytes, memory)
+
+    def _parts(
+        self, head: bytes, own: Sequence[Column], apart: Sequence[bool]
+    ) -> tuple[list[Buffer], list[ShardBuffer]]:
+        """The bytes of a file, in memory to give back; those of columns that are ``apart`` where they are."""
+        size = len(head) + sum(
+            column.stored_bytes for column, is_apart in zip(own, apart, strict=True) if not is_apart
+        )
+        memory = [self._memory.take()] if size > _LARGE_HEAD else []
+        for each in memory:
+            each.skip(size)
+        whole = memory[0].view() if memory else memoryview(bytearray(size))
+        target = np.frombuffer(whole, np.uint8)
+        target[: len(head)] = np.frombuffer(head, np.uint8)
+        parts: list[Buffer] = []
+        begin, end = 0, len(head)
+        for column, is_apart in zip(own, apart, strict=True):
+            if is_apart:
+                parts += [whole[begin:end], *column.pieces()]
+                begin = end
+            else:
+                column.copy_into(target[end : end + column.stored_bytes])
+                end += column.stored_bytes
+        parts.append(whole[begin:end])
+        return parts, memory
 
     def seal(self, ledger: Counts) -> Sealed:
         """Put the segment together; ``ledger`` is the rank's so far, these steps included."""

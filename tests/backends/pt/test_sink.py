@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from tlcore.errors import BackendError
 from tlcore.ledger import Counts, Ledger
 from tlcore.protocols import Sink
 from tlcore.record import Json, Origin, Record, RunInfo, StepSummary
+from tlcore.registry import open_store
 from tlcore.testing import RunWriter
 from tlcore_backends.pt.sink import PtSink
 
@@ -184,3 +186,11 @@ def test_little_is_remembered_of_large_steps(tmp_path: Path, monkeypatch: pytest
         remembered.append(list(sink._written))
     assert remembered == [[0], [0, 1], [1, 2], [], [4]]
     writer.close()
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_where_several_ranks_capture_none_publishes_whole_directories(tmp_path: Path, ranks: int) -> None:
+    sink = PtSink()
+    sink.open(replace(make_run(tmp_path, world_size=ranks), store=open_store(str(tmp_path))))
+    assert sink.alike_in_capture is (ranks == 1)
+    sink.close()

@@ -178,3 +178,12 @@ def test_a_step_whose_end_never_comes_keeps_no_memory(tmp_path: Path) -> None:
             assert not any(step.waiting for step in session._processor._steps.values())  # type: ignore[union-attr]
     session.close()
     assert session.ledger.balanced and session.ledger.stored == 5 * 6 and session.ledger.failed == 6
+
+
+def test_a_sink_that_does_so_in_no_capture_gets_records(
+    tmp_path: Path, at_once: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(SegmentSink, "alike_in_capture", False)
+    found = run(tmp_path, [(inputs(3, step),) for step in range(4)])
+    assert not at_once and len(found.steps) == 4
+    found.verify()

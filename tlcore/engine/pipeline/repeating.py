@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...alike import AlikeStep, SupportsWriteAlike
+from ...alike import AlikeStep, SupportsAlikeInCapture, SupportsWriteAlike
 from ...hotpath.native import can_hash, extension
 from ...protocols import Sink, SupportsLateCommit
 from ...record import StepSummary
@@ -58,8 +58,9 @@ class Repeats:
     """Knows the steps that others may be like, for a sink that can be told so."""
 
     def __init__(self, sink: Sink) -> None:
-        able = can_hash and isinstance(sink, SupportsWriteAlike) and isinstance(sink, SupportsLateCommit)
-        self._sink: SupportsWriteAlike | None = sink if able else None  # type: ignore[assignment]
+        self._sink: SupportsWriteAlike | None = None
+        if can_hash and isinstance(sink, SupportsAlikeInCapture) and sink.alike_in_capture:
+            self._sink = sink if isinstance(sink, SupportsLateCommit) else None
         self._seen: dict[int, Seen] = {}
 
     def may_repeat(self, batch: Batch, plan: Plan) -> bool:
