@@ -168,6 +168,15 @@ def test_a_compiled_engine_is_accepted_unless_no_step_can_be_eager(config: dict[
         stock.create_engine_config()
 
 
+def test_commands_on_several_nodes_begin_no_run_each(config: dict[str, Any]) -> None:
+    nodes = {"data_parallel_size": 2, "data_parallel_size_local": 1}
+    with pytest.raises(ConfigError, match="several nodes"):
+        _engine_args(intermediate_log_config=config, **nodes).create_engine_config()
+    assert _engine_args(**nodes).create_engine_config()
+    together = _engine_args(intermediate_log_config=config, data_parallel_size=2).create_engine_config()
+    assert together.additional_config[KEY]["world_size"] == 2
+
+
 def test_volatile_keys_do_not_change_the_hash_of_what_is_compiled(config: dict[str, Any]) -> None:
     def hashed(**keys: Any) -> str:
         vllm_config = _engine_args(enforce_eager=False, **keys).create_engine_config()

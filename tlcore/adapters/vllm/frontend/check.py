@@ -81,6 +81,7 @@ def check_engine_config(vllm_config: Any) -> None:
     if carrier is None:
         return
     check_engine(vllm_config)
+    _check_nodes(vllm_config.parallel_config)
     if is_carrier(carrier):
         check_caches(carrier["config"], vllm_config)
     carrier["world_size"] = world_size(vllm_config)
@@ -101,6 +102,19 @@ def check_engine(vllm_config: Any) -> None:
         raise ConfigError("$", problem, "Leave the mode to vLLM, or pass --enforce-eager.")
     if getattr(vllm_config.parallel_config, "use_ubatching", False):
         raise ConfigError("$", "intermediate logging does not work with microbatches (--enable-dbo).")
+
+
+def _check_nodes(parallel: Any) -> None:
+    """Refuse to begin a run with engines that several commands start: each would begin one of its own."""
+    several = (
+        int(parallel.data_parallel_size) > 1 and getattr(parallel, "data_parallel_backend", "mp") == "mp"
+    )
+    local = int(getattr(parallel, "data_parallel_size_local", 0) or parallel.data_parallel_size)
+    if int(getattr(parallel, "nnodes", 1)) > 1 or (several and local < int(parallel.data_parallel_size)):
+        problem = "vLLM's commands on several nodes would each begin a run of their own."
+        raise ConfigError(
+            "$", problem, "Start the capture once they run, over HTTP or with tlcore.vllm.attach."
+        )
 
 
 def check_caches(config: Mapping[str, Any], vllm_config: Any) -> None:
