@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
 from tests.deep import scaled
 from tests.fuzz.mixes import complaints, run_mix
 from tests.fuzz.plants import PLANTS, Rows
+from tests.sinks import MemorySink
+from tlcore.layout.rows import CallRows
 
 # The tokens behind a request's end are cut off as vLLM does it.
 pytest.importorskip("vllm")
@@ -32,6 +36,29 @@ def test_of_each_step_the_last_row_is_what_the_next_token_came_from(seed: int) -
     asked, sink = run_mix(seed, rows="last")
     wrong = [text for text in complaints(asked, sink) if "missing" not in text]
     assert wrong == []
+    _check_that_all_stayed(sink)
+    for name, tensor in sink.tensors.items():
+        # A row consists of its request, position and token.
+        owners = tensor[:, 0].tolist()
+        assert "logits" in name or len(owners) == len(set(owners)), name
+
+
+@pytest.mark.parametrize("rows", ["response", {"from": 0}, {"from": -2, "to": 30}])
+@pytest.mark.parametrize("seed", range(MIXES))
+def test_of_a_window_no_row_of_a_rejected_token_is_stored(seed: int, rows: Any) -> None:
+    asked, sink = run_mix(seed, rows=rows)
+    assert [text for text in complaints(asked, sink) if "missing" not in text] == []
+    _check_that_all_stayed(sink)
+
+
+def _check_that_all_stayed(sink: MemorySink) -> None:
+    for step in sink.steps:
+        rows = CallRows(step.to_json(()))
+        for name, tensor in sink.tensors.items():
+            if name.startswith(f"step_{step.step}/"):
+                spans = rows.spans({"name": name, "shape": list(tensor.shape), "dtype": "float32"})
+                assert spans == tuple(span.kept() for span in spans)
+                assert sum(span.length for span in spans) == len(tensor)
 
 
 @pytest.mark.parametrize("name", PLANTS)

@@ -12,6 +12,7 @@ from ..layout.tokens import TOKENS, stored_entries
 from ..ledger import Counts
 from ..record import Json
 from .calls import CallSide
+from .filters.kept_rows import KeptRows
 from .filters.tensors import TensorSpec
 from .staging.host_memory import Chunk
 
@@ -37,7 +38,8 @@ class Batch:
     """Whole sides of one step, in order, and the chunks (``memory``) that nobody needs after it.
 
     ``specs``, ``chunks`` and ``offsets`` have an item for each tensor of the sides, ``scalars`` one for
-    each number or string. One that ``is_whole_step`` is all of its step, whose end follows at once.
+    each number or string. One that ``is_whole_step`` is all of its step, whose end follows at once. Of one
+    that ``waits`` some tensors have rows that may have to go (`KeptRows`).
     """
 
     step: int
@@ -48,6 +50,7 @@ class Batch:
     scalars: list[Scalar] = field(default_factory=list)
     memory: Sequence[Chunk] = ()
     is_whole_step: bool = False
+    waits: bool = False
 
 
 @dataclass(slots=True)
@@ -56,6 +59,7 @@ class StepEnd:
 
     ``decided`` says what became of the requests' draft tokens, and may wait for a device.
     ``unopened`` counts what was not looked into. ``tokens`` makes the entries of the requests' token ids.
+    ``undecided`` are those of the ``rows`` and other row sets of which some may have to go then.
     """
 
     step: int
@@ -66,6 +70,7 @@ class StepEnd:
     decided: Callable[[], Mapping[str, Decided]] | None = None
     unopened: Counts = field(default_factory=Counts)
     tokens: Callable[[], list[Json]] | None = None
+    undecided: Sequence[KeptRows] = ()
     is_settled: bool = False
 
     def settle(self) -> None:

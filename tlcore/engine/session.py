@@ -286,8 +286,8 @@ class Session:
             if tokens is None and (own := self.samples.tokens.document(self.rows.chooses)):
                 tokens = functools.partial(list, own)
             extra = {**told, **details}
-            end = StepEnd(number, self._started, ended, rows, extra, decided, unopened, tokens)
-            self._pipeline.submit(end)
+            late = decided, unopened, tokens, self.rows.undecided
+            self._pipeline.submit(StepEnd(number, self._started, ended, rows, extra, *late))
             if not self.config.selects_any_after(number):
                 self._settle(number)
 

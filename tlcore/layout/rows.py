@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
+from .checks import is_whole
 from .grids import UNCLEAR, Grid, axis_of, read_grid
 from .row_scale import presented
 
@@ -211,7 +212,7 @@ class CallRows:
     """The row sets of each call of one step and rank, as its ``step.json`` has them."""
 
     def __init__(self, document: Mapping[str, Any], accepted: Mapping[str, Row] | None = None) -> None:
-        """``accepted`` is what other ranks know of the requests' accepted rows: `DECIDED` keys.
+        """``accepted`` is what other ranks know of the requests' accepted rows: `decided_positions`.
 
         Raises ValueError, with the damaged part, where the rows do not follow one another.
         """
@@ -303,9 +304,18 @@ def _row_set(entry: Any) -> RowSet:
     return _checked(RowSet(str(entry["kind"]), entry["rows"], padded, grid, vectors, single))
 
 
+def decided_positions(row: Row) -> dict[str, Any]:
+    """What an entry knows of its request's drafts, as positions, for ranks that have other rows of it."""
+    first = row.get("first_position", 0)
+    return {key: first + row[key] for key in DECIDED if is_whole(first) and is_whole(row.get(key))}
+
+
 def _with_accepted(row: Row, known: Mapping[str, Row]) -> Row:
     decided = known.get(str(row.get("request_id")), {})
-    return row if "accepted" in row or not decided else {**row, **decided}
+    first = row.get("first_position", 0)
+    if "accepted" in row or not decided or not is_whole(first):
+        return row
+    return {**row, **{key: max(0, position - first) for key, position in decided.items()}}
 
 
 def _checked(rows: RowSet) -> RowSet:

@@ -10,7 +10,7 @@ from ..errors import MissingError, ReadError, missing
 from ..layout.checks import is_whole
 from ..layout.grids import Grid
 from ..layout.names import step_dir
-from ..layout.rows import DECIDED, CallRows, Row, Span
+from ..layout.rows import CallRows, Row, Span, decided_positions
 from ..layout.tokens import checked_tokens
 from ..ledger import Counts
 from ..record import Json
@@ -192,7 +192,7 @@ class Step(Mapping[str, "torch.Tensor"]):
             known = accepted.setdefault(self.replica(rank), {})
             for row in document.get("rows", ()):
                 if "accepted" in row:
-                    known[str(row.get("request_id"))] = {key: row[key] for key in DECIDED if key in row}
+                    known[str(row.get("request_id"))] = decided_positions(row)
         try:
             return {
                 rank: CallRows(document, accepted[self.replica(rank)])

@@ -74,6 +74,23 @@ def test_token_ids_and_windows_are_its_requests(captured: dict[str, Any]) -> Non
             assert captured["truth"].agrees(request[hidden], tokens, rows, -1), (name, place)
 
 
+def test_rows_of_rejected_tokens_are_stored_only_where_all_are(captured: dict[str, Any]) -> None:
+    rejected = dict.fromkeys(("all", "last", "response"), 0)
+    for name in rejected:
+        run = tlcore.open_run(captured[name]["url"])
+        for number in run.steps:
+            step = run.step(number)
+            for record in step.records:
+                spans = step.row_spans(record)
+                rejected[name] += sum(span.length - span.kept().length for span in spans)
+                owners = [span.row["request_id"] for span in spans]
+                if name == "last":
+                    assert all(span.length == 1 for span in spans) and len(owners) == len(set(owners))
+    if captured["way"] in ("ngram", "draft_model"):
+        assert rejected["all"]
+    assert not rejected["last"] and not rejected["response"], rejected
+
+
 def _check_steps(run: Run, tokens: dict[str, list[int]]) -> None:
     """Hold the rows of each step alone against the answers: nothing later overwrites what was rejected."""
     for number in run.steps:

@@ -125,6 +125,12 @@ class Choosing:
         choice = self._choices.get(request)
         return self._last or (choice is not None and choice.last)
 
+    def only_sure(self, request: str) -> bool:
+        """Whether of a request's rows only those are kept whose tokens stay in it."""
+        choice = self._choices.get(request)
+        windows = self._window, None if choice is None else choice.window
+        return self.lasts(request) or any(each is not None for each in windows)
+
     def part(
         self, request: str, first: int | None, length: int, prompt: int | None
     ) -> tuple[int, int] | None:

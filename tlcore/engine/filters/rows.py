@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -14,6 +14,7 @@ from ...layout.rows import ITEM_TOKENS, NO_ROWS, BeforeRows, Placed, Row, RowSet
 from ...layout.windows import Window
 from ...record import Json
 from .choosing import Chooses, Choosing
+from .kept_rows import KeptRows
 
 # A call's directory, its module's name, and which call of it in the step it is.
 Begun = tuple[str, str, int]
@@ -47,7 +48,7 @@ class _Part:
     first: Mapping[str, int] = field(default_factory=dict)
     calls: list[str] = field(default_factory=list)
     indices: list[int] = field(default_factory=list)
-    kept: dict[int, _Kept] = field(default_factory=dict)
+    kept: dict[int, KeptRows] = field(default_factory=dict)
     whole: set[tuple[int, ...]] = field(default_factory=set)
     left_out: frozenset[str] = frozenset()
     narrower: dict[tuple[frozenset[str], bool], _Part] = field(default_factory=dict)
@@ -55,7 +56,10 @@ class _Part:
 
     def leaves_doubt(self, kept: int) -> bool:
         """Whether the number of rows alone does not tell whose they are, where so many were kept."""
-        return any(each.single for each in self.sets) or any(shape[:1] == (kept,) for shape in self.whole)
+        # Of these some may have to go, and nobody knows how many.
+        least = 0 if any(each.waits for each in self.kept.values()) else kept
+        whole = any(least <= shape[0] <= kept for shape in self.whole if shape)
+        return whole or any(each.single for each in self.sets)
 
     @functools.cached_property
     def of_items(self) -> bool:
@@ -67,7 +71,7 @@ class StepRows:
     """The row sets of a step's calls, as they come to be known while it runs.
 
     ``chooses``, ``last`` and ``window`` are those of `Choosing`, and go for every step for which nothing else
-    is said; of a request's last token those rows are kept that may be it while drafts are not decided on.
+    is said. Rows of drafts of which a request may keep none are kept, and ``undecided``, until it is known.
     ``first`` says how often which module was called in
     the step before the model's call that runs now, where a step has several. ``before`` is how long axes of
     whole numbers before that of rows may be, as far as it is known. ``prompts`` has the length of
@@ -98,6 +102,9 @@ class StepRows:
         self.told = False
         # Along which axis the positions lay of the tensor that was cut last; None where it was left whole.
         self.cut_along: int | None = None
+        # The rows of that tensor where some may have to go, and all such rows of the step.
+        self.waiting: KeptRows | None = None
+        self.undecided: list[KeptRows] = []
 
     @property
     def chooses(self) -> Chooses | None:
@@ -165,12 +172,14 @@ class StepRows:
 
     def cut(self, tensor: torch.Tensor) -> torch.Tensor | None:
         """The tensor's rows that are kept, the tensor itself where all are; None if it must not be stored."""
-        self.cut_along = None
+        self.cut_along = self.waiting = None
         part = self._part_of(self._module)
         found = self._placed(tensor, part.sets)
         if found.rows is not None:
             self.cut_along = found.axis
-            return self._kept(part, found.rows).of(as_rows(tensor, found.axis))
+            kept = self._kept(part, found.rows)
+            self.waiting = kept if kept.waits else None
+            return kept.of(as_rows(tensor, found.axis))
         if not (self._everyone and self.told) or part.left_out:
             return None
         part.whole.add(tuple(tensor.shape))
@@ -187,11 +196,14 @@ class StepRows:
         whole_numbers = not (tensor.is_floating_point() or tensor.is_complex())
         return placed(tensor.shape, whole_numbers, sets, self.before)
 
-    def _kept(self, part: _Part, rows: RowSet) -> _Kept:
+    def _kept(self, part: _Part, rows: RowSet) -> KeptRows:
         kept = part.kept.get(id(rows))
         if kept is None:
             chosen = functools.partial(self._chosen_of, part.left_out)
-            kept = part.kept[id(rows)] = _Kept(rows, chosen, self._choosing.lasts)
+            kept = KeptRows(rows, chosen, self._choosing.lasts, self._choosing.only_sure)
+            part.kept[id(rows)] = kept
+            if kept.waits:
+                self.undecided.append(kept)
         return kept
 
     def _chosen_of(self, left_out: frozenset[str], span: Span) -> tuple[int, int] | None:
@@ -259,53 +271,5 @@ class StepRows:
         return self._kept(part, rows).rows, 0
 
 
-class _Kept:
-    """The rows of one set that are kept, in ascending order, as a range where they are one."""
-
-    def __init__(
-        self, rows: RowSet, chosen: Callable[[Span], tuple[int, int] | None], lasts: Callable[[str], bool]
-    ) -> None:
-        self.rows: list[Json] = []
-        places: list[int] = []
-        final = {span.row["request_id"]: span for span in rows.spans}
-        for span in rows.spans:
-            request, found = span.row["request_id"], chosen(span)
-            last = lasts(str(request))
-            if found is None or (last and rows.grid is not None and final[request] is not span):
-                continue
-            begin, count = found
-            self.rows.append(_moved(span, begin - span.begin, count, len(places)))
-            if last and count > 1:
-                self.rows[-1]["undecided"] = True
-            places += range(begin, begin + count)
-        self._places = places
-        self._first = places[0] if places else 0
-        self._one_range = places == list(range(self._first, self._first + len(places)))
-        self._on: dict[torch.device, torch.Tensor] = {}
-
-    def of(self, tensor: torch.Tensor) -> torch.Tensor:
-        if self._one_range:
-            return tensor[self._first : self._first + len(self._places)]
-        index = self._on.get(tensor.device)
-        if index is None:
-            index = self._on[tensor.device] = torch.tensor(self._places, device=tensor.device)
-        return tensor.index_select(0, index)
-
-
 def _in_some_order(rows: RowSet) -> RowSet:
     return rows.without_positions if rows.kind == ITEM_TOKENS else rows
-
-
-def _moved(span: Span, skipped: int, count: int, first_row: int) -> Json:
-    """A span's row without its first ``skipped`` ones, of which ``count`` stay, from ``first_row`` on."""
-    row: dict[str, Any] = {**span.row, "first_row": first_row, "rows": count}
-    if span.first is not None:
-        row["first_position"] = span.first + skipped
-    if "accepted" in row:
-        row["accepted"] = min(count, max(0, row["accepted"] - skipped))
-    if row.get("drafts"):
-        # The last ones of the span are drafts, of which some may be left out before, and some behind.
-        first_draft = span.length - row["drafts"]
-        row["drafts_before"] = min(row["drafts"], max(0, skipped - first_draft))
-        row["drafts"] = max(0, skipped + count - max(skipped, first_draft))
-    return row

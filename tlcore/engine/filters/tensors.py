@@ -28,6 +28,11 @@ _address = ctypes.cast(ctypes.memmove, ctypes.c_void_p).value or 0
 move_small: Move = ctypes.PYFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_size_t)(_address)
 
 
+def mover(nbytes: int) -> Move:
+    """What copies so many bytes, which may overlap."""
+    return move_small if nbytes < _SMALL_BYTES else move_large
+
+
 @dataclass(frozen=True, slots=True)
 class TensorFilter:
     """What decides about one tensor from its metadata; devices as of `known_devices`, sizes in elements."""
@@ -82,6 +87,7 @@ class TensorSpec:
     """
 
     __slots__ = (
+        "_of_rows",
         "_variants",
         "captured_bytes",
         "device",
@@ -116,13 +122,14 @@ class TensorSpec:
         self.kind = kind
         self.outcome = outcome
         self.plain = plain
-        self.move = move_small if nbytes < _SMALL_BYTES else move_large
+        self.move = mover(nbytes)
         self.measured = measured
         self.placements = ""
         self.original = ""
         self.captured_bytes = nbytes
         self.shown = dtype, shape
         self._variants: dict[tuple[Outcome | None, bool, str], TensorSpec] = {}
+        self._of_rows: dict[int, TensorSpec] = {}
 
     def refused(self, outcome: Outcome, measured: bool = False) -> TensorSpec:
         """The same form for a tensor that is not stored after all."""
@@ -144,6 +151,22 @@ class TensorSpec:
     def as_part(self, placements: str) -> TensorSpec:
         """The same form for a rank's part of a distributed tensor, with these ``placements``."""
         return self._variant(self.outcome, self.measured, placements)
+
+    def of_rows(self, count: int) -> TensorSpec:
+        """The form of so many of its rows, those along its first axis."""
+        if not self.shape or self.shape[0] == count:
+            return self
+        known = self._of_rows.get(count)
+        if known is None:
+            rows, (dtype, shown) = self.shape[0], self.shown
+            # No tensor that is copied as it is has such a number.
+            kind = -1 - (self.kind << 32 | count)
+            shape, nbytes = (count, *self.shape[1:]), self.nbytes // rows * count
+            known = TensorSpec(self.dtype, shape, self.device, nbytes, kind, self.outcome)
+            known.original, known.captured_bytes = self.original, self.captured_bytes // rows * count
+            known.shown = dtype, (count, *shown[1:])
+            self._of_rows[count] = known
+        return known
 
     def _variant(self, outcome: Outcome | None, measured: bool, placements: str = "") -> TensorSpec:
         placements = placements or self.placements

@@ -304,9 +304,13 @@ class Collector:
             placements: str | None = self._placements
             if kept is not None and placements and self._rows.cut_along is not None:
                 placements = placements_of_rows(placements, self._rows.cut_along, kept.shape)
-            if kept is None or placements is None:
+            waiting = self._rows.waiting
+            if kept is None or placements is None or (placements and waiting is not None):
                 return self.without_copy(self._forms.find(tensor).refused(ROWS_UNKNOWN))
             tensor, self._placements = kept, placements
+            if waiting is not None:
+                self._batch.waits = True
+                return self._copies.of(tensor, waiting.waiting(self._forms.find(tensor)), known=False)
         spec = self._forms.find(tensor)
         if self._placements:
             spec = spec.as_part(self._placements)
@@ -390,6 +394,6 @@ class Collector:
         batch.is_whole_step = everything and not self._in_parts
         self._in_parts = not everything
         self._noted = 0
-        self._use(Batch(batch.step))
+        self._use(Batch(batch.step, waits=batch.waits))
         if batch.sides or batch.memory:
             self._submit(batch)

@@ -13,6 +13,7 @@ from ...ledger import FREED, QUEUE_FULL, RUN_FULL, Outcome
 from ...statistics import channels_of_tensors
 from ...statistics import device as device_statistics
 from ..batch import Measured
+from ..filters.kept_rows import WaitingSpec
 from ..filters.tensors import TensorSpec, TensorSpecs
 from ..staging.accelerator import accelerator_of, recording
 from ..staging.conversion import converted
@@ -62,7 +63,7 @@ class Copies:
             tensor = with_memory(tensor)
             if spec.original:
                 tensor = converted(tensor, spec.dtype)
-            if self._capture != "tensor" and measures_itself(tensor):
+            if self._capture != "tensor" and not isinstance(spec, WaitingSpec) and measures_itself(tensor):
                 place = self._stage_measured(tensor, spec)
             else:
                 place = self._stager.stage(tensor, spec)

@@ -16,7 +16,8 @@ class OpenStep:
     """What the pipeline gathers of a step until it is committed.
 
     ``first`` has the name under which each kind of tensor with certain bytes was stored first. ``values``
-    has what the templates leave open. What is ``waiting`` is written at its end.
+    has what the templates leave open. What is ``waiting`` is written at its end. ``undecided`` is its batch
+    where rows of that may have to go; one whose memory was needed before that was known is ``whole``.
     """
 
     counts: Counts = field(default_factory=Counts)
@@ -29,6 +30,8 @@ class OpenStep:
     bytes_written: int = 0
     error: BaseException | None = None
     waiting: tuple[Batch, Plan] | None = None
+    undecided: Batch | None = None
+    whole: bool = False
 
     def add(self, plan: Plan, examined: Inspected | None) -> None:
         """Take over all that a batch's plan says."""

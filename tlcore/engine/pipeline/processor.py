@@ -13,6 +13,7 @@ from ...ledger import Ledger
 from ...protocols import Sink, SupportsLateCommit
 from ...record import Record, StepSummary
 from ..batch import Batch, StepEnd
+from ..filters.kept_rows import WaitingSpec
 from ..staging.host_memory import HostPool
 from .booking import Booking
 from .channels import Channels
@@ -81,6 +82,14 @@ class Processor:
         step = self._steps.setdefault(batch.step, OpenStep())
         if give_up:
             step.error = step.error or self.failing
+        if batch.waits and batch.is_whole_step and step.error is None:
+            step.undecided = batch
+            return
+        # The memory is needed before the sampler has run.
+        step.whole = step.whole or batch.waits
+        self._take(batch, step)
+
+    def _take(self, batch: Batch, step: OpenStep) -> None:
         try:
             self._store(batch, step)
         except self.catches as error:
@@ -113,6 +122,8 @@ class Processor:
         except Exception as error:
             # A device failed; the batch is still booked, as captured and failed.
             step.error = step.error or error
+        if batch.waits:
+            _gather(batch)
         examined = self._examine(batch, step)
         self._store_examined(batch if examined is None else examined.batch, step, examined)
 
@@ -175,6 +186,8 @@ class Processor:
         step.counts.add(end.unopened)
         if give_up:
             step.error = step.error or self.failing
+        if step.undecided is not None or end.undecided:
+            self._settle(step, end)
         if self._inspector is not None:
             try:
                 rest = self._inspector.rest(end.step)
@@ -200,7 +213,7 @@ class Processor:
             except self.catches as error:
                 step.error = error
         if self._channels is not None:
-            self._gather(self._channels, end.step, whole=step.error is None)
+            self._commit_channels(self._channels, end.step, whole=step.error is None)
         if not accepted:
             self._booking.book(end.step, counts, step.error)
         elif step.error is not None:
@@ -240,7 +253,20 @@ class Processor:
         self._booking.withdraw(end.step)
         return False
 
-    def _gather(self, channels: Channels, step: int, whole: bool) -> None:
+    def _settle(self, step: OpenStep, end: StepEnd) -> None:
+        """Store what has waited for it to be decided which drafts stay, without the rows of the others."""
+        try:
+            if step.error is None and not step.whole:
+                end.settle()
+                for rows in end.undecided:
+                    rows.settle()
+        except self.catches as error:
+            step.error = error
+        batch, step.undecided = step.undecided, None
+        if batch is not None:
+            self._take(batch, step)
+
+    def _commit_channels(self, channels: Channels, step: int, whole: bool) -> None:
         if not whole:
             channels.discard(step)
             return
@@ -298,3 +324,11 @@ class Processor:
             log.warning("the run could not be closed: %s", error)
             return False
         return True
+
+
+def _gather(batch: Batch) -> None:
+    """Take the rows that do not stay out of a batch's tensors, where that is decided."""
+    for place, spec in enumerate(batch.specs):
+        if isinstance(spec, WaitingSpec):
+            address = batch.chunks[place].address + batch.offsets[place]
+            batch.specs[place] = spec.rows.gather(address, spec.whole)
