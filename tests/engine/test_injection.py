@@ -103,6 +103,20 @@ def test_a_run_is_marked_wherever_it_is_listed_and_converted(
     assert json.loads(capsys.readouterr().out)["runs"][0]["injected"] is True
     assert main(["ls", str(tmp_path / "a")]) == 0
     assert "injected" not in capsys.readouterr().out
+    for words in (
+        *(["show", injected.url, name] for name in ("step_0/second", "step_0/second/inputs_0")),
+        *(["show", injected.url, name, "--json"] for name in ("step_0/second", "step_0/second/inputs_0")),
+        ["stats", injected.url],
+        ["verify", injected.url],
+        ["compare", injected.url, injected.url],
+        ["compare", injected.url, injected.url, "--format", "html", "--output", str(tmp_path / "r.html")],
+        ["baseline", "save", "--stats", injected.url, str(tmp_path / "b.json")],
+        ["baseline", "check", str(tmp_path / "b.json"), injected.url],
+    ):
+        assert main(words) == 0
+        said = capsys.readouterr().out
+        written = [each.read_text() for each in map(Path, words[-1:]) if each.is_file()]
+        assert any("injected" in each for each in (said, *written)), words
     assert main(["convert", injected.url, str(tmp_path / "c"), "--backend", "safetensors"]) == 0
     assert tlcore.open_run(tmp_path / "c" / injected.id).injected == injected.injected
 
@@ -154,7 +168,9 @@ def test_results_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
     assert any("kept their own result: the other run's result has another shape" in each for each in remarks)
 
 
-def test_a_generation_is_injected_as_long_as_its_tokens_are_the_same(tmp_path: Path) -> None:
+def test_a_generation_is_injected_as_long_as_its_tokens_are_the_same(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     model, batch = llama(), padded(PROMPTS[:1])
 
     def generated(**keys: Any) -> Any:
@@ -170,6 +186,21 @@ def test_a_generation_is_injected_as_long_as_its_tokens_are_the_same(tmp_path: P
     assert torch.equal(ids, same)
     told = [injected.step(number).documents[0]["injected"]["calls"] for number in injected.steps]
     assert told == [1] * len(right.steps)
+    injected.dataset("model.layers.1/outputs")
+    assert f"{injected.url}: a data set of a run that was injected" in caplog.text
+    target = tmp_path / "exported"
+    words = [
+        "export",
+        injected.url,
+        str(target),
+        "--format",
+        "requests",
+        "--tensor",
+        "model.layers.1/outputs",
+    ]
+    assert main(words) == 0
+    assert "the run was injected: results of" in capsys.readouterr().err
+    assert "injected: results of" in json.loads((target / "_export.json").read_text())["note"]
     batch["input_ids"][0, 0] = 9
     changed, _ = generated(inject=inject(right, r"layers\.0\.self_attn$"))
     told = [changed.step(number).documents[0]["injected"] for number in changed.steps]

@@ -38,7 +38,8 @@ def baseline_text(run: Run, progress: Callable[[int, int], None] | None = None) 
             raise ReadError(f"{run.url}: {each.problem}")
         lines.append(json.dumps(_entry(run, each)))
     told = "".join(f"  {line},\n" for line in lines)[:-2]
-    return f'{{"tlcore_baseline": {_VERSION}, "tensors": [\n{told}\n]}}\n'
+    marked = "" if run.injection is None else f'"run": {json.dumps(run.injection)}, '
+    return f'{{"tlcore_baseline": {_VERSION}, {marked}"tensors": [\n{told}\n]}}\n'
 
 
 def _entry(run: Run, tensor: TensorStatistics) -> Json:
@@ -87,7 +88,7 @@ def check_statistics(
     None is the dtype's default.
     Raises ReadError when the file is none or the run cannot be read.
     """
-    known = _read(file)
+    known, injection = _read(file)
     survey: Survey = stats(run, progress=progress)
     tolerance = Tolerance(rtol, atol)
     results = []
@@ -98,15 +99,18 @@ def check_statistics(
     results += [_result(key, mine, None, None, tolerance) for key, mine in known.items()]
     gap = Gap("values that are not equal bit by bit were held by their statistics alone")
     notes = [gap] if any(each.status == "close" for each in results) else []
+    notes += [] if injection is None else [Gap(f"the run of the baseline was {injection}")]
     return Comparison(str(file), run.url, results, [*notes, *map(Gap, survey.notes)])
 
 
-def _read(file: Path) -> dict[Key, _Known]:
+def _read(file: Path) -> tuple[dict[Key, _Known], str | None]:
+    """The tensors of the file, and what is to be known of the run that they are of."""
     try:
         document = parse_json(file.read_text(encoding="utf-8"))
         if document["tlcore_baseline"] != _VERSION:
             raise ReadError(f"{file}: a baseline of version {document['tlcore_baseline']!r}, not {_VERSION}")
-        return dict(map(_parsed, document["tensors"]))
+        run = document.get("run")
+        return dict(map(_parsed, document["tensors"])), None if run is None else str(run)
     except OSError as error:
         raise ReadError(f"{file}: {error.strerror}") from error
     except ConfigError as error:

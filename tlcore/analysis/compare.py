@@ -163,7 +163,7 @@ def _notes(
     yield from causes(*runs)
     yield from _mixed(results, tolerance)
     yield from further.notes(results)
-    yield from (injected(label, run) for label, run in zip("AB", runs, strict=True) if run.injected)
+    yield from (f"{label} was {run.injection}" for label, run in zip("AB", runs, strict=True) if run.injected)
     yield from _other_shares(results, *runs)
 
 
@@ -191,13 +191,6 @@ def _detailed(
             known[contents] = details
             found[at] = replace(found[at], details=details)
     return found
-
-
-def injected(label: str, run: Run) -> str:
-    """A note that a run is of a model into which results were injected."""
-    told = run.injected or {}
-    modules = ", ".join(str(each) for each in told.get("modules", ()))
-    return f"{label} was injected: results of {told.get('run')} stand in for those of {modules}"
 
 
 def _rounded(kernels: Sequence[str]) -> Iterator[str]:

@@ -272,7 +272,8 @@ def stats(
     if not records:
         held = ", ".join(map(str, opened.steps)) or "none"
         limits = " in the modules asked for" if rules.modules else ""
-        raise ReadError(f"{opened.url}: no tensor to look at{limits}; its whole steps are {held}")
+        why = why_not_stored(chosen)
+        raise ReadError(f"{opened.url}: no tensor to look at{limits}; its whole steps are {held}{why}")
     cores = os.cpu_count() or 1
     tensors = []
     with ThreadPoolExecutor(max(cores, _REMOTE_WORKERS) if is_url(opened.url) else cores) as pool:
@@ -282,6 +283,17 @@ def stats(
                 progress(done, len(records))
     unstored = sum(not record.get("stored", True) for _, record in records)
     return Survey(opened.url, tensors, list(_notes(opened, chosen, wanted, unstored)), opened)
+
+
+def why_not_stored(steps: Sequence[Step]) -> str:
+    """What became of tensors that steps have and do not hold, in words; empty where there are none."""
+    total = Counts()
+    for step in steps:
+        total.add(step.ledger)
+    if not total.skipped:
+        return ""
+    listed = ", ".join(f"{count}: {reason}" for reason, count in total.reasons.most_common(3))
+    return f"; {total.skipped} tensors are not in it ({listed})"
 
 
 def _records(step: Step, rules: Rules, measured: bool) -> list[Json]:
@@ -342,6 +354,8 @@ def _described(step: Step, record: Json, group: Group, place: int) -> TensorStat
 
 
 def _notes(run: Run, steps: Sequence[Step], wanted: frozenset[int] | None, unstored: int) -> Iterator[str]:
+    if run.injection is not None:
+        yield f"the run was {run.injection}"
     incomplete = [number for number in run.incomplete_steps if wanted is None or number in wanted]
     if incomplete:
         yield f"steps not committed by every rank, and left out: {', '.join(map(str, incomplete))}"

@@ -85,6 +85,8 @@ def run(args: argparse.Namespace) -> int:
             client,
         )
     print(printable(f"{redact_url(args.target)}: {done.items} items"))
+    if source.injection is not None:
+        print(printable(f"note: the run was {source.injection}"), file=sys.stderr)
     if done.left_out:
         request, reason = next(iter(done.left_out.items()))
         count = f"{len(done.left_out)} requests" if len(done.left_out) > 1 else "1 request"

@@ -49,11 +49,11 @@ def run(args: argparse.Namespace) -> int:
         raise ReadError(f"{args.name!r} is a whole step; {advice}")
     name = f"step_{step.number}/{rest}"
     if rest in step.calls:
-        _show_call(step.call(rest), step, args.json)
+        _show_call(step.call(rest), step, args.json, opened.injection)
     elif rest.endswith(".json"):
         _show_structure(_structure(opened, name), name, args.json)
     else:
-        _show_tensor(step, name, args.json)
+        _show_tensor(step, name, args.json, opened.injection)
     return 0
 
 
@@ -76,7 +76,7 @@ def _step_and_rest(opened: Run, name: str) -> tuple[Step, str]:
     return opened.step(numbers[0]), name
 
 
-def _show_tensor(step: Step, given: str, as_json: bool) -> None:
+def _show_tensor(step: Step, given: str, as_json: bool, injection: str | None) -> None:
     # Imported here, since torch comes with it: a structure is shown without.
     from ..statistics.stored import summarize
 
@@ -86,7 +86,7 @@ def _show_tensor(step: Step, given: str, as_json: bool) -> None:
         unstored = step.unstored(given.removesuffix(".pt"))
         if unstored is None or "stats" not in unstored:
             raise
-        _show_statistics(unstored, as_json)
+        _show_statistics(unstored, as_json, injection)
         return
     tensor = step.tensor(name)
     record = step.record(name) if step.has_record(name) else None
@@ -108,7 +108,7 @@ def _show_tensor(step: Step, given: str, as_json: bool) -> None:
             for key in ("bytes", "converted_from", "row_scale", "hash", "rank", "part", "alias_of")
             if key in record
         }
-    _print_description(description, as_json)
+    _print_description(description, as_json, injection)
     if not as_json:
         # torch leaves out the middle of a large tensor.
         print(tensor)
@@ -134,14 +134,16 @@ def _extremes(values: Any) -> tuple[Any, Any, Any]:
     return (min(known)[0], *max(known, key=itemgetter(0))) if known else (None, None, None)
 
 
-def _show_statistics(unstored: Json, as_json: bool) -> None:
+def _show_statistics(unstored: Json, as_json: bool, injection: str | None) -> None:
     """What was kept in place of a tensor's values."""
     about = {key: value for key, value in unstored.items() if key not in ("stats", "skipped")}
     note = f"not stored ({unstored['skipped']}), only its statistics were kept"
-    _print_description({**about, **unstored["stats"], "note": note}, as_json)
+    _print_description({**about, **unstored["stats"], "note": note}, as_json, injection)
 
 
-def _print_description(description: Json, as_json: bool) -> None:
+def _print_description(description: Json, as_json: bool, injection: str | None) -> None:
+    if injection is not None:
+        description = {**description, "run": injection}
     if as_json:
         print(json.dumps(description, indent=1))
         return
@@ -155,15 +157,18 @@ def _shown(value: Any) -> str:
     return "-" if value is None else f"{value:.6g}" if isinstance(value, float) else str(value)
 
 
-def _show_call(call: Call, step: Step, as_json: bool) -> None:
+def _show_call(call: Call, step: Step, as_json: bool, injection: str | None) -> None:
     structures = _structures(call)
     if not structures:
         raise ReadError(f"{call.directory}: step {step.number} holds no structure of this call")
     if as_json:
         about = {"step": step.number, "call": call.directory, "module": call.module, "index": call.index}
-        print(json.dumps(about | structures, indent=1))
+        marked = {} if injection is None else {"run": injection}
+        print(json.dumps(about | marked | structures, indent=1))
         return
     print(printable(f"{shown_module(call.module)}, call {call.index} of step {step.number}"))
+    if injection is not None:
+        print(printable(f"the run was {injection}"))
     for direction, node in structures.items():
         for line in _tree(direction, node, 0):
             print(printable(line))

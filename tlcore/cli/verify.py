@@ -54,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     found = f"{len(bad)} damaged" if bad else f"{sound} tensors sound"
     if opened.is_foreign:
         found += " (they can be read; the tool stored no hashes)"
-    print(f"run {opened.id}  {opened.state}  {found}" + (f"  {losses}" if losses else ""))
+    state = opened.state if opened.injection is None else f"{opened.state}, injected"
+    print(f"run {opened.id}  {state}  {found}" + (f"  {losses}" if losses else ""))
     return 1 if bad else 0
 
 

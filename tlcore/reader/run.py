@@ -111,6 +111,14 @@ class Run(Mapping[int, Step]):
         return found if isinstance(found, dict) else None
 
     @property
+    def injection(self) -> str | None:
+        """In words, whose results stand in for this model's own; None where none do."""
+        if self.injected is None:
+            return None
+        modules = ", ".join(str(each) for each in self.injected.get("modules", ()))
+        return f"injected: results of {self.injected.get('run')} stand in for those of {modules}"
+
+    @property
     def is_foreign(self) -> bool:
         """Whether it is a dump of another tool, which has no ledger, hashes or end marks of its own."""
         return self.document.get(FOREIGN) is True

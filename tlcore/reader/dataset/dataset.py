@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import operator
 import os
 from collections import OrderedDict
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 
 BUFFER_BYTES = 192 << 20
 _OF_ITEM = ("request",)
+
+log = logging.getLogger("tlcore")
 
 
 class RowDataset(Dataset[Batch]):
@@ -344,4 +347,6 @@ def make_dataset(
         raise ReadError(f"{run.url}: rows={rows!r}: {error}") from None
     with lasting_objects():
         table = Table(run, asked)
+    if run.injection is not None:
+        log.warning("%s: a data set of a run that was %s", run.url, run.injection)
     return RowDataset([(table, items_of(table, window, per, context))], per, context)

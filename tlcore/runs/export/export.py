@@ -84,7 +84,7 @@ def export(
     module = import_module(f".{how.module}", __package__)
     window_bytes = OF_REQUESTS if format == "requests" else WINDOW_BYTES
     with new_target(target, storage_options) as place:
-        job = Job(data, columns, place, loss, run.id, run.url, window_bytes)
+        job = Job(data, columns, place, loss, run.id, run.url, window_bytes, run.injection)
         names = module.write(job, _workers(job, format, on_item, client))
         how_made = {"format": format, "rows": rows, "context": context}
         place.document(ABOUT, _about(run, data, columns, how_made))
@@ -111,4 +111,6 @@ def _about(run: Run, data: RowDataset, columns: Sequence[Column], how: Mapping[s
         listed = [{key: value for key, value in each.items() if key != "written"} for each in listed]
     about = {"tlcore": __version__, "run": run.id, **how, "items": len(data), "tensors": listed}
     about["left_out"] = dict(data.left_out)
+    if run.injection is not None:
+        about["note"] = f"the run was {run.injection}"
     return json.dumps(about, indent=1) + "\n"

@@ -16,7 +16,7 @@ configs:
 ---
 # Activations of {count} {what}
 
-Of the run `{run}`, written by tlcore. `token_ids` are those of the positions from `first_position` on;
+Of the run `{run}`, written by tlcore.{note} `token_ids` are those of the positions from `first_position` on;
 every other column has as many rows:
 
 {columns}
@@ -29,7 +29,8 @@ def write(job: Job, workers: Workers) -> list[str]:
     do_all(workers, write_part, job, parts)
     columns = "\n".join(f"- `{each.name}`: {_told(each.dtype, each.written_dtype)}" for each in job.columns)
     what = "requests" if job.data.ragged else f"pieces of {job.data.context} positions"
-    card = _CARD.format(count=len(job.data), what=what, run=job.run_id, columns=columns)
+    note = f" It was {job.injection}." if job.injection else ""
+    card = _CARD.format(count=len(job.data), what=what, run=job.run_id, columns=columns, note=note)
     job.target.document("README.md", card)
     return [_name(part) for part in parts]
 

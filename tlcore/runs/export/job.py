@@ -43,7 +43,8 @@ class Memory(threading.local):
 class Job:
     """The items, the columns of each, and where they go. Goes into other processes.
 
-    ``run_id`` and ``url`` tell whose rows they are; ``window_bytes`` is how much of them is read at a time.
+    ``run_id`` and ``url`` tell whose rows they are, ``injection`` what is to be known of these where results
+    of another run stand in; ``window_bytes`` is how much of them is read at a time.
     """
 
     data: RowDataset
@@ -53,6 +54,7 @@ class Job:
     run_id: str
     url: str
     window_bytes: int
+    injection: str | None = None
     memory: Memory = field(default_factory=Memory)
 
     def ordered(self) -> OrderedDataset:
