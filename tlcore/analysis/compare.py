@@ -31,6 +31,7 @@ from .other_code import other_code
 from .results import Comparison, Origin, TensorResult
 from .rulebook import RulesLike, rulebook
 from .schedule import in_order
+from .stats import why_not_stored
 from .work import Task, details_of, place_of, share, unshare
 
 Progress = Callable[[int, int], None]
@@ -247,7 +248,7 @@ def _kept_apart(a: Run, b: Run) -> str:
         return " (statistics of channels alone: see run.channels)"
     if a.steps and b.steps and not {*a.steps} & {*b.steps}:
         return f" ({none_in_common(a.steps, b.steps)})"
-    return ""
+    return why_not_stored([run.step(number) for run in (a, b) for number in run.steps])
 
 
 def _check_steps(rules: Rules, a: Run, b: Run) -> None:

@@ -293,7 +293,7 @@ def why_not_stored(steps: Sequence[Step]) -> str:
     if not total.skipped:
         return ""
     listed = ", ".join(f"{count}: {reason}" for reason, count in total.reasons.most_common(3))
-    return f"; {total.skipped} tensors are not in it ({listed})"
+    return f"; {total.skipped} tensors were not stored ({listed})"
 
 
 def _records(step: Step, rules: Rules, measured: bool) -> list[Json]:

@@ -44,7 +44,7 @@ class TransformerEngine(ForeignSource):
 
     @classmethod
     def recognise(cls, files: DumpFiles) -> Json | str | None:
-        """The log's directory, that of the dumps in it, or that of a rank."""
+        """The log's directory, that of the dumps in it, of a rank, or of an iteration."""
         ranks = _ranks(files)
         iterations = {rank: _iterations(files, place) for rank, place in ranks.items()}
         places = [place for each in iterations.values() for place in each.values()]
@@ -52,13 +52,15 @@ class TransformerEngine(ForeignSource):
             return f"has {_FOLDER}, but no rank_<r>/iter_<n> in it" if _FOLDER in files.directories else None
         names = [name for place in places for name in files.files_in(place) if name.endswith(_SUFFIX)]
         if not names:
-            return f"has {places[0]}, but no tensor in it"
+            return f"has {places[0]}, but no tensor in it" if places[0] else None
         try:
             value = torch_file(files, names[0], _size(files, names[0])).value
         except ReadError as error:
-            return str(error)
+            return str(error) if places[0] else None
         if not isinstance(value, dict) or not {_HIGH, _QUANTIZED} & value.keys():
-            return f"{names[0]}: has neither {_HIGH} nor {_QUANTIZED}, as a dump of TransformerEngine has"
+            # Whatever lies in a directory of such a name alone.
+            other = f"{names[0]}: has neither {_HIGH} nor {_QUANTIZED}, as a dump of TransformerEngine has"
+            return other if places[0] else None
         return {"world_size": max(ranks) + 1}
 
     @cached_property
@@ -112,6 +114,10 @@ def _ranks(files: DumpFiles) -> dict[int, str]:
 def _iterations(files: DumpFiles, place: str) -> dict[int, str]:
     below = files.directories_in(place) if place else files.directories
     found = {name: _ITERATION.fullmatch(name.rpartition("/")[2]) for name in below}
+    if not place and not any(found.values()):
+        # One that was opened alone.
+        own = _ITERATION.fullmatch(files.url.rstrip("/").rpartition("/")[2])
+        return {} if own is None else {int(own[1]): ""}
     return dict(sorted((int(number[1]), name) for name, number in found.items() if number))
 
 

@@ -205,3 +205,13 @@ def test_a_step_whose_list_is_missing_says_so(tmp_path: Path) -> None:
     (folder / "construct.json").write_text("{}")
     with pytest.raises(ReadError, match=r"has step0/rank0 of msprobe, but no dump\.json in it"):
         tlcore.open_run(tmp_path)
+
+
+def test_of_statistics_alone_the_reason_is_told_where_values_are_needed(tmp_path: Path) -> None:
+    data = {"Module.a.L.forward.0": {"output": [{**_node("a", torch.ones(2)), "data_name": None}]}}
+    _dump(tmp_path, data, {})
+    why = r"1 tensors were not stored \(1: only its statistics were dumped: task was not tensor\)"
+    with pytest.raises(ReadError, match=f"no tensor to look at; its whole steps are 0; {why}"):
+        tlcore.stats(tmp_path)
+    with pytest.raises(ReadError, match="no tensor to compare; 2 tensors were not stored"):
+        tlcore.compare(tmp_path, tmp_path)

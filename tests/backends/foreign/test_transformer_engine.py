@@ -42,7 +42,7 @@ def test_tensors_of_a_layer_are_told_apart_and_what_is_quantized_is_counted(tmp_
     for value, kind in enumerate(kinds):
         held = {"high_precision": torch.tensor([value]), "quantized": Quantized(torch.ones(1))}
         _save(place, f"{layer}_{kind}", held)
-    for path in (tmp_path, tmp_path / "tensor_dumps", tmp_path / "tensor_dumps" / "rank_0"):
+    for path in (tmp_path, tmp_path / "tensor_dumps", tmp_path / "tensor_dumps" / "rank_0", place):
         run = tlcore.open_run(path)
         assert run.steps == [100]
         assert {name.removeprefix("step_100/"): each.item() for name, each in run.step(100).items()} == {
@@ -54,6 +54,13 @@ def test_tensors_of_a_layer_are_told_apart_and_what_is_quantized_is_counted(tmp_
             f"{layer}/grad_inputs_0_cpu": 5,
         }
         assert run.ledger.to_json()["reasons"] == {"in a Quantized, which is not opened": 6}
+
+
+def test_other_files_in_a_directory_of_an_iterations_name_are_read_as_what_they_are(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    _save(tmp_path / "iter_7", "x_output", torch.ones(1))
+    assert tlcore.open_run(tmp_path / "iter_7").document["backend"] == "plain" and not caplog.text
 
 
 def test_a_near_miss_says_what_is_missing(tmp_path: Path) -> None:
