@@ -94,6 +94,21 @@ class DumpFiles(RunFiles):
         except MemoryError:
             raise ReadError(f"{self.url}/{name}: larger than this machine's memory") from None
 
+    def whole(self, name: str, most: int) -> memoryview | None:
+        """All of a file of this machine, in the caller's own memory; None for others and larger ones."""
+        opened = self.open(name)
+        if opened is None:
+            return None
+        try:
+            with opened:
+                size = os.fstat(opened.fileno()).st_size
+                if size > most:
+                    return None
+                data = np.empty(size, np.uint8).data
+                return data[: os.readv(opened.fileno(), (data,)) if size else 0]
+        except OSError as error:
+            raise ReadError(f"{self.url}/{name}: {error}") from error
+
     def identity(self, name: str) -> Hashable | None:
         """What the file that is open is, as `RunFiles` tells it of one by its name."""
         try:
@@ -249,8 +264,14 @@ def safetensors_in(files: DumpFiles, file: str) -> tuple[dict[str, StoredAt], di
 
 
 def _safetensors_in(files: DumpFiles, file: str) -> tuple[dict[str, StoredAt], dict[str, str]]:
+    return safetensors_that_begin(files, file, files.read(file, 0, files.first), files.size(file))
+
+
+def safetensors_that_begin(
+    files: DumpFiles, file: str, head: bytes | memoryview, length: int | None
+) -> tuple[dict[str, StoredAt], dict[str, str]]:
+    """The same of a file whose first bytes, and perhaps whose length, are known."""
     where = shown_path(files, file)
-    head = files.read(file, 0, files.first)
     if len(head) < 8:
         raise ReadError(f"{where}: not a safetensors file, it is too short")
     size = struct.unpack_from("<Q", head)[0]
@@ -259,12 +280,11 @@ def _safetensors_in(files: DumpFiles, file: str) -> tuple[dict[str, StoredAt], d
     if len(head) < 8 + size:
         head = files.read(file, 0, 8 + size)
     try:
-        document = json.loads(head[8 : 8 + size])
+        document = json.loads(bytes(head[8 : 8 + size]))
         metadata = document.pop("__metadata__", None) or {}
         found = {str(name): _described(file, 8 + size, entry) for name, entry in document.items()}
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ReadError(f"{where}: damaged safetensors header ({type(error).__name__}: {error})") from None
-    length = files.size(file)
     for name, each in found.items():
         end = each.at + prod(each.shape) * (item_size(each.dtype) or 0)
         if length is not None and end > length:

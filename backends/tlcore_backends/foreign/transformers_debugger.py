@@ -11,11 +11,11 @@ from typing import Any
 from tlcore.errors import ReadError
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.names import PathKey
-from tlcore.protocols import StepRanks
+from tlcore.protocols import Buffer, StepRanks
 from tlcore.record import Json
 
 from .documents import Found
-from .files import DumpFiles, StoredAt, safetensors_in, shown_path
+from .files import DumpFiles, StoredAt, safetensors_in, safetensors_that_begin, shown_path
 from .source import ONE_RANK, ForeignSource, as_told
 
 _TREE = "_debug_tree_FULL_TENSORS.json"
@@ -25,6 +25,8 @@ _FILE = re.compile(r"(.*?)_(inputs_args|inputs_kwargs|outputs)(?:_(.+))?", re.DO
 _LAYER = re.compile(r"(.*?\.)(\d+)(\..*|)", re.DOTALL)
 _SHAPE = re.compile(r"torch\.Size\(\[([\d, ]*)\]\)")
 _PRINTED = "only printed, not stored: the debugger ran with use_repr=True"
+# Files up to here are read by one call.
+_AT_ONCE = 1 << 20
 _OVERWRITTEN = "overwritten by a later call of the module in the same forward"
 Path = tuple[PathKey, ...]
 
@@ -128,7 +130,10 @@ class TransformersDebugger(ForeignSource):
         return found._replace(dtype=data.dtype, shape=data.shape, place=data.place())
 
     def _data(self, file: str) -> StoredAt:
-        data = safetensors_in(self.files, file)[0].get("data")
+        return self._only(file, safetensors_in(self.files, file)[0])
+
+    def _only(self, file: str, tensors: Mapping[str, StoredAt]) -> StoredAt:
+        data = tensors.get("data")
         if data is None:
             raise ReadError(f"{shown_path(self.files, file)}: has no tensor 'data'")
         if item_size(data.dtype) is None:
@@ -140,10 +145,22 @@ class TransformersDebugger(ForeignSource):
         file = record["place"].get("tensor")
         if file is None:
             return record
-        at = self._data(file)
+        return self._check(record, file, self._data(file))
+
+    def _check(self, record: Mapping[str, Any], file: str, at: StoredAt) -> Mapping[str, Any]:
         found = Found("", "", (), at.dtype, at.shape, at.place())
         said = "files of several forwards are mixed: its tree says"
         return as_told(record, found, f"{shown_path(self.files, file)}", said)
+
+    def own_bytes(self, record: Mapping[str, Any]) -> Buffer:
+        """All bytes of a tensor; a small file is read at once, header and all."""
+        file = record["place"].get("tensor")
+        data = None if file is None else self.files.whole(file, _AT_ONCE)
+        if data is None:
+            return super().own_bytes(record)
+        at = self._only(file, safetensors_that_begin(self.files, file, data, len(data))[0])
+        self._check(record, file, at)
+        return data[at.at : at.at + int(record["bytes"])]
 
     def _beside(self, listed: set[str], known: list[Found]) -> Iterator[Found]:
         """The tensors whose files the tree does not name: layers in the middle, the model's results."""
