@@ -27,7 +27,7 @@ ORDER: list[set[str]] = [
     {"tlcore.record"},
     {"tlcore.alike", "tlcore.checking"},
     {"tlcore.protocols"},
-    {"tlcore.registry", "tlcore.config.validation", "tlcore.config.usual_schema"},
+    {"tlcore.registry", "tlcore.config.validation"},
     {"tlcore.config", "tlcore.reader", "tlcore_backends"},
     {"tlcore.engine", "tlcore.analysis", "tlcore.runs"},
     {"tlcore.adapters", "tlcore.viewer", "tlcore.cli", "tlcore.testing"},

@@ -10,7 +10,6 @@ from typing import Any
 
 from ..errors import ConfigError, nearest
 from ..layout.jsontext import parse_json
-from .usual_schema import is_certainly_valid, is_of_type
 
 Schema = Mapping[str, Any]
 PathPart = str | int
@@ -94,7 +93,7 @@ def coerce(value: Any, schema: Schema) -> Any:
 
 def _from_text(text: str, schema: Schema) -> Any:
     as_string = _branch(schema, text)
-    if as_string is not None and is_valid(text, as_string):
+    if as_string is not None and _validator(as_string).is_valid(text):
         return text
     try:
         value = plain(parse_json(text))
@@ -119,18 +118,15 @@ def _branch(schema: Schema, value: Any) -> Schema | None:
 
 def _is(value: Any, type_name: str) -> bool:
     """Whether a value is of a JSON type; a bool is no number, and 1.0 is an integer."""
-    return is_of_type(value, type_name)
+    from jsonschema import Draft202012Validator
+
+    return bool(Draft202012Validator.TYPE_CHECKER.is_type(value, type_name))
 
 
 def _validator(schema: Schema) -> Any:
     from jsonschema import Draft202012Validator
 
     return Draft202012Validator(schema)
-
-
-def is_valid(value: Any, schema: Schema) -> bool:
-    """Whether a value fits."""
-    return is_certainly_valid(value, schema) or bool(_validator(schema).is_valid(value))
 
 
 def problems(
@@ -148,8 +144,6 @@ def each_problem(
     value: Any, schema: Schema, parts: tuple[PathPart, ...] = (), hidden: Collection[str] | None = ()
 ) -> Iterator[ConfigError]:
     """`problems` one by one, for whoever needs only the first: a value may have very many."""
-    if is_certainly_valid(value, schema):
-        return
     for error in _validator(schema).iter_errors(value):
         deepest = _deepest(error)
         inside = tuple(deepest.absolute_path)
