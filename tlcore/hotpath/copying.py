@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import itertools
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -13,8 +14,8 @@ import numpy as np
 from .native import extension
 
 _WRITEV_PARTS = 1024
-# As in copying.c: few calls, which end soon enough for Ctrl-C.
-_WRITE_BYTES = 8 << 20
+# As in copying.c.
+_WRITE_BYTES = 512 << 10
 
 
 def _gather(target: Any, offsets: Sequence[int], parts: Sequence[Any]) -> None:
@@ -76,21 +77,32 @@ def write_from(handle: int, addresses: np.ndarray[Any, np.dtype[np.int64]], widt
     """
     if _writev is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
-    most = max(1, min(_WRITEV_PARTS, _WRITE_BYTES // width))
-    for begin in range(0, len(addresses), most):
-        vectors = np.empty((len(addresses[begin : begin + most]), 2), np.int64)
-        vectors[:, 0], vectors[:, 1] = addresses[begin : begin + most], width
-        while len(vectors):
-            done = _writev(handle, ctypes.c_void_p(vectors.ctypes.data), len(vectors))
-            if done < 0:
-                code = ctypes.get_errno()
-                if code == errno.EINTR:
-                    continue
-                raise OSError(code, os.strerror(code))
-            whole, rest = _taken(vectors[:, 1], done)
-            vectors = vectors[whole:]
-            if rest:
-                vectors[0] += rest, -rest
+    each = max(1, _WRITE_BYTES // width)
+    starts = np.arange(0, len(addresses), each)
+    # What lies side by side is one piece.
+    firsts = np.union1d(starts, np.flatnonzero(np.diff(addresses) != width) + 1)
+    vectors = np.empty((len(firsts), 2), np.int64)
+    vectors[:, 0], vectors[:, 1] = addresses[firsts], np.diff(np.append(firsts, len(addresses))) * width
+    bounds = [*np.searchsorted(firsts, starts).tolist(), len(firsts)]
+    for begin, end in itertools.pairwise(bounds):
+        for first in range(begin, end, _WRITEV_PARTS):
+            _write_vectors(handle, vectors[first : min(end, first + _WRITEV_PARTS)])
+
+
+def _write_vectors(handle: int, vectors: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    while len(vectors):
+        done = _writev(handle, ctypes.c_void_p(vectors.ctypes.data), len(vectors))
+        if done < 0:
+            code = ctypes.get_errno()
+            if code == errno.EINTR:
+                continue
+            raise OSError(code, os.strerror(code))
+        if done == int(vectors[:, 1].sum()):
+            return
+        whole, rest = _taken(vectors[:, 1], done)
+        vectors = vectors[whole:]
+        if rest:
+            vectors[0] += rest, -rest
 
 
 def _taken(lengths: np.ndarray[Any, np.dtype[np.int64]], done: int) -> tuple[int, int]:

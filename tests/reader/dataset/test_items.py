@@ -64,6 +64,9 @@ def test_a_window_chooses_positions_of_each_request(backend: Any, rows: Any, tmp
         expected |= {(number, position) for position in all_of_it[begin:end]}
     numbers = [list(served.ids).index(each) for each in data.requests]
     assert sorted((numbers[request], position) for request, position in map(_place, data)) == sorted(expected)
+    there = {number for number, _ in expected}
+    empty = {each for number, each in enumerate(served.ids) if number not in there}
+    assert data.left_out == dict.fromkeys(empty, "it has no rows at these positions")
 
 
 def _place(item: Any) -> tuple[int, int]:

@@ -201,6 +201,10 @@ def test_several_runs_are_one_set(per: Any, tmp_path: Path) -> None:
         assert all(torch.equal(item[name], own[name]) for name in own if name != "request")
     order = [item for batch in data.loader(3, buffer_bytes=SMALL) for item in _items(batch)]
     assert len(order) == len(data)
+    # Requests of both go by the same ids.
+    late = [run.dataset(NAMES, rows={"from": 8}, per=per) for run in runs]
+    assert late[0].left_out.keys() & late[1].left_out.keys()
+    assert len((late[0] + late[1]).left_out) == len(late[0].left_out) + len(late[1].left_out)
     with pytest.raises(ReadError, match="cannot be joined: their names differ"):
         one + runs[1].dataset(NAMES[0], per=per)
     with pytest.raises(ReadError, match="TensorDataset is no data set of a run"):

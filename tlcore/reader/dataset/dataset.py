@@ -54,7 +54,10 @@ class RowDataset(Dataset[Batch]):
         for table, items in parts:
             rows.append(Rows(table, items, len(self.requests)))
             self.requests += table.requests
-            self.left_out |= items.left_out
+            # Requests of other runs may go by the same ids.
+            for request, reason in items.left_out.items():
+                again = request in self.left_out
+                self.left_out[f"{request} of {table.url}" if again else request] = reason
         self._rows = AllRows(rows)
         self._starts, self._counts = _joined([items for _, items in parts], [each.count for each in rows])
         self._count = sum(each.count for each in rows) if self._starts is None else len(self._starts)

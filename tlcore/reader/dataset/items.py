@@ -35,6 +35,10 @@ def items_of(table: Table, window: Window, per: Per, context: int | None) -> Ite
     """The items of a run's table. Raises ReadError where none is left."""
     left_out: dict[str, str] = {}
     pieces = _within(table, window, left_out)
+    there = set(np.unique(pieces.request).tolist())
+    for number, request in enumerate(table.requests):
+        if number not in there:
+            left_out.setdefault(request, "it has no rows at these positions")
     if per == "token" and context is None:
         found = Items(pieces, None, None, np.cumsum(pieces.length), left_out)
     else:

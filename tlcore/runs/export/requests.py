@@ -131,9 +131,10 @@ def write_part(job: Job, part: Part, advance: Advance) -> list[_Row]:
 def _maps(job: Job, width: int) -> Maps | None:
     """Maps of the run's files, for the system to copy from right into the export; None where it cannot be.
 
-    Sums are computed, and of many small rows to tell where each lies takes longer than to copy them.
+    Sums are computed, and to tell where each of many small rows lies takes longer than to copy them; those of
+    one layer mostly lie side by side.
     """
-    if job.target.put_gathered is None or len(job.columns) == 1 or width < _LEAST_GATHERED:
+    if job.target.put_gathered is None or (len(job.columns) > 1 and width < _LEAST_GATHERED):
         return None
     if not can_write_from():
         return None
