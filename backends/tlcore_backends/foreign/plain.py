@@ -45,7 +45,10 @@ class PlainSource(ForeignSource):
         names = _names(files)
         if not names:
             pickles = [name for name in files.top if name.endswith(_PICKLES)]
-            return f"{pickles[0]}: a pickle is not read; save tensors by torch.save" if pickles else None
+            if pickles:
+                return f"{pickles[0]}: a pickle is not read; save tensors by torch.save"
+            packed = [name for name in files.top if name.endswith(tuple(f"{each}.gz" for each in _SUFFIXES))]
+            return f"{packed[0]}: is compressed; unpack it (gunzip)" if packed else None
         try:
             _Contents(files, names[0]).check()
         except ReadError as error:

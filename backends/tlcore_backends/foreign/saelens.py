@@ -24,6 +24,7 @@ from .source import ONE_RANK, ForeignSource
 
 _INFO, _STATE = "dataset_info.json", "state.json"
 _TOKENS = "token_ids"
+_CONFIGURATION = "cache_activations_runner_cfg.json"
 _FLOATS = ("float16", "float32", "float64")
 _MOST_EXTENT = 1 << 31
 _KEPT = 4
@@ -45,7 +46,10 @@ class Saelens(ForeignSource):
     def recognise(cls, files: DumpFiles) -> Json | str | None:
         """A data set on disk that has a column [context, width] of floats."""
         if _INFO not in files.top and _STATE not in files.top:
-            return None
+            tables = sorted(name for name in files.top if name.endswith(".parquet"))
+            of_saelens = _CONFIGURATION in files.top or bool(tables)
+            name = tables[0] if tables else _CONFIGURATION
+            return f"{name}: Parquet is not read; load it and use save_to_disk" if of_saelens else None
         names = _data_files(files)
         if isinstance(names, str):
             return names

@@ -64,7 +64,7 @@ class SglangDumper(ForeignSource):
             return None
         first = next((each for each in map(_parsed, sorted(names)) if each is not None), None)
         if first is None:
-            return f"{min(names)}: has tags in its name, but not step=, rank=, dump_index= and name="
+            return f"{min(names)}: has tags in its name, but no {_lacking(min(names))}"
         try:
             torch_file(files, first.name, files.files_in(directories[0])[first.name])
         except ReadError as error:
@@ -180,6 +180,15 @@ def _parsed(name: str) -> _File | None:
         return None
     at, rank, index = (each or 0 for each in numbers)
     return _File(name, at, rank, index, tags)
+
+
+def _lacking(name: str) -> str:
+    """Which of the tags that every file has stand not in a name, or make no sense there."""
+    stem = name.rpartition("/")[2].removesuffix(_SUFFIX)
+    tags = dict(part.partition("=")[::2] for part in stem.split("___"))
+    step = next((each for each in _STEPS if each in tags), _STEPS[0])
+    numbers = [each for each in (step, "rank", "dump_index") if _number(tags.get(each, "")) is None]
+    return ", ".join(f"{each}=" for each in (*numbers, *(() if tags.get("name") else ("name",)))) or _SUFFIX
 
 
 def _number(text: str) -> int | None:

@@ -228,6 +228,16 @@ def test_a_near_miss_says_what_is_wrong(tmp_path: Path) -> None:
         tlcore.open_run(tmp_path)
 
 
+def test_checkpoints_of_another_ending_are_read_and_compressed_ones_are_refused(tmp_path: Path) -> None:
+    torch.save({"hidden_state": torch.ones(2)}, tmp_path / "data_0.ckpt")
+    for path in (tmp_path, tmp_path / "data_0.ckpt"):
+        assert tlcore.open_run(path).tensor("step_0/hidden_state/outputs_cpu").tolist() == [1.0, 1.0]
+    (tmp_path / "data_0.ckpt").rename(tmp_path / "data_0.ckpt.gz")
+    for path in (tmp_path, tmp_path / "data_0.ckpt.gz"):
+        with pytest.raises(ReadError, match=r"data_0\.ckpt\.gz: is compressed; unpack it"):
+            tlcore.open_run(path)
+
+
 def test_a_file_at_a_url_is_opened_too(tmp_path: Path) -> None:
     import fsspec
 

@@ -186,3 +186,12 @@ def test_any_byte_of_a_stream_may_be_wrong_and_takes_no_memory(tmp_path: Path) -
                     run.verify()
             except ReadError:
                 continue
+
+
+def test_parquet_is_refused_with_what_to_do(tmp_path: Path) -> None:
+    (tmp_path / "cache_activations_runner_cfg.json").write_text("{}")
+    (tmp_path / "train-00000.parquet").write_bytes(b"PAR1")
+    with pytest.raises(
+        ReadError, match=r"train-00000\.parquet: Parquet is not read; load it and use save_to_disk"
+    ):
+        tlcore.open_run(tmp_path)

@@ -270,6 +270,19 @@ def test_a_near_miss_says_what_is_missing(tmp_path: Path) -> None:
         tlcore.open_run(tmp_path / "two")
 
 
+def test_of_a_name_it_is_said_which_tags_it_lacks(tmp_path: Path) -> None:
+    for name, lacking in (
+        ("step=0___name=x", "rank=, dump_index="),
+        ("step=a___rank=0___dump_index=1___name=x", "step="),
+        ("curr_step=0___rank=0___dump_index=1", "name="),
+    ):
+        place = tmp_path / lacking
+        place.mkdir()
+        (place / f"{name}.pt").write_bytes(b"")
+        with pytest.raises(ReadError, match=f"{name}.pt: has tags in its name, but no {lacking}\n"):
+            tlcore.open_run(place)
+
+
 def _by_two_ranks(directory: Path, fault: int | None = None, **parallel: Any) -> Path:
     """A projection's result by columns, and one of which each rank has a summand."""
     directory.mkdir()
