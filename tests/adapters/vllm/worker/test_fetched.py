@@ -17,6 +17,7 @@ from tests.waiting import wait_until
 from tlcore.adapters.vllm.frontend.fetching import (
     Flush,
     LostError,
+    NothingError,
     as_safetensors,
     described,
     size_of,
@@ -118,19 +119,24 @@ def test_what_is_stored_is_joined_while_the_run_goes_on(
     tmp_path: Path, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     keys = {"output_dir": str(tmp_path), "backend": backend, "delivery": True}
-    config = load_config({**keys, "log_step_ids": [10**6], "request_overrides": ["modules"]})
+    config = load_config({**keys, "log_step_ids": [10**6], "request_overrides": ["modules", "rows"]})
     session = Session(config, new_run(config))
     runner = _Layers()
     session.attach(runner.model)
     wrapper = StepWrapper(session, runner)
-    _step(runner, {"a": {"deliver": True, "modules": ["1", "2"]}})
+    chosen = {"deliver": True, "modules": ["1", "2"]}
+    _step(runner, {"a": chosen, "b": {**chosen, "rows": {"from": 100}}})
     asked = ["a"]
     known = {**wrapper.fetched.of(asked)["a"], "steps": [0, 7]}
     late = [{"rank": 0, "requests": {"a": known}, "problem": "full"}]
     session.flush()
     with pytest.raises(LostError, match=r"step 7 of the run could not be stored by every rank, .*: full"):
         stored_request(Flush(late), "a", lambda url: None)
-    found = stored_request(Flush([{"rank": 0, "requests": wrapper.fetched.of(asked)}]), "a", lambda url: None)
+    both = Flush([{"rank": 0, "requests": wrapper.fetched.of(["a", "b"])}])
+    with pytest.raises(NothingError, match="nothing was captured of this request"):
+        # It shared the step, and has none of its rows.
+        stored_request(both, "b", lambda url: None)
+    found = stored_request(both, "a", lambda url: None)
     tensors = load(as_safetensors(found))
     assert set(tensors) == {f"{layer}/{stem}" for layer in "12" for stem in ("inputs_0", "outputs")}
     assert size_of(found) == sum(each.nbytes for each in tensors.values())

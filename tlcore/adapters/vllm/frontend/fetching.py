@@ -131,8 +131,9 @@ def stored_request(flush: Flush, request_id: str, options: Callable[[str], Any])
     may come from a spill_dir yet, otherwise LostError.
     """
     known = [each["requests"][request_id] for each in flush.answers if request_id in each["requests"]]
+    nothing = NothingError("nothing was captured of this request")
     if not known:
-        raise NothingError("nothing was captured of this request")
+        raise nothing
     # The last run, should one have followed another meanwhile.
     run_id = max(each["run_id"] for each in known)
     own = [each for each in known if each["run_id"] == run_id]
@@ -146,7 +147,11 @@ def stored_request(flush: Flush, request_id: str, options: Callable[[str], Any])
         if step is None or not step.complete:
             raise _not_stored(number, flush.answers)
         steps.append(step)
-    return Request(run.url, request_id, None, steps)
+    found = Request(run.url, request_id, None, steps)
+    if not found.names:
+        # It shared steps with others, and none of its own positions was to be captured.
+        raise nothing
+    return found
 
 
 def _not_stored(number: int, answers: list[Json]) -> CaptureError:
