@@ -20,6 +20,7 @@ from tests.sinks import MemorySink
 from tlcore.config.configuration import load_config
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
+from tlcore.engine.staging.host_memory import Chunk
 from tlcore.hotpath import copying, hashing
 from tlcore.hotpath.seals import Seal
 
@@ -123,6 +124,11 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
     seals = Seal((0,), 1, 2, 8, 4, 30, (32,)).row(40, 0, 3, 1, 9)
     rows = struct.pack("=21q", *(0, 4, 0, 3, 4, 8, -1), *(0, 0, 0, 0, 0, 0, 0), *(0, 4, 0, 3, 4, 8, -1))
 
+    memories, offsets, packed = [Chunk(64), Chunk(64)], [8, 5], bytearray(20)
+    places, sizes = struct.pack("=2q", 0, 1), struct.pack("=2q", 20, 20)
+    for chunk in memories:
+        chunk.view[:] = bytes(64)
+
     def step() -> None:
         hashing.hex_digests(parts)
         copying.gather(target, [0, 1000], parts)
@@ -139,6 +145,8 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
         native().gather_payloads(str(tmp_path), ["file", "none", "file"], placed, target, target)
         native().seal(target, bytes(40), seals, parts[0])
         native().are_sealed(target, bytes(40), seals)
+        addresses, _, firsts = native().fingerprint(memories, offsets, places, sizes, sizes)
+        native().collect(packed, addresses, sizes, firsts)
         with suppress(FileExistsError):
             native().make_files(str(tmp_path), [], ["made", "link", "made"], rows, target, target)
         for name in ("made", "link"):
@@ -147,6 +155,10 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
         for wrong in refused:
             with suppress(ValueError, TypeError):
                 copying.gather(target, wrong, parts)
+            with suppress(ValueError, TypeError, IndexError):
+                native().fingerprint(memories, wrong, places, sizes, sizes)
+            with suppress(ValueError, TypeError, IndexError):
+                native().fingerprint(wrong, offsets, places, sizes, sizes)
             with suppress(ValueError, TypeError):
                 native().hash_payloads(str(tmp_path), wrong, spans, target)
             with suppress(ValueError, TypeError):
@@ -154,7 +166,8 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
             with suppress(ValueError, TypeError):
                 native().make_files(str(tmp_path), wrong, [], rows, target, target)
 
-    counted = (parts, target, paths, path, spans, ranges, placed, seals, rows, *parts)
+    lists = memories, offsets, packed, places, sizes, *memories
+    counted = (parts, target, paths, path, spans, ranges, placed, seals, rows, *parts, *lists)
     before = [sys.getrefcount(each) for each in counted]
     objects, memory = kept_over(step)
     after = [sys.getrefcount(each) for each in counted]
