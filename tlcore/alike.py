@@ -5,8 +5,8 @@ Steps that are alike; and files that are taken as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from .record import Json, Record, StepSummary
 
@@ -84,6 +84,29 @@ class Outline(NamedTuple):
     rest: Json
     alike: Hashable
     records: Callable[[], list[Json]]
+
+
+class StructureKind(NamedTuple):
+    """A structure without its tensors: of equal ``kind`` all are sound if one is.
+
+    ``tensors`` are the logical names of these, which are stored tensors of the step, and ``make`` gives it.
+    """
+
+    kind: Hashable
+    tensors: Sequence[str]
+    make: Callable[[], Any]
+
+
+@runtime_checkable
+class SupportsStructureKinds(Protocol):
+    """A source that tells which structures are alike at less cost than making them."""
+
+    def structure_kinds(self, step: int, rank: int) -> Mapping[str, StructureKind] | None:
+        """Each structure that a step's document has, by name; None where that cannot be told of all.
+
+        Raises MissingError or ReadError.
+        """
+        ...
 
 
 @runtime_checkable

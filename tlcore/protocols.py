@@ -14,9 +14,11 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from .alike import AlikeStep as AlikeStep
 from .alike import Outline as Outline
+from .alike import StructureKind as StructureKind
 from .alike import SupportsAlikeInCapture as SupportsAlikeInCapture
 from .alike import SupportsAlikeSteps as SupportsAlikeSteps
 from .alike import SupportsOutlines as SupportsOutlines
+from .alike import SupportsStructureKinds as SupportsStructureKinds
 from .alike import SupportsWriteAlike as SupportsWriteAlike
 from .checking import AlikeSteps as AlikeSteps
 from .checking import SupportsCheck as SupportsCheck

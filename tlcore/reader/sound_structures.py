@@ -6,14 +6,14 @@ import hashlib
 import json
 import marshal
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any
 
 from ..errors import ReadError
 from ..layout.names import step_dir
 from ..layout.run_files import is_plain, parse
-from ..protocols import SupportsStructureTexts
+from ..protocols import StructureKind, SupportsStructureTexts
 from ..record import Json
 from .documents import check_structure, children
 
@@ -27,6 +27,7 @@ class SoundStructures:
     def __init__(self) -> None:
         self._known: dict[bytes, list[str]] = {}
         self._documents: dict[tuple[int, bytes], list[str]] = {}
+        self._kinds: set[Hashable] = set()
         # Nothing that is stored has this in it.
         self._here = os.urandom(16)
 
@@ -77,6 +78,18 @@ class SoundStructures:
         """The files that a sound structure refers to; None for one that is not known."""
         names = self._documents.get(self._form(_marshalled(document), directory))
         return None if names is None else [directory + name for name in names]
+
+    def is_known(self, each: StructureKind) -> bool:
+        """Whether a structure's kind is one that is sound; the first of each is looked at."""
+        if each.kind not in self._kinds:
+            try:
+                check_structure(each.make(), "")
+            except ReadError:
+                return False
+            if len(self._kinds) >= _MOST:
+                self._kinds.clear()
+            self._kinds.add(each.kind)
+        return True
 
     def learn_document(self, document: Json, directory: str) -> None:
         """Remember a sound structure, as `learn` does a text."""

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing
+from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing, suppress
 
 from ..errors import MissingError, ReadError
 from ..layout.checksums import has_checksum
 from ..layout.names import rank_suffix, step_dir
 from ..layout.run_files import RunFiles
-from ..protocols import AlikeSteps, SupportsUnchecked, WholeCheck
+from ..protocols import AlikeSteps, StructureKind, SupportsStructureKinds, SupportsUnchecked, WholeCheck
 from ..record import Json
 from .bulk import Payload, read_payloads
 from .documents import check_step
@@ -141,12 +141,42 @@ def _document_problems(stored: Stored, step: int, rank: int, beside: bool = True
     """What is wrong with a document, and ``beside`` it as far as its format tells that."""
     try:
         document = stored.document(step, rank)
-        # Also of those that no tensor needs; they may be made only when they are looked at.
-        document.get("structures", {}).values()
+        sound = _has_sound_kinds(stored, step, rank, document)
+        if not sound:
+            # Also those that no tensor needs; they may be made only when they are looked at.
+            document.get("structures", {}).values()
     except ReadError as error:
         return [str(error)]
     problems = stored.problems(step, rank) if beside else ()
-    return [*problems, *_structure_problems(stored, step, rank, document)]
+    return [*problems, *(() if sound else _structure_problems(stored, step, rank, document))]
+
+
+def _has_sound_kinds(stored: Stored, step: int, rank: int, document: Json) -> bool:
+    """Whether all structures are known to be sound by their kinds, and refer to stored tensors."""
+    source = stored.source
+    # Whatever is wrong is told where each structure is looked at.
+    with suppress(ReadError), stored.asking():
+        if isinstance(source, SupportsStructureKinds):
+            kinds = source.structure_kinds(step, rank)
+            return kinds is not None and _are_sound(stored, kinds, step, rank, document)
+    return False
+
+
+def _are_sound(
+    stored: Stored, kinds: Mapping[str, StructureKind], step: int, rank: int, document: Json
+) -> bool:
+    names, begin = document.get("structures", {}).keys(), f"{step_dir(step)}/"
+    ending = f"{rank_suffix(rank)}.json"
+    tensors = {record["name"] for record in document["records"]}
+    needed = {
+        f"{record['name'][len(begin) :].rpartition('/')[0]}/{record['direction']}{ending}"
+        for record in document["records"]
+    }
+    return (
+        kinds.keys() == names
+        and needed <= names
+        and all(tensors.issuperset(each.tensors) and stored.known.is_known(each) for each in kinds.values())
+    )
 
 
 def _verify_step(

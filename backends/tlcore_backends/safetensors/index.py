@@ -14,7 +14,7 @@ from typing import Any
 
 from tlcore.errors import ReadError
 from tlcore.layout.run_files import STEP_KEYS
-from tlcore.protocols import Array, ArrayRows, Outline
+from tlcore.protocols import Array, ArrayRows, Outline, StructureKind
 from tlcore.record import Json
 
 from .array_places import LARGEST, ArrayOfRows, Places, number_of, numbers_of
@@ -125,6 +125,12 @@ class SegmentIndex:
         if rows is not None:
             document["rows"] = rows
         return document
+
+    def structure_kinds(self, number: int) -> dict[str, StructureKind] | None:
+        """The kinds of a step's structures. Raises as `document`."""
+        position = self._position(number)
+        pair, where = self._columns["plan"][position], (f"step_{number}", self.rank)
+        return self._structures.kinds(pair, self.plan(pair), where, lambda: self._records(position))
 
     def outline(self, number: int) -> Outline:
         """A step's document without what needs its records. Raises ReadError."""

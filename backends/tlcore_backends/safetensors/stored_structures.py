@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import marshal
 from collections.abc import Callable, Collection, ItemsView, Iterator, Sequence, ValuesView
+from functools import cache, partial
 from typing import Any
 
 from tlcore.layout.templates import compact
+from tlcore.protocols import StructureKind
 from tlcore.record import Json
 
 from .array_places import Damaged
-from .described import restored
+from .described import VALUE, restored
 from .record_forms import RecordForm
 from .stored_plans import Plan
 
@@ -97,6 +100,7 @@ class StoredStructures:
         self._table = table
         self._damaged = damaged
         self._plans: dict[int, tuple[list[tuple[str, Any]], list[str]]] = {}
+        self._stems: dict[bytes, Sequence[str] | None] = {}
         # By plan and extents.
         self._texts: dict[tuple[int, int], bytes] = {}
 
@@ -123,6 +127,38 @@ class StoredStructures:
             return list(made.values())
 
         return Structures(names, make, lambda: (where, self._text(pair, plan, forms), values))
+
+    def kinds(
+        self, number: int, plan: Plan, where: tuple[str, int], records: Callable[[], Sequence[Json]]
+    ) -> dict[str, StructureKind] | None:
+        """The kinds of those of a step, as `SupportsStructureKinds` has them."""
+        entries, ranked = self._entries(number, plan, where[1])
+        by_name = cache(lambda: {record["name"]: record for record in records()})
+
+        def make(node: Any, name: str) -> Any:
+            return self._restored(node, name, where[0], by_name(), iter(()))
+
+        found: dict[str, StructureKind] = {}
+        for key, (name, node) in zip(ranked, entries, strict=True):
+            told = self._told_of(node)
+            if told is None:
+                return None
+            kind, stems = told
+            begin = f"{where[0]}/{name.rpartition('/')[0]}/"
+            found[key] = StructureKind(kind, [begin + stem for stem in stems], partial(make, node, name))
+        return found
+
+    def _told_of(self, node: Any) -> tuple[bytes, Sequence[str]] | None:
+        """A node as it stands in the index, and its tensors; None where it has more than their names."""
+        try:
+            # Unlike equality, this tells 1 from 1.0 and from true; version 2 has no references.
+            text = marshal.dumps(node, 2)
+        except ValueError:
+            return None
+        if text not in self._stems:
+            self._stems[text] = _plain_stems(node)
+        stems = self._stems[text]
+        return None if stems is None else (text, stems)
 
     def _entries(self, number: int, plan: Plan, rank: int) -> tuple[list[tuple[str, Any]], list[str]]:
         """A plan's structures as they stand in the index, and the names that a rank's have."""
@@ -161,3 +197,22 @@ class StoredStructures:
             text = compact([entries, used]).encode()
             known = self._texts[pair] = hashlib.blake2b(text, digest_size=20).digest()
         return known
+
+
+def _plain_stems(node: Any) -> Sequence[str] | None:
+    """The tensors of a node that is told by their names alone, and leaves no value open; else None."""
+    found: list[str] = []
+    waiting = [node]
+    while waiting:
+        each = waiting.pop()
+        if isinstance(each, list):
+            waiting += each
+        elif isinstance(each, dict):
+            stem = each.get("tensor")
+            if each == VALUE or each.get("type") == "tensor" or (stem is not None and len(each) > 1):
+                return None
+            if isinstance(stem, str):
+                found.append(stem)
+            else:
+                waiting += each.values()
+    return found

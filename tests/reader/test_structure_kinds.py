@@ -1,0 +1,117 @@
+"""Structures that are alike are looked at once: what is wrong with any of them is still told."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tlcore
+from tests.rewriting import without_checksum
+from tlcore.errors import VerifyError
+from tlcore.reader import verify
+from tlcore_backends.safetensors import stored_structures
+
+LAYERS = 12
+
+
+def captured(directory: Path, **keys: Any) -> tlcore.Run:
+    torch.manual_seed(0)
+    model = nn.Sequential(*(nn.Sequential(nn.Linear(4, 4), nn.Tanh()) for _ in range(LAYERS)))
+    keys = {"backend": "safetensors", "log_step_ids": [], **keys}
+    with torch.no_grad(), tlcore.capture(model, output_dir=str(directory), **keys) as capture:
+        model(torch.randn(2, 4))
+    return tlcore.open_run(capture.url)
+
+
+def told(run: tlcore.Run) -> str:
+    """What `verify` says is wrong with a run."""
+    try:
+        tlcore.open_run(run.url).verify()
+    except VerifyError as error:
+        return str(error)
+    return ""
+
+
+def damaged(run: tlcore.Run, change: Callable[[Any], object]) -> str:
+    """What is said of a run whose index was changed: the same as if each structure is looked at."""
+    (index,) = Path(run.url).glob("segments/rank_0_000000*.json")
+    document = json.loads(without_checksum(index.read_bytes()))
+    change(document)
+    lines = ",\n".join(f"{json.dumps(key)}:{json.dumps(value)}" for key, value in document.items())
+    index.write_text("{" + lines + "}\n")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(verify, "_has_sound_kinds", lambda *given: False)
+        expected = told(run)
+    assert told(run) == expected
+    return expected
+
+
+def test_what_is_written_anew_without_a_change_is_sound(tmp_path: Path) -> None:
+    assert not damaged(captured(tmp_path), lambda document: None)
+
+
+def test_few_of_them_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[str] = []
+    plain = stored_structures.restored
+
+    def counting(node: Any, name: str, *more: Any) -> Any:
+        made.append(name)
+        return plain(node, name, *more)
+
+    run = captured(tmp_path)
+    structures = run.step(0).structures(0)
+    monkeypatch.setattr(stored_structures, "restored", counting)
+    assert tlcore.open_run(run.url).verify() == len(run.step(0).names)
+    # The arguments, and the result, of every module are alike.
+    assert 2 <= len(made) < 8 < len(structures)
+
+
+def test_those_that_tell_more_than_names_are_all_looked_at(tmp_path: Path) -> None:
+    run = captured(tmp_path, capture="both")
+    source: Any = run.stored.source
+    assert source.structure_kinds(0, 0) is None
+    run.verify()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda node: node.update(type="text"),
+        lambda node: node.update(items=[{"tensor": "outputs_of_nobody"}]),
+        lambda node: node.update(items=[{"tensor": 5}]),
+        lambda node: node.update(items=[{"?": 0}]),
+        lambda node: node.update(items=[{"type": "float", "value": "1"}]),
+        lambda node: node.update(items=[{"type": "tensor", "shape": "x"}]),
+        lambda node: node.clear(),
+    ],
+)
+@pytest.mark.parametrize("place", [0, 7, -1])
+def test_one_that_is_damaged_is_told_of(
+    tmp_path: Path, place: int, change: Callable[[dict[str, Any]], None]
+) -> None:
+    run = captured(tmp_path)
+    arguments = [name for name in run.step(0).structures(0) if name.endswith("/inputs.json")]
+
+    def damage(document: Any) -> None:
+        by_name = dict(document["structures"])
+        change(by_name[arguments[place]])
+        document["structures"] = [[name, node] for name, node in by_name.items()]
+
+    assert damaged(run, damage)
+
+
+def test_one_that_is_missing_is_told_of(tmp_path: Path) -> None:
+    run = captured(tmp_path)
+
+    def damage(document: Any) -> None:
+        (plan,) = document["plans"]
+        assert plan["structures"][1] == len(document["structures"])
+        plan["structures"][1] -= 1
+
+    assert damaged(run, damage)
