@@ -80,6 +80,14 @@ def test_payloads_go_where_they_belong(half: Half, there: Path) -> None:
     assert digests == own * 2 + xxhash.xxh3_128_digest(b"PAYLOAD") + own + bytes(32)
 
 
+def test_no_memory_is_taken_for_what_is_not_there(half: Half, there: Path) -> None:
+    spans = [(2**63 - 1, 0, 2**63 - 1, -1), (15, 4, 11, -1)]
+    first, _ = half("gather_payloads")(
+        str(there), ["other", "other"], packed(spans), bytearray(8), bytearray()
+    )
+    assert struct.unpack("=2q", first) == (-1, 1)
+
+
 @settings(max_examples=80)
 @given(st.data())
 def test_both_halves_gather_the_same(there: Path, data: st.DataObject) -> None:

@@ -46,14 +46,13 @@ def _gather_payloads(
         known: dict[_Key, int] = {}
         beneath = Beneath(directory)
         for index, (name, span, at) in enumerate(zip(names, all_spans, places, strict=True)):
-            size, begin, end, to = span
+            _, begin, end, to = span
             same = _NOT_READ if to >= 0 else known.get(_looked_at(beneath, name, span), _NOT_READ)
             if same < 0:
-                part = memory[to : to + end - begin] if to >= 0 else memoryview(bytearray(end - begin))
-                after = at + begin
-                rest = room[at:after], room[after : after + size - end]
-                state = _read(beneath, name, size, [rest[0], part, rest[1]])
-                if state is not None:
+                target_part = memory[to : to + end - begin] if to >= 0 else None
+                found = _read(beneath, name, span, target_part, room[at:])
+                if found is not None:
+                    state, part = found
                     same = known[_key(state, span)] = index
                     digests += xxhash.xxh3_128_digest(part)
                 else:
@@ -88,20 +87,27 @@ def _key(state: os.stat_result, span: Span) -> _Key:
     return state.st_dev, state.st_ino, state.st_size, state.st_mtime_ns, *span[:3]
 
 
-def _read(beneath: Beneath, name: str, size: int, parts: Sequence[memoryview]) -> os.stat_result | None:
+def _read(
+    beneath: Beneath, name: str, span: Span, part: memoryview | None, kept: memoryview
+) -> tuple[os.stat_result, memoryview] | None:
+    """The file's state and its part, in memory of its own where it has none; None where it was not read."""
+    size, begin, end, _ = span
     with beneath.opened(name) as opened:
+        # Before any memory is taken for what cannot be there.
         if opened is None or opened[1].st_size != size:
             return None
+        if part is None:
+            part = memoryview(bytearray(end - begin))
         try:
-            for part in parts:
+            for each in (kept[:begin], part, kept[begin : begin + size - end]):
                 done = 0
-                while done < len(part) and (count := os.readv(opened[0], [part[done:]])):
+                while done < len(each) and (count := os.readv(opened[0], [each[done:]])):
                     done += count
-                if done < len(part):
+                if done < len(each):
                     return None
         except OSError:
             return None
-        return opened[1]
+        return opened[1], part
 
 
 gather_payloads: Callable[[str, Sequence[str], Any, Any, Any], tuple[bytes, bytes]] = (
