@@ -15,7 +15,7 @@ import tlcore
 from tests.rewriting import without_checksum
 from tlcore.errors import VerifyError
 from tlcore.reader import verify
-from tlcore_backends.safetensors import stored_structures
+from tlcore_backends.safetensors.described import restored
 
 LAYERS = 12
 
@@ -58,15 +58,14 @@ def test_what_is_written_anew_without_a_change_is_sound(tmp_path: Path) -> None:
 
 def test_few_of_them_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[str] = []
-    plain = stored_structures.restored
 
     def counting(node: Any, name: str, *more: Any) -> Any:
         made.append(name)
-        return plain(node, name, *more)
+        return restored(node, name, *more)
 
     run = captured(tmp_path)
     structures = run.step(0).structures(0)
-    monkeypatch.setattr(stored_structures, "restored", counting)
+    monkeypatch.setattr("tlcore_backends.safetensors.stored_structures.restored", counting)
     assert tlcore.open_run(run.url).verify() == len(run.step(0).names)
     # The arguments, and the result, of every module are alike.
     assert 2 <= len(made) < 8 < len(structures)
