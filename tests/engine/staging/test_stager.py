@@ -11,7 +11,7 @@ import torch
 
 from tests.waiting import join
 from tlcore.engine.filters.tensors import TensorFilter, TensorSpec, TensorSpecs
-from tlcore.engine.staging.host_memory import Chunk, HostPool
+from tlcore.engine.staging.host_memory import CHUNK_BYTES, Chunk, HostPool
 from tlcore.engine.staging.stager import Stager
 from tlcore.record import tensor_from_bytes
 
@@ -187,6 +187,24 @@ def test_small_steps_share_a_chunk_until_one_more_would_not_fit() -> None:
     chunks = [chunks for _, chunks in steps]
     assert chunks[0] == chunks[1] == chunks[2] == chunks[3] != chunks[4]
     assert pool.in_flight == pool.allocated == 2048
+
+
+def test_however_small_steps_are_not_all_wait_in_one_chunk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tlcore.engine.staging.stager.MOST_SHARING", 5)
+    pool = HostPool(4 * CHUNK_BYTES, "drop")
+    stager = Stager(pool, 1.0)
+    waiting: list[list[Chunk]] = []
+    for step in range(40):
+        stager.begin_step()
+        if stage(stager, torch.full((2,), float(step))) is None:
+            break
+        waiting.append(take(stager))
+    assert len(waiting) == 4 * 5 and pool.in_flight == 4 * CHUNK_BYTES
+    for chunks in waiting:
+        for chunk in chunks:
+            pool.release(chunk)
+    stager.begin_step()
+    assert stage(stager, torch.ones(2)) is not None and pool.allocated <= 4 * CHUNK_BYTES
 
 
 def test_a_shared_chunk_comes_back_when_no_batch_needs_it() -> None:

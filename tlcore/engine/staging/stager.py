@@ -15,6 +15,9 @@ from .device import DeviceStager
 from .host_memory import NO_CHUNK, Chunk, HostPool, aligned
 
 _LOWEST_ADDRESS = 1 << 38
+# Steps that wait in one chunk. What else is told of each takes memory too, which the queue's bound in bytes
+# does not count: a model of very small steps may be faster than any storage.
+MOST_SHARING = 1024
 
 
 class FreedError(RuntimeError):
@@ -76,7 +79,7 @@ class Stager:
             return
         if not self._pool.rewind(chunk):
             # A chunk that the step would only begin in would be kept from others by two steps.
-            full = chunk.size - chunk.bytes < self._last_step
+            full = chunk.size - chunk.bytes < self._last_step or chunk.batches >= MOST_SHARING
             if full or self._pool.limit < 2 * chunk.size:
                 self.leave()
         self._begin = self.chunk.bytes
