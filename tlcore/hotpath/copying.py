@@ -15,7 +15,7 @@ from .native import extension
 
 _WRITEV_PARTS = 1024
 # As in copying.c.
-_WRITE_BYTES = 512 << 10
+_WRITE_BYTES = 1984 << 10
 
 
 def _gather(target: Any, offsets: Sequence[int], parts: Sequence[Any]) -> None:
