@@ -62,13 +62,20 @@ def requests_run(
     cached: Mapping[str, int] | None = None,
     backend: str | Mapping[str, Any] = "pt",
     extra: Callable[[int], Mapping[str, Any]] | None = None,
+    **keys: Any,
 ) -> Run:
     """A run with these rows in its steps; ``tensors`` gives a step's tensors from its number and rows.
 
     What is called ``logits`` has a row for each request's last token. ``extra`` gives more of a
-    step's document.
+    step's document, ``keys`` are of the configuration.
     """
-    config = load_config(output_dir=str(path), log_step_ids=[], backend=backend, module_call_match=".")
+    usual: dict[str, Any] = {
+        "output_dir": str(path),
+        "log_step_ids": [],
+        "backend": backend,
+        "module_call_match": ".",
+    }
+    config = load_config({**usual, **keys})
     session = Session(config, new_run(config))
     model: Model | None = None
     for number, rows in enumerate(steps):
