@@ -17,16 +17,24 @@ from tlcore.ledger import Counts
 from tlcore_backends.storage.local import LocalStore
 
 
-def fails_in(step: int) -> Any:
-    """A put that fails for files of one step, or of the segment of that number."""
-    original = LocalStore.put
+def fail_in(step: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have the disk refuse the files of one step, or its directory, or the segment of that number."""
+    put, begin_folder = LocalStore.put, LocalStore.begin_folder
 
-    def put(self: LocalStore, name: str, parts: Any) -> int:
-        if name.startswith((f"step_{step}/", f"segments/rank_0_{step:06}")):
+    def refuse(name: str) -> None:
+        if f"{name}/".startswith((f"step_{step}/", f"segments/rank_0_{step:06}")):
             raise tlcore.BackendError("on purpose")
-        return original(self, name, parts)
 
-    return put
+    def refused_put(self: LocalStore, name: str, parts: Any) -> int:
+        refuse(name)
+        return put(self, name, parts)
+
+    def refused_folder(self: LocalStore, name: str) -> Any:
+        refuse(name)
+        return begin_folder(self, name)
+
+    monkeypatch.setattr(LocalStore, "put", refused_put)
+    monkeypatch.setattr(LocalStore, "begin_folder", refused_folder)
 
 
 @pytest.mark.parametrize("format", ["pt", "safetensors", "shards"])
@@ -34,7 +42,7 @@ def test_every_place_tells_the_same(
     format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "tlcore")
-    monkeypatch.setattr(LocalStore, "put", fails_in(2))
+    fail_in(2, monkeypatch)
     module = nn.Sequential(nn.Linear(8, 2), nn.Identity(), nn.Linear(2, 2))
     keys: dict[str, Any] = {"output_dir": str(tmp_path), "backend": local(format), "max_tensor_size": 12}
     with tlcore.capture(module, log_step_ids=[], **{"module_call_match": ".", **keys}) as captured:
