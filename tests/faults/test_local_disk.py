@@ -29,6 +29,7 @@ from tests.sinks import MemorySink
 from tlcore.__main__ import main
 from tlcore_backends.safetensors import segment_sink, step_files
 from tlcore_backends.storage import atomic_file as unfinished
+from tlcore_backends.storage import unfinished_folder
 
 BLOCK_S = 1.0
 FORMATS = ["pt", "safetensors", "shards"]
@@ -214,12 +215,16 @@ def program(text: str, *arguments: str) -> subprocess.CompletedProcess[str]:
 
 @pytest.mark.parametrize("format", FORMATS)
 def test_a_broken_disk(format: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The system's own write answers EIO from the third step on."""
+    """The system's own write answers EIO from the third step on, of a file or of a step's whole directory."""
 
-    def broken(handle: int, parts: Any) -> int:
+    def broken(*arguments: Any) -> int:
         raise OSError(errno.EIO, os.strerror(errno.EIO))
 
-    fault = at(2, lambda run: monkeypatch.setattr(unfinished, "write_all", broken))
+    def fault_begins(run: Path) -> None:
+        monkeypatch.setattr(unfinished, "write_all", broken)
+        monkeypatch.setattr(unfinished_folder, "make_files", broken)
+
+    fault = at(2, fault_begins)
     outcome = capture({"output_dir": str(tmp_path), "backend": local(format), "block_s": BLOCK_S}, 4, fault)
     monkeypatch.undo()
     assert_unhurt(outcome, 4)
