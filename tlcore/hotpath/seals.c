@@ -73,7 +73,7 @@ static int fits(const seal_row *row, Py_ssize_t texts, Py_ssize_t templates, Py_
 {
     if (!is_in(row->at, row->size, texts) || !is_in(row->template_at, row->size, templates) || row->begin < 0 ||
         row->end < row->begin || row->end > data || !is_in(row->digits, 20, row->size) ||
-        row->range_end < row->range_begin ||
+        row->range_begin < 0 || row->range_end < row->range_begin ||
         !is_in(row->range_begin, row->range_end - row->range_begin, row->size))
         return 0;
     for (int i = 0; i < 3; i++)
