@@ -68,11 +68,14 @@ class Client:
         self.core_engines = list(range(len(workers)))
         self.resources = SimpleNamespace(engine_dead=False)
         self.answers = True
+        self.failure: Exception | None = None
 
     async def _call_utility_async(self, utility: str, method: str, *rest: Any, engine: int) -> Any:
         await asyncio.sleep(self.chance.random() * 0.004)
         if not self.answers:
             await asyncio.sleep(600)
+        if self.failure is not None:
+            raise self.failure
         act = getattr(worker_capture, method.removeprefix("tlcore"))
         answer = act(self.workers[engine], *rest[1])
         await asyncio.sleep(self.chance.random() * 0.002)
@@ -195,6 +198,22 @@ def test_an_engine_that_dies_before_it_answers_is_told() -> None:
         plugins, _ = _plugins(random.Random(0), 1)
         client = plugins[0]._engine
         client.answers = False
+        asked = asyncio.ensure_future(plugins[0]._status(Request()))
+        await asyncio.sleep(0.05)
+        client.resources.engine_dead = True
+        with pytest.raises(DeadEngineError, match="has died"):
+            await asyncio.wait_for(asked, 30)
+
+    asyncio.run(dies())
+
+
+def test_an_engine_whose_failure_arrives_before_its_end_has_died() -> None:
+    """A worker that is killed lets vLLM's call fail a moment before its engine counts as dead."""
+
+    async def dies() -> None:
+        plugins, _ = _plugins(random.Random(0), 1)
+        client = plugins[0]._engine
+        client.failure = RuntimeError("Call to collective_rpc method failed: cancelled")
         asked = asyncio.ensure_future(plugins[0]._status(Request()))
         await asyncio.sleep(0.05)
         client.resources.engine_dead = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 from typing import Any
 
 from ....errors import CaptureError
@@ -12,6 +13,8 @@ from .check import unknown_vllm
 
 # How often it is seen whether an engine that does not answer is alive.
 _LOOK_S = 0.5
+# How long one that failed may take to its end, and how often that is looked at.
+_ENDING_S, _SOON_S = 5.0, 0.05
 
 
 class DeadEngineError(CaptureError):
@@ -49,9 +52,16 @@ class Engines:
         try:
             return [answer for answers in asked.result() for answer in answers]
         except Exception as error:
-            if self._dead:
+            if await self._ends():
                 raise DeadEngineError("an engine has died; the server's log says how") from error
             raise
+
+    async def _ends(self) -> bool:
+        """Whether an engine that failed is dead: its failure may arrive before its end is noticed."""
+        end = time.monotonic() + _ENDING_S
+        while not self._dead and time.monotonic() < end:
+            await asyncio.sleep(_SOON_S)
+        return self._dead
 
     @property
     def _dead(self) -> bool:
