@@ -90,7 +90,6 @@ def table(scale: Scale) -> list[Row]:
                 held = tensors
                 if writer is test_hidden_states.TestHiddenStates:
                     held = {f"hidden_states.{i}": each for i, each in enumerate(tensors.values())}
-                    test_hidden_states.TOKENS = torch.arange(length)
                 path = writer().write(place, held)
                 rows.append(_row(f"{name}, {count} x [{length}, {_WIDTH}]", path, place, own, scale))
         if not scale.tiny:

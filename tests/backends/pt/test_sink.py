@@ -141,10 +141,12 @@ def test_an_alias_of_a_record_that_was_not_stored_stands_for_itself(tmp_path: Pa
     assert torch.equal(torch.load(tmp_path / "run/step_0/a/outputs_cpu.pt"), torch.ones(2))
 
 
-def test_a_directory_made_by_the_front_end_is_accepted(tmp_path: Path) -> None:
-    RunWriter(PtSink(), run=make_run(tmp_path / "run"))
+def test_what_another_rank_has_written_is_accepted_and_what_the_same_has_is_not(tmp_path: Path) -> None:
     RunWriter(PtSink(), run=make_run(tmp_path / "run", rank=1, world_size=2))
     RunWriter(PtSink(), run=make_run(tmp_path / "run"))
+    RunWriter(PtSink(), run=make_run(tmp_path / "run", rank=1, world_size=2))
+    with pytest.raises(BackendError, match="already holds run 'run-1'"):
+        RunWriter(PtSink(), run=make_run(tmp_path / "run"))
 
 
 def test_the_directory_of_another_run_or_of_no_run_is_refused(tmp_path: Path) -> None:
