@@ -194,6 +194,17 @@ def look_at(result: TensorResult, side: int) -> Look:
     )
 
 
+Call = tuple[str, int]
+
+
+def _born_in(direction: str, call: Call, within: tuple[str | None, int]) -> Call | None:
+    """The call in whose code a divergence is born: of inputs the one around it; None where none is known."""
+    if direction != "inputs":
+        return call
+    module, number = within
+    return None if module is None else (module, number)
+
+
 @dataclass(frozen=True, slots=True)
 class Comparison:
     """The result of `tlcore.compare`: every tensor in order of execution, then what only one run has.
@@ -256,11 +267,10 @@ class Comparison:
         found = self.first_divergence
         if found is None or not found.born or found.operator is not None:
             return None
-        module, call = found.module, found.call
-        if found.direction == "inputs":
-            if found.within is None:
-                return None
-            module, call = found.within, found.within_call
+        where = _born_in(found.direction, (found.module, found.call), (found.within, found.within_call))
+        if where is None:
+            return None
+        module, call = where
         known = ((each.step, each.module, each.call) for each in self.results if is_operator(each.direction))
         return None if (found.step, module, call) in known else advice(module)
 
@@ -291,12 +301,10 @@ class Comparison:
         used = used_for(result, self.origin.runs, seen)
         if used is not None or not found.born:
             return used
-        module, call = result.module, result.call
-        if result.direction == "inputs":
-            if found.within is None:
-                return None
-            module, call = found.within, found.within_call
-        return other_code_in((result.step, result.rank, module, call), self.origin.runs, seen)
+        where = _born_in(result.direction, (result.module, result.call), (found.within, found.within_call))
+        if where is None:
+            return None
+        return other_code_in((result.step, result.rank, *where), self.origin.runs, seen)
 
     def _seen(self, statuses: set[str], left_out: bool) -> list[Seen]:
         """All tensors, perhaps with those that were left out, by whether they have one of the statuses."""

@@ -193,27 +193,17 @@ def test_a_refusal_of_any_engine_is_told_and_nothing_runs_on(monkeypatch: pytest
     asyncio.run(refused())
 
 
-def test_an_engine_that_dies_before_it_answers_is_told() -> None:
-    async def dies() -> None:
-        plugins, _ = _plugins(random.Random(0), 1)
-        client = plugins[0]._engine
-        client.answers = False
-        asked = asyncio.ensure_future(plugins[0]._status(Request()))
-        await asyncio.sleep(0.05)
-        client.resources.engine_dead = True
-        with pytest.raises(DeadEngineError, match="has died"):
-            await asyncio.wait_for(asked, 30)
-
-    asyncio.run(dies())
-
-
-def test_an_engine_whose_failure_arrives_before_its_end_has_died() -> None:
+@pytest.mark.parametrize("how", ["before it answers", "a moment after its call failed"])
+def test_an_engine_that_dies_is_told(how: str) -> None:
     """A worker that is killed lets vLLM's call fail a moment before its engine counts as dead."""
 
     async def dies() -> None:
         plugins, _ = _plugins(random.Random(0), 1)
         client = plugins[0]._engine
-        client.failure = RuntimeError("Call to collective_rpc method failed: cancelled")
+        if how == "before it answers":
+            client.answers = False
+        else:
+            client.failure = RuntimeError("Call to collective_rpc method failed: cancelled")
         asked = asyncio.ensure_future(plugins[0]._status(Request()))
         await asyncio.sleep(0.05)
         client.resources.engine_dead = True
