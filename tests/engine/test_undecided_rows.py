@@ -10,7 +10,9 @@ from torch import nn
 
 from tests.sinks import MemorySink
 from tlcore.config.configuration import load_config
+from tlcore.engine.batch import Batch, StepEnd
 from tlcore.engine.new_run import new_run
+from tlcore.engine.pipeline.executors import InlineExecutor
 from tlcore.engine.session import Session
 from tlcore.layout.drafts import Decided
 from tlcore.layout.rows import CallRows, RowSet
@@ -123,19 +125,40 @@ def test_what_is_said_of_values_is_said_of_those_that_stay(keys: dict[str, Any])
         assert (told["min"], told["max"], told["numel"]) == (4.0, 13.0, 4)
 
 
+def _capture(session: Session, model: nn.Module, *steps: torch.Tensor) -> None:
+    session.attach(model)
+    for values in steps:
+        session.begin_step()
+        session.rows.batch("ab", _PROMPTS)
+        session.rows.enter([RowSet("tokens", _ENTRIES)], main=True)
+        model(values)
+        session.end_step(decided=lambda: {"a": Decided(0, 1, 3)})
+
+
+def test_a_step_whose_end_never_comes_keeps_no_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = MemorySink()
+    config = load_config({"log_step_ids": [], "output_dir": "memory://unused", "rows": "last"})
+    session = Session(config, new_run(config), sink, inline=True)
+    plain = InlineExecutor.submit
+
+    def losing(executor: InlineExecutor, item: Batch | StepEnd) -> None:
+        if not (isinstance(item, StepEnd) and item.step == 0):
+            plain(executor, item)
+
+    monkeypatch.setattr(InlineExecutor, "submit", losing)
+    _capture(session, nn.Sequential(nn.Identity()), VALUES, VALUES)
+    assert session._pool.in_flight == 0
+    session.close()
+    assert session.ledger.balanced and session.ledger.failed and [each.step for each in sink.steps] == [1]
+
+
 def test_rows_with_a_scale_are_cut_like_others() -> None:
     values, sink = torch.randn(7, 64), MemorySink()
     config = load_config(
         {"log_step_ids": [], "output_dir": "memory://unused", "rows": "last", "store_dtype": "int8"}
     )
     session = Session(config, new_run(config), sink, inline=True)
-    model = nn.Sequential(nn.Identity())
-    session.attach(model)
-    session.begin_step()
-    session.rows.batch("ab", _PROMPTS)
-    session.rows.enter([RowSet("tokens", _ENTRIES)], main=True)
-    model(values)
-    session.end_step(decided=lambda: {"a": Decided(0, 1, 3)})
+    _capture(session, nn.Sequential(nn.Identity()), values)
     session.close()
     packed = sink.tensors["step_0/0/outputs_cpu"]
     assert packed.shape == (2, 68) and packed.dtype == torch.int8
@@ -159,13 +182,7 @@ def test_what_was_stored_whole_has_no_rows_where_as_many_stay() -> None:
     sink = MemorySink()
     config = load_config({"log_step_ids": [], "output_dir": "memory://unused", "rows": "last"})
     session = Session(config, new_run(config), sink, inline=True)
-    model = _Two()
-    session.attach(model)
-    session.begin_step()
-    session.rows.batch("ab", _PROMPTS)
-    session.rows.enter([RowSet("tokens", _ENTRIES)], main=True)
-    model(VALUES)
-    session.end_step(decided=lambda: {"a": Decided(0, 1, 3)})
+    _capture(session, _Two(), VALUES)
     session.close()
     rows = CallRows(sink.steps[0].to_json(()))
     for name in ("known", "other"):

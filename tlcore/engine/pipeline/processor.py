@@ -76,9 +76,11 @@ class Processor:
 
     def batch(self, batch: Batch, give_up: bool = False) -> None:
         """Name, hash and write a batch, then give its memory back; ``give_up`` fails its step untried."""
-        for waiting in self._steps.values():
+        for earlier in self._steps.values():
             # Its end should have come: whatever keeps it, the model must not run out of memory.
-            self._write_waiting(waiting)
+            earlier.whole |= earlier.undecided is not None
+            self._take_undecided(earlier)
+            self._write_waiting(earlier)
         step = self._steps.setdefault(batch.step, OpenStep())
         if give_up:
             step.error = step.error or self.failing
@@ -262,6 +264,9 @@ class Processor:
                     rows.settle()
         except self.catches as error:
             step.error = error
+        self._take_undecided(step)
+
+    def _take_undecided(self, step: OpenStep) -> None:
         batch, step.undecided = step.undecided, None
         if batch is not None:
             self._take(batch, step)
