@@ -221,6 +221,7 @@ def recognise(store: Store) -> tuple[Json | None, list[str]]:
             # Two formats may say the same of a damaged file.
             near += [] if found in near else [found]
         elif found is not None:
+            files.hand_over()
             return {**found, "backend": name}, near
     return None, near
 

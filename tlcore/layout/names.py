@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import re
 from collections.abc import Iterable, Sequence
+from functools import lru_cache
 from urllib.parse import unquote
 
 PathKey = int | str
@@ -22,6 +23,7 @@ _RANK_OF_FILE = re.compile(r"_rank_(\d+)(?:_\d+)?\.[a-z]+\Z|_[a-z]+_(\d+)\.pt\Z"
 _LONGEST = 200
 
 
+@lru_cache(4096)
 def safe(text: str) -> str:
     """Percent-encode what is unsafe in a file name; equal results only for equal texts.
 
@@ -79,6 +81,7 @@ def call_name(module: str, call: int) -> str:
     return f"{shown_module(module)}_{call}" if call else shown_module(module)
 
 
+@lru_cache(256)
 def device_label(device: str, rank: int) -> str:
     """``cuda:0`` -> ``cuda_0``, with ``_rank_<r>`` unless rank and device index already agree."""
     base, _, index = device.partition(":")

@@ -12,7 +12,7 @@ from ..layout.run_files import LARGEST_JSON, RUN_FILE, RunFiles
 from ..ledger import Counts
 from ..locations import is_url, redact_url
 from ..record import Json
-from ..storage import Store, SupportsLevels
+from ..storage import Store, SupportsFiles, SupportsLevels
 from .documents import check_run
 from .foreign import is_file, not_recognised, open_foreign
 from .opening import Below, below, local_directory, open_existing
@@ -32,7 +32,7 @@ def open_run(path: str | os.PathLike[str], storage_options: Options = None) -> R
     # Other processes, which may be elsewhere, open it again.
     text = os.fspath(path)
     opened_as = text if is_url(text) else os.path.abspath(os.path.expanduser(text)), storage_options
-    if store is not None:
+    if store is not None and _may_have(store, RUN_FILE):
         try:
             return Run(store, run_document(store), opened_as)
         except MissingError:
@@ -43,8 +43,16 @@ def open_run(path: str | os.PathLike[str], storage_options: Options = None) -> R
     raise not_recognised(path, near) if store is None else _not_one_run(path, storage_options, near)
 
 
+def _may_have(store: Store, name: str) -> bool:
+    """Whether it is worth to ask for a file: the error for a missing one lists the directory for its hint."""
+    return not isinstance(store, SupportsFiles) or os.path.lexists(store.path(name))
+
+
 def _foreign_run(store: Store, document: Json, opened_as: OpenedAs) -> Run:
-    return Run(store, check_run(document, store.url), opened_as)
+    run = Run(store, check_run(document, store.url), opened_as)
+    # Made now, while the files by which it was recognised are still there for it.
+    _ = run.stored.source
+    return run
 
 
 def is_run(path: str | os.PathLike[str], storage_options: Options = None) -> bool:

@@ -6,14 +6,17 @@ import json
 import os
 import struct
 from collections.abc import Callable, Hashable, Mapping
-from functools import cached_property
+from contextlib import suppress
+from functools import cached_property, lru_cache
 from math import prod
 from mmap import ACCESS_READ, mmap
-from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
+from operator import itemgetter
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeAlias, TypeVar
 
 import numpy as np
 
 from tlcore.errors import BackendError, ReadError
+from tlcore.hotpath.reading import read_files
 from tlcore.layout.checks import is_shape
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.run_files import RunFiles
@@ -25,7 +28,7 @@ from ..safetensors.remains import DTYPES
 # What is read of a file at its first look; most small dumps are whole then.
 FIRST, _FIRST_HERE = 64 << 10, 4 << 10
 _LEAST_OWN = 16 << 10
-_LARGEST_HEADER = 100 << 20
+_LARGEST_HEADER, _SMALL_HEADER = 100 << 20, 1 << 10
 _DTYPES = {
     **DTYPES,
     "F8_E8M0": "float8_e8m0fnu",
@@ -55,6 +58,19 @@ class Handle:
 
 class DumpFiles(RunFiles):
     """The files of a dump, which lie in a directory (or are one file) that tlcore never writes into."""
+
+    @classmethod
+    def of(cls, store: Store) -> DumpFiles:
+        """The files of a store; those by which it was just recognised are not listed again."""
+        with suppress(IndexError):
+            if (files := _handed_over.pop()).store is store:
+                return files
+        return cls(store)
+
+    def hand_over(self) -> None:
+        """Leave these files, with what is known of them, to whoever asks for those of the store next."""
+        self.close()
+        _handed_over[:] = [self]
 
     @cached_property
     def directories(self) -> list[str]:
@@ -96,6 +112,13 @@ class DumpFiles(RunFiles):
 
     def whole(self, name: str, most: int) -> memoryview | None:
         """All of a file of this machine, in the caller's own memory; None for others and larger ones."""
+        if self._local is None:
+            return None
+        if (size := self.size(name)) is not None and size <= most:
+            data = np.empty(size, np.uint8).data
+            if read_files(data, self._local.path(), (name,), (size,)) == [0]:
+                return data
+        # A link, or another file than was listed.
         opened = self.open(name)
         if opened is None:
             return None
@@ -280,20 +303,32 @@ def safetensors_that_begin(
     if len(head) < 8 + size:
         head = files.read(file, 0, 8 + size)
     try:
-        document = json.loads(bytes(head[8 : 8 + size]))
-        metadata = document.pop("__metadata__", None) or {}
-        found = {str(name): _described(file, 8 + size, entry) for name, entry in document.items()}
+        # Those of one-tensor files are mostly alike.
+        header = bytes(head[8 : 8 + size])
+        described, metadata = _parsed(header) if size <= _SMALL_HEADER else _parsed.__wrapped__(header)
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise ReadError(f"{where}: damaged safetensors header ({type(error).__name__}: {error})") from None
-    for name, each in found.items():
-        end = each.at + prod(each.shape) * (item_size(each.dtype) or 0)
-        if length is not None and end > length:
+    found = {}
+    for name, at, end, dtype, shape in described:
+        if length is not None and 8 + size + end > length:
             raise ReadError(f"{where}: ends too early, {name!r} reaches beyond its end")
-    ordered = dict(sorted(found.items(), key=lambda item: item[1].at))
-    return ordered, {str(key): str(value) for key, value in metadata.items()}
+        found[name] = StoredAt(file, 8 + size + at, dtype, shape)
+    return found, dict(metadata)
 
 
-def _described(file: str, begin: int, entry: Json) -> StoredAt:
+_Described: TypeAlias = tuple[str, int, int, str, tuple[int, ...]]
+
+
+@lru_cache(256)
+def _parsed(header: bytes) -> tuple[list[_Described], dict[str, str]]:
+    """What a header says: of each tensor name, begin and end behind the header, dtype and shape."""
+    document = json.loads(header)
+    metadata = document.pop("__metadata__", None) or {}
+    found = [_described(str(name), entry) for name, entry in document.items()]
+    return sorted(found, key=itemgetter(1)), {str(key): str(value) for key, value in metadata.items()}
+
+
+def _described(name: str, entry: Json) -> _Described:
     shape, (start, end) = entry["shape"], entry["data_offsets"]
     dtype = _DTYPES.get(entry["dtype"], str(entry["dtype"]))
     if not is_shape(shape) or type(start) is not int or start < 0 or type(end) is not int:
@@ -301,9 +336,11 @@ def _described(file: str, begin: int, entry: Json) -> StoredAt:
     width = item_size(dtype)
     if width is not None and end - start != prod(shape) * width:
         raise ValueError("an offset is not that of its shape")
-    return StoredAt(file, begin + start, dtype, tuple(shape))
+    return name, start, start + prod(shape) * (width or 0), dtype, tuple(shape)
 
 
+# At most one.
+_handed_over: list[DumpFiles] = []
 _Seen = TypeVar("_Seen")
 _Bytes = TypeVar("_Bytes", bytes, memoryview)
 # At most one: what a file holds refers to its store, so that an entry for each store would never go.

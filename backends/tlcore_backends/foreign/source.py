@@ -26,7 +26,7 @@ class ForeignSource(ABC):
     tool: ClassVar[str]
 
     def __init__(self, store: Store, run: Json) -> None:
-        self.files = DumpFiles(store)
+        self.files = DumpFiles.of(store)
         self.run = run
 
     @classmethod

@@ -77,8 +77,9 @@ class TransformersDebugger(ForeignSource):
         for file, each in named:
             counts[file] -= 1
             key = (each.module, each.direction, *each.path)
-            entry = each._replace(call=calls[key])
-            calls[key] += 1
+            call = calls[key]
+            calls[key] = call + 1
+            entry = each._replace(call=call) if call else each
             if not file:
                 result.append(entry)
             elif counts[file]:
@@ -86,7 +87,8 @@ class TransformersDebugger(ForeignSource):
                 result.append(entry._replace(place=None, skipped=_OVERWRITTEN))
             else:
                 result.append(self._stored(file, entry))
-        return _merged(result, list(self._beside({file for file, _ in named}, result)))
+        beside = self._beside({file for file, _ in named})
+        return _merged(result, self._told_by_names(beside, result)) if beside else result
 
     def _in_node(self, node: Json, depth: int) -> Iterator[tuple[str, Found]]:
         """Each tensor of a call with its file (none if only printed), arguments, what is within, results."""
@@ -107,25 +109,24 @@ class TransformersDebugger(ForeignSource):
             for place, each in enumerate(value):
                 yield from self._tensors(each, module, direction, (*path, place))
         elif isinstance(value, dict) and isinstance(value.get("shape"), str) and "dtype" in value:
-            yield self._tensor(value, Found(module, direction, path))
+            yield self._tensor(value, module, direction, path)
         elif isinstance(value, dict):
             for key, each in value.items():
                 yield from self._tensors(each, module, direction, (*path, key))
 
-    def _tensor(self, value: Json, found: Found) -> tuple[str, Found]:
-        dtype = str(value["dtype"]).removeprefix("torch.")
-        described = found._replace(dtype=dtype, shape=_sizes(value["shape"]))
+    def _tensor(self, value: Json, module: str, direction: str, path: Path) -> tuple[str, Found]:
+        dtype, shape = str(value["dtype"]).removeprefix("torch."), _sizes(value["shape"])
         file = value.get("value")
         if isinstance(file, str) and file.startswith("./"):
-            return file[2:], described
-        return "", described._replace(skipped=_PRINTED)
+            return file[2:], Found(module, direction, path, dtype, shape, {"tensor": file[2:]})
+        return "", Found(module, direction, path, dtype, shape, skipped=_PRINTED)
 
     def _stored(self, file: str, found: Found) -> Found:
         """A tensor whose file is there; it is looked at when it is read, or now where the tree is silent."""
         if file not in self.files.top:
-            return found._replace(skipped="its file is missing")
+            return found._replace(place=None, skipped="its file is missing")
         if found.dtype:
-            return found._replace(place={"tensor": file})
+            return found
         data = self._data(file)
         return found._replace(dtype=data.dtype, shape=data.shape, place=data.place())
 
@@ -159,23 +160,27 @@ class TransformersDebugger(ForeignSource):
         if data is None:
             return super().own_bytes(record)
         at = self._only(file, safetensors_that_begin(self.files, file, data, len(data))[0])
-        self._check(record, file, at)
+        if (at.dtype, list(at.shape)) != (record["dtype"], record["shape"]):
+            self._check(record, file, at)
         return data[at.at : at.at + int(record["bytes"])]
 
-    def _beside(self, listed: set[str], known: list[Found]) -> Iterator[Found]:
-        """The tensors whose files the tree does not name: layers in the middle, the model's results."""
+    def _beside(self, listed: set[str]) -> list[str]:
+        """The files of tensors that the tree does not name: layers in the middle, the model's results."""
+        found = (file for file in self.files.top if file not in listed)
+        return sorted(file for file in found if file.startswith(self._model) and file.endswith(_SUFFIX))
+
+    def _told_by_names(self, files: list[str], known: list[Found]) -> list[Found]:
+        """The tensors of files, by their names alone."""
         paths = {_parts(each): each.path for each in known}
-        for file in sorted(self.files.top):
-            name = file.removesuffix(_SUFFIX)
-            if file in listed or name == file or not name.startswith(self._model):
+        result = []
+        for file in files:
+            name = file.removesuffix(_SUFFIX).removeprefix(self._model).removeprefix(".")
+            if (split := _FILE.fullmatch(name)) is None:
                 continue
-            split = _FILE.fullmatch(name.removeprefix(self._model).removeprefix("."))
-            if split is None:
-                continue
-            direction = split[2].partition("_")[0]
             rest = split[3] or ""
             path = paths.get((_pattern(split[1]), split[2], rest), _path(split[2], rest))
-            yield self._stored(file, Found(split[1], direction, path))
+            result.append(self._stored(file, Found(split[1], split[2].partition("_")[0], path)))
+        return result
 
 
 @lru_cache(1024)
