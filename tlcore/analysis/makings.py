@@ -15,14 +15,14 @@ _KERNELS = ("compilation", "cudagraphs", "custom_ops", "attention")
 def settings_apart(a: Run, b: Run) -> Iterator[str]:
     """What of packages, settings and devices differs: other rounding comes of it, and nothing else should."""
     for part in ("packages", "settings", "engine", "devices"):
-        mine, other = (_part(run, part) for run in (a, b))
+        mine, other = (part_of(run, part) for run in (a, b))
         if mine and other:
             yield from (f"{key} ({one} against {two})" for key, one, two in _differing(mine, other))
 
 
 def other_kernels(a: Run, b: Run) -> list[str]:
     """What two runs of vLLM differ in that lets other kernels compute the same: one is compiled, say."""
-    mine, other = _part(a, "engine"), _part(b, "engine")
+    mine, other = part_of(a, "engine"), part_of(b, "engine")
     if not mine or not other:
         return []
     return [f"{key} ({one} against {two})" for key, one, two in _differing(mine, other) if key in _KERNELS]
@@ -31,13 +31,13 @@ def other_kernels(a: Run, b: Run) -> list[str]:
 def causes(a: Run, b: Run) -> list[str]:
     """Notes on what makes two models give other values: their configurations and their weights."""
     notes = []
-    configurations = [_part(run, "configuration") for run in (a, b)]
+    configurations = [part_of(run, "configuration") for run in (a, b)]
     if all(configurations):
         found = [f"{key} ({one} against {two})" for key, one, two in _differing(*configurations)]
         if found:
             more = f" and {len(found) - _SHOWN} more" if len(found) > _SHOWN else ""
             notes.append(f"the models' configurations differ: {', '.join(found[:_SHOWN])}{more}")
-    mine, other = (_part(run, "weights").get("tensors") for run in (a, b))
+    mine, other = (part_of(run, "weights").get("tensors") for run in (a, b))
     if isinstance(mine, Mapping) and isinstance(other, Mapping):
         notes += _weights_apart(mine, other)
     return notes
@@ -52,7 +52,8 @@ def _weights_apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
         yield f"the models' weights differ in {len(found)} of {len(both)} tensors, such as {shown}"
 
 
-def _part(run: Run, name: str) -> Mapping[str, Any]:
+def part_of(run: Run, name: str) -> Mapping[str, Any]:
+    """What a run says of a thing that it was made with, such as ``weights``; empty where it says nothing."""
     environment = run.document.get("environment")
     found = environment.get(name) if isinstance(environment, Mapping) else None
     return found if isinstance(found, Mapping) else {}

@@ -19,11 +19,12 @@ from ...reader import Arguments, Call, Run, Skipped, open_run
 from ..measure import Tolerance, measure
 from ..results import Status, TensorResult
 from .given import Place, arguments_of, on_each, refused, tensors_of
-from .state import state_kept
+from .state import copied, same_values, state_kept
+from .then import since_capture
 
 Callee = nn.Module | Callable[..., Any]
 _Path = tuple[Any, ...]
-SEED = 0
+SEED, _SHOWN = 0, 3
 _RANDOM = "it draws random numbers, and from which ones it began is in no run"
 
 
@@ -92,6 +93,7 @@ def replay(
     Raises ReadError when the call, an argument or the result is not in the run, and whatever the module does.
     """
     opened = run if isinstance(run, Run) else open_run(run, storage_options)
+    as_given = module
     found = call_in(opened, call, rank)
     given = arguments_of(found, dict(replace or {}))
     if device is not None or dtype is not None:
@@ -102,20 +104,44 @@ def replay(
     # What it is given was rounded, too, whether the result has scales or not.
     tolerance = Tolerance(rtol, atol, scaled=opened.config.get("store_dtype") == PACKED)
     try:
-        output, random = _run_again(module, given)
+        again = _run_again(module, given)
     except Exception as error:
         reason = refused(found, replace or {}, error)
         raise error if reason is None else reason from error
-    results = _compared(found, stored, tensors_in(output), tolerance)
-    shared = given if all(each.status == "bitwise" for each in results) else _shared(given)
+    results = _compared(found, stored, tensors_in(again.output), tolerance)
+    shared = given if _bitwise(results) else _shared(given)
     if shared is not given:
         # Whether two arguments were one tensor is in no run, and modules may ask.
-        output_of_one, _ = _run_again(module, shared)
-        of_one = _compared(found, stored, tensors_in(output_of_one), tolerance)
-        if all(each.status == "bitwise" for each in of_one):
-            output, results, given = output_of_one, of_one, shared
-    hints = [*_other_dtype(results if dtype is None else ()), *([_RANDOM] if random else [])]
-    return Replayed(opened.url, call, results, output, given, tolerance, tuple(hints))
+        of_one = _run_again(module, shared)
+        results_of_one = _compared(found, stored, tensors_in(of_one.output), tolerance)
+        if _bitwise(results_of_one):
+            again, results, given = of_one, results_of_one, shared
+    hints: list[str] = []
+    if not _bitwise(results):
+        if not all(each.agrees for each in results):
+            hints += since_capture(opened, found.module, as_given, rank)
+        hints += _other_dtype(results if dtype is None else ())
+        hints += _of_itself(again, _run_again(module, given))
+    return Replayed(opened.url, call, results, again.output, given, tolerance, tuple(hints))
+
+
+def _bitwise(results: Sequence[TensorResult]) -> bool:
+    return all(each.status == "bitwise" for each in results)
+
+
+def _of_itself(again: _Again, once_more: _Again) -> Iterator[str]:
+    """What a call and its repetition tell of themselves: why a module may not give what it gave."""
+    if again.random:
+        yield _RANDOM
+    mine, its = tensors_in(again.output), tensors_in(once_more.output)
+    if any(not same_values(each, its[path]) for path, each in mine.items() if path in its):
+        yield "two replays of it differ from one another: it is not deterministic"
+    if again.changed:
+        shown = ", ".join(again.changed[:_SHOWN])
+        yield f"it changes its own state ({shown}), and what that was before this call is in no run"
+    if again.written:
+        shown = ", ".join(again.written[:_SHOWN])
+        yield f"it writes into its argument {shown}, and what else had the same memory is in no run"
 
 
 def _other_dtype(results: Sequence[TensorResult]) -> Iterator[str]:
@@ -131,27 +157,47 @@ def run_again(module: Callee, given: Arguments) -> Any:
 
     What is random in it is so from one seed on.
     """
-    return _run_again(module, given)[0]
+    return _run_again(module, given).output
 
 
-def _run_again(module: Callee, given: Arguments) -> tuple[Any, bool]:
-    """The same, and whether it drew random numbers on the way."""
+@dataclass(frozen=True, slots=True)
+class _Again:
+    """A result; whether random numbers were drawn, which state was changed, which arguments written into."""
+
+    output: Any
+    random: bool
+    changed: list[str]
+    written: list[str]
+
+
+def _run_again(module: Callee, given: Arguments) -> _Again:
+    """The same, with what the call told of itself."""
     clones: dict[int, torch.Tensor] = {}
     args, kwargs = on_each(
-        (given.args, given.kwargs), lambda tensor: clones.setdefault(id(tensor), tensor.clone())
+        (given.args, given.kwargs),
+        lambda tensor: clones.setdefault(id(tensor), tensor.clone()),
+        other=lambda value: copied(value, {}),
     )
+    before = tensors_of((dict(enumerate(given.args)), given.kwargs))
     devices = {each.device for each in tensors_of((args, kwargs)).values() if isinstance(each, torch.Tensor)}
     with ExitStack() as stack:
         stack.enter_context(torch.random.fork_rng([]))
         for device in devices:
             if device.type != "cpu":
                 stack.enter_context(torch.random.fork_rng([device], device_type=device.type))
-        stack.enter_context(state_kept(module))
+        changed = stack.enter_context(state_kept(module))
         torch.manual_seed(SEED)
-        before = _random_states(devices)
+        states = _random_states(devices)
         with torch.no_grad():
             output = module(*args, **kwargs)
-        return output, any(map(_unequal, before, _random_states(devices)))
+        random = any(map(_unequal, states, _random_states(devices)))
+        pairs = ((path, each, clones.get(id(each))) for path, each in before.items())
+        written = [
+            ".".join(map(str, path[1:]))
+            for path, each, clone in pairs
+            if clone is not None and isinstance(each, torch.Tensor) and not same_values(each, clone)
+        ]
+        return _Again(output, random, changed(), written)
 
 
 def _random_states(devices: Collection[torch.device]) -> list[torch.Tensor]:

@@ -67,17 +67,19 @@ def _class_in(node: Json) -> str | None:
     return next((found for each in children if (found := _class_in(each)) is not None), None)
 
 
-def on_each(value: Any, change: Callable[[torch.Tensor], Any]) -> Any:
-    """The value with each tensor in plain containers changed."""
+def on_each(
+    value: Any, change: Callable[[torch.Tensor], Any], other: Callable[[Any], Any] | None = None
+) -> Any:
+    """The value with each tensor in plain containers changed, and anything else as ``other`` gives it."""
     if isinstance(value, torch.Tensor):
         return change(value)
     if isinstance(value, Mapping):
-        return {key: on_each(item, change) for key, item in value.items()}
+        return {key: on_each(item, change, other) for key, item in value.items()}
     if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(on_each(item, change) for item in value))
+        return type(value)(*(on_each(item, change, other) for item in value))
     if isinstance(value, (tuple, list)):
-        return type(value)(on_each(item, change) for item in value)
-    return value
+        return type(value)(on_each(item, change, other) for item in value)
+    return value if other is None else other(value)
 
 
 def tensors_of(value: Any, path: tuple[Any, ...] = ()) -> dict[tuple[Any, ...], torch.Tensor | Skipped]:
