@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 from typing import Any
 
 import pytest
@@ -12,7 +13,9 @@ import tlcore
 from tests.adapters.vllm.helpers import SEVERAL_RANKS, all_stored
 from tests.adapters.vllm.server import serving
 from tests.models import tiny_llama
+from tests.servers import free_ports
 from tests.waiting import wait_until
+from tlcore.adapters.vllm.plugins import ENDPOINT, PLUGIN
 
 pytestmark = [pytest.mark.slow, pytest.mark.deep]
 PROMPTS = [[10 + number, 20 + 2 * number, *range(3, 3 + number)] for number in range(8)]
@@ -61,3 +64,53 @@ def test_each_request_is_found_whichever_engine_served_it(tmp_path: Path) -> Non
         assert positions == list(range(positions[0], len(prompt) + TOKENS - 1))
         assert request.tensor(ids).tolist()[: len(prompt) - positions[0]] == prompt[positions[0] :]
     assert served_by == {"", "_rank_1"}
+
+
+def test_front_ends_behind_a_hybrid_load_balancer_have_a_run_each(tmp_path: Path) -> None:
+    """Each has two of four engines, which only start together, and nothing to do with the others'."""
+    model, key = str(tiny_llama()), "a-key"
+    (meeting,) = free_ports(1)
+    settings: dict[str, Any] = {
+        "model": model,
+        "data-parallel-size": 4,
+        "data-parallel-size-local": 2,
+        "data-parallel-hybrid-lb": True,
+        "data-parallel-rpc-port": meeting,
+        "api-server-count": 1,
+        "api-key": key,
+        "enforce-eager": True,
+        "max-model-len": 256,
+    }
+    environment = SEVERAL_RANKS | {
+        "VLLM_PLUGINS": f"{PLUGIN},{ENDPOINT}",
+        "TLCORE_ENDPOINT_OUTPUT_DIR": str(tmp_path / "dumps"),
+    }
+    everyone = Barrier(2)
+
+    def serve(first: int) -> str:
+        directory = tmp_path / f"from_{first}"
+        directory.mkdir()
+        with serving(directory, settings | {"data-parallel-start-rank": first}, environment) as server:
+            started, begun = server.ask("/v1/tlcore/start", {"log_step_ids": []}, key)
+            assert (started, [each["rank"] for each in begun["ranks"]]) == (200, [0, 1]), begun
+            for number in range(4):
+                body = {
+                    "model": model,
+                    "prompt": [first, number, 5],
+                    "max_tokens": TOKENS,
+                    "ignore_eos": True,
+                }
+                assert server.ask("/v1/completions", body, key, X_Request_Id=f"R{number}")[0] == 200
+            ended = server.ask("/v1/tlcore/stop", {}, key)[1]
+            assert (ended["state"], ended["run_id"]) == ("closed", begun["run_id"])
+            everyone.wait(600)
+            return str(begun["url"])
+
+    with ThreadPoolExecutor(2) as pool:
+        urls = dict(zip((0, 2), pool.map(serve, (0, 2)), strict=True))
+    for first, url in urls.items():
+        run = tlcore.open_run(url)
+        assert (run.state, run.world_size, len(run.ranks)) == ("complete", 2, 2)
+        assert run.verify() == run.ledger.stored
+        prompts = {tuple(run.request(f"cmpl-R{number}-0").token_ids[:3].tolist()) for number in range(4)}
+        assert prompts == {(first, number, 5) for number in range(4)}

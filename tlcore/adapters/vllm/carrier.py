@@ -20,7 +20,7 @@ class GivenConfig(dict[str, Any]):
 
 
 class Carrier(dict[str, Any]):
-    """What lies in ``VllmConfig.additional_config``: ``config``, ``run_id`` and ``world_size``.
+    """What lies in ``VllmConfig.additional_config``: ``config``, ``run_id``, ``world_size``, ``first_rank``.
 
     A plain dictionary to everyone who pickles or hashes it; only its printed form is redacted.
     """

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,6 +13,7 @@ import torch
 import tlcore
 from tests.adapters.vllm.helpers import run
 from tests.models import smollm2
+from tlcore.adapters.vllm.frontend.check import ranks_of
 from tlcore.errors import BackendError, ConfigError
 
 pytestmark = pytest.mark.slow
@@ -175,6 +177,18 @@ def test_commands_on_several_nodes_begin_no_run_each(config: dict[str, Any]) -> 
     assert _engine_args(**nodes).create_engine_config()
     together = _engine_args(intermediate_log_config=config, data_parallel_size=2).create_engine_config()
     assert together.additional_config[KEY]["world_size"] == 2
+
+
+def test_a_run_is_of_the_engines_that_its_front_end_has() -> None:
+    together = _engine_args(data_parallel_size=4, data_parallel_size_local=2).create_engine_config()
+    assert ranks_of(together) == {"world_size": 4, "first_rank": 0}
+    second = {"data_parallel_size": 4, "data_parallel_size_local": 2, "data_parallel_start_rank": 2}
+    balanced = _engine_args(**second, tensor_parallel_size=3).create_engine_config()
+    assert ranks_of(balanced) == {"world_size": 6, "first_rank": 6}
+    own = SimpleNamespace(
+        world_size=2, data_parallel_size=4, data_parallel_rank_local=0, data_parallel_index=3
+    )
+    assert ranks_of(SimpleNamespace(parallel_config=own)) == {"world_size": 2, "first_rank": 6}
 
 
 def test_volatile_keys_do_not_change_the_hash_of_what_is_compiled(config: dict[str, Any]) -> None:

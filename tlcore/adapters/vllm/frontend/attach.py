@@ -50,7 +50,7 @@ def prepare(config: Config | Mapping[str, Any] | str | None, vllm_config: Any) -
     if carrier["config"]["compiled"] == "taps" and frontend.compiles(vllm_config):
         problem = "taps are traced into the model when the engine starts, not into a running one."
         raise ConfigError("$.compiled", problem, 'Attach with "eager-steps".')
-    carrier["world_size"] = frontend.world_size(vllm_config)
+    carrier.update(frontend.ranks_of(vllm_config))
     return carrier
 
 

@@ -84,7 +84,7 @@ def check_engine_config(vllm_config: Any) -> None:
     _check_nodes(vllm_config.parallel_config)
     if is_carrier(carrier):
         check_caches(carrier["config"], vllm_config)
-    carrier["world_size"] = world_size(vllm_config)
+    carrier.update(ranks_of(vllm_config))
     give_workers_time()
 
 
@@ -137,10 +137,21 @@ def serves_endpoint() -> bool:
     return ENDPOINT in [name.strip() for name in os.environ.get("VLLM_PLUGINS", "").split(",")]
 
 
-def world_size(vllm_config: Any) -> int:
-    """How many ranks write into one run."""
+def ranks_of(vllm_config: Any) -> dict[str, int]:
+    """What a carrier says of the ranks that write into its run: ``world_size`` and ``first_rank``.
+
+    The latter is the first one's number among all of the deployment: with an external or a hybrid load
+    balancer, and offline with a program for each engine, others have front ends, and runs, of their own.
+    """
     parallel = vllm_config.parallel_config
-    return int(parallel.world_size * parallel.data_parallel_size)
+    engines = int(parallel.data_parallel_size)
+    if getattr(parallel, "data_parallel_rank_local", None) is not None:
+        engines = 1
+    elif getattr(parallel, "local_engines_only", False):
+        engines = int(parallel.data_parallel_size_local)
+    first = int(getattr(parallel, "data_parallel_index", 0))
+    inside = int(parallel.world_size)
+    return {"world_size": inside * engines, "first_rank": inside * first}
 
 
 def unknown_vllm(problem: str) -> CaptureError:

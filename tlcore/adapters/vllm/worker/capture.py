@@ -126,7 +126,7 @@ class WorkerCapture:
             session.close()
             raise
         self._runs.add(session)
-        self._session = session
+        self._session, self._rank = session, session.run.rank
         if self._publisher is None:
             self._publisher = Publisher(self._rank, self._figures)
         self._bracket.session = session
@@ -259,10 +259,10 @@ def _sharding(worker: Any) -> Json:
     return {} if found is None else {"sharding": found}
 
 
-def global_rank(worker: Any) -> int:
-    """The worker's rank among those of all data-parallel engines."""
+def global_rank(worker: Any, first: int = 0) -> int:
+    """The worker's rank among those of all data-parallel engines, counted from the ``first`` of a run."""
     parallel = worker.vllm_config.parallel_config
-    return int(getattr(parallel, "data_parallel_index", 0) * parallel.world_size + worker.rank)
+    return int(getattr(parallel, "data_parallel_index", 0) * parallel.world_size + worker.rank) - first
 
 
 def _eager_steps(worker: Any) -> EagerSteps | None:
@@ -273,7 +273,7 @@ def _eager_steps(worker: Any) -> EagerSteps | None:
 def _run(worker: Any, config: Config, carrier: Mapping[str, Any]) -> RunInfo:
     import vllm
 
-    parallel, rank = worker.vllm_config.parallel_config, global_rank(worker)
+    parallel, rank = worker.vllm_config.parallel_config, global_rank(worker, carrier.get("first_rank", 0))
     world_size = carrier.get("world_size") or parallel.world_size
     if world_size > 1 and not carrier:
         raise unknown_vllm("the run id did not come from the front end, and the ranks cannot agree on one")
