@@ -76,14 +76,28 @@ class SupportsWriteWhole(Protocol):
 
 
 class Outline(NamedTuple):
-    """A step's document without its records, calls and structures, and what gives its records.
+    """A step's document without its records, calls and structures (``rest``), and what gives its records.
 
     ``alike`` is equal for steps whose records differ only in their names' step, in hashes and places.
+    ``kin`` is equal for steps whose ``rest`` differs only in times, the step's number, and other integers:
+    ``numbers`` has these, and ``places`` gives it with each one's place among them in its stead.
     """
 
-    rest: Json
+    rest: Callable[[], Json]
     alike: Hashable
     records: Callable[[], list[Json]]
+    kin: Hashable
+    numbers: Callable[[], list[int]]
+    places: Callable[[], Json]
+
+
+@runtime_checkable
+class SupportsBegins(Protocol):
+    """The rows of an array (`tlcore.protocols.Array`) that tell their first ones at less cost."""
+
+    def begins(self) -> Mapping[int, int]:
+        """The first row of each step that has some."""
+        ...
 
 
 class StructureKind(NamedTuple):

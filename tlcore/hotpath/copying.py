@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import errno
 import itertools
+import mmap
 import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ from .native import extension
 _WRITEV_PARTS = 1024
 # As in copying.c.
 _WRITE_BYTES = 1984 << 10
+# Of Linux from 5.14 on; others refuse the number.
+_POPULATE_READ = 22
+_LEAST_TOUCHED = 64 << 10
 
 
 def _gather(target: Any, offsets: Sequence[int], parts: Sequence[Any]) -> None:
@@ -77,16 +81,37 @@ def write_from(handle: int, addresses: np.ndarray[Any, np.dtype[np.int64]], widt
     """
     if _writev is None:
         raise OSError(errno.ENOSYS, os.strerror(errno.ENOSYS))
+    count = len(addresses)
     each = max(1, _WRITE_BYTES // width)
-    starts = np.arange(0, len(addresses), each)
+    starts = np.arange(0, count, each)
     # What lies side by side is one piece.
-    firsts = np.union1d(starts, np.flatnonzero(np.diff(addresses) != width) + 1)
+    begins = np.empty(count, np.bool_)
+    np.not_equal(addresses[1:] - addresses[:-1], width, out=begins[1:])
+    begins[starts] = True
+    firsts = np.flatnonzero(begins)
     vectors = np.empty((len(firsts), 2), np.int64)
-    vectors[:, 0], vectors[:, 1] = addresses[firsts], np.diff(np.append(firsts, len(addresses))) * width
+    vectors[:, 0] = addresses[firsts]
+    vectors[:-1, 1] = firsts[1:] - firsts[:-1]
+    vectors[-1:, 1] = count - firsts[-1:]
+    vectors[:, 1] *= width
+    _touch(vectors)
     bounds = [*np.searchsorted(firsts, starts).tolist(), len(firsts)]
     for begin, end in itertools.pairwise(bounds):
         for first in range(begin, end, _WRITEV_PARTS):
             _write_vectors(handle, vectors[first : min(end, first + _WRITEV_PARTS)])
+
+
+def _touch(vectors: np.ndarray[Any, np.dtype[np.int64]]) -> None:
+    """Have large pieces of maps in memory: where it finds a page that is not, the system begins anew.
+
+    Each time it fills what is left of the file's new pages with zeros, which are as large as a whole write.
+    """
+    if _madvise is None:
+        return
+    for begin, length in vectors[vectors[:, 1] >= _LEAST_TOUCHED].tolist():
+        first = begin & -mmap.PAGESIZE
+        # Earlier systems know nothing of it, and pages that are not there are told of when they are copied.
+        _madvise(ctypes.c_void_p(first), begin + length - first, _POPULATE_READ)
 
 
 def _write_vectors(handle: int, vectors: np.ndarray[Any, np.dtype[np.int64]]) -> None:
@@ -112,16 +137,17 @@ def _taken(lengths: np.ndarray[Any, np.dtype[np.int64]], done: int) -> tuple[int
     return whole, done - (int(ends[whole - 1]) if whole else 0)
 
 
-def _find_writev() -> Any:
+def _find(name: str, result: Any, *arguments: Any) -> Any:
     try:
-        found = ctypes.CDLL(None, use_errno=True).writev
+        found = getattr(ctypes.CDLL(None, use_errno=True), name)
     except (OSError, AttributeError, TypeError):
         return None
-    found.argtypes, found.restype = (ctypes.c_int, ctypes.c_void_p, ctypes.c_int), ctypes.c_ssize_t
+    found.argtypes, found.restype = arguments, result
     return found
 
 
-_writev = _find_writev()
+_writev = _find("writev", ctypes.c_ssize_t, ctypes.c_int, ctypes.c_void_p, ctypes.c_int)
+_madvise = _find("madvise", ctypes.c_int, ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
 
 
 class _Memory:

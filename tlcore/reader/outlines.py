@@ -34,12 +34,27 @@ class OutlinedStep(Step):
     @cached_property
     def documents(self) -> Mapping[int, Json]:
         """What each rank's ``step.json`` says beside its records. Raises MissingError or ReadError."""
-        return {rank: self._checked(rank, each.rest, []) for rank, each in self._outlines.items()}
+        return {rank: self._checked(rank, each.rest(), []) for rank, each in self._outlines.items()}
 
     @property
     def alike(self) -> Hashable:
         """See above."""
         return tuple((rank, each.alike) for rank, each in self._outlines.items())
+
+    @property
+    def kin(self) -> Hashable:
+        """Equal for steps that are alike, and whose documents differ in integers alone, and in times."""
+        return self.alike, tuple(each.kin for each in self._outlines.values())
+
+    @property
+    def numbers(self) -> Mapping[int, list[int]]:
+        """These integers of each rank's document."""
+        return {rank: each.numbers() for rank, each in self._outlines.items()}
+
+    @property
+    def number_places(self) -> Mapping[int, Json]:
+        """Each rank's document, with the place of each of these integers among them in its stead."""
+        return {rank: each.places() for rank, each in self._outlines.items()}
 
     @property
     def whole(self) -> Step:
@@ -48,7 +63,7 @@ class OutlinedStep(Step):
         with self._stored.asking():
             records = {rank: each.records() for rank, each in self._outlines.items()}
         step.documents = {
-            rank: self._checked(rank, each.rest, records[rank]) for rank, each in self._outlines.items()
+            rank: self._checked(rank, each, records[rank]) for rank, each in self.documents.items()
         }
         return step
 

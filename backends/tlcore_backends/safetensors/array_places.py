@@ -160,13 +160,20 @@ class ArrayOfRows(Sequence[ArrayRows]):
     """
 
     def __init__(
-        self, file: str, place: Place, end: int, times: int, find: Callable[[], list[ArrayRows]]
+        self,
+        file: str,
+        place: Place,
+        end: int,
+        times: int,
+        find: Callable[[], list[ArrayRows]],
+        begins: Callable[[], dict[int, int]],
     ) -> None:
         self.file = file
         self.place = place
         self.end = end
         self._times = times
         self._find = find
+        self.begins = begins
         self._found: list[ArrayRows] | None = None
 
     def __len__(self) -> int:

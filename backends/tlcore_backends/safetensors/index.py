@@ -13,25 +13,22 @@ from functools import cached_property
 from typing import Any
 
 from tlcore.errors import ReadError
-from tlcore.layout.run_files import STEP_KEYS
 from tlcore.protocols import Array, ArrayRows, Outline, StructureKind
 from tlcore.record import Json
 
 from .array_places import LARGEST, ArrayOfRows, Places, number_of, numbers_of
 from .changing import Changing
-from .compact import time_text
 from .index_reading import Common
 from .kinds import kinds_of
 from .record_forms import RecordForm, RecordForms
 from .shared_arrays import OwnArrays, OwnPlaces
+from .step_details import StepDetails
 from .stored_plans import Plan, StoredPlans
 from .stored_structures import StoredStructures
 from .tables import Tables
 
 # Who asks for fewer steps does not wait until all were looked at.
 _FEW_ASKED = 4
-# The end of the year 9000, in microseconds since 1970.
-_LATEST = 221_000_000_000 * 10**6
 _COLUMNS = ("number", "plan", "extents", "started", "took", "details", "change")
 
 
@@ -72,8 +69,7 @@ class SegmentIndex:
         self._asked = 0
         self._kinds: list[int] | None = None
         self._counted: tuple[int, dict[int, tuple[int, int]]] = (0, {})
-        self._told_details = Changing(self.table, self.damaged)
-        self._told_rows = Changing(self.table, self.damaged)
+        self._details = StepDetails(columns, self.steps, self.rank, self.table, self.damaged)
 
     @property
     def ledger(self) -> Any:
@@ -116,15 +112,7 @@ class SegmentIndex:
 
     def rest(self, number: int) -> Json:
         """A step's document without calls, records and structures. Raises as `document`."""
-        position = self._position(number)
-        details = self._details(position)
-        head = {"layout": 1, "step": number, "rank": self.rank, **self._times(position, details)}
-        ledger = details.get("ledger")
-        document: Json = {**head, "ledger": ledger, "calls": [], "records": [], **self._extra(details)}
-        rows = self._rows_of(position)
-        if rows is not None:
-            document["rows"] = rows
-        return document
+        return self._details.document(self._details.of(self._position(number)))
 
     def structure_kinds(self, number: int) -> dict[str, StructureKind] | None:
         """The kinds of a step's structures. Raises as `document`."""
@@ -136,7 +124,16 @@ class SegmentIndex:
         """A step's document without what needs its records. Raises ReadError."""
         position = self._position(number)
         alike = self._token, self._columns["plan"][position], self._columns["extents"][position]
-        return Outline(self.rest(number), alike, lambda: self._records(position))
+        details = self._details.of(position)
+        tell = self._details.document
+        return Outline(
+            lambda: tell(details),
+            alike,
+            lambda: self._records(position),
+            (self._token, details.kin),
+            lambda: details.numbers,
+            lambda: tell(details.places),
+        )
 
     @cached_property
     def told_pairs(self) -> Hashable:
@@ -185,7 +182,12 @@ class SegmentIndex:
         stored = total // times if place.constant else total
         end = place.begin + stored * place.row_bytes
         rows = ArrayOfRows(
-            self.files[place.file][0], place, end, times, lambda: index().rows_of_array(number)
+            self.files[place.file][0],
+            place,
+            end,
+            times,
+            lambda: index().rows_of_array(number),
+            lambda: index().begins_of_array(number),
         )
         return Array(self.table("arrays", number)["name"], self.rank, place.dtype, (total, *place.row), rows)
 
@@ -199,6 +201,22 @@ class SegmentIndex:
                 record = self._record(form, len(found), row, f"step_{step}")
                 found.append(ArrayRows(step, row, row + form.rows, record))
                 row += form.rows
+        return found
+
+    def begins_of_array(self, number: int) -> dict[int, int]:
+        """The first row that each step has of an array. Raises ReadError."""
+        known: dict[tuple[Any, Any], int | None] = {}
+        found: dict[int, int] = {}
+        begin = 0
+        pairs = zip(self._columns["plan"], self._columns["extents"], strict=True)
+        for position, (step, pair) in enumerate(zip(self.steps, pairs, strict=True)):
+            rows = known.get(pair, -1)
+            if rows == -1:
+                form = self.forms_at(position).get(number)
+                rows = known[pair] = None if form is None else form.rows
+            if rows is not None:
+                found[step] = begin
+                begin += rows
         return found
 
     def pair(self, position: int) -> tuple[Any, Any, Any]:
@@ -238,10 +256,10 @@ class SegmentIndex:
             ((skeleton, numbers),) = details.follow((pair,))
             # A number that no ledger and no calendar has makes a step one of a kind.
             usual = min(numbers, default=0) >= 0 and max(numbers, default=0) <= LARGEST
-            usual = usual and self._has_usual_times(position)
+            usual = usual and self._details.has_usual_times(position)
             kind = None
             if row_list is not None:
-                its = rows.follow(self._row_list(row_list))
+                its = rows.follow(self._details.row_list(row_list))
                 kind = kinds.setdefault(tuple(each for each, _ in its), len(kinds))
             yield plan, extents, value, skeleton, None if usual else position, kind
 
@@ -262,38 +280,6 @@ class SegmentIndex:
         if position == len(self.steps) or self.steps[position] != number:
             raise self.damaged(f"it does not have step {number}")
         return position
-
-    def _extra(self, details: Json) -> Json:
-        extra = details.get("extra", {})
-        if not isinstance(extra, dict) or not STEP_KEYS.isdisjoint(extra):
-            # What stands elsewhere was checked there.
-            raise self.damaged("'extra' is no object, or has what the index says itself")
-        return extra
-
-    def _times(self, position: int, details: Json) -> Json:
-        started, took = self._starts[position], self._columns["took"][position]
-        if started is None or type(took) is not int:
-            return {"started": details.get("started"), "ended": details.get("ended")}
-        try:
-            return {"started": time_text(started), "ended": time_text(started + took)}
-        except OverflowError:
-            raise self.damaged("a time that no calendar has") from None
-
-    def _has_usual_times(self, position: int) -> bool:
-        started, took = self._starts[position], self._columns["took"][position]
-        if started is None or type(took) is not int:
-            return False
-        return 0 <= started <= _LATEST and 0 <= started + took <= _LATEST
-
-    @cached_property
-    def _starts(self) -> list[int | None]:
-        """When each step began; the column has differences."""
-        found: list[int | None] = []
-        last = 0
-        for change in self._columns["started"]:
-            last += change if type(change) is int else 0
-            found.append(last if type(change) is int else None)
-        return found
 
     def _records(self, position: int) -> list[Json]:
         """A step's records in order."""
@@ -360,28 +346,6 @@ class SegmentIndex:
 
     def _extents(self, number: Any) -> list[int]:
         return self._plans.extents(number)
-
-    def _details(self, position: int) -> Json:
-        """What a step says of itself: its ledger, and what only some steps have."""
-        skeletons, changes = self._columns["details"], self._columns["change"]
-        details = self._told_details.values(position, lambda at: [(skeletons[at], changes[at])])[0]
-        if not isinstance(details, dict):
-            raise self.damaged("a step's details are no object")
-        return details
-
-    def _rows_of(self, position: int) -> list[Any] | None:
-        column = self._columns.get("rows")
-        if column is None or column[position] is None:
-            return None
-        return self._told_rows.values(
-            position, lambda at: () if column[at] is None else self._row_list(column[at])
-        )
-
-    def _row_list(self, number: Any) -> list[tuple[int, int]]:
-        flat = self._numbers(self.table("rows", number), LARGEST)
-        if len(flat) % 2:
-            raise self.damaged("a list of rows makes no sense")
-        return list(zip(flat[::2], flat[1::2], strict=True))
 
     def entries(self, table: str) -> Sequence[Any]:
         """One of the index's tables, whatever is in it."""

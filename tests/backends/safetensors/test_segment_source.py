@@ -261,7 +261,7 @@ def test_an_outline_is_the_document_without_what_needs_records(tmp_path: Path) -
         assert outline.records() == document.pop("records")
         for key in ("calls", "structures", "shards"):
             document.pop(key)
-        assert outline.rest == {**document, "calls": [], "records": []}
+        assert outline.rest() == {**document, "calls": [], "records": []}
         alike.add(outline.alike)
     assert len(alike) == 2
     with pytest.raises(MissingError):
@@ -315,7 +315,7 @@ def test_threads_that_come_together_read_an_index_once(tmp_path: Path) -> None:
 
     def ask(step: int) -> int:
         together.wait(30)
-        return int(source.outline(step, 0).rest["step"])
+        return int(source.outline(step, 0).rest()["step"])
 
     with ThreadPoolExecutor(8) as pool:
         assert list(pool.map(ask, range(8))) == list(range(8))

@@ -8,13 +8,14 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from ...alike import SupportsBegins
 from ...errors import ReadError
 from ...hotpath.reading import Scratch
 from ...layout.dtypes import item_size
 from ...layout.grids import as_rows
 from ...layout.names import step_dir
 from ...layout.row_scale import is_scaled, presented, restored
-from ...protocols import Array, Buffer
+from ...protocols import Array, ArrayRows, Buffer
 from ...record import Json
 from ..placements import is_part
 from ..step import Step
@@ -84,6 +85,11 @@ class _Whole(NamedTuple):
     packed: None = None
 
 
+def _begins(rows: Sequence[ArrayRows]) -> Mapping[int, int]:
+    """The first row of each step."""
+    return rows.begins() if isinstance(rows, SupportsBegins) else {each.step: each.begin for each in rows}
+
+
 def _row_bytes(record: Json, axis: int) -> int:
     return prod(row_form(record["shape"], axis)) * (item_size(record["dtype"]) or 0)
 
@@ -105,7 +111,7 @@ class _ArrayRows(NamedTuple):
 
     source: int
     rows_each: int
-    begins: dict[int, int]
+    begins: Mapping[int, int]
 
 
 class Sources:
@@ -179,8 +185,7 @@ class Sources:
             own = self._number(rank, key, number)
             place = _InArray(rank, own, row_bytes, unit, nbytes, Packed.of(record))
             source = self._append(place)
-            begins = {each.step: each.begin for each in array.rows}
-            found.append(_ArrayRows(source, unit // row_bytes, begins))
+            found.append(_ArrayRows(source, unit // row_bytes, _begins(array.rows)))
 
     def _number(self, rank: int, key: str, number: int) -> int:
         keys = self._keys.setdefault(rank, [])

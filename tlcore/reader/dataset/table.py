@@ -6,7 +6,7 @@ from array import array
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
@@ -14,7 +14,9 @@ from ...errors import ReadError, missing
 from ...layout.checks import LARGEST_SIZE
 from ...layout.dtypes import item_size
 from ...layout.row_scale import presented
+from ..outlines import OutlinedStep
 from ..step import Step
+from .kin import Kin, KinRows
 from .sources import Sources, row_form
 from .tokens import Numbers, Tokens
 from .wanted import ENCODER, Entry, Spans, WantedRecords, columns_of, steps_of
@@ -95,10 +97,12 @@ class Table:
         self.sources = Sources(run)
         self._columns: tuple[array[int], ...] = tuple(array("q") for _ in range(3))
         self._places = array("q")
-        wanted = WantedRecords(run, names)
+        wanted, kin = WantedRecords(run, names), Kin(len(self.names))
         try:
             for step in steps_of(run):
-                self._look_at(step, wanted.of(step))
+                known = kin.find(step) if isinstance(step, OutlinedStep) else None
+                if known is None or not self._take(step, known):
+                    self._look_at(step, wanted.of(step), kin)
         except OverflowError:
             raise ReadError(f"{run.url}: a step has numbers that are no positions or token ids") from None
         self.sources.forget_steps()
@@ -106,15 +110,32 @@ class Table:
         self.pieces = self._newest()
         del self._columns, self._places
 
-    def _look_at(self, step: Step, entries: Sequence[Entry]) -> None:
+    def _take(self, step: Step, known: KinRows) -> bool:
+        """Add the rows of a step that is like others but for its numbers; False where it is not."""
+        found = known.of(cast(OutlinedStep, step))
+        if found is None:
+            return False
+        spans, numbers = found
+        for rank, each in known.numbers.items():
+            own = numbers[rank]
+            for request, prompt, first, ids in each.tokens:
+                tokens = self.tokens.setdefault(request, Tokens())
+                tokens.add(int(own[first]), own[ids].tolist(), None if prompt is None else int(own[prompt]))
+        blocks = [_Block(spans, *self.sources.of(step, entry, 0)) for entry in known.entries]
+        self._append_all(spans, blocks)
+        return True
+
+    def _look_at(self, step: Step, entries: Sequence[Entry], kin: Kin) -> None:
         for told in step.token_entries:
             if not told.get("sequence"):
-                self.tokens.setdefault(str(told["request_id"]), Tokens()).add(told)
+                tokens = self.tokens.setdefault(str(told["request_id"]), Tokens())
+                tokens.add(told["first_position"], told["ids"][: told["kept"]], told.get("prompt"))
         blocks: list[list[_Block]] = [[] for _ in self.names]
         known: dict[tuple[int, bool], tuple[Any, Spans]] = {}
         for entry in entries:
             self._add(step, entry, blocks[entry.number], known)
-        self._join(blocks)
+        if self._join(blocks) and isinstance(step, OutlinedStep):
+            kin.note(step, entries, blocks[0][0].spans)
 
     def _add(
         self,
@@ -166,17 +187,18 @@ class Table:
                 raise ReadError(f"{self.url}: {name!r} has rows of encoder and decoder{hint}")
             self.forms.append(form)
 
-    def _join(self, blocks: Sequence[list[_Block]]) -> None:
-        """Add the positions that every tensor has a row of in this step."""
+    def _join(self, blocks: Sequence[list[_Block]]) -> bool:
+        """Add the positions that every tensor has a row of in this step; whether they lie alike in all."""
         if not all(blocks):
-            return
+            return False
         spans = blocks[0][0].spans
         if spans.plain and all(len(each) == 1 and each[0].spans is spans for each in blocks):
             self._append_all(spans, [each[0] for each in blocks])
-            return
+            return True
         parts = [_by_request(each) for each in blocks]
         for request in parts[0]:
             self._join_one(request, [each.get(request, []) for each in parts])
+        return False
 
     def _append_all(self, spans: Spans, blocks: Sequence[_Block]) -> None:
         """Add rows that lie alike in all tensors."""

@@ -10,10 +10,11 @@ from typing import Any
 import numpy as np
 
 from ...layout.checks import LARGEST_SIZE
-from ...record import Json
 
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 _SMALL = (1 << 31) - 1
+# So many are looked through one by one.
+_FEW_PARTS = 8
 
 
 @dataclass
@@ -24,18 +25,32 @@ class Tokens:
     parts: list[array[int]] = field(default_factory=list)
     prompts: set[int | None] = field(default_factory=set)
 
-    def add(self, entry: Json) -> None:
-        """Take up an entry of `Step.token_entries`. Raises OverflowError for a position that there is not."""
-        if entry["first_position"] > LARGEST_SIZE:
+    def add(self, first: int, ids: Sequence[int], prompt: int | None) -> None:
+        """Take up the ids from a position on. Raises OverflowError for a position that there is not."""
+        if first > LARGEST_SIZE:
             raise OverflowError
-        self.firsts.append(entry["first_position"])
-        self.parts.append(_compact(entry["ids"][: entry["kept"]]))
-        self.prompts.add(entry.get("prompt"))
+        self.prompts.add(prompt)
+        kind = "i" if max(ids, default=0) <= _SMALL else "q"
+        last = self.parts[-1] if self.parts else None
+        if last is not None and last.typecode == kind and self.firsts[-1] + len(last) == first:
+            # A list of them for each step would take twenty times the memory.
+            last.extend(ids)
+            return
+        self.firsts.append(first)
+        self.parts.append(array(kind, ids))
 
     def at(self, positions: Numbers) -> Numbers:
         """The ids at these positions, -1 where one is unknown; of one that was read again the last counts."""
-        if not self.firsts:
-            return np.full(len(positions), -1)
+        if len(self.parts) > _FEW_PARTS:
+            return self._among_many(positions)
+        found = np.full(len(positions), -1)
+        for first, part in zip(self.firsts, self.parts, strict=True):
+            places = positions - first
+            there = (places >= 0) & (places < len(part))
+            found[there] = np.frombuffer(part, np.dtype(part.typecode))[places[there]]
+        return found
+
+    def _among_many(self, positions: Numbers) -> Numbers:
         pairs = zip(self.firsts, map(len, self.parts), strict=True)
         known = np.concatenate([np.arange(first, first + count) for first, count in pairs])
         # The last comes first, and is found.
@@ -55,8 +70,3 @@ class Tokens:
     def prompt(self) -> int | None:
         """The prompt's length; None where the steps do not all say the same."""
         return next(iter(self.prompts)) if len(self.prompts) == 1 else None
-
-
-def _compact(ids: Sequence[int]) -> array[int]:
-    """Ids in memory. Raises OverflowError for one that no tensor of ids can have."""
-    return array("i" if max(ids, default=0) <= _SMALL else "q", ids)

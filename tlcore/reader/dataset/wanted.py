@@ -144,8 +144,13 @@ def steps_of(run: Run) -> Iterator[Step]:
     with ThreadPoolExecutor(_REMOTE_THREADS, "tlcore-read") as pool:
         for begin in range(0, len(numbers), 4 * _REMOTE_THREADS):
             steps = list(map(opened, numbers[begin : begin + 4 * _REMOTE_THREADS]))
-            list(pool.map(lambda step: step.documents, steps))
+            list(pool.map(_asked_for, steps))
             yield from steps
+
+
+def _asked_for(step: Step) -> None:
+    """Have what is first asked of a step."""
+    _ = step.kin if isinstance(step, OutlinedStep) else step.documents
 
 
 def _without_device(name: str, record: Json) -> str:
