@@ -215,12 +215,12 @@ class Collector:
         make: Callable[[TreeSpec], CallSide],
     ) -> None:
         """A call shows a value in the midst of it: capture that; ``make`` gives a structure's new side."""
-        if not self.hears(call):
+        if self._rows is not None and not self._rows.hears(call.module):
             return
         try:
-            if self.walker is not None:
-                self.walker.leaving = True
-                unknown = self.walker.result(known, value)
+            if (walker := self.walker) is not None:
+                walker.leaving = True
+                unknown = walker.result(known, value)
             else:
                 self._leaving = True
                 unknown = self._flatten_result(known, value)

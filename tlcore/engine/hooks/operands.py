@@ -12,6 +12,8 @@ from torch import nn
 from ..calls import Operand
 
 _DEEPEST, _MOST, _LONGEST = 3, 64, 80
+_ref = weakref.ref
+_ATOMS = frozenset((type(None), bool, int, float, str))
 # Tensors within arguments and results are looked for up to here.
 _MOST_PARTS = 4096
 
@@ -33,9 +35,10 @@ class Operands:
     ASK: Final = object()
 
     def __init__(self) -> None:
+        # By the object's id: it, what it is, and how often it had been changed in place; -1: not counted.
         self._known: dict[int, tuple[weakref.ref[torch.Tensor], Operand, int]] = {}
         # Memory that nobody has written yet holds anything.
-        self._raw: dict[int, weakref.ref[torch.Tensor]] = {}
+        self.raw: dict[int, weakref.ref[torch.Tensor]] = {}
         self._models: list[nn.Module] = []
         # The modules of each model, with what their parameters and buffers are called.
         self._held: dict[int, list[_Held]] = {}
@@ -43,48 +46,62 @@ class Operands:
     def begin_step(self, other_modules: bool = True) -> None:
         """Forget the step before; in a model there may be ``other_modules`` than then."""
         self._known.clear()
-        self._raw.clear()
+        self.raw.clear()
         self._models = []
         if other_modules:
             self._held.clear()
 
     def use(self, model: nn.Module) -> None:
         """Know the parameters and buffers of a model, as they are when the step asks first."""
-        if any(each is model for each in self._models):
-            return
+        for each in self._models:
+            if each is model:
+                return
         self._models.append(model)
-        held = self._held.get(id(model))
-        if held is None:
-            held = self._held[id(model)] = [_Held(*each) for each in model.named_modules()]
+        all_held = self._held.get(id(model))
+        if all_held is None:
+            all_held = self._held[id(model)] = [_Held(*each) for each in model.named_modules()]
         known = self._known
-        for each in held:
+        for held in all_held:
             for kind, tensors, operands in (
-                ("parameter", each.module._parameters, each.parameters),
-                ("buffer", each.module._buffers, each.buffers),
+                ("parameter", held.module._parameters, held.parameters),
+                ("buffer", held.module._buffers, held.buffers),
             ):
                 for key, tensor in tensors.items():
                     # One that several share goes by its first name.
                     if tensor is not None and id(tensor) not in known:
                         operand = operands.get(key)
                         if operand is None:
-                            operand = operands[key] = (kind, f"{each.name}.{key}" if each.name else key)
-                        self._note(tensor, operand)
+                            operand = operands[key] = (kind, f"{held.name}.{key}" if held.name else key)
+                        self.note_one(tensor, operand)
 
     def note(self, value: Any, place: str, again: bool = True) -> None:
         """Each tensor in a value is from now on what stands at a place; where known, only ``again``."""
         if again and isinstance(value, torch.Tensor):
-            self._note(value, ("from", place))
+            self.note_one(value, ("from", place))
+            return
+        if not again and self._knows_all(value):
             return
         for path, tensor in parts_of(value):
             if again or self._found(tensor) is None:
-                self._note(tensor, ("from", place + path))
+                self.note_one(tensor, ("from", place + path))
 
-    def is_now(self, tensor: torch.Tensor, operand: Operand) -> None:
+    def _knows_all(self, value: Any) -> bool:
+        """Whether a value certainly has no tensor that is not known: so are most arguments and results."""
+        if type(value) is dict:
+            return all(map(self._knows_pair, value.values()))
+        return all(map(self._knows_pair, value)) if type(value) is tuple else self._knows(value)
+
+    def _knows_pair(self, value: Any) -> bool:
+        return all(map(self._knows, value)) if type(value) is tuple else self._knows(value)
+
+    def _knows(self, value: Any) -> bool:
+        entry = self._known.get(id(value))
+        return type(value) in _ATOMS if entry is None else entry[0]() is value
+
+    def note_one(self, tensor: torch.Tensor, operand: Operand) -> None:
         """A tensor is from now on this operand."""
-        self._note(tensor, operand)
-
-    def _note(self, tensor: torch.Tensor, operand: Operand) -> None:
-        self._known[id(tensor)] = weakref.ref(tensor), operand, _version(tensor)
+        version = -1 if tensor.is_inference() else tensor._version
+        self._known[id(tensor)] = _ref(tensor), operand, version
 
     def _found(self, tensor: torch.Tensor) -> tuple[Operand, int] | None:
         entry = self._known.get(id(tensor))
@@ -114,7 +131,8 @@ class Operands:
         if len(values) != len(before):
             return False
         known, ask = self._known, self.ASK
-        for value, old, operand in zip(values, before, operands, strict=True):
+        # Shorter or longer than ``before`` they never are; asking costs here.
+        for value, old, operand in zip(values, before, operands):  # noqa: B905
             if old is ask:
                 entry = known.get(id(value))
                 same = entry is not None and entry[0]() is value and entry[1] == operand
@@ -130,31 +148,26 @@ class Operands:
         """A tensor shows what another one holds."""
         found = self._found(other)
         if found is not None:
-            self._note(tensor, found[0])
+            self.note_one(tensor, found[0])
         if self.is_raw(other):
             self.mark_raw(tensor)
 
     def mark_raw(self, tensor: torch.Tensor) -> None:
         """What it holds is not written yet."""
-        self._raw[id(tensor)] = weakref.ref(tensor)
-
-    @property
-    def any_raw(self) -> bool:
-        """Whether there is any memory that was not written yet."""
-        return bool(self._raw)
+        self.raw[id(tensor)] = weakref.ref(tensor)
 
     def is_raw(self, tensor: torch.Tensor) -> bool:
         """Whether what it holds may not all be written yet."""
-        entry = self._raw.get(id(tensor))
+        entry = self.raw.get(id(tensor))
         return entry is not None and entry() is tensor
 
     def written(self, tensor: torch.Tensor) -> None:
         """All of it is written now."""
-        self._raw.pop(id(tensor), None)
+        self.raw.pop(id(tensor), None)
 
     def shows_raw(self, tensor: torch.Tensor, args: tuple[Any, ...]) -> bool:
         """Whether a result shows memory that may not all be written yet."""
-        if not self._raw:
+        if not self.raw:
             return False
         raw = [each for _, each in parts_of(args) if self.is_raw(each)]
         return any(each is tensor or _share(each, tensor) for each in raw)

@@ -47,7 +47,7 @@ class Planned(NamedTuple):
             and at.f_lasti == self.instruction
             and operands.are_still(args, self.args, self.inputs)
             and (
-                not (kwargs or self.keys)
+                (not kwargs and not self.keys)
                 or (
                     tuple(kwargs) == self.keys
                     and operands.are_still(tuple(kwargs.values()), self.kwargs, self.keywords)

@@ -157,10 +157,12 @@ class Operators:
     ) -> bool:
         """Take what was used at the same place of the call in an earlier step; False where that is unlike."""
         running, operands = self.running, self.operands
-        if running is None or operands.any_raw:
+        if running is None or operands.raw:
             return False
+        is_own = False
         if not running.known and running.codes and running.is_own(frame, self._functions):
             self._recall(running)
+            is_own = True
         uses = running.uses
         if uses is None:
             return False
@@ -169,13 +171,14 @@ class Operators:
             return False
         at = frame
         if at is not None and at.f_code is not planned.code:
-            at = _line_of(frame, planned.function.code)
+            at, is_own = _line_of(frame, planned.function.code), False
         if at is None or not planned.is_used_again(at, operands, args, kwargs):
             return False
-        if not running.is_own(at, self._functions):
+        # Most are used by the module's own code.
+        if not (is_own or id(at.f_code) in running.codes or running.is_own(at, self._functions)):
             return False
         uses.count += 1
-        operands.is_now(result, planned.place)
+        operands.note_one(result, planned.place)
         self._collector.tapped(uses.call, planned.direction, planned.known, result, planned.make)
         return True
 
@@ -237,7 +240,7 @@ class Operators:
     def _is_settled(self, value: Any, args: tuple[Any, ...], written: bool) -> bool:
         """Whether no part of a value is memory that was not written yet; if ``written``, all of it is now."""
         operands = self.operands
-        if not operands.any_raw:
+        if not operands.raw:
             return True
         for _, tensor in parts_of(value):
             if written:
