@@ -34,8 +34,8 @@ CROWDED = {
     "num_gpu_blocks_override": 7,
 }
 
-# With adapters, and with proposed tokens besides.
-ADAPTED = ("adapters", "adapters_ngram")
+# With adapters: alone, with proposed tokens, and in a compiled model.
+ADAPTED = ("adapters", "adapters_ngram", "adapters_compiled")
 RANKS = {"tensor": "tensor_parallel_size", "pipeline": "pipeline_parallel_size"}
 
 
@@ -47,7 +47,8 @@ def ways(way: str, output_dir: Path) -> dict[str, Any]:
         return {RANKS[way]: 2, "max_num_batched_tokens": 24, **CROWDED}
     if way in ADAPTED:
         found = {"enable_lora": True, "max_loras": len(NAMES), "max_lora_rank": RANK}
-        return found if way == "adapters" else {**found, **ways("ngram", output_dir)}
+        others = {"adapters_ngram": ways("ngram", output_dir), "adapters_compiled": {"enforce_eager": False}}
+        return found | others.get(way, {})
     return {"speculative_config": speculator(way, output_dir)}
 
 
