@@ -49,8 +49,20 @@ def _gemma3n() -> Any:
     return Gemma3nForCausalLM(Gemma3nTextConfig(**_COMMON, **_ATTENTION, **more))
 
 
+def _falcon_h1() -> Any:
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    states = {f"mamba_{key}": value for key, value in _STATES.items()}
+    return FalconH1ForCausalLM(FalconH1Config(**_COMMON, **_ATTENTION, **states, mamba_d_ssm=256))
+
+
 _STATES = {"n_heads": 8, "d_head": 32, "n_groups": 1, "d_state": 32, "expand": 2, "chunk_size": 16}
-KINDS: dict[str, Callable[[], Any]] = {"mamba2": _mamba2, "granite": _granite, "gemma3n": _gemma3n}
+KINDS: dict[str, Callable[[], Any]] = {
+    "mamba2": _mamba2,
+    "granite": _granite,
+    "gemma3n": _gemma3n,
+    "falcon_h1": _falcon_h1,
+}
 
 
 def write_model(kind: str, directory: Path) -> None:

@@ -15,7 +15,7 @@ from tlcore.reader import Request, Run
 
 pytestmark = [pytest.mark.slow, pytest.mark.deep]
 SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "hybrids_script.py")
-_NORMS = ("norm", "norm_f")
+_NORMS = ("norm", "norm_f", "final_layernorm")
 
 
 @pytest.fixture(scope="module", params=KINDS)
