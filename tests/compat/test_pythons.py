@@ -16,7 +16,9 @@ from tests.compat.environments import PAIRS, RELEASES, REPOSITORY, interpreter_o
 # What looks at the sources, or needs vLLM or a model's tokenizer.
 _LEFT_OUT = ("test_imports.py", "test_docs.py", "test_amx.py", "adapters", "examples", "benchmarks", "compat")
 _COPIED = ("tests", "examples", "pyproject.toml", "README.md")
-_CLEAN = {key: value for key, value in os.environ.items() if key not in ("PYTHONPATH", "VIRTUAL_ENV")}
+# There is no time for the full length of each test with each of them.
+_UNWANTED = ("PYTHONPATH", "VIRTUAL_ENV", "TLCORE_DEEP")
+_CLEAN = {key: value for key, value in os.environ.items() if key not in _UNWANTED}
 
 
 @pytest.mark.slow

@@ -78,7 +78,7 @@ def _is_flat(value: Any) -> bool:
 
 def is_ids(value: Any) -> TypeGuard[torch.Tensor]:
     """Whether a value is token ids, [samples, positions]."""
-    whole = is_plain(value) and not (value.is_floating_point() or value.is_complex())
+    whole = is_plain(value) and not (value.dtype.is_floating_point or value.dtype.is_complex)
     return whole and value.dim() == 2 and value.dtype is not torch.bool
 
 

@@ -34,7 +34,7 @@ class HostValues:
 
 def together(tensors: Sequence[torch.Tensor]) -> list[Values]:
     """The values of tensors of one device, in a single transfer where all are whole numbers."""
-    if any(each.is_floating_point() for each in tensors):
+    if any(each.dtype.is_floating_point for each in tensors):
         return [_host(each.cpu()) for each in tensors]
     packed = torch.cat([each.detach().reshape(-1).to(torch.int64) for each in tensors]).cpu().numpy()
     ends = np.cumsum([each.numel() for each in tensors])[:-1]
@@ -44,5 +44,5 @@ def together(tensors: Sequence[torch.Tensor]) -> list[Values]:
 
 def _host(tensor: torch.Tensor) -> Values:
     # NumPy has not all floating types that a mask may have.
-    found: Values = (tensor.detach().float() if tensor.is_floating_point() else tensor.detach()).numpy()
+    found: Values = (tensor.detach().float() if tensor.dtype.is_floating_point else tensor.detach()).numpy()
     return found

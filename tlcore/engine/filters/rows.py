@@ -193,7 +193,7 @@ class StepRows:
         plain = type(tensor) is torch.Tensor and tensor.layout is torch.strided
         if not (plain and self.told):
             return Placed(None, 0, False)
-        whole_numbers = not (tensor.is_floating_point() or tensor.is_complex())
+        whole_numbers = not (tensor.dtype.is_floating_point or tensor.dtype.is_complex)
         return placed(tensor.shape, whole_numbers, sets, self.before)
 
     def _kept(self, part: _Part, rows: RowSet) -> KeptRows:
