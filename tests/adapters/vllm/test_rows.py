@@ -20,7 +20,8 @@ pytestmark = pytest.mark.slow
 SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "rows_script.py")
 DEEP = [
     "eagle-first", "dflash-first", "medusa-first", "mtp-first", "suffix-first", "custom_class-first",
-    "extract_hidden_states-first", "adapters-first", "adapters_ngram-first", "adapters_compiled-first", "tensor-first", "pipeline-first",
+    "extract_hidden_states-first", "adapters-first", "adapters_ngram-first", "adapters_compiled-first",
+    "tensor-first", "pipeline-first",
 ]  # fmt: skip
 WAYS = [
     "ngram-first", "draft_model-first", "eagle3-first", "chunks-first", "data-first",
