@@ -136,6 +136,56 @@ def test_only_what_was_given_the_same_is_injected(tmp_path: Path) -> None:
     assert any(each.startswith("inject: 2 calls kept their own result: the model was") for each in remarks)
 
 
+class As(nn.Module):
+    """Gives what it is given in a dtype of its own, or that plus one."""
+
+    def __init__(self, dtype: torch.dtype, wrong: bool = False) -> None:
+        super().__init__()
+        self.first = AsDtype(dtype, wrong)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        return self.first(x)
+
+
+class AsDtype(nn.Module):
+    def __init__(self, dtype: torch.dtype, wrong: bool) -> None:
+        super().__init__()
+        self.dtype, self.wrong = dtype, wrong
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (x + 1 if self.wrong else x).to(self.dtype)
+
+
+@pytest.mark.parametrize(
+    ("stored", "own", "rounds"),
+    [
+        (torch.float32, torch.bfloat16, True),
+        (torch.float32, torch.float16, True),
+        (torch.bfloat16, torch.float32, False),
+        (torch.bfloat16, torch.bfloat16, False),
+        (torch.complex64, torch.complex128, False),
+    ],
+)
+def test_another_dtype_is_never_rounded_without_a_word(
+    tmp_path: Path, stored: torch.dtype, own: torch.dtype, rounds: bool
+) -> None:
+    right, results, _ = run(tmp_path, As(stored))
+    injected, found, remarks = run(tmp_path, As(own, wrong=True), inject=inject(right, "^first$"))
+    assert torch.equal(found[0], results[0].to(own)) and found[0].dtype == own
+    told = injected.step(0).documents[0]["injected"]
+    names = [str(each).removeprefix("torch.") for each in (stored, own)]
+    assert told.get("rounded", {}) == ({f"{names[0]} to {names[1]}": 1} if rounds else {})
+    assert any(f"were rounded from {names[0]} to {names[1]}" in each for each in remarks) == rounds
+    Draft202012Validator(tlcore_schemas.load("step.v1")["properties"]["injected"]).validate(told)
+
+
+def test_numbers_do_not_stand_for_whole_ones(tmp_path: Path) -> None:
+    right, _, _ = run(tmp_path, As(torch.float32))
+    _, found, remarks = run(tmp_path, As(torch.int64, wrong=True), inject=inject(right, "^first$"))
+    assert torch.equal(found[0], (X + 1).to(torch.int64))
+    assert any("the other run's result is float32, and its own int64" in each for each in remarks)
+
+
 def test_results_that_do_not_fit_are_left_out(tmp_path: Path) -> None:
     right, _, _ = run(tmp_path, Two(), module_call_match=["^first$", "^$"])
     _, results, remarks = run(tmp_path, Two("first"), inject=inject(right, "^first$", "^second$"))

@@ -37,9 +37,12 @@ class Inner(nn.Module):
     def __init__(self, fault: float) -> None:
         super().__init__()
         self.fault = fault
+        self.dtype = torch.float32
 
     def forward(self, x: torch.Tensor) -> Any:
-        return x * 2 + self.fault, (x.sum(1, keepdim=True) + self.fault, None)
+        parts = x * 2 + self.fault, x.sum(1, keepdim=True) + self.fault
+        one, other = (part.to(self.dtype) for part in parts)
+        return one, (other, None)
 
 
 class Engine:
@@ -122,6 +125,23 @@ def test_rows_are_put_in_place_whatever_the_batch(other: Any, tmp_path: Path) ->
     assert not any(each["left_out"] for each in told(run))
     assert torch.equal(run.request("a")["inner/outputs_1_0_cpu"].flatten()[:4], torch.tensor([6.0, 7, 8, 9]))
     assert run.injected["run_id"] == other.id
+
+
+def test_rows_of_another_dtype_are_counted_where_they_are_rounded(tmp_path: Path) -> None:
+    engine = Engine(tmp_path / "a", fault=0.001)
+    engine.step(("a", 0, [5, 6, 7, 8]))
+    other = engine.close()
+    engine = injecting(other, tmp_path)
+    engine.model.inner.dtype = torch.bfloat16
+    assert engine.step(("a", 0, [5, 6, 7])) == [10, 12, 14]
+    engine.model.inner.dtype = torch.int64
+    assert engine.step(("a", 3, [8])) == [116]
+    run = engine.close()
+    first, second = told(run)
+    assert first["rounded"] == {"float32 to bfloat16": 3} and first["rows"] == 3
+    assert second["left_out"] == {"the other run's result is float32, and its own int64": 1}
+    (remark,) = (each for each in engine.session.remarks if "rounded" in each)
+    assert "3 rows of results were rounded from float32 to bfloat16" in remark
 
 
 def test_it_goes_as_far_as_the_tokens_are_the_same(other: Any, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ..errors import ConfigError, MissingError, ReadError
 from ..layout.names import PathKey
 from ..reader import Call, OpaqueObject, Skipped, open_run
 from ..record import Json
+from .injected_dtypes import rounded_rows, rounding, unlike
 
 log = logging.getLogger("tlcore")
 _SCALARS = (bool, int, float, str)
@@ -47,6 +48,9 @@ class Injection(ABC):
         self.left_out: Counter[str] = Counter()
         self._calls_in_step = self._injected_in_step = 0
         self._left_out_in_step: Counter[str] = Counter()
+        # What was injected in another dtype, that has not all of its values.
+        self.rounded: Counter[str] = Counter()
+        self._rounded_in_step: Counter[str] = Counter()
 
     @property
     def document(self) -> Json:
@@ -58,10 +62,14 @@ class Injection(ABC):
         self._step = number
         self._calls_in_step = self._injected_in_step = 0
         self._left_out_in_step = Counter()
+        self._rounded_in_step = Counter()
 
     def end_step(self) -> Json:
         """What ``step.json`` says of it."""
-        return {"injected": {"calls": self._calls_in_step, "left_out": dict(self._left_out_in_step)}}
+        found: Json = {"calls": self._calls_in_step, "left_out": dict(self._left_out_in_step)}
+        if self._rounded_in_step:
+            found["rounded"] = dict(self._rounded_in_step)
+        return {"injected": found}
 
     def enters(self, directory: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """The model itself is called, with these arguments."""
@@ -101,6 +109,11 @@ class Injection(ABC):
         self._injected_in_step += count
         self._calls_in_step += 1
 
+    def _round(self, what: str, count: int = 1) -> None:
+        if count:
+            self.rounded[what] += count
+            self._rounded_in_step[what] += count
+
     def _leave_out(self, why: str, count: int = 1) -> None:
         if count:
             self.left_out[why] += count
@@ -112,6 +125,10 @@ class Injection(ABC):
         said += [
             f"inject: {count} {self._kept} kept their own result: {why}"
             for why, count in self.left_out.items()
+        ]
+        said += [
+            f"inject: {count} {self.counted} were rounded from {what}: they are not quite the other run's"
+            for what, count in self.rounded.items()
         ]
         return said if self.injected or self.left_out else ["inject: none of its modules was called"]
 
@@ -170,10 +187,13 @@ class CallInjection(Injection):
     def _in_place_of(self, directory: str, own: Any) -> Any:
         if self._why_not is not None:
             raise UnlikeError(self._why_not)
-        found = in_place_of(own, self._call(directory).outputs)
+        rounded: dict[str, None] = {}
+        found = in_place_of(own, self._call(directory).outputs, rounded)
         if found is own:
             raise UnlikeError(f"nothing can stand for a result that is a {type(own).__name__}")
         self._inject()
+        for what in rounded:
+            self._round(what)
         return found
 
 
@@ -212,20 +232,28 @@ def _same(own: Any, stored: Any) -> bool:
     return isinstance(stored, OpaqueObject) and not stored.items
 
 
-def in_place_of(own: Any, stored: Any) -> Any:
-    """A value like the model's own with the stored tensors. Raises UnlikeError where they do not fit."""
+def in_place_of(own: Any, stored: Any, rounded: dict[str, None]) -> Any:
+    """A value like the model's own with the stored tensors. Raises UnlikeError where they do not fit.
+
+    What had to be ``rounded`` for it is noted there.
+    """
     if isinstance(own, torch.Tensor):
         if isinstance(stored, Skipped):
             raise UnlikeError(f"its result was not stored ({stored.reason})")
         if not isinstance(stored, torch.Tensor) or own.shape != stored.shape:
             raise UnlikeError("the other run's result has another shape")
-        return stored.to(device=own.device, dtype=own.dtype)
+        if (why_not := unlike(stored.dtype, own.dtype)) is not None:
+            raise UnlikeError(why_not)
+        fitted = stored.to(device=own.device, dtype=own.dtype)
+        if stored.dtype != own.dtype and rounded_rows(stored.reshape(1, -1), fitted.reshape(1, -1)).any():
+            rounded[rounding(stored.dtype, own.dtype)] = None
+        return fitted
     if own is None or isinstance(own, _SCALARS):
         return own
     if isinstance(own, Mapping) and isinstance(stored, Mapping) and own.keys() == stored.keys():
-        return _like_mapping(own, lambda key, value: in_place_of(value, stored[key]))
+        return _like_mapping(own, lambda key, value: in_place_of(value, stored[key], rounded))
     if isinstance(own, (tuple, list)) and isinstance(stored, (tuple, list)) and len(own) == len(stored):
-        return _like_sequence(own, lambda place, value: in_place_of(value, stored[place]))
+        return _like_sequence(own, lambda place, value: in_place_of(value, stored[place], rounded))
     if isinstance(stored, OpaqueObject) and not stored.items:
         return own
     raise UnlikeError(f"nothing can stand for a result that is a {type(own).__name__}")

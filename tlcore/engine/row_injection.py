@@ -11,6 +11,7 @@ import torch
 
 from ..config.configuration import Inject
 from ..errors import ConfigError, ReadError
+from ..layout.dtypes import torch_dtype
 from ..layout.rows import ENCODED, Span
 from ..reader.request import Request
 from ..reader.run import Run
@@ -18,6 +19,7 @@ from ..reader.unshard import places_of
 from ..record import Json, RunInfo
 from .filters.modules import ModuleFilter
 from .filters.rows import Given, StepRows
+from .injected_dtypes import rounded_rows, rounding, unlike
 from .injecting_ranks import NO_GROUP, Group, groups_of
 from .injection import Injection, Path, UnlikeError, with_each_tensor
 
@@ -245,6 +247,8 @@ class RowInjection(Injection):
             self._leave_out(why_not, count)
         if injected:
             self._inject(injected)
+        for what, rows in call.rounded.items():
+            self._round(what, len(rows))
         return with_each_tensor(own, lambda path, tensor: mixed[id(tensor)])
 
 
@@ -259,6 +263,8 @@ class _CallOf:
         self._directory = directory
         self._requests = requests
         self.parts: dict[Path, tuple[torch.Tensor, Sequence[Span]]] = {}
+        # The rows of the result that were rounded in any part, by what to what.
+        self.rounded: dict[str, set[int]] = {}
         # Why nothing of a request can be injected in this call, while it can in others.
         self._lacking: dict[str, str] = {}
 
@@ -299,6 +305,8 @@ class _CallOf:
             self._lacking[request] = "the other run has no result of this call"
         elif other.row_shape(names[0]) != tuple(tensor.shape[1:]):
             self._lacking[request] = "the other run's result has another shape"
+        elif why_not := unlike(_dtype_of(other, names[0], tensor.dtype), tensor.dtype):
+            self._lacking[request] = why_not
         else:
             for position in range(span.first, min(span.first + span.length, followed.end)):
                 if not all(other.has_row(name, position) for name in names):
@@ -321,8 +329,17 @@ class _CallOf:
             name = followed.names(self._directory, path)[0]
             found = followed.other.rows_at(name, range(span.first, span.first + count))
             made = tensor.clone() if made is tensor else made
-            made[span.begin : span.begin + count] = found.to(device=tensor.device, dtype=tensor.dtype)
+            fitted = found.to(device=tensor.device, dtype=tensor.dtype)
+            made[span.begin : span.begin + count] = fitted
+            if found.dtype != tensor.dtype:
+                at = rounded_rows(found, fitted).nonzero().flatten().tolist()
+                rows = self.rounded.setdefault(rounding(found.dtype, tensor.dtype), set())
+                rows.update(span.begin + each for each in at)
         return made
+
+
+def _dtype_of(other: Request, name: str, own: torch.dtype) -> torch.dtype:
+    return torch_dtype(other.row_dtype(name)) or own
 
 
 def _by_prompt(run: Run) -> Mapping[str, list[str]]:

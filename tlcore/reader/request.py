@@ -69,7 +69,7 @@ class Request(Mapping[str, "torch.Tensor"]):
         self.external_id = external_id
         self._cached = 0
         # Of tensors of which single rows were asked for: where these are, and their shape.
-        self._rows: dict[str, tuple[dict[int, tuple[_Place, int]], tuple[int, ...]]] = {}
+        self._rows: dict[str, tuple[dict[int, tuple[_Place, int]], tuple[int, ...], str]] = {}
         self.tokens = RequestTokens(f"{run_url}: request {request_id}")
         found: dict[_Key, list[_Place]] = defaultdict(list)
         self.steps: list[int] = []
@@ -246,17 +246,21 @@ class Request(Mapping[str, "torch.Tensor"]):
         """The shape of one row of a tensor. Raises as `dtype_and_shape` does."""
         return self._single(name)[1]
 
+    def row_dtype(self, name: str) -> str:
+        """The dtype of a tensor's rows. Raises as `dtype_and_shape` does."""
+        return self._single(name)[2]
+
     def rows_at(self, name: str, positions: Iterable[int]) -> torch.Tensor:
         """A tensor's rows of these positions, which it has, in ascending order. Raises as `tensor` does."""
         newest = self._single(name)[0]
         return self._joined(name, {position: newest[position] for position in positions})
 
-    def _single(self, name: str) -> tuple[dict[int, tuple[_Place, int]], tuple[int, ...]]:
+    def _single(self, name: str) -> tuple[dict[int, tuple[_Place, int]], tuple[int, ...], str]:
         """What `_rows` has of a tensor; of whole tensors it would be more than can be kept."""
         found = self._rows.get(name)
         if found is None:
-            shape = tuple(self.dtype_and_shape(name)[1][1:])
-            found = self._rows[name] = self._newest(name), shape
+            dtype, shape = self.dtype_and_shape(name)
+            found = self._rows[name] = self._newest(name), tuple(shape[1:]), dtype
         return found
 
     def _of(self, name: str) -> list[_Place]:

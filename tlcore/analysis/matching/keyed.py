@@ -34,14 +34,16 @@ def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Located]:
         if rules.leaves_out(key):
             continue
         # What tells how it is joined is joined also where the ranks otherwise are held one by one.
-        joined = rules.joins_ranks(side) or (side == rules.spread and "part" in record)
+        is_spread = side == rules.spread or rules.both_spread
+        joined = rules.joins_ranks(side) or (is_spread and "part" in record)
         if joined and not rules.joins_ranks(side):
             if record["part"]["tp_rank"]:
                 continue
             record = as_whole(record)
         found[key] = Located(step.number, (str(record["name"]),), (presented(record),), joined)
     found = with_experts(found)
-    return found if rules.spread in (None, side) else _on_each_rank(found, rules.ranks)
+    keeps = rules.spread in (None, side) or rules.both_spread
+    return found if keeps else _on_each_rank(found, rules.ranks)
 
 
 def _on_each_rank(found: Mapping[Key, Located], ranks: Sequence[int]) -> dict[Key, Located]:

@@ -16,7 +16,8 @@ from .conventions import naming
 from .counting import counted_alike
 from .keyed import keyed
 from .pairs import Key, Located, Matching, Pair, absent, key_name
-from .ranks import spread, spread_note, spread_side, told_once, with_shards_joined
+from .ranks import spread, spread_note, told_once, with_shards_joined
+from .ranks_of_both import held_by_ranks
 from .requests import match_requests
 from .rules import Rules
 from .scalars import differing_values
@@ -32,7 +33,7 @@ def match(a: Run, b: Run, rules: Rules) -> Matching:
     steps_a, steps_b = _steps(a, rules), _steps(b, rules)
     found = None if rules.maps else naming(_modules(steps_a), _modules(steps_b))
     rules = _between_tools(a, b, replace(rules, unshard=_layout(a) != _layout(b)))
-    rules = spread(rules, spread_side(a, b), (steps_a, steps_b))
+    rules = spread(rules, (a, b), (steps_a, steps_b))
     if found is not None:
         rules = replace(rules, maps=found.a, maps_b=found.b)
     per_request = any(step.samples for step in steps_a) and any(step.samples for step in steps_b)
@@ -207,11 +208,13 @@ def _joined(
     mine: dict[Key, Located], theirs: dict[Key, Located], rules: Rules
 ) -> tuple[dict[Key, Located], dict[Key, Located]]:
     """Both sides' tensors, with what ranks have parts of joined where the other side shows how."""
-    if rules.spread == 0:
-        return with_shards_joined(mine, theirs, rules.ranks), theirs
-    if rules.spread == 1:
-        return mine, with_shards_joined(theirs, mine, rules.ranks)
-    return mine, theirs
+    if rules.spread is None:
+        return mine, theirs
+    both = (mine, theirs) if rules.spread == 0 else (theirs, mine)
+    if rules.both_spread:
+        both = held_by_ranks(*both, rules.ranks)
+    first, other = with_shards_joined(*both, rules.ranks), both[1]
+    return (first, other) if rules.spread == 0 else (other, first)
 
 
 def _whole_batches(a: Run, b: Run, steps_a: Sequence[Step], steps_b: Sequence[Step]) -> Iterator[str]:

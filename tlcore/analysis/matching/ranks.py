@@ -19,18 +19,16 @@ from .rules import Rules
 _Tensor = tuple[object, ...]
 
 
-def spread_side(a: Run, b: Run) -> int | None:
-    """The side (0: A, 1: B) whose ranks are each held against the other run; None where neither's are."""
-    sides = [side for side, run in enumerate((a, b)) if run.is_foreign and run.world_size > 1]
-    return max(sides, key=lambda side: (a, b)[side].world_size) if sides else None
-
-
-def spread(rules: Rules, side: int | None, steps: tuple[Sequence[Step], Sequence[Step]]) -> Rules:
-    """The rules for runs of which those ranks of a ``side`` are each held against the other."""
-    if side is None or not rules.unshard:
+def spread(rules: Rules, runs: tuple[Run, Run], steps: tuple[Sequence[Step], Sequence[Step]]) -> Rules:
+    """The rules for runs of which the one of more ranks has each of them held against the other."""
+    sides = [side for side, run in enumerate(runs) if run.is_foreign and run.world_size > 1]
+    if not sides or not rules.unshard:
         return rules
+    side = max(sides, key=lambda each: runs[each].world_size)
     ranks = tuple(sorted({rank for step in steps[side] for rank in step.ranks}))
-    return replace(rules, spread=side, ranks=ranks) if len(ranks) > 1 else rules
+    if len(ranks) < 2:
+        return rules
+    return replace(rules, spread=side, ranks=ranks, both_spread=len(sides) == 2)
 
 
 def with_shards_joined(
@@ -50,7 +48,7 @@ def with_shards_joined(
         sources = [found[key] for key in sorted(keys)]
         widths = _widths(min(keys), sources, others) if len(keys) > 1 else None
         if widths is not None:
-            joined[min(keys)] = _joined(sources, widths)
+            joined[min(keys)] = joined_shards(sources, widths)
             gone.update(keys)
     return {key: joined.get(key, source) for key, source in found.items() if key in joined or key not in gone}
 
@@ -90,7 +88,8 @@ def _last(source: Located) -> int:
     return int(shape[-1]) if shape else 0
 
 
-def _joined(sources: Sequence[Located], widths: tuple[int, ...]) -> Located:
+def joined_shards(sources: Sequence[Located], widths: tuple[int, ...]) -> Located:
+    """What several ranks have of a tensor as one, each with as much of what is side by side in it."""
     first = sources[0]
     record = first.records[0]
     changed = {
@@ -123,6 +122,12 @@ def spread_note(rules: Rules) -> list[str]:
     if rules.spread is None:
         return []
     label, other = "AB"[rules.spread], "AB"[1 - rules.spread]
+    if rules.both_spread:
+        return [
+            "ranks of both runs are held against one another, since nothing tells how these share the model:"
+            " parts are joined where a run tells how, or where their last dimensions make up as much in both;"
+            " what ranks have summands of differs"
+        ]
     return [
         f"{label}'s ranks {', '.join(map(str, rules.ranks))} are each held against {other}; parts are joined"
         f" where {label} tells how, or where their last dimensions make up {other}'s"

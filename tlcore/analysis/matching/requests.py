@@ -19,6 +19,7 @@ from .loose import Loose, loose_notes, pair_loose
 from .pairs import Key, Located, Pair, Piece, absent
 from .prompts import pair_requests
 from .ranks import with_shards_joined
+from .ranks_of_both import held_by_ranks_of_all
 from .rules import Rules
 
 _LARGEST = 1 << 50
@@ -50,6 +51,9 @@ def match_requests(
     labels_a, labels_b, notes = pair_requests(steps_a, steps_b, rules.requests)
     keyed_a = [(step, keyed(step, rules, rename=True)) for step in steps_a]
     keyed_b = [(step, keyed(step, rules, rename=False)) for step in steps_b]
+    if rules.both_spread:
+        both = (keyed_a, keyed_b) if rules.spread == 0 else (keyed_b, keyed_a)
+        held_by_ranks_of_all(*both, rules.ranks)
     if rules.spread is not None:
         spread, whole = (keyed_a, keyed_b) if rules.spread == 0 else (keyed_b, keyed_a)
         held = _merged(whole)

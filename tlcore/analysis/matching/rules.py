@@ -25,6 +25,7 @@ class Rules:
     tools, so that what a call takes and returns may be told otherwise.
     ``require`` and ``leave_out`` are what must be there and what is not compared, by tensors' names.
     Each of the ``ranks`` of the side ``spread`` (0: A, 1: B) is held against the other run's whole model.
+    With ``both_spread`` that one's ranks tell as little, and are held one by one, too.
     ``same_step`` are numbers of B's steps with those of A's that they are held against.
     """
 
@@ -41,6 +42,7 @@ class Rules:
     other_tool: bool = False
     spread: int | None = None
     ranks: tuple[int, ...] = ()
+    both_spread: bool = False
     same_step: tuple[tuple[int, int], ...] = ()
 
     def leaves_out(self, key: Key) -> bool:
@@ -58,7 +60,7 @@ class Rules:
 
     def joins_ranks(self, side: int) -> bool:
         """Whether a side (0: A, 1: B) counts as one model, whichever ranks hold its tensors."""
-        return self.unshard and side != self.spread
+        return self.unshard and side != self.spread and not self.both_spread
 
     def by_number(self, steps_b: Sequence[Step]) -> dict[int, Step]:
         """B's steps by the numbers of those of A that they are held against."""
