@@ -11,6 +11,7 @@ from torch import nn
 from tests.sinks import MemorySink
 from tlcore.config.configuration import load_config
 from tlcore.engine.batch import Batch, StepEnd
+from tlcore.engine.filters.run_bytes import RunBytes
 from tlcore.engine.new_run import new_run
 from tlcore.engine.pipeline.executors import InlineExecutor
 from tlcore.engine.session import Session
@@ -110,6 +111,28 @@ def test_a_step_that_does_not_fit_into_the_queue_is_stored_with_them() -> None:
         assert torch.equal(tensor, VALUES[[1, 2, 3, 4, 6]])
     (row, _) = sink.steps[0].rows or ()
     assert (row["first_position"], row["rows"], row["accepted"], row["last"]) == (1, 4, 2, 1)
+
+
+@pytest.mark.parametrize("inline", [True, False])
+@pytest.mark.parametrize("most", [16, 31, 32, 63, 64, 200])
+def test_of_a_run_with_a_limit_the_rows_that_stay_are_counted(most: int, inline: bool) -> None:
+    """Each of four tensors has five rows when it is copied, and two, or 16 bytes, when it is stored."""
+    sink = MemorySink()
+    session = _step(sink, 1, inline=inline, rows="last", max_run_bytes=most)
+    stored = min(4, most // 16)
+    assert session.ledger.stored == stored
+    assert session.ledger.reasons["skipped: max_run_bytes reached"] == 4 - stored
+    assert all(torch.equal(tensor, VALUES[[2, 6]]) for tensor in sink.tensors.values())
+
+
+def test_what_could_not_be_copied_is_not_counted() -> None:
+    room = RunBytes(100)
+    assert room.take(60) and not room.full
+    room.give_back(60)
+    assert room.take(70) and not room.take(31)
+    # Once a tensor was refused, all are.
+    room.give_back(70)
+    assert room.full and not room.take(1)
 
 
 @pytest.mark.parametrize("keys", [{"store_dtype": "bfloat16"}, {"capture": "both"}])

@@ -27,6 +27,7 @@ from .batch import Batch, StepEnd
 from .filters.choosing import Choice, Choosing
 from .filters.requests import request_filter
 from .filters.rows import StepRows
+from .filters.run_bytes import RunBytes
 from .filters.samples import Samples
 from .filters.tensors import TensorFilter, known_devices
 from .hooks.batch_calls import BatchCalls
@@ -89,10 +90,9 @@ class Session:
         self._stager = Stager(self._pool, config.block_s)
         self._examination = Inspection.of(config)
         self._channels = config.capture == "channels"
-        # Where tensors are looked at first, only then is it known which are stored; of channels none is.
-        at_once = None if self._examination.needed or self._channels else config.max_run_bytes
+        self._room = RunBytes.of(config.max_run_bytes, later=self._examination.needed or self._channels)
         stored_as = torch_dtype(config.store_dtype)
-        tensors = TensorFilter(devices, config.max_tensor_size, at_once, self._channels, stored_as)
+        tensors = TensorFilter(devices, config.max_tensor_size, self._room, self._channels, stored_as)
         self.samples = Samples(config.keeps_token_ids, config.window.needs_prompt)
         self.rows.prompts = self.samples.tokens.prompts
         self._collector = self._make_collector(tensors)
@@ -181,7 +181,7 @@ class Session:
             self._stager.reserve(device)
         self._processor = Processor(
             self._sink, self._pool, self.run.ledger, self.run.rank, self._examination, self._documents.close,
-            gather_channels(self.run) if self._channels else None,
+            gather_channels(self.run) if self._channels else None, self._room,
         )  # fmt: skip
         self._pipeline = (
             InlineExecutor(self._processor) if self._inline else ThreadExecutor(self._processor, self._pool)

@@ -15,6 +15,7 @@ from ...layout.dtypes import name_of
 from ...layout.row_scale import SCALE_BYTES, packed_shape
 from ...ledger import NO_CHANNELS, Outcome
 from ...statistics.channels_of_tensors import has_channels
+from .run_bytes import RunBytes
 
 # A copy this small is over before another thread could use the interpreter, which is dear to get back.
 _SMALL_BYTES = 256 << 10
@@ -35,11 +36,14 @@ def mover(nbytes: int) -> Move:
 
 @dataclass(frozen=True, slots=True)
 class TensorFilter:
-    """What decides about one tensor from its metadata; devices as of `known_devices`, sizes in elements."""
+    """What decides about one tensor from its metadata; devices as of `known_devices`, sizes in elements.
+
+    ``room`` is what the run may still store, where that is asked when tensors are copied.
+    """
 
     devices: frozenset[str]
     max_elements: int | None
-    max_run_bytes: int | None
+    room: RunBytes | None
     # Whether only those are taken that have statistics for each channel.
     channels: bool = False
     # What wider floating tensors are converted to.
@@ -230,7 +234,7 @@ class TensorSpecs:
             return self._converted(dtype, stored, device, count)
         kind = self._kinds.setdefault((dtype, shape), next(self._numbers))
         # A limit on the run's bytes must be looked at for each tensor.
-        plain = outcome is None and tensor.is_cpu and not dtype.is_complex and not self._filter.max_run_bytes
+        plain = outcome is None and tensor.is_cpu and not dtype.is_complex and self._filter.room is None
         return TensorSpec(dtype, shape, device, count * dtype.itemsize, kind, outcome, plain)
 
     def _converted(self, dtype: torch.dtype, stored: Stored, device: str, count: int) -> TensorSpec:

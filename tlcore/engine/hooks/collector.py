@@ -79,7 +79,7 @@ class Collector:
         self._parts: dict[int, Any] = {}
         # The extension's walk, which takes plain CPU tensors by itself; None where Python does all.
         self.walker = self._new_walker()
-        self._copies = Copies(stager, self._forms, capture, tensors.max_run_bytes, self.walker)
+        self._copies = Copies(stager, self._forms, capture, tensors.room, self.walker)
         self._use(Batch(0))
 
     def _new_walker(self) -> Any:

@@ -14,6 +14,7 @@ from ...statistics import channels_of_tensors
 from ...statistics import device as device_statistics
 from ..batch import Measured
 from ..filters.kept_rows import WaitingSpec
+from ..filters.run_bytes import RunBytes
 from ..filters.tensors import TensorSpec, TensorSpecs
 from ..staging.accelerator import accelerator_of, recording
 from ..staging.conversion import converted
@@ -31,21 +32,20 @@ def without_copy(spec: TensorSpec) -> Taken:
 
 
 class Copies:
-    """Copies tensors until the run has ``max_run_bytes``; ``walker`` is told which it may copy by itself."""
+    """Copies tensors while the run has ``room``; ``walker`` is told which it may copy by itself."""
 
     def __init__(
         self,
         stager: Stager,
         forms: TensorSpecs,
         capture: Captured,
-        max_run_bytes: int | None,
+        room: RunBytes | None,
         walker: Any,
     ) -> None:
         self._stager = stager
         self._forms = forms
         self._capture = capture
-        self._max_run_bytes = max_run_bytes
-        self._run_bytes = 0
+        self._room = room
         self._walker = walker
 
     def of(self, tensor: torch.Tensor, spec: TensorSpec, known: bool) -> Taken:
@@ -55,10 +55,22 @@ class Copies:
         """
         if spec.outcome is not None:
             return without_copy(spec)
-        if self._max_run_bytes is not None and self._run_bytes + spec.nbytes > self._max_run_bytes:
-            # For good: smaller tensors that still fit would be a choice that nobody made.
-            self._run_bytes = self._max_run_bytes
+        if self._room is not None and not self._fits(self._room, spec):
             return without_copy(spec.refused(RUN_FULL))
+        taken = self._copy(tensor, spec)
+        if taken[0].outcome is not None:
+            if self._room is not None and not isinstance(spec, WaitingSpec):
+                self._room.give_back(spec.nbytes)
+        elif known and spec.plain and self._walker is not None:
+            self._walker.know(tensor, spec, spec.nbytes)
+        return taken
+
+    @staticmethod
+    def _fits(room: RunBytes, spec: TensorSpec) -> bool:
+        # Of rows that may have to go, those that stay are counted, when that is known.
+        return not room.full if isinstance(spec, WaitingSpec) else room.take(spec.nbytes)
+
+    def _copy(self, tensor: torch.Tensor, spec: TensorSpec) -> Taken:
         try:
             tensor = with_memory(tensor)
             if spec.original:
@@ -74,9 +86,6 @@ class Copies:
             return without_copy(spec.refused(Outcome("failed", f"copy raised {type(error).__name__}")))
         if place is None:
             return without_copy(spec.refused(QUEUE_FULL))
-        self._run_bytes += spec.nbytes
-        if known and spec.plain and self._walker is not None:
-            self._walker.know(tensor, spec, spec.nbytes)
         return spec, *place
 
     def _stage_measured(self, tensor: torch.Tensor, spec: TensorSpec) -> tuple[Chunk, int] | None:

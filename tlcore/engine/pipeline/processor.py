@@ -9,11 +9,12 @@ from dataclasses import replace
 from ...hotpath.hashing import hex_digests
 from ...layout import names
 from ...layout.templates import Structures
-from ...ledger import Ledger
+from ...ledger import RUN_FULL, Ledger
 from ...protocols import Sink, SupportsLateCommit
 from ...record import Record, StepSummary
 from ..batch import Batch, StepEnd
 from ..filters.kept_rows import WaitingSpec
+from ..filters.run_bytes import RunBytes
 from ..staging.host_memory import HostPool
 from .booking import Booking
 from .channels import Channels
@@ -46,12 +47,14 @@ class Processor:
         examination: Inspection | None = None,
         end_run: Callable[[bool], None] = lambda whole: None,
         channels: Channels | None = None,
+        room: RunBytes | None = None,
     ) -> None:
         needed = examination is not None and examination.needed
         self._inspector: Inspector | Channels | None = channels
         if examination is not None and needed:
             self._inspector = Inspector(examination)
         self._channels = channels
+        self._room = room
         self._sink = sink
         self._end_run = end_run
         self._pool = pool
@@ -125,7 +128,7 @@ class Processor:
             # A device failed; the batch is still booked, as captured and failed.
             step.error = step.error or error
         if batch.waits:
-            _gather(batch)
+            _gather(batch, self._room)
         examined = self._examine(batch, step)
         self._store_examined(batch if examined is None else examined.batch, step, examined)
 
@@ -331,9 +334,11 @@ class Processor:
         return True
 
 
-def _gather(batch: Batch) -> None:
+def _gather(batch: Batch, room: RunBytes | None) -> None:
     """Take the rows that do not stay out of a batch's tensors, where that is decided."""
     for place, spec in enumerate(batch.specs):
         if isinstance(spec, WaitingSpec):
             address = batch.chunks[place].address + batch.offsets[place]
-            batch.specs[place] = spec.rows.gather(address, spec.whole)
+            found = spec.rows.gather(address, spec.whole)
+            fits = room is None or room.take(found.nbytes)
+            batch.specs[place] = found if fits else found.refused(RUN_FULL)
