@@ -52,6 +52,12 @@ class Span(NamedTuple):
         )
 
 
+def adapter_of(row: Row) -> str | None:
+    """The name of the adapter (LoRA) that the model had on for a row's request; None where none is told."""
+    found = row.get("adapter")
+    return found if isinstance(found, str) else None
+
+
 # The kind of rows that only logits have: those of the last positions, where others are not computed.
 LOGITS = "logits"
 

@@ -14,7 +14,7 @@ from ..layout.dtypes import name_of, torch_dtype
 from ..layout.grids import as_rows
 from ..layout.names import PathKey
 from ..layout.row_scale import presented
-from ..layout.rows import ENCODED, Span
+from ..layout.rows import ENCODED, Span, adapter_of
 from ..record import Json
 from .described import tensors_in
 from .placements import as_whole, is_part
@@ -68,6 +68,8 @@ class Request(Mapping[str, "torch.Tensor"]):
         self.request_id = request_id
         self.external_id = external_id
         self._cached = 0
+        # What adapter (LoRA) the model had on for it; None for none.
+        self.adapter: str | None = None
         # Of tensors of which single rows were asked for: where these are, and their shape.
         self._rows: dict[str, tuple[dict[int, tuple[_Place, int]], tuple[int, ...], str]] = {}
         self.tokens = RequestTokens(f"{run_url}: request {request_id}")
@@ -96,6 +98,7 @@ class Request(Mapping[str, "torch.Tensor"]):
         self.steps.append(step.number)
         self._steps.append(step)
         self._cached = max(self._cached, *(int(row.get("cached", 0)) for row in own))
+        self.adapter = next(filter(None, map(adapter_of, own)), self.adapter)
         modules = frozenset(str(record["module"]) for record in step.records)
         for record in step.records:
             for span in map(Span.kept, step.row_spans(record)):

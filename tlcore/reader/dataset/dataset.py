@@ -42,18 +42,21 @@ class RowDataset(Dataset[Batch]):
     An item is a dictionary: each tensor by the name that was asked for (``[...]`` of a token, ``[positions,
     ...]`` of a sequence), ``positions``, ``request`` (a number: `requests` has the ids), and where they are
     known of all rows ``token_ids``, and ``response``: whether a position lies behind its request's prompt.
-    ``left_out`` says which requests nothing is there of, and why. Made by `Run.dataset`; ``+`` joins several.
+    ``left_out`` says which requests nothing is there of, and why, ``adapters`` which adapter (LoRA) the model
+    had on for each of ``requests``. Made by `Run.dataset`; ``+`` joins several.
     """
 
     def __init__(self, parts: Sequence[tuple[Table, Items]], per: Per, context: int | None) -> None:
         self._made_of = list(parts)
         self.per, self.context = per, context
         self.requests: list[str] = []
+        self.adapters: list[str | None] = []
         self.left_out: dict[str, str] = {}
         rows: list[Rows] = []
         for table, items in parts:
             rows.append(Rows(table, items, len(self.requests)))
             self.requests += table.requests
+            self.adapters += map(table.adapters.get, table.requests)
             # Requests of other runs may go by the same ids.
             for request, reason in items.left_out.items():
                 again = request in self.left_out

@@ -14,6 +14,7 @@ from ...errors import ReadError, missing
 from ...layout.checks import LARGEST_SIZE
 from ...layout.dtypes import item_size
 from ...layout.row_scale import presented
+from ...layout.rows import adapter_of
 from ..outlines import OutlinedStep
 from ..step import Step
 from .kin import Kin, KinRows
@@ -89,6 +90,7 @@ class Table:
         self.forms: list[Form] = []
         self.requests: list[str] = []
         self.tokens: dict[str, Tokens] = {}
+        self.adapters: dict[str, str] = {}
         self._numbers: dict[str, int] = {}
         self._of_encoder = [name.endswith(ENCODER) for name in names]
         self._forms: list[Form | None] = [None] * len(self.names)
@@ -126,6 +128,10 @@ class Table:
         return True
 
     def _look_at(self, step: Step, entries: Sequence[Entry], kin: Kin) -> None:
+        for row in step.samples:
+            adapter = adapter_of(row)
+            if adapter is not None:
+                self.adapters[str(row.get("request_id"))] = adapter
         for told in step.token_entries:
             if not told.get("sequence"):
                 tokens = self.tokens.setdefault(str(told["request_id"]), Tokens())

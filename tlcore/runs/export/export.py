@@ -111,6 +111,11 @@ def _about(run: Run, data: RowDataset, columns: Sequence[Column], how: Mapping[s
         listed = [{key: value for key, value in each.items() if key != "written"} for each in listed]
     about = {"tlcore": __version__, "run": run.id, **how, "items": len(data), "tensors": listed}
     about["left_out"] = dict(data.left_out)
+    adapters = {
+        request: name for request, name in zip(data.requests, data.adapters, strict=True) if name is not None
+    }
+    if adapters:
+        about["adapters"] = adapters
     if run.injection is not None:
         about["note"] = f"the run was {run.injection}"
     return json.dumps(about, indent=1) + "\n"

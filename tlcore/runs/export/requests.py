@@ -115,8 +115,10 @@ def write_part(job: Job, part: Part, advance: Advance) -> list[_Row]:
         begin = 0
         for count in counts:
             own = slice(begin, begin + count)
-            ids, request = known["token_ids"][own], job.data.requests[int(known["request"][begin])]
-            put(_name(number), form.head(count, {"request_id": request, **layers}), own, ids.data)
+            of = int(known["request"][begin])
+            ids, request, adapter = known["token_ids"][own], job.data.requests[of], job.data.adapters[of]
+            told = {"request_id": request, **layers, **({} if adapter is None else {"adapter": adapter})}
+            put(_name(number), form.head(count, told), own, ids.data)
             mask = known["response"][own].astype(np.int64) if job.loss == "response" else np.ones_like(ids)
             # Copied: what is kept of a request keeps all that was read with it.
             rows.append((ids.copy(), mask, request))
