@@ -43,7 +43,9 @@ class Model(nn.Module):
             self.get_submodule(name)(tensor)
 
 
-def json_rows(rows: Rows, cached: Mapping[str, int] | None = None) -> list[dict[str, Any]]:
+def json_rows(
+    rows: Rows, cached: Mapping[str, int] | None = None, adapters: Mapping[str, str] | None = None
+) -> list[dict[str, Any]]:
     """The rows of a ``step.json`` from (request id, number of rows, first position)."""
     found: list[dict[str, Any]] = []
     first = 0
@@ -51,6 +53,8 @@ def json_rows(rows: Rows, cached: Mapping[str, int] | None = None) -> list[dict[
         external = external_id(request)
         row = {"request_id": request, "external_request_id": external, "first_row": first, "rows": count}
         found.append({**row, "first_position": position, "cached": (cached or {}).get(request, 0)})
+        if adapters and request in adapters:
+            found[-1]["adapter"] = adapters[request]
         first += count
     return found
 
@@ -62,6 +66,7 @@ def requests_run(
     cached: Mapping[str, int] | None = None,
     backend: str | Mapping[str, Any] = "pt",
     extra: Callable[[int], Mapping[str, Any]] | None = None,
+    adapters: Mapping[str, str] | None = None,
     **keys: Any,
 ) -> Run:
     """A run with these rows in its steps; ``tensors`` gives a step's tensors from its number and rows.
@@ -79,7 +84,7 @@ def requests_run(
     session = Session(config, new_run(config))
     model: Model | None = None
     for number, rows in enumerate(steps):
-        listed = json_rows(rows, cached)
+        listed = json_rows(rows, cached, adapters)
         found = tensors(number, listed)
         if model is None:
             model = Model(list(found))

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 
 import tlcore
@@ -319,6 +320,32 @@ def test_a_request_with_gaps_is_left_out_and_counted(
     note = f"note: 1 request left out, the first is {cached}: positions 0 to 3 are not there\n"
     assert said.err == (note if whole_only else "")
     assert json.loads((target / ABOUT).read_text())["left_out"].keys() == ({cached} if whole_only else set())
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("backend", ["pt", "safetensors"])
+def test_the_adapter_of_each_request_is_told(format: str, backend: str, tmp_path: Path) -> None:
+    ids, adapters = ["a-00000000", "b-00000001", "c-00000002"], {"a-00000000": "one", "c-00000002": "two"}
+    steps: list[Rows] = [[(each, 1, at) for each in ids] for at in range(4)]
+
+    def extra(step: int) -> dict[str, Any]:
+        told: dict[str, Any] = {"prompt": 1, "first_position": step, "ids": [step]}
+        return {"tokens": [{"request_id": each, **told} for each in ids]}
+
+    def tensors(step: int, rows: Any) -> dict[str, torch.Tensor]:
+        return {"layer": torch.full((3, 2), float(step))}
+
+    run = requests_run(tmp_path / "runs", steps, tensors, backend=backend, extra=extra, adapters=adapters)
+    assert {each: run.request(each).adapter for each in ids} == {**adapters, "b-00000001": None}
+    data = run.dataset("layer/outputs", per="request")
+    assert dict(zip(data.requests, data.adapters, strict=True)) == {**adapters, "b-00000001": None}
+    assert (data + data).adapters == data.adapters * 2
+    export(run, tmp_path / "out", format, ["layer/outputs"])
+    assert json.loads((tmp_path / "out" / ABOUT).read_text())["adapters"] == adapters
+    if format == "requests":
+        for number, each in enumerate(ids):
+            with safe_open(tmp_path / "out" / "hidden_states" / f"hs_{number}.safetensors", "pt") as file:
+                assert file.metadata().get("adapter") == adapters.get(each)
 
 
 def test_what_cannot_be_exported_is_said_and_leaves_nothing(run: Run, tmp_path: Path) -> None:

@@ -79,6 +79,23 @@ def test_images_and_tokens_are_their_requests(said: dict[str, Any]) -> None:
     assert sum("model.vision_model" in each for each in calls) > 1, "the encoder ran once"
 
 
+def test_in_a_data_set_placeholders_of_images_have_their_own_rows_and_ids(said: dict[str, Any]) -> None:
+    """An image stands for many positions of one token: rows and ids stay side by side."""
+    run, truth = tlcore.open_run(said["all"]["url"]), said["truth"]
+    data = run.dataset(STATES, per="request")
+    assert not data.left_out and data.has_token_ids
+    items = {data.requests[int(item["request"])].rpartition("-")[0]: item for item in data}
+    assert items.keys() == set(said["all"]["ids"])
+    pairs = zip(said["all"]["ids"], said["all"]["tokens"], MIXED, strict=True)
+    for request, tokens, asked in pairs:
+        item = items[request]
+        assert item["token_ids"].tolist() == tokens[:-1]
+        assert item["positions"].tolist() == list(range(len(tokens) - 1))
+        expected = truth.states(asked, tokens)[: len(tokens) - 1]
+        assert torch.allclose(item[STATES], expected, atol=2e-4, rtol=2e-3)
+    assert any(asked.images for asked in MIXED)
+
+
 def test_swapped_owners_are_found(said: dict[str, Any]) -> None:
     assert any(text.endswith("pixels") for text in _wrong(said, "swapped"))
 

@@ -187,6 +187,14 @@ def test_adapters_of_one_prompt_are_told_apart(captured: dict[str, Any]) -> None
         for number in run.steps
         for row in run.step(number).rows or ()
     }
+    (states,) = {
+        name for name in run.request(next(iter(names))).names if name.startswith("model.layers.0/outputs_0")
+    }
+    data = run.dataset(states, per="request")
+    assert dict(zip(data.requests, data.adapters, strict=True)) == {
+        each: run.request(each).adapter for each in data.requests
+    }
+    assert sorted(map(str, data.adapters)) == sorted(names.values())
     hashes = {row["prompt_hash"] for number in run.steps for row in run.step(number).rows or ()}
     assert len(hashes) == len(found["requests"])
     for each in found["requests"]:
