@@ -111,14 +111,36 @@ class StructureKind(NamedTuple):
     make: Callable[[], Any]
 
 
+class RecordKind(NamedTuple):
+    """A record without its own names, hash and place: of equal ``kind`` all are sound if one is.
+
+    ``name``, ``module`` and ``direction`` are its fields, and ``make`` gives all of it.
+    """
+
+    kind: Hashable
+    name: str
+    module: Any
+    direction: Any
+    make: Callable[[], Json]
+
+
+class StepKinds(NamedTuple):
+    """A step's document by its parts: records, structures by name, and the ``rest`` with its calls."""
+
+    rest: Json
+    records: Sequence[RecordKind]
+    structures: Mapping[str, StructureKind]
+
+
 @runtime_checkable
-class SupportsStructureKinds(Protocol):
-    """A source that tells which structures are alike at less cost than making them."""
+class SupportsStepKinds(Protocol):
+    """A source that tells which parts of documents are alike at less cost than making them."""
 
-    def structure_kinds(self, step: int, rank: int) -> Mapping[str, StructureKind] | None:
-        """Each structure that a step's document has, by name; None where that cannot be told of all.
+    def step_kinds(self, step: int, rank: int) -> StepKinds | None:
+        """What a step's document consists of; None where that cannot be told of all.
 
-        Raises MissingError or ReadError.
+        Where a tensor's bytes lie, and how its hash is written, is as the source always has it. Raises
+        MissingError or ReadError.
         """
         ...
 

@@ -14,11 +14,13 @@ from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from .alike import AlikeStep as AlikeStep
 from .alike import Outline as Outline
+from .alike import RecordKind as RecordKind
+from .alike import StepKinds as StepKinds
 from .alike import StructureKind as StructureKind
 from .alike import SupportsAlikeInCapture as SupportsAlikeInCapture
 from .alike import SupportsAlikeSteps as SupportsAlikeSteps
 from .alike import SupportsOutlines as SupportsOutlines
-from .alike import SupportsStructureKinds as SupportsStructureKinds
+from .alike import SupportsStepKinds as SupportsStepKinds
 from .alike import SupportsWriteAlike as SupportsWriteAlike
 from .checking import AlikeSteps as AlikeSteps
 from .checking import SupportsCheck as SupportsCheck
@@ -36,6 +38,7 @@ from .storage import Store as Store
 from .storage import SupportsAppend as SupportsAppend
 from .storage import SupportsFiles as SupportsFiles
 from .storage import SupportsLevels as SupportsLevels
+from .storage import SupportsNames as SupportsNames
 from .storage import SupportsOverwrite as SupportsOverwrite
 from .storage import SupportsPrepare as SupportsPrepare
 from .storage import SupportsRemoval as SupportsRemoval

@@ -98,6 +98,15 @@ class SupportsLevels(Protocol):
 
 
 @runtime_checkable
+class SupportsNames(Protocol):
+    """A store to which the sizes of blobs cost more than their names."""
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """The names that `Store.list` gives, in any order."""
+        ...
+
+
+@runtime_checkable
 class SupportsFiles(Protocol):
     """A store whose blobs are files of this machine: reading them needs no request, and has no latency."""
 

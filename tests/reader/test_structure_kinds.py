@@ -74,7 +74,7 @@ def test_few_of_them_are_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 def test_those_that_tell_more_than_names_are_all_looked_at(tmp_path: Path) -> None:
     run = captured(tmp_path, capture="both")
     source: Any = run.stored.source
-    assert source.structure_kinds(0, 0) is None
+    assert source.step_kinds(0, 0) is None
     run.verify()
 
 

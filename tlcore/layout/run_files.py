@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 import re
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from contextlib import suppress
 from functools import cached_property
 from typing import Any, BinaryIO, NoReturn
 
 from ..errors import BackendError, ReadError, missing
-from ..storage import Buffer, Store, SupportsFiles, SupportsLevels, SupportsManyReads
+from ..storage import Buffer, Store, SupportsFiles, SupportsLevels, SupportsManyReads, SupportsNames
 from .checksums import KEY as CHECKSUM
 from .checksums import without_checksum
 
@@ -105,6 +105,16 @@ class RunFiles:
             self._listed[directory] = self._listing(f"{directory}/")
         return self._listed[directory]
 
+    def names_in(self, directory: str) -> Collection[str]:
+        """The names that `sizes_in` has, where sizes are not known and would take longer."""
+        store = self.store
+        if self.is_listed or directory in self._listed or not isinstance(store, SupportsNames):
+            return self.sizes_in(directory)
+        try:
+            return self._within(list(store.names(f"{directory}/")))
+        except (BackendError, OSError) as error:
+            raise ReadError(str(error)) from error
+
     @property
     def is_listed(self) -> bool:
         """Whether all files are known already."""
@@ -123,9 +133,14 @@ class RunFiles:
             found = {entry.name: entry.size for entry in self.store.list(prefix)}
         except (BackendError, OSError) as error:
             raise ReadError(str(error)) from error
-        if bad := next(filter(_LEAVES_THE_RUN.search, found), None):
-            raise ReadError(f"{self.url}: holds {bad!r}, a name that leads out of it")
+        self._within(found)
         return found
+
+    def _within(self, names: Collection[str]) -> Collection[str]:
+        """These names. Raises ReadError where one leaves the run."""
+        if bad := next(filter(_LEAVES_THE_RUN.search, names), None):
+            raise ReadError(f"{self.url}: holds {bad!r}, a name that leads out of it")
+        return names
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """The bytes ``[start, end)`` of a file, all of it by default.
@@ -141,17 +156,12 @@ class RunFiles:
         except (MemoryError, OverflowError):
             raise ReadError(f"{self.url}/{name}: larger than this machine's memory") from None
 
-    def read_many(self, names: Sequence[str]) -> Sequence[memoryview | None]:
-        """The bytes of whole files as they were listed; None for what must be read one by one."""
-        sizes = [self.size(name) for name in names]
-        there = [index for index, size in enumerate(sizes) if size is not None]
-        found: list[memoryview | None] = [None] * len(names)
+    def read_many(self, names: Sequence[str], sizes: Sequence[int]) -> Sequence[memoryview | None]:
+        """The bytes of whole files that should have these sizes; None for what must be read one by one."""
         if isinstance(self.store, SupportsManyReads):
-            with suppress(BackendError, OSError, MemoryError):
-                read = self.store.get_many([names[i] for i in there], [sizes[i] or 0 for i in there])
-                for index, data in zip(there, read, strict=True):
-                    found[index] = data
-        return found
+            with suppress(BackendError, OSError, MemoryError, OverflowError):
+                return self.store.get_many(names, sizes)
+        return [None] * len(names)
 
     def json(self, name: str) -> Any:
         """A JSON file's value without its checksum. Raises MissingError, or ReadError when it is no JSON."""

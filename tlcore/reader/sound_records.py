@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import marshal
+from collections.abc import Hashable
 from typing import Any
 
 from ..layout.names import step_dir
+from ..protocols import RecordKind
 from .documents import is_tensor_name, record_problem
 
 _MOST = 1 << 16
@@ -21,6 +23,7 @@ class SoundRecords:
     def __init__(self) -> None:
         self._forms: set[bytes] = set()
         self._names: set[str] = set()
+        self._kinds: set[Hashable] = set()
 
     def problem(self, record: Any, number: int) -> str | None:
         """What `record_problem` says."""
@@ -32,17 +35,33 @@ class SoundRecords:
             _add(self._forms, form)
         return problem
 
+    def is_known(self, each: RecordKind, number: int) -> bool:
+        """Whether a record is sound; the first of each kind is looked at."""
+        if type(each.name) is not str or type(each.module) is not str or not self._is_name(each.name, number):
+            return False
+        if each.kind not in self._kinds:
+            if record_problem(each.make(), number) is not None:
+                return False
+            _add(self._kinds, each.kind)
+        return True
+
+    def _is_name(self, name: str, number: int) -> bool:
+        """Whether a tensor of the step may have this name; that the step's directory may is known."""
+        directory, _, own = name.partition("/")
+        if directory != step_dir(number):
+            return False
+        if own not in self._names:
+            if not is_tensor_name(name):
+                return False
+            _add(self._names, own)
+        return True
+
     def _form(self, record: Any, number: int) -> bytes:
         """All of a record but what is looked at here, which is sound; empty where it is not, or cannot be."""
         try:
-            name, directory = record["name"], f"{step_dir(number)}/"
-            if type(name) is not str or not name.startswith(directory):
+            name = record["name"]
+            if type(name) is not str or not self._is_name(name, number):
                 return b""
-            own = name[len(directory) :]
-            if own not in self._names:
-                if not is_tensor_name(name):
-                    return b""
-                _add(self._names, own)
             alias = record.get("alias_of")
             texts = type(record["hash"]) is type(record["module"]) is str
             if not texts or not (alias is None or type(alias) is str):

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, suppress
 
 from ..errors import MissingError, ReadError
 from ..layout.checksums import has_checksum
 from ..layout.names import rank_suffix, step_dir
 from ..layout.run_files import RunFiles
-from ..protocols import AlikeSteps, StructureKind, SupportsStructureKinds, SupportsUnchecked, WholeCheck
+from ..protocols import AlikeSteps, StepKinds, SupportsStepKinds, SupportsUnchecked, WholeCheck
 from ..record import Json
 from .bulk import Payload, read_payloads
 from .documents import check_step
@@ -83,7 +83,7 @@ class _Proven:
         self._known: dict[int, int] = {}
         self._sound: set[Hashable] = set()
         # Of the last one that was looked at: mostly the next is the same, and hashing it may take long.
-        self._like: Hashable = object()
+        self._like: Hashable | None = None
         self._last = -1
         self._ended = False
 
@@ -124,8 +124,8 @@ class _Proven:
         return True
 
     def _is_known(self, likeness: Hashable) -> bool:
-        if likeness == self._like:
-            return True
+        if self._like is None or likeness == self._like:
+            return self._like is not None
         self._sound.add(self._like)
         return likeness in self._sound
 
@@ -139,43 +139,39 @@ def _rest_is_sound(stored: Stored, step: int, rest: Json | None) -> bool:
 
 def _document_problems(stored: Stored, step: int, rank: int, beside: bool = True) -> list[str]:
     """What is wrong with a document, and ``beside`` it as far as its format tells that."""
+    # What is wrong is told where all records and structures are looked at.
+    if _has_sound_kinds(stored, step, rank):
+        return list(stored.problems(step, rank)) if beside else []
     try:
         document = stored.document(step, rank)
-        sound = _has_sound_kinds(stored, step, rank, document)
-        if not sound:
-            # Also those that no tensor needs; they may be made only when they are looked at.
-            document.get("structures", {}).values()
+        # Also those that no tensor needs; they may be made only when they are looked at.
+        document.get("structures", {}).values()
     except ReadError as error:
         return [str(error)]
     problems = stored.problems(step, rank) if beside else ()
-    return [*problems, *(() if sound else _structure_problems(stored, step, rank, document))]
+    return [*problems, *_structure_problems(stored, step, rank, document)]
 
 
-def _has_sound_kinds(stored: Stored, step: int, rank: int, document: Json) -> bool:
-    """Whether all structures are known to be sound by their kinds, and refer to stored tensors."""
+def _has_sound_kinds(stored: Stored, step: int, rank: int) -> bool:
+    """Whether all of a document is known to be sound by the kinds of its parts, and these fit together."""
     source = stored.source
-    # Whatever is wrong is told where each structure is looked at.
     with suppress(ReadError), stored.asking():
-        if isinstance(source, SupportsStructureKinds):
-            kinds = source.structure_kinds(step, rank)
-            return kinds is not None and _are_sound(stored, kinds, step, rank, document)
+        if isinstance(source, SupportsStepKinds):
+            kinds = source.step_kinds(step, rank)
+            return kinds is not None and _are_sound(stored, kinds, step, rank)
     return False
 
 
-def _are_sound(
-    stored: Stored, kinds: Mapping[str, StructureKind], step: int, rank: int, document: Json
-) -> bool:
-    names, begin = document.get("structures", {}).keys(), f"{step_dir(step)}/"
-    ending = f"{rank_suffix(rank)}.json"
-    tensors = {record["name"] for record in document["records"]}
-    needed = {
-        f"{record['name'][len(begin) :].rpartition('/')[0]}/{record['direction']}{ending}"
-        for record in document["records"]
-    }
-    return (
-        kinds.keys() == names
-        and needed <= names
-        and all(tensors.issuperset(each.tensors) and stored.known.is_known(each) for each in kinds.values())
+def _are_sound(stored: Stored, kinds: StepKinds, step: int, rank: int) -> bool:
+    rest, records, structures = kinds
+    check_step({**rest, "records": [], "structures": structures}, stored.url, step)
+    if not all(stored.sound_records.is_known(each, step) for each in records):
+        return False
+    skip, ending = len(f"{step_dir(step)}/"), f"{rank_suffix(rank)}.json"
+    needed = {f"{each.name[skip:].rpartition('/')[0]}/{each.direction}{ending}" for each in records}
+    tensors = {each.name for each in records}
+    return needed <= structures.keys() and all(
+        tensors.issuperset(each.tensors) and stored.known.is_known(each) for each in structures.values()
     )
 
 

@@ -19,6 +19,7 @@ from ..storage import (
     SupportsFiles,
     SupportsFolders,
     SupportsLevels,
+    SupportsNames,
     SupportsOverwrite,
     SupportsPrepare,
     SupportsRemoval,
@@ -129,6 +130,16 @@ class StoreConformance:
         assert (blobs, sorted(directories)) == ([Entry("run.json", 4)], ["step_0", "step_01"])
         assert store.level("step_0") == ([Entry("step_0/step.json", 4)], ["step_0/a"])
         assert store.level("missing") == ([], [])
+
+    def test_names_are_those_that_are_listed(self, store: Store) -> None:
+        """For a store that `SupportsNames`."""
+        if not isinstance(store, SupportsNames):
+            pytest.skip("it does not claim names")
+        assert list(store.names()) == []
+        for name in ("run.json", "step_0/a/t.pt", "step_0/step.json", "step_01/step.json"):
+            store.put(name, [b"1234"])
+        for prefix in ("", "step_0", "step_0/", "step_0/a/", "missing/"):
+            assert sorted(store.names(prefix)) == sorted(each.name for each in store.list(prefix))
 
     def test_a_file_is_the_blob(self, store: Store) -> None:
         """For a store that `SupportsFiles`."""

@@ -60,9 +60,9 @@ class PtSource:
 
     def structure_names(self, step: int, rank: int) -> Collection[str]:
         """The structure files that a rank wrote."""
-        begin, suffix = f"{step_dir(step)}/", re.escape(rank_suffix(rank))
-        own = re.compile(rf"{begin}(.+/{PATTERN}){suffix}\.json", re.DOTALL)
-        names = self._files.sizes_in(step_dir(step))
+        begin, ending = f"{step_dir(step)}/", f"{rank_suffix(rank)}.json"
+        own = re.compile(rf"{begin}(.+/{PATTERN}){re.escape(ending)}", re.DOTALL)
+        names = [name for name in self._files.names_in(step_dir(step)) if name.endswith(ending)]
         return {f"{match[1]}.json" for name in names if (match := own.fullmatch(name))}
 
     def structure(self, step: int, rank: int, name: str) -> Any:
@@ -94,8 +94,8 @@ class PtSource:
     def read_many(self, records: Sequence[Mapping[str, Any]]) -> Sequence[Buffer | Exception]:
         """The bytes of several tensors, each from its file."""
         found: list[Buffer | Exception] = []
-        files = {str(record.get("file")): None for record in records if self._agrees(record)}
-        whole = dict(zip(files, self._files.read_many(list(files)), strict=True))
+        files = {str(record.get("file")): record["file_bytes"] for record in records if self._agrees(record)}
+        whole = dict(zip(files, self._files.read_many(list(files), list(files.values())), strict=True))
         for record in records:
             data = whole.get(str(record.get("file")))
             payload = None if data is None else payload_in(record["dtype"], record["shape"], data)

@@ -40,6 +40,7 @@ class Changing:
         self._damaged = damaged
         self._lock = threading.Lock()
         self._sizes: dict[int, int] = {}
+        self._used: set[int] = set()
         self._builders: dict[int, Build | None] = {}
         self._known: dict[int, tuple[list[int], list[int]]] = {}
         self._start()
@@ -83,6 +84,10 @@ class Changing:
         """The value that is told. Raises as the error for a damaged index."""
         skeleton, numbers = told
         try:
+            if skeleton not in self._used:
+                # Making what puts it together takes longer than doing that once.
+                self._used.add(skeleton)
+                return joined(self._table("skeletons", skeleton), iter(numbers))
             if skeleton not in self._builders:
                 small = self._size(skeleton) <= _MOST_BUILT and len(self._builders) < _MOST_BUILDERS
                 form = self._table("skeletons", skeleton)

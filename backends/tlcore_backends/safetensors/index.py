@@ -13,7 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from tlcore.errors import ReadError
-from tlcore.protocols import Array, ArrayRows, Outline, StructureKind
+from tlcore.protocols import Array, ArrayRows, Outline, StepKinds
 from tlcore.record import Json
 
 from .array_places import LARGEST, ArrayOfRows, Places, number_of, numbers_of
@@ -114,11 +114,16 @@ class SegmentIndex:
         """A step's document without calls, records and structures. Raises as `document`."""
         return self._details.document(self._details.of(self._position(number)))
 
-    def structure_kinds(self, number: int) -> dict[str, StructureKind] | None:
-        """The kinds of a step's structures. Raises as `document`."""
-        position = self._position(number)
-        pair, where = self._columns["plan"][position], (f"step_{number}", self.rank)
-        return self._structures.kinds(pair, self.plan(pair), where, lambda: self._records(position))
+    def step_kinds(self, number: int) -> StepKinds | None:
+        """A step's document by the kinds of its parts. Raises as `document`."""
+        plan, extents, _ = self.pair(self._position(number))
+        records = self._record_forms.kinds(plan, extents, f"step_{number}")
+        structures = self._structures.kinds(plan, self.plan(plan), (f"step_{number}", self.rank), records)
+        if structures is None:
+            return None
+        shards = [{"file": file, "bytes": size} for file, size in self.files]
+        rest = {**self.rest(number), "calls": self.calls_of(plan), "shards": shards}
+        return StepKinds(rest, records, structures)
 
     def outline(self, number: int) -> Outline:
         """A step's document without what needs its records. Raises ReadError."""

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import marshal
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
+from tlcore.protocols import RecordKind
 from tlcore.record import Json
 
 from .array_places import PLACE_KEYS, Damaged, Place, Places
 from .stored_plans import StoredPlans
 
+# What stands in an entry, and is another in each that is alike.
+_OWN = dict.fromkeys((*sorted(PLACE_KEYS), "name", "module"))
 # Records that are kept; those of a step larger than this are made for that step.
 _MOST_KEPT = 200_000
 
@@ -48,20 +53,44 @@ class RecordForms:
 
     def of(self, plan_number: Any, extents_number: Any) -> dict[int, RecordForm]:
         """The forms by the number of their array, in order. Raises ReadError."""
-        plan, extents = self._plans.of(plan_number), self._plans.extents(extents_number)
         known = self._known.get((plan_number, extents_number))
         if known is None:
-            if self._kept + len(plan.arrays) > _MOST_KEPT:
+            rows = self._rows(plan_number, extents_number)
+            if self._kept + len(rows) > _MOST_KEPT:
                 self._known, self._kept = {}, 0
-            if plan.groups and max(plan.groups) >= len(extents):
-                raise self._damaged(f"there is no extent {max(plan.groups)}")
-            known = {
-                array: self._form(array, extents[group])
-                for array, group in zip(plan.arrays, plan.groups, strict=True)
-            }
+            known = {array: self._form(array, count) for array, count in rows}
             self._known[plan_number, extents_number] = known
             self._kept += len(known)
         return known
+
+    def kinds(self, plan_number: Any, extents_number: Any, directory: str) -> list[RecordKind]:
+        """The records in order by their kinds; ``directory`` is their step's. Raises ReadError."""
+        found = []
+        for array, rows in self._rows(plan_number, extents_number):
+            self._places.of(array)
+            entry = self._table("arrays", array)
+            try:
+                # Unlike equality, this tells 1 from 1.0 and from true; version 2 has no references.
+                kind = marshal.dumps((rows, {**entry, **_OWN}), 2)
+            except ValueError:
+                raise self._damaged(f"array {array} is nested too deep") from None
+            name, make = f"{directory}/{entry['name']}", partial(self._record, array, rows, directory)
+            found.append(RecordKind(kind, name, entry.get("module"), entry.get("direction"), make))
+        return found
+
+    def _record(self, array: int, rows: int, directory: str) -> Json:
+        """A record of the first step that has the array, as far as those of its kind are alike."""
+        form = self._form(array, rows)
+        digest, offsets = self._places.hash(array, 0), [form.place.begin, form.place.begin + form.nbytes]
+        own = {"name": f"{directory}/{form.tail}", "hash": f"xxh3-128:{digest}"}
+        return {**form.content, **own, "shard": form.shard, "offsets": offsets}
+
+    def _rows(self, plan_number: Any, extents_number: Any) -> list[tuple[int, int]]:
+        """The arrays of a step in order, and how many rows it has of each. Raises ReadError."""
+        plan, extents = self._plans.of(plan_number), self._plans.extents(extents_number)
+        if plan.groups and max(plan.groups) >= len(extents):
+            raise self._damaged(f"there is no extent {max(plan.groups)}")
+        return [(array, extents[group]) for array, group in zip(plan.arrays, plan.groups, strict=True)]
 
     def _form(self, array: int, rows: int) -> RecordForm:
         place, entry, files = self._places.of(array), self._table("arrays", array), self._files()

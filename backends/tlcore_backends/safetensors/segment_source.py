@@ -14,7 +14,7 @@ from typing import Any
 
 from tlcore.errors import MissingError, ReadError
 from tlcore.layout.checksums import has_checksum
-from tlcore.protocols import AlikeStep, Array, Buffer, Outline, StepRanks, StructureKind, WholeCheck
+from tlcore.protocols import AlikeStep, Array, Buffer, Outline, StepKinds, StepRanks, WholeCheck
 from tlcore.record import Json
 from tlcore.storage import Store, SupportsFiles
 
@@ -83,9 +83,9 @@ class SegmentSource:
         """What a rank has committed of a step, but for its records. Raises MissingError or ReadError."""
         return self._index(step, rank).outline(step)
 
-    def structure_kinds(self, step: int, rank: int) -> Mapping[str, StructureKind] | None:
-        """The kinds of a step's structures, which need not be made for that."""
-        return self._index(step, rank).structure_kinds(step)
+    def step_kinds(self, step: int, rank: int) -> StepKinds | None:
+        """What a step's document consists of, which need not be made for that."""
+        return self._index(step, rank).step_kinds(step)
 
     def kind(self, step: int, rank: int) -> Hashable | None:
         """Equal for steps whose documents are sound if that of one of them is."""

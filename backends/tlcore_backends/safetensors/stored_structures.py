@@ -5,11 +5,11 @@ from __future__ import annotations
 import hashlib
 import marshal
 from collections.abc import Callable, Collection, ItemsView, Iterator, Sequence, ValuesView
-from functools import cache, partial
+from functools import cached_property, partial
 from typing import Any
 
 from tlcore.layout.templates import compact
-from tlcore.protocols import StructureKind
+from tlcore.protocols import RecordKind, StructureKind
 from tlcore.record import Json
 
 from .array_places import Damaged
@@ -129,14 +129,14 @@ class StoredStructures:
         return Structures(names, make, lambda: (where, self._text(pair, plan, forms), values))
 
     def kinds(
-        self, number: int, plan: Plan, where: tuple[str, int], records: Callable[[], Sequence[Json]]
+        self, number: int, plan: Plan, where: tuple[str, int], records: Sequence[RecordKind]
     ) -> dict[str, StructureKind] | None:
-        """The kinds of those of a step, as `SupportsStructureKinds` has them."""
+        """The kinds of those of a step with these records, as `StepKinds` has them."""
         entries, ranked = self._entries(number, plan, where[1])
-        by_name = cache(lambda: {record["name"]: record for record in records()})
+        by_name = _Made(records)
 
         def make(node: Any, name: str) -> Any:
-            return self._restored(node, name, where[0], by_name(), iter(()))
+            return self._restored(node, name, where[0], by_name, iter(()))
 
         found: dict[str, StructureKind] = {}
         for key, (name, node) in zip(ranked, entries, strict=True):
@@ -197,6 +197,20 @@ class StoredStructures:
             text = compact([entries, used]).encode()
             known = self._texts[pair] = hashlib.blake2b(text, digest_size=20).digest()
         return known
+
+
+class _Made:
+    """Records by name, made when they are asked for."""
+
+    def __init__(self, records: Sequence[RecordKind]) -> None:
+        self._records = records
+
+    @cached_property
+    def _by_name(self) -> dict[str, RecordKind]:
+        return {each.name: each for each in self._records}
+
+    def __getitem__(self, name: str) -> Json:
+        return self._by_name[name].make()
 
 
 def _plain_stems(node: Any) -> Sequence[str] | None:

@@ -235,15 +235,24 @@ class LocalStore:
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """All finished files whose name starts with ``prefix``; symbolic links are not followed."""
+        for name, entry in self._entries(prefix):
+            try:
+                yield Entry(name, entry.stat(follow_symlinks=False).st_size)
+            except FileNotFoundError:
+                continue
+
+    def names(self, prefix: str = "") -> Iterator[str]:
+        """The names of these files, none of which is looked at."""
+        return (name for name, _ in self._entries(prefix))
+
+    def _entries(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
         directory = prefix.rpartition("/")[0]
         start = self._place(directory) if directory else self._root
+        skip = len(self._root) + 1
         for entry in walk(start):
-            name = entry.path[len(self._root) + 1 :]
+            name = entry.path[skip:]
             if name.startswith(prefix) and not name.endswith(UNFINISHED) and not _is_in_unfinished(name):
-                try:
-                    yield Entry(name, entry.stat(follow_symlinks=False).st_size)
-                except FileNotFoundError:
-                    continue
+                yield name, entry
 
     def level(self, directory: str = "") -> Level:
         """What lies directly in a directory; symbolic links are left out."""
