@@ -116,18 +116,13 @@ class _Table:
         self._pairs: dict[tuple[int, int, str], _Pair] = {}
         self._kept = 0
         self._names = [name for name, _ in index.files]
-        places = [index.places.of(number) for number in range(len(index.entries("arrays")))]
-        self._begins = np.array([place.begin for place in places], np.int64)
-        self._files = np.array([place.file for place in places], np.int64)
-        self._constant = np.array([place.constant for place in places], bool)
-        counts = np.array([len(place.hashes) // _HASH_BYTES for place in places], np.int64)
-        self._counts = counts
-        hashes = [place.hashes[: count * _HASH_BYTES] for place, count in zip(places, counts, strict=True)]
-        self._hashes = np.frombuffer(b"".join(hashes), np.uint8).reshape(-1, _HASH_BYTES)
-        self._first = np.cumsum(counts) - counts
-        self._row_bytes = np.array([place.row_bytes for place in places], np.int64)
-        self._times = np.zeros(len(places), np.int64)
-        self._rows = np.zeros(len(places), np.int64)
+        places = index.places
+        for number in np.flatnonzero(places.columns.file < 0).tolist():
+            places.of(number)
+        self._at, self._hashes = places.columns, places.hashes
+        count = len(index.entries("arrays"))
+        self._times = np.zeros(count, np.int64)
+        self._rows = np.zeros(count, np.int64)
 
     def pair(self, position: int) -> _Pair:
         """What a step shares with those that are alike. Raises ReadError."""
@@ -155,21 +150,24 @@ class _Table:
         rows = np.array([form.rows for form in forms], np.int64)
         known: dict[tuple[str, tuple[int, ...]], int] = {}
         kinds = [known.setdefault((str(form.content.get("dtype")), form.shape), len(known)) for form in forms]
-        return _Pair(text, arrays, rows, rows * self._row_bytes[arrays], np.array(kinds, np.int32))
+        sizes = np.array([form.nbytes for form in forms], np.int64)
+        return _Pair(text, arrays, rows, sizes, np.array(kinds, np.int32))
 
     def take(self, pair: _Pair) -> _At:
         """Where the next step of these lies. Raises ReadError where what an index says of it cannot be."""
         arrays = pair.arrays
-        constant = self._constant[arrays]
+        constant = self._at.constant[arrays]
         times = np.where(constant, 0, self._times[arrays])
-        begins = self._begins[arrays] + np.where(constant, 0, self._rows[arrays] * self._row_bytes[arrays])
+        begins = self._at.begin[arrays] + np.where(
+            constant, 0, self._rows[arrays] * self._at.row_bytes[arrays]
+        )
         self._times[arrays] += 1
         self._rows[arrays] += pair.rows
-        ends, files = begins + pair.sizes, self._files[arrays]
-        sound = (times < self._counts[arrays]).all() and (files < len(self._names)).all()
+        ends, files = begins + pair.sizes, self._at.file[arrays]
+        sound = (times < self._at.counts[arrays]).all() and (files < len(self._names)).all()
         if not sound or (begins < 0).any() or (ends < begins).any() or (ends > LARGEST).any():
             raise self._index.damaged("a step's tensors lie where nothing can")
-        hashes = self._hashes[self._first[arrays] + times]
+        hashes = self._hashes[self._at.first[arrays] + times]
         return _At(begins, ends, files, self._names, hashes, _originals(hashes, pair.forms))
 
 

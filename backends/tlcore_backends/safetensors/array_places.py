@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple, overload
@@ -21,6 +21,7 @@ LARGEST = 1 << 50
 PLACE_KEYS = frozenset(("key", "file", "offset", "constant", "same_as", "hashes", "alias_of"))
 HASH_BYTES = 16
 _MOST_DIMENSIONS = 64
+_NOWHERE = -1
 
 # The error for an index that makes no sense.
 Damaged = Callable[[str], ReadError]
@@ -37,6 +38,20 @@ class Place(NamedTuple):
     row_bytes: int
     dtype: str
     scalar: bool
+
+
+class Columns(NamedTuple):
+    """The places of all arrays ``[n]``, ``file`` -1 of one that makes no sense.
+
+    Of `Places.hashes` each has ``counts`` from ``first`` on. ``row_bytes`` are at most one more than `LARGEST`.
+    """
+
+    file: np.ndarray
+    begin: np.ndarray
+    constant: np.ndarray
+    row_bytes: np.ndarray
+    first: np.ndarray
+    counts: np.ndarray
 
 
 class Places:
@@ -64,35 +79,42 @@ class Places:
         return digest.hex()
 
     @property
-    def firsts(self) -> Sequence[int]:
-        """Where in `hashes` those of each array begin; of an array that makes no sense, anywhere."""
-        return self._all_hashes[0]
+    def columns(self) -> Columns:
+        """The places of all arrays."""
+        return self._told[0]
 
     @property
     def hashes(self) -> np.ndarray:
         """The hashes ``[n, 16]`` of all arrays that make sense, in order."""
-        return self._all_hashes[1]
+        return self._told[1]
 
     @cached_property
-    def _all_hashes(self) -> tuple[list[int], np.ndarray]:
-        firsts, parts, total = list[int](), list[bytes](), 0
-        same: list[tuple[int, int]] = []
+    def _told(self) -> tuple[Columns, np.ndarray]:
+        rows, owners, digests, total = list[tuple[int, ...]](), list[int](), list[bytes](), 0
         for number in range(len(self._entries)):
-            firsts.append(total)
+            owners.append(number)
             try:
-                digests = self.of(number).hashes
+                place = self.of(number)
             except ReadError:
+                rows.append((_NOWHERE, 0, 0, 0, 0, 0))
                 continue
+            # As many as no file has room for, where it is more.
+            row_bytes, count = min(place.row_bytes, LARGEST + 1), len(place.hashes) // HASH_BYTES
+            rows.append((place.file, place.begin, place.constant, row_bytes, total, count))
             other = self._entries[number].get("same_as")
-            if other is not None:
-                same.append((number, other))
-                continue
-            count = len(digests) // HASH_BYTES
-            parts.append(digests[: count * HASH_BYTES])
-            total += count
-        for number, other in same:
-            firsts[number] = firsts[other]
-        return firsts, np.frombuffer(b"".join(parts), np.uint8).reshape(-1, HASH_BYTES)
+            if other is None:
+                digests.append(place.hashes[: count * HASH_BYTES])
+                total += count
+            else:
+                owners[number] = other
+        file, begin, constant, width, first, counts = np.array(rows, np.int64).reshape(-1, 6).T
+        columns = Columns(file, begin, constant.astype(bool), width, first[owners], counts)
+        return columns, np.frombuffer(b"".join(digests), np.uint8).reshape(-1, HASH_BYTES)
+
+    @cached_property
+    def layout(self) -> Hashable:
+        """Equal for arrays that lie in the same places of the files, of entries that are alike otherwise."""
+        return tuple(each.tobytes() for each in self.columns)
 
     @cached_property
     def begins(self) -> dict[int, list[int]]:

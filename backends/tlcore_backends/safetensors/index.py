@@ -141,11 +141,11 @@ class SegmentIndex:
         )
 
     @cached_property
-    def told_pairs(self) -> Hashable:
-        """The plan and extents of each step: with `common`, all that says where the arrays lie."""
+    def layout(self) -> Hashable:
+        """With `common`, all that says where which step has its arrays: equal where that is the same."""
         # Of anything but integers, true would be taken for 1.
         numbers = *self._columns["plan"], *self._columns["extents"]
-        return numbers if {int}.issuperset(map(type, numbers)) else object()
+        return (self.places.layout, numbers) if {int}.issuperset(map(type, numbers)) else object()
 
     def extents_of_arrays(self) -> list[tuple[int, int, int, str]]:
         """Of each array that has bytes of its own: file, begin, end, and key. Raises ReadError."""

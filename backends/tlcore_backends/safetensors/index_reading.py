@@ -15,7 +15,7 @@ from .array_places import Places
 from .shared_arrays import ArraysText
 from .stored_plans import KnownPlans
 
-# Tables that are mostly the same in all segments; the arrays but for their hashes.
+# Tables that are mostly the same in all segments; the arrays but for their places and hashes.
 _TABLES = {b'"calls":': "calls", b'"structures":': "structures", b'"arrays":': "arrays"}
 _PLANS = {b'"plans":': "plans", b'"extents":': "extents"}
 _SHARED = {**_TABLES, **_PLANS}
@@ -28,12 +28,12 @@ _MOST_BYTES = 8 << 20
 
 @dataclass(slots=True)
 class Common:
-    """What is found out of one index, and holds of all whose tables differ in hashes alone."""
+    """What is found out of one index, and holds of all whose tables differ in places and hashes alone."""
 
     plans: KnownPlans = field(default_factory=KnownPlans)
     # Of this one alone, for who must not hold all that is found out.
     token: object = field(default_factory=object)
-    # By the plans and extents of all steps: where the arrays lie, and pieces of them to be hashed.
+    # By the layout: where the arrays lie, and pieces of them to be hashed.
     extents: dict[Any, Any] = field(default_factory=dict)
     layouts: dict[Any, Any] = field(default_factory=dict)
     # Heads of data files in which nothing was wrong.
@@ -61,7 +61,7 @@ class _Seen:
         self._told = False
 
     def arrays_of(self, texts: Mapping[str, bytes]) -> Any:
-        """The arrays of another index whose tables are the same but for hashes; else None."""
+        """The arrays of another index whose tables are the same but for places and hashes; else None."""
         if any(texts[key] != self.texts[key] for key in ("calls", "structures")) or self.places is None:
             return None
         if not self._told:
@@ -97,7 +97,10 @@ class IndexReader:
             if arrays is not None:
                 common, plans = self._common(seen, texts, where)
                 return Read({**own, **seen.tables, **plans, "arrays": arrays}, common)
-        tables = {name: _table(texts, name, where) for name in _TABLES.values()}
+        tables = {}
+        for name in _TABLES.values():
+            same = next((seen.tables for seen in known if seen.texts[name] == texts[name]), None)
+            tables[name] = _table(texts, name, where) if same is None else same[name]
         seen = _Seen(texts, tables, nbytes)
         common, plans = self._common(seen, texts, where)
         return Read({**own, **tables, **plans}, common, seen)

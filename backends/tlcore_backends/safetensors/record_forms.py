@@ -11,7 +11,7 @@ from tlcore.protocols import RecordKind
 from tlcore.record import Json
 
 from .array_places import PLACE_KEYS, Damaged, Place, Places
-from .stored_plans import StoredPlans
+from .stored_plans import Plan, StoredPlans
 
 # What stands in an entry, and is another in each that is alike.
 _OWN = dict.fromkeys((*sorted(PLACE_KEYS), "name", "module"))
@@ -53,9 +53,10 @@ class RecordForms:
 
     def of(self, plan_number: Any, extents_number: Any) -> dict[int, RecordForm]:
         """The forms by the number of their array, in order. Raises ReadError."""
+        plan, extents = self._plans.of(plan_number), self._plans.extents(extents_number)
         known = self._known.get((plan_number, extents_number))
         if known is None:
-            rows = self._rows(plan_number, extents_number)
+            rows = self._rows(plan, extents)
             if self._kept + len(rows) > _MOST_KEPT:
                 self._known, self._kept = {}, 0
             known = {array: self._form(array, count) for array, count in rows}
@@ -66,7 +67,8 @@ class RecordForms:
     def kinds(self, plan_number: Any, extents_number: Any, directory: str) -> list[RecordKind]:
         """The records in order by their kinds; ``directory`` is their step's. Raises ReadError."""
         found = []
-        for array, rows in self._rows(plan_number, extents_number):
+        plan, extents = self._plans.of(plan_number), self._plans.extents(extents_number)
+        for array, rows in self._rows(plan, extents):
             self._places.of(array)
             entry = self._table("arrays", array)
             try:
@@ -85,9 +87,8 @@ class RecordForms:
         own = {"name": f"{directory}/{form.tail}", "hash": f"xxh3-128:{digest}"}
         return {**form.content, **own, "shard": form.shard, "offsets": offsets}
 
-    def _rows(self, plan_number: Any, extents_number: Any) -> list[tuple[int, int]]:
+    def _rows(self, plan: Plan, extents: Sequence[int]) -> list[tuple[int, int]]:
         """The arrays of a step in order, and how many rows it has of each. Raises ReadError."""
-        plan, extents = self._plans.of(plan_number), self._plans.extents(extents_number)
         if plan.groups and max(plan.groups) >= len(extents):
             raise self._damaged(f"there is no extent {max(plan.groups)}")
         return [(array, extents[group]) for array, group in zip(plan.arrays, plan.groups, strict=True)]

@@ -58,7 +58,7 @@ _NOTHING = _Placed([], [])
 
 def _placed(index: SegmentIndex) -> dict[int, _Placed]:
     """The arrays by the number of their file; of indexes that are alike the same. Raises ReadError."""
-    known: dict[int, _Placed] | None = index.common.extents.get(index.told_pairs)
+    known: dict[int, _Placed] | None = index.common.extents.get(index.layout)
     if known is None:
         known = {}
         for place, begin, end, key in index.extents_of_arrays():
@@ -66,7 +66,7 @@ def _placed(index: SegmentIndex) -> dict[int, _Placed]:
         for arrays, overlaps in known.values():
             own = sorted(each for each in arrays if each.end > each.begin)
             overlaps += ((one.key, other.key) for one, other in pairwise(own) if other.begin < one.end)
-        index.common.keep(index.common.extents, index.told_pairs, known)
+        index.common.keep(index.common.extents, index.layout, known)
     return known
 
 
@@ -74,7 +74,7 @@ def _head_problems(
     store: Store, index: SegmentIndex, number: int, arrays: Sequence[_Extent]
 ) -> Iterator[str]:
     """What is wrong with a file's header; one that is exactly as another one was is not parsed again."""
-    (file, size), heads, key = index.files[number], index.common.heads, (number, index.told_pairs)
+    (file, size), heads, key = index.files[number], index.common.heads, (number, index.layout)
     known, stated = heads.get(key), index.heads[number]
     if known is not None and len(known) <= size and stated in (None, digest(known)):
         with suppress(BackendError, OSError):

@@ -1,119 +1,100 @@
-"""Arrays of indexes whose texts differ in hashes alone, as those of segments of as many steps do."""
+"""Arrays of indexes whose texts differ in places and hashes alone, as those of segments of alike steps do."""
 
 from __future__ import annotations
 
 import re
+from binascii import a2b_base64
 from collections.abc import Sequence
 from functools import cached_property
-from typing import Any, overload
+from typing import Any, NamedTuple, overload
 
 import numpy as np
 
 from tlcore.errors import ReadError
 
-from .array_places import HASH_BYTES, Damaged, Place, Places
+from .array_places import HASH_BYTES, Columns, Damaged, Place, Places
 
-_HASHES = re.compile(rb'"hashes":"([A-Za-z0-9+/=]*)"')
-_PAD, _NONE = 64, 65
-_LETTERS = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/="
-_VALUES = np.full(256, _NONE, np.uint8)
-_VALUES[np.frombuffer(_LETTERS, np.uint8)] = np.arange(len(_LETTERS))
-Bytes = np.ndarray
+# Of an entry, what another segment has otherwise; each number is below `LARGEST`.
+_VARIES = re.compile(
+    rb'"offset":(0|[1-9][0-9]{0,14}),("constant":true,)?"hashes":"([A-Za-z0-9+/]*={0,2})"',
+)
+_PARTS = 1 + _VARIES.groups
+_KEYS = (b'"offset"', b'"constant"', b'"hashes"')
+
+
+class _Own(NamedTuple):
+    """What the entries with bytes of their own have otherwise, in order."""
+
+    offsets: list[int]
+    constants: list[bool]
+    hashes: list[bytes]
+    digests: list[bytes]
+
+
+def _own(parts: Sequence[bytes]) -> _Own | None:
+    """Of a text that was divided; None where the hashes are not whole ones in base64."""
+    hashes = list(parts[3::_PARTS])
+    if any(len(text) % 4 for text in hashes):
+        # Some decoders take what lacks its padding.
+        return None
+    digests = list(map(a2b_base64, hashes))
+    if any(len(digest) % HASH_BYTES for digest in digests):
+        return None
+    return _Own(list(map(int, parts[1::_PARTS])), list(map(bool, parts[2::_PARTS])), hashes, digests)
 
 
 class ArraysText:
-    """The text of a table of arrays, and what was found of it, for those that differ in hashes alone."""
+    """The text of a table of arrays, for those that differ in places and hashes alone."""
 
-    def __init__(self, text: bytes, spans: Sequence[tuple[int, int]], numbers: Sequence[int], places: Places):
+    def __init__(self, rest: Sequence[bytes], owners: Sequence[int], places: Places) -> None:
+        self._rest = rest
+        self._owners = owners
         self._places = places
-        self._spans = dict(zip(numbers, spans, strict=True))
-        self._positions = np.concatenate([np.arange(*span) for span in spans]) if spans else np.zeros(0, int)
-        raw = np.frombuffer(text, np.uint8)
-        values = _VALUES[raw[self._positions]]
-        self._pads = values == _PAD
-        self._used = _used(values, [end - begin for begin, end in spans])
-        self._rest = self._without_hashes(raw)
 
     @classmethod
     def of(cls, text: bytes, entries: Sequence[Any], places: Places) -> ArraysText | None:
-        """That of ``text``, of which ``entries`` were parsed; None where its hashes cannot be told apart."""
-        spans = [found.span(1) for found in _HASHES.finditer(text)]
+        """That of ``text``, of which ``entries`` were parsed; None where these cannot be told apart."""
+        parts = _VARIES.split(text)
         numbers = [number for number, entry in enumerate(entries) if _has_hashes(entry)]
-        # Without escapes a quote begins or ends a string: each of these is a key and its text, and there are
-        # no others, in whatever depth.
-        if b"\\" in text or not len(spans) == len(numbers) == text.count(b'"hashes"'):
+        constant = sum(each is not None for each in parts[2::_PARTS])
+        # Without escapes a quote begins or ends a string: each of these is a key, and there are no others,
+        # in whatever depth.
+        expected = [len(numbers), constant, len(numbers)]
+        if b"\\" in text or list(map(text.count, _KEYS)) != expected or len(parts) // _PARTS != len(numbers):
             return None
         try:
             for number in range(len(entries)):
                 places.of(number)
         except ReadError:
             return None
-        if any((end - begin) % 4 for begin, end in spans):
-            # Some decoders take what lacks its padding.
-            return None
-        if any(entries[number].get("same_as") is not None for number in numbers):
+        if _own(parts) is None or any(entries[number].get("same_as") is not None for number in numbers):
             # Its own are no one's.
             return None
-        return cls(text, spans, numbers, places)
-
-    def _without_hashes(self, raw: Bytes) -> Bytes:
-        rest: Bytes = raw.copy()
-        rest[self._positions] = 0
-        return rest
+        positions = {number: position for position, number in enumerate(numbers)}
+        stored = (entry.get("same_as", number) for number, entry in enumerate(entries))
+        return cls(parts[::_PARTS], [positions[number] for number in stored], places)
 
     def arrays(self, text: bytes, entries: Sequence[Any]) -> OwnArrays | None:
-        """Those of another text; None where more than hashes differs. ``entries`` are those of this one."""
-        if len(text) != len(self._rest):
-            return None
-        raw = np.frombuffer(text, np.uint8)
-        values = _VALUES[raw[self._positions]]
-        if (values == _NONE).any() or not np.array_equal(values == _PAD, self._pads):
-            return None
-        if not np.array_equal(self._without_hashes(raw), self._rest):
-            return None
-        hashes = _decoded(values)[self._used].reshape(-1, HASH_BYTES)
-        return OwnArrays(entries, text, self._spans, hashes, self._places)
+        """Those of another text; None where anything else differs. ``entries`` are those of this one."""
+        parts = _VARIES.split(text)
+        own = _own(parts) if parts[::_PARTS] == self._rest else None
+        return None if own is None else OwnArrays(entries, own, self._owners, self._places)
 
 
 def _has_hashes(entry: Any) -> bool:
     return isinstance(entry, dict) and isinstance(entry.get("hashes"), str)
 
 
-def _decoded(values: Bytes) -> Bytes:
-    """The bytes of base64, three of each four ``values``; those that stand for padding are anything."""
-    four = values.reshape(-1, 4)
-    three = four[:, :3] << np.array([2, 4, 6], np.uint8) | four[:, 1:] >> np.array([4, 2, 0], np.uint8)
-    return three.reshape(-1)
-
-
-def _used(values: Bytes, lengths: Sequence[int]) -> Bytes:
-    """Which bytes of `_decoded` belong to whole hashes."""
-    used = np.zeros(len(values) // 4 * 3, bool)
-    begin = 0
-    for length in lengths:
-        padding = int(np.count_nonzero(values[begin : begin + length] == _PAD))
-        count = (length // 4 * 3 - padding) // HASH_BYTES
-        first = begin // 4 * 3
-        used[first : first + count * HASH_BYTES] = True
-        begin += length
-    return used
-
-
 class OwnArrays(Sequence[Any]):
-    """The arrays of an index, made one by one: those of another with hashes of their own."""
+    """The arrays of an index, made one by one: those of another with places and hashes of their own.
 
-    def __init__(
-        self,
-        entries: Sequence[Any],
-        text: bytes,
-        spans: dict[int, tuple[int, int]],
-        hashes: Bytes,
-        places: Places,
-    ) -> None:
+    ``owners`` says which of these each array has, or that which it is the same as.
+    """
+
+    def __init__(self, entries: Sequence[Any], own: _Own, owners: Sequence[int], places: Places) -> None:
         self._entries = entries
-        self._text = text
-        self._spans = spans
-        self.hashes = hashes
+        self.own = own
+        self.owners = owners
         self.places = places
 
     def __len__(self) -> int:
@@ -129,36 +110,41 @@ class OwnArrays(Sequence[Any]):
         if isinstance(index, slice):
             return [self[each] for each in range(*index.indices(len(self)))]
         entry = self._entries[index]
-        span = self._spans.get(range(len(self))[index])
-        return entry if span is None else {**entry, "hashes": self._text[slice(*span)].decode("ascii")}
+        if not _has_hashes(entry):
+            return entry
+        own, position = self.own, self.owners[index]
+        found = {key: value for key, value in entry.items() if key != "constant"}
+        found |= {"offset": own.offsets[position], "hashes": own.hashes[position].decode("ascii")}
+        return {**found, "constant": True} if own.constants[position] else found
 
 
 class OwnPlaces(Places):
-    """The places of such arrays: those of the others with hashes of their own."""
+    """The places of such arrays: those of the others with some of their own."""
 
     def __init__(self, arrays: OwnArrays, damaged: Damaged) -> None:
         super().__init__(arrays, damaged)
-        self._others = arrays.places
-        self._own = arrays.hashes
-
-    @property
-    def firsts(self) -> Sequence[int]:
-        """As those of the others."""
-        return self._others.firsts
-
-    @property
-    def hashes(self) -> Bytes:
-        """All hashes ``[n, 16]``, in order."""
-        return self._own
-
-    @cached_property
-    def begins(self) -> dict[int, list[int]]:
-        """As those of the others."""
-        return self._others.begins
+        self._arrays = arrays
 
     def _find(self, number: int) -> Place:
         self._entry(number)
-        place = self._others.of(number)
-        first = self.firsts[number]
-        count = len(place.hashes) // HASH_BYTES
-        return place._replace(hashes=self._own[first : first + count].tobytes())
+        own, position = self._arrays.own, self._arrays.owners[number]
+        place = self._arrays.places.of(number)
+        return place._replace(
+            begin=own.offsets[position], constant=own.constants[position], hashes=own.digests[position]
+        )
+
+    @cached_property
+    def _told(self) -> tuple[Columns, np.ndarray]:
+        own, others = self._arrays.own, self._arrays.places.columns
+        counts = np.fromiter(map(len, own.digests), np.int64, len(own.digests)) // HASH_BYTES
+        owners = np.array(self._arrays.owners, np.int64)
+        told = np.cumsum(counts) - counts, np.array(own.offsets, np.int64), np.array(own.constants, bool)
+        first, begin, constant = (each[owners] for each in told)
+        columns = others._replace(begin=begin, constant=constant, first=first, counts=counts[owners])
+        return columns, np.frombuffer(b"".join(own.digests), np.uint8).reshape(-1, HASH_BYTES)
+
+    @cached_property
+    def begins(self) -> dict[int, list[int]]:
+        """Where the arrays of each data file begin, in order."""
+        file, begin = self.columns.file, self.columns.begin
+        return {each: np.unique(begin[file == each]).tolist() for each in set(file.tolist())}

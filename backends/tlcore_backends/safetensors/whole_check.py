@@ -15,7 +15,7 @@ import numpy as np
 from tlcore.errors import ReadError
 from tlcore.protocols import AlikeSteps, WholeCheck
 
-from .array_places import HASH_BYTES, LARGEST, Place
+from .array_places import HASH_BYTES, LARGEST, Columns, Place
 from .index import SegmentIndex
 from .kinds import kinds_of
 from .likeness import Likeness
@@ -95,7 +95,7 @@ def check_index(
 
 
 def _layout(index: SegmentIndex, threads: int | None) -> _Layout:
-    known: _Layout | None = index.common.layouts.get(index.told_pairs)
+    known: _Layout | None = index.common.layouts.get(index.layout)
     if known is None:
         shared: list[Numbers] = []
         parts = []
@@ -104,7 +104,7 @@ def _layout(index: SegmentIndex, threads: int | None) -> _Layout:
                 parts.append(_Part(number, int(each.ranges[:, 1].max(initial=0)), each))
         known = _Layout(parts, shared)
         if sum(len(part.pieces.owners) for part in parts) <= _MOST_KEPT:
-            index.common.keep(index.common.layouts, index.told_pairs, known)
+            index.common.keep(index.common.layouts, index.layout, known)
     return known
 
 
@@ -179,27 +179,29 @@ def _uniform(
     index: SegmentIndex, plan: Plan, extents: Sequence[int], times: int, shared: list[Numbers]
 ) -> Iterator[tuple[int, _Pieces]]:
     """The pieces of steps that are all alike, file by file."""
-    everywhere = np.arange(times)
-    places: dict[tuple[int, bool], list[tuple[int, int, int]]] = {}
-    known: set[tuple[object, ...]] = set()
-    for number, rows in _rows_of(index, plan, extents):
+    if plan.groups and max(plan.groups) >= len(extents):
+        raise index.damaged(f"there is no extent {max(plan.groups)}")
+    at = Columns(*(each[plan.arrays] for each in index.places.columns))
+    rows, stored = np.array(extents, np.int64)[plan.groups], np.where(at.constant, 1, times)
+    # Integers might not have room for these.
+    ends = at.begin + rows.astype(float) * at.row_bytes * stored
+    for wrong in np.flatnonzero((at.file < 0) | (ends > LARGEST) | (at.counts < stored)).tolist():
+        number, count = plan.arrays[wrong], int(stored[wrong])
         place = index.places.of(number)
-        nbytes = rows * place.row_bytes
-        stored = 1 if place.constant else times
-        _check(index, number, place, nbytes * stored, stored)
-        first = index.places.firsts[number]
-        key = place.file, place.begin, place.constant, first, nbytes
-        if key not in known:
-            known.add(key)
-            places.setdefault((place.file, place.constant), []).append((place.begin, nbytes, first))
-    for (file, constant), each in places.items():
+        _check(index, number, place, int(rows[wrong]) * place.row_bytes * count, count)
+    columns = at.file, at.constant, at.begin, rows * at.row_bytes, at.first
+    # Arrays that are the same have the same pieces.
+    pieces = dict.fromkeys(zip(*(each.tolist() for each in columns), strict=True))
+    table, everywhere = np.array(list(pieces), np.int64).reshape(-1, len(columns)), np.arange(times)
+    for file, constant in sorted({piece[:2] for piece in pieces}):
+        chosen = table[(table[:, 0] == file) & (table[:, 1] == constant)]
+        begins, sizes, numbers = chosen[:, 2:].T[:, :, None]
         count = 1 if constant else times
-        begins, sizes, numbers = np.array(each, np.int64).T[:, :, None]
         first = begins + sizes * np.arange(count)
         hashes = numbers + np.arange(count)
         if constant:
             shared.append(everywhere)
-        owners = np.full(len(each), -len(shared)) if constant else np.tile(everywhere, len(each))
+        owners = np.full(len(chosen), -len(shared)) if constant else np.tile(everywhere, len(chosen))
         yield file, _pieces(first.reshape(-1), (first + sizes).reshape(-1), hashes.reshape(-1), owners)
 
 
@@ -235,7 +237,7 @@ def _mixed(
         # What has no elements may have rows of any size.
         _check(index, number, place, max(sum(counts.tolist()), 1) * place.row_bytes, len(counts))
         steps = distinct.number(positions)
-        first = index.places.firsts[number]
+        first = int(index.places.columns.first[number])
         key = place.file, place.begin, first, distinct.number(counts), steps
         if key in known:
             continue
