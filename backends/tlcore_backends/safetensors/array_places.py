@@ -117,15 +117,27 @@ class Places:
         return tuple(each.tobytes() for each in self.columns)
 
     @cached_property
+    def keys(self) -> dict[int, str]:
+        """The keys, in their files, of the arrays that have bytes of their own. Raises ReadError."""
+        found: dict[int, str] = {}
+        for number, entry in enumerate(self._entries):
+            self.of(number)
+            if entry.get("same_as") is None:
+                found[number] = entry.get("key", entry["name"])
+                if not isinstance(found[number], str):
+                    raise self._damaged(f"array {number} has no key")
+        return found
+
+    @cached_property
     def begins(self) -> dict[int, list[int]]:
         """Where the arrays of each data file begin, in order."""
-        found: dict[int, list[int]] = {}
+        found: dict[int, set[int]] = {}
         for entry in self._entries:
             file, offset = (
                 (entry.get("file"), entry.get("offset")) if isinstance(entry, dict) else (None, None)
             )
             if type(file) is int and type(offset) is int:
-                found.setdefault(file, []).append(offset)
+                found.setdefault(file, set()).add(offset)
         return {file: sorted(offsets) for file, offsets in found.items()}
 
     def _entry(self, number: Any) -> Any:

@@ -149,20 +149,15 @@ class SegmentIndex:
 
     def extents_of_arrays(self) -> list[tuple[int, int, int, str]]:
         """Of each array that has bytes of its own: file, begin, end, and key. Raises ReadError."""
-        totals = self._firsts(len(self.steps))
+        totals, keys = self._firsts(len(self.steps)), self.places.keys
         found = []
-        for number, entry in enumerate(self._document["arrays"]):
-            place = self.places.of(number)
-            if entry.get("same_as") is not None:
-                continue
-            times, rows = totals.get(number, (0, 0))
-            if place.constant and times:
-                rows //= times
-            end = place.begin + rows * place.row_bytes
-            key = entry.get("key", entry["name"])
-            if not isinstance(key, str):
-                raise self.damaged(f"array {number} has no key")
-            found.append((place.file, place.begin, end, key))
+        places = zip(*(each.tolist() for each in self.places.columns[:4]), strict=True)
+        for number, (file, begin, constant, row_bytes) in enumerate(places):
+            if number in keys:
+                times, rows = totals.get(number, (0, 0))
+                if constant and times:
+                    rows //= times
+                found.append((file, begin, begin + rows * row_bytes, keys[number]))
         return found
 
     def arrays(

@@ -46,7 +46,7 @@ def _own(parts: Sequence[bytes]) -> _Own | None:
 class ArraysText:
     """The text of a table of arrays, for those that differ in places and hashes alone."""
 
-    def __init__(self, rest: Sequence[bytes], owners: Sequence[int], places: Places) -> None:
+    def __init__(self, rest: Sequence[bytes], owners: np.ndarray, places: Places) -> None:
         self._rest = rest
         self._owners = owners
         self._places = places
@@ -72,7 +72,8 @@ class ArraysText:
             return None
         positions = {number: position for position, number in enumerate(numbers)}
         stored = (entry.get("same_as", number) for number, entry in enumerate(entries))
-        return cls(parts[::_PARTS], [positions[number] for number in stored], places)
+        owners = np.array([positions[number] for number in stored], np.int64)
+        return cls(parts[::_PARTS], owners, places)
 
     def arrays(self, text: bytes, entries: Sequence[Any]) -> OwnArrays | None:
         """Those of another text; None where anything else differs. ``entries`` are those of this one."""
@@ -91,7 +92,7 @@ class OwnArrays(Sequence[Any]):
     ``owners`` says which of these each array has, or that which it is the same as.
     """
 
-    def __init__(self, entries: Sequence[Any], own: _Own, owners: Sequence[int], places: Places) -> None:
+    def __init__(self, entries: Sequence[Any], own: _Own, owners: np.ndarray, places: Places) -> None:
         self._entries = entries
         self.own = own
         self.owners = owners
@@ -137,7 +138,7 @@ class OwnPlaces(Places):
     def _told(self) -> tuple[Columns, np.ndarray]:
         own, others = self._arrays.own, self._arrays.places.columns
         counts = np.fromiter(map(len, own.digests), np.int64, len(own.digests)) // HASH_BYTES
-        owners = np.array(self._arrays.owners, np.int64)
+        owners = self._arrays.owners
         told = np.cumsum(counts) - counts, np.array(own.offsets, np.int64), np.array(own.constants, bool)
         first, begin, constant = (each[owners] for each in told)
         columns = others._replace(begin=begin, constant=constant, first=first, counts=counts[owners])
@@ -147,4 +148,9 @@ class OwnPlaces(Places):
     def begins(self) -> dict[int, list[int]]:
         """Where the arrays of each data file begin, in order."""
         file, begin = self.columns.file, self.columns.begin
-        return {each: np.unique(begin[file == each]).tolist() for each in set(file.tolist())}
+        return {each: sorted(set(begin[file == each].tolist())) for each in set(file.tolist())}
+
+    @property
+    def keys(self) -> dict[int, str]:
+        """As those of the others."""
+        return self._arrays.places.keys
