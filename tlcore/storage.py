@@ -7,7 +7,7 @@ conformance suite in `tlcore.testing` tests what a store claims and leaves out w
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, NamedTuple, Protocol, runtime_checkable
 
@@ -101,7 +101,7 @@ class SupportsLevels(Protocol):
 class SupportsNames(Protocol):
     """A store to which the sizes of blobs cost more than their names."""
 
-    def names(self, prefix: str = "") -> Iterator[str]:
+    def names(self, prefix: str = "") -> Collection[str]:
         """The names that `Store.list` gives, in any order."""
         ...
 

@@ -19,6 +19,7 @@ from tlcore.hotpath import beneath, payloads
 TWINS: dict[str, Callable[..., Any]] = {
     "read_texts": beneath._read_texts,
     "hash_payloads": payloads._hash_payloads,
+    "list_files": beneath._list_files,
 }
 LARGE = (600 << 10) + 3
 
@@ -192,3 +193,43 @@ def test_a_file_that_is_replaced_meanwhile_is_read_anew(half: Half, tmp_path: Pa
     assert first == [0, 0, 2, 3]
     whole, part = xxhash.xxh3_128_digest(b"first"), xxhash.xxh3_128_digest(b"firs")
     assert digests == whole * 2 + part + whole
+
+
+def listed(half: Half, directory: object, name: str) -> list[str] | None:
+    found = half("list_files")(str(directory), name)
+    return None if found is None else sorted(found)
+
+
+def test_all_files_below_a_directory_are_listed(tmp_path: Path, half: Half) -> None:
+    many = [f"step/call{number % 7}/{'deep/' * (number % 3)}{number:060}" for number in range(3000)]
+    for name in [*many, "step/é", "beside/x"]:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "step" / "empty").mkdir()
+    (tmp_path / "step" / "link").symlink_to("é")
+    (tmp_path / "step" / "way").symlink_to("../beside")
+    os.mkfifo(tmp_path / "step" / "pipe")
+    assert listed(half, tmp_path, "step") == sorted([*many, "step/é"])
+    assert listed(half, tmp_path, "step/call0/deep") == sorted(
+        name for name in many if name.startswith("step/call0/deep/")
+    )
+
+
+def test_what_cannot_be_listed_is_left_to_others(there: tuple[Path, list[str]], half: Half) -> None:
+    folder, names = there
+    nothing = ("a/one", "a/empty", "other", "hard", "large", "pipe", "missing", "a/no/x", "a/one/x", "é")
+    expected: dict[str, list[str]] = {"a": ["a/empty", "a/one"], **{name: [] for name in nothing}}
+    for name in names:
+        assert listed(half, folder, name) == expected.get(name), name
+    assert listed(half, folder / "missing", "a") is None
+    with pytest.raises(ValueError, match="null"):
+        half("list_files")(str(folder), "a\0b")
+
+
+def test_a_directory_that_must_not_be_read_is_left_to_others(tmp_path: Path, half: Half) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("nothing is refused to root")
+    (tmp_path / "step" / "shut").mkdir(parents=True)
+    (tmp_path / "step" / "shut").chmod(0)
+    assert listed(half, tmp_path, "step") is None
+    (tmp_path / "step" / "shut").chmod(0o700)

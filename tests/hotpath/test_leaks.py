@@ -140,6 +140,7 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
         native().hash_payloads(str(tmp_path), ["file", "none", "file"], spans, target)
         native().digest_in_pieces((parts[0],))
         native().count_entries(str(tmp_path), [".", "none"])
+        native().list_files(str(tmp_path.parent), tmp_path.name)
         with open(path, "rb") as file:
             native().gather_ranges(file.fileno(), ranges, target)
         native().gather_payloads(str(tmp_path), ["file", "none", "file"], placed, target, target)

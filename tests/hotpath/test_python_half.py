@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from tests.deep import scaled
+
 ROOT = Path(__file__).parents[2]
 CHECKED = [
     "tests/engine/hooks",
@@ -33,7 +35,13 @@ def test_everything_is_the_same_without_the_extension() -> None:
         del environment[name]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not slow", *CHECKED]
     done = subprocess.run(
-        command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False, timeout=900
+        command,
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=scaled(900, 7000),
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-1000:]
     assert " passed" in done.stdout

@@ -48,29 +48,19 @@ int tlcore_open_beneath(int root, const char *name, struct stat *state)
     return handle;
 }
 
-/* What the kernel calls struct linux_dirent64; only these of its fields are looked at. */
-#define NAME_LENGTH_AT 16
-#define NAME_AT 19
-
-/* How many names a directory has, "." and ".." left out; -1 where it cannot be listed. */
-static Py_ssize_t count_in(int root, const char *name, char *entries, size_t room)
+int tlcore_open_directory(int root, const char *name)
 {
     open_how how = {.flags = O_RDONLY | O_CLOEXEC | O_DIRECTORY, .resolve = BENEATH | NO_SYMLINKS | NO_MAGIC_LINKS};
-    int handle = tlcore_is_plain(name) ? (int)syscall(SYS_openat2, root, name, &how, sizeof how) : -1;
-    if (handle < 0)
+    if (!tlcore_is_plain(name)) {
+        errno = EINVAL;
         return -1;
-    Py_ssize_t count = 0;
-    long size;
-    while ((size = syscall(SYS_getdents64, handle, entries, room)) > 0)
-        for (long at = 0; at < size;) {
-            unsigned short length;
-            memcpy(&length, entries + at + NAME_LENGTH_AT, sizeof length);
-            const char *found = entries + at + NAME_AT;
-            count += strcmp(found, ".") != 0 && strcmp(found, "..") != 0;
-            at += length;
-        }
-    close(handle);
-    return size < 0 ? -1 : count;
+    }
+    return (int)syscall(SYS_openat2, root, name, &how, sizeof how);
+}
+
+long tlcore_read_entries(int handle, char *entries, size_t room)
+{
+    return syscall(SYS_getdents64, handle, entries, room);
 }
 
 ssize_t tlcore_read_piece(int handle, char *target, size_t most)
@@ -233,29 +223,7 @@ static PyObject *read_texts(PyObject *module, PyObject *args)
     return found;
 }
 
-static PyObject *count_entries(PyObject *module, PyObject *args)
-{
-    (void)module;
-    PyObject *directory, *names;
-    tlcore_places places;
-    if (!PyArg_ParseTuple(args, "OO:count_entries", &directory, &names) ||
-        tlcore_take_places(directory, names, &places))
-        return NULL;
-    Py_ssize_t total = 0;
-    char entries[8192];
-    Py_BEGIN_ALLOW_THREADS;
-    for (Py_ssize_t i = 0; i < places.count && total >= 0; i++) {
-        Py_ssize_t count = count_in(places.root, PyBytes_AsString(places.names[i]), entries, sizeof entries);
-        total = count < 0 ? -1 : total + count;
-    }
-    Py_END_ALLOW_THREADS;
-    tlcore_release_places(&places);
-    return PyLong_FromSsize_t(total);
-}
-
 static PyMethodDef functions[] = {
-    {"count_entries", count_entries, METH_VARARGS,
-     "How many names the directories below one have together; -1 where one cannot be listed."},
     {"read_texts", read_texts, METH_VARARGS,
      "The bytes of small files below a directory, None for what was not read."},
     {NULL, NULL, 0, NULL},

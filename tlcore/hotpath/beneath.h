@@ -29,6 +29,12 @@ int tlcore_is_plain(const char *name);
 /* A regular file and its state; -1 for all else, also where the kernel is too old to promise the way there. */
 int tlcore_open_beneath(int root, const char *name, struct stat *state);
 
+/* A directory, reached in the same way; -1 with errno set. */
+int tlcore_open_directory(int root, const char *name);
+
+/* Some of its entries, as the kernel writes them: how many bytes, 0 at the end, -1 for an error. */
+long tlcore_read_entries(int handle, char *entries, size_t room);
+
 /* Up to `most` bytes, fewer only at the file's end; -1 for an error. */
 ssize_t tlcore_read_piece(int handle, char *target, size_t most);
 

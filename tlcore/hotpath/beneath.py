@@ -103,7 +103,36 @@ def _count_entries(directory: str, names: Sequence[str]) -> int:
     return max(total, -1)
 
 
+def _list_files(directory: str, name: str) -> list[str] | None:
+    """The names below ``directory`` of all regular files below its directory ``name``, in any order.
+
+    None where one of these cannot be listed, or is reached through a symbolic link; a directory that is
+    missing has none, but ``directory`` must be there.
+    """
+    beneath, found, waiting = Beneath(directory), list[str](), [os.fsdecode(name)]
+    if not os.path.isdir(directory):
+        return None
+    try:
+        for each in waiting:
+            place = beneath.directory(each)
+            if place is None:
+                return None
+            try:
+                with os.scandir(place) as entries:
+                    for entry in entries:
+                        if entry.is_file(follow_symlinks=False):
+                            found.append(f"{each}/{entry.name}")
+                        elif entry.is_dir(follow_symlinks=False):
+                            waiting.append(f"{each}/{entry.name}")
+            except (FileNotFoundError, NotADirectoryError):
+                continue
+    except OSError:
+        return None
+    return found
+
+
 count_entries: Callable[[str, Sequence[str]], int] = extension.count_entries if extension else _count_entries
+list_files: Callable[[str, str], list[str] | None] = extension.list_files if extension else _list_files
 read_texts: Callable[[str, Sequence[str], int], list[bytes | None]] = (
     extension.read_texts if extension else _read_texts
 )

@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 /* Counts up whenever a function changes what it takes or gives; `native.py` refuses any other. */
-#define TLCORE_INTERFACE 8
+#define TLCORE_INTERFACE 9
 
 /* Shorter work than this is over before another thread could use the interpreter, which is dear to get back. */
 #define TLCORE_SMALL_BYTES (256 << 10)
@@ -44,6 +44,7 @@ int tlcore_add_hashing(PyObject *module);
 int tlcore_add_copying(PyObject *module);
 int tlcore_add_reading(PyObject *module);
 int tlcore_add_beneath(PyObject *module);
+int tlcore_add_entries(PyObject *module);
 int tlcore_add_payloads(PyObject *module);
 int tlcore_add_gathering(PyObject *module);
 int tlcore_add_seals(PyObject *module);

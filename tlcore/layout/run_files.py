@@ -111,7 +111,7 @@ class RunFiles:
         if self.is_listed or directory in self._listed or not isinstance(store, SupportsNames):
             return self.sizes_in(directory)
         try:
-            return self._within(list(store.names(f"{directory}/")))
+            return self._within(store.names(f"{directory}/"))
         except (BackendError, OSError) as error:
             raise ReadError(str(error)) from error
 

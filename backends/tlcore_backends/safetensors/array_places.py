@@ -43,7 +43,7 @@ class Place(NamedTuple):
 class Columns(NamedTuple):
     """The places of all arrays ``[n]``, ``file`` -1 of one that makes no sense.
 
-    Of `Places.hashes` each has ``counts`` from ``first`` on. ``row_bytes`` are at most one more than `LARGEST`.
+    Of `Places.hashes` each has ``counts`` from ``first`` on. ``row_bytes`` end one above `LARGEST`.
     """
 
     file: np.ndarray

@@ -11,11 +11,12 @@ import re
 import secrets
 import shutil
 import stat
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
 from tlcore.errors import BackendError
+from tlcore.hotpath.beneath import list_files
 from tlcore.hotpath.making import NO_HARD_LINKS
 from tlcore.hotpath.reading import FILE_ALIGNMENT, Scratch, read_files
 from tlcore.storage import Buffer, Entry, Level, Location, Store
@@ -241,9 +242,14 @@ class LocalStore:
             except FileNotFoundError:
                 continue
 
-    def names(self, prefix: str = "") -> Iterator[str]:
+    def names(self, prefix: str = "") -> Collection[str]:
         """The names of these files, none of which is looked at."""
-        return (name for name, _ in self._entries(prefix))
+        directory = prefix.rpartition("/")[0]
+        found = list_files(self._root, check_name(directory)) if directory else None
+        if found is None:
+            # Who lists it anew says what is wrong.
+            return [name for name, _ in self._entries(prefix)]
+        return [name for name in found if name.startswith(prefix) and _is_finished(name)]
 
     def _entries(self, prefix: str) -> Iterator[tuple[str, os.DirEntry[str]]]:
         directory = prefix.rpartition("/")[0]
@@ -251,7 +257,7 @@ class LocalStore:
         skip = len(self._root) + 1
         for entry in walk(start):
             name = entry.path[skip:]
-            if name.startswith(prefix) and not name.endswith(UNFINISHED) and not _is_in_unfinished(name):
+            if name.startswith(prefix) and _is_finished(name):
                 yield name, entry
 
     def level(self, directory: str = "") -> Level:
@@ -372,9 +378,12 @@ class LocalStore:
             self._publish(place, lambda new: new.copy(file.fileno()))
 
 
-def _is_in_unfinished(name: str) -> bool:
-    """Whether a blob lies in a directory that is not finished; only those of the root are made as a whole."""
-    return UNFINISHED in name and _UNFINISHED_FILE.fullmatch(name.partition("/")[0]) is not None
+def _is_finished(name: str) -> bool:
+    """Whether a file is, and the directory of the root that it lies in; only those are made as a whole."""
+    if UNFINISHED not in name:
+        return True
+    begun = _UNFINISHED_FILE.fullmatch(name.partition("/")[0]) is not None
+    return not begun and not name.endswith(UNFINISHED)
 
 
 def unfinished_files(directory: str) -> Iterator[str]:
