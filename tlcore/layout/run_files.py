@@ -73,6 +73,7 @@ class RunFiles:
         # Whether an object has a protocol's methods takes long to find out, and is asked for every tensor.
         self._local = store if isinstance(store, SupportsFiles) else None
         self._listed: dict[str, Mapping[str, int]] = {}
+        self._named: tuple[tuple[str, str], Collection[str]] = ("", ""), ()
 
     @property
     def is_local(self) -> bool:
@@ -105,13 +106,22 @@ class RunFiles:
             self._listed[directory] = self._listing(f"{directory}/")
         return self._listed[directory]
 
-    def names_in(self, directory: str) -> Collection[str]:
-        """The names that `sizes_in` has, where sizes are not known and would take longer."""
+    def names_in(self, directory: str, ending: str) -> Collection[str]:
+        """The names with this ending that `sizes_in` has, where sizes are not known and would take longer.
+
+        Those that were asked for last are kept.
+        """
+        if self._named[0] != (directory, ending):
+            names = self._all_names_in(directory)
+            self._named = (directory, ending), self._within([name for name in names if name.endswith(ending)])
+        return self._named[1]
+
+    def _all_names_in(self, directory: str) -> Collection[str]:
         store = self.store
         if self.is_listed or directory in self._listed or not isinstance(store, SupportsNames):
             return self.sizes_in(directory)
         try:
-            return self._within(store.names(f"{directory}/"))
+            return store.names(f"{directory}/")
         except (BackendError, OSError) as error:
             raise ReadError(str(error)) from error
 

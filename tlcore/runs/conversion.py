@@ -101,7 +101,8 @@ class _Steps:
         """Write all of them, up to one that is lost."""
         sink = self._sink
         alike: Iterator[AlikeStep] = iter(())
-        if isinstance(sink, SupportsWriteAlike):
+        # A step alone is like none.
+        if isinstance(sink, SupportsWriteAlike) and len(self._source) > 1:
             alike = alike_steps(self._source.stored, self._rank)
         known = next(alike, None)
         for step in self._source.values():

@@ -62,7 +62,7 @@ class PtSource:
         """The structure files that a rank wrote."""
         begin, ending = f"{step_dir(step)}/", f"{rank_suffix(rank)}.json"
         own = re.compile(rf"{begin}(.+/{PATTERN}){re.escape(ending)}", re.DOTALL)
-        names = [name for name in self._files.names_in(step_dir(step)) if name.endswith(ending)]
+        names = self._files.names_in(step_dir(step), ending)
         return {f"{match[1]}.json" for name in names if (match := own.fullmatch(name))}
 
     def structure(self, step: int, rank: int, name: str) -> Any:

@@ -113,8 +113,8 @@ class _Table:
 
     def __init__(self, index: SegmentIndex) -> None:
         self._index = index
-        self._pairs: dict[tuple[int, int, str], _Pair] = {}
-        self._kept = 0
+        # None of it says where anything lies, so it holds of all indexes that have this in common.
+        self._pairs: dict[tuple[int, int, str], _Pair] = index.common.pairs
         self._names = [name for name, _ in index.files]
         places = index.places
         for number in np.flatnonzero(places.columns.file < 0).tolist():
@@ -131,9 +131,8 @@ class _Table:
         known = self._pairs.get(key)
         if known is None:
             known = self._made(position, plan, values)
-            self._kept += len(known.arrays)
-            if self._kept > _MOST_KEPT:
-                self._pairs, self._kept = {}, len(known.arrays)
+            if sum(len(pair.arrays) for pair in self._pairs.values()) > _MOST_KEPT:
+                self._pairs.clear()
             self._pairs[key] = known
         return known
 

@@ -38,6 +38,8 @@ class Common:
     layouts: dict[Any, Any] = field(default_factory=dict)
     # Heads of data files in which nothing was wrong.
     heads: dict[Any, bytes] = field(default_factory=dict)
+    # What steps share that are read as a whole.
+    pairs: dict[Any, Any] = field(default_factory=dict)
     plan_digests: dict[Any, bytes] = field(default_factory=dict)
     extent_digests: dict[Any, bytes] = field(default_factory=dict)
 

@@ -1,4 +1,4 @@
-"""Structures that are alike are looked at once: what is wrong with any of them is still told."""
+"""Records and structures that are alike are looked at once: what is wrong with any is still told."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ import tlcore
 from tests.rewriting import without_checksum
 from tlcore.errors import VerifyError
 from tlcore.reader import verify
+from tlcore.reader.documents import record_problem
 from tlcore_backends.safetensors.described import restored
 
 LAYERS = 12
+# Of what is not looked at, or is known from the rest, any value will do.
+HARMLESS: list[Any] = [{"more": [[[]]]}, {"bytes": "many"}, {"shape": []}]
 
 
 def captured(directory: Path, **keys: Any) -> tlcore.Run:
@@ -39,7 +42,7 @@ def told(run: tlcore.Run) -> str:
 
 
 def damaged(run: tlcore.Run, change: Callable[[Any], object]) -> str:
-    """What is said of a run whose index was changed: the same as if each structure is looked at."""
+    """What is said of a run whose index was changed: the same as if all of its parts are looked at."""
     (index,) = Path(run.url).glob("segments/rank_0_000000*.json")
     document = json.loads(without_checksum(index.read_bytes()))
     change(document)
@@ -114,3 +117,59 @@ def test_one_that_is_missing_is_told_of(tmp_path: Path) -> None:
         plan["structures"][1] -= 1
 
     assert damaged(run, damage)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"name": "../outputs_cpu"},
+        {"name": "a/b/outputs_cpu"},
+        {"name": "0.0\x1b/outputs_cpu"},
+        {"name": 5},
+        {"module": 5},
+        {"module": None},
+        {"call": -1},
+        {"call": True},
+        {"direction": "sideways"},
+        {"direction": ["outputs"]},
+        {"path": "x"},
+        {"path": [[0]]},
+        {"dtype": "float33"},
+        {"dtype": "int32"},
+        {"shape": [None, -4]},
+        {"shape": [None, 4, 2]},
+        {"shape": []},
+        {"device": 1},
+        {"bytes": "many"},
+        {"offset": 3},
+        {"offset": 1 << 49},
+        {"file": 1},
+        {"hashes": "AAAA"},
+        {"hashes": ""},
+        {"same_as": 10_000},
+        {"more": [[[]]]},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("place", [0, 5, -1])
+def test_a_record_that_is_damaged_is_told_of(tmp_path: Path, place: int, change: dict[str, Any]) -> None:
+    said = damaged(captured(tmp_path), lambda document: own(document, place).update(change))
+    assert said or change in HARMLESS
+
+
+def own(document: Any, place: int) -> Any:
+    """The entry of an array that has bytes of its own."""
+    return [entry for entry in document["arrays"] if "hashes" in entry][place]
+
+
+def test_few_records_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[str] = []
+
+    def counting(record: Any, number: int) -> str | None:
+        looked.append(record["name"])
+        return record_problem(record, number)
+
+    run = captured(tmp_path)
+    monkeypatch.setattr("tlcore.reader.sound_records.record_problem", counting)
+    assert tlcore.open_run(run.url).verify() == len(run.step(0).names)
+    assert 2 <= len(looked) < 10 < len(run.step(0).names)
