@@ -48,8 +48,8 @@ class SegmentSource:
         self._listing: Listing | None = None
         self._listed: Mapping[str, int] | None = None
         self._indexes: OrderedDict[str, SegmentIndex] = OrderedDict()
-        # Of each data file, where the arrays begin, as far as its index was read.
-        self._bounds: OrderedDict[str, list[int]] = OrderedDict()
+        # Of each data file whose index was read, that, and which of its files it is.
+        self._told_by: dict[str, tuple[SegmentIndex, int]] = {}
         self._unchecked: set[str] = set()
         # What is wrong with an index.
         self._damaged: dict[str, str] = {}
@@ -120,11 +120,9 @@ class SegmentSource:
     def _read_and_keep(self, name: IndexName) -> SegmentIndex:
         try:
             index = self._read_index(name)
-            begins = index.places.begins
             with self._lock:
                 self._indexes[name.file] = index
-                for number, (file, size) in enumerate(index.files):
-                    self._bounds[file] = [*begins.get(number, ()), size]
+                self._told_by |= {file: (index, number) for number, (file, _) in enumerate(index.files)}
                 self._forget_indexes()
             return index
         finally:
@@ -142,7 +140,7 @@ class SegmentSource:
             _, index = self._indexes.popitem(last=False)
             nbytes -= index.nbytes
             for file, _ in index.files:
-                self._bounds.pop(file, None)
+                self._told_by.pop(file, None)
 
     def _read_index(self, name: IndexName) -> SegmentIndex:
         where = f"{self._store.url}/{name.file}"
@@ -177,11 +175,14 @@ class SegmentSource:
         raise ReadError(f"{self._store.url}: {record.get('name')!r} has no place in a segment")
 
     def _array_end(self, file: str, begin: int, end: int) -> int:
-        bounds = self._bounds.get(file)
-        if not bounds:
+        index, number = self._told_by.get(file, (None, 0))
+        if index is None:
             return end
-        position = bisect_right(bounds, begin)
-        return bounds[position] if position < len(bounds) else end
+        begins, size = index.places.begins.get(number, []), index.files[number][1]
+        position = bisect_right(begins, begin)
+        if position < len(begins):
+            return begins[position]
+        return size if begin < size else end
 
     def read_many(self, records: Sequence[Mapping[str, Any]]) -> list[Buffer | Exception]:
         """The bytes of each record, or why they cannot be read."""
@@ -227,7 +228,8 @@ class SegmentSource:
         """Whether the data file is there, in the size that the index says."""
         try:
             file, _, last = self._range(record)
-            stated = self._bounds[file][-1] if file in self._bounds else self._size(file)
+            index, number = self._told_by.get(file, (None, 0))
+            stated = self._size(file) if index is None else index.files[number][1]
             return last <= stated == self._sizes().get(file)
         except ReadError:
             return False
