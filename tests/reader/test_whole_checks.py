@@ -80,6 +80,7 @@ def by_steps(monkeypatch: pytest.MonkeyPatch) -> Any:
     def verify(store: Store, world_size: int = 2) -> Any:
         with monkeypatch.context() as patch:
             patch.setattr(SegmentSource, "whole_checks", lambda self, rank: iter(()))
+            patch.setattr("tlcore.reader.verify._has_sound_kinds", lambda *given: False)
             patch.setattr(SoundRecords, "problem", lambda self, record, step: record_problem(record, step))
             patch.setattr(SoundStructures, "files_of", lambda self, document, directory: None)
             return found(store, world_size)
@@ -115,13 +116,13 @@ def test_a_sound_run_is_verified_with_few_documents(
     count, told = expected = by_steps(store)
     assert count == told[0] == 2 * (12 * 3 + 4 * 2)
     made: list[int] = []
-    document = SegmentIndex.document
+    step_kinds = SegmentIndex.step_kinds
 
     def counted(index: SegmentIndex, number: int) -> Any:
         made.append(number)
-        return document(index, number)
+        return step_kinds(index, number)
 
-    monkeypatch.setattr(SegmentIndex, "document", counted)
+    monkeypatch.setattr(SegmentIndex, "step_kinds", counted)
     assert found(store) == expected
     # One for each plan, with each number of rows, whichever segment has it.
     assert sorted(made) == sorted(2 * [0, 1, 4, 5])
@@ -138,13 +139,13 @@ def test_one_document_stands_for_segments_of_one_step_and_of_several(
         if step in (0, 3):
             sink.flush()
     sink.close()
-    document = SegmentIndex.document
+    step_kinds = SegmentIndex.step_kinds
 
     def counted(index: SegmentIndex, number: int) -> Any:
         made.append(number)
-        return document(index, number)
+        return step_kinds(index, number)
 
-    monkeypatch.setattr(SegmentIndex, "document", counted)
+    monkeypatch.setattr(SegmentIndex, "step_kinds", counted)
     count, told = found(store, world_size=1)
     assert (count, told, made) == (12, [12], [0])
 
