@@ -10,7 +10,8 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Literal
@@ -207,10 +208,11 @@ def open_source(store: Store, run: Json) -> Source:
         raise ReadError(f"{store.url}: {error.problem}") from error
 
 
-def recognise(store: Store) -> tuple[Json | None, list[str]]:
+def recognise(store: Store) -> tuple[Json | None, list[str], list[str]]:
     """The run document of another tool's dump in ``store``, and what is missing where one is nearly there.
 
-    The document is None where no format knows the place. Raises ReadError where it cannot be looked at.
+    The document is None where no format knows the place. The last ones are other formats that know it, too.
+    Raises ReadError where it cannot be looked at.
     """
     near: list[str] = []
     files: Any = _import_target(_DUMP_FILES)(store)
@@ -221,9 +223,20 @@ def recognise(store: Store) -> tuple[Json | None, list[str]]:
             # Two formats may say the same of a damaged file.
             near += [] if found in near else [found]
         elif found is not None:
+            others = list(_also_there(files, name))
             files.hand_over()
-            return {**found, "backend": name}, near
-    return None, near
+            return {**found, "backend": name}, near, others
+    return None, near, []
+
+
+def _also_there(files: Any, first: str) -> Iterator[str]:
+    """The formats behind the first one that know a place, too; plain tensors may lie beside anything."""
+    names = list(_FOREIGN)
+    for name in names[names.index(first) + 1 :]:
+        source: Any = _import_target(_FOREIGN[name])
+        with suppress(ReadError):
+            if name != "plain" and isinstance(source.recognise(files), dict):
+                yield name
 
 
 def open_store(

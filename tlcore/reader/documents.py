@@ -83,7 +83,7 @@ def check_step(document: Any, where: str, number: int, problem_of: ProblemOf | N
     problem_of = problem_of or record_problem
     for record in step["records"]:
         if problem := problem_of(record, number):
-            raise ReadError(f"{where}: damaged record in step.json, {problem}")
+            raise ReadError(f"{where}: damaged record, {problem}")
     for call in step["calls"]:
         if not (isinstance(call, str) and _CALL.fullmatch(call)):
             raise ReadError(f"{where}: damaged, {_short(call)} is no call")

@@ -28,6 +28,8 @@ def local_directory(path: str | os.PathLike[str]) -> Path | None:
     else:
         directory = Path(text).expanduser()
     if not directory.exists():
+        if directory.is_symlink():
+            raise ReadError(f"{text}: is a symbolic link that leads nowhere")
         raise MissingError(f"{text}: there is no such directory")
     if not directory.is_dir():
         raise ReadError(f"{text}: is a file; give the run's directory")
@@ -46,24 +48,31 @@ def open_existing(path: str | os.PathLike[str], storage_options: Mapping[str, An
 
 
 def open_file(path: str | os.PathLike[str], storage_options: Mapping[str, Any] | None = None) -> Store:
-    """A file as a store that holds nothing else; raises as `open_existing`, of its directory."""
-    directory, _, name = os.fspath(path).rstrip("/").rpartition("/")
-    store = open_existing(directory or ".", storage_options)
-    return OneLocalFile(store, name) if isinstance(store, SupportsFiles) else OneFile(store, name)
+    """A file as a store that holds nothing else; raises as `open_existing`, of its directory.
+
+    One that is given by a symbolic link is what that leads to, under its own name.
+    """
+    text = os.fspath(path).rstrip("/")
+    name = text.rpartition("/")[2]
+    real = text if is_url(text) else os.path.realpath(text)
+    directory, _, real_name = real.rpartition("/")
+    store = open_existing(directory or ("." if is_url(text) else "/"), storage_options)
+    if isinstance(store, SupportsFiles):
+        return OneLocalFile(store, name, real_name)
+    return OneFile(store, name)
 
 
 class OneFile:
     """One blob of another store, as a store of its own whose URL is the blob's."""
 
-    def __init__(self, store: Store, name: str) -> None:
-        self._store, self._name = store, name
-        self.url = f"{store.url}/{name}"
+    def __init__(self, store: Store, name: str, real_name: str | None = None) -> None:
+        """``real_name`` is the blob's in the other store, where that is another."""
+        self._store, self._name, self._real_name = store, name, real_name or name
+        self.url = f"{store.url}/{self._real_name}"
 
     def get(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """As the other store does; FileNotFoundError for any other name."""
-        if name != self._name:
-            raise FileNotFoundError(f"{self.url}: is a file, and has no {name!r}")
-        return self._store.get(name, start, end)
+        return self._store.get(self._of_mine(name), start, end)
 
     def list(self, prefix: str = "") -> Iterator[Entry]:
         """The blob."""
@@ -77,8 +86,8 @@ class OneFile:
         if isinstance(self._store, SupportsLevels):
             blobs = self._store.level().blobs
         else:
-            blobs = list(self._store.list(self._name))
-        return Level([each for each in blobs if each.name == self._name], [])
+            blobs = list(self._store.list(self._real_name))
+        return Level([Entry(self._name, each.size) for each in blobs if each.name == self._real_name], [])
 
     def put(self, name: str, parts: Sequence[Buffer]) -> int:
         """Refused."""
@@ -96,12 +105,17 @@ class OneFile:
         """Close the other store, which is nobody else's."""
         self._store.close()
 
+    def _of_mine(self, name: str) -> str:
+        if name != self._name:
+            raise FileNotFoundError(f"{self.url}: is a file, and has no {name!r}")
+        return self._real_name
+
 
 class OneLocalFile(OneFile):
     """A file of this machine, which is read where it lies."""
 
-    def __init__(self, store: Any, name: str) -> None:
-        super().__init__(store, name)
+    def __init__(self, store: Any, name: str, real_name: str | None = None) -> None:
+        super().__init__(store, name, real_name)
         self._files: SupportsFiles = store
 
     def path(self, name: str = "") -> str:
@@ -114,12 +128,7 @@ class OneLocalFile(OneFile):
 
     def identity(self, name: str) -> Hashable | None:
         """The file's."""
-        return self._files.identity(name) if name == self._name else None
-
-    def _of_mine(self, name: str) -> str:
-        if name != self._name:
-            raise FileNotFoundError(f"{self.url}: is a file, and has no {name!r}")
-        return name
+        return self._files.identity(self._real_name) if name == self._name else None
 
 
 class Below:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from ..errors import BackendError, MissingError, ReadError
+from ..layout.names import printable
 from ..layout.run_files import LARGEST_JSON, RUN_FILE, RunFiles
 from ..ledger import Counts
 from ..locations import is_url, redact_url
@@ -18,6 +20,7 @@ from .foreign import is_file, not_recognised, open_foreign
 from .opening import Below, below, local_directory, open_existing
 from .run import OpenedAs, Options, Run, run_document
 
+_MOST_LOOKED_AT = 1000
 _RUN_BELOW = re.compile(r"[^/]+/run\.json")
 
 
@@ -152,13 +155,30 @@ def _summary(path: str, store: Store) -> RunSummary | None:
     )
 
 
+def _oddities(path: str | os.PathLike[str]) -> Iterator[str]:
+    """Why a directory of this machine may hold nothing that can be opened."""
+    directory = local_directory(path)
+    if directory is None:
+        return
+    with os.scandir(directory) as entries:
+        found = [(each.name, each.is_symlink()) for each in islice(entries, _MOST_LOOKED_AT)]
+    links = sorted(name for name, is_link in found if is_link)
+    if not found:
+        yield "it is empty"
+    elif links:
+        shown = printable(", ".join(links[:3]))
+        more = f" and {len(links) - 3} more" if len(links) > 3 else ""
+        yield f"it has symbolic links ({shown}{more}), which are not followed: give the files themselves"
+
+
 def _not_one_run(path: str | os.PathLike[str], storage_options: Options, near: Sequence[str]) -> ReadError:
     runs = list_runs(path, storage_options)
     where = redact_url(os.fspath(path))
     if not runs:
-        hints = "".join(f"\n  {each}" for each in near)
+        hints = "".join(f"\n  {each}" for each in (*near, *_oddities(path)))
         text = f"not a run (it has no {RUN_FILE}), and no run lies directly in it"
-        return ReadError(f"{where}: {text}{hints}")
+        known = "" if near else "; nor is it a dump of another tool that is known"
+        return ReadError(f"{where}: {text}{known}{hints}")
     shown = "".join(f"\n  {run.path} ({run.state}, {run.created})" for run in reversed(runs[-20:-1]))
     more = f"\n  ... and {len(runs) - 20} older ones" if len(runs) > 20 else ""
     held = f"{where}: holds runs ({len(runs)}) and is none itself; give one of them"

@@ -126,6 +126,9 @@ class Stored:
                 kind = None if self._can.knowing is None else self._can.knowing.kind(step, rank)
             if not self._sound.has(kind):
                 where = self._where(step, f"step{rank_suffix(rank)}.json")
+                if not self.is_hashed:
+                    # There is no such file in another tool's dump.
+                    where = f"{self.url}, step {step}, rank {rank}"
                 check_step(document, where, step, self.sound_records.problem)
                 self._sound.add(kind)
             self._kinds.keep(key, kind)

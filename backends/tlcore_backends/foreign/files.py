@@ -246,10 +246,10 @@ def _one_piece(files: Readable, file: str, begin: int, size: int) -> Buffer:
     """The bytes of a range; of a large one of this machine in memory that is the caller's."""
     handle = files.handle(file) if size >= _LEAST_OWN else None
     if handle is None:
-        return _whole(files.read(file, begin, begin + size), size, file)
+        return _whole(files.read(file, begin, begin + size), size, shown_path(files, file))
     try:
         if (missing := begin + size - os.fstat(handle.number).st_size) > 0:
-            raise ReadError(f"{file}: ends too early, {missing} bytes are missing")
+            raise ReadError(f"{shown_path(files, file)}: ends too early, {missing} bytes are missing")
         data = np.empty(size, np.uint8).data
         done = os.preadv(handle.number, (data,), begin)
         # The system reads at most 2 GiB at a time.
@@ -258,23 +258,23 @@ def _one_piece(files: Readable, file: str, begin: int, size: int) -> Buffer:
     except (OSError, MemoryError) as error:
         raise ReadError(f"{shown_path(files, file)}: {error}") from error
     if done != size:
-        raise ReadError(f"{file}: ends too early, {size - done} bytes are missing")
+        raise ReadError(f"{shown_path(files, file)}: ends too early, {size - done} bytes are missing")
     return data
 
 
 def _span(files: Readable, file: str, begin: int, size: int) -> Any:
     """The bytes of a range; of a large one of this machine only what is looked at is read."""
     if (handle := files.handle(file)) is None:
-        return _whole(files.read(file, begin, begin + size), size, file)
+        return _whole(files.read(file, begin, begin + size), size, shown_path(files, file))
     try:
-        return _whole(handle.mapped()[begin : begin + size], size, file)
+        return _whole(handle.mapped()[begin : begin + size], size, shown_path(files, file))
     except OSError as error:
         raise ReadError(f"{shown_path(files, file)}: {error}") from error
 
 
-def _whole(data: _Bytes, size: int, file: str) -> _Bytes:
+def _whole(data: _Bytes, size: int, where: str) -> _Bytes:
     if len(data) != size:
-        raise ReadError(f"{file}: ends too early, {size - len(data)} bytes are missing")
+        raise ReadError(f"{where}: ends too early, {size - len(data)} bytes are missing")
     return data
 
 
