@@ -108,7 +108,7 @@ def test_whatever_call_of_the_file_system_is_the_last_one_what_is_committed_is_w
     def look() -> None:
         shutil.copytree(live, left / f"{next(number):04}")
 
-    def in_halves(handle: int, parts: Any) -> int:
+    def in_halves(handle: int, parts: Any, *_: object) -> int:
         data = b"".join(map(bytes, parts))
         written = plain_write(handle, [data[: len(data) // 2]])
         look()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import itertools
 import os
+import resource
 import signal
 import struct
 import tempfile
@@ -18,6 +20,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.deep import scaled
 from tests.hotpath.halves import half_of, native
 from tlcore.hotpath import copying, hashing, reading
 
@@ -32,6 +35,7 @@ TWINS: dict[str, Callable[..., Any]] = {
 
 
 half = half_of(TWINS)
+_RANDOM = os.urandom(300_000 + 5000)
 Half = Callable[[str], Callable[..., Any]]
 
 
@@ -98,6 +102,49 @@ def test_writing_takes_any_number_of_parts_of_any_size(half: Half, tmp_path: Pat
         assert half("write_all")(file.fileno(), parts) == sum(len(part) for part in parts)
         assert half("write_all")(file.fileno(), []) == 0
     assert (tmp_path / "file").read_bytes() == b"".join(parts)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 300_000), st.integers(0, 5000)), max_size=12),
+    st.sampled_from([0, 1, 4095, 4096, 123_457]),
+)
+@settings(max_examples=scaled(25, 400), deadline=None)
+def test_what_goes_past_the_cache_is_the_same_file(spans: list[tuple[int, int]], at: int) -> None:
+    parts = [_RANDOM[begin : begin + size] for size, begin in spans] + [_RANDOM] * (len(spans) % 3)
+    for write in (native().write_all, copying._write_all):
+        with tempfile.TemporaryFile(buffering=0, dir=Path.cwd()) as file:
+            file.seek(at)
+            for each in (parts, [b"more", *parts[:2]]):
+                assert write(file.fileno(), each, 0) == sum(map(len, each))
+            assert not fcntl.fcntl(file, fcntl.F_GETFL) & getattr(os, "O_DIRECT", 0)
+            file.seek(0)
+            assert file.read() == bytes(at) + b"".join([*parts, b"more", *parts[:2]])
+
+
+def test_what_goes_past_the_cache_may_come_to_its_limit(half: Half, tmp_path: Path) -> None:
+    """Of a process whose files may have so many bytes: what fits is there, then comes the error."""
+    limit = (5 << 20) + 700
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    ignored = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, before[1]))
+    try:
+        with (
+            (tmp_path / "file").open("wb", buffering=0) as file,
+            pytest.raises(OSError, match="File too large"),
+        ):
+            half("write_all")(file.fileno(), [_RANDOM] * 20, 0)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        signal.signal(signal.SIGXFSZ, ignored)
+    assert (tmp_path / "file").read_bytes() == (_RANDOM * 20)[:limit]
+
+
+def test_what_takes_no_direct_writes_is_written_as_ever(half: Half) -> None:
+    reader, writer = os.pipe()
+    assert half("write_all")(writer, [b"1" * 5000], 0) == 5000
+    assert os.read(reader, 9000) == b"1" * 5000
+    os.close(writer)
+    os.close(reader)
 
 
 def test_writing_to_what_takes_little_at_a_time_waits_and_ends(half: Half) -> None:

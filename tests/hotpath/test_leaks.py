@@ -134,6 +134,7 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
         copying.gather(target, [0, 1000], parts)
         with open(path, "wb") as file:
             copying.write_all(file.fileno(), parts)
+            copying.write_all(file.fileno(), [target], 0)
         native().read_files(target, str(tmp_path), ["file", "none"], [1050, 3])
         native().identities(paths)
         native().read_texts(str(tmp_path), ["file", "none"], 2000)

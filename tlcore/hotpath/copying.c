@@ -1,7 +1,12 @@
 /* Copying and writing many pieces of memory in one call. */
+#ifndef _GNU_SOURCE
+#define _GNU_SOURCE /* for O_DIRECT */
+#endif
 #include "native.h"
 
 #include <errno.h>
+#include <fcntl.h>
+#include <stdlib.h>
 #include <string.h>
 #include <sys/uio.h>
 #include <unistd.h>
@@ -11,6 +16,10 @@
  * first: such writes to ext4 took 1 to 8 times the processor time of those just below, which took 0.9 times that of 128 KiB. */
 #define WRITE_BYTES (1984 << 10)
 #define WRITE_PARTS 1024
+/* What goes past the page cache goes in whole blocks, from memory that begins with one, so it is put together first. In
+ * writes of this size 13 MB take 2 ms of processor time with that, and 8 or more through the cache, whose pages are new. */
+#define BLOCK_BYTES 4096
+#define DIRECT_BYTES (2 << 20)
 
 Py_ssize_t tlcore_size(PyObject *number, Py_ssize_t most, const char *what)
 {
@@ -172,24 +181,99 @@ static int write_pieces(int handle, const pieces *all, Py_ssize_t *piece, Py_ssi
     return 0;
 }
 
+/* Copy up to `most` bytes from (`piece`, `done`) on; how many there were. */
+static size_t copy_ahead(const pieces *all, Py_ssize_t piece, Py_ssize_t done, char *room, size_t most)
+{
+    size_t filled = 0;
+    for (; piece < all->count && filled < most; piece++, done = 0) {
+        size_t left = (size_t)(all->views[piece].len - done), size = left < most - filled ? left : most - filled;
+        if (size)
+            memcpy(room + filled, (const char *)all->views[piece].buf + done, size);
+        filled += size;
+    }
+    return filled;
+}
+
+/* Write up to `most` bytes from `room`, in one call. As `write_pieces`, and -1 where there was less than a block. */
+static int write_copied(int handle, const pieces *all, Py_ssize_t *piece, Py_ssize_t *done, char *room,
+                        size_t most, size_t block)
+{
+    size_t size = copy_ahead(all, *piece, *done, room, most) / block * block;
+    if (size == 0)
+        return -1;
+    ssize_t written = write(handle, room, size);
+    if (written < 0)
+        return errno;
+    pass_over(all, written, piece, done);
+    return (size_t)written < size ? EINTR : 0;
+}
+
+/* Write all but what is no whole block, past the page cache. As `write_pieces`; 0, too, where this cannot be done here. */
+static int write_direct(int handle, const pieces *all, Py_ssize_t *piece, Py_ssize_t *done, char *room)
+{
+#ifdef O_DIRECT
+    off_t at = lseek(handle, 0, SEEK_CUR);
+    int flags = fcntl(handle, F_GETFL), error = 0;
+    if (at < 0 || flags < 0)
+        return 0;
+    size_t lead = (size_t)(-at & (BLOCK_BYTES - 1));
+    if (lead && (error = write_copied(handle, all, piece, done, room, lead, 1)) != 0)
+        return error < 0 ? 0 : error;
+    if (fcntl(handle, F_SETFL, flags | O_DIRECT))
+        return 0;
+    while ((error = write_copied(handle, all, piece, done, room, DIRECT_BYTES, BLOCK_BYTES)) == 0)
+        ;
+    /* What it refuses is written like anything else. */
+    if (error < 0 || error == EINVAL || error == EOPNOTSUPP)
+        error = 0;
+    return fcntl(handle, F_SETFL, flags) ? errno : error;
+#else
+    (void)handle, (void)all, (void)piece, (void)done, (void)room;
+    return 0;
+#endif
+}
+
+/* One that was used before: its pages are there. Whoever has the interpreter's lock may take it, and gives one back. */
+static char *spare_room;
+
+static char *take_room(void)
+{
+    void *room = spare_room;
+    spare_room = NULL;
+    return room != NULL || posix_memalign(&room, BLOCK_BYTES, DIRECT_BYTES) == 0 ? room : NULL;
+}
+
+static void give_room_back(char *room)
+{
+    if (spare_room == NULL)
+        spare_room = room;
+    else
+        free(room);
+}
+
 static PyObject *write_all(PyObject *module, PyObject *args)
 {
     (void)module;
     int handle, error, stopped = 0;
     PyObject *parts;
     pieces all;
-    Py_ssize_t piece = 0, done = 0;
-    if (!PyArg_ParseTuple(args, "iO:write_all", &handle, &parts) || take_pieces(parts, &all))
+    Py_ssize_t piece = 0, done = 0, direct_from = -1;
+    if (!PyArg_ParseTuple(args, "iO|n:write_all", &handle, &parts, &direct_from) || take_pieces(parts, &all))
         return NULL;
+    char *room = direct_from >= 0 && all.bytes >= direct_from ? take_room() : NULL;
     do {
         Py_BEGIN_ALLOW_THREADS;
-        error = write_pieces(handle, &all, &piece, &done);
+        error = room == NULL ? 0 : write_direct(handle, &all, &piece, &done, room);
+        if (error == 0)
+            error = write_pieces(handle, &all, &piece, &done);
         Py_END_ALLOW_THREADS;
         /* A signal's handler may want to end this; a signal also cuts a write short. */
         stopped = error == EINTR && PyErr_CheckSignals();
     } while (error == EINTR && !stopped);
     Py_ssize_t bytes = all.bytes;
     release_pieces(&all);
+    if (room != NULL)
+        give_room_back(room);
     if (stopped)
         return NULL;
     if (error) {
@@ -201,7 +285,7 @@ static PyObject *write_all(PyObject *module, PyObject *args)
 
 static PyMethodDef functions[] = {
     {"gather", gather, METH_VARARGS, "Copy each part to its offset in a buffer."},
-    {"write_all", write_all, METH_VARARGS, "Write every part in order; returns the bytes written."},
+    {"write_all", write_all, METH_VARARGS, "Write every part in order, many past the page cache; returns the bytes written."},
     {NULL, NULL, 0, NULL},
 };
 

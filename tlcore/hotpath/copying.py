@@ -38,8 +38,12 @@ def _gather(target: Any, offsets: Sequence[int], parts: Sequence[Any]) -> None:
             memory[offset : offset + len(view)] = view
 
 
-def _write_all(handle: int, parts: Sequence[Any]) -> int:
-    """Write every part in order, in calls of a bounded size; returns the bytes written. Raises OSError."""
+def _write_all(handle: int, parts: Sequence[Any], direct_from: int = -1) -> int:
+    """Write every part in order, in calls of a bounded size; returns the bytes written. Raises OSError.
+
+    The extension writes so many bytes as ``direct_from`` or more, where that is not negative, past the
+    system's page cache, if the file system can; the file is the same.
+    """
     group: list[memoryview] = []
     size = total = 0
     for part in parts:
@@ -166,4 +170,4 @@ else:
     Memory = extension.Memory if extension else _Memory
 
 gather: Callable[[Any, Sequence[int], Sequence[Any]], None] = extension.gather if extension else _gather
-write_all: Callable[[int, Sequence[Any]], int] = extension.write_all if extension else _write_all
+write_all: Callable[..., int] = extension.write_all if extension else _write_all

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import contextlib
 import os
+import time
 from collections.abc import Sequence
 
 from tlcore.hotpath.copying import write_all
 from tlcore.protocols import Buffer
 
+from .direct_writes import DirectWrites
 from .regular_files import copy_bytes
 
 _FILE_MODE = 0o600
@@ -17,12 +19,13 @@ _FILE_MODE = 0o600
 class AtomicFile:
     """A file under a temporary name, which gets its real one when it is whole.
 
-    `write` appends, from byte ``reserve`` on; the bytes before are given to `publish`. Raises OSError as
-    the system does; then, or when the file is not wanted any more, call `abandon`.
+    `write` appends, from byte ``reserve`` on, as ``writes`` says; the bytes before are given to `publish`.
+    Raises OSError as the system does; then, or when the file is not wanted any more, call `abandon`.
     """
 
-    def __init__(self, path: str, target: str, fsync: bool, reserve: int = 0) -> None:
+    def __init__(self, path: str, target: str, fsync: bool, writes: DirectWrites, reserve: int = 0) -> None:
         self.target = target
+        self._writes = writes
         self._path = path
         self._fsync = fsync
         self._handle: int | None = os.open(
@@ -33,7 +36,10 @@ class AtomicFile:
 
     def write(self, parts: Sequence[Buffer]) -> int:
         """Append ``parts``; returns how many bytes they were."""
-        return write_all(self._open_handle, parts)
+        begin = time.perf_counter()
+        written = write_all(self._open_handle, parts, self._writes.least)
+        self._writes.note(written, time.perf_counter() - begin)
+        return written
 
     def copy(self, handle: int) -> int:
         """Append what another open file has from where it stands; returns how many bytes it was."""

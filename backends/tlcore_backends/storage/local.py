@@ -22,6 +22,7 @@ from tlcore.hotpath.reading import FILE_ALIGNMENT, Scratch, read_files
 from tlcore.storage import Buffer, Entry, Level, Location, Store
 
 from .atomic_file import AtomicFile, remove_quietly, sync_directory
+from .direct_writes import DirectWrites
 from .directories import DIRECTORY_MODE, make_parent, refused, walk
 from .regular_files import open_regular, read_all
 from .unfinished_folder import UnfinishedFolder
@@ -77,6 +78,7 @@ class LocalStore:
         self._token = secrets.token_hex(4)
         self._counter = itertools.count()
         self._scratch = Scratch()
+        self._writes = DirectWrites()
 
     @property
     def url(self) -> str:
@@ -177,7 +179,7 @@ class LocalStore:
         target = self._place(name)
         try:
             self._ensure_parent(target)
-            return AtomicFile(self._unfinished(target), target, self._fsync, reserve)
+            return AtomicFile(self._unfinished(target), target, self._fsync, self._writes, reserve)
         except OSError as error:
             raise refused("write", target, error) from error
 
@@ -345,7 +347,7 @@ class LocalStore:
         self._known_directories.add(directory)
 
     def _publish(self, target: str, fill: Callable[[AtomicFile], int]) -> int:
-        file = AtomicFile(self._unfinished(target), target, self._fsync)
+        file = AtomicFile(self._unfinished(target), target, self._fsync, self._writes)
         try:
             size = fill(file)
             file.publish()
