@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -35,9 +36,10 @@ def alike_steps(
 
     ``structures`` gives the names of a step's structures.
     """
-    reader = _Reader(directory, rank, structures)
-    for step, text in texts:
-        yield reader.look(step, text) or step
+    with ThreadPoolExecutor(1, "tlcore-list") as pool:
+        reader = _Reader(directory, rank, structures, pool)
+        for step, text in texts:
+            yield reader.look(step, text) or step
 
 
 class _Kind:
@@ -87,8 +89,11 @@ class _Kind:
 
 
 class _Reader:
-    def __init__(self, directory: str, rank: int, structures: Callable[[int], Collection[str]]) -> None:
+    def __init__(
+        self, directory: str, rank: int, structures: Callable[[int], Collection[str]], pool: Executor
+    ) -> None:
         self._directory, self._suffix, self._structures = directory, rank_suffix(rank), structures
+        self._pool = pool
         self._kinds: OrderedDict[bytes, _Kind] = OrderedDict()
 
     def look(self, step: int, text: bytes) -> AlikeStep | None:
@@ -140,11 +145,14 @@ class _Reader:
         """Whether a step has the same texts, and no structure more."""
         if kind.has_no_others:
             # All files of the kind are looked at; so nothing else can be there where they are as many.
-            alone = self._count(kind, directory) == kind.entries
-        else:
-            names = sorted(name.removesuffix(".json") for name in self._structures(step))
-            alone = names == kind.structures
-        return alone and together(self._texts(kind, directory), directory) == kind.leader.texts
+            # Counting takes as long as reading, and neither needs the interpreter.
+            entries = self._pool.submit(self._count, kind, directory)
+            return self._reads_as(kind, directory) and entries.result() == kind.entries
+        names = sorted(name.removesuffix(".json") for name in self._structures(step))
+        return names == kind.structures and self._reads_as(kind, directory)
+
+    def _reads_as(self, kind: _Kind, directory: str) -> bool:
+        return together(self._texts(kind, directory), directory) == kind.leader.texts
 
     def _count(self, kind: _Kind, directory: str) -> int:
         calls = [f"{directory}{call}" for call in kind.directories]
