@@ -2,7 +2,7 @@
 
 The prompts go through SmolLM2-135M (`--model` takes another one of transformers) while the outputs of a layer
 are captured to `--output-dir`, a directory or a bucket (`s3://...`). The training reads them back from there,
-shuffled, and the loss is plotted.
+shuffled, and the loss is plotted. Needs transformers and matplotlib; on two cores it takes some minutes.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerBase
 
@@ -25,6 +26,9 @@ WHO = ("A chemist", "My neighbour", "The captain", "A painter", "The court", "Ev
 WHAT = ("measured", "forgot", "described", "repaired", "refused", "translated", "counted", "celebrated")
 WHOM = ("the bridge", "a letter", "seven stars", "the price of bread", "an argument", "his garden", "the law")
 WHEN = ("in the winter", "before the war", "at noon", "without a reason", "twice", "on a Sunday", "as always")
+
+# Prompts that go through the model together.
+_TOGETHER = 32
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -71,8 +75,10 @@ def collect(model_name: str, output_dir: str, layer: int, prompts: int) -> tuple
     pattern = rf"^model\.layers\.{layer}$"
     keys: dict[str, Any] = {"output_dir": output_dir, "backend": "safetensors", "log_step_ids": []}
     with torch.inference_mode(), tlcore.capture(model, module_call_match=pattern, **keys) as capture:
-        for batch in batches(tokenizer, sentences(prompts)):
+        for number, batch in enumerate(batches(tokenizer, sentences(prompts)), 1):
             model(**batch)
+            print(f"\r{min(number * _TOGETHER, prompts)} of {prompts} prompts", end="", file=sys.stderr)
+    print(file=sys.stderr)
     run = tlcore.open_run(capture.url)
     outputs = (name.partition("/")[2] for name in run.step(0).names if "/outputs" in name)
     return run, next(outputs)
@@ -81,8 +87,8 @@ def collect(model_name: str, output_dir: str, layer: int, prompts: int) -> tuple
 def batches(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> Iterator[dict[str, torch.Tensor]]:
     """Texts of a batch are padded; tlcore leaves the padding out."""
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    for begin in range(0, len(texts), 32):
-        yield dict(tokenizer(texts[begin : begin + 32], return_tensors="pt", padding=True))
+    for begin in range(0, len(texts), _TOGETHER):
+        yield dict(tokenizer(texts[begin : begin + _TOGETHER], return_tensors="pt", padding=True))
 
 
 class SparseAutoencoder(nn.Module):
@@ -107,7 +113,7 @@ def train(loader: Iterable[dict[str, torch.Tensor]], size: int, name: str, epoch
     model = SparseAutoencoder(size, 8 * size, 32)
     optimizer = torch.optim.Adam(model.parameters(), 1e-3)
     losses = []
-    for _ in range(epochs):
+    for epoch in range(1, epochs + 1):
         for batch in loader:
             states = batch[name].float()
             states = states / states.std()
@@ -116,17 +122,14 @@ def train(loader: Iterable[dict[str, torch.Tensor]], size: int, name: str, epoch
             loss.backward()
             optimizer.step()
             losses.append(loss.item())
+        print(f"epoch {epoch}: {losses[-1]:.3f} of the variance is unexplained")
     return losses
 
 
 def plot(losses: Sequence[float], path: str) -> None:
     """Draw the loss over the steps."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(figsize=(6, 3.5), layout="constrained")
+    figure = Figure(figsize=(6, 3.5), layout="constrained")
+    axes = figure.subplots()
     axes.plot(losses)
     axes.set(xlabel="step", ylabel="unexplained variance", ylim=(0, None))
     figure.savefig(path)

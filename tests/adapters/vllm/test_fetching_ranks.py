@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import http.client
+import importlib
 import urllib.parse
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,9 +26,12 @@ from tlcore.registry import resolve
 pytestmark = [pytest.mark.slow, pytest.mark.deep]
 QKV = "model.layers.2.self_attn.qkv_proj/outputs_0"
 CHOICE = {"deliver": True, "modules": ["*qkv_proj"]}
-SERVERS = {
-    "tensor parallel": {"tensor-parallel-size": 2},
-    "two engines, two API servers": {"data-parallel-size": 2, "api-server-count": 2},
+_TWO_ENGINES = {"data-parallel-size": 2, "api-server-count": 2}
+# The flags of each server, and keys of its capture.
+SERVERS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "tensor parallel": ({"tensor-parallel-size": 2}, {}),
+    "two engines, two API servers": (_TWO_ENGINES, {}),
+    "two engines, int8": (_TWO_ENGINES, {"store_dtype": "int8"}),
 }
 
 
@@ -41,8 +45,9 @@ class _Running(NamedTuple):
 @pytest.fixture(scope="module", params=SERVERS)
 def running(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[_Running]:
     directory = tmp_path_factory.mktemp("server")
-    captured = delivering(directory / "dumps", r"layers\.2\.self_attn\.qkv_proj$", backend=late_sink.NAME)
-    settings = captured | SERVERS[request.param]
+    flags, keys = SERVERS[request.param]
+    module = r"layers\.2\.self_attn\.qkv_proj$"
+    settings = delivering(directory / "dumps", module, backend=late_sink.NAME, **keys) | flags
     late = directory / "late"
     environment = {**SEVERAL_RANKS, "VLLM_PLUGINS": "tlcore,tlcore.endpoint", late_sink.VARIABLE: str(late)}
     with serving(directory, settings, environment) as server:
@@ -122,6 +127,37 @@ def test_a_rank_that_is_late_is_named_and_keeps_nobody_from_answers(running: _Ru
         found = fetch(running.server, f"{name}.safetensors", token)
         assert found.status == 200 and len(load(found.body)[QKV]) == 6
     wait_until(running.server.ready, "the server answers", 60)
+
+
+def test_a_worker_that_is_stopped_is_named_and_its_part_is_there_when_it_goes_on(running: _Running) -> None:
+    running.late.touch()
+    worker = _of_rank_1(running.server)
+    try:
+        answer = complete(running.server, "stopped", CHOICE)
+        assert answer.status == 200
+        worker.suspend()
+        late = fetch(running.server, "cmpl-stopped", answer.token, "?timeout=3")
+        again = fetch(running.server, "cmpl-stopped.safetensors", answer.token, "?timeout=1")
+        assert running.server.ready()
+    finally:
+        running.late.unlink()
+        worker.resume()
+    for told in (late, again):
+        assert told.status == 504 and "ranks [1] have not stored" in told.json["error"]["message"], told.body
+    found = fetch(running.server, "cmpl-stopped.safetensors", answer.token)
+    assert found.status == 200 and len(load(found.body)[QKV]) == 6
+    assert complete(running.server, "went-on", CHOICE).status == 200
+
+
+def _of_rank_1(server: VllmServer) -> Any:
+    """The process that computes as rank 1: a worker of tensor parallelism, or the second engine."""
+    psutil = importlib.import_module("psutil")
+    (found,) = {
+        each
+        for each in psutil.Process(server.process.pid).children(recursive=True)
+        if any(name in " ".join(each.cmdline()) for name in ("Worker_TP1", "EngineCore_DP1"))
+    }
+    return found
 
 
 def _leave_while_waiting(server: VllmServer, name: str, token: str) -> None:
