@@ -145,12 +145,25 @@ class Report:
         """Whether the process still runs."""
         try:
             os.kill(self.process, 0)
-            # One that nobody has asked after yet has its number still.
-            return Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
         except ProcessLookupError:
             return False
         except OSError:
             return True
+        # One that nobody has asked after yet has its number still.
+        return self._state != "Z"
+
+    @property
+    def stopped(self) -> bool:
+        """Whether somebody has stopped the process, so that it does nothing until it is continued."""
+        return self._state in ("T", "t")
+
+    @property
+    def _state(self) -> str:
+        """How the system calls what the process does; empty where it does not say."""
+        try:
+            return Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0]
+        except (OSError, IndexError):
+            return ""
 
 
 def read_reports() -> Iterator[Report]:

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import os
+import signal
+import subprocess
 import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -25,6 +30,7 @@ from tlcore.adapters.vllm.frontend.fetching import (
     stored_request,
 )
 from tlcore.adapters.vllm.frontend.fetching_route import _number, _request_of, _takes_zstd
+from tlcore.adapters.vllm.reports import VARIABLE
 from tlcore.errors import CaptureError, ConfigError, MissingError
 
 
@@ -96,6 +102,44 @@ def test_an_engine_that_is_stuck_keeps_nobody_who_asks_later(monkeypatch: pytest
 
     (answer,) = asyncio.run(ask_two()).answers
     assert answer["done"] and [requests for _, requests in workers.asked] == [["b"]]
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
+def test_of_an_engine_that_does_not_answer_stopped_ranks_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetching, "_LONGEST_S", 1)
+    directory = tmp_path / "reports"
+    directory.mkdir(mode=0o700)
+    monkeypatch.setenv(VARIABLE, str(directory))
+
+    async def ask(*_: Any) -> list[dict[str, Any]]:
+        await asyncio.sleep(600)
+        return []
+
+    def flush(within_s: float) -> str:
+        with pytest.raises(LateError) as told:
+            asyncio.run(Flusher(ask).flush({"a"}, within_s))
+        return str(told.value)
+
+    workers = [subprocess.Popen(["sleep", "600"]) for _ in range(3)]
+    try:
+        for rank, worker in enumerate(workers):
+            report = {"rank": rank, "parent": os.getpid()}
+            (directory / f"{worker.pid}_{rank}.json").write_text(json.dumps(report))
+        assert flush(0.1) == "the engine's ranks have not stored the request within 0.1 s"
+        for worker in workers[1:]:
+            worker.send_signal(signal.SIGSTOP)
+            os.waitpid(worker.pid, os.WUNTRACED)
+        told = "ranks [1, 2] have not stored the request within 0.1 s: their processes are stopped"
+        assert flush(0.1) == told
+        workers[2].send_signal(signal.SIGCONT)
+        os.waitpid(workers[2].pid, os.WCONTINUED)
+        assert flush(30) == "the engine, of which ranks [1] are stopped, has not answered within 1 s"
+    finally:
+        for worker in workers:
+            worker.kill()
+            worker.wait()
 
 
 def test_a_lost_step_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,6 +18,7 @@ from ....reader import open_run
 from ....reader.request import Request
 from ....reader.run import Run
 from ....record import Json
+from ..reports import read_reports
 from .status import FLUSH, raise_refusal
 
 # How often it is asked whether a flush is over; the engine answers between two of its steps.
@@ -94,8 +95,7 @@ class Flusher:
         try:
             await asyncio.wait_for(flush.over.wait(), within_s)
         except asyncio.TimeoutError:
-            which = f"ranks {flush.missing}" if flush.missing else "the engine's ranks"
-            raise LateError(f"{which} have not stored the request within {within_s:g} s") from None
+            raise _late(flush, within_s) from None
         if flush.error is not None:
             raise flush.error
         return flush
@@ -118,10 +118,25 @@ class Flusher:
                 else:
                     flush.error = LateError(f"ranks {flush.missing} have not stored the request")
             except asyncio.TimeoutError:
-                flush.error = LateError(f"the engine has not answered within {_LONGEST_S:g} s")
+                stopped = _stopped()
+                who = f"the engine, of which ranks {stopped} are stopped," if stopped else "the engine"
+                flush.error = LateError(f"{who} has not answered within {_LONGEST_S:g} s")
             except Exception as error:
                 flush.error = error
             flush.over.set()
+
+
+def _late(flush: Flush, within_s: float) -> LateError:
+    """Who has not stored in time: those who say so, or, where no answer has come, those who are stopped."""
+    missing, stopped = flush.missing, _stopped()
+    which = f"ranks {missing or stopped}" if missing or stopped else "the engine's ranks"
+    why = "" if missing or not stopped else ": their processes are stopped"
+    return LateError(f"{which} have not stored the request within {within_s:g} s{why}")
+
+
+def _stopped() -> list[int]:
+    """The ranks of this front end whose processes somebody has stopped."""
+    return sorted({report.rank for report in read_reports() if report.stopped})
 
 
 def stored_request(flush: Flush, request_id: str, options: Callable[[str], Any]) -> Request:
