@@ -176,3 +176,20 @@ def test_what_is_not_covered_stands_beside_equal(
 
     gaps = tlcore.compare(*skipped, rtol=9, atol=9).not_compared
     assert gaps[0].endswith("tensors were stored by neither run and cannot be compared")
+
+
+@pytest.mark.parametrize(("others", "differ"), [(("0.weight", "2.weight"), False), (("2.bias",), True)])
+def test_weights_that_vllm_has_packed_are_not_said_to_differ(
+    captured: Callable[..., str], others: tuple[str, ...], differ: bool
+) -> None:
+    module = model()
+    a, b = captured(module), captured(module)
+    document = Path(b) / "run.json"
+    told = json.loads(document.read_text())
+    told["environment"]["model"] = "vllm.model_executor.models.llama.LlamaForCausalLM"
+    told["environment"]["weights"]["tensors"].update(dict.fromkeys(others, "float32 0"))
+    document.write_text(json.dumps(told))
+    for found in (tlcore.compare(a, b), tlcore.compare(b, a)):
+        assert any("weights differ" in note for note in found.notes) == differ
+    again = tlcore.replay(b, "step_0/2", nn.Linear(40, 40))
+    assert not again.equal and "others than" not in str(again)

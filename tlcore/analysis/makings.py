@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..reader import Run
 
 _SHOWN = 3
+_NEVER_PACKED = re.compile(r"norm|embed|bias$")
 # Of an engine's settings those that change nothing but how the same is rounded.
 _KERNELS = ("compilation", "cudagraphs", "custom_ops", "attention")
 
@@ -39,13 +41,25 @@ def causes(a: Run, b: Run) -> list[str]:
             notes.append(f"the models' configurations differ: {', '.join(found[:_SHOWN])}{more}")
     mine, other = (part_of(run, "weights").get("tensors") for run in (a, b))
     if isinstance(mine, Mapping) and isinstance(other, Mapping):
-        notes += _weights_apart(mine, other)
+        notes += _weights_apart(mine, other, packs_weights(a) != packs_weights(b))
     return notes
 
 
-def _weights_apart(a: Mapping[str, Any], b: Mapping[str, Any]) -> Iterator[str]:
-    """What of the tensors that both models have in one dtype; those of two dtypes differ anyway."""
+def packs_weights(run: Run) -> bool:
+    """Whether a run is of vLLM, which puts weights of linear layers in the order of its kernels."""
+    environment = run.document.get("environment")
+    model = environment.get("model") if isinstance(environment, Mapping) else None
+    return isinstance(model, str) and (model.startswith("vllm.") or bool(part_of(run, "engine")))
+
+
+def _weights_apart(a: Mapping[str, Any], b: Mapping[str, Any], one_packs: bool) -> Iterator[str]:
+    """What of the tensors that both models have in one dtype; those of two dtypes differ anyway.
+
+    Where only ``one_packs`` them, those of linear layers may be the same in another order: all others tell.
+    """
     both = [name for name in a if name in b and str(a[name]).split()[:1] == str(b[name]).split()[:1]]
+    if one_packs:
+        both = [name for name in both if _NEVER_PACKED.search(name)]
     found = [name for name in both if a[name] != b[name]]
     if found:
         shown = ", ".join(found[:_SHOWN])

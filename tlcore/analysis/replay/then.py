@@ -12,7 +12,7 @@ from torch.nn.parameter import is_lazy
 
 from ...reader import Run
 from ...statistics.weights import SAMPLED, in_training, sampled
-from ..makings import part_of
+from ..makings import packs_weights, part_of
 
 _SHOWN = 3
 
@@ -23,8 +23,9 @@ def since_capture(run: Run, name: str, module: Any, rank: int = 0) -> Iterator[s
     Where nothing was told of them, that is said.
     """
     if isinstance(module, nn.Module):
-        # Of the other ranks, which may have other parts of the weights, nothing is told.
-        yield from _weights(part_of(run, "weights").get("tensors") if rank == 0 else None, name, module)
+        # Of other ranks, which may have other parts of the weights, nothing is told, and vLLM packs its own.
+        known = rank == 0 and packs_weights(run) == type(module).__module__.startswith("vllm.")
+        yield from _weights(part_of(run, "weights").get("tensors") if known else None, name, module)
         yield from _modes(part_of(run, "training"), name, module)
 
 
