@@ -95,7 +95,8 @@ def keep(chain: Chain, at: int, number: float, handles: list[Any]) -> None:
 
 
 def patch(chain: Chain, at: int, number: float, handles: list[Any]) -> None:
-    bound = types.MethodType(lambda self, x: x * self.weight + number, chain.parts[at])
+    # What was spliced in has no weight.
+    bound = types.MethodType(lambda self, x: x * getattr(self, "weight", 0.5) + number, chain.parts[at])
     setattr(chain.parts[at], "forward", bound)  # noqa: B010
 
 
