@@ -85,6 +85,14 @@ class _Whole(NamedTuple):
     packed: None = None
 
 
+def _arrays_of(run: Run, rank: int, keys: Sequence[str]) -> dict[str, list[Array]]:
+    """The arrays of some tensors, in the order of their segments, which are gone through once."""
+    found: dict[str, list[Array]] = {key: [] for key in keys}
+    for array in run.stored.arrays(rank, set(keys)):
+        found[array.key].append(array)
+    return found
+
+
 def _begins(rows: Sequence[ArrayRows]) -> Mapping[int, int]:
     """The first row of each step."""
     return rows.begins() if isinstance(rows, SupportsBegins) else {each.step: each.begin for each in rows}
@@ -128,6 +136,7 @@ class Sources:
         self._is_local = run.stored.is_local
         self._sources: list[_InArray | _InRecord | _Whole] = []
         self._located: dict[tuple[int, str], list[_ArrayRows]] = {}
+        self._expected: dict[tuple[int, str], list[Array]] = {}
         self._keys: dict[int, list[str]] = {}
         self._counts: dict[tuple[int, str], int] = {}
         self._scratch = Scratch()
@@ -156,6 +165,17 @@ class Sources:
         kept = {key: value for key, value in record.items() if key not in ("hash", "path", "module")}
         return self._append(_InRecord(kept, _row_bytes(record, axis), Packed.of(record))), 0
 
+    def expect(self, entries: Sequence[Entry]) -> None:
+        """Entries are asked for next: the arrays of all their tensors are looked up at once."""
+        wanted: dict[int, list[str]] = {}
+        for entry in entries if self._has_arrays else ():
+            own = int(entry.record["rank"]), entry.key
+            if own not in self._located and own not in self._expected:
+                wanted.setdefault(own[0], []).append(own[1])
+        for rank, keys in wanted.items():
+            arrays = _arrays_of(self.run(), rank, keys)
+            self._expected.update({(rank, key): found for key, found in arrays.items()})
+
     def _append(self, source: _InArray | _InRecord | _Whole) -> int:
         self._sources.append(source)
         return len(self._sources) - 1
@@ -175,7 +195,8 @@ class Sources:
         run, found = self.run(), self._located.setdefault((rank, key), [])
         width = item_size(record["dtype"]) or 0
         row_bytes = _row_bytes(record, axis)
-        for number, array in enumerate(run.stored.arrays(rank, {key})):
+        expected = self._expected.pop((rank, key), None)
+        for number, array in enumerate(run.stored.arrays(rank, {key}) if expected is None else expected):
             self._counts[rank, key] = number + 1
             unit = prod(array.shape[1:]) * width
             if not row_bytes or unit % row_bytes:
@@ -196,6 +217,7 @@ class Sources:
     def forget_steps(self) -> None:
         """Let go of what only the pass over the steps needed."""
         self._located.clear()
+        self._expected.clear()
 
     def run(self) -> Run:
         """The run, opened anew in each process. Raises ReadError where it cannot be."""
@@ -282,12 +304,12 @@ class Sources:
     def _find_array(self, opened: _Opened, place: _InArray) -> Array:
         known = opened.arrays.get((place.rank, place.number))
         if known is None:
-            fewer = False
-            for at, key in enumerate(self._keys[place.rank]):
-                found = list(opened.run.stored.arrays(place.rank, {key}))
-                fewer |= len(found) < self._counts[place.rank, key]
+            fewer, keys = False, self._keys[place.rank]
+            arrays = _arrays_of(opened.run, place.rank, keys)
+            for at, key in enumerate(keys):
+                fewer |= len(arrays[key]) < self._counts[place.rank, key]
                 opened.arrays.update(
-                    {(place.rank, at << 32 | number): each for number, each in enumerate(found)}
+                    {(place.rank, at << 32 | number): each for number, each in enumerate(arrays[key])}
                 )
             known = None if fewer else opened.arrays.get((place.rank, place.number))
         # A run that grows has more behind those that it had.
@@ -298,7 +320,7 @@ class Sources:
 
     def __getstate__(self) -> Mapping[str, Any]:
         own = {key: value for key, value in self.__dict__.items() if key != "_scratch"}
-        return {**own, "_opened": None, "_located": {}}
+        return {**own, "_opened": None, "_located": {}, "_expected": {}}
 
     def __setstate__(self, state: Mapping[str, Any]) -> None:
         self.__dict__.update(state)

@@ -136,6 +136,7 @@ class Table:
             if not told.get("sequence"):
                 tokens = self.tokens.setdefault(str(told["request_id"]), Tokens())
                 tokens.add(told["first_position"], told["ids"][: told["kept"]], told.get("prompt"))
+        self.sources.expect(entries)
         blocks: list[list[_Block]] = [[] for _ in self.names]
         known: dict[tuple[int, bool], tuple[Any, Spans]] = {}
         for entry in entries:
