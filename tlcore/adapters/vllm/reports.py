@@ -150,20 +150,21 @@ class Report:
         except OSError:
             return True
         # One that nobody has asked after yet has its number still.
-        return self._state != "Z"
+        return _state_of(self.process) != "Z"
 
     @property
     def stopped(self) -> bool:
-        """Whether somebody has stopped the process, so that it does nothing until it is continued."""
-        return self._state in ("T", "t")
+        """Whether somebody has stopped the process, or the engine that it works for, until it is continued."""
+        parent = self.document.get("parent")
+        return any(_state_of(each) in ("T", "t") for each in (self.process, parent) if type(each) is int)
 
-    @property
-    def _state(self) -> str:
-        """How the system calls what the process does; empty where it does not say."""
-        try:
-            return Path(f"/proc/{self.process}/stat").read_text().rpartition(")")[2].split()[0]
-        except (OSError, IndexError):
-            return ""
+
+def _state_of(process: int) -> str:
+    """How the system calls what a process does; empty where it does not say."""
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 def read_reports() -> Iterator[Report]:

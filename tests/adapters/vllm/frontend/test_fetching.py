@@ -136,6 +136,10 @@ def test_of_an_engine_that_does_not_answer_stopped_ranks_are_named(
         workers[2].send_signal(signal.SIGCONT)
         os.waitpid(workers[2].pid, os.WCONTINUED)
         assert flush(30) == "the engine, of which ranks [1] are stopped, has not answered within 1 s"
+        # The engine of rank 0 is stopped, and not the worker.
+        report = {"rank": 0, "parent": workers[1].pid}
+        (directory / f"{workers[0].pid}_0.json").write_text(json.dumps(report))
+        assert flush(0.1).startswith("ranks [0, 1] have not stored")
     finally:
         for worker in workers:
             worker.kill()
