@@ -154,7 +154,7 @@ class Report:
 
     @property
     def stopped(self) -> bool:
-        """Whether somebody has stopped the process, or the engine that it works for, until it is continued."""
+        """Whether somebody has stopped the process, or its engine, until it is continued."""
         parent = self.document.get("parent")
         return any(_state_of(each) in ("T", "t") for each in (self.process, parent) if type(each) is int)
 
