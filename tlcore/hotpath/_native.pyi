@@ -108,8 +108,8 @@ def use_torch(
     backward: Callable[[], int],
     tracing: Callable[[], bool],
     modes: Callable[[], int],
-    flags: dict[str, Any],
-    flag: str,
+    flags: dict[str, Any] | Callable[[], bool],
+    flag: str | None,
     /,
 ) -> None: ...
 def put_all(listeners: list[Any], all_of_them: list[Listening], begin: int, /) -> int: ...

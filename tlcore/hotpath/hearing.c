@@ -136,7 +136,7 @@ static int is_traced(PyObject *listener)
     if (maybe == 0)
         maybe = says(modes);
     if (maybe == 0)
-        maybe = PyDict_GetItemWithError(flags, flag) == Py_True;
+        maybe = flag == Py_None ? says(flags) : PyDict_GetItemWithError(flags, flag) == Py_True;
     if (maybe <= 0)
         return maybe;
     PyObject *answer = PyObject_CallMethodObjArgs(listener, traced_name, NULL);
@@ -257,9 +257,12 @@ static PyObject *use_torch(PyObject *module, PyObject *args)
 {
     (void)module;
     PyObject *hooks, *which, *is_tracing, *count, *found, *key;
-    if (!PyArg_ParseTuple(args, "O!OOOO!U:use_torch", &PyDict_Type, &hooks, &which, &is_tracing, &count, &PyDict_Type,
-                          &found, &key))
+    if (!PyArg_ParseTuple(args, "O!OOOOO:use_torch", &PyDict_Type, &hooks, &which, &is_tracing, &count, &found, &key))
         return NULL;
+    if (key != Py_None && !(PyDict_Check(found) && PyUnicode_Check(key))) {
+        PyErr_SetString(PyExc_TypeError, "a flag has a dictionary and a key that is a text");
+        return NULL;
+    }
     tlcore_set(&global_hooks, hooks);
     tlcore_set(&backward, which);
     tlcore_set(&tracing, is_tracing);
@@ -272,7 +275,8 @@ static PyObject *use_torch(PyObject *module, PyObject *args)
 static PyMethodDef functions[] = {
     {"use_torch", use_torch, METH_VARARGS,
      "The dictionary of the hooks that all modules have; what says in which backward a thread is, -1 for none; what says "
-     "whether it traces, and how many dispatch modes it is in; a dictionary, and its key of another tracer's flag."},
+     "whether it traces, and how many dispatch modes it is in; a dictionary, and its key of another tracer's flag, or what "
+     "says whether that traces, and None."},
     {NULL, NULL, 0, NULL},
 };
 

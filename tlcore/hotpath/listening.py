@@ -22,6 +22,13 @@ _is_tracing = torch._C._is_tracing
 _modes = torch._C._len_torch_dispatch_stack
 _fx = vars(_symbolic_trace)
 _FX_FLAG = "_is_fx_tracing_flag"
+# Of releases that have no such flag: there, as in 2.14, it is a thread's own.
+_says_fx = None if _FX_FLAG in _fx else _fx.get("_get_is_fx_tracing") or _fx.get("is_fx_symbolic_tracing")
+
+
+def is_symbolic() -> bool:
+    """Whether `torch.fx` traces a module."""
+    return bool(_fx.get(_FX_FLAG) if _says_fx is None else _says_fx())
 
 
 class _Hearing:
@@ -117,7 +124,7 @@ class _Listening:
         if _backward() >= 0:
             # What backward calls, it computes once more, as activation checkpointing does.
             return original(*args, **kwargs)
-        if (_is_tracing() or _modes() or _fx.get(_FX_FLAG)) and listener._is_traced_now():
+        if (_is_tracing() or _modes() or is_symbolic()) and listener._is_traced_now():
             return original(*args, **kwargs)
         call = self.count
         self.count = call + 1
@@ -181,7 +188,8 @@ else:
     Hearing = extension.Hearing if extension else _Hearing
     KnownSides = extension.KnownSides if extension else _KnownSides
     if extension:
-        extension.use_torch(_global_hooks, _backward, _is_tracing, _modes, _fx, _FX_FLAG)
+        fx = (_fx, _FX_FLAG) if _says_fx is None else (_says_fx, None)
+        extension.use_torch(_global_hooks, _backward, _is_tracing, _modes, *fx)
 
 
 def listening_of(walker: Any, *given: Any) -> _Listening:

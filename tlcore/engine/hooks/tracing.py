@@ -12,8 +12,8 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
-from torch.fx import _symbolic_trace
 
+from ...hotpath.listening import is_symbolic
 from ..staging.accelerator import recording
 
 _MODE = torch._C._TorchDispatchModeKey
@@ -21,7 +21,6 @@ _MODE = torch._C._TorchDispatchModeKey
 TRACES = hasattr(torch.compiler, "is_exporting")
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
 _is_compiling = torch.compiler.is_compiling
-_fx = vars(_symbolic_trace)
 COMPILED, EXPORTED = "torch.compile", "torch.export"
 SYMBOLIC = "torch.fx.symbolic_trace"
 TRANSFORMED = "a torch.func transform (vmap, grad, ...)"
@@ -36,7 +35,7 @@ def why_traced() -> str | None:
     modes = torch._C._get_dispatch_mode
     if modes(_MODE.FAKE) is not None or modes(_MODE.PROXY) is not None:
         return "tracing with fake tensors or proxies"
-    return SYMBOLIC if _fx.get("_is_fx_tracing_flag") else None
+    return SYMBOLIC if is_symbolic() else None
 
 
 def why_not_real() -> str | None:
