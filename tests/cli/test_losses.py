@@ -31,7 +31,7 @@ LOST = "at capture 24 of 30 tensors failed and are not in the run"
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run that was closed after a disk had taken its first step only."""
 
-    def full(handle: int, parts: Any) -> int:
+    def full(handle: int, parts: Any, *_: object) -> int:
         pieces = list(parts)
         if sum(len(piece) for piece in pieces) > 8192:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))

@@ -12,7 +12,7 @@ from tlcore.hotpath.native import extension, in_use
 
 
 def native() -> Any:
-    """The extension; the test fails where it is not there, unless the Python half was asked for, or is all."""
+    """The extension; the test fails where it is not there, unless the Python half was asked for or is all."""
     if extension is None and ("is set" in in_use() or sys.version_info < (3, 11)):
         pytest.skip(in_use())
     assert extension is not None, in_use()

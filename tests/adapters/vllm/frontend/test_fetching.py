@@ -143,7 +143,7 @@ def test_of_an_engine_that_does_not_answer_stopped_ranks_are_named(
     finally:
         for worker in workers:
             worker.kill()
-            worker.wait()
+            worker.wait(60)
 
 
 def test_a_lost_step_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
