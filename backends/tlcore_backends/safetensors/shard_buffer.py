@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 from collections.abc import Sequence
 
+from tlcore.hotpath.new_memory import new_memory
 from tlcore.storage import Buffer
 
-_PRIVATE = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
 _FIRST_BYTES = 2 << 20
 # One shard travels while the next is put together.
 _MOST_KEPT = 2
@@ -19,7 +17,7 @@ class ShardBuffer:
 
     def __init__(self) -> None:
         self.nbytes = 0
-        self._memory = _fresh(_FIRST_BYTES)
+        self._memory = new_memory(_FIRST_BYTES)
 
     def skip(self, nbytes: int) -> None:
         """Leave room that is filled later, through `view`."""
@@ -70,7 +68,7 @@ class ShardBuffer:
             self._memory.resize(size)
             return
         except (BufferError, OSError, SystemError):
-            larger = _fresh(size)
+            larger = new_memory(size)
         with memoryview(larger) as new, self.view() as old:
             new[: self.nbytes] = old
         self._memory = larger
@@ -99,13 +97,3 @@ class ShardBuffers:
     def clear(self) -> None:
         """Keep none."""
         self._free.clear()
-
-
-def _fresh(nbytes: int) -> mmap.mmap:
-    """Zeros that take up memory only once they are written."""
-    memory = mmap.mmap(-1, nbytes, **_PRIVATE)
-    if hasattr(mmap, "MADV_HUGEPAGE"):
-        # Fewer page faults; some kernels are built without it and refuse.
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return memory

@@ -7,8 +7,6 @@ pipeline, or both of the latter.
 
 from __future__ import annotations
 
-import contextlib
-import mmap
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +14,7 @@ from collections.abc import Callable
 import torch
 
 from ...hotpath.copying import Memory
+from ...hotpath.new_memory import new_memory
 from .accelerator import Event
 
 CHUNK_BYTES = 32 << 20
@@ -55,14 +54,7 @@ class Chunk(Memory):
 
 
 def _pageable(size: int) -> torch.Tensor:
-    # Private, so that a forked child can never write into what the parent is about to store.
-    private = {"flags": mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS} if hasattr(mmap, "MAP_PRIVATE") else {}
-    memory = mmap.mmap(-1, size, **private)
-    if size >= 2 << 20 and hasattr(mmap, "MADV_HUGEPAGE"):
-        # Fewer page faults; some kernels are built without it and refuse.
-        with contextlib.suppress(OSError):
-            memory.madvise(mmap.MADV_HUGEPAGE)
-    return torch.frombuffer(memory, dtype=torch.uint8)
+    return torch.frombuffer(new_memory(size), dtype=torch.uint8)
 
 
 def _pinned(size: int) -> torch.Tensor:

@@ -1,0 +1,58 @@
+"""New memory is zeros of a process's own, in large pages only where those are at hand."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import re
+import sys
+
+import numpy as np
+import pytest
+
+from tlcore.hotpath.new_memory import new_memory
+
+SIZES = [1, 2 << 20, (8 << 20) - 1, 8 << 20, (32 << 20) + 5]
+
+
+@pytest.mark.parametrize("size", SIZES)
+def test_it_is_zeros_and_can_be_written(size: int) -> None:
+    with new_memory(size) as memory:
+        assert len(memory) == size and not any(memory[:: max(1, size // 1000)])
+        memory[size - 1] = 7
+        assert memory[-1] == 7
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no process forks here")
+def test_a_forked_child_writes_into_its_own() -> None:
+    with new_memory(8 << 20) as memory:
+        child = os.fork()
+        if not child:
+            memory[0] = 1
+            os._exit(0)
+        os.waitpid(child, 0)
+        assert memory[0] == 0
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="what a map asked for is told by Linux")
+@pytest.mark.parametrize("slow", [False, True])
+def test_large_pages_are_asked_for_where_one_comes_soon(slow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not os.path.exists("/sys/kernel/mm/transparent_hugepage"):
+        pytest.skip("this kernel has no large pages")
+    times = iter([0.0, 1.0 if slow else 1e-6])
+    monkeypatch.setattr("time.perf_counter", lambda: next(times))
+    memory = new_memory(64 << 20)
+    assert _flag_of(memory) == ("nh" if slow else "hg")
+
+
+def _flag_of(memory: mmap.mmap) -> str:
+    """Whether a map asked for large pages (``hg``) or for none (``nh``)."""
+    address = np.frombuffer(memory, np.uint8).ctypes.data
+    inside = False
+    with open("/proc/self/smaps") as maps:
+        for line in maps:
+            if bounds := re.match(r"([0-9a-f]+)-([0-9a-f]+) ", line):
+                inside = int(bounds[1], 16) <= address < int(bounds[2], 16)
+            elif inside and line.startswith("VmFlags:"):
+                return next(iter({"hg", "nh"} & set(line.split())), "none")
+    return "not there"
