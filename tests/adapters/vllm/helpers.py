@@ -8,7 +8,7 @@ import subprocess
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -44,6 +44,13 @@ def run(
         text=True,
         timeout=timeout,
     )
+
+
+def say_and_end(found: Any) -> NoReturn:
+    """End a script with what `report` is to read, whatever an engine has left running."""
+    sys.stdout.write(f"\nREPORT {json.dumps(found)}\n")
+    sys.stdout.flush()
+    os._exit(0)
 
 
 def report(

@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import sys
@@ -14,6 +13,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+from tests.adapters.vllm.helpers import say_and_end
 from tests.adapters.vllm.hybrids import VOCABULARY, write_model
 
 PROMPTS, ANSWERS = (5, 31, 12, 3, 18, 9), (14, 10, 8, 16, 3, 11)
@@ -64,6 +64,4 @@ def main(output_dir: str, kind: str) -> dict[str, Any]:
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    sys.stdout.write("\nREPORT " + json.dumps(main(*sys.argv[1:])) + "\n")
-    sys.stdout.flush()
-    os._exit(0)
+    say_and_end(main(*sys.argv[1:]))

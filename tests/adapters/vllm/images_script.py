@@ -6,7 +6,6 @@
 from __future__ import annotations
 
 import importlib
-import json
 import os
 import sys
 from collections.abc import Sequence
@@ -15,6 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
+from tests.adapters.vllm.helpers import say_and_end
 from tests.adapters.vllm.images import MIXED, SMALLS, Asked, write_model
 from tlcore.layout.rows import RowSet
 
@@ -92,6 +92,4 @@ def _swap_owners() -> None:
 
 if __name__ == "__main__":
     os.environ["VLLM_ENABLE_V1_MULTIPROCESSING"] = "0"
-    sys.stdout.write("\nREPORT " + json.dumps(main(*sys.argv[1:])) + "\n")
-    sys.stdout.flush()
-    os._exit(0)
+    say_and_end(main(*sys.argv[1:]))

@@ -6,7 +6,6 @@ one that the script has captured with another dtype.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import sys
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
+
+from tests.adapters.vllm.helpers import say_and_end
 
 MODULES = [r"layers\.1$", r"model\.norm$"]
 
@@ -66,6 +67,4 @@ def _captured(
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    sys.stdout.write("\nREPORT " + json.dumps(main(*sys.argv[1:])) + "\n")
-    sys.stdout.flush()
-    os._exit(0)
+    say_and_end(main(*sys.argv[1:]))

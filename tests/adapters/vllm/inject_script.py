@@ -6,7 +6,6 @@ small model whose prompts are computed in chunks and preempted, ``drafts`` one t
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import sys
@@ -18,6 +17,7 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from tests.adapters.vllm.drafters import speculator, target_of
+from tests.adapters.vllm.helpers import say_and_end
 from tests.adapters.vllm.second_runner import use_second_runner
 
 TEXTS = ["The capital of France is", "Water boils at a temperature of", "Once upon a time there was a"]
@@ -125,6 +125,4 @@ def _other(prompt: Any) -> Any:
 if __name__ == "__main__":
     os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
-    sys.stdout.write("\nREPORT " + json.dumps(main(*sys.argv[1:])) + "\n")
-    sys.stdout.flush()
-    os._exit(0)
+    say_and_end(main(*sys.argv[1:]))

@@ -7,7 +7,6 @@ mixes, some with planted faults.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import sys
@@ -18,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from tests.adapters.vllm.adapters import NAMES, RANK, write_adapter
 from tests.adapters.vllm.drafters import speculator, target_of
-from tests.adapters.vllm.helpers import prepare_stages
+from tests.adapters.vllm.helpers import prepare_stages, say_and_end
 from tests.adapters.vllm.mixes import run_mix
 from tests.adapters.vllm.replicas import Replicas
 from tests.adapters.vllm.second_runner import use_second_runner
@@ -164,6 +163,4 @@ if __name__ == "__main__":
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")
     # Functions of the tests, run in the workers of engines in other processes.
     os.environ["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
-    sys.stdout.write("\nREPORT " + json.dumps(main(*sys.argv[1:])) + "\n")
-    sys.stdout.flush()
-    os._exit(0)
+    say_and_end(main(*sys.argv[1:]))
