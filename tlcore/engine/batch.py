@@ -57,14 +57,15 @@ class Batch:
 class StepEnd:
     """A step's end: everything that is not in its batches.
 
+    ``started`` and ``ended`` are nanoseconds since 1970: the model does not wait for texts.
     ``decided`` says what became of the requests' draft tokens, and may wait for a device.
     ``unopened`` counts what was not looked into. ``tokens`` makes the entries of the requests' token ids.
     ``undecided`` are those of the ``rows`` and other row sets of which some may have to go then.
     """
 
     step: int
-    started: str
-    ended: str
+    started: int
+    ended: int
     rows: Sequence[Json] | None
     extra: dict[str, Any]
     decided: Callable[[], Mapping[str, Decided]] | None = None

@@ -208,9 +208,9 @@ class capture:  # noqa: N801 - a context manager reads like a function
             self._without_backward += 1
             if self._without_backward == 1:
                 log.warning("log_gradients: this step is a call of the model alone. %s", _BRACKET)
-        captured = self.session.begin_step(more_than_a_call=self._steps.more_than_a_call)
-        tree = self.session.tree
-        if captured and tree is not None:
+        session = self.session
+        captured = session.begin_step(more_than_a_call=self._steps.more_than_a_call)
+        if captured and (tree := session.tree) is not None:
             self._steps.follow(tree)
         return captured
 

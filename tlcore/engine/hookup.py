@@ -149,8 +149,7 @@ class Hookup:
 
     def _calls_elsewhere(self) -> Json:
         """Of calls in other threads; the log says it once."""
-        calls = {} if self.hooks is None else self.hooks.elsewhere
-        calls |= self._taps.elsewhere
+        calls = self._taps.elsewhere if self.hooks is None else self.hooks.elsewhere | self._taps.elsewhere
         if not calls:
             return {}
         if not self._said_elsewhere:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import datetime
 import inspect
 import logging
 import os
@@ -11,7 +10,6 @@ import socket
 import time
 from collections.abc import Mapping
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -20,6 +18,7 @@ from .. import registry
 from .._version import __version__
 from ..config.configuration import Config
 from ..errors import CaptureError, ConfigError
+from ..layout.times import time_text
 from ..ledger import Ledger
 from ..locations import absolute_location, is_url
 from ..protocols import Sink, SupportsLayouts
@@ -38,18 +37,6 @@ def new_run_id() -> str:
     value = value & ~(0xF << 76) & ~(0x3 << 62) | 0x7 << 76 | 0x2 << 62
     text = f"{value:032x}"
     return "-".join((text[:8], text[8:12], text[12:16], text[16:20], text[20:]))
-
-
-def now() -> str:
-    """The wall-clock time in UTC, ISO 8601 with microseconds."""
-    seconds, rest = divmod(time.time_ns(), 1_000_000_000)
-    return f"{_second(seconds)}.{rest // 1000:06}+00:00"
-
-
-@lru_cache(maxsize=2)
-def _second(seconds: int) -> str:
-    """Made once a second: the model waits for it twice a step."""
-    return datetime.datetime.fromtimestamp(seconds, datetime.timezone.utc).strftime("%Y-%m-%dT%H:%M:%S")
 
 
 def new_run(
@@ -71,7 +58,7 @@ def new_run(
     document: Json = {
         "layout": LAYOUT_VERSION,
         "run_id": run_id,
-        "created": now(),
+        "created": time_text(time.time_ns()),
         "host": socket.gethostname(),
         "pid": os.getpid(),
         "world_size": world_size,

@@ -7,6 +7,7 @@ import functools
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
@@ -39,7 +40,7 @@ from .hooks.steps import StepCalls
 from .hooks.tracing import PassedBy
 from .hookup import Hookup
 from .injected import injected
-from .new_run import now, open_run
+from .new_run import open_run
 from .pipeline.channels import gather_channels
 from .pipeline.executors import InlineExecutor, ThreadExecutor
 from .pipeline.inspector import Inspection
@@ -81,7 +82,7 @@ class Session:
         self._processor: Processor | None = None
         self._next_step = 0
         self._step: int | None = None
-        self._started = ""
+        self._started = 0
         self.captured_steps = 0
         # What is said at the end, of that which is not in the run.
         self.remarks: list[str] = []
@@ -244,7 +245,7 @@ class Session:
             if not (wanted and (self.config.selects_step(number) or asked)):
                 return False
             self._step = number
-            self._started = now()
+            self._started = time.time_ns()
             cuts = choosing is not None and choosing.cuts
             self._collector.begin_step(number, self.rows if cuts else None)
             self.rows.begin_step(choosing)
@@ -275,7 +276,7 @@ class Session:
             self._hookup.remove()
             if error is not None:
                 details["error"] = class_name(error)
-            ended = now()
+            ended = time.time_ns()
             self.rows.resume_main()
             problem = self._hookup.end_source()
             if problem is not None:

@@ -203,13 +203,11 @@ def put_all(listeners: list[Any], all_of_them: list[_Listening], begin: int) -> 
 
     Listeners and what they do for each call are in the same order, and all of one half.
     """
-    return int((_put_all if _in_python(all_of_them) else extension.put_all)(listeners, all_of_them, begin))
+    in_python = not all_of_them or type(all_of_them[0]) is _Listening
+    return int((_put_all if in_python else extension.put_all)(listeners, all_of_them, begin))
 
 
 def take_all(listeners: list[Any], all_of_them: list[_Listening], begin: int) -> int:
     """Take each listener from ``begin`` on away; returns where that is more than a deletion, or the end."""
-    return int((_take_all if _in_python(all_of_them) else extension.take_all)(listeners, all_of_them, begin))
-
-
-def _in_python(all_of_them: list[_Listening]) -> bool:
-    return not all_of_them or type(all_of_them[0]) is _Listening
+    in_python = not all_of_them or type(all_of_them[0]) is _Listening
+    return int((_take_all if in_python else extension.take_all)(listeners, all_of_them, begin))

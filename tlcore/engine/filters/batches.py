@@ -111,6 +111,16 @@ def batch_of(given: Mapping[str, Any], prefix: str = "", any_tensor: bool = Fals
     return Batch(tokens, mask, given.get(f"{prefix}position_ids"), given.get("past_key_values"))
 
 
+def is_no_batch(given: Mapping[str, Any]) -> bool:
+    """Whether a call's arguments are floats of so few axes that they cannot be sequences, and no mask."""
+    for name, value in given.items():
+        if type(value) is not torch.Tensor or value.dim() > 2 or "mask" in name:
+            return False
+        if not value.is_floating_point():
+            return False
+    return True
+
+
 def mask_flags(batch: Batch, past: int | None) -> Flags:
     """Which of the [samples, keys] positions up to now the mask calls real. Raises UnknownRowsError."""
     mask = batch.mask

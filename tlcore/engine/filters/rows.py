@@ -83,15 +83,19 @@ class StepRows:
         self, chooses: Chooses | None = None, last: bool = False, window: Window | None = None
     ) -> None:
         # What goes for every step.
-        self.usual = Choosing(chooses, last, window)
+        self.usual = self._choosing = Choosing(chooses, last, window)
         self.prompts: Mapping[tuple[str, str], int] = {}
         self.before: BeforeRows = None
         self.inner: Callable[[str], bool] | None = None
         self.calls_begun: Callable[[], Sequence[Begun]] = list
-        self.begin_step()
+        self._begin(None)
 
     def begin_step(self, choosing: Choosing | None = None) -> None:
         """Forget the step before; nothing is known yet of the rows of this one."""
+        if choosing is not None or not self._is_new():
+            self._begin(choosing)
+
+    def _begin(self, choosing: Choosing | None) -> None:
         self._choosing = choosing or self.usual
         self._module = ""
         self.first: Mapping[str, int] = {}
@@ -105,6 +109,12 @@ class StepRows:
         # The rows of that tensor where some may have to go, and all such rows of the step.
         self.waiting: KeptRows | None = None
         self.undecided: list[KeptRows] = []
+
+    def _is_new(self) -> bool:
+        """Whether nothing has been said of a step since the usual one began."""
+        known = self.told or self._main is not None or len(self._parts) != 1 or self.undecided
+        part = self._part
+        return not (known or part.calls or part.kept or part.whole) and self._choosing is self.usual
 
     @property
     def chooses(self) -> Chooses | None:
@@ -223,6 +233,8 @@ class StepRows:
 
     def document(self) -> Json:
         """The keys of ``step.json`` that say whose rows are whose, in what is stored."""
+        if self._main is None and not self.told:
+            return {}
         if self.told:
             self.note()
         found: Json = {}

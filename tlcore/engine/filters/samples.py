@@ -78,6 +78,8 @@ class Samples:
     def document(self, chooses: Any = None) -> Json:
         """The keys of ``step.json`` that say which samples the step has, and why not of all calls."""
         found: Json = {}
+        if not self._in_step and self._problem is None:
+            return found
         samples = [each for each in self._in_step.values() if chooses is None or chooses(each["request_id"])]
         if samples:
             found["samples"] = samples

@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ...hotpath.intercept import WHOLE_CALL, StandIn, without_dead
+from ..filters.batches import is_no_batch
 from ..filters.rows import StepRows
 from ..filters.samples import Samples, Scope
 from ..filters.sequences import Taker, Whole, token_numbers
@@ -23,6 +24,8 @@ log = logging.getLogger("tlcore")
 _is_compiling = torch.compiler.is_compiling
 _get_ident = threading.get_ident
 _TOKENS = {"input_ids", "inputs_embeds"}
+# Of calls with no samples; nobody adds any.
+_NO_BATCH = Scope()
 
 
 class BatchCalls:
@@ -75,7 +78,10 @@ class BatchCalls:
         before = self._scope, self._rows.sets, self._rows.first
         scope: Scope | None = None
         try:
-            scope = self._samples.scope(taker, given, self._scope)
+            if taker.root and self._samples.named is None and is_no_batch(given):
+                scope = _NO_BATCH
+            else:
+                scope = self._samples.scope(taker, given, self._scope)
             if scope.sets and self._scope is None:
                 self._rows.first = self._counts()
             self._rows.told |= bool(scope.sets)
@@ -91,7 +97,7 @@ class BatchCalls:
         """The call is over."""
         scope, (self._scope, sets, first) = entered
         try:
-            if scope is not None and result is not None:
+            if scope is not None and scope.known and result is not None:
                 self._samples.returned(scope, result)
             if self._rows.told:
                 self._rows.note()

@@ -99,7 +99,9 @@ class Collector:
             # Then each tensor is looked at here.
             self.walker.forget()
         self._noted = 0
-        self._use(Batch(step))
+        if self._batch.sides or self._batch.specs or self._batch.waits:
+            self._use(Batch(step))
+        self._batch.step = step
         self._stager.begin_step()
         if self.gradients is not None:
             self.gradients.begin_step()
@@ -371,7 +373,7 @@ class Collector:
             self.broken(call, direction, error)
 
     def hand_over_if_needed(self) -> None:
-        """Give full memory to the pipeline; not while a tensor is taken whose side is not added yet."""
+        """Give full memory to the pipeline; not while a tensor is taken whose side is not added."""
         if self._stager.must_hand_over:
             self._hand_over(everything=False)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
+from operator import attrgetter
 
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from torch.utils.hooks import RemovableHandle
 
 from ...hotpath.intercept import FORWARD, StandIn, forget, keep_out_of_copies, lies_in
 from ...hotpath.listening import Hearing, Listening, put_all, take_all
@@ -18,6 +18,7 @@ from .module_tree import ModuleTree, Named
 from .stack_room import StackRoom
 
 _get_ident = threading.get_ident
+_elsewhere = attrgetter("elsewhere")
 
 
 class ListenerSet:
@@ -48,7 +49,11 @@ class ListenerSet:
         self._counts = counts
         # Of modules that are not captured themselves: to tell in which call a tap is.
         self._counting: dict[int, CallCounter] = {}
-        self._arrivals: RemovableHandle | None = None
+        arrivals = register_module_module_registration_hook(self._arrives)
+        # Where torch looks when a module gets a part, and under which number this is there in a step.
+        self._arrival_hooks: dict[int, object] = arrivals.hooks_dict_ref() or {}
+        self._arrivals = arrivals.id
+        arrivals.remove()
         self._arrived = False
         self._keeping = False
         self._hearing = Hearing()
@@ -118,6 +123,8 @@ class ListenerSet:
     @property
     def elsewhere(self) -> dict[str, int]:
         """How many calls of which module the step had in threads other than its own."""
+        if not any(map(_elsewhere, self._listening)):
+            return {}
         calls = ((each.name, each.listening.elsewhere) for each in self._listeners)
         return {name: count for name, count in calls if count}
 
@@ -149,7 +156,8 @@ class ListenerSet:
 
     def install(self, more_than_a_call: bool = False) -> None:
         """Look at the model, and listen; the step may be ``more_than_a_call`` of the model."""
-        self.remove()
+        if self._installed:
+            self.remove()
         self.look()
         self._installed = True
         self._put_them()
@@ -160,7 +168,7 @@ class ListenerSet:
             for keeper, each in zip(self._keepers, self._listeners, strict=True):
                 keeper.keep(each)
         if self._looks_within:
-            self._arrivals = register_module_module_registration_hook(self._arrives)
+            self._arrival_hooks[self._arrivals] = self._arrives
         self._room.take(self._tree.depth)
         self._hearing.owner = _get_ident()
 
@@ -280,8 +288,7 @@ class ListenerSet:
         if not self._installed:
             return
         self._installed = False
-        if self._arrivals is not None:
-            self._arrivals.remove()
+        self._arrival_hooks.pop(self._arrivals, None)
         if self._keeping:
             self._keepers = [keeper.leave() for keeper in self._keepers]
         self._room.give_back()

@@ -50,10 +50,12 @@ class ModuleTree:
     def is_as_it_was(self) -> bool:
         """Whether every module is still of its class and has the very parts that it had."""
         try:
+            for cls, known in self._forwards:
+                if getattr(cls, "forward", None) != known:
+                    return False
             return (
                 list(map(_children, self._owns)) == self._known
                 and list(map(type, self._modules)) == self._types
-                and all(getattr(cls, "forward", None) == known for cls, known in self._forwards)
             )
         except Exception:
             # Another module stands there, and its class's own notion of equality failed.

@@ -18,6 +18,8 @@ from ..filters.tensors import TensorSpecs
 # Tensors of one object that are counted, at most.
 _MOST_TENSORS = 10_000
 Reference = Callable[[], Any]
+# What most steps count; nobody adds to it.
+_NONE = Counts()
 
 
 class ObjectsOfStep:
@@ -53,13 +55,15 @@ class ObjectsOfStep:
 
     def counted(self) -> Counts:
         """The ledger of the step's objects; what a cache holds now counts, where that is more than before."""
+        self._taken.clear()
+        if not self._known:
+            return _NONE
         total, self._gone = self._gone, Counts()
         for reference, reason, counts in self._known.values():
             value = reference()
             now = self._count(value, reason) if value is not None and reason == objects.CACHE else counts
             total.add(max(counts, now, key=lambda each: each.captured))
         self._known.clear()
-        self._taken.clear()
         return total
 
     def _count(self, value: Any, reason: str) -> Counts:

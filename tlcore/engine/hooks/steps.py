@@ -151,7 +151,9 @@ class StepCalls:
         if self._watching:
             self._watching = False
             # One that something else lies upon stays inside that for ever: another takes its place.
-            self._strays = [each if each.take_away() else each.successor() for each in self._strays]
+            for place, each in enumerate(self._strays):
+                if not each.take_away():
+                    self._strays[place] = each.successor()
 
     def strays(self, name: str) -> bool:
         """Whether a module's call that begins is outside any step, and counted; `strays_no_more` is its end.
@@ -207,7 +209,10 @@ class StepCalls:
         self._captured = False
         if self._kind == "outermost" and self._tree is not None:
             self._room.take(self._tree.depth)
-        self._guarded(self._begin_it)
+        try:
+            self._captured = self._begin()
+        except Exception as error:
+            self._say_failed(error)
         return True
 
     def heard(self) -> int | None:
@@ -219,12 +224,12 @@ class StepCalls:
         if self._watches or reason != COMPILED:
             self.passed_by.note(name, reason)
 
-    def _begin_it(self) -> None:
-        self._captured = self._begin()
-
     def leaves(self, error: BaseException | None) -> None:
         """The end of a step that `enters` began."""
-        self._guarded(lambda: self._end(error))
+        try:
+            self._end(error)
+        except Exception as failed:
+            self._say_failed(failed)
         # Only after a captured step: one that is not captured must cost nothing.
         if self._captured and self._steps:
             self._watch()
@@ -259,11 +264,8 @@ class StepCalls:
         if mine:
             self.leaves(error)
 
-    def _guarded(self, call: Callable[[], object]) -> None:
-        try:
-            call()
-        except Exception as error:
-            self._say_once(f"a step could not be captured: {type(error).__name__}: {error}")
+    def _say_failed(self, error: Exception) -> None:
+        self._say_once(f"a step could not be captured: {type(error).__name__}: {error}")
 
     def _say_once(self, text: str) -> None:
         if text not in self._said:

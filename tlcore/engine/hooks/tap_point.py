@@ -140,5 +140,8 @@ def receive(receiver: Receiver) -> None:
 def receive_no_more(receiver: Receiver) -> None:
     """Undo `receive`."""
     global _receivers
-    if receiver in _receivers:
+    if _receivers == (receiver,):
+        # As nearly always, once a step.
+        _receivers = ()
+    elif receiver in _receivers:
         _receivers = tuple(each for each in _receivers if each is not receiver)

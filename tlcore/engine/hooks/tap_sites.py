@@ -228,7 +228,10 @@ class Taps:
     @property
     def elsewhere(self) -> dict[str, int]:
         """How many values of which tap were shown in threads other than the step's own."""
-        return {name: count for each in self._of for name, count in each.elsewhere.items()}
+        found: dict[str, int] = {}
+        for each in self._of:
+            found.update(each.elsewhere)
+        return found
 
     @property
     def shown(self) -> dict[str, bool]:

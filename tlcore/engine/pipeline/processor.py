@@ -9,6 +9,7 @@ from dataclasses import replace
 from ...hotpath.hashing import hex_digests
 from ...layout import names
 from ...layout.templates import Structures
+from ...layout.times import time_text
 from ...ledger import RUN_FULL, Ledger
 from ...protocols import Sink, SupportsLateCommit
 from ...record import Record, StepSummary
@@ -293,8 +294,8 @@ class Processor:
             calls=list(dict.fromkeys(step.calls)),
             structures=Structures(names.step_dir(end.step), step.templates, step.values),
             counts=step.counts,
-            started=end.started,
-            ended=end.ended,
+            started=time_text(end.started),
+            ended=time_text(end.ended),
             rows=end.rows,
             extra=end.extra,
         )
@@ -317,7 +318,7 @@ class Processor:
         """Close the sink, then end the run; steps still open count as failed."""
         for number, step in sorted(self._steps.items()):
             step.error = step.error or RuntimeError("the step never ended")
-            self.end_step(StepEnd(number, "", "", None, {}))
+            self.end_step(StepEnd(number, 0, 0, None, {}))
         whole = self._channels is None or self._closed(self._channels.save)
         whole = self._closed(self._sink.close) and whole
         # What the sink never decided is booked before the run's end tells the ledger.

@@ -137,15 +137,17 @@ def device_name(device: torch.device) -> str:
 
 def recording() -> bool:
     """Whether the current stream's work is being recorded into a graph instead of done."""
-    for kind in _kinds():
-        found = accelerator_of(kind)
-        if found is not None and found.recording():
-            return True
-    return False
+    found = False
+    for each in _recorders():
+        found = found or each.recording()
+    return found
 
 
 @cache
-def _kinds() -> tuple[str, ...]:
-    """The device types whose work may be recorded. Those of a build of torch stay the same."""
+def _recorders() -> tuple[Accelerator, ...]:
+    """Those of the device types whose work may be recorded. Those of a build of torch stay the same."""
     current = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
-    return ("cuda",) if current is None or current.type == "cuda" else ("cuda", current.type)
+    kinds = ["cuda"] if torch.version.cuda or torch.version.hip else []
+    if current is not None and current.type != "cuda":
+        kinds.append(current.type)
+    return tuple(each for each in map(accelerator_of, kinds) if each is not None)

@@ -89,7 +89,9 @@ class HostPool:
         # What a sink keeps beside the pool's chunks.
         self._held = 0
         self._recycles = True
-        self._changed = threading.Condition()
+        # Taken by itself, it needs no Python.
+        self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self.chunk_bytes = max(1, min(CHUNK_BYTES, limit))
 
     def acquire(self, nbytes: int, wait_s: float) -> tuple[Chunk | None, float]:
@@ -101,7 +103,7 @@ class HostPool:
         """
         size = max(nbytes, self.chunk_bytes)
         begin = time.monotonic()
-        with self._changed:
+        with self._lock:
             while True:
                 chunk = self._take(nbytes, size)
                 waited = time.monotonic() - begin
@@ -133,27 +135,27 @@ class HostPool:
 
     def hold(self, nbytes: int) -> None:
         """Count ``nbytes`` more (or fewer) that a sink keeps of what it was given."""
-        with self._changed:
+        with self._lock:
             self._held += nbytes
             if nbytes < 0:
                 self._changed.notify_all()
 
     def has_room(self, nbytes: int) -> bool:
         """Whether a chunk for ``nbytes`` bytes could be had without waiting."""
-        with self._changed:
+        with self._lock:
             fits = self._taken + max(nbytes, self.chunk_bytes) <= self.limit
             return fits or any(chunk.size >= nbytes for chunk in self._free)
 
     def submitted(self, chunk: Chunk) -> None:
         """Note that a batch in the pipeline needs the chunk and will release it."""
-        with self._changed:
+        with self._lock:
             if not chunk.batches:
                 self._in_flight += chunk.size
             chunk.batches += 1
 
     def release(self, chunk: Chunk) -> None:
         """A batch needs the chunk no more."""
-        with self._changed:
+        with self._lock:
             chunk.batches -= 1
             if not chunk.batches:
                 self._in_flight -= chunk.size
@@ -162,13 +164,13 @@ class HostPool:
 
     def leave(self, chunk: Chunk) -> None:
         """Nothing more is added to the chunk: it comes back when no batch needs it."""
-        with self._changed:
+        with self._lock:
             chunk.filling = False
             self._take_back(chunk)
 
     def rewind(self, chunk: Chunk) -> bool:
         """Fill the chunk from the front again, unless a batch still needs it."""
-        with self._changed:
+        with self._lock:
             if chunk.batches:
                 return False
             chunk.bytes = 0
@@ -186,7 +188,7 @@ class HostPool:
 
     def retire(self) -> None:
         """Give memory back to the system instead of keeping it, until a chunk is asked for again."""
-        with self._changed:
+        with self._lock:
             self._recycles = False
             self._allocated -= sum(chunk.size for chunk in self._free)
             self._free.clear()
@@ -194,13 +196,13 @@ class HostPool:
     @property
     def allocated(self) -> int:
         """Bytes of all chunks there are."""
-        with self._changed:
+        with self._lock:
             return self._allocated
 
     @property
     def in_flight(self) -> int:
         """Bytes of chunks handed to the pipeline and not yet released, and what the sink keeps."""
-        with self._changed:
+        with self._lock:
             return self._in_flight + self._held
 
 

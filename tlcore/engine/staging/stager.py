@@ -182,7 +182,9 @@ class Stager:
             self._pool.submitted(chunk)
             self._pool.leave(chunk)
         if everything and self.chunk.bytes != self._begin:
-            self._last_step = self.chunk.bytes - self._begin + sum(chunk.bytes for chunk in chunks)
+            self._last_step = self.chunk.bytes - self._begin
+            for chunk in chunks:
+                self._last_step += chunk.bytes
             self._pool.submitted(self.chunk)
             chunks.append(self.chunk)
             self._begin = self.chunk.bytes
