@@ -130,6 +130,11 @@ class Config:
         """Whether a request may ask to be captured."""
         return bool(self.request_overrides) or self.delivery
 
+    @property
+    def selects_all(self) -> bool:
+        """Whether every step is to be captured."""
+        return self.enabled and not self._steps
+
     def selects_step(self, step: int) -> bool:
         """Whether step ``step`` (0-based) is to be captured."""
         return self.enabled and (not self._steps or step in self._steps)

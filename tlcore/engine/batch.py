@@ -52,6 +52,11 @@ class Batch:
     is_whole_step: bool = False
     waits: bool = False
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether nothing was added to it."""
+        return not (self.sides or self.specs or self.scalars or self.waits)
+
 
 @dataclass(slots=True)
 class StepEnd:

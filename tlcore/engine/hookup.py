@@ -145,13 +145,12 @@ class Hookup:
     def told(self) -> Json:
         """What `step.json` says of a step's calls, beside what was captured of them."""
         injection = self._audience.injection
-        return self._calls_elsewhere() | ({} if injection is None else injection.end_step())
-
-    def _calls_elsewhere(self) -> Json:
-        """Of calls in other threads; the log says it once."""
+        told = {} if injection is None else injection.end_step()
         calls = self._taps.elsewhere if self.hooks is None else self.hooks.elsewhere | self._taps.elsewhere
-        if not calls:
-            return {}
+        return self._calls_elsewhere(calls) | told if calls else told
+
+    def _calls_elsewhere(self, calls: dict[str, int]) -> Json:
+        """Of calls in other threads; the log says it once."""
         if not self._said_elsewhere:
             self._said_elsewhere = True
             log.warning(

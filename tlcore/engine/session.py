@@ -80,9 +80,8 @@ class Session:
         self._pid = os.getpid()
         self._pipeline: InlineExecutor | ThreadExecutor | None = None
         self._processor: Processor | None = None
-        self._next_step = 0
+        self._next_step = self._started = 0
         self._step: int | None = None
-        self._started = 0
         self.captured_steps = 0
         # What is said at the end, of that which is not in the run.
         self.remarks: list[str] = []
@@ -90,7 +89,7 @@ class Session:
         self._lock = threading.RLock()
         self._stager = Stager(self._pool, config.block_s)
         self._examination = Inspection.of(config)
-        self._channels = config.capture == "channels"
+        self._channels, self._selects_all = config.capture == "channels", config.selects_all
         self._room = RunBytes.of(config.max_run_bytes, later=self._examination.needed or self._channels)
         stored_as = torch_dtype(config.store_dtype)
         tensors = TensorFilter(devices, config.max_tensor_size, self._room, self._channels, stored_as)
@@ -242,7 +241,7 @@ class Session:
                 raise CaptureError(f"step {number} has been; the next one is {self._next_step} or later")
             self._next_step = number + 1
             asked = choosing is not None and choosing.asked
-            if not (wanted and (self.config.selects_step(number) or asked)):
+            if not (wanted and (self._selects_all or self.config.selects_step(number) or asked)):
                 return False
             self._step = number
             self._started = time.time_ns()
@@ -289,7 +288,7 @@ class Session:
             extra = {**told, **details}
             late = decided, unopened, tokens, self.rows.undecided
             self._pipeline.submit(StepEnd(number, self._started, ended, rows, extra, *late))
-            if not self.config.selects_any_after(number):
+            if not (self._selects_all or self.config.selects_any_after(number)):
                 self._settle(number)
 
     def _settle(self, step: int) -> None:

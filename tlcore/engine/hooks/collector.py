@@ -96,10 +96,9 @@ class Collector:
         """Begin a step, in which perhaps only some ``rows`` are copied, and forget the one before."""
         self._rows = rows or self._usual_rows
         if rows is not None and self.walker is not None:
-            # Then each tensor is looked at here.
-            self.walker.forget()
+            self.walker.forget()  # Then each tensor is looked at here.
         self._noted = 0
-        if self._batch.sides or self._batch.specs or self._batch.waits:
+        if not self._batch.is_untouched:
             self._use(Batch(step))
         self._batch.step = step
         self._stager.begin_step()
