@@ -24,6 +24,7 @@ from ..locations import absolute_location, is_url
 from ..protocols import Sink, SupportsLayouts
 from ..record import LAYOUT_VERSION, Json, RunInfo, SpillLocation
 from ..storage import Location
+from .pipeline.cpus import unbound
 from .run_documents import RunDocuments
 
 log = logging.getLogger("tlcore")
@@ -107,6 +108,7 @@ def _spill_place(config: Config, run_id: str) -> SpillLocation | None:
     return SpillLocation(os.path.join(absolute_location(config.spill_dir), run_id), patience_s)
 
 
+@unbound()
 def open_run(config: Config, run: RunInfo, sink: Sink | None = None) -> tuple[RunDocuments, Sink]:
     """A new run's ``run.json`` written, and its sink (``sink``, or the configured backend's) opened.
 

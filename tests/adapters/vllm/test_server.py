@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -42,6 +44,10 @@ def test_a_completion_is_captured_and_sigterm_completes_the_run(served: VllmServ
     assert status == 200 and len(answer["choices"][0]["text"]) > 0
     wait_until((directory / "step_2" / "step.json").exists, "the steps are stored while the server runs")
     assert tlcore.open_run(directory).state == "incomplete"
+    # OpenMP has bound the worker's own thread, and all that vLLM started from it, to the model's processors.
+    worker = json.loads((directory / "run.json").read_text())["pid"]
+    affinities = [os.sched_getaffinity(int(thread)) for thread in os.listdir(f"/proc/{worker}/task")]
+    assert os.sched_getaffinity(0) in affinities
 
     served.end()
     run = tlcore.open_run(directory)

@@ -8,6 +8,7 @@ import time
 
 from ..batch import Batch, StepEnd
 from ..staging.host_memory import HostPool
+from .cpus import unbound
 from .processor import Processor
 
 # While every step fails, at most so many items wait, and a close goes on trying for so long.
@@ -69,7 +70,8 @@ class ThreadExecutor:
         self._waiting: Batch | None = None
         self._closed_at: float | None = None
         self._thread = threading.Thread(target=self._run, name="tlcore-pipeline", daemon=True)
-        self._thread.start()
+        with unbound():
+            self._thread.start()
 
     def submit(self, item: Batch | StepEnd) -> None:
         """Hand the item over; never waits (memory is bounded where it is acquired).
