@@ -6,9 +6,12 @@ Steps that are alike; and files that are taken as they are.
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol, runtime_checkable
 
 from .record import Json, Record, StepSummary
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class AlikeStep(NamedTuple):
@@ -81,6 +84,9 @@ class Outline(NamedTuple):
     ``alike`` is equal for steps whose records differ only in their names' step, in hashes and places.
     ``kin`` is equal for steps whose ``rest`` differs only in times, the step's number, and other integers:
     ``numbers`` has these, and ``places`` gives it with each one's place among them in its stead.
+    ``following`` tells, of at most so many steps that follow and are alike and kin, which they are and their
+    numbers ``[steps, numbers]``: of none where others were asked for meanwhile, of fewer where some do not
+    fit into 64 bits.
     """
 
     rest: Callable[[], Json]
@@ -89,6 +95,7 @@ class Outline(NamedTuple):
     kin: Hashable
     numbers: Callable[[], list[int]]
     places: Callable[[], Json]
+    following: Callable[[int], tuple[Sequence[int], np.ndarray[Any, np.dtype[np.int64]]]]
 
 
 @runtime_checkable

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
 from functools import cached_property
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
 
 from ..layout.names import rank_suffix, step_dir
 from ..protocols import Outline, SupportsOutlines
@@ -15,6 +17,8 @@ from .stored import Stored
 
 if TYPE_CHECKING:
     from .run import Run
+
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class OutlinedStep(Step):
@@ -50,6 +54,27 @@ class OutlinedStep(Step):
     def numbers(self) -> Mapping[int, list[int]]:
         """These integers of each rank's document."""
         return {rank: each.numbers() for rank, each in self._outlines.items()}
+
+    def series(self, most: int) -> tuple[Sequence[int], Mapping[int, Numbers]]:
+        """This step and others that follow it and are its kin, and each rank's numbers ``[steps, numbers]``.
+
+        Raises OverflowError where its own do not fit into 64 bits.
+        """
+        steps = [self.number]
+        numbers = {rank: np.array([each.numbers()], np.int64) for rank, each in self._outlines.items()}
+        following = {rank: each.following(most) for rank, each in self._outlines.items()}
+        # All ranks must have the same.
+        told = zip(*(each for each, _ in following.values()), strict=False)
+        for first, *others in told:
+            if any(each != first for each in others):
+                break
+            steps.append(first)
+        count = len(steps) - 1
+        if count:
+            numbers = {
+                rank: np.concatenate((own, following[rank][1][:count])) for rank, own in numbers.items()
+            }
+        return steps, numbers
 
     @property
     def number_places(self) -> Mapping[int, Json]:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from operator import add, lt
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from tlcore.errors import ReadError
 
@@ -20,6 +22,10 @@ _MOST_BUILT, _MOST_BUILDERS = 1 << 14, 1 << 12
 # Changes that are kept as they were checked: of so many numbers, and so many of them.
 _MOST_KEPT_PARTS, _MOST_KEPT = 1 << 6, 1 << 12
 _PLAIN = frozenset((int, float, str, bool, type(None)))
+# Sums of so many differences (`MOST_AHEAD`) to such a number stay within 64 bits.
+_LARGEST_BASE, _LARGEST_STEP, MOST_AHEAD = 1 << 60, 1 << 44, 1 << 14
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
+_NOTHING: tuple[Numbers, Numbers] = np.empty(0, np.int64), np.empty(0, np.int64)
 
 
 class Told(NamedTuple):
@@ -39,6 +45,8 @@ class Changing:
         self._table = table
         self._damaged = damaged
         self._lock = threading.Lock()
+        # Counts who has asked.
+        self._turn = 0
         self._sizes: dict[int, int] = {}
         self._used: set[int] = set()
         self._builders: dict[int, Build | None] = {}
@@ -52,6 +60,7 @@ class Changing:
     def told(self, position: int, pairs_of: Callable[[int], Iterable[tuple[Any, Any]]]) -> list[Told]:
         """What is told of the step at a position; ``pairs_of`` gives any step's."""
         with self._lock:
+            self._turn += 1
             if position < self._next:
                 self._start()
             try:
@@ -72,6 +81,78 @@ class Changing:
     def follow(self, pairs: Iterable[tuple[Any, Any]]) -> list[tuple[int, list[int]]]:
         """The skeletons of the next step's values, and the numbers of each; to be asked step by step."""
         return [(skeleton, self._numbers(skeleton, change)) for skeleton, change in pairs]
+
+    def ahead(self, position: int, steps: Iterable[Sequence[tuple[Any, Any]]]) -> tuple[Numbers, int]:
+        """The numbers ``[steps, numbers]`` of values from a position on, of the skeletons of those before it.
+
+        Of as many steps as are sound and fit into 64 bits; of none where the one before was not told last.
+        And what is to be told to `went` when they are taken.
+        """
+        with self._lock:
+            found: list[tuple[Numbers, Numbers]] = []
+            base, turn = np.empty(0, np.int64), self._turn
+            if position == self._next:
+                known: dict[tuple[Any, ...], tuple[Numbers, Numbers]] = {}
+                for pairs in steps:
+                    if not found:
+                        base = self._base(pairs)
+                    key = tuple([change for _, change in pairs])
+                    # Of anything but integers, true would be taken for 1.
+                    each = known.get(key) if {int}.issuperset(map(type, key)) else _NOTHING
+                    if each is None:
+                        each = known[key] = self._changed(pairs)
+                    if each is _NOTHING or not len(base):
+                        break
+                    found.append(each)
+        numbers = np.zeros((len(found), len(base)), np.int64)
+        for row, (places, differences) in zip(numbers, found, strict=True):
+            row[places] = differences
+        if found:
+            numbers[0] += base
+        return np.cumsum(numbers, axis=0), turn
+
+    def went(self, turn: int, position: int, skeletons: Sequence[int], last: Numbers) -> None:
+        """The steps before a position were told; the last has these numbers, of these skeletons."""
+        with self._lock:
+            if turn != self._turn:
+                # Another thread has asked meanwhile.
+                return
+            self._turn += 1
+            self._next = position
+            numbers, begin = last.tolist(), 0
+            for skeleton in skeletons:
+                end = begin + len(self._last[skeleton])
+                self._last[skeleton], begin = numbers[begin:end], end
+
+    def _base(self, pairs: Sequence[tuple[Any, Any]]) -> Numbers:
+        """What the next values of these skeletons differ from; nothing where that is not simple."""
+        skeletons = [skeleton for skeleton, _ in pairs]
+        if len(set(skeletons)) < len(skeletons) or any(each not in self._last for each in skeletons):
+            return np.empty(0, np.int64)
+        numbers = [number for each in skeletons for number in self._last[each]]
+        if max(numbers, default=0) > _LARGEST_BASE or min(numbers, default=0) < -_LARGEST_BASE:
+            return np.empty(0, np.int64)
+        return np.array(numbers, np.int64)
+
+    def _changed(self, pairs: Sequence[tuple[Any, Any]]) -> tuple[Numbers, Numbers]:
+        """Which numbers of several values change, and by how much; `_NOTHING` where it is not sound."""
+        places: list[int] = []
+        differences: list[int] = []
+        begin = 0
+        for skeleton, change in pairs:
+            try:
+                own, added = self._known.get(change) or self._checked(change)
+            except ReadError:
+                # Told of by who asks for that step.
+                return _NOTHING
+            if own and own[-1] >= len(self._last[skeleton]):
+                return _NOTHING
+            places += [begin + place for place in own]
+            differences += added
+            begin += len(self._last[skeleton])
+        if max(differences, default=0) > _LARGEST_STEP or min(differences, default=0) < -_LARGEST_STEP:
+            return _NOTHING
+        return np.array(places, np.int64), np.array(differences, np.int64)
 
     def _size(self, skeleton: Any) -> int:
         """How many values a skeleton consists of."""

@@ -17,18 +17,20 @@ from tlcore.protocols import Array, ArrayRows, Outline, StepKinds
 from tlcore.record import Json
 
 from .array_places import LARGEST, ArrayOfRows, Places, number_of, numbers_of
-from .changing import Changing
+from .changing import MOST_AHEAD, Changing, Numbers
 from .index_reading import Common
 from .kinds import kinds_of
 from .record_forms import RecordForm, RecordForms
 from .shared_arrays import OwnArrays, OwnPlaces
-from .step_details import StepDetails
+from .step_details import Details, StepDetails
 from .stored_plans import Plan, StoredPlans
 from .stored_structures import StoredStructures
 from .tables import Tables
 
 # Who asks for fewer steps does not wait until all were looked at.
 _FEW_ASKED = 4
+# Of steps that follow one another, told together.
+_MOST_NUMBERS = 1 << 21
 _COLUMNS = ("number", "plan", "extents", "started", "took", "details", "change")
 
 
@@ -138,7 +140,18 @@ class SegmentIndex:
             (self._token, details.kin),
             lambda: details.numbers,
             lambda: tell(details.places),
+            lambda most: self._following(details, most),
         )
+
+    def _following(self, details: Details, most: int) -> tuple[Sequence[int], Numbers]:
+        """The steps that follow one and are alike and kin, at most so many, and their numbers."""
+        begin = details.position + 1
+        own = self._columns["plan"][begin - 1], self._columns["extents"][begin - 1]
+        most = min(most, MOST_AHEAD, _MOST_NUMBERS // (len(details.numbers) + 1))
+        behind = (self._columns[key][begin : begin + most] for key in ("plan", "extents"))
+        like = sum(1 for _ in itertools.takewhile(lambda pair: pair == own, zip(*behind, strict=True)))
+        numbers = self._details.following(details, like)
+        return self.steps[begin : begin + len(numbers)], numbers
 
     @cached_property
     def layout(self) -> Hashable:

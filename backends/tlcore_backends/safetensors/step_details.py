@@ -5,16 +5,18 @@ All of it may come from anybody, as the index itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from tlcore.errors import ReadError
 from tlcore.layout.run_files import STEP_KEYS
 from tlcore.record import Json
 
 from .array_places import LARGEST, numbers_of
-from .changing import Changing, Told
+from .changing import Changing, Numbers, Told
 from .compact import time_text
 
 # The end of the year 9000, in microseconds since 1970.
@@ -82,6 +84,53 @@ class StepDetails:
                 position, lambda at: () if lists[at] is None else self.row_list(lists[at])
             )
         return Details(position, own, rows)
+
+    def following(self, details: Details, most: int) -> Numbers:
+        """The numbers ``[steps, numbers]`` of the steps that follow one, as long as they are its kin.
+
+        Of at most so many; of none where it was not the last that was asked for.
+        """
+        begin, own = details.position + 1, details.own.skeleton
+        skeletons, changes = self._columns["details"], self._columns["change"]
+        end = begin
+        for each in skeletons[begin : begin + most]:
+            if type(each) is not int or each != own:
+                break
+            end += 1
+        numbers, turn = self._told.ahead(begin, ([(own, changes[at])] for at in range(begin, end)))
+        if details.rows is None:
+            column = self._columns.get("rows")
+            first = next((at for at in range(begin, end) if column and column[at] is not None), end)
+            numbers = numbers[: first - begin]
+        else:
+            lists = self._kin_lists(details, begin, begin + len(numbers))
+            rows, of_rows = self._told_rows.ahead(begin, lists)
+            if len(rows):
+                skeletons_of = [each.skeleton for each in details.rows]
+                self._told_rows.went(of_rows, begin + len(rows), skeletons_of, rows[-1])
+            numbers = np.concatenate((numbers[: len(rows)], rows), axis=1) if len(rows) else numbers[:0]
+        if len(numbers):
+            width = len(details.own.numbers)
+            self._told.went(turn, begin + len(numbers), [own], numbers[-1, :width])
+        return numbers
+
+    def _kin_lists(self, details: Details, begin: int, end: int) -> Iterator[list[tuple[int, int]]]:
+        """The lists of rows of steps, as long as they have the skeletons of a step's."""
+        column, skeletons = self._columns["rows"], [each.skeleton for each in details.rows or ()]
+        known: dict[int, bool] = {}
+        for number in column[begin:end]:
+            if type(number) is not int:
+                return
+            try:
+                own = self.row_list(number)
+            except ReadError:
+                # Told of by who asks for that step.
+                return
+            if number not in known:
+                known[number] = [each for each, _ in own] == skeletons
+            if not known[number]:
+                return
+            yield own
 
     def document(self, details: Details) -> Json:
         """A step's document without calls, records and structures."""

@@ -16,6 +16,7 @@ from tlcore.reader import Run
 from tlcore.reader.dataset.dataset import RowDataset
 from tlcore.reader.dataset.kin import Kin
 from tlcore.reader.dataset.table import Table
+from tlcore.reader.outlines import OutlinedStep, outlined
 
 NAMES = ["b/outputs", "a/outputs"]
 Told = list[dict[str, Any]]
@@ -95,8 +96,19 @@ def test_of_steps_of_one_kind_two_are_looked_at(tmp_path: Path, monkeypatch: pyt
         look_at(self, step, *more)
 
     monkeypatch.setattr(Table, "_look_at", noted)
+    told: list[list[int]] = []
+    series = OutlinedStep.series
+
+    def asked(self: OutlinedStep, most: int) -> Any:
+        found = series(self, most)
+        told.append(list(found[0]))
+        return found
+
+    monkeypatch.setattr(OutlinedStep, "series", asked)
     data = run.dataset(NAMES, per="request")
     assert looked == [0, 1, 2]
+    # Of those behind, each is told together with others.
+    assert told == [[3, *range(4, 20)], [*range(20, 31)]]
     assert [len(item["positions"]) for item in data] == [34] * 3
     assert data[1]["token_ids"].tolist() == [len(ids[1]) + 7 * at for at in range(34)]
 
@@ -142,3 +154,25 @@ def test_a_position_that_there_is_not_is_refused_as_ever(
     with pytest.raises(ReadError) as plain:
         _each_looked_at(run, monkeypatch)
     assert str(found.value) == str(plain.value)
+
+
+def test_of_several_ranks_those_steps_are_told_together_that_all_of_them_have(tmp_path: Path) -> None:
+    """Ranks' segments end at different steps, so each has others at hand."""
+    run = _served(tmp_path, [[("r0-00000000", 1, at)] for at in range(9)])
+    step = outlined(run, 2)
+    own = step._outlines[0]
+    steps, numbers = own.following(16)
+    assert list(steps) == [3, 4, 5, 6, 7, 8]
+
+    def of_rank(chosen: list[int]) -> Any:
+        told = [steps[at] for at in chosen], numbers[chosen] + 1
+        return own._replace(following=lambda most: told, numbers=lambda: [each + 1 for each in own.numbers()])
+
+    for chosen, together in (([0, 1], [2, 3, 4]), ([0, 2, 3], [2, 3]), ([], [2]), ([1, 2], [2])):
+        step = outlined(run, 2)
+        ranks = {0: own._replace(following=lambda most: (steps, numbers)), 1: of_rank(chosen)}
+        step.__dict__["_outlines"] = ranks
+        found, of_ranks = step.series(16)
+        assert list(found) == together
+        assert [len(each) for each in of_ranks.values()] == [len(together)] * 2
+        assert (of_ranks[1] - of_ranks[0] == 1).all()

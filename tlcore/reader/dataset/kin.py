@@ -55,32 +55,35 @@ class KinRows(NamedTuple):
     positions: Numbers
     numbers: Mapping[int, _Numbers]
 
-    def of(self, step: OutlinedStep) -> tuple[Spans, Mapping[int, Numbers]] | None:
-        """The rows of another such step, and each rank's numbers; None where it must be looked at itself."""
-        try:
-            found = {rank: np.array(each, np.int64) for rank, each in step.numbers.items()}
-        except OverflowError:
-            return None
+    def of(self, found: Mapping[int, Numbers]) -> int:
+        """How many other such steps have what is known, one after the other; the next is looked at itself.
+
+        ``found`` are the numbers ``[steps, numbers]`` of each rank.
+        """
         if found.keys() != self.numbers.keys():
-            return None
+            return 0
+        firsts = found[self.rank][:, self.positions]
+        sound = _within(firsts)
         for rank, known in self.numbers.items():
             own = found[rank]
-            if not np.array_equal(own[known.places], known.expected) or not _sound(own, known.tokens):
-                return None
-        firsts = found[self.rank][self.positions]
-        if firsts.min() < 0 or firsts.max() > LARGEST_SIZE:
-            return None
-        return self.spans._replace(first=firsts.tolist()), found
+            sound &= (own[:, known.places] == known.expected).all(axis=1)
+            if known.tokens:
+                begin = min(min(each.first, each.ids.start) for each in known.tokens)
+                end = max(max(each.first + 1, each.ids.stop) for each in known.tokens)
+                # What is wrong is told by who looks at the step itself.
+                sound &= _within(own[:, begin:end])
+        return int(sound.argmin()) if not sound.all() else len(sound)
+
+    @property
+    def each_once(self) -> bool:
+        """Whether no request's token ids are told twice in a step."""
+        requests = [each.request for known in self.numbers.values() for each in known.tokens]
+        return len(set(requests)) == len(requests)
 
 
-def _sound(numbers: Numbers, tokens: Sequence[TokenPlaces]) -> bool:
-    """Whether an entry may have these: what is wrong is told by who looks at the step itself."""
-    if not tokens:
-        return True
-    begin = min(min(each.first, each.ids.start) for each in tokens)
-    end = max(max(each.first + 1, each.ids.stop) for each in tokens)
-    own = numbers[begin:end]
-    return bool(own.min() >= 0 and own.max() <= LARGEST_SIZE)
+def _within(numbers: Numbers) -> Any:
+    """Which steps have nothing but positions, or token ids."""
+    return (numbers.min(axis=1, initial=0) >= 0) & (numbers.max(axis=1, initial=0) <= LARGEST_SIZE)
 
 
 class Kin:

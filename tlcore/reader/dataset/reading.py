@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import mmap
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor, Future, wait
 from math import prod
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 _REMOTE_GAP_BYTES = 256 << 10
 _LOCAL_GAP_BYTES = 64 << 10
 _MOST_BYTES = 8 << 20
+_MOST_USED = 4 << 30
 
 Batch = dict[str, "torch.Tensor"]
 # A matrix of bytes, which may be a part of a larger one.
@@ -43,8 +45,24 @@ class Maps:
 
     def __init__(self, views: Sequence[memoryview]) -> None:
         self._arrays = [np.frombuffer(each, np.uint8) for each in views]
+        self._files = {id(each.obj): each.obj for each in views if isinstance(each.obj, mmap.mmap)}
         self.begins = np.array([each.ctypes.data for each in self._arrays], np.int64)
         self.sizes = np.array([each.size for each in self._arrays], np.int64)
+        self._used = 0
+
+    @property
+    def whole(self) -> bool:
+        """Whether all files are as long as they were."""
+        return all(file.size() >= len(file) for file in self._files.values())
+
+    def used(self, nbytes: int) -> None:
+        """So many bytes were taken from there: what the system notes of each page is let go of at times."""
+        self._used += nbytes
+        if self._used < _MOST_USED or not hasattr(mmap, "MADV_DONTNEED"):
+            return
+        self._used = 0
+        for file in self._files.values():
+            file.madvise(mmap.MADV_DONTNEED)
 
 
 class Rows:

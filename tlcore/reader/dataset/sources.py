@@ -8,6 +8,8 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import numpy as np
+
 from ...alike import SupportsBegins
 from ...errors import ReadError
 from ...hotpath.reading import Scratch
@@ -18,8 +20,8 @@ from ...layout.row_scale import is_scaled, presented, restored
 from ...protocols import Array, ArrayRows, Buffer
 from ...record import Json
 from ..placements import is_part
-from ..step import Step
 from ..tensor_bytes import payload
+from .tokens import Numbers
 from .wanted import Entry
 
 if TYPE_CHECKING:
@@ -146,22 +148,33 @@ class Sources:
         """Whether the run lies on a disk of this machine."""
         return self._is_local
 
-    def of(self, step: Step, entry: Entry, axis: int) -> tuple[int, int]:
+    def of_several(self, steps: Sequence[int], entry: Entry) -> tuple[Numbers, Numbers]:
+        """What `of` says of each of several steps, of an entry whose positions come first."""
+        for source, rows_each, begins in self._located.get((int(entry.record["rank"]), entry.key), ()):
+            # Those that are asked for together mostly lie in one array.
+            found = [begins.get(step, -1) for step in steps]
+            if min(found) >= 0:
+                return np.full(len(steps), source), np.array(found, np.int64) * rows_each
+        pairs = [self.of(step, entry, 0) for step in steps]
+        sources, firsts = np.array(pairs, np.int64).T
+        return sources, firsts
+
+    def of(self, step: int, entry: Entry, axis: int) -> tuple[int, int]:
         """The source of an entry's rows in a step, and the row there that is its first. Raises ReadError."""
         record = entry.record
         plain = axis != 2 and "part" not in record and not is_part(record)
         # A scale is that of values along the last dimension, which positions do not share.
         plain = plain and not (is_scaled(record) and axis == len(record["shape"]) - 1)
         if plain and self._has_arrays:
-            found = self._in_array(step.number, entry, axis)
+            found = self._in_array(step, entry, axis)
             if found is not None:
                 return found
-        name = f"{step_dir(step.number)}/{entry.key}"
+        name = f"{step_dir(step)}/{entry.key}"
         if not plain:
             row_bytes = _row_bytes(presented(record), axis)
-            return self._append(_Whole(step.number, name, axis, row_bytes)), 0
+            return self._append(_Whole(step, name, axis, row_bytes)), 0
         if name != record["name"]:
-            record = self.run().step(step.number).record(name)
+            record = self.run().step(step).record(name)
         kept = {key: value for key, value in record.items() if key not in ("hash", "path", "module")}
         return self._append(_InRecord(kept, _row_bytes(record, axis), Packed.of(record))), 0
 

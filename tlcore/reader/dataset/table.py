@@ -18,6 +18,7 @@ from ...layout.rows import adapter_of
 from ..outlines import OutlinedStep
 from ..step import Step
 from .kin import Kin, KinRows
+from .series import KinSteps, Series
 from .sources import Sources, row_form
 from .tokens import Numbers, Tokens
 from .wanted import ENCODER, Entry, Spans, WantedRecords, columns_of, steps_of
@@ -99,11 +100,11 @@ class Table:
         self.sources = Sources(run)
         self._columns: tuple[array[int], ...] = tuple(array("q") for _ in range(3))
         self._places = array("q")
-        wanted, kin = WantedRecords(run, names), Kin(len(self.names))
+        wanted, kin, series = WantedRecords(run, names), Kin(len(self.names)), Series(run)
         try:
-            for step in steps_of(run):
+            for step in steps_of(run, series.numbers, series.done):
                 known = kin.find(step) if isinstance(step, OutlinedStep) else None
-                if known is None or not self._take(step, known):
+                if known is None or not self._take(series.of(cast(OutlinedStep, step), known), known):
                     self._look_at(step, wanted.of(step), kin)
         except OverflowError:
             raise ReadError(f"{run.url}: a step has numbers that are no positions or token ids") from None
@@ -112,19 +113,31 @@ class Table:
         self.pieces = self._newest()
         del self._columns, self._places
 
-    def _take(self, step: Step, known: KinRows) -> bool:
-        """Add the rows of a step that is like others but for its numbers; False where it is not."""
-        found = known.of(cast(OutlinedStep, step))
-        if found is None:
+    def _take(self, steps: KinSteps, known: KinRows) -> bool:
+        """Add the rows of steps that are like others but for their numbers; False where there are none."""
+        count = len(steps.steps)
+        if not count:
             return False
-        spans, numbers = found
         for rank, each in known.numbers.items():
-            own = numbers[rank]
+            own = steps.numbers[rank]
             for request, prompt, first, ids in each.tokens:
                 tokens = self.tokens.setdefault(request, Tokens())
-                tokens.add(int(own[first]), own[ids].tolist(), None if prompt is None else int(own[prompt]))
-        blocks = [_Block(spans, *self.sources.of(step, entry, 0)) for entry in known.entries]
-        self._append_all(spans, blocks)
+                tokens.add_several(
+                    own[:, first], own[:, ids], None if prompt is None else int(own[0, prompt])
+                )
+        spans = known.spans
+        requests = np.tile(np.array(list(map(self._number, spans.requests)), np.int64), count)
+        firsts = steps.numbers[known.rank][:, known.positions]
+        lengths = np.tile(np.array(spans.length, np.int64), count)
+        for column, values in zip(self._columns, (requests, firsts, lengths), strict=True):
+            column.frombytes(values.tobytes())
+        places = np.empty((count, len(spans.begin), len(known.entries), 2), np.int64)
+        within = np.array(spans.begin, np.int64)[None, :]
+        for number, entry in enumerate(known.entries):
+            source, begin = self.sources.of_several(steps.steps, entry)
+            places[:, :, number, 0] = source[:, None]
+            places[:, :, number, 1] = begin[:, None] + within
+        self._places.frombytes(places.tobytes())
         return True
 
     def _look_at(self, step: Step, entries: Sequence[Entry], kin: Kin) -> None:
@@ -166,7 +179,7 @@ class Table:
         if max(own.length) > _MOST_ROWS:
             raise ReadError(f"{self.url}: {record['name']!r} has {max(own.length)} rows of one request")
         axis = spans[0].axis
-        source, begin = self.sources.of(step, entry, axis)
+        source, begin = self.sources.of(step.number, entry, axis)
         if axis not in entry.axes:
             shown = presented(record)
             form = Form(str(shown["dtype"]), row_form(shown["shape"], axis))

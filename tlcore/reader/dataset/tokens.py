@@ -39,6 +39,14 @@ class Tokens:
         self.firsts.append(first)
         self.parts.append(array(kind, ids))
 
+    def add_several(self, firsts: Numbers, ids: Numbers, prompt: int | None) -> None:
+        """What `add` does of several steps, of each the position of its first id and its ids."""
+        if bool((np.diff(firsts) == ids.shape[1]).all()):
+            self.add(int(firsts[0]), ids.ravel().tolist(), prompt)
+            return
+        for first, own in zip(firsts.tolist(), ids.tolist(), strict=True):
+            self.add(first, own, prompt)
+
     def at(self, positions: Numbers) -> Numbers:
         """The ids at these positions, -1 where one is unknown; of one that was read again the last counts."""
         if len(self.parts) > _FEW_PARTS:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -130,22 +130,24 @@ def _is_kept(row: Mapping[str, Any]) -> bool:
     return row.get("accepted") is None and row.get("last") is None and not row.get("drafts")
 
 
-def steps_of(run: Run) -> Iterator[Step]:
-    """The whole steps with their documents; of a remote run several are on their way at a time."""
+def steps_of(run: Run, numbers: Sequence[int], done: Collection[int]) -> Iterator[Step]:
+    """Whole steps with their documents, but for those that are ``done`` when it is their turn.
+
+    Of a remote run several are on their way at a time.
+    """
     outlines = has_outlines(run.stored)
 
     def opened(number: int) -> Step:
         return outlined(run, number) if outlines else run.step(number)
 
-    numbers = run.steps
     if run.stored.is_local:
-        yield from map(opened, numbers)
+        yield from (opened(number) for number in numbers if number not in done)
         return
     with ThreadPoolExecutor(_REMOTE_THREADS, "tlcore-read") as pool:
         for begin in range(0, len(numbers), 4 * _REMOTE_THREADS):
             steps = list(map(opened, numbers[begin : begin + 4 * _REMOTE_THREADS]))
             list(pool.map(_asked_for, steps))
-            yield from steps
+            yield from (step for step in steps if step.number not in done)
 
 
 def _asked_for(step: Step) -> None:

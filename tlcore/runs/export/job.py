@@ -12,7 +12,7 @@ import numpy as np
 
 from ...errors import BackendError
 from ...reader.dataset.dataset import OrderedDataset, RowDataset
-from ...reader.dataset.reading import Bytes
+from ...reader.dataset.reading import Bytes, Maps
 from .target import Target
 from .values import Column, in_order
 
@@ -39,6 +39,24 @@ class Memory(threading.local):
         return Memory, ()
 
 
+class KeptMaps:
+    """Maps of the run's files that all threads of a process share: each page is looked up once."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._kept: Maps | None = None
+
+    def of(self, data: RowDataset) -> Maps | None:
+        """Those of a data set's files, where all lie in some. Raises MissingError or ReadError."""
+        with self._lock:
+            if self._kept is None:
+                self._kept = data.maps()
+            return self._kept
+
+    def __reduce__(self) -> tuple[type[KeptMaps], tuple[()]]:
+        return KeptMaps, ()
+
+
 @dataclass(frozen=True)
 class Job:
     """The items, the columns of each, and where they go. Goes into other processes.
@@ -56,6 +74,7 @@ class Job:
     window_bytes: int
     injection: str | None = None
     memory: Memory = field(default_factory=Memory)
+    maps: KeptMaps = field(default_factory=KeptMaps)
 
     def ordered(self) -> OrderedDataset:
         """The items as they lie, read a window at a time."""

@@ -124,9 +124,10 @@ def write_part(job: Job, part: Part, advance: Advance) -> list[_Row]:
             rows.append((ids.copy(), mask, request))
             begin, number = begin + count, number + 1
             advance(1)
-    if maps is not None:
+    if maps is not None and not maps.whole:
         # Of a file that was cut off meanwhile, what is left of its last page is zeros, and copied like any.
         job.data.maps()
+        raise ReadError(f"{job.url}: a file of the run was cut off while it was read")
     return rows
 
 
@@ -140,12 +141,13 @@ def _maps(job: Job, width: int) -> Maps | None:
         return None
     if not can_write_from():
         return None
-    return job.data.maps() if len(_direct(job)) == len(job.columns) == len(job.data.names) else None
+    return job.maps.of(job.data) if len(_direct(job)) == len(job.columns) == len(job.data.names) else None
 
 
 def _placed(job: Job, items: Any, maps: Maps, width: int) -> tuple[dict[str, Any], _Put]:
     """What is known of each position of some requests, and what writes them from where they lie."""
     places, known = job.data.places(items, maps)
+    maps.used(places.size * width)
     columns = places[:, [job.data.names.index(column.terms[0]) for column in job.columns]]
     gathered = job.target.put_gathered
     assert gathered is not None
