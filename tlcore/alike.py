@@ -68,12 +68,14 @@ class SupportsAlikeInCapture(SupportsWriteAlike, Protocol):
 
 @runtime_checkable
 class SupportsWriteWhole(Protocol):
-    """A sink in whose place a step whose records all come at once appears at once."""
+    """A sink that is better off with all records of a step at once."""
 
     def write_whole(self, batches: Iterable[Sequence[Record]], summary: StepSummary) -> bool:
         """Write and commit a step between two others, as `Sink.write` and `Sink.commit_step` would.
 
-        False, with no batch asked for, where it cannot be done. The records' memory is theirs until then.
+        Records that are aliases come without bytes: their originals, of the same hash, dtype and shape, came
+        before them. The memory of a batch is its own until the next is asked for. False, with no batch asked
+        for, where it cannot be done.
         """
         ...
 

@@ -13,9 +13,14 @@ from torch import nn
 
 import tlcore
 from tlcore.__main__ import main
+from tlcore.errors import ReadError
+from tlcore.reader.bulk import Payload
 from tlcore.registry import open_store
+from tlcore.runs import conversion
 from tlcore.testing import RunWriter, every_dtype, make_record, make_run, make_summary
+from tlcore_backends.pt.decode import parts
 from tlcore_backends.pt.sink import PtSink
+from tlcore_backends.safetensors import segment_sink
 from tlcore_backends.safetensors.sink import SafetensorsSink
 
 _fresh = itertools.count()
@@ -122,3 +127,88 @@ def test_damage_is_found_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["convert", str(source), str(tmp_path / "b"), "--backend", "safetensors"]) == 2
     assert "step_1/linear/outputs_cpu" in capsys.readouterr().err
     assert tlcore.open_run(tmp_path / "b" / source.name).state == "incomplete"
+
+
+@pytest.fixture
+def large_steps(monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend for which every step is too large to share a segment."""
+    monkeypatch.setattr(segment_sink, "_LEAST_LARGE", 1)
+    monkeypatch.setattr(conversion, "_LOCAL_BATCH_BYTES", 1)
+    return json.dumps({"name": "safetensors", "segment_bytes": 100})
+
+
+def test_a_large_step_is_written_while_it_comes(
+    tmp_path: Path, large_steps: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = capture(tmp_path / "a", "pt")
+    there = converted(source, tmp_path / "b", large_steps, capsys)
+    for number in (0, 1):
+        records = tlcore.open_run(there).step(number).documents[0]["records"]
+        assert any("alias_of" in record for record in records)
+        # Each in several files of its own.
+        assert len(list((Path(there) / "segments").glob(f"rank_0_00000{number}*.safetensors"))) > 1
+    assert tlcore.open_run(there).verify() == 2 * len(tlcore.open_run(there).step(0).documents[0]["records"])
+    assert files(converted(there, tmp_path / "c", "pt", capsys)) == files(source)
+
+
+@pytest.mark.parametrize("linked", [True, False])
+def test_another_name_that_was_changed_is_found_on_the_way(
+    tmp_path: Path, linked: bool, large_steps: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = capture(tmp_path / "a", "pt")
+    records = tlcore.open_run(source).step(1).documents[0]["records"]
+    file = source / next(record["file"] for record in records if "alias_of" in record)
+    data = bytearray(file.read_bytes())
+    payload = parts(bytes(data))[2]
+    data[data.find(payload) + 3] ^= 1
+    if not linked:
+        file.unlink()
+    file.write_bytes(data)
+    assert main(["convert", str(source), str(tmp_path / "b"), "--backend", large_steps]) == 2
+    assert "step_1/" in capsys.readouterr().err
+    assert tlcore.open_run(tmp_path / "b" / source.name).state == "incomplete"
+
+
+def test_what_has_another_dtype_is_no_alias() -> None:
+    entries = [make_record(f"step_0/{name}/outputs_cpu", torch.ones(2)).describe() for name in "ab"]
+    entries[1] |= {"dtype": "int32", "alias_of": entries[0]["name"]}
+    data = memoryview(torch.ones(2).numpy()).cast("B")
+    payloads = [Payload(entry, data, entry["hash"].removeprefix("xxh3-128:")) for entry in entries]
+    with pytest.raises(ReadError, match=r"step_0/b/outputs_cpu is no alias of 'step_0/a/outputs_cpu'"):
+        list(conversion._records(payloads, 0, 0, hashed=True))
+
+
+def test_structures_that_differ_in_their_own_directory_alone_stay_apart(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Texts that look like a directory, escapes, and shapes that only some of them have."""
+
+    class Part(nn.Module):
+        def forward(self, x: torch.Tensor, note: str, name: dict[str, Any]) -> torch.Tensor:
+            return x + 1
+
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.parts = nn.ModuleDict({name: Part() for name in ("a", "b", "c", "é", "f\x7f", '"', "<")})
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            for name, part in self.parts.items():
+                for note in ("", f"step_0/parts.{name}/", "step_0/parts.b/", "./parts.b", "é\\"):
+                    x = part(x, note, {"type": "tensor", "file": note, "name": [note, x]})
+                x = torch.cat((part(x, "", {}), x[:1]))
+            return x
+
+    model = Model()
+    with tlcore.capture(model, output_dir=str(tmp_path / "a"), backend="pt", log_step_ids=[]) as capture:
+        for _ in range(2):
+            model(torch.randn(3, 4))
+    there = converted(Path(capture.url), tmp_path / "b", "safetensors", capsys)
+    assert tlcore.open_run(there).verify() == tlcore.open_run(capture.url).verify()
+    back = converted(there, tmp_path / "c", "pt", capsys)
+    assert files(back) == files(capture.url)
+    # Alone, where no earlier step is alike.
+    own = tlcore.open_run(there).step(1).structures(0)
+    assert own == tlcore.open_run(capture.url).step(1).structures(0)
+    assert dict(tlcore.open_run(there).step(1).structure_texts(0)) == own
+    assert dict(tlcore.open_run(capture.url).step(1).structure_texts(0)) == own

@@ -38,7 +38,11 @@ def compact(document: Any) -> str:
 
 def readable(document: Any) -> str:
     """JSON for people, one key a line: what ``json.dumps`` makes, more slowly, with ``indent=1``."""
-    pieces = _STRING.split(compact(document))
+    return _readable(compact(document))
+
+
+def _readable(text: str) -> str:
+    pieces = _STRING.split(text)
     # What stands between the strings is alike in most documents.
     between = tuple(pieces[::2])
     known = _indented.get(between)
@@ -81,8 +85,9 @@ class Template:
 
     __slots__ = ("_compact", "_readable")
 
-    def __init__(self, document: Json) -> None:
-        self._compact = compact(document).split(STEP_DIR)
+    def __init__(self, text: str) -> None:
+        """``text`` is `compact` of the document."""
+        self._compact = text.split(STEP_DIR)
         self._readable: list[str] | None = None
 
     def compact(self, step_dir: str) -> str:
@@ -92,7 +97,7 @@ class Template:
     def readable(self, step_dir: str) -> str:
         """The document with one key a line."""
         if self._readable is None:
-            self._readable = readable(json.loads(self.compact(STEP_DIR))).split(STEP_DIR)
+            self._readable = _readable(self.compact(STEP_DIR)).split(STEP_DIR)
         return step_dir.join(self._readable)
 
 
@@ -176,4 +181,9 @@ def structures_of(step_dir: str, documents: Mapping[str, Json]) -> Structures:
     """`Structures` of finished documents."""
     if isinstance(documents, Structures):
         return documents
-    return Structures(step_dir, Templates({name: Template(each) for name, each in documents.items()}))
+    return structures_of_texts(step_dir, {name: compact(each) for name, each in documents.items()})
+
+
+def structures_of_texts(step_dir: str, texts: Mapping[str, str]) -> Structures:
+    """`Structures` of finished documents' texts, as `compact` makes them."""
+    return Structures(step_dir, Templates({name: Template(text) for name, text in texts.items()}))

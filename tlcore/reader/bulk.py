@@ -40,13 +40,16 @@ class Payload(NamedTuple):
     problem: str | None = None
 
 
-def read_payloads(stored: Stored, records: Sequence[Json], keep: bool) -> Iterator[Payload]:
+def read_payloads(
+    stored: Stored, records: Sequence[Json], keep: bool, aliases: bool = True
+) -> Iterator[Payload]:
     """The payloads of ``records`` (of a checked ``step.json``) in their order; never raises ReadError.
 
-    Without ``keep`` only the hashes are returned, and bytes that several records share are read once.
+    Without ``keep`` only the hashes are returned, and bytes that several records share are read once;
+    without ``aliases`` that is so for those alone.
     At most a few groups of 8 MiB, or of one larger tensor, are in memory.
     """
-    reader = _Reader(stored, keep)
+    reader = _Reader(stored, keep, aliases)
     groups = list(_groups(records, _GROUP_OF_ARRAYS if stored.has_arrays else _GROUP_RECORDS))
     if len(groups) < 2:
         # A small step: making a thread takes longer than reading it.
@@ -81,9 +84,9 @@ def _groups(records: Sequence[Json], most: int) -> Iterator[Sequence[Json]]:
 class _Reader:
     """Reads groups of records; used by several threads."""
 
-    def __init__(self, stored: Stored, keep: bool) -> None:
+    def __init__(self, stored: Stored, keep: bool, aliases: bool) -> None:
         self._stored = stored
-        self._keep = keep
+        self._keep, self._aliases = keep, aliases
         # Hashes by where the bytes lie: a range of a shard, or a file that may have several names.
         self._known: dict[Hashable, str] = {}
 
@@ -94,7 +97,7 @@ class _Reader:
         first: dict[Hashable, int] = {}
         wanted = []
         for index, identity in enumerate(identities):
-            told = identity in self._known and not self._keep
+            told = identity in self._known and not self._keeps(group[index])
             if identity is None or not (told or identity in first):
                 wanted.append(index)
                 first.setdefault(identity, index)
@@ -121,7 +124,7 @@ class _Reader:
     ) -> Payload:
         digest = None if identity is None else self._known.get(identity)
         if data is None:
-            if digest is None or self._keep:
+            if digest is None or self._keeps(record):
                 # Only one that could not be read has left no hash.
                 data = found[first[identity]]
             else:
@@ -131,7 +134,10 @@ class _Reader:
         digest = hashed or digest or ""
         if identity is not None:
             self._known[identity] = digest
-        return Payload(record, memoryview(data) if self._keep else _NOTHING, digest)
+        return Payload(record, memoryview(data) if self._keeps(record) else _NOTHING, digest)
+
+    def _keeps(self, record: Json) -> bool:
+        return self._keep and (self._aliases or "alias_of" not in record)
 
     def _identity(self, record: Json) -> Hashable | None:
         try:

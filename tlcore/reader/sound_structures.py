@@ -13,6 +13,7 @@ from typing import Any
 from ..errors import ReadError
 from ..layout.names import step_dir
 from ..layout.run_files import is_plain, parse
+from ..layout.templates import compact
 from ..protocols import StructureKind, SupportsStructureTexts
 from ..record import Json
 from .documents import check_structure, children
@@ -26,6 +27,7 @@ class SoundStructures:
 
     def __init__(self) -> None:
         self._known: dict[bytes, list[str]] = {}
+        self._compact: dict[bytes, list[str]] = {}
         self._documents: dict[tuple[int, bytes], list[str]] = {}
         self._kinds: set[Hashable] = set()
         # Nothing that is stored has this in it.
@@ -57,6 +59,32 @@ class SoundStructures:
                 self.learn(text, directory)
         return found
 
+    def texts(
+        self,
+        source: object,
+        step: int,
+        rank: int,
+        names: Sequence[str],
+        read: Callable[[int, int, str], Json],
+    ) -> list[str]:
+        """The same in one line each, as `tlcore.layout.templates.compact` has them."""
+        found: list[str] = []
+        for name, text in zip(names, structure_texts(source, step, rank, names), strict=True):
+            directory = f"{step_dir(step)}/{name.rpartition('/')[0]}/"
+            # Others stand in escapes.
+            plain = text is not None and is_plain(text) and directory.isascii()
+            key = _key(text, directory) if text is not None and plain else b""
+            if key in self._compact:
+                found.append(directory.join(self._compact[key]))
+                continue
+            found.append(compact(read(step, rank, name)))
+            self.learn(text, directory)
+            pieces = found[-1].split(directory)
+            # What is known has its directory where the names of files begin, and nowhere else.
+            if plain and len(pieces) - 1 == len(self._known.get(key, pieces)):
+                self._compact[key] = pieces
+        return found
+
     def learn(self, text: bytes | None, directory: str) -> None:
         """Remember a sound structure's text, where another directory in it makes one of the same kind.
 
@@ -72,6 +100,7 @@ class SoundStructures:
             return
         if len(self._known) >= _MOST:
             self._known.clear()
+            self._compact.clear()
         self._known[_key(text, directory)] = [file.removeprefix(directory) for file in files]
 
     def files_of(self, document: Any, directory: str) -> list[str] | None:

@@ -11,6 +11,7 @@ from ..layout.checks import is_whole
 from ..layout.grids import Grid
 from ..layout.names import step_dir
 from ..layout.rows import CallRows, Row, Span, decided_positions
+from ..layout.templates import Structures, structures_of_texts
 from ..layout.tokens import checked_tokens
 from ..ledger import Counts
 from ..record import Json
@@ -358,14 +359,23 @@ class Step(Mapping[str, "torch.Tensor"]):
 
         They come in the order of the records, so that every format gives the same order.
         """
+        order = self._structure_order(rank)
+        return dict(zip(order, self._stored.structures(self.number, rank, order), strict=True))
+
+    def structure_texts(self, rank: int) -> Structures:
+        """The same as texts, from which each is made when it is asked for."""
+        order = self._structure_order(rank)
+        texts = self._stored.structure_texts(self.number, rank, order)
+        return structures_of_texts(step_dir(self.number), dict(zip(order, texts, strict=True)))
+
+    def _structure_order(self, rank: int) -> list[str]:
         found = set(self._stored.structure_names(self.number, rank))
         ordered = dict.fromkeys(
             f"{str(record['name']).partition('/')[2].rpartition('/')[0]}/{record.get('direction')}.json"
             for record in self.documents[rank]["records"]
         )
         order = [name for name in ordered if name in found]
-        order += sorted(found - ordered.keys())
-        return dict(zip(order, self._stored.structures(self.number, rank, order), strict=True))
+        return order + sorted(found - ordered.keys())
 
     def __getitem__(self, name: str) -> torch.Tensor:
         return self.tensor(name)

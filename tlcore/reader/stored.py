@@ -17,6 +17,7 @@ from ..errors import BackendError, MissingError, ReadError, missing
 from ..layout.names import rank_suffix, step_dir
 from ..layout.row_scale import is_scaled, restored
 from ..layout.run_files import RunFiles
+from ..layout.templates import compact
 from ..protocols import (
     Array,
     Buffer,
@@ -190,6 +191,12 @@ class Stored:
             return self.known.documents(self.source, step, rank, names, self.structure)
         with ThreadPoolExecutor(_REMOTE_THREADS, "tlcore-read") as pool:
             return list(pool.map(lambda name: self.structure(step, rank, name), names))
+
+    def structure_texts(self, step: int, rank: int, names: Sequence[str]) -> list[str]:
+        """The same in one line each, as `tlcore.layout.templates.compact` has them."""
+        if self.is_local or not isinstance(self.source, SupportsStructures):
+            return self.known.texts(self.source, step, rank, names, self.structure)
+        return list(map(compact, self.structures(step, rank, names)))
 
     def _packed(self, step: int, rank: int) -> Mapping[str, Any]:
         """The structures in a rank's document; none of a step that it has not committed."""

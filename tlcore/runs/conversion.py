@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -146,17 +146,21 @@ class _Steps:
         for records, summary in window:
             if self._booked.lost:
                 break
-            own = itertools.islice(payloads, len(records))
-            made = _records(own, summary.step, self._rank, hashed=not self._source.is_foreign)
-            self._write_step(made, summary)
+            # Nothing is read of a step that was written so.
+            if len(window) > 1 or not self._write_whole(records, summary):
+                self._write_step(itertools.islice(payloads, len(records)), summary)
 
-    def _write_step(self, records: Iterable[Record], summary: StepSummary) -> None:
-        sink, batches = self._sink, self._counted(_batches(records, self._batch_bytes))
-        if isinstance(sink, SupportsWriteWhole) and self._booked.committed(
-            summary, lambda: sink.write_whole(batches, summary)
-        ):
-            return
-        for batch in batches:
+    def _write_whole(self, records: Sequence[Json], summary: StepSummary) -> bool:
+        sink = self._sink
+        if not isinstance(sink, SupportsWriteWhole):
+            return False
+        payloads = read_payloads(self._source.stored, records, keep=True, aliases=False)
+        batches = self._batches(payloads, summary)
+        return self._booked.committed(summary, lambda: sink.write_whole(batches, summary))
+
+    def _write_step(self, payloads: Iterable[Payload], summary: StepSummary) -> None:
+        sink = self._sink
+        for batch in self._batches(payloads, summary):
             sink.write(batch)
 
         def commit() -> bool:
@@ -165,19 +169,21 @@ class _Steps:
 
         self._booked.committed(summary, commit)
 
-    def _counted(self, batches: Iterable[list[Record]]) -> Iterator[list[Record]]:
-        for batch in batches:
+    def _batches(self, payloads: Iterable[Payload], summary: StepSummary) -> Iterator[list[Record]]:
+        records = _records(payloads, summary.step, self._rank, hashed=not self._source.is_foreign)
+        for batch in _batches(records, self._batch_bytes):
             yield batch
             self._on_tensors(len(batch))
 
 
 def _records(payloads: Iterable[Payload], step: int, rank: int, hashed: bool) -> Iterator[Record]:
-    hashes: dict[str, Any] = {}
+    known: dict[str, tuple[Any, ...]] = {}
     for payload in payloads:
         record = _record(step, rank, payload, hashed)
-        if record.alias_of is not None and hashes.get(record.alias_of) != record.hash:
+        own = record.hash, record.dtype, record.shape
+        if record.alias_of is not None and known.get(record.alias_of) != own:
             raise ReadError(f"step {step}: {record.name} is no alias of {record.alias_of!r}")
-        hashes[record.name] = record.hash
+        known[record.name] = own
         yield record
 
 
@@ -218,10 +224,10 @@ def _record(step: int, rank: int, stored: Payload, hashed: bool) -> Record:
 
 def summary_of(step: Step, rank: int) -> StepSummary:
     """All of a rank's step that is not tensor bytes, as the capture handed it over."""
-    return _summary(step.documents[rank], step.number, rank, step.structures(rank))
+    return _summary(step.documents[rank], step.number, rank, step.structure_texts(rank))
 
 
-def _summary(document: Json, step: int, rank: int, structures: dict[str, Json]) -> StepSummary:
+def _summary(document: Json, step: int, rank: int, structures: Mapping[str, Json]) -> StepSummary:
     return StepSummary(
         step=step,
         rank=rank,

@@ -18,6 +18,7 @@ from ..ledger import Ledger
 from ..locations import absolute_location, is_url, redact_url
 from ..reader import MissingError, Run, is_run
 from ..reader.documents import FOREIGN
+from ..reader.lasting import lasting_objects
 from ..record import Json, RunInfo
 from ..registry import open_store, resolve
 from ..storage import Location
@@ -51,10 +52,11 @@ def convert(source: Run, config: Config, on_tensors: Callable[[int], None] = lam
         sink = make_sink(config)
         document["layout"] = layout_of(sink)
         run = RunInfo(source.id, url, rank, source.world_size, document, Ledger(), config.fsync)
-        if takes_files:
-            take_rank(source, RunDocuments(run, location), on_tensors)
-        else:
-            convert_rank(source, sink, RunDocuments(run, location), on_tensors)
+        with lasting_objects():
+            if takes_files:
+                take_rank(source, RunDocuments(run, location), on_tensors)
+            else:
+                convert_rank(source, sink, RunDocuments(run, location), on_tensors)
     _restore_documents(source, dataclasses.replace(location, url=url, fsync=config.fsync), document)
     return url
 

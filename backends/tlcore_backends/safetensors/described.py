@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from tlcore.layout.templates import HOLE, STEP_DIR, Structures, Template, compact
+from tlcore.layout.templates import HOLE, STEP_DIR, Structures, Template, compact, quoted
 from tlcore.record import Json, Origin, Record
 
 if TYPE_CHECKING:
@@ -45,12 +45,20 @@ class _Known(NamedTuple):
     tails: frozenset[str]
 
 
+class _Kind(NamedTuple):
+    """What is left of structures that differ in their own directory alone, and their tensors' forms."""
+
+    text: str
+    tensors: Mapping[str, tuple[object, ...]]
+
+
 class Describer:
     """Slots and structures, each described once however many steps and segments have it."""
 
     def __init__(self) -> None:
         self._slots: dict[tuple[str, Origin], Slot] = {}
         self._templates: dict[int, _Known] = {}
+        self._kinds: dict[str, _Kind] = {}
 
     def slot(self, record: Record) -> Slot:
         """The slot that a record fills."""
@@ -75,13 +83,45 @@ class Describer:
             and known.tails <= origins.keys()
         ):
             return known.text
-        freeing = _Freeing(name, step_dir, origins)
-        text = compact([name, freeing.free(json.loads(template.compact(STEP_DIR)))])
+        left, tails = self._freed(template.compact(STEP_DIR), name, step_dir, origins)
+        text = f"[{quoted(name)},{left}]"
         if step_dir not in text:
             if len(self._templates) > _MOST_KNOWN:
                 self._templates.clear()
-            self._templates[id(template)] = _Known(template, name, text, frozenset(freeing.tails))
+            self._templates[id(template)] = _Known(template, name, text, frozenset(tails))
         return text
+
+    def _freed(
+        self, text: str, name: str, step_dir: str, origins: Mapping[str, Origin]
+    ) -> tuple[str, Collection[str]]:
+        """What is left of a structure, and the tensors that it refers to; of each kind one is looked at."""
+        directory = name.rpartition("/")[0]
+        # As each file of its own begins; a directory with escapes is none that a text has so.
+        own = next((f'"{each}/{directory}/' for each in (STEP_DIR, step_dir) if f'"{each}/' in text), HOLE)
+        key = text.replace(own, HERE)
+        if HERE in text or STEP_DIR in key or step_dir in key:
+            return _freed(text, name, step_dir, origins)
+        known = self._kinds.get(key)
+        if known is not None:
+            tails = {f"{directory}/{stem}": form for stem, form in known.tensors.items()}
+            if all(_form(origins.get(tail)) == form for tail, form in tails.items()):
+                return known.text, tails
+        left, found = _freed(text, name, step_dir, origins)
+        if len(found) == text.count(own):
+            if len(self._kinds) > _MOST_KNOWN:
+                self._kinds.clear()
+            forms = {tail.rpartition("/")[2]: _form(origins[tail]) for tail in found}
+            self._kinds[key] = _Kind(left, forms)
+        return left, found
+
+
+def _freed(text: str, name: str, step_dir: str, origins: Mapping[str, Origin]) -> tuple[str, set[str]]:
+    freeing = _Freeing(name, step_dir, origins)
+    return compact(freeing.free(json.loads(text))), freeing.tails
+
+
+def _form(origin: Origin | None) -> tuple[object, ...]:
+    return () if origin is None else (origin.dtype, origin.shape, origin.device)
 
 
 def _slot(tail: str, origin: Origin) -> Slot:

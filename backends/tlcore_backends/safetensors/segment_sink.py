@@ -6,7 +6,7 @@ import logging
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from tlcore.alike import AlikeStep
 from tlcore.errors import BackendError, shareable
@@ -178,6 +178,20 @@ class SegmentSink:
             self._accept(summary)
         if self._commit_s == 0:
             self._journey.wait()
+        return True
+
+    def write_whole(self, batches: Iterable[Sequence[Record]], summary: StepSummary) -> bool:
+        """Write a step that is too large to share a segment into files while it comes."""
+        if self._appending is None or summary.counts.bytes_stored < self._large_bytes:
+            return False
+        self._journey.room()
+        with self._changed:
+            self._abandon()
+            self._stream()
+            self._step = summary.step
+        for batch in batches:
+            self.write(batch)
+        self.commit_step(summary)
         return True
 
     def _remember(self, step: int, plan: Plan) -> None:

@@ -135,6 +135,8 @@ class _StepFile:
         column.take_key(self._keys)
         self._columns[tensor.number] = column
         if column.same_as is None:
+            if memoryview(tensor.data).nbytes != tensor.slot.nbytes:
+                raise BackendError(f"{tensor.slot.tail} came without its bytes")
             self._own.append(column)
             if tensor.slot.nbytes % ALIGNMENT:
                 self._late.append((column, bytes(tensor.data)))

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from ...layout import names
 from ...layout.names import PathKey
 from ...layout.structure import Scalar, describe
-from ...layout.templates import HOLE, STEP_DIR, Template
+from ...layout.templates import HOLE, STEP_DIR, Template, compact
 from ...ledger import Counts
 from ...record import Json, Origin, conversion_of
 from ...statistics.summary import KEYS
@@ -65,7 +65,7 @@ def describe_side(
         document["kwargs"] = describe(side.keywords, (), tensor, values)
     if side.operator is not None:
         document["operator"] = describe_operator(side.operator)
-    return Described(tuple(stored), Template(document), count_specs(specs))
+    return Described(tuple(stored), Template(compact(document)), count_specs(specs))
 
 
 def describe_operator(operator: Operator) -> Json:
