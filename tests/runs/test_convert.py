@@ -172,7 +172,7 @@ def test_another_name_that_was_changed_is_found_on_the_way(
 def test_what_has_another_dtype_is_no_alias() -> None:
     entries = [make_record(f"step_0/{name}/outputs_cpu", torch.ones(2)).describe() for name in "ab"]
     entries[1] |= {"dtype": "int32", "alias_of": entries[0]["name"]}
-    data = memoryview(torch.ones(2).numpy()).cast("B")
+    data = memoryview(torch.ones(2).numpy().tobytes())
     payloads = [Payload(entry, data, entry["hash"].removeprefix("xxh3-128:")) for entry in entries]
     with pytest.raises(ReadError, match=r"step_0/b/outputs_cpu is no alias of 'step_0/a/outputs_cpu'"):
         list(conversion._records(payloads, 0, 0, hashed=True))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from functools import cached_property
 
 import numpy as np
@@ -38,8 +38,14 @@ def alike_steps(
     """
     with ThreadPoolExecutor(1, "tlcore-list") as pool:
         reader = _Reader(directory, rank, structures, pool)
-        for step, text in texts:
-            yield reader.look(step, text) or step
+        # While the tensors of one are read, the texts of the next one are.
+        left, ahead = iter(texts), None
+        while (now := ahead or next(left, None)) is not None:
+            found = reader.look(*now)
+            ahead = next(left, None)
+            if found is not None and ahead is not None:
+                reader.expect(ahead[0])
+            yield found or now[0]
 
 
 class _Kind:
@@ -95,6 +101,7 @@ class _Reader:
         self._directory, self._suffix, self._structures = directory, rank_suffix(rank), structures
         self._pool = pool
         self._kinds: OrderedDict[bytes, _Kind] = OrderedDict()
+        self._expected: tuple[int, _Kind, Future[bool]] | None = None
 
     def look(self, step: int, text: bytes) -> AlikeStep | None:
         """A step that is like an earlier one; None for any other."""
@@ -112,7 +119,7 @@ class _Reader:
             return None
         if not kind.structures:
             self._learn_texts(kind)
-        if not leader.texts or not self._has_texts_of(kind, step, directory):
+        if not leader.texts or not self._has_expected_texts(kind, step, directory):
             return None
         hashes = bytes.fromhex("".join(parts.hashes))
         table = np.frombuffer(hashes, np.uint8).reshape(-1, _HASH_BYTES)
@@ -124,6 +131,19 @@ class _Reader:
             return self._fill(kind, names, hashes, memory)
 
         return AlikeStep(step, kind.step, parts.rest, hashes, kind.nbytes, fill)
+
+    def expect(self, step: int) -> None:
+        """Begin to read the texts of the next step, which mostly is of the same kind as the last."""
+        kind = next(reversed(self._kinds.values()), None)
+        if kind is not None and kind.has_no_others:
+            check = self._pool.submit(self._has_texts_of, kind, step, f"{step_dir(step)}/")
+            self._expected = step, kind, check
+
+    def _has_expected_texts(self, kind: _Kind, step: int, directory: str) -> bool:
+        expected, self._expected = self._expected, None
+        if expected is not None and expected[:2] == (step, kind):
+            return expected[2].result()
+        return self._has_texts_of(kind, step, directory)
 
     def _learn(self, step: int, parts: StepText, directory: str) -> None:
         try:
@@ -145,9 +165,7 @@ class _Reader:
         """Whether a step has the same texts, and no structure more."""
         if kind.has_no_others:
             # All files of the kind are looked at; so nothing else can be there where they are as many.
-            # Counting takes as long as reading, and neither needs the interpreter.
-            entries = self._pool.submit(self._count, kind, directory)
-            return self._reads_as(kind, directory) and entries.result() == kind.entries
+            return self._reads_as(kind, directory) and self._count(kind, directory) == kind.entries
         names = sorted(name.removesuffix(".json") for name in self._structures(step))
         return names == kind.structures and self._reads_as(kind, directory)
 
