@@ -13,7 +13,7 @@ from functools import cached_property, partial
 from operator import itemgetter
 from typing import TYPE_CHECKING, Any
 
-from ..errors import BackendError, MissingError, ReadError, missing
+from ..errors import ReadError, missing
 from ..layout.names import rank_suffix, step_dir
 from ..layout.row_scale import is_scaled, restored
 from ..layout.run_files import RunFiles
@@ -43,6 +43,7 @@ from .documents import FOREIGN, check_step, check_structure
 from .kept import Kept, Sound
 from .sound_records import SoundRecords
 from .sound_structures import SoundStructures
+from .source_errors import tell
 from .tensor_bytes import kind
 
 if TYPE_CHECKING:
@@ -311,8 +312,12 @@ class Stored:
         source = self._can.owning
         if source is None:
             return bytearray(self.read(record))
-        with self.asking():
-            data = memoryview(self._whole(record, source.own_bytes(record)))
+        # For each tensor; a context manager takes longer than asking.
+        try:
+            data = memoryview(source.own_bytes(record))
+        except Exception as error:
+            tell(error, self.url, self._run)
+        self._whole(record, data)
         return bytearray(data) if data.readonly else data
 
     def stream(self, record: Mapping[str, Any]) -> ByteStream | None:
@@ -392,18 +397,8 @@ class Stored:
         """Around a call of a source: whatever comes out of it is a ReadError."""
         try:
             yield
-        except ReadError:
-            raise
-        except FileNotFoundError as error:
-            raise MissingError(f"{self.url}: {error}") from error
-        except (BackendError, OSError) as error:
-            raise ReadError(str(error)) from error
-        except MemoryError:
-            raise ReadError(f"{self.url}: larger than this machine's memory") from None
         except Exception as error:
-            name = self._run.get("backend")
-            text = f"the reader of the backend {name!r} failed ({type(error).__name__}: {error})"
-            raise ReadError(f"{self.url}: {text}") from error
+            tell(error, self.url, self._run)
 
     def _where(self, step: int, name: str) -> str:
         return f"{self.url}/{step_dir(step)}/{name}"

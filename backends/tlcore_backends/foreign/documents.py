@@ -221,8 +221,13 @@ def _structure(direction: str, tensors: Sequence[tuple[Found, Json]]) -> Json:
 
 
 def _tree(tensors: Sequence[tuple[tuple[PathKey, ...], Json]]) -> Json:
-    if len(tensors) == 1 and not tensors[0][0]:
-        return tensors[0][1]
+    if len(tensors) == 1:
+        path, node = tensors[0]
+        if not path:
+            return node
+        if path == (0,):
+            # Most calls take and give one.
+            return {"type": "tuple", "items": [node]}
     below: dict[PathKey, list[tuple[tuple[PathKey, ...], Json]]] = {}
     for path, node in tensors:
         below.setdefault(path[0] if path else "", []).append((path[1:], node))

@@ -21,7 +21,7 @@ from tlcore.layout.checks import is_shape
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.run_files import RunFiles
 from tlcore.record import Json
-from tlcore.storage import Buffer, Store, SupportsLevels
+from tlcore.storage import Buffer, Level, Store, SupportsLevels
 
 from ..safetensors.remains import DTYPES
 
@@ -77,13 +77,15 @@ class DumpFiles(RunFiles):
         """The directories that lie directly in the dump."""
         return self.directories_in("")
 
+    @cached_property
+    def top(self) -> Mapping[str, int]:
+        """The files that lie directly in the dump, and their sizes, as they were at first use."""
+        return self._files_in("") if isinstance(self.store, SupportsLevels) else super().top
+
     def directories_in(self, directory: str) -> list[str]:
         """The directories directly in one, by their full names."""
         if isinstance(self.store, SupportsLevels):
-            try:
-                return sorted(self.store.level(directory).directories)
-            except (BackendError, OSError) as error:
-                raise ReadError(str(error)) from error
+            return sorted(self._level(self.store, directory).directories)
         begin = f"{directory}/" if directory else ""
         below = (name[len(begin) :] for name in self.sizes if name.startswith(begin))
         return sorted({begin + name.partition("/")[0] for name in below if "/" in name})
@@ -114,7 +116,8 @@ class DumpFiles(RunFiles):
         """All of a file of this machine, in the caller's own memory; None for others and larger ones."""
         if self._local is None:
             return None
-        if (size := self.size(name)) is not None and size <= most:
+        size = self.size(name) if "/" in name else self.top.get(name)
+        if size is not None and size <= most:
             data = np.empty(size, np.uint8).data
             if read_files(data, self._local.path(), (name,), (size,)) == [0]:
                 return data
@@ -167,12 +170,25 @@ class DumpFiles(RunFiles):
     def _in(self) -> dict[str, dict[str, int]]:
         return {}
 
+    def _level(self, store: SupportsLevels, directory: str) -> Level:
+        """What lies directly in a directory; that of the dump itself is asked for twice."""
+        if not directory and self._own_level is not None:
+            return self._own_level
+        try:
+            found = store.level(directory)
+        except (BackendError, OSError) as error:
+            raise ReadError(str(error)) from error
+        if not directory:
+            self._own_level = found
+        return found
+
+    @cached_property
+    def _own_level(self) -> Level | None:
+        return None
+
     def _files_in(self, directory: str) -> dict[str, int]:
         if isinstance(self.store, SupportsLevels):
-            try:
-                return {entry.name: entry.size for entry in self.store.level(directory).blobs}
-            except (BackendError, OSError) as error:
-                raise ReadError(str(error)) from error
+            return {entry.name: entry.size for entry in self._level(self.store, directory).blobs}
         begin = f"{directory}/"
         found = self.sizes_in(directory)
         return {name: size for name, size in found.items() if "/" not in name[len(begin) :]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
@@ -71,13 +71,14 @@ class TransformersDebugger(ForeignSource):
             raise ReadError(
                 f"{shown_path(self.files, self._tree_file)}: not a tree of the transformers debugger"
             )
-        named: list[tuple[str, Found]] = list(self._in_node(tree, 0))
-        counts = Counter(file for file, _ in named)
-        result, calls = [], Counter[tuple[Any, ...]]()
+        named: list[tuple[str, Found]] = []
+        self._in_node(tree, 0, named)
+        counts = Counter([file for file, _ in named])
+        result, calls = [], dict[tuple[Any, ...], int]()
         for file, each in named:
             counts[file] -= 1
-            key = (each.module, each.direction, *each.path)
-            call = calls[key]
+            key = each[:3]
+            call = calls.get(key, 0)
             calls[key] = call + 1
             entry = each._replace(call=call) if call else each
             if not file:
@@ -90,7 +91,7 @@ class TransformersDebugger(ForeignSource):
         beside = self._beside({file for file, _ in named})
         return _merged(result, self._told_by_names(beside, result)) if beside else result
 
-    def _in_node(self, node: Json, depth: int) -> Iterator[tuple[str, Found]]:
+    def _in_node(self, node: Json, depth: int, named: list[tuple[str, Found]]) -> None:
         """Each tensor of a call with its file (none if only printed), arguments, what is within, results."""
         if depth > 100 or not isinstance(node, dict):
             raise ReadError(f"{shown_path(self.files, self._tree_file)}: damaged, nested too deep or no tree")
@@ -98,21 +99,23 @@ class TransformersDebugger(ForeignSource):
         module = module.removeprefix(self._model).removeprefix(".")
         inputs = node.get("inputs") or {}
         if isinstance(inputs, dict):
-            yield from self._tensors(inputs.get("args") or [], module, "inputs", ())
-            yield from self._tensors(inputs.get("kwargs") or {}, module, "inputs", ())
-        for child in node.get("children") or []:
-            yield from self._in_node(child, depth + 1)
-        yield from self._tensors(node.get("outputs"), module, "outputs", ())
+            self._tensors(inputs.get("args") or [], module, "inputs", (), named)
+            self._tensors(inputs.get("kwargs") or {}, module, "inputs", (), named)
+        for child in node.get("children") or ():
+            self._in_node(child, depth + 1, named)
+        self._tensors(node.get("outputs"), module, "outputs", (), named)
 
-    def _tensors(self, value: Any, module: str, direction: str, path: Path) -> Iterator[tuple[str, Found]]:
+    def _tensors(
+        self, value: Any, module: str, direction: str, path: Path, named: list[tuple[str, Found]]
+    ) -> None:
         if isinstance(value, list):
             for place, each in enumerate(value):
-                yield from self._tensors(each, module, direction, (*path, place))
+                self._tensors(each, module, direction, (*path, place), named)
         elif isinstance(value, dict) and isinstance(value.get("shape"), str) and "dtype" in value:
-            yield self._tensor(value, module, direction, path)
+            named.append(self._tensor(value, module, direction, path))
         elif isinstance(value, dict):
             for key, each in value.items():
-                yield from self._tensors(each, module, direction, (*path, key))
+                self._tensors(each, module, direction, (*path, key), named)
 
     def _tensor(self, value: Json, module: str, direction: str, path: Path) -> tuple[str, Found]:
         dtype, shape = str(value["dtype"]).removeprefix("torch."), _sizes(value["shape"])

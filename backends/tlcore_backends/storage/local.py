@@ -274,9 +274,11 @@ class LocalStore:
                         if directory or not _UNFINISHED_FILE.fullmatch(entry.name):
                             found.directories.append(begin + entry.name)
                     elif entry.is_file(follow_symlinks=False) and not entry.name.endswith(UNFINISHED):
-                        with contextlib.suppress(FileNotFoundError):
+                        try:
                             size = entry.stat(follow_symlinks=False).st_size
-                            found.blobs.append(Entry(begin + entry.name, size))
+                        except FileNotFoundError:
+                            continue
+                        found.blobs.append(Entry(begin + entry.name, size))
         except (FileNotFoundError, NotADirectoryError):
             pass
         except OSError as error:
