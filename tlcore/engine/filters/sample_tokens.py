@@ -9,7 +9,7 @@ from ...layout.tokens import token_entry
 from ...record import Json
 from .batches import Batch, token_ids
 from .named_rows import Named
-from .sequences import Sequences, entries_of
+from .sequences import Sequences
 
 
 class SampleTokens:
@@ -58,7 +58,7 @@ class SampleTokens:
             elif unclear or (before is None and known.offsets[place]):
                 self.prompts.pop(key, None)
             elif before is None:
-                self.prompts[key] = int(known.real[place].sum())
+                self.prompts[key] = known.length if known.is_whole else int(known.real[place].sum())
 
     def note_ids(self, known: Sequences, role: str, batch: Batch, begins: bool) -> None:
         """Keep the ids of the positions that a call computes, of those that are not told yet."""
@@ -72,7 +72,7 @@ class SampleTokens:
                 self._told.pop((str(request), role), None)
         more: dict[str, Any] = {"sequence": role} if role else {}
         length = known.length
-        for entry in entries_of(known.ids, known.real, known.positions):
+        for entry in known.entries():
             key = entry["request_id"], role
             sample, column = divmod(entry["first_row"], length)
             first = entry["first_position"]

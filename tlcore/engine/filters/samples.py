@@ -205,9 +205,9 @@ class Samples:
         """The rows of logits where the model computes those of the last positions only."""
         keep = given.get("logits_to_keep", given.get("num_logits_to_keep"))
         if (
-            "logits_to_keep" not in str(taker.parameters)
-            or type(keep) is not int
+            type(keep) is not int
             or not 0 < keep < known.length
+            or "logits_to_keep" not in str(taker.parameters)
         ):
             return []
         last = slice(known.length - keep, None)
@@ -230,8 +230,7 @@ class Samples:
                     entry["prompt_hash"] = self._hashes[request]
                 if ended:
                     entry["ended"] = True
-        entries = entries_of(known.ids, known.real, known.positions, more)
-        known.row_set = RowSet("tokens", entries, grid=grid)
+        known.row_set = RowSet("tokens", known.entries(more), grid=grid)
         return known.row_set
 
     # Who they are

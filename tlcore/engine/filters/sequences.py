@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -71,6 +72,27 @@ class Sequences:
         """Where these lie in their samples."""
         counted: Numbers = np.cumsum(self.flags, 1)[:, self.flags.shape[1] - self.length :] - 1
         return counted + self.offsets[:, None]
+
+    @cached_property
+    def _has_no_padding(self) -> bool:
+        return bool(self.flags.all())
+
+    @property
+    def is_whole(self) -> bool:
+        """Whether all positions up to now are real, as of most batches."""
+        return self.left_out is None and self._has_no_padding
+
+    def entries(self, more: Mapping[str, str] | None = None) -> list[Json]:
+        """An entry for each run of a sample's positions that follow one another."""
+        if not self.is_whole or not self.length:
+            return entries_of(self.ids, self.real, self.positions, more)
+        found: list[Json] = []
+        past, length = self.flags.shape[1] - self.length, self.length
+        for sample, (request, offset) in enumerate(zip(self.ids, self.offsets.tolist(), strict=True)):
+            if request is not None:
+                entry: Json = {"request_id": request, "first_row": sample * length, "rows": length}
+                found.append({**entry, "first_position": past + offset, **(more or {})})
+        return found
 
 
 def is_same(known: Sequences, batch: Batch) -> bool:
