@@ -179,6 +179,31 @@ def test_another_dtype_is_never_rounded_without_a_word(
     Draft202012Validator(tlcore_schemas.load("step.v1")["properties"]["injected"]).validate(told)
 
 
+def test_what_overflows_in_another_dtype_is_told_apart_from_what_is_rounded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own = torch.float16
+    large = torch.tensor([[1.0, 7e4], [0.1, float("inf")]])
+    right, _, _ = run(tmp_path, As(torch.float32), large, X)
+    injected, found, remarks = run(tmp_path, As(own, wrong=True), large, X, inject=inject(right, "^first$"))
+    assert found[0].isinf().tolist() == [[False, True], [False, True]]
+    first, second = (injected.step(number).documents[0]["injected"] for number in (0, 1))
+    what = "float32 to float16"
+    assert first["overflowed"] == {what: 1} and "rounded" not in first
+    assert second["rounded"] == {what: 1} and "overflowed" not in second
+    Draft202012Validator(tlcore_schemas.load("step.v1")["properties"]["injected"]).validate(first)
+    assert any(f"1 results have numbers beyond the range, {what}" in each for each in remarks)
+    noted = [each for each in tlcore.compare(right, injected).notes if "beyond the range" in each]
+    assert len(noted) == 1 and noted[0].startswith(
+        f"B: 1 injected results have numbers beyond the range, {what}"
+    )
+    assert main(["ls", injected.url]) == 0
+    assert f"1 injected beyond the range ({what})" in capsys.readouterr().out
+    assert main(["ls", injected.url, "--json"]) == 0
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    assert steps[0]["injected_overflowed"] == {what: 1} and "injected_overflowed" not in steps[1]
+
+
 def test_numbers_do_not_stand_for_whole_ones(tmp_path: Path) -> None:
     right, _, _ = run(tmp_path, As(torch.float32))
     _, found, remarks = run(tmp_path, As(torch.int64, wrong=True), inject=inject(right, "^first$"))

@@ -144,6 +144,17 @@ def test_rows_of_another_dtype_are_counted_where_they_are_rounded(tmp_path: Path
     assert "3 rows of results were rounded from float32 to bfloat16" in remark
 
 
+def test_rows_that_overflow_are_counted_apart(tmp_path: Path) -> None:
+    engine = Engine(tmp_path / "a")
+    engine.step(("a", 0, [5, 70000, 3, 70000]))
+    other = engine.close()
+    engine = injecting(other, tmp_path)
+    engine.model.inner.dtype = torch.float16
+    engine.step(("a", 0, [5, 70000, 3, 70000]))
+    (first,) = told(engine.close())
+    assert first["overflowed"] == {"float32 to float16": 2} and "rounded" not in first and first["rows"] == 4
+
+
 def test_it_goes_as_far_as_the_tokens_are_the_same(other: Any, tmp_path: Path) -> None:
     engine = injecting(other, tmp_path)
     engine.step(("a", 0, [5, 6, 7, 8]))

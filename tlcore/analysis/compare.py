@@ -18,7 +18,7 @@ from ..reader import Run
 from ..reader.lasting import lasting_objects
 from .details import Details
 from .experts import without_reordered
-from .makings import causes, other_kernels
+from .makings import causes, injections, other_kernels
 from .matching.counting import none_in_common
 from .matching.match import match
 from .matching.pairs import Matching, Pair
@@ -164,7 +164,7 @@ def _notes(
     yield from causes(*runs)
     yield from _mixed(results, tolerance)
     yield from further.notes(results)
-    yield from (f"{label} was {run.injection}" for label, run in zip("AB", runs, strict=True) if run.injected)
+    yield from injections(runs)
     yield from _other_shares(results, *runs)
 
 

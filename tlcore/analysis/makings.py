@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ..reader import Run
+from ..reader.injected import overflowed
 
 _SHOWN = 3
 _NEVER_PACKED = re.compile(r"norm|embed|bias$")
@@ -43,6 +45,22 @@ def causes(a: Run, b: Run) -> list[str]:
     if isinstance(mine, Mapping) and isinstance(other, Mapping):
         notes += _weights_apart(mine, other, packs_weights(a) != packs_weights(b))
     return notes
+
+
+def injections(runs: tuple[Run, Run]) -> Iterator[str]:
+    """Notes on runs into which results of others were injected, and on what did not fit there."""
+    for label, run in zip("AB", runs, strict=True):
+        if run.injected is None:
+            continue
+        yield f"{label} was {run.injection}"
+        beyond: Counter[str] = Counter()
+        for number in run.steps:
+            beyond.update(overflowed(run.step(number)))
+        for what, count in beyond.items():
+            yield (
+                f"{label}: {count} injected results have numbers beyond the range, {what}, and are infinite "
+                "or NaN there: what follows them tells nothing of either model"
+            )
 
 
 def packs_weights(run: Run) -> bool:

@@ -100,5 +100,5 @@ def _window(text: str) -> Any:
         return text
     try:
         return json.loads(text)
-    except json.JSONDecodeError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("--rows", f"is no JSON object ({error}).") from None

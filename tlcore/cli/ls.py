@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ReadError
 from ..reader import Run, RunSummary, Step, is_run, list_runs, open_run
+from ..reader.injected import overflowed
 from ..record import Json
 from .follow import follow
 from .losses import cell, losses_of
@@ -208,7 +209,7 @@ def _described_run(opened: Run) -> Json:
 
 
 def _described_step(step: Step) -> Json:
-    return {
+    found: Json = {
         "step": step.number,
         "state": _state(step),
         "calls": len(step.calls),
@@ -216,6 +217,8 @@ def _described_step(step: Step) -> Json:
         "bytes": _bytes(step),
         "ledger": step.ledger.to_json(),
     }
+    beyond = overflowed(step)
+    return found | ({"injected_overflowed": dict(beyond)} if beyond else {})
 
 
 def _headline(opened: Run, losses: str | None) -> str:
@@ -250,7 +253,9 @@ def _bytes(step: Step) -> int:
 
 
 def _losses(step: Step) -> str:
-    """The ledger's columns that are not zero."""
+    """The ledger's columns that are not zero, and what was injected that does not fit the model's dtype."""
     counts = step.ledger.to_json()
     columns = ("captured", "stored", "skipped", "dropped", "failed")
-    return ", ".join(f"{counts[name]} {name}" for name in columns if counts[name])
+    said = [f"{counts[name]} {name}" for name in columns if counts[name]]
+    said += [f"{count} injected beyond the range ({what})" for what, count in overflowed(step).items()]
+    return ", ".join(said)

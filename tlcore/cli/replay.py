@@ -94,8 +94,8 @@ def _replaced(texts: list[str]) -> dict[int | str, Any]:
         key, equals, value = text.partition("=")
         try:
             found[int(key) if key.isdigit() else key] = _dtype_of(value) or json.loads(value)
-        except ValueError as error:
-            raise ConfigError("--set", f"{text!r} is not ARG=JSON", hint) from error
+        except (ValueError, RecursionError) as error:
+            raise ConfigError("--set", f"{text[:200]!r} is not ARG=JSON", hint) from error
         if not equals or not key:
             raise ConfigError("--set", f"{text!r} is not ARG=JSON", hint)
     return found

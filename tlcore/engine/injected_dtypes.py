@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 
 
@@ -14,11 +16,22 @@ def unlike(stored: torch.dtype, own: torch.dtype) -> str | None:
     return f"the other run's result is {shown(stored)}, and its own {shown(own)}"
 
 
-def rounded_rows(stored: torch.Tensor, fitted: torch.Tensor) -> torch.Tensor:
-    """Which rows of a stored tensor are others in a dtype that it was converted into, true or false each."""
+class Conversion(NamedTuple):
+    """Which rows of a tensor are others in another dtype, true or false each, and of these which overflowed.
+
+    Those have a finite number that the dtype has not: it became infinite, or NaN where there is no infinity.
+    """
+
+    changed: torch.Tensor
+    overflowed: torch.Tensor
+
+
+def conversion(stored: torch.Tensor, fitted: torch.Tensor) -> Conversion:
+    """What became of a stored tensor's rows in the dtype that it was converted into."""
     back = fitted.to(device=stored.device, dtype=stored.dtype)
     same = (back == stored) | ((back != back) & (stored != stored))
-    return ~same.reshape(len(stored), -1).all(1)
+    lost = torch.isfinite(stored) & ~torch.isfinite(back)
+    return Conversion(~same.reshape(len(stored), -1).all(1), lost.reshape(len(stored), -1).any(1))
 
 
 def rounding(stored: torch.dtype, own: torch.dtype) -> str:

@@ -16,7 +16,7 @@ from ..errors import ConfigError, MissingError, ReadError
 from ..layout.names import PathKey
 from ..reader import Call, OpaqueObject, Skipped, open_run
 from ..record import Json
-from .injected_dtypes import rounded_rows, rounding, unlike
+from .injected_dtypes import conversion, rounding, unlike
 
 log = logging.getLogger("tlcore")
 _SCALARS = (bool, int, float, str)
@@ -48,9 +48,11 @@ class Injection(ABC):
         self.left_out: Counter[str] = Counter()
         self._calls_in_step = self._injected_in_step = 0
         self._left_out_in_step: Counter[str] = Counter()
-        # What was injected in another dtype, that has not all of its values.
+        # What was injected in another dtype, that has not all of its values, and not even their range.
         self.rounded: Counter[str] = Counter()
+        self.overflowed: Counter[str] = Counter()
         self._rounded_in_step: Counter[str] = Counter()
+        self._overflowed_in_step: Counter[str] = Counter()
 
     @property
     def document(self) -> Json:
@@ -63,12 +65,15 @@ class Injection(ABC):
         self._calls_in_step = self._injected_in_step = 0
         self._left_out_in_step = Counter()
         self._rounded_in_step = Counter()
+        self._overflowed_in_step = Counter()
 
     def end_step(self) -> Json:
         """What ``step.json`` says of it."""
         found: Json = {"calls": self._calls_in_step, "left_out": dict(self._left_out_in_step)}
         if self._rounded_in_step:
             found["rounded"] = dict(self._rounded_in_step)
+        if self._overflowed_in_step:
+            found["overflowed"] = dict(self._overflowed_in_step)
         return {"injected": found}
 
     def enters(self, directory: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -109,10 +114,14 @@ class Injection(ABC):
         self._injected_in_step += count
         self._calls_in_step += 1
 
-    def _round(self, what: str, count: int = 1) -> None:
-        if count:
-            self.rounded[what] += count
-            self._rounded_in_step[what] += count
+    def _convert(self, what: str, rounded: int, overflowed: int) -> None:
+        """Count what was only rounded, and what also went beyond the range of its new dtype."""
+        if rounded:
+            self.rounded[what] += rounded
+            self._rounded_in_step[what] += rounded
+        if overflowed:
+            self.overflowed[what] += overflowed
+            self._overflowed_in_step[what] += overflowed
 
     def _leave_out(self, why: str, count: int = 1) -> None:
         if count:
@@ -129,6 +138,11 @@ class Injection(ABC):
         said += [
             f"inject: {count} {self.counted} were rounded from {what}: they are not quite the other run's"
             for what, count in self.rounded.items()
+        ]
+        said += [
+            f"inject: {count} {self.counted} have numbers beyond the range, {what}, and are infinite or NaN "
+            "there: what follows them tells nothing of either model"
+            for what, count in self.overflowed.items()
         ]
         return said if self.injected or self.left_out else ["inject: none of its modules was called"]
 
@@ -187,13 +201,13 @@ class CallInjection(Injection):
     def _in_place_of(self, directory: str, own: Any) -> Any:
         if self._why_not is not None:
             raise UnlikeError(self._why_not)
-        rounded: dict[str, None] = {}
-        found = in_place_of(own, self._call(directory).outputs, rounded)
+        converted: dict[str, bool] = {}
+        found = in_place_of(own, self._call(directory).outputs, converted)
         if found is own:
             raise UnlikeError(f"nothing can stand for a result that is a {type(own).__name__}")
         self._inject()
-        for what in rounded:
-            self._round(what)
+        for what, overflowed in converted.items():
+            self._convert(what, int(not overflowed), int(overflowed))
         return found
 
 
@@ -232,10 +246,10 @@ def _same(own: Any, stored: Any) -> bool:
     return isinstance(stored, OpaqueObject) and not stored.items
 
 
-def in_place_of(own: Any, stored: Any, rounded: dict[str, None]) -> Any:
+def in_place_of(own: Any, stored: Any, converted: dict[str, bool]) -> Any:
     """A value like the model's own with the stored tensors. Raises UnlikeError where they do not fit.
 
-    What had to be ``rounded`` for it is noted there.
+    What had to be ``converted`` for it is noted there, and whether any went beyond the new dtype's range.
     """
     if isinstance(own, torch.Tensor):
         if isinstance(stored, Skipped):
@@ -245,15 +259,18 @@ def in_place_of(own: Any, stored: Any, rounded: dict[str, None]) -> Any:
         if (why_not := unlike(stored.dtype, own.dtype)) is not None:
             raise UnlikeError(why_not)
         fitted = stored.to(device=own.device, dtype=own.dtype)
-        if stored.dtype != own.dtype and rounded_rows(stored.reshape(1, -1), fitted.reshape(1, -1)).any():
-            rounded[rounding(stored.dtype, own.dtype)] = None
+        if stored.dtype != own.dtype:
+            found = conversion(stored.reshape(1, -1), fitted.reshape(1, -1))
+            if found.changed.any():
+                what = rounding(stored.dtype, own.dtype)
+                converted[what] = converted.get(what, False) or bool(found.overflowed.any())
         return fitted
     if own is None or isinstance(own, _SCALARS):
         return own
     if isinstance(own, Mapping) and isinstance(stored, Mapping) and own.keys() == stored.keys():
-        return _like_mapping(own, lambda key, value: in_place_of(value, stored[key], rounded))
+        return _like_mapping(own, lambda key, value: in_place_of(value, stored[key], converted))
     if isinstance(own, (tuple, list)) and isinstance(stored, (tuple, list)) and len(own) == len(stored):
-        return _like_sequence(own, lambda place, value: in_place_of(value, stored[place], rounded))
+        return _like_sequence(own, lambda place, value: in_place_of(value, stored[place], converted))
     if isinstance(stored, OpaqueObject) and not stored.items:
         return own
     raise UnlikeError(f"nothing can stand for a result that is a {type(own).__name__}")

@@ -19,7 +19,7 @@ from ..reader.unshard import places_of
 from ..record import Json, RunInfo
 from .filters.modules import ModuleFilter
 from .filters.rows import Given, StepRows
-from .injected_dtypes import rounded_rows, rounding, unlike
+from .injected_dtypes import conversion, rounding, unlike
 from .injecting_ranks import NO_GROUP, Group, groups_of
 from .injection import Injection, Path, UnlikeError, with_each_tensor
 
@@ -247,8 +247,9 @@ class RowInjection(Injection):
             self._leave_out(why_not, count)
         if injected:
             self._inject(injected)
-        for what, rows in call.rounded.items():
-            self._round(what, len(rows))
+        for what, rows in call.changed.items():
+            overflowed = call.overflowed[what]
+            self._convert(what, len(rows - overflowed), len(overflowed))
         return with_each_tensor(own, lambda path, tensor: mixed[id(tensor)])
 
 
@@ -263,8 +264,9 @@ class _CallOf:
         self._directory = directory
         self._requests = requests
         self.parts: dict[Path, tuple[torch.Tensor, Sequence[Span]]] = {}
-        # The rows of the result that were rounded in any part, by what to what.
-        self.rounded: dict[str, set[int]] = {}
+        # The rows of the result that were rounded in any part, or even overflowed, by what to what.
+        self.changed: defaultdict[str, set[int]] = defaultdict(set)
+        self.overflowed: defaultdict[str, set[int]] = defaultdict(set)
         # Why nothing of a request can be injected in this call, while it can in others.
         self._lacking: dict[str, str] = {}
 
@@ -332,9 +334,9 @@ class _CallOf:
             fitted = found.to(device=tensor.device, dtype=tensor.dtype)
             made[span.begin : span.begin + count] = fitted
             if found.dtype != tensor.dtype:
-                at = rounded_rows(found, fitted).nonzero().flatten().tolist()
-                rows = self.rounded.setdefault(rounding(found.dtype, tensor.dtype), set())
-                rows.update(span.begin + each for each in at)
+                what, became = rounding(found.dtype, tensor.dtype), conversion(found, fitted)
+                for rows, flags in zip((self.changed[what], self.overflowed[what]), became, strict=True):
+                    rows.update(span.begin + each for each in flags.nonzero().flatten().tolist())
         return made
 
 

@@ -40,15 +40,18 @@ def is_plain(text: bytes) -> bool:
     return b"\\" not in text and b"\0" not in text
 
 
-def parse(data: bytes, where: str) -> Any:
-    """The value of a JSON file. Raises ReadError, naming ``where``, when it is none or too large."""
+def parse(data: bytes, where: str, all_numbers: bool = False) -> Any:
+    """The value of a JSON file. Raises ReadError, naming ``where``, when it is none or too large.
+
+    With ``all_numbers`` it may have NaN and Infinity, which JSON has not.
+    """
     if len(data) > LARGEST_JSON:
         raise too_large(where)
     # A text that is shorter cannot have so many.
     if len(data) > MOST_VALUES and data.count(b",") + data.count(b"[") + data.count(b"{") > MOST_VALUES:
         raise ReadError(f"{where}: holds more than {MOST_VALUES} values")
     try:
-        return json.loads(data, parse_constant=_no_number)
+        return json.loads(data, parse_constant=None if all_numbers else _no_number)
     except RecursionError:
         raise ReadError(f"{where}: damaged, not JSON (nested too deep)") from None
     except ValueError as error:

@@ -1,40 +1,27 @@
-"""The files of a foreign dump: what lies where, and tensors in safetensors and `torch.save` files."""
+"""The files of a foreign dump: what lies where, and the values of tensors in them."""
 
 from __future__ import annotations
 
-import json
 import os
-import struct
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
-from functools import cached_property, lru_cache
+from functools import cached_property
 from math import prod
 from mmap import ACCESS_READ, mmap
-from operator import itemgetter
-from typing import Any, BinaryIO, NamedTuple, Protocol, TypeAlias, TypeVar
+from typing import Any, BinaryIO, NamedTuple, Protocol, TypeVar
 
 import numpy as np
 
 from tlcore.errors import BackendError, ReadError
 from tlcore.hotpath.reading import read_files
-from tlcore.layout.checks import is_shape
 from tlcore.layout.dtypes import item_size
-from tlcore.layout.run_files import RunFiles
+from tlcore.layout.run_files import RunFiles, parse
 from tlcore.record import Json
 from tlcore.storage import Buffer, Level, Store, SupportsLevels
-
-from ..safetensors.remains import DTYPES
 
 # What is read of a file at its first look; most small dumps are whole then.
 FIRST, _FIRST_HERE = 64 << 10, 4 << 10
 _LEAST_OWN = 16 << 10
-_LARGEST_HEADER, _SMALL_HEADER = 100 << 20, 1 << 10
-_DTYPES = {
-    **DTYPES,
-    "F8_E8M0": "float8_e8m0fnu",
-    "F8_E4M3FNUZ": "float8_e4m3fnuz",
-    "F8_E5M2FNUZ": "float8_e5m2fnuz",
-}
 
 
 class Handle:
@@ -97,6 +84,13 @@ class DumpFiles(RunFiles):
         if directory not in self._in:
             self._in[directory] = self._files_in(directory)
         return self._in[directory]
+
+    def json(self, name: str) -> Any:
+        """The value of a tool's JSON file, in which NaN and Infinity are numbers, as Python writes them.
+
+        Raises MissingError, or ReadError when it is no JSON.
+        """
+        return parse(self.json_bytes(name), f"{self.url}/{name}", all_numbers=True)
 
     def read(self, name: str, start: int = 0, end: int | None = None) -> bytes:
         """The bytes ``[start, end)`` of a file, as `RunFiles` reads them."""
@@ -292,67 +286,6 @@ def _whole(data: _Bytes, size: int, where: str) -> _Bytes:
     if len(data) != size:
         raise ReadError(f"{where}: ends too early, {size - len(data)} bytes are missing")
     return data
-
-
-def safetensors_in(files: DumpFiles, file: str) -> tuple[dict[str, StoredAt], dict[str, str]]:
-    """The tensors of a safetensors file by name, in the order of its bytes, and its metadata.
-
-    One of a dtype that torch does not have has that of the file. Raises ReadError for a file that is none.
-    """
-    return once(files, file, lambda: _safetensors_in(files, file))
-
-
-def _safetensors_in(files: DumpFiles, file: str) -> tuple[dict[str, StoredAt], dict[str, str]]:
-    return safetensors_that_begin(files, file, files.read(file, 0, files.first), files.size(file))
-
-
-def safetensors_that_begin(
-    files: DumpFiles, file: str, head: bytes | memoryview, length: int | None
-) -> tuple[dict[str, StoredAt], dict[str, str]]:
-    """The same of a file whose first bytes, and perhaps whose length, are known."""
-    where = shown_path(files, file)
-    if len(head) < 8:
-        raise ReadError(f"{where}: not a safetensors file, it is too short")
-    size = struct.unpack_from("<Q", head)[0]
-    if size > _LARGEST_HEADER or head[8:9] not in (b"{", b" "):
-        raise ReadError(f"{where}: not a safetensors file")
-    if len(head) < 8 + size:
-        head = files.read(file, 0, 8 + size)
-    try:
-        # Those of one-tensor files are mostly alike.
-        header = bytes(head[8 : 8 + size])
-        described, metadata = _parsed(header) if size <= _SMALL_HEADER else _parsed.__wrapped__(header)
-    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
-        raise ReadError(f"{where}: damaged safetensors header ({type(error).__name__}: {error})") from None
-    found = {}
-    for name, at, end, dtype, shape in described:
-        if length is not None and 8 + size + end > length:
-            raise ReadError(f"{where}: ends too early, {name!r} reaches beyond its end")
-        found[name] = StoredAt(file, 8 + size + at, dtype, shape)
-    return found, dict(metadata)
-
-
-_Described: TypeAlias = tuple[str, int, int, str, tuple[int, ...]]
-
-
-@lru_cache(256)
-def _parsed(header: bytes) -> tuple[list[_Described], dict[str, str]]:
-    """What a header says: of each tensor name, begin and end behind the header, dtype and shape."""
-    document = json.loads(header)
-    metadata = document.pop("__metadata__", None) or {}
-    found = [_described(str(name), entry) for name, entry in document.items()]
-    return sorted(found, key=itemgetter(1)), {str(key): str(value) for key, value in metadata.items()}
-
-
-def _described(name: str, entry: Json) -> _Described:
-    shape, (start, end) = entry["shape"], entry["data_offsets"]
-    dtype = _DTYPES.get(entry["dtype"], str(entry["dtype"]))
-    if not is_shape(shape) or type(start) is not int or start < 0 or type(end) is not int:
-        raise ValueError("a shape or offset makes no sense")
-    width = item_size(dtype)
-    if width is not None and end - start != prod(shape) * width:
-        raise ValueError("an offset is not that of its shape")
-    return name, start, start + prod(shape) * (width or 0), dtype, tuple(shape)
 
 
 # At most one.

@@ -12,7 +12,8 @@ from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .documents import Found
-from .files import DumpFiles, StoredAt, safetensors_in, shown_path
+from .files import DumpFiles, StoredAt, shown_path
+from .safetensors_files import safetensors_in
 from .source import ONE_RANK, ForeignSource
 
 _SUFFIX = ".safetensors"

@@ -15,8 +15,9 @@ from tlcore.record import Json
 
 from .arrays import describe_npy, describe_npz, read_array
 from .documents import Found, in_model_order
-from .files import DumpFiles, StoredAt, read_at, safetensors_in
+from .files import DumpFiles, StoredAt, read_at
 from .pickled import TensorAt, Unknown
+from .safetensors_files import safetensors_in
 from .source import ONE_RANK, ForeignSource
 from .torch_files import TorchFile, torch_file
 

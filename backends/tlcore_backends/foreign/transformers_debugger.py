@@ -15,7 +15,8 @@ from tlcore.protocols import Buffer, StepRanks
 from tlcore.record import Json
 
 from .documents import Found
-from .files import DumpFiles, StoredAt, safetensors_in, safetensors_that_begin, shown_path
+from .files import DumpFiles, StoredAt, shown_path
+from .safetensors_files import safetensors_in, safetensors_that_begin
 from .source import ONE_RANK, ForeignSource, as_told
 
 _TREE = "_debug_tree_FULL_TENSORS.json"

@@ -1,6 +1,6 @@
 """Injects one run's results into an engine of two ranks with a planted fault, and prints what came of it.
 
-``python inject_ranks_script.py OUTPUT_DIR KIND``, where KIND is ``tensor`` or ``pipeline``.
+``python inject_ranks_script.py OUTPUT_DIR KIND DTYPE``, where KIND is ``tensor`` or ``pipeline``.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ FAULTY = (1, 2)
 NORMS = [rf"layers\.{layer}\.post_attention_layernorm$" for layer in FAULTY]
 
 
-def main(output_dir: str, kind: str) -> dict[str, Any]:
+def main(output_dir: str, kind: str, dtype: str) -> dict[str, Any]:
     """Capture the model as it is, with two faults, and with one or both of them injected away."""
     from vllm import LLM
 
     from tests.models import tiny_llama
 
     several: dict[str, Any] = {f"{kind}_parallel_size": 2}
-    llm = LLM(str(tiny_llama()), dtype="float32", enforce_eager=True, max_model_len=128, **several)
+    llm = LLM(str(tiny_llama()), dtype=dtype, enforce_eager=True, max_model_len=128, **several)
     if kind == "pipeline":
         prepare_stages(llm)
     chance = random.Random(3)

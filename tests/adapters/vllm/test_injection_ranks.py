@@ -16,11 +16,17 @@ SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "inject_ranks_script.p
 FAULTY = [f"model.layers.{layer}.post_attention_layernorm" for layer in (1, 2)]
 
 
-@pytest.fixture(scope="module", params=["tensor", "pipeline"])
+ENGINES = [
+    ("tensor", "float32"), ("pipeline", "float32"), ("tensor", "bfloat16"), ("tensor", "float16"),
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module", params=ENGINES, ids="-".join)
 def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    kind, dtype = request.param
     directory = tmp_path_factory.mktemp("inject")
-    found = report(SCRIPT, str(directory), request.param, timeout=900, environment=SEVERAL_RANKS)
-    return {"kind": request.param, **found}
+    found = report(SCRIPT, str(directory), kind, dtype, timeout=900, environment=SEVERAL_RANKS)
+    return {"kind": kind, **found}
 
 
 def _told(run: Any, rank: int) -> tuple[int, Counter[str]]:

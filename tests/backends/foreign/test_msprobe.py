@@ -186,6 +186,15 @@ def test_a_near_miss_says_what_is_missing(tmp_path: Path) -> None:
         tlcore.open_run(tmp_path)
 
 
+def test_statistics_that_are_not_finite_are_no_damage(tmp_path: Path) -> None:
+    x = torch.tensor([1.0, float("nan"), float("inf")])
+    told = {"Max": float("nan"), "Min": float("-inf"), "Norm": float("inf")}
+    _dump(tmp_path, {"Module.a.L.forward.0": {"output": [_node("x", x, **told)]}}, {"x": x})
+    step = tlcore.open_run(tmp_path).step(0)
+    (name,) = step.names
+    assert torch.equal(step.tensor(name).view(torch.int32), x.view(torch.int32))
+
+
 def test_a_tree_that_leads_in_a_circle_or_never_ends_is_read_or_refused(tmp_path: Path) -> None:
     x = torch.ones(2)
     data: dict[str, Any] = {f"Module.{name}.L.forward.0": {"output": [_node("x", x)]} for name in "ab"}

@@ -193,7 +193,7 @@ def init_of(text: str) -> dict[str, Any]:
     """Keyword arguments from JSON text. Raises ConfigError for anything else."""
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ConfigError("--init", f"not JSON: {error}") from error
     if not isinstance(value, dict):
         raise ConfigError("--init", 'must be a JSON object, such as {"size": 8}')
