@@ -12,6 +12,8 @@ from typing import Any
 
 from tlcore.layout.templates import compact
 
+from .skeletons import CONSTANT
+
 _EPOCH = datetime(1970, 1, 1, tzinfo=timezone.utc)
 _MICROSECOND = timedelta(microseconds=1)
 
@@ -120,8 +122,11 @@ def joined(skeleton: Any, numbers: Iterator[int]) -> Any:
     if isinstance(skeleton, dict):
         return {key: joined(item, numbers) for key, item in skeleton.items()}
     if isinstance(skeleton, list):
-        if list(map(type, skeleton)).count(int) == len(skeleton):
+        types = list(map(type, skeleton))
+        if types.count(int) == len(skeleton):
             return list(itertools.islice(numbers, len(skeleton)))
+        if CONSTANT.issuperset(types):
+            return skeleton[:]
         return [joined(item, numbers) for item in skeleton]
     return skeleton
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+import string
 from binascii import a2b_base64
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, overload
 
@@ -20,6 +21,9 @@ _VARIES = re.compile(
 )
 _PARTS = 1 + _VARIES.groups
 _KEYS = (b'"offset"', b'"constant"', b'"hashes"')
+_HASHES = _VARIES.groups
+_PADDING = ord("=")
+_DIGITS = (string.ascii_letters + string.digits + "+/").encode()
 
 
 class _Own(NamedTuple):
@@ -29,6 +33,8 @@ class _Own(NamedTuple):
     constants: list[bool]
     hashes: list[bytes]
     digests: list[bytes]
+    # Whether all but the hashes is as in the text that others are compared with.
+    in_same_places: bool = False
 
 
 def _own(parts: Sequence[bytes]) -> _Own | None:
@@ -43,11 +49,43 @@ def _own(parts: Sequence[bytes]) -> _Own | None:
     return _Own(list(map(int, parts[1::_PARTS])), list(map(bool, parts[2::_PARTS])), hashes, digests)
 
 
+class _Hashes:
+    """Where the hashes stand in a text: mostly another has them there too, and differs in nothing else."""
+
+    def __init__(self, text: bytes, own: _Own) -> None:
+        self._text, self._own = np.frombuffer(text, np.uint8), own
+        self._spans = [match.span(_HASHES) for match in _VARIES.finditer(text)]
+        varies = np.zeros(len(text), bool)
+        for begin, end in self._spans:
+            varies[begin:end] = True
+        self._places = np.flatnonzero(varies)
+        self._hashes = self._text[self._places]
+        self._padding = self._hashes == _PADDING
+
+    def of(self, text: bytes) -> _Own | None:
+        """What another text has so; None where it is of another kind."""
+        if len(text) != len(self._text):
+            return None
+        there = np.frombuffer(text, np.uint8)
+        hashes = there[self._places]
+        padding = hashes == _PADDING
+        # Decoding would pass over what is no digit.
+        if (
+            np.count_nonzero(there != self._text) > np.count_nonzero(hashes != self._hashes)
+            or (padding != self._padding).any()
+            or hashes[~padding].tobytes().translate(None, _DIGITS)
+        ):
+            return None
+        texts = [text[begin:end] for begin, end in self._spans]
+        return self._own._replace(hashes=texts, digests=list(map(a2b_base64, texts)), in_same_places=True)
+
+
 class ArraysText:
     """The text of a table of arrays, for those that differ in places and hashes alone."""
 
-    def __init__(self, rest: Sequence[bytes], owners: np.ndarray, places: Places) -> None:
+    def __init__(self, rest: Sequence[bytes], hashes: _Hashes, owners: np.ndarray, places: Places) -> None:
         self._rest = rest
+        self._hashes = hashes
         self._owners = owners
         self._places = places
 
@@ -67,18 +105,21 @@ class ArraysText:
                 places.of(number)
         except ReadError:
             return None
-        if _own(parts) is None or any(entries[number].get("same_as") is not None for number in numbers):
+        own = _own(parts)
+        if own is None or any(entries[number].get("same_as") is not None for number in numbers):
             # Its own are no one's.
             return None
         positions = {number: position for position, number in enumerate(numbers)}
         stored = (entry.get("same_as", number) for number, entry in enumerate(entries))
         owners = np.array([positions[number] for number in stored], np.int64)
-        return cls(parts[::_PARTS], owners, places)
+        return cls(parts[::_PARTS], _Hashes(text, own), owners, places)
 
     def arrays(self, text: bytes, entries: Sequence[Any]) -> OwnArrays | None:
         """Those of another text; None where anything else differs. ``entries`` are those of this one."""
-        parts = _VARIES.split(text)
-        own = _own(parts) if parts[::_PARTS] == self._rest else None
+        own = self._hashes.of(text)
+        if own is None:
+            parts = _VARIES.split(text)
+            own = _own(parts) if parts[::_PARTS] == self._rest else None
         return None if own is None else OwnArrays(entries, own, self._owners, self._places)
 
 
@@ -137,12 +178,22 @@ class OwnPlaces(Places):
     @cached_property
     def _told(self) -> tuple[Columns, np.ndarray]:
         own, others = self._arrays.own, self._arrays.places.columns
+        hashes = np.frombuffer(b"".join(own.digests), np.uint8).reshape(-1, HASH_BYTES)
+        if own.in_same_places:
+            return others, hashes
         counts = np.fromiter(map(len, own.digests), np.int64, len(own.digests)) // HASH_BYTES
         owners = self._arrays.owners
         told = np.cumsum(counts) - counts, np.array(own.offsets, np.int64), np.array(own.constants, bool)
         first, begin, constant = (each[owners] for each in told)
         columns = others._replace(begin=begin, constant=constant, first=first, counts=counts[owners])
-        return columns, np.frombuffer(b"".join(own.digests), np.uint8).reshape(-1, HASH_BYTES)
+        return columns, hashes
+
+    @cached_property
+    def layout(self) -> Hashable:
+        """That of the others where it is the same."""
+        if self._arrays.own.in_same_places:
+            return self._arrays.places.layout
+        return tuple(each.tobytes() for each in self.columns)
 
     @cached_property
     def begins(self) -> dict[int, list[int]]:

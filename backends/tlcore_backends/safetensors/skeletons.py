@@ -6,6 +6,8 @@ from collections.abc import Callable
 from operator import itemgetter
 from typing import Any
 
+# What stands in a value as in its skeleton.
+CONSTANT = frozenset((float, str, bool, type(None)))
 # From all integers of a value to the value.
 Build = Callable[[list[int]], Any]
 
@@ -40,9 +42,12 @@ def _of_object(node: dict[str, Any], at: int) -> tuple[Build, int]:
 
 
 def _of_list(node: list[Any], at: int) -> tuple[Build, int]:
-    if list(map(type, node)).count(int) == len(node):
+    types = list(map(type, node))
+    if types.count(int) == len(node):
         end = at + len(node)
         return lambda numbers: numbers[at:end], end
+    if CONSTANT.issuperset(types):
+        return lambda numbers: node[:], at
     builds: list[Build] = []
     for each in node:
         build, at = _builder(each, at)
