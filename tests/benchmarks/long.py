@@ -65,6 +65,7 @@ def _loop(place: Server, delay_s: float, scale: Scale) -> list[Row]:
             "times",
             f"{found['captured_s']:.2f} s / {found['plain_s']:.2f} s",
         ),
+        *_shares(name, steps, found),
         Row(f"{name}: stored after the loop's end", found["rest_s"], at_most(3), "s", whole),
         Row(f"{name}: steps an object", steps / objects, at_least(10), "", whole),
     ]
@@ -73,6 +74,28 @@ def _loop(place: Server, delay_s: float, scale: Scale) -> list[Row]:
         rows.append(overhead("one layer", sum(sizes.values()), distinct_bytes(run), 1.05))
         rows.append(_reading(place, run, delay_s, scale))
     return rows
+
+
+def _shares(name: str, steps: int, found: dict[str, Any]) -> list[Row]:
+    """What the loop's ratio is made of: the server and the proxy run on the same processors."""
+    plain_s = found["plain_s"]
+    others_s = found["captured_s"] - plain_s - found["processor_s"] - found["queued_s"]
+    shares = {
+        "the model's thread on a processor": found["processor_s"],
+        "waiting for one, which others have": found["queued_s"],
+        "waiting for anything else, such as the interpreter": others_s,
+    }
+    rows = [
+        Row(
+            f"{name}: of it, {what}",
+            1 + seconds / plain_s,
+            None,
+            "times",
+            f"{seconds / steps * 1e3:.2f} ms a step",
+        )
+        for what, seconds in shares.items()
+    ]
+    return [*rows, Row(f"{name}: loop without capture, later / earlier", found["null"], None, "times")]
 
 
 def sizes_of(place: Server, url: str) -> dict[str, int]:

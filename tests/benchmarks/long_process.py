@@ -35,33 +35,48 @@ def loop(steps: int, keys: dict[str, Any]) -> dict[str, Any]:
     model = nn.Sequential(nn.Linear(WIDTH, WIDTH, dtype=torch.bfloat16))
     inputs = torch.randn(steps, ROWS, WIDTH).to(torch.bfloat16)
 
-    def run() -> float:
-        begin = time.perf_counter()
+    def run() -> list[float]:
+        begin = _thread_times()
         with torch.no_grad():
             for step in range(steps):
                 model(inputs[step])
                 time.sleep(STEP_S)
-        return time.perf_counter() - begin
+        return [after - before for before, after in zip(begin, _thread_times(), strict=True)]
 
     with torch.no_grad(), capture(model, **_keys(keys), module_call_match=["^0$"]):
         # What the first capture of a process loads.
         model(inputs[0])
     plain = [run()]
     with capture(model, **_keys(keys), module_call_match=["^0$"]) as captured:
-        captured_s = run()
+        with_capture = run()
         begin = time.perf_counter()
     rest_s = time.perf_counter() - begin
     plain.append(run())
     counts = captured.ledger
     if counts.stored != counts.captured:
         raise RuntimeError(f"not everything was stored: {counts.to_json()}")
+    # Without capture: the mean of before and after.
+    without = [sum(each) / 2 for each in zip(*plain, strict=True)]
     return {
-        "plain_s": sum(plain) / 2,
-        "captured_s": captured_s,
+        "plain_s": without[0],
+        "captured_s": with_capture[0],
+        "null": plain[1][0] / plain[0][0],
+        "processor_s": with_capture[1] - without[1],
+        "queued_s": with_capture[2] - without[2],
         "rest_s": rest_s,
         "bytes": counts.bytes_captured,
         "url": captured.url,
     }
+
+
+def _thread_times() -> tuple[float, float, float]:
+    """Seconds now: on the wall, on a processor in this thread, and waiting for one (0 where nobody tells)."""
+    try:
+        with open("/proc/thread-self/schedstat") as file:
+            queued_s = int(file.read().split()[1]) / 1e9
+    except OSError:
+        queued_s = 0.0
+    return time.perf_counter(), time.thread_time(), queued_s
 
 
 def growth(steps: int, keys: dict[str, Any]) -> dict[str, Any]:

@@ -1,15 +1,20 @@
-"""Uploads in parts that nobody finished: found on a real server, and ended."""
+"""Uploads in parts: those that nobody finished are ended, and those that fail are tried again."""
 
 from __future__ import annotations
 
 import json
 
 import fsspec
+import numpy as np
 import pytest
 
+from tests.faults.helpers import options
+from tests.faults.proxy import Fault, Proxy, busy, cut, cut_later_parts, times
 from tests.servers import Server
 from tlcore.__main__ import main
+from tlcore.storage import RetryPolicy
 from tlcore_backends.storage.leftovers import leftovers
+from tlcore_backends.storage.remote import FsspecStore
 
 pytestmark = pytest.mark.slow
 
@@ -33,3 +38,18 @@ def test_orphaned_uploads_are_found_and_ended(weed: Server, capsys: pytest.Captu
     found.remove()
     assert leftovers(url, weed.options, older_than_s=-60) == []
     assert len(leftovers(weed.url, weed.options, older_than_s=-60)) == 1
+
+
+@pytest.mark.parametrize("fault", [busy, cut, cut_later_parts])
+def test_a_blob_of_several_pieces_is_whole_though_requests_fail(
+    weed: Server, proxy: Proxy, fault: Fault
+) -> None:
+    sizes = [7, 9 << 20, 0, 12 << 20]
+    pieces = [np.random.default_rng(number).bytes(size) for number, size in enumerate(sizes)]
+    # The client that sends pieces as they are is taken where the region is known.
+    given = {**options(weed, proxy.server_port), "client_kwargs": {"region_name": "us-east-1"}}
+    store = FsspecStore(f"{weed.url}/pieces", given, RetryPolicy(deadline_s=30, attempts=6))
+    proxy.fault = times(4, fault)
+    assert store.put("blob", [memoryview(piece) for piece in pieces]) == sum(sizes)
+    assert proxy.faults > 0
+    assert store.get("blob") == b"".join(pieces)

@@ -20,8 +20,10 @@ ALIGNMENT = 8
 _METADATA = ('"format":"pt"', '"tlcore.layout":"2"')
 # What the offsets of a column may be longer than those it has before it has its place, and a comma.
 _OFFSETS_BYTES = 40
-# Each piece that is written by itself costs about as much as copying so many bytes.
+# Each piece that is written by itself costs about as much as copying so many bytes, and each one of a request
+# more, as the client's thread waits for the interpreter.
 _LARGE_PIECE = 2 << 10
+_LARGE_PART = 256 << 10
 Bytes = np.ndarray
 
 
@@ -108,13 +110,20 @@ class Column:
             if self.constant:
                 return
 
-    @property
     def is_in_large_pieces(self) -> bool:
         """Whether to write its bytes from where they lie takes less than to put them together first."""
         return all(
             chunk.nbytes >= _LARGE_PIECE or len(chunk.steps) == 1 or chunk.nbytes == chunk.steps.shape[1]
             for chunk in self.chunks
         )
+
+    def is_in_large_parts(self) -> bool:
+        """The same, where the bytes are sent in a request."""
+        count = sum(
+            1 if self.constant or chunk.nbytes == chunk.steps.shape[1] else len(chunk.steps)
+            for chunk in self.chunks
+        )
+        return count * _LARGE_PART <= self.stored_bytes
 
     def pieces(self) -> Iterator[memoryview]:
         """The array's bytes, in order, where they lie."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -132,7 +133,9 @@ class Journey:
         del file
         for part in parts:
             if isinstance(part, memoryview):
-                part.release()
+                # Refused while an upload that was given up still reads.
+                with contextlib.suppress(BufferError):
+                    part.release()
         for each in memory:
             self._memory.give(each)
         with self._changed:

@@ -17,6 +17,7 @@ from tlcore.record import Record, RunInfo, StepSummary
 from tlcore.storage import SupportsAppend, SupportsFiles
 
 from ..storage.run_store import store_of
+from .columns import Column
 from .journey import Journey
 from .plans import Plan, Plans
 from .segment_names import catalogue_name
@@ -86,9 +87,9 @@ class SegmentSink:
         # whole, such a step goes there at once.
         self._large_bytes = max(_LEAST_LARGE, self._most_bytes // 2)
         self._appending = store if isinstance(store, SupportsAppend) else None
-        # A place on this machine takes many small parts as well as one.
-        self._in_pieces = is_local
-        self._memory = ShardBuffers()
+        self._apart = Column.is_in_large_pieces if is_local else Column.is_in_large_parts
+        # A segment ends with the step that fills it.
+        self._memory = ShardBuffers(self._most_bytes + self._most_bytes // 4)
         self._plans = Plans()
         self._plans_of: OrderedDict[int, Plan] = OrderedDict()
         self._number = 0
@@ -252,7 +253,7 @@ class SegmentSink:
             log.info("the list of the run's segments could not be written: %s", shareable(error))
 
     def _new_segment(self) -> Segment:
-        segment = Segment(self._rank, self._number, self._plans, self._memory, self._in_pieces)
+        segment = Segment(self._rank, self._number, self._plans, self._memory, self._apart)
         self._number += 1
         return segment
 

@@ -31,6 +31,8 @@ _NAME_CHECKED = 16
 # More is put together in memory that is used again.
 _LARGE_HEAD = 1 << 20
 Fill = Callable[[memoryview], bool]
+# Whether a column's bytes are to be written from where they lie.
+Apart = Callable[[Column], bool]
 
 
 class File(NamedTuple):
@@ -66,13 +68,14 @@ class Segment:
     """Segment ``number`` of a rank while it is filled.
 
     ``plans`` and ``memory`` outlive it. The steps' bytes lie one after the other in memory as they came,
-    each tensor's rows are brought together when the segment is sealed; ``in_pieces`` only when it is written.
+    each tensor's rows are brought together when the segment is sealed, where it is ``apart`` only when it is
+    written.
     """
 
     def __init__(
-        self, rank: int, number: int, plans: Plans, memory: ShardBuffers, in_pieces: bool = False
+        self, rank: int, number: int, plans: Plans, memory: ShardBuffers, apart: Apart = lambda column: False
     ) -> None:
-        self._in_pieces = in_pieces
+        self._apart = apart
         self.rank = rank
         self.number = number
         self.full = False
@@ -290,7 +293,7 @@ class Segment:
         head = lay_out(columns, self._taken, len(self._files))
         own = [column for column in columns.values() if column.same_as is None]
         own.sort(key=lambda column: column.begin)
-        apart = [self._in_pieces and column.is_in_large_pieces for column in own]
+        apart = [self._apart(column) for column in own]
         nbytes = len(head) + sum(column.stored_bytes for column in own)
         parts, memory = self._parts(head, own, apart)
         for column in columns.values():

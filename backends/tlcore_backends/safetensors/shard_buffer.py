@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tlcore.hotpath.new_memory import new_memory
+from tlcore.hotpath.new_memory import LEAST_LARGE, PAGE_BYTES, take_up, untouched_memory
 from tlcore.storage import Buffer
 
 _FIRST_BYTES = 2 << 20
@@ -13,11 +13,19 @@ _MOST_KEPT = 2
 
 
 class ShardBuffer:
-    """Bytes one after the other in one piece of memory, which grows as they need."""
+    """Bytes one after the other in one piece of memory, which grows as they need.
 
-    def __init__(self) -> None:
+    Once they are many, it is of ``usual_bytes`` at once, of which only what is used takes up memory, in large
+    pages as long as the system has some at hand.
+    """
+
+    def __init__(self, usual_bytes: int = 0) -> None:
         self.nbytes = 0
-        self._memory = new_memory(_FIRST_BYTES)
+        self._usual_bytes = usual_bytes
+        self._memory = untouched_memory(_FIRST_BYTES)
+        # Up to where it was taken up, a multiple of a large page.
+        self._taken_up = 0
+        self._in_large_pages = True
 
     def skip(self, nbytes: int) -> None:
         """Leave room that is filled later, through `view`."""
@@ -59,25 +67,41 @@ class ShardBuffer:
         return False
 
     def _make_room(self, nbytes: int) -> None:
-        needed, size = self.nbytes + nbytes, len(self._memory)
-        if needed <= size:
-            return
-        size = max(needed, 2 * size)
-        try:
-            # The pages stay what they are; refused while there is a view, and by some systems.
-            self._memory.resize(size)
-            return
-        except (BufferError, OSError, SystemError):
-            larger = new_memory(size)
+        needed = self.nbytes + nbytes
+        if needed > len(self._memory):
+            self._grow(needed)
+        if self._taken_up < needed and len(self._memory) >= LEAST_LARGE:
+            end = min(_whole_pages(needed), len(self._memory))
+            large = self._in_large_pages
+            self._in_large_pages = take_up(self._memory, self._taken_up, end, large)
+            self._taken_up = end
+
+    def _grow(self, needed: int) -> None:
+        size = max(needed, 2 * len(self._memory))
+        if not len(self._memory) < LEAST_LARGE <= size:
+            try:
+                # The pages stay what they are; refused while there is a view, and by some systems.
+                self._memory.resize(size)
+                return
+            except (BufferError, OSError, SystemError):
+                pass
+        larger = untouched_memory(max(size, self._usual_bytes) if size >= LEAST_LARGE else size)
         with memoryview(larger) as new, self.view() as old:
             new[: self.nbytes] = old
         self._memory = larger
+        self._taken_up = _whole_pages(self.nbytes)
+        self._in_large_pages = True
+
+
+def _whole_pages(nbytes: int) -> int:
+    return -(-nbytes // PAGE_BYTES) * PAGE_BYTES
 
 
 class ShardBuffers:
     """Keeps the memory of shards that have been sent: new memory costs more than the copy into it."""
 
-    def __init__(self) -> None:
+    def __init__(self, usual_bytes: int = 0) -> None:
+        self._usual_bytes = usual_bytes
         self._free: list[ShardBuffer] = []
 
     def take(self) -> ShardBuffer:
@@ -85,7 +109,7 @@ class ShardBuffers:
         try:
             gathered = self._free.pop()
         except IndexError:
-            return ShardBuffer()
+            return ShardBuffer(self._usual_bytes)
         gathered.nbytes = 0
         return gathered
 

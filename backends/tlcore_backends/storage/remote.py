@@ -15,6 +15,8 @@ from .retries import DeadlineError, RemoteCalls, is_about_credentials
 
 # How much a blob of unknown size may hold when its deadline is worked out.
 _UNKNOWN_BYTES = 512 << 20
+# Larger blobs are sent by several requests.
+_IN_REQUESTS = 16 << 20
 
 
 def open_remote(location: Location) -> Store:
@@ -53,8 +55,8 @@ class FsspecStore:
     def put(self, name: str, parts: Sequence[Buffer]) -> int:
         """Upload the concatenation of ``parts`` as ``name``; returns its size in bytes."""
         place = self._place(name)
-        data = self._joined(parts)
-        size = memoryview(data).nbytes
+        size = sum(memoryview(part).nbytes for part in parts)
+        data = self._body(parts, size)
         try:
             if self._renames:
                 self._calls.run("makedirs", place.rpartition("/")[0], exist_ok=True)
@@ -177,10 +179,11 @@ class FsspecStore:
     def close(self) -> None:
         """The connections end with the filesystem object, which nobody else has."""
 
-    def _joined(self, parts: Sequence[Buffer]) -> Buffer:
+    def _body(self, parts: Sequence[Buffer], size: int) -> Buffer | Sequence[Buffer]:
         if len(parts) == 1 and (self._has_buffers or isinstance(parts[0], bytes)):
             return parts[0]
-        return b"".join(parts)
+        # What is sent by several requests is put together for each of them anyway.
+        return list(parts) if self._has_buffers and size >= _IN_REQUESTS else b"".join(parts)
 
     def _place(self, name: str) -> str:
         return f"{self._root}/{check_name(name)}"

@@ -300,3 +300,35 @@ def test_memory_that_is_held_is_told_and_given_back(tmp_path: Path) -> None:
     assert sum(held) > 0
     sink.close()
     assert sum(held) == 0
+
+
+class Counting(MemoryStore):
+    """Notes in how many parts each blob came."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.parts: dict[str, int] = {}
+
+    def put(self, name: str, parts: Sequence[Buffer]) -> int:
+        self.parts[name] = len(parts)
+        return super().put(name, parts)
+
+
+@pytest.mark.parametrize(("rows", "in_parts"), [(160, True), (20, False)])
+def test_large_tensors_are_sent_from_where_they_lie(rows: int, in_parts: bool) -> None:
+    store = Counting()
+    sink, emitter = opened(store, commit_s=100, segment_bytes=6 << 20)
+    for step in range(11):
+        emitter.step(
+            step,
+            {
+                "a/inputs_0_cpu": torch.randn(rows, 512),
+                "a/outputs_cpu": torch.randn(rows + step % 2, 512),
+                "b/outputs_cpu": torch.randn(3, 5),
+                "c/outputs_cpu": torch.ones(rows, 512),
+            },
+        )
+    sink.close()
+    most = max(count for name, count in store.parts.items() if name.endswith(".safetensors"))
+    assert (most > 8) == in_parts
+    emitter.check(SegmentSource(store, CLOSED))

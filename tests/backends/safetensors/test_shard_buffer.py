@@ -105,3 +105,27 @@ def test_a_shard_that_is_refused_fails_its_step_alone(monkeypatch: pytest.Monkey
     for step, found in committed(open_store(url)).items():
         assert all(torch.equal(found[record.name], record.tensor()) for record in stored[step])
     assert set(committed(open_store(url))) == {0, 2, 3}
+
+
+@pytest.mark.parametrize("usual", [0, 32 << 20])
+@pytest.mark.parametrize("large_pages", [True, False])
+def test_large_memory_is_taken_up_ahead_and_holds_what_was_written(
+    usual: int, large_pages: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not large_pages:
+        monkeypatch.setattr("tlcore.hotpath.new_memory.touch", lambda *given: False)
+    gathered = ShardBuffer(usual)
+    parts = [
+        np.random.default_rng(i).bytes(size) for i, size in enumerate((3, 5 << 20, 4 << 20, 7, 30 << 20))
+    ]
+    for part in parts:
+        gathered.append(memoryview(part))
+    kept = gathered.nbytes
+    gathered.extend([b"forgotten"])
+    gathered.nbytes = kept
+    assert bytes(gathered.view()) == b"".join(parts)
+    with gathered.view() as before:
+        # Somebody reads: what grows is a copy.
+        gathered.extend([parts[-1], parts[-1]])
+        assert before == b"".join(parts)
+    assert bytes(gathered.view()) == b"".join([*parts, parts[-1], parts[-1]])
