@@ -106,7 +106,8 @@ class Hookup:
             return
         self.hooks.install(more_than_a_call)
         if self._batches is not None:
-            samples.begin_step()
+            if samples.asked:
+                samples.begin_step()
             self._batches.install(self.hooks.tree)
         if self._draft is not None:
             # Around the attached model's listeners on modules that both share.

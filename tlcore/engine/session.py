@@ -76,8 +76,7 @@ class Session:
         self._pool = HostPool(config.queue_bytes, config.on_full)
         self._documents, self._sink = open_run(config, replace(run, hold=self._pool.hold), sink)
         self.run = run = self._documents.run
-        self._inline = inline
-        self._pid = os.getpid()
+        self._inline, self._pid = inline, os.getpid()
         self._pipeline: InlineExecutor | ThreadExecutor | None = None
         self._processor: Processor | None = None
         self._next_step = self._started = 0
@@ -85,8 +84,7 @@ class Session:
         self.captured_steps = 0
         # What is said at the end, of that which is not in the run.
         self.remarks: list[str] = []
-        self._closed = False
-        self._lock = threading.RLock()
+        self._closed, self._lock = False, threading.RLock()
         self._stager = Stager(self._pool, config.block_s)
         self._examination = Inspection.of(config)
         self._channels, self._selects_all = config.capture == "channels", config.selects_all
@@ -280,11 +278,13 @@ class Session:
             problem = self._hookup.end_source()
             if problem is not None:
                 details.setdefault("error", problem)
-            told = {**self.rows.document(), **self.samples.document(self.rows.chooses)}
+            told, samples = self.rows.document(), self.samples
+            if samples.asked:
+                told |= samples.document(self.rows.chooses)
+                if tokens is None and (own := samples.tokens.document(self.rows.chooses)):
+                    tokens = functools.partial(list, own)
             unopened = self._collector.end_step()
             rows = told.pop("rows", rows)
-            if tokens is None and (own := self.samples.tokens.document(self.rows.chooses)):
-                tokens = functools.partial(list, own)
             extra = {**told, **details}
             late = decided, unopened, tokens, self.rows.undecided
             self._pipeline.submit(StepEnd(number, self._started, ended, rows, extra, *late))

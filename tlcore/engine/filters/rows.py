@@ -92,7 +92,10 @@ class StepRows:
 
     def begin_step(self, choosing: Choosing | None = None) -> None:
         """Forget the step before; nothing is known yet of the rows of this one."""
-        if choosing is not None or not self._is_new():
+        known = self.told or self._main is not None or len(self._parts) != 1 or self.undecided
+        part = self._part
+        untouched = not (known or part.calls or part.kept or part.whole) and self._choosing is self.usual
+        if choosing is not None or not untouched:
             self._begin(choosing)
 
     def _begin(self, choosing: Choosing | None) -> None:
@@ -109,12 +112,6 @@ class StepRows:
         # The rows of that tensor where some may have to go, and all such rows of the step.
         self.waiting: KeptRows | None = None
         self.undecided: list[KeptRows] = []
-
-    def _is_new(self) -> bool:
-        """Whether nothing has been said of a step since the usual one began."""
-        known = self.told or self._main is not None or len(self._parts) != 1 or self.undecided
-        part = self._part
-        return not (known or part.calls or part.kept or part.whole) and self._choosing is self.usual
 
     @property
     def chooses(self) -> Chooses | None:

@@ -31,8 +31,6 @@ class SampleTokens:
 
     def document(self, chooses: Callable[[str], bool] | None) -> list[Json]:
         """The entries of the step, of chosen samples."""
-        if not self._in_step:
-            return self._in_step
         return [each for each in self._in_step if chooses is None or chooses(each["request_id"])]
 
     def note_prompts(

@@ -63,6 +63,8 @@ class Samples:
         # Why rows were not known, and in how many calls.
         self.problems: Counter[str] = Counter()
         self.any_known = False
+        # Whether a batch was looked at in this step.
+        self.asked = False
         self._next = 0
         self._last: dict[tuple[str, str], Sequences] = {}
         self._hashes: dict[str, str] = {}
@@ -71,6 +73,7 @@ class Samples:
 
     def begin_step(self) -> None:
         """Forget what was said of the step before."""
+        self.asked = False
         self.tokens.begin_step()
         self._in_step: dict[str, Json] = {}
         self._problem: str | None = None
@@ -78,8 +81,6 @@ class Samples:
     def document(self, chooses: Any = None) -> Json:
         """The keys of ``step.json`` that say which samples the step has, and why not of all calls."""
         found: Json = {}
-        if not self._in_step and self._problem is None:
-            return found
         samples = [each for each in self._in_step.values() if chooses is None or chooses(each["request_id"])]
         if samples:
             found["samples"] = samples
@@ -89,6 +90,7 @@ class Samples:
 
     def scope(self, taker: Taker, given: Mapping[str, Any], outer: Scope | None) -> Scope:
         """The rows of a call with these arguments, inside another one or not."""
+        self.asked = True
         scope = Scope(cache=given.get("past_key_values"))
         try:
             sets = self._sets(taker, given, outer, scope)

@@ -78,7 +78,7 @@ class BatchCalls:
         before = self._scope, self._rows.sets, self._rows.first
         scope: Scope | None = None
         try:
-            if taker.root and self._samples.named is None and is_no_batch(given):
+            if not taker.name and self._samples.named is None and is_no_batch(given):
                 scope = _NO_BATCH
             else:
                 scope = self._samples.scope(taker, given, self._scope)

@@ -212,7 +212,8 @@ class Taps:
     def begin_step(self) -> None:
         """Take what is shown from now on."""
         for each in self._of:
-            each.begin_step()
+            if each.seen:
+                each.begin_step()
             tap_point.receive(each)
 
     def rest(self) -> None:

@@ -17,6 +17,8 @@ from ...hotpath.listening import is_symbolic
 from ..staging.accelerator import recording
 
 _MODE = torch._C._TorchDispatchModeKey
+# With those of tracers.
+_count_of_modes = torch._C._len_torch_dispatch_stack
 # Old releases, which do not have this, trace neither a listener's call nor tell an export from a compilation.
 TRACES = hasattr(torch.compiler, "is_exporting")
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -32,9 +34,10 @@ def why_traced() -> str | None:
         return EXPORTED if is_exporting() else COMPILED
     if torch._C._is_tracing():
         return "torch.jit.trace"
-    modes = torch._C._get_dispatch_mode
-    if modes(_MODE.FAKE) is not None or modes(_MODE.PROXY) is not None:
-        return "tracing with fake tensors or proxies"
+    if _count_of_modes():
+        modes = torch._C._get_dispatch_mode
+        if modes(_MODE.FAKE) is not None or modes(_MODE.PROXY) is not None:
+            return "tracing with fake tensors or proxies"
     return SYMBOLIC if is_symbolic() else None
 
 
