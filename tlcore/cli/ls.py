@@ -12,6 +12,7 @@ from typing import Any
 from ..errors import ReadError
 from ..reader import Run, RunSummary, Step, is_run, list_runs, open_run
 from ..reader.injected import overflowed
+from ..reader.runs import near_dumps
 from ..record import Json
 from .follow import follow
 from .losses import cell, losses_of
@@ -48,8 +49,12 @@ def run(args: argparse.Namespace) -> int:
         return _follow(open_run(args.path, options), args.json)
     if args.step is None and pattern is None and not is_run(args.path, options):
         runs = list_runs(args.path, options)
+        if not runs and (near := near_dumps(args.path, options)):
+            missing = "".join(f"\n  {each}" for each in near)
+            raise ReadError(f"{args.path}: holds no runs, and is no dump of another tool{missing}")
         parent, _, _ = args.path.rstrip("/").rpartition("/")
-        if not runs and parent and is_run(parent, options):
+        # Beside a dump of another tool may lie anything.
+        if not runs and parent and is_run(parent, options) and not open_run(parent, options).is_foreign:
             raise ReadError(f"{args.path}: lies in the run {parent}; list that, with --step or --module")
         _list_runs(runs, args.json)
         return 0

@@ -73,6 +73,12 @@ def is_run(path: str | os.PathLike[str], storage_options: Options = None) -> boo
     return open_foreign(path, store, storage_options)[0] is not None
 
 
+def near_dumps(path: str | os.PathLike[str], storage_options: Options = None) -> list[str]:
+    """What is missing in a place that is nearly a dump of another tool; nothing for any other place."""
+    store = None if is_file(path) else open_existing(path, storage_options)
+    return open_foreign(path, store, storage_options)[1]
+
+
 @dataclass(frozen=True, slots=True)
 class RunSummary:
     """One run of an ``output_dir``; ``problem`` says why it cannot be read, where it cannot.

@@ -11,6 +11,7 @@ import torch
 import tlcore
 from tests.backends.foreign.conformance import ForeignConformance, Tensors
 from tests.backends.foreign.tools import installed, write
+from tlcore.__main__ import main
 from tlcore.errors import ReadError
 
 PROMPTS = ([5, 3, 9], [1, 7])
@@ -347,3 +348,14 @@ def test_the_folders_names_tell_how_ranks_share_the_model(tmp_path: Path) -> Non
         (1, 1),
     ]
     assert run.ranks[0]["tp_size"] == run.ranks[0]["pp_size"] == 2
+
+
+def test_a_listing_says_what_a_dump_lacks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "dump"
+    folder.mkdir()
+    assert main(["ls", str(folder)]) == 0 and capsys.readouterr().out == "no runs\n"
+    place = folder / "TP0_PP0_Rank0_pid7"
+    place.mkdir()
+    torch.save({"model.layers.0.mlp": torch.ones(2)}, place / "Pass00000.pt")
+    assert main(["ls", str(folder)]) == 2
+    assert "Pass00000.pt: has no *.forward_batch_info.input_ids" in capsys.readouterr().err
