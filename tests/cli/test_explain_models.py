@@ -92,7 +92,7 @@ def _check(fault: Fault, urls: list[str], paths: list[Path], capsys: pytest.Capt
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "name",
-    [each if each == "gemma2" else pytest.param(each, marks=pytest.mark.deep) for each in TRANSFORMERS],
+    [each if each == "gpt_neox" else pytest.param(each, marks=pytest.mark.deep) for each in TRANSFORMERS],
 )
 def test_transformers(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fault = TRANSFORMERS[name]
