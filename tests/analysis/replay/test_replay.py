@@ -238,7 +238,7 @@ def test_a_script_shows_the_difference_without_tlcore(
         [sys.executable, "-c", f"{code}; import runpy; runpy.run_path({str(script)!r})"],
         capture_output=True, text=True, timeout=300, check=False, cwd=tmp_path,
     )  # fmt: skip
-    assert run.returncode == 1 and "outputs[]: (1, 1, 8), off by" in run.stdout, run.stderr
+    assert run.returncode == 1 and "outputs: (1, 1, 8), off by" in run.stdout, run.stderr
     assert "AssertionError" in run.stderr and "are not close" in run.stderr
     assert script.with_suffix(".pt").stat().st_size < 10_000
 

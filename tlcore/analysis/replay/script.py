@@ -54,14 +54,15 @@ def near(off, size, rtol, atol):
 for path, expected, rtol, atol, by_norm in saved["expected"]:
     wide = torch.complex128 if expected.is_complex() else torch.float64
     found, expected = part(result, path).cpu().to(wide), expected.cpu().to(wide)
-    assert found.shape == expected.shape, f"outputs{{list(path)}}: {{found.shape}} is not {{expected.shape}}"
+    name = "outputs" + "".join(f"[{{key!r}}]" for key in path)
+    assert found.shape == expected.shape, f"{{name}}: {{found.shape}} is not {{expected.shape}}"
     same = (found == expected) | (found.isnan() & expected.isnan())
     off = (found - expected).abs().masked_fill(same, 0.0)
     most = off.max().item() if off.numel() else 0.0
-    print(f"outputs{{list(path)}}: {{tuple(found.shape)}}, off by {{most:.3g}} at most")
+    print(f"{{name}}: {{tuple(found.shape)}}, off by {{most:.3g}} at most")
     if by_norm:
         size = found.abs().masked_fill(~(found.isfinite() & expected.isfinite()), 0.0)
-        assert near(off, size, rtol, atol), f"outputs{{list(path)}} are not close"
+        assert near(off, size, rtol, atol), f"{{name}} are not close"
     else:
         # Of two such values the second is the one that the tolerance is relative to.
         torch.testing.assert_close(expected, found, rtol=rtol, atol=atol, equal_nan=True)
