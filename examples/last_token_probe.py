@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import re
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -41,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     texts, labels, learnt = prompts()
     run = collect(args.model or default_model(), args.output_dir, args.layers, texts)
     for layer in args.layers:
-        states = last_states(run, f"model.layers.{layer}/outputs", len(texts))
+        states = last_states(run, layer, len(texts))
         right = probe(states, labels, learnt, args.steps)
         print(f"layer {layer}: {right:.0%} of {int((~learnt).sum())} prompts with other words are told right")
 
@@ -49,7 +50,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def default_model() -> str:
     """The SmolLM2-135M checkpoint that the tests use too."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tests.models import smollm2
+    try:
+        from tests.models import smollm2
+    except ImportError:
+        sys.exit("outside of a checkout of tlcore there is no model at hand: name one by --model")
 
     return str(smollm2())
 
@@ -70,7 +74,7 @@ def collect(model_name: str, output_dir: str, layers: Sequence[int], texts: Sequ
     tokenizer = AutoTokenizer.from_pretrained(model_name)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     model = AutoModelForCausalLM.from_pretrained(model_name, dtype=torch.bfloat16).eval()
-    patterns = [rf"^model\.layers\.{layer}$" for layer in layers]
+    patterns = [f"^{re.escape(name)}$" for name in layer_names(model, layers)]
     keys: dict[str, Any] = {
         "output_dir": output_dir,
         "backend": "safetensors",
@@ -83,8 +87,20 @@ def collect(model_name: str, output_dir: str, layers: Sequence[int], texts: Sequ
     return tlcore.open_run(capture.url)
 
 
-def last_states(run: Run, name: str, count: int) -> torch.Tensor:
+def layer_names(model: nn.Module, layers: Sequence[int]) -> list[str]:
+    """The modules of layers by number: ``model.layers.3`` of a Llama, others elsewhere."""
+    lists = {name: each for name, each in model.named_modules() if isinstance(each, nn.ModuleList)}
+    name = max(lists, key=lambda each: len(lists[each]), default="")
+    if not name or not 0 <= min(layers) <= max(layers) < len(lists[name]):
+        count = len(lists[name]) if name else 0
+        sys.exit(f"the model has {count} layers, numbered from 0: name some of them by --layers")
+    return [f"{name}.{layer}" for layer in layers]
+
+
+def last_states(run: Run, layer: int, count: int) -> torch.Tensor:
     """The state of each prompt's last token, ``[prompts, width]``, in the order of the prompts."""
+    outputs = re.compile(rf"step_\d+/(.*\.{layer}/outputs(_0)?)_cpu")
+    (name,) = (known[1] for known in map(outputs.fullmatch, run.step(0).names) if known)
     data = run.dataset(name)
     assert len(data) == count, data.left_out
     found: dict[int, torch.Tensor] = {}

@@ -56,7 +56,10 @@ def main(argv: Sequence[str] | None = None) -> None:
 def default_model() -> str:
     """The SmolLM2-135M checkpoint that the tests use too."""
     sys.path.insert(0, str(Path(__file__).parents[1]))
-    from tests.models import smollm2
+    try:
+        from tests.models import smollm2
+    except ImportError:
+        sys.exit("outside of a checkout of tlcore there is no model at hand: name one by --model")
 
     return str(smollm2())
 

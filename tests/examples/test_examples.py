@@ -12,6 +12,7 @@ import fsspec
 import pytest
 
 import tlcore
+from tests.models import tiny_llama
 from tests.servers import moto
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -85,3 +86,12 @@ def test_a_probe_on_the_last_token_tells_words_it_has_not_seen(tmp_path: Path) -
     run = tlcore.open_run(directory)
     assert len(run.requests) == 384
     assert {run.tensor(name).shape[0] for name in run.step(0).names if "/outputs" in name} == {32}
+
+
+@pytest.mark.slow
+def test_a_probe_says_which_layers_there_are(tmp_path: Path) -> None:
+    places = ["--output-dir", str(tmp_path), "--model", str(tiny_llama()), "--layers", "9"]
+    command = [sys.executable, str(EXAMPLES / "last_token_probe.py"), *places]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 1 and not any(tmp_path.iterdir())
+    assert "the model has 4 layers, numbered from 0: name some of them by --layers" in done.stderr

@@ -7,12 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from safetensors.torch import load_file
 
 import tlcore
 from tests.adapters.vllm.helpers import run
 from tests.analysis.selftest.planting import ROWS, TENSORS, rewritten
-from tests.models import smollm2, tiny_llama
+from tests.models import smollm2, tiny_llama, write_tokenizer
 from tlcore.adapters.reference import FILE
 from tlcore.adapters.selftest import WAYS, judge_way
 from tlcore.analysis.selftest.judge import TOLERANCES, Asked, Verdict, judge
@@ -89,3 +90,18 @@ def test_an_engine_that_does_not_start_is_said_with_its_log(tmp_path: Path) -> N
 def test_every_row_of_a_real_model_is_right_in_each_way(tmp_path: Path) -> None:
     lines = _tested(smollm2(), tmp_path / "kept", timeout=4000)
     assert len(lines) == len(WAYS) and all("4 requests and 30 layers" in line for line in lines)
+
+
+@pytest.mark.deep
+def test_a_model_with_sliding_windows_is_chunked_and_preempted(tmp_path: Path) -> None:
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    sizes = {"vocab_size": 512, "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 3}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "query_pre_attn_scalar": 32}
+    ends = {"bos_token_id": 0, "eos_token_id": 1, "max_position_embeddings": 512, "sliding_window": 256}
+    torch.manual_seed(0)
+    Gemma2ForCausalLM(Gemma2Config(**sizes, **heads, **ends)).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    done = run("-m", "tlcore", "selftest", str(tmp_path / "model"), "--ways", "chunked prefill,preempted")
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert done.stdout.count(" right  ") == 2
