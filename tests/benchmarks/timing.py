@@ -11,6 +11,7 @@ from statistics import median
 # Runs once and returns the seconds that count, so that preparing and tidying up are left out.
 Measure = Callable[[], float]
 Times = dict[str, list[float]]
+_DRAWS = 2000
 
 
 def timed(call: Callable[[], object]) -> float:
@@ -41,6 +42,14 @@ def interleaved(measures: Mapping[str, Measure], repeats: int, warm_up: int = 1)
 def ratio(times: Times, upper: str, lower: str) -> float:
     """The median over rounds of one measure divided by another of the same round."""
     return median(a / b for a, b in zip(times[upper], times[lower], strict=True))
+
+
+def interval(times: Times, upper: str, lower: str) -> tuple[float, float]:
+    """The 95 % interval of `ratio`, by drawing the rounds again with replacement."""
+    rounds = [a / b for a, b in zip(times[upper], times[lower], strict=True)]
+    draw = random.Random(0)
+    drawn = sorted(median(draw.choices(rounds, k=len(rounds))) for _ in range(_DRAWS))
+    return drawn[round(0.025 * _DRAWS)], drawn[round(0.975 * _DRAWS) - 1]
 
 
 def added(times: Times, name: str, base: str) -> float:

@@ -28,7 +28,8 @@ from .capturing import Memcpy
 from .rows import SCALES, Scale
 from .subprocesses import print_report
 from .timing import interleaved
-from .workload import OnTensor, hooked, tensors_in
+from .vllm_hooks import hooked_all
+from .workload import OnTensor, tensors_in
 
 # These take so long that a few steps must do.
 _SAVED_STEPS = 4
@@ -64,20 +65,6 @@ class Engine:
             self._engine.step()
             seconds.append(time.perf_counter() - begin)
         return seconds
-
-    @contextmanager
-    def hooks(self, on_tensor: OnTensor) -> Iterator[None]:
-        """Plain hooks on every module, also on those whose own ``__call__`` would pass them by."""
-        classes = {module: type(module) for module in self.model.modules()}
-        for module, cls in classes.items():
-            if cls.__call__ is not nn.Module.__call__:
-                module.__class__ = type(cls.__name__, (cls,), {"__call__": nn.Module.__call__})
-        try:
-            with hooked(self.model, on_tensor):
-                yield
-        finally:
-            for module, cls in classes.items():
-                module.__class__ = cls
 
     @contextmanager
     def captured(self, session: Session) -> Iterator[None]:
@@ -119,11 +106,11 @@ def decode(engine: Engine, directory: Path, scale: Scale) -> dict[str, Any]:
         return seconds
 
     def noop() -> float:
-        with engine.hooks(lambda name, direction, index, tensor: None):
+        with hooked_all(engine.model, lambda name, direction, index, tensor: None):
             return mean()
 
     def saving() -> float:
-        with engine.hooks(_saver(directory)):
+        with hooked_all(engine.model, _saver(directory)):
             return mean(_SAVED_STEPS + 1)
 
     measures = {
@@ -140,7 +127,7 @@ def prefill(engine: Engine, directory: Path, scale: Scale) -> dict[str, Any]:
     """Seconds of the step that prefills one prompt."""
     prompts = [[column % 499 + 1 for column in range(scale.prompt_tokens)]]
     tensors: list[torch.Tensor] = []
-    with engine.hooks(lambda name, direction, index, tensor: tensors.append(tensor.clone())):
+    with hooked_all(engine.model, lambda name, direction, index, tensor: tensors.append(tensor.clone())):
         engine.steps(prompts, 1)
     memcpy = Memcpy(tensors)
     sessions = {name: engine.session(directory, name) for name in ("safetensors", "pt")}
@@ -155,7 +142,7 @@ def prefill(engine: Engine, directory: Path, scale: Scale) -> dict[str, Any]:
         return seconds
 
     def saving() -> float:
-        with engine.hooks(_saver(directory)):
+        with hooked_all(engine.model, _saver(directory)):
             return plain()
 
     measures: dict[str, Callable[[], float]] = {
