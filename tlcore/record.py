@@ -34,7 +34,8 @@ class Origin:
     """Where a tensor comes from and what it looks like: all of a record that repeats from step to step.
 
     ``placements`` is JSON text on how a rank's part belongs to a distributed tensor. ``original`` is the
-    dtype that it had, where it was converted. ``text`` is its part of the record's entry in ``step.json``.
+    dtype that it had, where it was converted. ``kind`` is another origin that differs in rows alone, where
+    one is known.
     """
 
     rank: int
@@ -47,10 +48,21 @@ class Origin:
     device: str
     placements: str = ""
     original: str = ""
-    text: str = field(init=False, repr=False, compare=False)
+    kind: Origin | None = field(default=None, repr=False, compare=False)
+    _text: str = field(default="", init=False, repr=False, compare=False)
 
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "text", compact(self.describe())[1:-1])
+    @property
+    def text(self) -> str:
+        """Its part of the record's entry in ``step.json``."""
+        if not self._text:
+            object.__setattr__(self, "_text", compact(self.describe())[1:-1])
+        return self._text
+
+    def with_shape(self, shape: tuple[int, ...]) -> Origin:
+        """The origin of a tensor that has other rows and is alike else."""
+        where = self.rank, self.module, self.call, self.direction, self.path
+        form = self.dtype, shape, self.device, self.placements, self.original
+        return Origin(*where, *form, self.kind or self)
 
     def describe(self) -> Json:
         """The origin's keys in ``step.json``."""

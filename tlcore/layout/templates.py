@@ -10,7 +10,7 @@ import json
 import operator
 import re
 import secrets
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
@@ -81,17 +81,30 @@ def _indent(pieces: Sequence[str]) -> list[str]:
 
 
 class Template:
-    """One structure document in which the step's directory, written `STEP_DIR`, is still open."""
+    """One structure document in which the step's directory, written `STEP_DIR`, is still open.
 
-    __slots__ = ("_compact", "_readable")
+    ``kind`` is the template itself, or another one that differs in how many rows stored tensors have.
+    """
 
-    def __init__(self, text: str) -> None:
-        """``text`` is `compact` of the document."""
-        self._compact = text.split(STEP_DIR)
+    __slots__ = ("_compact", "_kind", "_readable", "_text")
+
+    def __init__(self, text: str | Callable[[], str], kind: Template | None = None) -> None:
+        """``text`` is `compact` of the document, or makes it when it is asked for."""
+        self._text = text
+        self._kind = kind
+        self._compact: list[str] | None = None
         self._readable: list[str] | None = None
+
+    @property
+    def kind(self) -> Template:
+        """What all templates that differ in rows alone have in common."""
+        return self if self._kind is None else self._kind
 
     def compact(self, step_dir: str) -> str:
         """The document in one line."""
+        if self._compact is None:
+            text = self._text if isinstance(self._text, str) else self._text()
+            self._compact, self._text = text.split(STEP_DIR), ""
         return step_dir.join(self._compact)
 
     def readable(self, step_dir: str) -> str:

@@ -37,12 +37,16 @@ class Slot(NamedTuple):
 
 
 class _Known(NamedTuple):
-    """A structure's text, the tensors it refers to, and its template, so that no other can get its id."""
+    """A structure's text, the tensors it refers to, and its template, so that no other can get its id.
+
+    ``whole`` says that nothing is left of its tensors in the text.
+    """
 
     template: Template
     name: str
     text: str
     tails: frozenset[str]
+    whole: bool
 
 
 class _Kind(NamedTuple):
@@ -67,28 +71,41 @@ class Describer:
         if slot is None:
             if len(self._slots) > _MOST_KNOWN:
                 self._slots.clear()
-            slot = self._slots[key] = _slot(*key)
+            slot = self._slots[key] = self._slot(*key)
         return slot
+
+    def _slot(self, tail: str, origin: Origin) -> Slot:
+        base = self._slots.get((tail, origin.kind)) if origin.kind is not None else None
+        if base is None:
+            return _slot(tail, origin)
+        nbytes = math.prod(origin.shape) * origin.dtype.itemsize
+        rows = origin.shape[0] if origin.shape else 1
+        return Slot(tail, origin, base.text, base.dtype, rows, base.row, nbytes)
 
     def structure(
         self, structures: Structures, name: str, step_dir: str, origins: Mapping[str, Origin]
     ) -> str:
         """The JSON text ``[name, document]`` of a structure; ``origins`` are the step's records' by tail."""
         template = structures.template(name)
-        known = self._templates.get(id(template))
+        kind = template.kind
+        known = self._templates.get(id(kind))
         if (
             known is not None
-            and known.template is template
+            and (known.whole or kind is template)
+            and known.template is kind
             and known.name == name
             and known.tails <= origins.keys()
         ):
             return known.text
-        left, tails = self._freed(template.compact(STEP_DIR), name, step_dir, origins)
+        whole_text = template.compact(STEP_DIR)
+        left, tails = self._freed(whole_text, name, step_dir, origins)
         text = f"[{quoted(name)},{left}]"
-        if step_dir not in text:
+        # Each tensor's file has the step's directory once: all of them are told by records.
+        whole = len(tails) == whole_text.count(STEP_DIR)
+        if step_dir not in text and (whole or kind is template):
             if len(self._templates) > _MOST_KNOWN:
                 self._templates.clear()
-            self._templates[id(template)] = _Known(template, name, text, frozenset(tails))
+            self._templates[id(kind)] = _Known(kind, name, text, frozenset(tails), whole)
         return text
 
     def _freed(

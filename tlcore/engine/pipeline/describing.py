@@ -22,13 +22,11 @@ class Described(NamedTuple):
     """A side with certain tensors in it, ready for any step.
 
     ``stored`` has, for each tensor to be stored, its position among the side's tensors, its name
-    without the step's directory, its origin and its spec's kind. ``counts`` books all of the side's
-    tensors but the stored ones' success.
+    without the step's directory, its origin and its spec's kind.
     """
 
     stored: tuple[tuple[int, str, Origin, int], ...]
     template: Template
-    counts: Counts
 
 
 def describe_side(
@@ -65,7 +63,7 @@ def describe_side(
         document["kwargs"] = describe(side.keywords, (), tensor, values)
     if side.operator is not None:
         document["operator"] = describe_operator(side.operator)
-    return Described(tuple(stored), Template(compact(document)), count_specs(specs))
+    return Described(tuple(stored), Template(compact(document)))
 
 
 def describe_operator(operator: Operator) -> Json:

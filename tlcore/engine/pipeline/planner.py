@@ -6,6 +6,7 @@ it without looking at them.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Collection, Hashable, Sequence
 from typing import NamedTuple
 
@@ -15,10 +16,11 @@ from ...ledger import Counts
 from ...record import Origin
 from ..calls import CallSide
 from ..filters.tensors import TensorSpec
-from .describing import Described, describe_side
+from .describing import Described, count_specs, describe_side
+from .resizing import differ_in_rows, resized
 
-# Batches of a busy server are seldom alike; these few serve a steady one, and others for a moment.
-_REMEMBERED = 8
+# A server's steps have as many tokens as ever again: about 50 MB, or so many however large the model is.
+_MOST_TENSORS, _LEAST_REMEMBERED = 1 << 16, 8
 # Shapes change from step to step in a busy server; these are some steps' worth of a large model's calls.
 _MOST_SIDES = 1 << 14
 
@@ -52,18 +54,24 @@ class Planner:
 
     def __init__(self, rank: int) -> None:
         self._rank = rank
-        self._known: dict[Hashable, Plan] = {}
+        self._known: OrderedDict[Hashable, Plan] = OrderedDict()
+        self._tensors = 0
         self._sides: dict[Hashable, Described] = {}
+        # Of each side what was described of it in full.
+        self._kinds: dict[CallSide, tuple[tuple[TensorSpec, ...], str, Described]] = {}
 
     def plan(self, sides: Sequence[CallSide], specs: Sequence[TensorSpec], scalars: Sequence[Scalar]) -> Plan:
         """The plan of the batch with these sides, tensors and scalars."""
         # 1, 1.0 and True are equal, but not the same in JSON.
         key = (tuple(sides), tuple(specs), repr(scalars))
         plan = self._known.get(key)
-        if plan is None:
-            if len(self._known) >= _REMEMBERED:
-                self._known.clear()
-            plan = self._known[key] = self._make(sides, specs, scalars)
+        if plan is not None:
+            self._known.move_to_end(key)
+            return plan
+        plan = self._known[key] = self._make(sides, specs, scalars)
+        self._tensors += len(plan.stored)
+        while self._tensors > _MOST_TENSORS and len(self._known) > _LEAST_REMEMBERED:
+            self._tensors -= len(self._known.popitem(last=False)[1].stored)
         return plan
 
     def _side(self, side: CallSide, specs: Sequence[TensorSpec], scalars: Sequence[Scalar]) -> Described:
@@ -72,7 +80,19 @@ class Planner:
         if described is None:
             if len(self._sides) >= _MOST_SIDES:
                 self._sides.clear()
-            described = self._sides[key] = describe_side(side, specs, scalars, self._rank)
+            described = self._sides[key] = self._describe(side, *key[1:], scalars)
+        return described
+
+    def _describe(
+        self, side: CallSide, specs: tuple[TensorSpec, ...], said: str, scalars: Sequence[Scalar]
+    ) -> Described:
+        known = self._kinds.get(side)
+        if known is not None and known[1] == said and differ_in_rows(specs, known[0]):
+            return resized(known[2], side, specs, scalars, self._rank)
+        if len(self._kinds) >= _MOST_SIDES:
+            self._kinds.clear()
+        described = describe_side(side, specs, scalars, self._rank)
+        self._kinds[side] = specs, said, described
         return described
 
     def _make(
@@ -80,7 +100,7 @@ class Planner:
     ) -> Plan:
         stored: list[Planned] = []
         filled: set[str] = set()
-        templates, counts = Templates(), Counts()
+        templates = Templates()
         place = scalar = 0
         for side in sides:
             own = specs[place : place + side.tensors]
@@ -90,11 +110,10 @@ class Planner:
             for index, tail, origin, kind in described.stored:
                 stored.append(Planned(place + index, tail, origin, kind, own[index].nbytes))
             templates[side.file] = described.template
-            counts.add(described.counts)
             place, scalar = place + side.tensors, scalar + side.scalars
         calls = tuple(dict.fromkeys(side.directory for side in sides if side.begins))
         bare = frozenset(templates.keys() - filled)
-        return Plan(tuple(stored), with_bare_last(templates, bare), bare, calls, counts)
+        return Plan(tuple(stored), with_bare_last(templates, bare), bare, calls, count_specs(specs))
 
 
 def with_bare_last(templates: Templates, bare: Collection[str]) -> Templates:

@@ -6,6 +6,7 @@ hashes, and which tensors are equal, which the extension does in one call.
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import NamedTuple
 
 import numpy as np
@@ -17,7 +18,8 @@ from ...record import StepSummary
 from ..batch import Batch
 from .planner import Plan
 
-_MOST_PLANS = 8
+# As many as may be of a small model; a large one has fewer.
+_MOST_PLANS = 64
 _MOST_KINDS = 8
 # Of a plan whose tensors are equal in ever other ways, all would be hashed twice.
 _MOST_MISSED = 4
@@ -61,7 +63,7 @@ class Repeats:
         self._sink: SupportsWriteAlike | None = None
         if can_hash and isinstance(sink, SupportsAlikeInCapture) and sink.alike_in_capture:
             self._sink = sink if isinstance(sink, SupportsLateCommit) else None
-        self._seen: dict[int, Seen] = {}
+        self._seen: OrderedDict[int, Seen] = OrderedDict()
 
     def may_repeat(self, batch: Batch, plan: Plan) -> bool:
         """Whether a batch is a whole step of a plan that was seen before; it is from now on."""
@@ -69,9 +71,10 @@ class Repeats:
             return False
         seen = self._seen.get(id(plan))
         if seen is not None:
+            self._seen.move_to_end(id(plan))
             return seen.missed < _MOST_MISSED
         if len(self._seen) >= _MOST_PLANS:
-            self._seen.clear()
+            self._seen.popitem(last=False)
         # Holds the plan, so that no other gets its id.
         self._seen[id(plan)] = Seen(plan)
         return False
