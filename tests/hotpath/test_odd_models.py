@@ -15,7 +15,6 @@ from tests.deep import DEEP
 from tests.hotpath.halves import native
 from tests.hotpath.odd_models import ALL
 from tests.hotpath.test_bytes import TWINS
-from tlcore.engine import session
 from tlcore.engine.hooks import collector
 from tlcore.engine.pipeline import processor
 from tlcore.hotpath.looking import can_look
@@ -39,7 +38,7 @@ def run(name: str, keys: dict[str, Any] | None) -> tuple[list[Any], dict[str, by
     if keys is None:
         return call(), {}
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "now", lambda: "2000-01-01T00:00:00Z")
+        patch.setattr(processor, "time_text", lambda _: "2000-01-01T00:00:00Z")
         with tlcore.capture(model, output_dir=directory, log_step_ids=[], **keys) as capture:
             returned = call()
         ledger = capture.ledger

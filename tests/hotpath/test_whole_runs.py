@@ -17,7 +17,6 @@ import tlcore
 from tests.deep import scaled
 from tests.hotpath.halves import native
 from tests.hotpath.test_bytes import TWINS
-from tlcore.engine import session
 from tlcore.engine.hooks import collector
 from tlcore.engine.pipeline import processor, repeating
 from tlcore.hotpath.looking import can_look
@@ -83,7 +82,7 @@ def captured(parts: list[tuple[str, str | None, int]], keys: dict[str, Any]) -> 
     """The files of a run's steps by their names, all made at the same time of the clock."""
     model = Model(parts)
     with tempfile.TemporaryDirectory() as directory, pytest.MonkeyPatch.context() as patch:
-        patch.setattr(session, "now", lambda: "2000-01-01T00:00:00Z")
+        patch.setattr(processor, "time_text", lambda _: "2000-01-01T00:00:00Z")
         with tlcore.capture(model, output_dir=directory, log_step_ids=[0, 2, 3, 5], **keys) as capture:
             for step in range(6):
                 model(torch.arange(6.0).view(2, 3) + step)
