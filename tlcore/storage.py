@@ -242,6 +242,15 @@ class SupportsPrepare(Protocol):
 
 
 @runtime_checkable
+class SupportsCachedWrites(Protocol):
+    """A store that may keep what it writes out of the system's page cache."""
+
+    def write_cached(self) -> None:
+        """Leave what is written from now on in the cache: somebody waits for it, and reads it soon."""
+        ...
+
+
+@runtime_checkable
 class SupportsOverwrite(Protocol):
     """A store that may still replace a small blob when it has no room for another one."""
 

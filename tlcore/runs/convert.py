@@ -21,7 +21,7 @@ from ..reader.documents import FOREIGN
 from ..reader.lasting import lasting_objects
 from ..record import Json, RunInfo
 from ..registry import open_store, resolve
-from ..storage import Location
+from ..storage import Location, SupportsCachedWrites
 from .conversion import convert_rank
 from .whole_files import take_rank, would_take
 
@@ -52,11 +52,14 @@ def convert(source: Run, config: Config, on_tensors: Callable[[int], None] = lam
         sink = make_sink(config)
         document["layout"] = layout_of(sink)
         run = RunInfo(source.id, url, rank, source.world_size, document, Ledger(), config.fsync)
+        documents = RunDocuments(run, location)
+        if isinstance(documents.run.store, SupportsCachedWrites):
+            documents.run.store.write_cached()
         with lasting_objects():
             if takes_files:
-                take_rank(source, RunDocuments(run, location), on_tensors)
+                take_rank(source, documents, on_tensors)
             else:
-                convert_rank(source, sink, RunDocuments(run, location), on_tensors)
+                convert_rank(source, sink, documents, on_tensors)
     _restore_documents(source, dataclasses.replace(location, url=url, fsync=config.fsync), document)
     return url
 

@@ -22,4 +22,8 @@ class DirectWrites:
     def note(self, written: int, seconds: float) -> None:
         """So many bytes were written in this time."""
         if written >= _DIRECT_BYTES and seconds * _SLOWEST > written:
-            self.least = -1
+            self.end()
+
+    def end(self) -> None:
+        """Write nothing past the cache any more."""
+        self.least = -1

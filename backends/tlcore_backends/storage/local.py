@@ -80,6 +80,10 @@ class LocalStore:
         self._scratch = Scratch()
         self._writes = DirectWrites()
 
+    def write_cached(self) -> None:
+        """Write nothing past the page cache."""
+        self._writes.end()
+
     @property
     def url(self) -> str:
         """The root as an absolute path."""

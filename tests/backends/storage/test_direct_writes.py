@@ -7,8 +7,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import nn
 
+import tlcore
 from tests.hotpath.halves import native
+from tlcore.config.configuration import load_config
+from tlcore.runs.convert import convert
 from tlcore_backends.storage import atomic_file
 from tlcore_backends.storage.direct_writes import DirectWrites
 from tlcore_backends.storage.local import LocalStore
@@ -56,3 +61,17 @@ def test_what_is_small_says_nothing_of_the_disk() -> None:
     assert writes.least > 0
     writes.note(6 << 20, 1.0)
     assert writes.least == -1
+
+
+def test_what_is_converted_stays_in_the_cache(tmp_path: Path, asked: list[int]) -> None:
+    model = nn.Identity()
+    keys: dict[str, Any] = {"backend": "safetensors", "log_step_ids": []}
+    with tlcore.capture(model, output_dir=tmp_path / "captured", **keys) as captured:
+        model(torch.arange(2 << 20))
+    assert max(asked) > 0
+    asked.clear()
+    convert(
+        tlcore.open_run(captured.url),
+        load_config(output_dir=str(tmp_path / "converted"), backend="safetensors"),
+    )
+    assert asked and set(asked) == {-1}
