@@ -66,7 +66,7 @@ def test_what_is_small_says_nothing_of_the_disk() -> None:
 
 def test_what_is_converted_stays_in_the_cache(tmp_path: Path, asked: list[int]) -> None:
     model = nn.Identity()
-    keys: dict[str, Any] = {"backend": "safetensors", "log_step_ids": []}
+    keys: dict[str, Any] = {"backend": "pt", "log_step_ids": []}
     with tlcore.capture(model, output_dir=tmp_path / "captured", **keys) as captured:
         model(torch.arange(2 << 20))
     assert max(asked) > 0
