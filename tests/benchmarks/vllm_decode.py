@@ -18,16 +18,18 @@ def table(scale: Scale) -> list[Row]:
     """The slowdown of the mean step against no capture, with its 95 % interval."""
     served = report("vllm_served", scale.name)
     steps = served["steps"]
+    busy = "steps under vLLM in which requests come and go"
     inside = report("vllm_engine", "decode", scale.name)
     threads = f", {inside['torch_threads']} torch threads"
     return [
         *_rows(f"the first {steps} decode steps under vLLM", served["first"]),
         *_rows(f"{2 * steps} decode steps after these", served["later"]),
+        *_rows(busy, served["busy"], has_target=False),
         *_rows(f"the first {steps} decode steps under vLLM in process", inside["times"], threads),
     ]
 
 
-def _rows(what: str, times: Times, more: str = "") -> list[Row]:
+def _rows(what: str, times: Times, more: str = "", has_target: bool = True) -> list[Row]:
     rows = []
     for name in times:
         if name == "plain":
@@ -38,7 +40,7 @@ def _rows(what: str, times: Times, more: str = "") -> list[Row]:
             Row(
                 f"{what}, {name} / no capture",
                 ratio(times, name, "plain"),
-                _TARGETS.get(name),
+                _TARGETS.get(name) if has_target else None,
                 "",
                 f"{low:.2f} to {high:.2f}; {shown}{more}",
             )
