@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from tests.adapters.vllm.helpers import all_stored
 from tests.models import smollm2
 from tlcore.adapters.vllm.worker.steps import StepWrapper
 from tlcore.config.configuration import load_config
@@ -216,8 +217,7 @@ def _saver(directory: Path) -> OnTensor:
 def _close(session: Session) -> None:
     session.close()
     counts = session.ledger
-    # vLLM gives its head to the logits processor: a module among the arguments is counted, never stored.
-    if counts.stored + counts.reasons["skipped: module"] != counts.captured or not counts.stored:
+    if not all_stored(counts):
         raise RuntimeError(f"not everything was stored: {counts.to_json()}")
 
 

@@ -50,8 +50,7 @@ class SoundStructures:
     ) -> list[Json]:
         """Sound structures, from their texts where these are known; ``read`` checks all others."""
         found: list[Json] = []
-        for name, text in zip(names, structure_texts(source, step, rank, names), strict=True):
-            directory = f"{step_dir(step)}/{name.rpartition('/')[0]}/"
+        for name, text, directory in _with_directories(source, step, rank, names):
             if text is not None and self.files(text, directory) is not None:
                 found.append(json.loads(text))
             else:
@@ -69,8 +68,7 @@ class SoundStructures:
     ) -> list[str]:
         """The same in one line each, as `tlcore.layout.templates.compact` has them."""
         found: list[str] = []
-        for name, text in zip(names, structure_texts(source, step, rank, names), strict=True):
-            directory = f"{step_dir(step)}/{name.rpartition('/')[0]}/"
+        for name, text, directory in _with_directories(source, step, rank, names):
             # Others stand in escapes.
             plain = text is not None and is_plain(text) and directory.isascii()
             key = _key(text, directory) if text is not None and plain else b""
@@ -162,6 +160,14 @@ def files_in(node: Json) -> Iterator[str]:
         yield node["file"]
     for child in children(node):
         yield from files_in(child)
+
+
+def _with_directories(
+    source: object, step: int, rank: int, names: Sequence[str]
+) -> Iterator[tuple[str, bytes | None, str]]:
+    """Each structure's name, its `structure_texts`, and the directory of its own files."""
+    for name, text in zip(names, structure_texts(source, step, rank, names), strict=True):
+        yield name, text, f"{step_dir(step)}/{name.rpartition('/')[0]}/"
 
 
 def structure_texts(source: object, step: int, rank: int, names: Sequence[str]) -> Sequence[bytes | None]:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import tlcore
+from tests.engine.pipeline.content import content
 from tlcore.engine.pipeline import describing, planner, resizing
 
 # Where a segment ends depends on time, and with that places in files.
@@ -47,18 +48,6 @@ def run(directory: Path, rows: list[int], **keys: Any) -> tlcore.Run:
             model(torch.randn(count, 4, generator=torch.Generator().manual_seed(number)))
     assert captured.ledger.balanced
     return tlcore.open_run(captured.url)
-
-
-def content(found: tlcore.Run) -> dict[str, Any]:
-    """All that a reader sees but for times."""
-    said: dict[str, Any] = {}
-    for number in found.steps:
-        step = found.step(number)
-        for record in step.records:
-            said[record["name"]] = record, step.tensor(record["name"]).tolist()
-        document = step.documents[0]
-        said[str(number)] = step.structures(0), document["ledger"], document["calls"]
-    return said
 
 
 @pytest.mark.parametrize("backend", BACKENDS, ids=["pt", "shards", "segments"])

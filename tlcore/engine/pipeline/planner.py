@@ -75,12 +75,13 @@ class Planner:
         return plan
 
     def _side(self, side: CallSide, specs: Sequence[TensorSpec], scalars: Sequence[Scalar]) -> Described:
-        key = (side, tuple(specs), repr(scalars) if scalars else "")
+        own, said = tuple(specs), repr(scalars) if scalars else ""
+        key = (side, own, said)
         described = self._sides.get(key)
         if described is None:
             if len(self._sides) >= _MOST_SIDES:
                 self._sides.clear()
-            described = self._sides[key] = self._describe(side, *key[1:], scalars)
+            described = self._sides[key] = self._describe(side, own, said, scalars)
         return described
 
     def _describe(
