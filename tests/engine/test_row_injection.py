@@ -40,13 +40,18 @@ class Inner(nn.Module):
         self.dtype = torch.float32
 
     def forward(self, x: torch.Tensor) -> Any:
-        parts = x * 2 + self.fault, x.sum(1, keepdim=True) + self.fault
+        parts = x * 2 + self.fault, x.sum(-1, keepdim=True) + self.fault
         one, other = (part.to(self.dtype) for part in parts)
         return one, (other, None)
 
 
 class Engine:
-    """Steps of a model whose rows are requests': ``(id, first position, tokens, apart, drafts)``."""
+    """Steps of a model whose rows are requests': ``(id, first position, tokens, apart, drafts)``.
+
+    Where it is ``batched``, the model is given them as a batch of one sample.
+    """
+
+    batched = False
 
     def __init__(
         self, output_dir: Path, fault: float = 0.0, ranks: Any = None, rank: int = 0, **keys: Any
@@ -76,19 +81,19 @@ class Engine:
         injection = session.row_injection
         if captured:
             session.rows.batch([entry["request_id"] for entry in entries])
-            session.rows.enter([RowSet("tokens", entries)], main=True)
+            session.rows.enter([RowSet("tokens", entries, batched=self.batched)], main=True)
         if injection is not None:
             if captured:
                 injection.batch(given)
             else:
                 injection.passed_by([entry["request_id"] for entry in entries])
-        found = self.model(x)
+        found = self.model(x[None] if self.batched else x)[0]
         tokens = [
             {"request_id": r, "first_position": p, "ids": list(ids), "prompt": len(PROMPTS[r[0]])}
             for r, p, ids, *_ in rows
         ]
         session.end_step(tokens=lambda: tokens)
-        return found[0][:, 0].tolist()
+        return found.movedim(-2 if self.batched else 0, 0).flatten(1)[:, 0].tolist()
 
     def close(self) -> Any:
         self.session.close()
@@ -125,6 +130,38 @@ def test_rows_are_put_in_place_whatever_the_batch(other: Any, tmp_path: Path) ->
     assert not any(each["left_out"] for each in told(run))
     assert torch.equal(run.request("a")["inner/outputs_1_0_cpu"].flatten()[:4], torch.tensor([6.0, 7, 8, 9]))
     assert run.injected["run_id"] == other.id
+
+
+def test_rows_of_one_sample_are_put_in_place(other: Any, tmp_path: Path) -> None:
+    """Those of another run whose tensors have them in front."""
+    engine = injecting(other, tmp_path)
+    engine.batched = True
+    assert engine.step(("b", 0, [5, 6]), ("a", 0, [5, 6, 7])) == [10, 12, 10, 12, 14]
+    assert engine.step(("a", 3, [8])) == [16]
+    assert engine.step(("a", 4, [4])) == [108]
+    run = engine.close()
+    assert [each["rows"] for each in told(run)] == [5, 1, 0]
+    sums = run.request("a")["inner/outputs_1_0_cpu"]
+    assert torch.equal(sums, torch.tensor([[6.0], [7], [8], [9], [105]]))
+
+
+def test_rows_behind_heads_are_put_in_place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a sample the heads come before the positions, which come before the heads in the other run."""
+
+    def forward(self: Inner, x: torch.Tensor) -> Any:
+        return ((x * 2 + self.fault).unsqueeze(-3 if x.dim() == 3 else -2).expand(heads[x.dim()]).clone(),)
+
+    heads = {2: (-1, 3, -1), 3: (-1, 3, -1, -1)}
+    monkeypatch.setattr(Inner, "forward", forward)
+    engine = Engine(tmp_path / "a")
+    engine.step(("a", 0, [5, 6]), ("b", 0, [5, 6]))
+    engine = injecting(engine.close(), tmp_path)
+    engine.batched = True
+    assert engine.step(("b", 0, [5, 6]), ("a", 0, [5, 6])) == [10, 12, 10, 12]
+    run = engine.close()
+    assert run.tensor("step_0/inner/outputs_0_cpu").shape == (1, 3, 4, 2)
+    rows = run.request("a")["inner/outputs_0_cpu"]
+    assert torch.equal(rows[:, :, 0], torch.tensor([[10.0] * 3, [12.0] * 3]))
 
 
 def test_rows_of_another_dtype_are_counted_where_they_are_rounded(tmp_path: Path) -> None:

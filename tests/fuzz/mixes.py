@@ -17,6 +17,7 @@ from tlcore.adapters.vllm.worker.steps import StepWrapper
 from tlcore.config.configuration import load_config
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
+from tlcore.layout.grids import as_rows
 from tlcore.layout.rows import CallRows, Span
 
 VOCABULARY = 1000
@@ -58,11 +59,21 @@ class Model(nn.Module):
         return found
 
 
+class OfTransformers(Model):
+    """Gives its layer the rows as a batch of one sample, as vLLM does where it runs transformers' code."""
+
+    __module__ = "vllm.model_executor.models.transformers.causal"
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.layer(rows[None])
+        return found[0]
+
+
 class Runner:
     """Runs batches as vLLM's first model runner does, with its names."""
 
-    def __init__(self, speculates: bool) -> None:
-        self.model = Model()
+    def __init__(self, speculates: bool, batched: bool) -> None:
+        self.model = OfTransformers() if batched else Model()
         self.vllm_config = SimpleNamespace(parallel_config=SimpleNamespace(prefill_context_parallel_size=1))
         self.speculative_config = object() if speculates else None
         self.max_model_len = 10_000
@@ -146,7 +157,7 @@ def run_mix(seed: int, plant: Plant | None = None, **keys: Any) -> tuple[list[As
     """Capture a random mix of requests until all have ended; ``plant`` spoils the rows of each step."""
     chance = random.Random(seed)
     speculates = chance.random() < 0.6
-    runner, sink = Runner(speculates), MemorySink()
+    runner, sink = Runner(speculates, chance.random() < 0.4), MemorySink()
     config = load_config({"log_step_ids": [], "output_dir": "memory://unused", **keys})
     session = Session(config, new_run(config), sink, inline=True)
     session.attach(runner.model)
@@ -247,5 +258,5 @@ def _wrong(
         position = span.first + i
         seen.setdefault((owner.number, name.split("/")[1]), set()).add(position)
         true = owner.tokens[position] if position < len(owner.tokens) else None
-        if tensor[span.begin + i].tolist() != [owner.number, position, true]:
+        if as_rows(tensor, span.axis)[span.begin + i].tolist() != [owner.number, position, true]:
             yield f"{name}: row {span.begin + i} is not position {position} of {owner.name}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -225,11 +225,12 @@ class RowInjection(Injection):
 
         def look(path: Path, tensor: torch.Tensor) -> torch.Tensor:
             found = self._rows.placed(tensor)
-            if found.rows is None or found.axis or not self._now:
+            samples = tensor.shape[0] if found.axis else 1
+            if found.rows is None or samples != 1 or not self._now:
                 raise UnlikeError(_UNKNOWN_ROWS)
             if found.rows.kind in ENCODED:
                 raise UnlikeError("an encoder's results are kept for all requests with the same item")
-            call.parts[path] = tensor, found.rows.spans
+            call.parts[path] = _Part(tensor, found.axis, found.rows.spans)
             return tensor
 
         with_each_tensor(own, look)
@@ -253,6 +254,23 @@ class RowInjection(Injection):
         return with_each_tensor(own, lambda path, tensor: mixed[id(tensor)])
 
 
+class _Part(NamedTuple):
+    """A tensor of a call's result, and whose the rows are that lie along one of its axes."""
+
+    tensor: torch.Tensor
+    axis: int
+    spans: Sequence[Span]
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """The shape of one row."""
+        return tuple(self.rows_in(self.tensor).shape[1:])
+
+    def rows_in(self, tensor: torch.Tensor) -> torch.Tensor:
+        """A view of a tensor of this one's shape: its rows in front, without the axis of its sample."""
+        return tensor if self.axis == 0 else tensor.movedim(self.axis, 1).squeeze(0)
+
+
 class _CallOf:
     """One call's result: its ``parts`` are tensors and whose their rows are, by the way to them.
 
@@ -263,7 +281,7 @@ class _CallOf:
     def __init__(self, directory: str, requests: Mapping[str, _Followed]) -> None:
         self._directory = directory
         self._requests = requests
-        self.parts: dict[Path, tuple[torch.Tensor, Sequence[Span]]] = {}
+        self.parts: dict[Path, _Part] = {}
         # The rows of the result that were rounded in any part, or even overflowed, by what to what.
         self.changed: defaultdict[str, set[int]] = defaultdict(set)
         self.overflowed: defaultdict[str, set[int]] = defaultdict(set)
@@ -272,15 +290,15 @@ class _CallOf:
 
     def mixed(self) -> dict[int, torch.Tensor]:
         """What stands for each tensor, by its id: the tensor itself where none of its rows is injected."""
-        for path, (tensor, spans) in self.parts.items():
-            for span in spans:
-                self._limit(path, tensor, span)
-        return {id(tensor): self._of(path, tensor, spans) for path, (tensor, spans) in self.parts.items()}
+        for path, part in self.parts.items():
+            for span in part.spans:
+                self._limit(path, part, span)
+        return {id(part.tensor): self._of(path, part) for path, part in self.parts.items()}
 
     def counts(self) -> tuple[int, Counter[str]]:
         """How many rows were injected, and how many were not for which reason."""
         injected, left_out = 0, Counter[str]()
-        for span in next(iter(self.parts.values()))[1]:
+        for span in next(iter(self.parts.values())).spans:
             request = str(span.row["request_id"])
             count = self._count(span)
             injected += count
@@ -293,7 +311,7 @@ class _CallOf:
                 left_out[why_not] += span.length - count
         return injected, left_out
 
-    def _limit(self, path: Path, tensor: torch.Tensor, span: Span) -> None:
+    def _limit(self, path: Path, part: _Part, span: Span) -> None:
         """Stop a request at the first of its positions of which the other run has no such row."""
         request = str(span.row["request_id"])
         followed = self._requests.get(request)
@@ -305,9 +323,9 @@ class _CallOf:
             self._lacking[request] = _UNKNOWN_ROWS
         elif not names:
             self._lacking[request] = "the other run has no result of this call"
-        elif other.row_shape(names[0]) != tuple(tensor.shape[1:]):
+        elif other.row_shape(names[0]) != part.row_shape:
             self._lacking[request] = "the other run's result has another shape"
-        elif why_not := unlike(_dtype_of(other, names[0], tensor.dtype), tensor.dtype):
+        elif why_not := unlike(_dtype_of(other, names[0], part.tensor.dtype), part.tensor.dtype):
             self._lacking[request] = why_not
         else:
             for position in range(span.first, min(span.first + span.length, followed.end)):
@@ -322,9 +340,9 @@ class _CallOf:
             return 0
         return max(0, min(span.length, followed.end - span.first))
 
-    def _of(self, path: Path, tensor: torch.Tensor, spans: Sequence[Span]) -> torch.Tensor:
-        made = tensor
-        for span in spans:
+    def _of(self, path: Path, part: _Part) -> torch.Tensor:
+        made = tensor = part.tensor
+        for span in part.spans:
             followed, count = self._requests.get(str(span.row["request_id"])), self._count(span)
             if not count or span.first is None or followed is None or followed.other is None:
                 continue
@@ -332,7 +350,7 @@ class _CallOf:
             found = followed.other.rows_at(name, range(span.first, span.first + count))
             made = tensor.clone() if made is tensor else made
             fitted = found.to(device=tensor.device, dtype=tensor.dtype)
-            made[span.begin : span.begin + count] = fitted
+            part.rows_in(made)[span.begin : span.begin + count] = fitted
             if found.dtype != tensor.dtype:
                 what, became = rounding(found.dtype, tensor.dtype), conversion(found, fitted)
                 for rows, flags in zip((self.changed[what], self.overflowed[what]), became, strict=True):

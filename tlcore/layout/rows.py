@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 from .checks import is_whole
 from .grids import UNCLEAR, Grid, axis_of, read_grid
+from .one_sample import axis_in_sample
 from .row_scale import presented
 
 Row = Mapping[str, Any]
@@ -72,6 +73,7 @@ class RowSet:
     With ``vectors`` a tensor of one axis may be one request's, such as the scores of its labels, so that
     only whole numbers have these rows. ``single`` are shapes that a tensor of one item among several may
     have (an image is three channels), whose rows are then not these; `ANY` is an axis of any length.
+    Where tensors are ``batched``, those rows may be of one sample, behind its axis (`one_sample`).
     """
 
     kind: str
@@ -80,6 +82,7 @@ class RowSet:
     grid: Grid | None = None
     vectors: bool = False
     single: tuple[tuple[int, ...], ...] = ()
+    batched: bool = False
 
     @cached_property
     def length(self) -> int:
@@ -148,23 +151,38 @@ def placed(
     shape: Sequence[int], whole_numbers: bool, sets: Iterable[RowSet], before: BeforeRows = None
 ) -> Placed:
     """The one of a call's row sets that a tensor of this shape has, where that is certain, and its axis."""
-    listed = list(sets)
-    plain = [each for each in listed if each.grid is None]
+    plain: list[RowSet] = []
+    found: list[tuple[RowSet, int]] = []
+    unclear = False
+    for each in sets:
+        axis = _axis_of(shape, whole_numbers, each)
+        unclear |= axis == UNCLEAR
+        if axis == 0 and each.grid is None:
+            plain.append(each)
+        elif axis is not None and axis != UNCLEAR:
+            found.append((each, axis))
     flat = _flat_set_of(shape, whole_numbers, plain, before)
-    found = [] if flat is None else [(flat, 0)]
-    unclear = flat is None and any(shape and shape[0] in each.lengths for each in plain if each.length)
-    for each in listed:
-        if each.grid is not None and (each.kind != LOGITS or len(shape) == 3):
-            axis = axis_of(shape, whole_numbers, each.grid)
-            unclear |= axis == UNCLEAR
-            if axis is not None and axis != UNCLEAR:
-                found.append((each, axis))
+    if flat is not None:
+        found.insert(0, (flat, 0))
+    else:
+        unclear |= any(shape and shape[0] in each.lengths for each in plain if each.length)
     if not found or unclear:
         return Placed(None, 0, unclear)
     (first, axis), *others = found
     if any((each.spans, each_axis) != (first.spans, axis) for each, each_axis in others):
         return Placed(None, 0, True)
     return Placed(first, axis, True)
+
+
+def _axis_of(shape: Sequence[int], whole_numbers: bool, rows: RowSet) -> int | None:
+    """Along which axis of a tensor the rows of a set may lie: `axis_of`; 0 where nothing else is known."""
+    if rows.grid is not None:
+        is_other = rows.kind == LOGITS and len(shape) != 3
+        return None if is_other else axis_of(shape, whole_numbers, rows.grid)
+    if not rows.batched:
+        return 0
+    axis = axis_in_sample(shape, whole_numbers, rows.lengths) if rows.length else None
+    return UNCLEAR if axis and _may_be_one(shape, whole_numbers, rows) else axis
 
 
 def _flat_set_of(
@@ -224,9 +242,9 @@ class CallRows:
         """
         known = accepted or {}
         rows = [_with_accepted(row, known) for row in document.get("rows") or ()]
-        self._others = (
-            (_checked(RowSet("tokens", rows, int(document.get("padded_rows", 0)))),) if rows else NO_ROWS
-        )
+        padded, batched = int(document.get("padded_rows", 0)), bool(document.get("batched", False))
+        own = RowSet("tokens", rows, padded, batched=batched)
+        self._others = (_checked(own),) if rows else NO_ROWS
         self._listed: dict[str, tuple[RowSet, ...]] = {}
         self._whole: dict[str, frozenset[tuple[int, ...]]] = {}
         self._indices: dict[str, int] = {}
@@ -307,7 +325,8 @@ def _row_set(entry: Any) -> RowSet:
         grid = read_grid(grid)
     padded, vectors = int(entry.get("padded_rows", 0)), bool(entry.get("vectors", False))
     single = tuple(tuple(map(int, shape)) for shape in entry.get("single", ()))
-    return _checked(RowSet(str(entry["kind"]), entry["rows"], padded, grid, vectors, single))
+    batched = bool(entry.get("batched", False))
+    return _checked(RowSet(str(entry["kind"]), entry["rows"], padded, grid, vectors, single, batched))
 
 
 def decided_positions(row: Row) -> dict[str, Any]:

@@ -42,6 +42,9 @@ def ways(way: str, output_dir: Path) -> dict[str, Any]:
     """The engine's arguments, by the name of what is hard about them; else ``way`` is a speculator."""
     if way in ("chunks", "data"):
         return {"max_num_batched_tokens": 24, "async_scheduling": True, **CROWDED}
+    if way == "transformers":
+        # A model that vLLM has a class of its own for, run as those are that it has none for.
+        return {**ways("chunks", output_dir), "model_impl": "transformers"}
     if way in RANKS:
         return {RANKS[way]: 2, "max_num_batched_tokens": 24, **CROWDED}
     if way in ADAPTED:

@@ -10,7 +10,16 @@ import pytest
 
 import tlcore
 from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY, SEVERAL_RANKS, report
-from tests.adapters.vllm.truth import HIDDEN, IDS, STATES, Truth, complaints, of_rank, wrong_rows
+from tests.adapters.vllm.truth import (
+    OF_TRANSFORMERS,
+    OF_VLLM,
+    STATES,
+    Names,
+    Truth,
+    complaints,
+    of_rank,
+    wrong_rows,
+)
 from tests.compat.environments import arctic_inference
 from tests.deep import scaled
 from tlcore.errors import TlcoreError
@@ -25,7 +34,7 @@ DEEP = [
 ]  # fmt: skip
 WAYS = [
     "ngram-first", "draft_model-first", "eagle3-first", "chunks-first", "data-first",
-    "draft_model-second", "chunks-second",
+    "draft_model-second", "chunks-second", "transformers-first",
 ]  # fmt: skip
 # Of the first runner's engines, that is 12 in short runs and 275 in full ones.
 MIXES, PLANTED = scaled(3, 25), scaled(1, 3)
@@ -43,7 +52,8 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     found = report(
         SCRIPT, directory, way, runner, *map(str, counts), timeout=scaled(600, 3000), environment=environment
     )
-    return {**found, "way": way, "runner": runner, "truth": Truth(Path(found["model"]))}
+    names = OF_TRANSFORMERS if way == "transformers" else OF_VLLM
+    return {**found, "way": way, "runner": runner, "truth": Truth(Path(found["model"]), names)}
 
 
 def test_every_row_is_its_requests(captured: dict[str, Any]) -> None:
@@ -57,7 +67,7 @@ def test_every_row_is_its_requests(captured: dict[str, Any]) -> None:
                 continue
             whole = None if name == "last" else len(captured["prompts"][place])
             assert wrong_rows(run.request(identity), tokens, captured["truth"], whole) == []
-        _check_steps(run, dict(zip(found["ids"], found["tokens"], strict=True)))
+        _check_steps(run, dict(zip(found["ids"], found["tokens"], strict=True)), captured["truth"].names)
 
 
 def test_token_ids_and_windows_are_its_requests(captured: dict[str, Any]) -> None:
@@ -67,7 +77,7 @@ def test_token_ids_and_windows_are_its_requests(captured: dict[str, Any]) -> Non
             request, prompt, end = run.request(identity), len(captured["prompts"][place]), len(tokens) - 1
             assert request.prompt_length == prompt and len(request.token_ids) in (end, end + 1)
             assert request.token_ids.tolist() == tokens[: len(request.token_ids)]
-            hidden = of_rank(request, HIDDEN)
+            hidden = of_rank(request, captured["truth"].names.hidden)
             rows = request.positions(hidden)
             assert request.token_ids_of(hidden).tolist() == [tokens[position] for position in rows]
             begin = prompt if name == "response" else 0
@@ -92,14 +102,14 @@ def test_rows_of_rejected_tokens_are_stored_only_where_all_are(captured: dict[st
     assert not rejected["last"] and not rejected["response"], rejected
 
 
-def _check_steps(run: Run, tokens: dict[str, list[int]]) -> None:
+def _check_steps(run: Run, tokens: dict[str, list[int]], names: Names) -> None:
     """Hold the rows of each step alone against the answers: nothing later overwrites what was rejected."""
     for number in run.steps:
         step = run.step(number)
-        embedding = [rank for rank in step.documents if _ids_of(number, rank) in step]
+        embedding = [rank for rank in step.documents if _ids_of(names, number, rank) in step]
         assert embedding
         for rank in embedding:
-            fed, rows = step[_ids_of(number, rank)].tolist(), step.documents[rank]["rows"]
+            fed, rows = step[_ids_of(names, number, rank)].flatten().tolist(), step.documents[rank]["rows"]
             assert len(fed) == sum(row["rows"] for row in rows)
             for row in rows:
                 true = tokens[str(row["request_id"]).rpartition("-")[0]][row["first_position"] :]
@@ -109,8 +119,8 @@ def _check_steps(run: Run, tokens: dict[str, list[int]]) -> None:
                 assert row.get("accepted", len(got)) == kept
 
 
-def _ids_of(number: int, rank: int) -> str:
-    return f"step_{number}/{IDS}" + (f"_rank_{rank}" if rank else "")
+def _ids_of(names: Names, number: int, rank: int) -> str:
+    return f"step_{number}/{names.ids}" + (f"_rank_{rank}" if rank else "")
 
 
 def test_each_of_several_engines_served_some(captured: dict[str, Any]) -> None:
@@ -118,7 +128,8 @@ def test_each_of_several_engines_served_some(captured: dict[str, Any]) -> None:
         pytest.skip("is one engine")
     for name in ("all", "last", "response"):
         run, found = tlcore.open_run(captured[name]["url"]), captured[name]
-        assert {of_rank(run.request(each), HIDDEN) for each in found["ids"]} == {HIDDEN, f"{HIDDEN}_rank_1"}
+        hidden = captured["truth"].names.hidden
+        assert {of_rank(run.request(each), hidden) for each in found["ids"]} == {hidden, f"{hidden}_rank_1"}
 
 
 def test_a_draft_model_goes_by_names_of_its_own(captured: dict[str, Any]) -> None:
@@ -144,7 +155,7 @@ def test_a_speculators_rows_are_its_requests(captured: dict[str, Any]) -> None:
             if name == "one" and place != 1:
                 continue
             request = run.request(identity)
-            ids = f"draft.{IDS}"
+            ids = f"draft.{captured['truth'].names.ids}"
             if ids in request:
                 fed = [tokens[position + ahead] for position in request.positions(ids)]
                 assert request[ids].tolist() == fed

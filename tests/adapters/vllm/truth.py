@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from fnmatch import fnmatchcase as fnmatch
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,9 +14,18 @@ import tlcore
 from tlcore.errors import MissingError
 from tlcore.reader import Request, Run
 
-IDS, HIDDEN = "model.embed_tokens/inputs_0_cpu", "model.norm/outputs_0_cpu"
-LOGITS = "logits_processor/outputs_cpu"
 _LAST = -1
+
+
+class Names(NamedTuple):
+    """The names of what a run is held against: token ids, the last layer's states behind the norm, logits."""
+
+    ids: str = "model.embed_tokens/inputs_0_cpu"
+    hidden: str = "model.norm/outputs_0_cpu"
+    logits: str = "logits_processor/outputs_cpu"
+
+
+OF_VLLM, OF_TRANSFORMERS = Names(), Names(hidden="model.norm/outputs_cpu")
 # A speculator's tensor of the target's states: its name, how far ahead its token ids are, which columns are
 # the states, and of which of transformers' hidden states.
 STATES: dict[str, tuple[str, int, slice, int]] = {
@@ -36,10 +45,11 @@ def of_rank(request: Request, name: str) -> str:
 
 
 class Truth:
-    """A checkpoint's own states and logits."""
+    """A checkpoint's own states and logits, and the ``names`` that a run has for them."""
 
-    def __init__(self, checkpoint: Path) -> None:
+    def __init__(self, checkpoint: Path, names: Names = OF_VLLM) -> None:
         self._checkpoint = checkpoint
+        self.names = names
 
     @cached_property
     def _model(self) -> Any:
@@ -74,7 +84,10 @@ def wrong_rows(
     With the length of its ``prompt``, also what is missing. It may have ``further`` tokens that nobody knows.
     """
     states, logits = truth.of(tokens)
-    wanted: dict[str, torch.Tensor] = {IDS: torch.tensor(tokens), HIDDEN: states[_LAST], LOGITS: logits}
+    names = truth.names
+    wanted: dict[str, torch.Tensor] = {
+        names.ids: torch.tensor(tokens), names.hidden: states[_LAST], names.logits: logits
+    }  # fmt: skip
     for name in request:
         if name.startswith("logits_processor_") and name.endswith("outputs_cpu"):
             wanted[name] = logits
@@ -90,20 +103,20 @@ def wrong_rows(
         inside = [place for place, position in enumerate(positions) if position < len(tokens)]
         if not _close(request[name][inside].float(), true[[positions[i] for i in inside]].float()):
             found.append(f"{name}: not the rows of positions {positions}")
-    return found if prompt is None else [*found, *_missing(request, len(tokens), prompt)]
+    return found if prompt is None else [*found, *_missing(request, names, len(tokens), prompt)]
 
 
 def _missing(
-    request: Request, tokens: int, prompt: int, wanted: Collection[int] | None = None
+    request: Request, names: Names, tokens: int, prompt: int, wanted: Collection[int] | None = None
 ) -> Iterator[str]:
     """Rows that are not there, of all positions or those that are ``wanted``."""
     cached = {
         position
-        for gap in (request.gaps(IDS) if IDS in request else ())
+        for gap in (request.gaps(names.ids) if names.ids in request else ())
         if gap.reason == "prefix cache"
         for position in range(gap.begin, gap.end)
     }
-    for name, begin in ((IDS, 0), (HIDDEN, 0), (LOGITS, prompt - 1)):
+    for name, begin in ((names.ids, 0), (names.hidden, 0), (names.logits, prompt - 1)):
         own = of_rank(request, name)
         there = set(request.positions(own)) if own in request else set()
         lacking = set(range(begin, tokens - 1)) - there - cached
@@ -146,8 +159,9 @@ def _of_one(run: Run, asked: Mapping[str, Any], keys: Mapping[str, Any], truth: 
         whole = len(prompt) if not aborted and keys.get("rows") != "last" and modules is None else None
         for text in wrong_rows(request, [*prompt, *tokens], truth, further=aborted):
             yield f"{name}, sample {sample}: {text}"
-        for text in _missing(request, len(prompt) + len(tokens), whole, wanted) if whole else ():
-            yield f"{name}, sample {sample}: {text}"
+        if whole:
+            for text in _missing(request, truth.names, len(prompt) + len(tokens), whole, wanted):
+                yield f"{name}, sample {sample}: {text}"
 
 
 def _wanted(keys: Mapping[str, Any], choice: Mapping[str, Any], prompt: int, tokens: int) -> set[int]:

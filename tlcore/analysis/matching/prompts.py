@@ -170,16 +170,17 @@ def _learn_tokens(steps: Sequence[Step], requests: Sequence[Request]) -> bool:
 
 
 def _token_ids(step: Step) -> list[int] | None:
-    """The token ids that the model was given: a vector of integers, a row each, that are not positions."""
+    """The token ids that the model was given: an integer for each row, that are not positions."""
     rows = step.rows or []
     total = max((row["first_row"] + row["rows"] for row in rows), default=0)
     positions = [row["first_position"] + i for row in rows for i in range(row["rows"])]
     for record in step.records:
         integers = record["dtype"] in ("int32", "int64") and record["direction"] == "inputs"
-        ours = [span.row for span in step.row_spans(record)] if integers and total else []
-        if ours and len(record["shape"]) == 1 and sum(row["rows"] for row in ours) == total:
+        spans = step.row_spans(record) if integers and total else ()
+        one_each = spans and len(record["shape"]) == spans[0].axis + 1
+        if one_each and sum(span.row["rows"] for span in spans) == total:
             try:
-                values: list[int] = step.tensor(str(record["name"])).tolist()
+                values: list[int] = step.tensor(str(record["name"])).flatten().tolist()
             except ReadError:
                 continue
             if values[:total] != positions:

@@ -240,6 +240,8 @@ class StepRows:
             found["rows"], padded = self._stored(self._main, rows)
             if padded:
                 found["padded_rows"] = padded
+            if rows.batched and not self._cuts:
+                found["batched"] = True
         listed = [part for part in self._parts if part.calls]
         if self._main is not None and self._main.leaves_doubt(sum(row["rows"] for row in found["rows"])):
             listed.insert(0, self._main)
@@ -264,8 +266,7 @@ class StepRows:
         # What was cut was certain, and what was not is named with its shape.
         if rows.grid is not None and not self._cuts:
             found["grid"] = grid_entry(rows.grid)
-        if rows.vectors and not self._cuts:
-            found["vectors"] = True
+        found |= {key: True for key in ("vectors", "batched") if getattr(rows, key) and not self._cuts}
         if rows.single and not self._cuts:
             found["single"] = list(map(list, rows.single))
         return found | ({"padded_rows": padded} if padded else {})

@@ -15,6 +15,7 @@ from ....layout.rows import NO_ROWS, RowSet
 from ....record import Json
 from .row_scopes import RowScopes
 from .row_sets import Sets, rows_of
+from .rows import runs_transformers
 
 
 class DraftScopes:
@@ -40,6 +41,7 @@ class DraftScopes:
             return
         self._blocks = drafter if hasattr(drafter, "dflash_causal") else None
         self._ahead = int(bool(getattr(drafter, "pass_hidden_states_to_model", False)) and not self._blocks)
+        self._batched = runs_transformers(getattr(drafter, "model", None))
         scopes.wrap(runner, "propose_draft_token_ids", self._begin, self._over, on=self._on)
         scopes.wrap(drafter, "propose", self._propose)
         scopes.wrap(drafter, "set_inputs_first_pass", after=self._first_pass)
@@ -121,13 +123,13 @@ class DraftScopes:
             return
         padded = max(0, int(output[1]) - int(tokens))
         if self._passes == 0:
-            self._scopes.enter([RowSet("tokens", self._target, padded)])
+            self._scopes.enter([RowSet("tokens", self._target, padded, batched=self._batched)])
         else:
             self._padded = padded
             self._enter_pass()
 
     def _enter_pass(self) -> None:
-        self._scopes.enter([RowSet("drafts", self._proposed(1), self._padded)])
+        self._scopes.enter([RowSet("drafts", self._proposed(1), self._padded, batched=self._batched)])
 
     def _proposed(self, each: int) -> list[Json]:
         """The rows that the next token is sampled from: of a first pass real ones, then drafts."""

@@ -142,7 +142,7 @@ class RowScopes:
         self._prepared(batch, self._scheduled)
         if self.rows is not None:
             padded = max(0, int(batch.num_tokens_after_padding) - int(batch.num_tokens))
-            self.enter([token_set(self.rows, padded, self._reader.planes)], main=True)
+            self.enter([self._tokens_of_pass(self.rows, padded)], main=True)
 
     def _sample(self, hidden: Any, batch: Any, *args: Any, **kwargs: Any) -> Sets:
         if self.rows is None:
@@ -156,8 +156,12 @@ class RowScopes:
             return NO_ROWS
         padded = max(0, int(positions.shape[-1]) - sum(row["rows"] for row in self.rows))
         encoded = sum(map(len, kwargs.get("encoder_outputs") or ()))
-        self.enter([token_set(self.rows, padded, self._reader.planes, encoded)], main=True)
+        self.enter([self._tokens_of_pass(self.rows, padded, encoded)], main=True)
         return self._current()
+
+    def _tokens_of_pass(self, rows: Sequence[Row], padded: int, encoded: int = 0) -> RowSet:
+        reader = self._reader
+        return token_set(rows, padded, reader.planes, encoded, reader.batched)
 
     def _sampled_next(self, output: Any, *args: Any, **kwargs: Any) -> None:
         # Only the logits are computed after the pass, and mostly nobody captures them.

@@ -11,13 +11,20 @@ from ....record import Json
 Sets = Sequence[RowSet]
 
 
-def token_set(rows: Sequence[Row], padded: int = 0, planes: Sequence[int] = (), encoded: int = 0) -> RowSet:
+def token_set(
+    rows: Sequence[Row],
+    padded: int = 0,
+    planes: Sequence[int] = (),
+    encoded: int = 0,
+    batched: bool = False,
+) -> RowSet:
     """The rows of a step's tokens, and ``padded`` ones behind them.
 
     Some models' states have an axis before that of tokens, whose lengths are the ``planes``, and a decoder is
     given ``encoded`` states of an encoder's. Where there are as many tokens, nobody can tell which is which.
+    Modules of transformers have them ``batched``.
     """
-    made = RowSet("tokens", rows, padded)
+    made = RowSet("tokens", rows, padded, batched=batched)
     doubtful: list[tuple[int, ...]] = [
         (each, tokens, ANY) for each in planes if each in made.lengths for tokens in made.lengths
     ]

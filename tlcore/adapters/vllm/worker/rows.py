@@ -17,6 +17,8 @@ from .identity import identity
 
 _RANDOM_SUFFIX = re.compile(r"(.+)-[0-9a-f]{8}\Z", re.DOTALL)
 _SAMPLE_PREFIX = re.compile(r"\d+_")
+# Asking for the class would import transformers for every model.
+_TRANSFORMERS = "vllm.model_executor.models.transformers"
 
 
 class RowError(Exception):
@@ -60,6 +62,12 @@ class RowReader:
         except AttributeError:
             return ()
         return () if found is None else (int(found),)
+
+    @functools.cached_property
+    def batched(self) -> bool:
+        """Whether modules of the model may be given a step's tokens as a batch of one sample."""
+        model = getattr(self._runner, "get_model", None)
+        return model is not None and runs_transformers(model())
 
     def prepared(self, batch: Any) -> None:
         """Keep the batch that the second model runner has made; it keeps it in a local variable."""
@@ -166,6 +174,13 @@ class RowReader:
             if request not in known:
                 known[request] = external_id(request)
         return [known[request] for request in ids]
+
+
+def runs_transformers(model: Any) -> bool:
+    """Whether a model, or a part of it, is transformers' code, for which vLLM has no class of its own."""
+    return any(
+        each.__module__.startswith(_TRANSFORMERS) for part in model.modules() for each in type(part).__mro__
+    )
 
 
 def _dimensions(model: Any) -> list[int]:

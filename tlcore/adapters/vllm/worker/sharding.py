@@ -130,11 +130,11 @@ def _rotary(module: nn.Module, projection: Any) -> Json:
 
 
 def _head_norm(module: Any, projection: Any, child: str) -> Json:
-    """A norm of each head (tokens, heads, head size); one over all heads is not told apart from others."""
+    """A norm of each head (..., heads, head size); one over all heads is not told apart from others."""
     weight = getattr(module, "weight", None)
     if weight is None or weight.shape[-1] != projection.head_size:
         return {}
-    part: Json = {"dim": 1}
+    part: Json = {"dim": -2}
     if child == "k_norm" and projection.num_kv_head_replicas > 1:
         part["copies"] = [projection.num_kv_head_replicas]
     return {"inputs": {"0": part, "x": part}, "outputs": {"": part}}
