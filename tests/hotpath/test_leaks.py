@@ -112,6 +112,45 @@ def test_capture_keeps_nothing_of_its_steps(tmp_path: Any) -> None:
     assert objects < STEPS // 4 and memory < 20_000
 
 
+class Computes(nn.Module):
+    """Uses operators as in the step before, but for every third step."""
+
+    calls = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        self.calls += 1
+        y = torch.cat((x, x[..., : self.calls % 3]), -1) * 0.5
+        return torch.softmax(y, dim=-1)[0].chunk(2)[0]
+
+
+def test_operators_keep_nothing_of_their_steps(tmp_path: Any) -> None:
+    native()
+    model, x = Computes(), torch.ones(8, 8)
+    config = load_config({"output_dir": str(tmp_path), "log_step_ids": [], "ops": ["^"]})
+    session = Session(config, new_run(config), Nowhere(), inline=True)
+    session.attach(model)
+
+    def step() -> None:
+        session.begin_step()
+        model(x)
+        session.end_step()
+
+    for _ in range(3):
+        step()
+    operators = session._hookup._audience.operators
+    assert operators is not None
+    planned = [each for uses in operators._calls.values() for each in uses.planned if each is not None]
+    parts = [part for each in planned for part in each]
+    counted = [x, model, *planned, *parts, *operators._runs.values(), operators.operands.known]
+    before = [sys.getrefcount(each) for each in counted]
+    objects, memory = kept_over(step)
+    after = [sys.getrefcount(each) for each in counted]
+    assert session.ledger.stored > STEPS * 3 and session.ledger.balanced
+    session.close()
+    assert all(new - old < STEPS // 2 for new, old in zip(after, before, strict=True)), (before, after)
+    assert objects < STEPS // 4 and memory < 20_000
+
+
 def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
     native()
     path = str(tmp_path / "file")

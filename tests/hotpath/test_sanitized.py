@@ -24,6 +24,7 @@ CHECKED = [
     "test_fingerprint.py",
     "test_looking.py",
     "test_listening.py",
+    "test_using.py",
 ]
 
 

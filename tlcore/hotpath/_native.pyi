@@ -103,6 +103,24 @@ class Listening:
     def deafen(self, hearing: Hearing, /) -> None: ...
     def hear(self, listener: Any, args: tuple[Any, ...], kwargs: dict[str, Any], /) -> Any: ...
 
+class Using:
+    def __init__(
+        self,
+        walker: Walker,
+        operators: Any,
+        collector: Any,
+        known: dict[int, Any],
+        raw: dict[int, Any],
+        functions: dict[int, Any],
+        of: Callable[[Any], Any],
+        ask: object,
+        line_of: Callable[[Any, Any], Any],
+    ) -> None: ...
+    def again(
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: object, frame: Any, /
+    ) -> bool: ...
+    def knows(self, value: object, /) -> bool: ...
+
 def use_torch(
     hooks: dict[Any, Any],
     backward: Callable[[], int],

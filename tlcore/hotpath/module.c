@@ -23,7 +23,7 @@ PyMODINIT_FUNC PyInit__native(void)
         tlcore_add_gathering(module) || tlcore_add_seals(module) ||
         tlcore_add_making(module) || tlcore_add_fingerprint(module) ||
         tlcore_add_looking(module) || tlcore_add_walker(module) || tlcore_add_hearing(module) ||
-        tlcore_add_listening(module)) {
+        tlcore_add_listening(module) || tlcore_add_using(module)) {
         Py_DECREF(module);
         return NULL;
     }

@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 /* Counts up whenever a function changes what it takes or gives; `native.py` refuses any other. */
-#define TLCORE_INTERFACE 10
+#define TLCORE_INTERFACE 11
 
 /* Shorter work than this is over before another thread could use the interpreter, which is dear to get back. */
 #define TLCORE_SMALL_BYTES (256 << 10)
@@ -52,5 +52,6 @@ int tlcore_add_making(PyObject *module);
 int tlcore_add_fingerprint(PyObject *module);
 int tlcore_add_walker(PyObject *module);
 int tlcore_add_listening(PyObject *module);
+int tlcore_add_using(PyObject *module);
 
 #endif

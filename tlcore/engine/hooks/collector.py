@@ -188,13 +188,7 @@ class Collector:
         if not self.hears(sides):
             return
         try:
-            if self.walker is not None and not self._parts:
-                self.walker.leaving = True
-                unknown = self.walker.result(sides.outputs, output)
-            else:
-                self._leaving = True
-                unknown = self._flatten_result(sides.outputs, output)
-            self.end_outputs(sides, unknown)
+            self.end_outputs(sides, self._result(sides.outputs, output))
         except Exception as error:
             self.broken(sides, "outputs", error)
         if self.gradients is not None:
@@ -219,18 +213,16 @@ class Collector:
         if self._rows is not None and not self._rows.hears(call.module):
             return
         try:
-            if (walker := self.walker) is not None:
-                walker.leaving = True
-                unknown = walker.result(known, value)
-            else:
-                self._leaving = True
-                unknown = self._flatten_result(known, value)
-            if unknown is not None:
-                self._add_site(make(unknown))
-            if self._stager.full:
-                self.hand_over_if_needed()
+            self.end_tapped(self._result(known, value), make)
         except Exception as error:
             self.broken(call, direction, error)
+
+    def end_tapped(self, unknown: TreeSpec | None, make: Callable[[TreeSpec], CallSide]) -> None:
+        """What the extension's walk leaves to be done once it has taken such a value; it may raise."""
+        if unknown is not None:
+            self._add_site(make(unknown))
+        if self._stager.full:
+            self.hand_over_if_needed()
 
     def _flatten_arguments(
         self, known: Sides, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -243,8 +235,13 @@ class Collector:
         self._add_site(side)
         return None
 
-    def _flatten_result(self, known: Sides, output: Any) -> TreeSpec | None:
-        """What the extension's ``result`` does: None where the side is known, and added."""
+    def _result(self, known: Sides, output: Any) -> TreeSpec | None:
+        """Take a value: None where its side is known, and added, else its structure."""
+        if (walker := self.walker) is not None and not self._parts:
+            walker.leaving = True
+            unknown: TreeSpec | None = walker.result(known, output)
+            return unknown
+        self._leaving = True
         treespec = flatten(output, self)
         side = known.get(treespec)
         if side is None:

@@ -255,6 +255,11 @@ class ListenerSet:
         return self._hearing.owner
 
     @property
+    def hearing(self) -> Hearing:
+        """Whose calls are heard now."""
+        return self._hearing
+
+    @property
     def known(self) -> Mapping[int, Named]:
         """The modules by their identity, those that came into the model within the step, too."""
         return self._known

@@ -34,7 +34,9 @@ from .module_tree import Named
 from .tracing import compiles, key_of, why_traced
 
 NOBODY = 0
-_is_compiling = torch.compiler.is_compiling
+_compiler = torch.compiler
+# Where nothing is compiled, this and a flag are asked for less than `is_compiling`.
+_is_traced = torch.compiler.is_dynamo_compiling
 _get_ident = threading.get_ident
 Self = TypeVar("Self", bound="Listener")
 
@@ -174,7 +176,7 @@ class Listener(StandIn):
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The module's ``forward``."""
-        if _is_compiling():
+        if _is_traced() or _compiler._is_compiling_flag:
             compiles(self.known_as)
             return self.original(*args, **kwargs)
         return self._hear(self, args, kwargs)

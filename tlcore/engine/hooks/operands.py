@@ -14,6 +14,7 @@ from ..calls import Operand
 _DEEPEST, _MOST, _LONGEST = 3, 64, 80
 _ref = weakref.ref
 _ATOMS = frozenset((type(None), bool, int, float, str))
+_PLAIN = frozenset((type(None), bool, int, str, type(Ellipsis), torch.dtype, torch.device))
 # Tensors within arguments and results are looked for up to here.
 _MOST_PARTS = 4096
 
@@ -36,31 +37,35 @@ class Operands:
 
     def __init__(self) -> None:
         # By the object's id: it, what it is, and how often it had been changed in place; -1: not counted.
-        self._known: dict[int, tuple[weakref.ref[torch.Tensor], Operand, int]] = {}
+        # The extension looks at both tables.
+        self.known: dict[int, tuple[weakref.ref[torch.Tensor], Operand, int]] = {}
         # Memory that nobody has written yet holds anything.
         self.raw: dict[int, weakref.ref[torch.Tensor]] = {}
         self._models: list[nn.Module] = []
+        # The one that was asked for last.
+        self.model: nn.Module | None = None
         # The modules of each model, with what their parameters and buffers are called.
         self._held: dict[int, list[_Held]] = {}
 
     def begin_step(self, other_modules: bool = True) -> None:
         """Forget the step before; in a model there may be ``other_modules`` than then."""
-        self._known.clear()
+        self.known.clear()
         self.raw.clear()
         self._models = []
+        self.model = None
         if other_modules:
             self._held.clear()
 
     def use(self, model: nn.Module) -> None:
         """Know the parameters and buffers of a model, as they are when the step asks first."""
-        for each in self._models:
-            if each is model:
-                return
+        self.model = model
+        if any(each is model for each in self._models):
+            return
         self._models.append(model)
         all_held = self._held.get(id(model))
         if all_held is None:
             all_held = self._held[id(model)] = [_Held(*each) for each in model.named_modules()]
-        known = self._known
+        known = self.known
         for held in all_held:
             for kind, tensors, operands in (
                 ("parameter", held.module._parameters, held.parameters),
@@ -79,14 +84,12 @@ class Operands:
         if again and isinstance(value, torch.Tensor):
             self.note_one(value, ("from", place))
             return
-        if not again and self._knows_all(value):
-            return
         for path, tensor in parts_of(value):
             if again or self._found(tensor) is None:
                 self.note_one(tensor, ("from", place + path))
 
-    def _knows_all(self, value: Any) -> bool:
-        """Whether a value certainly has no tensor that is not known: so are most arguments and results."""
+    def knows_all(self, value: Any) -> bool:
+        """Whether a value certainly has no tensor that is not known; the extension has a twin."""
         if type(value) is dict:
             return all(map(self._knows_pair, value.values()))
         return all(map(self._knows_pair, value)) if type(value) is tuple else self._knows(value)
@@ -95,16 +98,16 @@ class Operands:
         return all(map(self._knows, value)) if type(value) is tuple else self._knows(value)
 
     def _knows(self, value: Any) -> bool:
-        entry = self._known.get(id(value))
+        entry = self.known.get(id(value))
         return type(value) in _ATOMS if entry is None else entry[0]() is value
 
     def note_one(self, tensor: torch.Tensor, operand: Operand) -> None:
         """A tensor is from now on this operand."""
         version = -1 if tensor.is_inference() else tensor._version
-        self._known[id(tensor)] = _ref(tensor), operand, version
+        self.known[id(tensor)] = _ref(tensor), operand, version
 
     def _found(self, tensor: torch.Tensor) -> tuple[Operand, int] | None:
-        entry = self._known.get(id(tensor))
+        entry = self.known.get(id(tensor))
         return entry[1:] if entry is not None and entry[0]() is tensor else None
 
     def of(self, value: Any, depth: int = 0) -> Operand:
@@ -130,7 +133,7 @@ class Operands:
         """Whether arguments are the same operands as once, when the plain ones among them were ``before``."""
         if len(values) != len(before):
             return False
-        known, ask = self._known, self.ASK
+        known, ask = self.known, self.ASK
         # Shorter or longer than ``before`` they never are; asking costs here.
         for value, old, operand in zip(values, before, operands):  # noqa: B905
             if old is ask:
@@ -140,7 +143,7 @@ class Operands:
                     continue
                 if self.of(value) != operand:
                     return False
-            elif type(value) is not type(old) or value != old:
+            elif not _is_same(value, old):
                 return False
         return True
 
@@ -171,6 +174,33 @@ class Operands:
             return False
         raw = [each for _, each in parts_of(args) if self.is_raw(each)]
         return any(each is tensor or _share(each, tensor) for each in raw)
+
+
+def as_plain(value: Any, depth: int = 0) -> Any:
+    """A value itself where any that is equal, with equal types, is the same operand; else ASK."""
+    if type(value) in _PLAIN:
+        return value
+    if type(value) is float:
+        # Zeros differ in their sign, and what is no number in all.
+        return value if value < 0 or value > 0 else Operands.ASK
+    parts: tuple[Any, ...] | None = value if type(value) is tuple and len(value) <= _MOST else None
+    if type(value) is slice:
+        parts = value.start, value.stop, value.step
+    if parts is None or depth >= _DEEPEST:
+        return Operands.ASK
+    asks = any(as_plain(each, depth + 1) is Operands.ASK for each in parts)
+    return Operands.ASK if asks else value
+
+
+def _is_same(value: Any, old: Any) -> bool:
+    """Whether plain values are the same: 1, 1.0 and True are equal."""
+    if type(value) is not type(old):
+        return False
+    if type(value) is tuple:
+        return len(value) == len(old) and all(map(_is_same, value, old))
+    if type(value) is slice:
+        return all(map(_is_same, (value.start, value.stop, value.step), (old.start, old.stop, old.step)))
+    return bool(value == old)
 
 
 def parts_of(value: Any) -> Iterator[tuple[str, torch.Tensor]]:

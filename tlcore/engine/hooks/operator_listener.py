@@ -8,10 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from ...hotpath.intercept import FORWARD
 from .listening import Listener
 from .operators import Operators
-
-_is_compiling = torch.compiler.is_compiling
 
 
 class OperatorListener(Listener):
@@ -20,12 +19,13 @@ class OperatorListener(Listener):
     Without ``operators`` it is like any other.
     """
 
-    __slots__ = ("chosen", "operators")
+    __slots__ = ("asks", "chosen", "operators")
 
     def __init__(self, operators: Operators | None, chosen: bool, *given: Any) -> None:
         self.operators = operators
         self.chosen = chosen
         super().__init__(*given)
+        self.asks = may_ask(self.module)
 
     def _like_this(self, *given: Any) -> OperatorListener:
         return OperatorListener(self.operators, self.chosen, *given)
@@ -34,33 +34,34 @@ class OperatorListener(Listener):
         return self._watched
 
     def _watched(self, *args: Any, **kwargs: Any) -> Any:
-        if _is_compiling():
-            return self.original(*args, **kwargs)
-        operators, original = self.operators, self.now()
-        if operators is None or not operators.listens():
+        operators, original = self.operators, self.original
+        if self.replaced is None and getattr(type(self.module), FORWARD, None) is not self._by_class:
+            original = self.now()
+        if operators is None or not operators.listens() or not (self.chosen or operators.depth):
             return original(*args, **kwargs)
-        if not (self.chosen or operators.depth):
-            return original(*args, **kwargs)
-        if _asks(self.module):
+        if self.asks and _asks(self.module):
             if self.chosen:
                 operators.left_out[self.name] = None
             return operators.aside(original, args, kwargs)
-        directory = self._directory(self.name, max(0, self.running))
-        note = operators.operands.note
-        note(args, f"{directory}/inputs", again=False)
-        note(kwargs, f"{directory}/inputs", again=False)
-        call = operators.within if self.chosen else _plainly
-        before = operators.runs(self.module)
+        if not (operators.knows(args) and operators.knows(kwargs)):
+            self._note((args, kwargs), "inputs", operators)
+        before = operators.runs(self.module, self.listening.running)
         try:
-            output = call(original, args, kwargs)
+            if self.chosen and not operators.depth:
+                output = operators.within(original, args, kwargs)
+            else:
+                output = original(*args, **kwargs)
         finally:
             operators.running = before
-        note(output, f"{directory}/outputs", again=False)
+        if not operators.knows(output):
+            self._note((output,), "outputs", operators)
         return output
 
-
-def _plainly(call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    return call(*args, **kwargs)
+    def _note(self, values: tuple[Any, ...], side: str, operators: Operators) -> None:
+        """Tensors that are not known are from now on what this side of the call has."""
+        place = f"{self._directory(self.name, max(0, self.running))}/{side}"
+        for value in values:
+            operators.operands.note(value, place, again=False)
 
 
 _ASKING = (nn.MultiheadAttention, nn.TransformerEncoderLayer, nn.TransformerEncoder)
@@ -72,4 +73,4 @@ def may_ask(module: nn.Module) -> bool:
 
 
 def _asks(module: nn.Module) -> bool:
-    return may_ask(module) and not module.training and torch.backends.mha.get_fastpath_enabled()
+    return not module.training and torch.backends.mha.get_fastpath_enabled()

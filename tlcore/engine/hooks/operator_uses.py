@@ -17,7 +17,6 @@ from .operands import Operands
 
 # One that is called by other lines, or with other numbers, in each step must not fill the memory.
 _MOST_USES = 16
-_PLAIN = (type(None), bool, int, str)
 _LISTED = ".0"
 
 
@@ -146,8 +145,3 @@ def _is_plain_function(code: CodeType) -> bool:
     if code.co_argcount and code.co_varnames[0] == _LISTED:
         return True
     return sys.version_info >= (3, 11) and code.co_qualname == code.co_name and code.co_name != "<module>"
-
-
-def as_planned(value: Any) -> Any:
-    """What is kept of an argument to know it again: itself where that is a plain value, else nothing."""
-    return value if type(value) in _PLAIN else Operands.ASK

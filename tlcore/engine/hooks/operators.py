@@ -17,6 +17,8 @@ import torch
 from torch import nn, overrides
 from torch.overrides import TorchFunctionMode
 
+from ...hotpath.listening import Hearing
+from ...hotpath.native import extension
 from ..calls import Call, Operator
 from ..filters.modules import Calls
 from .collector import Collector
@@ -24,13 +26,15 @@ from .counting import in_backward
 from .functions_of_torch import function_of
 from .listeners import ListenerSet
 from .module_tree import ModuleTree, Named
-from .operands import Operands, parts_of
-from .operator_uses import Planned, Running, Uses, as_planned
+from .operands import Operands, as_plain, parts_of
+from .operator_uses import Planned, Running, Uses
 from .tap_sites import module_at
 
 log = logging.getLogger("tlcore")
 _get_ident = threading.get_ident
-_is_compiling = torch.compiler.is_compiling
+_compiler = torch.compiler
+# Where nothing is compiled, this and a flag are asked for less than `is_compiling`.
+_is_traced = torch.compiler.is_dynamo_compiling
 _MOST_LINES = 1 << 14
 # What hands functions of torch around.
 _HANDS_ON = frozenset({overrides.__file__, torch._ops.__file__})
@@ -57,21 +61,35 @@ class Operators:
         self.seen: dict[str, bool] = {}
         self._collector = collector
         self._select = select
-        self._of: list[tuple[ListenerSet, Callable[[str, int], str]]] = []
+        self._of: list[tuple[ListenerSet, Callable[[str, int], str], Hearing]] = []
         self._tree: ModuleTree | None = None
         self._wanted: dict[int, Calls | None] = {}
         self._calls: dict[tuple[int, int, bool], Uses] = {}
-        self._mode = _Mode(self)
         self._lines: dict[tuple[int, int], tuple[CodeType, int]] = {}
         # The call of a module that runs, the innermost one, the code of modules' own, and plain functions'.
         self.running: Running | None = None
         self._codes: dict[int, dict[int, CodeType]] = {}
+        self._runs: dict[tuple[int, int], Running] = {}
         self._functions: dict[int, CodeType] = {}
         self._said = False
+        # Whether a value certainly has no tensor that is not known: so are most arguments and results.
+        self.knows: Callable[[Any], bool] = self.operands.knows_all
+        again = self._takes_again
+        if collector.walker is not None:
+            again, self.knows = self._native_half()
+        self._mode = _Mode(self, again)
+
+    def _native_half(self) -> tuple[Callable[..., bool], Callable[[Any], bool]]:
+        """The extension's twins of `_takes_again` and of `Operands.knows_all`."""
+        operands = self.operands
+        tables = operands.known, operands.raw, self._functions
+        walker = self._collector.walker
+        using = extension.Using(walker, self, self._collector, *tables, operands.of, operands.ASK, _line_of)
+        return using.again, using.knows
 
     def add(self, hooks: ListenerSet, directory: Callable[[str, int], str]) -> None:
         """Take operators of the model that ``hooks`` listen to, too."""
-        self._of.append((hooks, directory))
+        self._of.append((hooks, directory, hooks.hearing))
 
     def begin_step(self) -> None:
         """A step begins; modules may be others than in the one before."""
@@ -82,8 +100,7 @@ class Operators:
         if changed and self._of:
             self._tree = self._of[0][0].tree
             self._wanted.clear()
-            self._calls.clear()
-            self._codes.clear()
+            self._forget()
         for uses in self._calls.values():
             uses.count = 0
 
@@ -91,19 +108,25 @@ class Operators:
         """Forget the models."""
         self._of = []
         self.begin_step()
+        self._forget()
+
+    def _forget(self) -> None:
         self._calls.clear()
         self._codes.clear()
+        self._runs.clear()
 
-    def runs(self, module: nn.Module) -> Running | None:
+    def runs(self, module: nn.Module, call: int) -> Running | None:
         """A call of a module begins that is listened to; gives the one around it, which goes on behind it."""
-        before = self.running
-        self.running = Running(module, self._codes.setdefault(id(module), {}))
+        before, key = self.running, (id(module), call)
+        running = self._runs.get(key)
+        if running is None:
+            # Holds the module, so that no other gets its id.
+            running = self._runs[key] = Running(module, self._codes.setdefault(id(module), {}))
+        self.running = running
         return before
 
     def within(self, call: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """Make a call of a chosen module, heard by the mode; one around it hears those inside."""
-        if self.depth:
-            return call(*args, **kwargs)
+        """Make a call of a chosen module in none of those, heard by the mode."""
         self.depth += 1
         try:
             with self._mode:
@@ -126,31 +149,25 @@ class Operators:
     def listens(self) -> bool:
         """Whether this thread's calls are those of a step that is captured now; then they may begin."""
         heard = self._heard()
-        if heard is not None:
+        if heard is None:
+            return False
+        if heard[0].model is not self.operands.model:
             self.operands.use(heard[0].model)
-        return heard is not None
+        return True
 
     def _heard(self) -> tuple[ListenerSet, Callable[[str, int], str]] | None:
         ident = _get_ident()
-        for each in self._of:
+        for hooks, directory, hearing in self._of:
             # What is computed once more in a backward pass has been captured before.
-            if each[0].owner == ident:
-                return each if in_backward() < 0 else None
+            if hearing.owner == ident:
+                return (hooks, directory) if in_backward() < 0 else None
         return None
 
-    def took(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, frame: FrameType | None
-    ) -> None:
-        """An operator has given a result; whatever goes wrong here is not the model's business."""
-        if type(result) in _NO_TENSORS:
-            return
-        try:
-            if not self._takes_again(func, args, kwargs, result, frame):
-                self._take(func, args, kwargs, result, frame)
-        except Exception as error:
-            if not self._said:
-                self._said = True
-                log.warning("an operator could not be captured: %s: %s", type(error).__name__, error)
+    def failed(self, error: Exception) -> None:
+        """An operator could not be captured, which is said once."""
+        if not self._said:
+            self._said = True
+            log.warning("an operator could not be captured: %s: %s", type(error).__name__, error)
 
     def _takes_again(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, frame: FrameType | None
@@ -189,9 +206,10 @@ class Operators:
         if heard is not None and named is not None and named.module is running.module:
             running.known, running.uses = True, self._uses_of(named, *heard)
 
-    def _take(
+    def take(
         self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, frame: FrameType | None
     ) -> None:
+        """An operator has given a result that is not like that of an earlier step."""
         function = function_of(func)
         if function.raw:
             for _, tensor in parts_of(result):
@@ -217,8 +235,8 @@ class Operators:
         plain = value is result and isinstance(value, torch.Tensor) and function.name != "data"
         uses.plan(
             Planned(
-                func, function, at.f_code, at.f_lasti, tuple(map(as_planned, args)), inputs, tuple(kwargs),
-                tuple(map(as_planned, kwargs.values())), tuple([each for _, each in keywords]), direction,
+                func, function, at.f_code, at.f_lasti, tuple(map(as_plain, args)), inputs, tuple(kwargs),
+                tuple(map(as_plain, kwargs.values())), tuple([each for _, each in keywords]), direction,
                 ("from", place), known, make,
             )
             if plain
@@ -288,11 +306,12 @@ class Operators:
 
 
 class _Mode(TorchFunctionMode):
-    """Hears which function of torch gave what."""
+    """Hears which function of torch gave what; ``again`` takes what is as it was in an earlier step."""
 
-    def __init__(self, operators: Operators) -> None:
+    def __init__(self, operators: Operators, again: Callable[..., bool]) -> None:
         super().__init__()
-        self._took = operators.took
+        self._operators = operators
+        self._again = again
 
     def __torch_function__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -300,8 +319,15 @@ class _Mode(TorchFunctionMode):
         """Call the function as it would have been called, and tell of it."""
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if not _is_compiling():
-            self._took(func, args, kwargs, result, sys._getframe(1))
+        if type(result) in _NO_TENSORS or _is_traced() or _compiler._is_compiling_flag:
+            return result
+        frame = sys._getframe(1)
+        try:
+            if not self._again(func, args, kwargs, result, frame):
+                self._operators.take(func, args, kwargs, result, frame)
+        except Exception as error:
+            # Whatever goes wrong here is not the model's business.
+            self._operators.failed(error)
         return result
 
 
