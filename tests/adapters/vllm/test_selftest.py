@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import tlcore
 from tests.adapters.vllm.helpers import run
+from tests.adapters.vllm.of_transformers import KINDS, write_model
 from tests.analysis.selftest.planting import ROWS, TENSORS, rewritten
 from tests.models import smollm2, tiny_llama, write_tokenizer
 from tlcore.adapters.reference import FILE
@@ -90,6 +91,14 @@ def test_an_engine_that_does_not_start_is_said_with_its_log(tmp_path: Path) -> N
 def test_every_row_of_a_real_model_is_right_in_each_way(tmp_path: Path) -> None:
     lines = _tested(smollm2(), tmp_path / "kept", timeout=4000)
     assert len(lines) == len(WAYS) and all("4 requests and 30 layers" in line for line in lines)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_row_of_a_model_that_transformers_runs_is_right(kind: str, tmp_path: Path) -> None:
+    write_model(kind, tmp_path / "model")
+    lines = _tested(tmp_path / "model", tmp_path / "kept")
+    assert len(lines) == len(WAYS) and all(" right  " in line and "3 layers" in line for line in lines)
 
 
 @pytest.mark.deep
