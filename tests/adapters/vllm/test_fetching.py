@@ -17,6 +17,7 @@ from safetensors.torch import load
 
 import tlcore
 from tests.adapters.vllm.client import (
+    BACKEND,
     CHOICE,
     KEY,
     MLP,
@@ -30,7 +31,7 @@ from tests.adapters.vllm.client import (
 )
 from tests.adapters.vllm.server import VllmServer, serving
 from tests.waiting import wait_until
-from tlcore.adapters.vllm.frontend.endpoint import ROOT_VARIABLE
+from tlcore.adapters.vllm.frontend.endpoint import DELIVERY_VARIABLE, ROOT_VARIABLE
 
 pytestmark = pytest.mark.slow
 
@@ -47,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, dumps: Path) -> Iterator[Vl
         "enable-log-requests": True,
     }
     environment = {"VLLM_PLUGINS": "tlcore,tlcore.endpoint", ROOT_VARIABLE: str(dumps)}
-    environment["VLLM_ENABLE_RESPONSES_API_STORE"] = "1"
+    environment |= {"VLLM_ENABLE_RESPONSES_API_STORE": "1", DELIVERY_VARIABLE: "1"}
     with serving(tmp_path_factory.mktemp("server"), settings, environment) as running:
         yield running
 
@@ -98,6 +99,80 @@ def test_an_id_may_look_like_a_file(server: VllmServer) -> None:
     assert tensors["token_ids"].tolist() == said.json["token_ids"]
 
 
+ODD_NAMES = [
+    "a/b", "a%2Fb", "../../x", "..", "a/./b//c", "end/", "a?b=c", "a#b", "a;b", "a b", "100%", "é", "日本",
+    "x" * 5000,
+]  # fmt: skip
+
+
+def test_an_id_may_have_any_characters(server: VllmServer) -> None:
+    """A client takes it from the answer's body, and quotes it as any text in an address."""
+    for name in ODD_NAMES:
+        # A header's bytes are told as Latin-1.
+        answer = complete(server, name.encode().decode("latin-1"))
+        assert answer.status == 200, answer.body
+        public_id = answer.json["id"]
+        for quoted in {urllib.parse.quote(public_id), urllib.parse.quote(public_id, safe="")}:
+            said = fetch(server, quoted, answer.token)
+            assert said.status == 200 and said.json["id"] == public_id, (name, said.body)
+            tensors = load(fetch(server, f"{quoted}.safetensors", answer.token).body)
+            assert tensors["token_ids"].tolist() == said.json["token_ids"]
+    assert fetch(server, "", "x").status == fetch(server, ".safetensors", "x").status == 404
+
+
+def test_a_token_of_any_characters_and_length_opens_nothing(server: VllmServer) -> None:
+    token = complete(server, "tokens").token
+    unknown = fetch(server, "cmpl-tokens", "x").json
+    for wrong in ("é", "日本".encode().decode("latin-1"), token + "é", f"{token},{token}", "x" * 50_000):
+        answer = fetch(server, "cmpl-tokens", wrong)
+        assert (answer.status, answer.json) == (404, unknown)
+    assert fetch(server, "cmpl-tokens", f" {token} ").status == 200, "blanks around a header mean nothing"
+
+
+def _raw(server: VllmServer, method: str, path: str, **headers: str) -> tuple[int, Any, bytes]:
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(server.url).netloc, timeout=60)
+    connection.request(method, path, headers={"Authorization": f"Bearer {KEY}", **headers})
+    answer = connection.getresponse()
+    found = answer.status, answer.headers, answer.read()
+    connection.close()
+    return found
+
+
+def test_nothing_but_get_is_served_and_always_the_whole(server: VllmServer) -> None:
+    token = {"X-Tlcore-Token": complete(server, "methods").token}
+    path = "/v1/tlcore/requests/cmpl-methods.safetensors"
+    for method in ("HEAD", "POST", "PUT", "DELETE"):
+        status, headers, _ = _raw(server, method, path, **token)
+        assert (status, headers["Allow"]) == (405, "GET"), method
+    _, _, whole = _raw(server, "GET", path, **token)
+    for wanted in ("bytes=0-9", "bytes=-5", "bytes=99999999-", "lines=1"):
+        status, headers, body = _raw(server, "GET", path, Range=wanted, **token)
+        assert (status, body) == (200, whole) and headers["Content-Range"] is None
+        assert headers["Accept-Ranges"] == "none"
+
+
+def test_clients_that_leave_while_they_wait_keep_nobody_waiting(server: VllmServer) -> None:
+    """Their request's answer is still being computed, or sent."""
+    body = {"model": "tiny", "prompt": PROMPT, "max_tokens": 100, "ignore_eos": True, "stream": True, "n": 64}
+    body |= {"temperature": 1.0, "vllm_xargs": {"tlcore": json.dumps(CHOICE)}}
+    headers = {"Authorization": f"Bearer {KEY}", "X-Request-Id": "waited", "Content-Type": "application/json"}
+    place = urllib.parse.urlsplit(server.url).netloc
+    completion = http.client.HTTPConnection(place, timeout=60)
+    completion.request("POST", "/v1/completions", json.dumps(body), headers)
+    answer = completion.getresponse()
+    headers = {"Authorization": f"Bearer {KEY}", "X-Tlcore-Token": str(answer.headers["X-Tlcore-Token"])}
+    path = "/v1/tlcore/requests/cmpl-waited.safetensors?timeout=60"
+    for number in range(64):
+        connection = http.client.HTTPConnection(place, timeout=60)
+        connection.request("GET", f"{path}&index={number}", headers=headers)
+        connection.close()
+    assert complete(server, "beside").status == 200
+    answer.read()
+    completion.close()
+    found = fetch(server, "cmpl-waited.safetensors", headers["X-Tlcore-Token"], "?index=63")
+    assert found.status == 200 and len(load(found.body)[MLP]) == len(PROMPT) + 99
+
+
 def test_prompts_and_samples_are_told_apart_by_index(server: VllmServer) -> None:
     prompts = [[5, 6], [7, 8, 9]]
     answer = complete(server, "many", prompt=prompts, n=2, temperature=1)
@@ -109,7 +184,7 @@ def test_prompts_and_samples_are_told_apart_by_index(server: VllmServer) -> None
         assert (
             len(load(fetch(server, "cmpl-many.safetensors", token, f"?index={index}").body)["token_ids"]) > 3
         )
-    for wrong in ("4", "-1", "x"):
+    for wrong in ("4", "-1", "x", "1_0", "1e0", ""):
         refused = fetch(server, "cmpl-many", token, f"?index={wrong}")
         assert refused.status == 400 and "$.index" in refused.json["error"]["message"]
 
@@ -250,3 +325,22 @@ def test_what_is_not_allowed_or_forged_is_refused_and_others_have_no_token(serve
     assert complete(server, "bad", {"deliver": True, "rows": "?"}).status == 400
     assert complete(server, "bad", {"deliver": True}, max_tokens=-1).status == 400
     assert complete(server, "bad", {"deliver": True}).status == 200
+
+
+def test_a_request_is_fetched_after_its_run_was_stopped_and_in_the_next_one(server: VllmServer) -> None:
+    before = complete(server, "before")
+    first = fetch(server, "cmpl-before.safetensors", before.token)
+    assert send(server, "/v1/tlcore/stop", {}).json["state"] == "closed"
+    assert fetch(server, "cmpl-before.safetensors", before.token).body == first.body
+    assert complete(server, "between").status == 400, "nothing is captured, so nothing can be delivered"
+    kept = ("sample_rate", "log_step_ids", "module_call_match", "request_overrides", "delivery")
+    config = delivering(Path(), MODULES)["intermediate-log-config"]
+    started = send(server, "/v1/tlcore/start", {**{key: config[key] for key in kept}, "backend": BACKEND})
+    assert started.status == 200, started.body
+    after = complete(server, "after")
+    runs = {fetch(server, f"cmpl-{name}", token).json["run"] for name, token in (
+        ("before", before.token), ("after", after.token),
+    )}  # fmt: skip
+    assert len(runs) == 2 and started.json["url"] in runs
+    assert fetch(server, "cmpl-before.safetensors", before.token).body == first.body
+    assert len(load(fetch(server, "cmpl-after.safetensors", after.token).body)[MLP]) == 6

@@ -243,7 +243,9 @@ def test_choices_are_counted_through_prompts_and_samples() -> None:
         _request_of(document, 4)
 
 
-@pytest.mark.parametrize("text", ["-1", "nan", "inf", "x", "1e9", "0.5", ""])
+@pytest.mark.parametrize(
+    "text", ["-1", "nan", "inf", "x", "1e9", "0.5", "", "1_0", " 1", "+1", "1e1", "\u0663", "1.0", "9" * 400]
+)
 def test_a_wrong_index_is_refused(text: str) -> None:
     request = SimpleNamespace(query_params={"index": text})
     with pytest.raises(ConfigError, match=r"\$\.index"):
@@ -257,6 +259,15 @@ def test_a_wrong_index_is_refused(text: str) -> None:
         ("gzip, zstd;q=0.5", True),
         ("zstd; q=0", False),
         ("zstd;q=0.0", False),
+        ("zstd;q=0.001", True),
+        ("ZSTD ; Q=1.000", True),
+        ("zstd;q=-1", False),
+        ("zstd;q=abc", False),
+        ("zstd;q=", False),
+        ("zstd;q=1.5", False),
+        ("zstd;q=nan", False),
+        ("zstd;q=1_0", False),
+        ("x-zstd", False),
         ("gzip", False),
         ("", False),
     ],

@@ -6,6 +6,7 @@ in files of the directory that a front end's processes share: another API server
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import hashlib
 import hmac
@@ -43,12 +44,13 @@ class TakenError(CaptureError):
 class Delivery:
     """One HTTP request whose client fetches it: ``items`` are its prompts' requests in the engine.
 
-    ``answered`` is whether the answer is complete.
+    ``answered`` is whether the answer is complete; ``over`` is set once it is, or never will be.
     """
 
     def __init__(self, public_id: str, path: Path, token: str) -> None:
         self.public_id = public_id
         self.mark = secrets.token_hex(8)
+        self.over = asyncio.Event()
         self._path = path
         self._document: Json = {
             "id": public_id,
@@ -74,6 +76,7 @@ class Delivery:
 
         A file that another request has made meanwhile, this one being forgotten, is left as it is.
         """
+        self.over.set()
         if self._is_anothers():
             return
         try:
@@ -241,6 +244,12 @@ def find_delivery(public_id: str, token: str) -> Json | None:
     # The same work whether there is one or not.
     right = hmac.compare_digest(str(document.get("token", "")), _digest(token))
     return document if right and document.get("id") == public_id else None
+
+
+def being_answered(document: Json) -> asyncio.Event | None:
+    """What is set when the answer to a request is over; None where this process does not answer it."""
+    found = (each for each in _here.values() if each.public_id == document["id"])
+    return next((each.over for each in found), None)
 
 
 def _read(path: Path) -> Json | None:

@@ -31,7 +31,7 @@ from .attach import prepare
 from .deliveries import TokenMiddleware
 from .engines import DeadEngineError, Engines
 from .fetching import Flusher, LargeError, LateError, LostError, NothingError, Room
-from .fetching_route import fetched
+from .fetching_route import fetched, while_connected
 from .requests import has_ended, remember
 from .status import POLL_S, START, STATUS, STOP, Status, merged
 
@@ -159,7 +159,7 @@ class EndpointPlugin:
 
     async def _fetch(self, request: Any) -> Any:
         """What was captured of one request, as the token in a header opens it."""
-        return await fetched(request, self._flusher, self._room)
+        return await while_connected(request, fetched(request, self._flusher, self._room))
 
     async def _ask_all(self, method: str, *args: Any) -> list[Json]:
         engines = Engines(self._engine)

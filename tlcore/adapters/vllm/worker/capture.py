@@ -150,6 +150,9 @@ class WorkerCapture:
         self._session.detach()
         threading.Thread(target=end, name="tlcore-close").start()
         self._session = None
+        if self._publisher is not None:
+            # Who asks from now on to have something delivered is refused.
+            self._publisher.publish()
 
     def status(self, run_id: str | None = None) -> Json:
         """What this rank captures or captured last, as JSON data: ``state``, ``url`` and the ledger.
