@@ -198,14 +198,29 @@ def writer_is_running(document: Mapping[str, Any]) -> bool | None:
     pid = document.get("pid")
     if document.get("host") != socket.gethostname() or type(pid) is not int or pid <= 0:
         return None
+    return is_running(pid)
+
+
+def is_running(process: int) -> bool:
+    """Whether there is a process of this machine with this number, and it has not ended."""
     try:
-        os.kill(pid, 0)
-    except ProcessLookupError:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
         return False
     except OSError:
         # It is somebody else's.
-        return True
-    return True
+        pass
+    # One that has ended keeps its number until somebody asks after it, as in a container without an init.
+    return state_of(process) != "Z"
+
+
+def state_of(process: int) -> str:
+    """How the system calls what a process does, ``"Z"`` where it has ended; empty where nobody says."""
+    try:
+        with open(f"/proc/{process}/stat", errors="replace") as file:
+            return file.read().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        return ""
 
 
 def _hold_nothing(nbytes: int) -> None:

@@ -59,7 +59,7 @@ def rounds_of_requests(
 
 def _wait_for_steps(server: Served, answers: list[dict[str, Any] | None]) -> None:
     """The last steps are still being stored after the answers, with open files."""
-    expected = sum(_tokens_run(each) for each in answers if each is not None)
+    expected = sum(tokens_run(each) for each in answers if each is not None)
 
     def stored() -> bool:
         return sum(tokens_captured(tlcore.open_run(server.directory)).values()) >= expected
@@ -67,7 +67,7 @@ def _wait_for_steps(server: Served, answers: list[dict[str, Any] | None]) -> Non
     wait_until(stored, "the steps of all answers are stored", 120)
 
 
-def _tokens_run(answer: dict[str, Any]) -> int:
+def tokens_run(answer: dict[str, Any]) -> int:
     """The last token that a request generates never runs through the model."""
     usage = answer["usage"]
     return int(usage["prompt_tokens"] + usage["completion_tokens"] - 1)
@@ -99,7 +99,7 @@ def test_many_requests_at_once_and_an_interrupt_at_the_end(tmp_path: Path) -> No
     ledger = run.ledger
     assert all_stored(ledger) and ledger.stored == run.verify()
     assert sum(len(run.step(number)) for number in run.steps) == ledger.stored
-    expected = sorted(_tokens_run(answer) for answer in answers if answer is not None)
+    expected = sorted(tokens_run(answer) for answer in answers if answer is not None)
     assert sorted(tokens_captured(run).values()) == expected
     (line,) = (line for line in log.splitlines() if "intermediate tensors in " in line)
     assert f"{server.directory}: {ledger.to_json()}" in line

@@ -11,16 +11,28 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import tlcore
 from tests.adapters.vllm.server import VllmServer, serving
 from tests.models import tiny_llama
+from tlcore.reader import list_runs
 
 
 @dataclass
 class Served:
-    """A running server, and the run's directory."""
+    """A running server, and where its run lies, with the storage_options of a URL."""
 
     server: VllmServer
-    directory: Path
+    url: str
+    options: dict[str, Any] | None = None
+
+    @property
+    def directory(self) -> Path:
+        """The directory of a run on the local disk."""
+        return Path(self.url)
+
+    def run(self) -> tlcore.Run:
+        """The run as far as it is stored by now."""
+        return tlcore.open_run(self.url, self.options)
 
     def process_id(self, title: str) -> int:
         """The id of the server's process that calls itself ``VLLM::EngineCore`` or ``VLLM::Worker``."""
@@ -68,17 +80,26 @@ def title_of(pid: int) -> str:
 
 
 @contextmanager
-def served(directory: Path, config: dict[str, Any]) -> Iterator[Served]:
-    """The OpenAI-compatible server over the tiny model, from the moment it answers; then ended."""
-    settings = {
+def served(
+    directory: Path, config: dict[str, Any], options: dict[str, Any] | None = None
+) -> Iterator[Served]:
+    """The OpenAI-compatible server over the tiny model, from the moment it answers; then ended.
+
+    Where the configuration has a backend at a URL, the run there is read with ``options``.
+    """
+    backend = config.get("backend")
+    place = backend["url"] if isinstance(backend, dict) and "url" in backend else str(directory / "dumps")
+    settings: dict[str, Any] = {
         "model": str(tiny_llama()),
         "enforce-eager": True,
         "max-model-len": 256,
         "no-enable-prefix-caching": True,
         # Few enough that soon each has been used: a block's memory is taken at its first use.
         "num-gpu-blocks-override": 256,
-        "intermediate-log-config": {"output_dir": str(directory / "dumps"), "log_step_ids": [], **config},
+        "intermediate-log-config": {"log_step_ids": [], **config},
     }
+    if "://" not in place:
+        settings["intermediate-log-config"]["output_dir"] = place
     with serving(directory, settings) as server:
-        (run,) = (directory / "dumps").iterdir()
-        yield Served(server, run)
+        (run,) = list_runs(place, options)
+        yield Served(server, run.path, options)

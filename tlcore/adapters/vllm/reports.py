@@ -22,7 +22,7 @@ from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from ...record import Json
+from ...record import Json, is_running, state_of
 
 VARIABLE = "TLCORE_METRICS_DIR"
 # As often as the quickest scrapers look.
@@ -143,28 +143,13 @@ class Report:
     @property
     def alive(self) -> bool:
         """Whether the process still runs."""
-        try:
-            os.kill(self.process, 0)
-        except ProcessLookupError:
-            return False
-        except OSError:
-            return True
-        # One that nobody has asked after yet has its number still.
-        return _state_of(self.process) != "Z"
+        return is_running(self.process)
 
     @property
     def stopped(self) -> bool:
         """Whether somebody has stopped the process, or its engine, until it is continued."""
         parent = self.document.get("parent")
-        return any(_state_of(each) in ("T", "t") for each in (self.process, parent) if type(each) is int)
-
-
-def _state_of(process: int) -> str:
-    """How the system calls what a process does; empty where it does not say."""
-    try:
-        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0]
-    except (OSError, IndexError):
-        return ""
+        return any(state_of(each) in ("T", "t") for each in (self.process, parent) if type(each) is int)
 
 
 def read_reports() -> Iterator[Report]:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import socket
+import subprocess
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -255,3 +258,18 @@ def test_what_a_closed_run_left_can_be_pushed_while_its_process_lives(tmp_path: 
     store.close()
     (run,) = pushing.spilled_runs(str(tmp_path / "spill"))
     assert not run.owner_alive and "step_0/a" in run.files
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/stat"), reason="reads /proc")
+def test_what_a_process_left_that_nobody_has_asked_after_can_be_pushed(tmp_path: Path) -> None:
+    """Of a container without an init, whose engine was killed too: its number is still there."""
+    with subprocess.Popen(["sleep", "600"]) as process:
+        note = {"url": "memory://somewhere", "host": socket.gethostname(), "pid": process.pid}
+        (tmp_path / "spill.json").write_text(json.dumps(note))
+        (run,) = pushing.spilled_runs(str(tmp_path))
+        assert run.owner_alive
+        process.kill()
+        # Ended, and not asked after.
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)
+        (run,) = pushing.spilled_runs(str(tmp_path))
+        assert not run.owner_alive

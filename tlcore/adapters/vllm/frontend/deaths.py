@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import functools
 import logging
-import os
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -19,7 +18,7 @@ from typing import Any
 
 from ....ledger import Counts
 from ....locations import is_url
-from ....record import Json
+from ....record import Json, is_running
 from ..reports import Report, leave_notice, read_notices, read_reports
 from .status import Status, merged
 
@@ -179,8 +178,4 @@ def _is_untold(report: Report) -> bool:
     """Whether a worker died in its run, and the process that started it is there to say of what."""
     if report.status["state"] == "closed" or report.alive:
         return False
-    try:
-        os.kill(report.document["parent"], 0)
-    except OSError:
-        return False
-    return True
+    return is_running(report.document["parent"])
