@@ -21,7 +21,6 @@ from .timing import interleaved, timed
 _SHORT_STEPS = 10
 # Of the long run, so that it has about as many segments as one whose steps take as long as a model's.
 _COMMIT_S = 0.1
-_QUEUE_BYTES = 64 << 20
 
 
 def table(scale: Scale) -> list[Row]:
@@ -34,11 +33,7 @@ def _growth(place: Server, scale: Scale) -> list[Row]:
     steps = scale.long_steps
     urls = {}
     for count in (_SHORT_STEPS, steps):
-        # What waits when the model is faster than its storage, as here, is no growth beyond this bound.
-        keys = {
-            "backend": backend_at(place, f"growth-{count}", commit_s=_COMMIT_S),
-            "queue_bytes": _QUEUE_BYTES,
-        }
+        keys = {"backend": backend_at(place, f"growth-{count}", commit_s=_COMMIT_S)}
         found = report("long_process", "growth", str(count), json.dumps(keys), timeout_s=3600)
         urls[count] = found["url"]
     requests: dict[int, int] = {}

@@ -80,7 +80,11 @@ def _thread_times() -> tuple[float, float, float]:
 
 
 def growth(steps: int, keys: dict[str, Any]) -> dict[str, Any]:
-    """As many small steps as fast as they go; resident memory when settled, and at the end."""
+    """As many small steps as go; resident memory when settled, and at the end.
+
+    No model is that much faster than its storage. So that no more than `SETTLED_AT` steps wait, which the queue
+    would have room for, what there is is stored after so many.
+    """
     torch.set_num_threads(1)
     model = nn.Sequential(nn.Linear(8, 8))
     x = torch.zeros(2, 8)
@@ -91,8 +95,9 @@ def growth(steps: int, keys: dict[str, Any]) -> dict[str, Any]:
         for step in range(steps):
             x.fill_(float(step))
             model(x)
-            if step + 1 in (settled_at, steps):
+            if (step + 1) % SETTLED_AT == 0 or step + 1 == steps:
                 captured.session.flush()
+            if step + 1 in (settled_at, steps):
                 memory[step + 1] = usage_of("self").memory
     counts = captured.ledger
     if counts.stored != counts.captured:

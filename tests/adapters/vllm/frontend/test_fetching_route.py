@@ -130,7 +130,7 @@ class _Looks:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.count = 0
-        original = fetching_route.find_delivery
+        original = deliveries.find_delivery
 
         def find(*given: Any) -> Any:
             self.count += 1
