@@ -82,8 +82,8 @@ def _thread_times() -> tuple[float, float, float]:
 def growth(steps: int, keys: dict[str, Any]) -> dict[str, Any]:
     """As many small steps as go; resident memory when settled, and at the end.
 
-    No model is that much faster than its storage. So that no more than `SETTLED_AT` steps wait, which the queue
-    would have room for, what there is is stored after so many.
+    No model is that much faster than its storage: so that no more than `SETTLED_AT` steps wait, as the queue
+    would let them, what there is is stored after so many.
     """
     torch.set_num_threads(1)
     model = nn.Sequential(nn.Linear(8, 8))
