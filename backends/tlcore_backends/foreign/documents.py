@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tlcore.layout.directions import is_gradient
 from tlcore.layout.dtypes import item_size
-from tlcore.layout.names import PathKey, call_dir, rank_suffix, stem, step_dir, unique, within
+from tlcore.layout.names import PathKey, call_dir, stem, step_dir, unique, within
 from tlcore.ledger import Counts
 from tlcore.record import LAYOUT_VERSION, Json
 
@@ -65,14 +65,41 @@ def _numbered_part(part: str) -> tuple[Any, ...]:
     return 1, [int(each[:18]) if place % 2 else each for place, each in enumerate(_DIGITS.split(part))]
 
 
+class Structures:
+    """The structure documents of a step by ``<call>/<direction>.json``, made when they are asked for."""
+
+    def __init__(self) -> None:
+        self._sides: dict[tuple[str, str], list[tuple[Found, str]]] = {}
+
+    def add(self, directory: str, found: Found, name: str) -> None:
+        """A tensor that is called ``name``, of a call with this directory."""
+        self._sides.setdefault((directory, found.direction), []).append((found, name))
+
+    @property
+    def names(self) -> list[str]:
+        """Those of all documents."""
+        return [f"{directory}/{direction}.json" for directory, direction in self._sides]
+
+    def get(self, name: str) -> Json | None:
+        """One of them."""
+        directory, _, file = name.rpartition("/")
+        direction = file.removesuffix(".json")
+        tensors = self._sides.get((directory, direction))
+        return (
+            None
+            if tensors is None
+            else _structure(direction, [(each, _node(each, own)) for each, own in tensors])
+        )
+
+
 def step_document(
     step: int,
     rank: int,
     found: Sequence[Found],
     rows: Sequence[Json] | None = None,
     calls: Sequence[tuple[str, int]] | None = None,
-) -> Json:
-    """The document of a step: records, structures, calls and ledger of the tensors in their order.
+) -> tuple[Json, Structures]:
+    """A step's document (records, calls and ledger of the tensors in their order), and its structures.
 
     ``calls`` are modules and call numbers in order of entry; without it that is guessed from the order
     of the tensors, a module before those within it.
@@ -81,14 +108,14 @@ def step_document(
     modules = frozenset(each.module for each in entries)
     taken: set[str] = set()
     records: list[Json] = []
-    sides: dict[tuple[str, str], list[tuple[Found, Json]]] = {}
-    counts = Counts()
+    structures = Structures()
+    counts, begin = Counts(), f"{step_dir(step)}/"
     for each in entries:
         directory = call_dir(each.module, each.call, modules)
-        plain = f"{step_dir(step)}/{directory}/{stem(each.direction, each.path, each.device, rank)}"
+        # Most modules take and give alike.
+        plain = f"{begin}{directory}/{_stem(each.direction, each.path, each.device, rank)}"
         name = unique(plain, taken)
-        node = _node(each, name)
-        sides.setdefault((directory, each.direction), []).append((each, node))
+        structures.add(directory, each, name)
         size = prod(each.shape) * (item_size(each.dtype) or 0)
         _count(counts, each, size)
         if each.skipped is None:
@@ -102,14 +129,13 @@ def step_document(
         "ledger": counts.to_json(),
         "calls": [call_dir(module, call, modules) for module, call in calls or _entered(entries)],
         "records": records,
-        "structures": {
-            f"{directory}/{direction}{rank_suffix(rank)}.json": _structure(direction, tensors)
-            for (directory, direction), tensors in sides.items()
-        },
     }
     if rows is not None:
         document["rows"] = list(rows)
-    return document
+    return document, structures
+
+
+_stem = lru_cache(4096)(stem)
 
 
 def sharding_of(found: Sequence[Found], place: Json) -> Json | None:

@@ -18,7 +18,7 @@ from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
 from .arrow import Column, ColumnAt, Rows, Span, read_stream
-from .documents import Found, step_document
+from .documents import Found
 from .files import DumpFiles, StoredAt, shown_path
 from .source import ONE_RANK, ForeignSource
 
@@ -105,10 +105,9 @@ class Saelens(ForeignSource):
         """All of a sequence, from its first position on: what came before a slice of it is not told."""
         return self._rows(step, self.found(step, rank))
 
-    def document(self, step: int, rank: int) -> Json:
-        """The step as a capture would have told it."""
-        found = self.found(step, rank)
-        return step_document(step, rank, found, self._rows(step, found))
+    def rows_with(self, step: int, rank: int, found: Sequence[Found]) -> Sequence[Json]:
+        """The same."""
+        return self._rows(step, found)
 
     def _rows(self, step: int, found: Sequence[Found]) -> list[Json]:
         row = {"request_id": str(step), "external_request_id": str(step)}

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any, ClassVar
 
-from tlcore.errors import ReadError
+from tlcore.errors import MissingError, ReadError
 from tlcore.protocols import Buffer, StepRanks
 from tlcore.record import Json
 from tlcore.storage import Store
 
-from .documents import Found, sharding_of, step_document
+from .documents import Found, Structures, sharding_of, step_document
 from .files import DumpFiles, read_at
 
+_MOST_KEPT = 16
 ONE_RANK = StepRanks(frozenset((0,)))
 
 
@@ -28,6 +29,7 @@ class ForeignSource(ABC):
     def __init__(self, store: Store, run: Json) -> None:
         self.files = DumpFiles.of(store)
         self.run = run
+        self._structures: dict[tuple[int, int], Structures] = {}
 
     @classmethod
     @abstractmethod
@@ -50,13 +52,42 @@ class ForeignSource(ABC):
         """Whose the rows of the step's tensors are, as in ``step.json``; None where nothing tells."""
         return None
 
+    def rows_with(self, step: int, rank: int, found: Sequence[Found]) -> Sequence[Json] | None:
+        """The same, where the tensors were just looked up."""
+        return self.rows(step, rank)
+
     def document(self, step: int, rank: int) -> Json:
         """The step as a capture would have told it."""
         found = self.found(step, rank)
-        document = step_document(step, rank, found, self.rows(step, rank))
+        document, structures = step_document(step, rank, found, self.rows_with(step, rank, found))
+        self._keep(step, rank, structures)
         place = next((each for each in self.run.get("ranks", ()) if each["rank"] == rank), None)
         sharding = None if place is None else sharding_of(found, place)
         return document if sharding is None else {**document, "sharding": sharding}
+
+    def _keep(self, step: int, rank: int, structures: Structures) -> None:
+        if len(self._structures) >= _MOST_KEPT:
+            self._structures.clear()
+        self._structures[step, rank] = structures
+
+    def _structures_of(self, step: int, rank: int) -> Structures:
+        """Those of a step and rank, which are mostly asked for after its document."""
+        found = self._structures.get((step, rank))
+        if found is None:
+            found = step_document(step, rank, self.found(step, rank))[1]
+            self._keep(step, rank, found)
+        return found
+
+    def structure_names(self, step: int, rank: int) -> Collection[str]:
+        """``<call>/<direction>.json`` for each structure document."""
+        return self._structures_of(step, rank).names
+
+    def structure(self, step: int, rank: int, name: str) -> Any:
+        """One of these documents. Raises MissingError, or ReadError as `found` does."""
+        found = self._structures_of(step, rank).get(name)
+        if found is None:
+            raise MissingError(f"{self.files.url}: step {step} of rank {rank} has no {name}")
+        return found
 
     def read(self, record: Mapping[str, Any], begin: int = 0, end: int | None = None) -> Buffer:
         """The bytes of a tensor, from the tool's file."""
