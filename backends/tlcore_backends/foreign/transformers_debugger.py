@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from functools import cached_property, lru_cache
 from typing import Any
 
 from tlcore.errors import ReadError
 from tlcore.layout.dtypes import item_size
-from tlcore.layout.names import PathKey
+from tlcore.layout.names import PathKey, within
 from tlcore.protocols import Buffer, StepRanks
 from tlcore.record import Json
 
@@ -23,12 +23,16 @@ _TREE = "_debug_tree_FULL_TENSORS.json"
 _SUMMARY = "_debug_tree_SUMMARY.json"
 _SUFFIX = ".safetensors"
 _FILE = re.compile(r"(.*?)_(inputs_args|inputs_kwargs|outputs)(?:_(.+))?", re.DOTALL)
+_WRITTEN = re.compile(
+    r"[A-Za-z_]\w*(?:\.[^/]+)?_(?:inputs_args|inputs_kwargs|outputs)(?:_[^/]+)?\.safetensors"
+)
 _LAYER = re.compile(r"(.*?\.)(\d+)(\..*|)", re.DOTALL)
 _SHAPE = re.compile(r"torch\.Size\(\[([\d, ]*)\]\)")
 _PRINTED = "only printed, not stored: the debugger ran with use_repr=True"
 # Files up to here are read by one call.
 _AT_ONCE = 1 << 20
 _OVERWRITTEN = "overwritten by a later call of the module in the same forward"
+_LEFT = "left by an earlier forward: the tree of the last one does not name it"
 Path = tuple[PathKey, ...]
 
 
@@ -46,10 +50,7 @@ class TransformersDebugger(ForeignSource):
         trees = [name for name in files.top if name.endswith(_TREE)]
         if len(trees) > 1:
             return f"holds the debug trees of several models ({', '.join(sorted(trees))}): one a directory"
-        if not trees:
-            summaries = [name for name in files.top if name.endswith(_SUMMARY)]
-            return f"has {summaries[0]}, but no *{_TREE}" if summaries else None
-        return {"world_size": 1}
+        return {"world_size": 1} if trees else _lacking(files)
 
     @property
     def steps(self) -> Mapping[int, StepRanks]:
@@ -90,14 +91,19 @@ class TransformersDebugger(ForeignSource):
             else:
                 result.append(self._stored(file, entry))
         beside = self._beside({file for file, _ in named})
-        return _merged(result, self._told_by_names(beside, result)) if beside else result
+        if not beside:
+            return result
+        return _merged(result, self._told_by_names(beside, result, _modules_of(tree, self._module)))
+
+    def _module(self, node: Json) -> str:
+        module = str(node.get("module_path", "")).removesuffix(" (top-level)")
+        return module.removeprefix(self._model).removeprefix(".")
 
     def _in_node(self, node: Json, depth: int, named: list[tuple[str, Found]]) -> None:
         """Each tensor of a call with its file (none if only printed), arguments, what is within, results."""
         if depth > 100 or not isinstance(node, dict):
             raise ReadError(f"{shown_path(self.files, self._tree_file)}: damaged, nested too deep or no tree")
-        module = str(node.get("module_path", "")).removesuffix(" (top-level)")
-        module = module.removeprefix(self._model).removeprefix(".")
+        module = self._module(node)
         inputs = node.get("inputs") or {}
         if isinstance(inputs, dict):
             self._tensors(inputs.get("args") or [], module, "inputs", (), named)
@@ -173,8 +179,10 @@ class TransformersDebugger(ForeignSource):
         found = (file for file in self.files.top if file not in listed)
         return sorted(file for file in found if file.startswith(self._model) and file.endswith(_SUFFIX))
 
-    def _told_by_names(self, files: list[str], known: list[Found]) -> list[Found]:
-        """The tensors of files, by their names alone."""
+    def _told_by_names(
+        self, files: list[str], known: list[Found], modules: Mapping[str, bool]
+    ) -> list[Found]:
+        """The tensors of files by their names; ``modules`` are those of the tree, True for leaves."""
         paths = {_parts(each): each.path for each in known}
         result = []
         for file in files:
@@ -183,7 +191,10 @@ class TransformersDebugger(ForeignSource):
                 continue
             rest = split[3] or ""
             path = paths.get((_pattern(split[1]), split[2], rest), _path(split[2], rest))
-            result.append(self._stored(file, Found(split[1], split[2].partition("_")[0], path)))
+            found = Found(split[1], split[2].partition("_")[0], path)
+            # Of these the tree names all that this forward has written.
+            names_it = found.module in modules and (found.direction == "inputs" or modules[found.module])
+            result.append(found._replace(skipped=_LEFT) if names_it else self._stored(file, found))
         return result
 
 
@@ -216,27 +227,111 @@ def _path(side: str, rest: str) -> Path:
 
 
 def _merged(known: list[Found], more: list[Found]) -> list[Found]:
-    """The layers that the tree leaves out, before its last one, each in the order of its first one."""
-    order = {_parts(each): place for place, each in reversed(list(enumerate(known)))}
+    """The layers that the tree leaves out, beside those that it has, each in the order of one of these."""
+    there = {name for each in known for name in _around(each.module)}
     layers: dict[str, list[Found]] = {}
     last: list[Found] = []
     for each in more:
-        split = _LAYER.fullmatch(each.module)
-        (last if split is None else layers.setdefault(split[1], [])).append(each)
+        prefix = _left_out(each.module, there)
+        (last if prefix is None else layers.setdefault(prefix, [])).append(each)
     result = list(known)
-    for prefix, found in layers.items():
-        found.sort(key=lambda each: (_number(each.module), order.get(_parts(each), len(known))))
-        places = [
-            place
-            for place, each in enumerate(result)
-            if each.module.startswith(prefix) and _number(each.module) > _number(found[-1].module)
-        ]
-        place = min(places, default=len(result))
+    # Layers within layers first, so that those around them have them all.
+    for prefix in sorted(layers, key=lambda name: -name.count(".")):
+        found, order = layers[prefix], _Order(result, prefix, layers[prefix])
+        found.sort(key=lambda each: (_number(each.module, prefix), order.of(each)))
+        place = _place_among(result, prefix, _number(found[-1].module, prefix))
         result[place:place] = found
     return result + last
 
 
-@lru_cache(4096)
-def _number(module: str) -> int:
-    split = _LAYER.fullmatch(module)
-    return int(split[2]) if split else -1
+def _around(module: str) -> list[str]:
+    """The names of a module and of all around it."""
+    parts = module.split(".")
+    return [".".join(parts[:end]) for end in range(1, len(parts) + 1)]
+
+
+def _left_out(module: str, there: set[str]) -> str | None:
+    """What stands before the number of the outermost layer around a module that is not there, if any."""
+    for name in _around(module):
+        before, dot, number = name.rpartition(".")
+        if dot and number.isdecimal() and name not in there:
+            return f"{before}."
+    return None
+
+
+def _place_among(known: list[Found], prefix: str, number: int) -> int:
+    """Before the layers behind layer ``number``, else behind those before it, else at the end."""
+    places = [
+        (place, _number(each.module, prefix))
+        for place, each in enumerate(known)
+        if each.module.startswith(prefix)
+    ]
+    after = [place for place, other in places if other > number]
+    return min(after) if after else max((place + 1 for place, _ in places), default=len(known))
+
+
+class _Order:
+    """In which order a layer's tensors come: as in the known layer that has most of what ``found`` has."""
+
+    def __init__(self, known: list[Found], prefix: str, found: list[Found]) -> None:
+        self._prefix = prefix
+        layers: dict[int, dict[tuple[str, str, str], int]] = {}
+        for place, each in enumerate(known):
+            if each.module.startswith(prefix):
+                layers.setdefault(_number(each.module, prefix), {}).setdefault(self._key(each), place)
+        wanted = set(map(self._key, found))
+        self._known = max(layers.values(), key=lambda each: len(wanted & each.keys()), default={})
+
+    def _key(self, each: Found) -> tuple[str, str, str]:
+        below = each.module[len(self._prefix) :].partition(".")[2]
+        return below, each.direction, "_".join(map(str, each.path))
+
+    def of(self, each: Found) -> float:
+        """A number that grows along the layer.
+
+        What no layer is known to have comes behind what its module has else, or, if there is nothing,
+        before or behind what is within that.
+        """
+        below, direction, _ = key = self._key(each)
+        if key in self._known:
+            return self._known[key]
+        own = [place for known, place in self._known.items() if known[:2] == (below, direction)]
+        if own:
+            return max(own) + 0.5
+        inside = [place for known, place in self._known.items() if within(known[0], below)]
+        if not inside:
+            return float("inf")
+        return min(inside) - 0.5 if direction == "inputs" else max(inside) + 0.5
+
+
+def _number(module: str, prefix: str) -> int:
+    """The number of the layer that a module lies in, behind this beginning of its name."""
+    number = module[len(prefix) :].partition(".")[0]
+    return int(number) if number.isdecimal() else -1
+
+
+def _modules_of(tree: Json, name_of: Callable[[Json], str]) -> dict[str, bool]:
+    """The modules of a tree, each with whether nothing was called within any of its calls."""
+    found: dict[str, bool] = {}
+    waiting = [tree]
+    while waiting:
+        node = waiting.pop()
+        children = node.get("children") or ()
+        name = name_of(node)
+        found[name] = found.get(name, True) and not children
+        waiting += children
+    return found
+
+
+def _lacking(files: DumpFiles) -> str | None:
+    """What is missing where there is only a summary, or a forward did not come to its end."""
+    summaries = [name for name in files.top if name.endswith(_SUMMARY)]
+    if summaries:
+        return f"has {summaries[0]}, but no *{_TREE}"
+    written = [name for name in files.top if _WRITTEN.fullmatch(name)]
+    if len(written) < 2:
+        return None
+    return (
+        f"has files such as {min(written)} of the transformers debugger, but no *{_TREE}, which it writes "
+        "when the model's forward has ended: that raised, or still runs"
+    )

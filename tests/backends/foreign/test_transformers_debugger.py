@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch import nn
 
 import tlcore
 from tests.backends.foreign.conformance import Emitting, ForeignConformance, Tensors
@@ -111,3 +114,91 @@ def test_files_of_two_forwards_are_not_mixed_silently(tmp_path: Path) -> None:
     tree.write_text(json.dumps(told))
     with pytest.raises(ReadError, match="files of several forwards are mixed"):
         tlcore.open_run(tmp_path).tensor("step_0/0/outputs_cpu")
+
+
+class Layers(nn.Module):
+    """Calls some layers one after the other."""
+
+    def __init__(self, layers: list[nn.Module]) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+class Layer(nn.Module):
+    def __init__(self, inner: nn.Module) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(4)
+        self.inner = inner
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.inner(self.norm(x))
+        return found
+
+
+def _layers(count: int, inner: Callable[[], nn.Module]) -> Layers:
+    return Layers([Layer(inner()) for _ in range(count)])
+
+
+class TwoStacks(nn.Module):
+    """The debugger takes all their layers for one stack, of which it keeps the first and the last."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first = _layers(4, nn.ReLU).layers
+        self.second = _layers(3, lambda: _layers(3, nn.Tanh)).layers
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for layer in (*self.first, *self.second):
+            x = layer(x)
+        return x
+
+
+def test_layers_that_the_tree_leaves_out_come_where_they_were_called(tmp_path: Path) -> None:
+    model, x = TwoStacks(), torch.randn(2, 4)
+    with torch.no_grad(), tlcore.capture(model, output_dir=str(tmp_path / "runs")) as capture:
+        model(x)
+    with torch.no_grad():
+        debug(model, tmp_path / "dump", x)
+    captured, run = tlcore.open_run(capture.url), tlcore.open_run(tmp_path / "dump")
+    names = run.step(0).names
+    assert names == [name for name in captured.step(0).names if name in set(names)]
+    assert len(names) == 79 and all(run.tensor(name).equal(captured.tensor(name)) for name in names)
+
+
+def test_what_an_earlier_forward_left_is_not_told_as_the_last_ones(tmp_path: Path) -> None:
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.m = nn.Identity()
+
+        def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+            found: torch.Tensor = self.m(x)
+            return found
+
+    model = Masks()
+    from transformers import model_addition_debugger_context
+
+    with model_addition_debugger_context(model, debug_path=str(tmp_path), use_repr=False):
+        model(torch.ones(2), mask=torch.ones(2))
+        model(torch.zeros(2))
+    run = tlcore.open_run(tmp_path)
+    assert "step_0/_root/inputs_mask_cpu" not in run.step(0).names
+    assert list(run.ledger.reasons) == [
+        "left by an earlier forward: the tree of the last one does not name it"
+    ]
+    assert run.tensor("step_0/m/outputs_cpu").equal(torch.zeros(2)) and run.verify() == 4
+
+
+def test_a_forward_that_raised_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(RuntimeError, match="cannot be multiplied"):
+        debug(nn.Sequential(nn.Linear(2, 3), nn.Linear(2, 3)), tmp_path, torch.ones(1, 2))
+    with caplog.at_level(logging.WARNING, "tlcore"):
+        tlcore.open_run(tmp_path)
+    assert "of the transformers debugger, but no *_debug_tree_FULL_TENSORS.json" in caplog.text
+    assert "that raised, or still runs" in caplog.text
