@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import re
 from collections.abc import Iterator, Mapping
 from functools import cached_property
@@ -18,10 +19,12 @@ from tlcore.record import Json
 from .arrays import describe_npy, read_npy
 from .documents import Found
 from .files import DumpFiles, shown_path
+from .msprobe_names import told_by_names
 from .pickled import TensorAt, plain
 from .source import ForeignSource, as_told
 from .torch_files import torch_file
 
+log = logging.getLogger("tlcore")
 _DUMP, _TREE = "dump.json", "construct.json"
 _BESIDE = (_TREE, "stack.json", "dump_tensor_data")
 _STEP = re.compile(r"step(\d{1,9})")
@@ -92,11 +95,33 @@ class Msprobe(ForeignSource):
             raise ReadError(f"{where}: damaged, its data are no entries")
         folder = f"{place}dump_tensor_data"
         described = _Nodes(self.files, folder, where)
-        return [
+        found = [
             each
             for key, begins in _in_order(data, self._parents(place))
             for each in described.of(_entry(key, data[key]), begins)
         ]
+        return found + self._unlisted(folder, found)
+
+    def _unlisted(self, folder: str, found: list[Found]) -> list[Found]:
+        """The tensors of files that ``dump.json`` does not name."""
+        listed = {each.place["tensor"] for each in found if each.place is not None}
+        more = [name for name in self.files.files_in(folder) if name not in listed]
+        if not more:
+            return []
+        names = [name[len(folder) + 1 :] for name in more]
+        named = told_by_names(folder, names, lambda key: _entry(key, {})[:3], self._seen)
+        known = {(each.module, each.direction, each.path, each.call) for each in found}
+        named = [each for each in named if (each.module, each.direction, each.path, each.call) not in known]
+        if named:
+            log.warning(
+                "%s/%s: %d tensors are told by their files' names, in an order that is guessed: %s does not "
+                "list them, as of a run that ended before it was written",
+                self.files.url,
+                folder,
+                len(named),
+                _DUMP,
+            )
+        return named
 
     def _parents(self, place: str) -> Mapping[str, Any]:
         try:
@@ -108,16 +133,18 @@ class Msprobe(ForeignSource):
     def located(self, record: Mapping[str, Any]) -> Mapping[str, Any]:
         """The record with the place of its bytes; its file is looked at only now."""
         name = str(record["place"]["tensor"])
+        return as_told(record, self._seen(name), f"{shown_path(self.files, name)}", f"{_DUMP} says")
+
+    def _seen(self, name: str) -> Found:
+        """What a tensor's file holds, and where."""
         if name.endswith(".npy"):
-            found = describe_npy(self.files, name, "")
-        else:
-            file = torch_file(self.files, name, self.files.files_in(name.rpartition("/")[0])[name])
-            value = plain(file.value)
-            if not isinstance(value, TensorAt):
-                raise ReadError(f"{shown_path(self.files, name)}: holds no plain tensor")
-            at = file.at(value)
-            found = Found("", "", (), at.dtype, at.shape, at.place())
-        return as_told(record, found, f"{shown_path(self.files, name)}", f"{_DUMP} says")
+            return describe_npy(self.files, name, "")
+        file = torch_file(self.files, name, self.files.files_in(name.rpartition("/")[0])[name])
+        value = plain(file.value)
+        if not isinstance(value, TensorAt):
+            raise ReadError(f"{shown_path(self.files, name)}: holds no plain tensor")
+        at = file.at(value)
+        return Found("", "", (), at.dtype, at.shape, at.place())
 
     def whole(self, record: Mapping[str, Any]) -> Buffer:
         """All bytes of a tensor whose record is `located`."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,50 @@ def test_what_msprobe_itself_writes_is_the_same_as_captured(tmp_path: Path) -> N
     sides = [name.rpartition("/")[2] for name in names if "/model.layers.0.mlp.down_proj/" in name]
     assert sides == ["inputs_0_cpu", "outputs_cpu", "grad_outputs_cpu", "grad_inputs_0_cpu"]
     assert "Functional.linear" in tlcore.open_run(dumps["mix", "no"]).step(0).calls
+
+
+_ENDS = """
+import os
+from torch import nn
+class Part(nn.Module):
+    def forward(self, x, *, mask=None): return x * 2, [x + 1, None]
+class Model(nn.Module):
+    def __init__(self): super().__init__(); self.part, self.lin = Part(), nn.Linear(4, 4)
+    def forward(self, x): return self.part(self.lin(self.lin(x)), mask=x > 0)[0]
+torch.manual_seed(0)
+model = Model()
+debugger = PrecisionDebugger(config_path=config)
+for step in range(2):
+    debugger.start(model=model)
+    model.zero_grad()
+    model(torch.ones(2, 4)).sum().backward()
+    if step: os._exit(0)
+    debugger.stop()
+    debugger.step()
+"""
+
+
+@pytest.mark.slow
+def test_of_a_run_that_ended_before_its_step_did_the_files_are_read(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    script = SCRIPT.partition("from transformers")[0] + _ENDS
+    package = installed("msprobe", *PACKAGES)
+    write(package, script, str(tmp_path / "dump"), str(tmp_path / "config.json"), "", "L0", "")
+    with caplog.at_level(logging.WARNING, "tlcore"):
+        run = tlcore.open_run(tmp_path / "dump")
+        whole, ended = run.step(0), run.step(1)
+        assert {name.replace("step_1/", "step_0/") for name in ended.names} == set(whole.names)
+    assert "dump.json does not list them" in caplog.text
+    for name in ended.names:
+        # Both steps are given the same.
+        assert ended.tensor(name).equal(whole.tensor(name.replace("step_1/", "step_0/")))
+    assert run.ledger.balanced and run.verify() == run.ledger.stored == 2 * len(whole.names) > 40
+    half = next((tmp_path / "dump" / "step1").rglob("*.lin.*.forward.1.output.0.pt"))
+    half.write_bytes(half.read_bytes()[:300])
+    run = tlcore.open_run(tmp_path / "dump")
+    assert list(run.ledger.reasons) == ["its file is damaged, or was not written to its end"]
+    assert run.verify() == 2 * len(whole.names) - 1
 
 
 def test_calls_gradients_and_parameters_are_told_apart(tmp_path: Path) -> None:
