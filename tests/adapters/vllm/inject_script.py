@@ -1,7 +1,8 @@
 """Injects one run's results into an engine with planted faults, and prints what came of it as a JSON line.
 
 ``python inject_script.py OUTPUT_DIR WAY RUNNER``: the way ``plain`` is SmolLM2 in one batch, ``crowded`` a
-small model whose prompts are computed in chunks and preempted, ``drafts`` one that speculates.
+small model whose prompts are computed in chunks and preempted, ``transformers`` the same run by transformers'
+code, ``drafts`` one that speculates.
 """
 
 from __future__ import annotations
@@ -34,8 +35,8 @@ def main(output_dir: str, way: str, runner: str) -> dict[str, Any]:
     from tests.models import smollm2, tiny_llama
 
     model, more = (smollm2() if way == "plain" else tiny_llama()), dict[str, Any]()
-    if way == "crowded":
-        more = CROWDED
+    if way in ("crowded", "transformers"):
+        more = CROWDED | ({"model_impl": "transformers"} if way == "transformers" else {})
     if way == "drafts":
         # Triton's interpreter does not take a mask of the second runner's n-grams.
         method = "draft_model" if runner == "second" else "ngram"

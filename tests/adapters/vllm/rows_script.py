@@ -1,8 +1,8 @@
 """Runs requests through an engine whose batches are hard to tell apart, and prints a JSON line.
 
-``python rows_script.py OUTPUT_DIR WAY RUNNER MIXES PLANTS``: `ways` are known. Each captures a run of all
-rows, one of each request's last row, one of a single request, one of the rows behind the prompts, and random
-mixes, some with planted faults.
+``python rows_script.py OUTPUT_DIR WAY RUNNER MIXES PLANTS CODE``: `ways` are known. Each captures a run of
+all rows, one of each request's last row, one of a single request, one of the rows behind the prompts, and
+random mixes, some with planted faults.
 """
 
 from __future__ import annotations
@@ -42,9 +42,6 @@ def ways(way: str, output_dir: Path) -> dict[str, Any]:
     """The engine's arguments, by the name of what is hard about them; else ``way`` is a speculator."""
     if way in ("chunks", "data"):
         return {"max_num_batched_tokens": 24, "async_scheduling": True, **CROWDED}
-    if way == "transformers":
-        # A model that vLLM has a class of its own for, run as those are that it has none for.
-        return {**ways("chunks", output_dir), "model_impl": "transformers"}
     if way in RANKS:
         return {RANKS[way]: 2, "max_num_batched_tokens": 24, **CROWDED}
     if way in ADAPTED:
@@ -54,15 +51,18 @@ def ways(way: str, output_dir: Path) -> dict[str, Any]:
     return {"speculative_config": speculator(way, output_dir)}
 
 
-def main(output_dir: str, way: str, runner: str, mixes: str, plants: str) -> dict[str, Any]:
-    """Capture the same requests in three ways, with the first or the second of vLLM's model runners."""
+def main(output_dir: str, way: str, runner: str, mixes: str, plants: str, code: str) -> dict[str, Any]:
+    """Capture the same requests in three ways, with the first or the second of vLLM's model runners.
+
+    The model is run by vLLM's or by transformers' ``code``.
+    """
     if runner == "second":
         use_second_runner()
     from vllm import LLM
 
     model, arguments = target_of(way, Path(output_dir)), ways(way, Path(output_dir))
     engine: Any = Replicas if way == "data" else LLM
-    llm = engine(str(model), dtype="float32", **{**COMMON, **arguments})
+    llm = engine(str(model), dtype="float32", model_impl=code, **{**COMMON, **arguments})
     if way == "pipeline":
         prepare_stages(llm)
     speculates = "speculative_config" in arguments

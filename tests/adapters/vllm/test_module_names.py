@@ -26,6 +26,15 @@ def test_names_are_the_same_with_and_without_adapters() -> None:
     assert isinstance(wrapped["0"], WithAdapters) and isinstance(wrapped["1.0"], nn.Linear)
 
 
+class PPMissingLayer(nn.Identity):
+    """As vLLM has one in the place of each layer of another stage."""
+
+
+def test_what_stands_for_a_layer_of_another_stage_is_no_module_of_that_name() -> None:
+    stage = nn.Sequential(PPMissingLayer(), nn.Sequential(nn.Linear(2, 2), nn.Identity()))
+    assert sorted(plain_modules(stage)) == ["1", "1.0", "1.1"]
+
+
 def test_the_layer_within() -> None:
     layer = nn.Linear(2, 2)
     assert without_adapters(WithAdapters(WithAdapters(layer))) is layer

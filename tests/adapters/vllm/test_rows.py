@@ -31,10 +31,12 @@ DEEP = [
     "eagle-first", "dflash-first", "medusa-first", "mtp-first", "suffix-first", "custom_class-first",
     "extract_hidden_states-first", "adapters-first", "adapters_ngram-first", "adapters_compiled-first",
     "tensor-first", "pipeline-first",
+    "chunks-second-transformers", "draft_model-first-transformers", "adapters-first-transformers",
+    "tensor-first-transformers", "pipeline-first-transformers",
 ]  # fmt: skip
 WAYS = [
     "ngram-first", "draft_model-first", "eagle3-first", "chunks-first", "data-first",
-    "draft_model-second", "chunks-second", "transformers-first",
+    "draft_model-second", "chunks-second", "chunks-first-transformers",
 ]  # fmt: skip
 # Of the first runner's engines, that is 12 in short runs and 275 in full ones.
 MIXES, PLANTED = scaled(3, 25), scaled(1, 3)
@@ -43,16 +45,23 @@ MIXES, PLANTED = scaled(3, 25), scaled(1, 3)
 @pytest.fixture(scope="module", params=[*WAYS, *(pytest.param(way, marks=pytest.mark.deep) for way in DEEP)])
 def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """What an engine captured, and the way it works."""
-    way, runner = request.param.split("-")
+    way, runner, code = (*request.param.split("-"), "auto")[:3]
     counts = (MIXES, PLANTED) if runner == "first" and not way.startswith("adapters") else (0, 0)
     directory = str(tmp_path_factory.mktemp(request.param))
     environment = SEVERAL_RANKS if way in ("tensor", "pipeline", "data") else {}
     if way == "suffix":
         environment = {"PYTHONPATH": f"{ENVIRONMENT['PYTHONPATH']}{os.pathsep}{arctic_inference()}"}
     found = report(
-        SCRIPT, directory, way, runner, *map(str, counts), timeout=scaled(600, 3000), environment=environment
+        SCRIPT,
+        directory,
+        way,
+        runner,
+        *map(str, counts),
+        code,
+        timeout=scaled(600, 3000),
+        environment=environment,
     )
-    names = OF_TRANSFORMERS if way == "transformers" else OF_VLLM
+    names = OF_TRANSFORMERS if code == "transformers" else OF_VLLM
     return {**found, "way": way, "runner": runner, "truth": Truth(Path(found["model"]), names)}
 
 
@@ -198,7 +207,7 @@ def test_adapters_of_one_prompt_are_told_apart(captured: dict[str, Any]) -> None
         for number in run.steps
         for row in run.step(number).rows or ()
     }
-    data = run.dataset("model.layers.2/outputs_0", per="request")
+    data = run.dataset(captured["truth"].names.layer, per="request")
     assert dict(zip(data.requests, data.adapters, strict=True)) == {
         each: run.request(each).adapter for each in data.requests
     }

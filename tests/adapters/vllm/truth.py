@@ -18,14 +18,15 @@ _LAST = -1
 
 
 class Names(NamedTuple):
-    """The names of what a run is held against: token ids, the last layer's states behind the norm, logits."""
+    """The names of what a run is held against: token ids, states behind the norm, logits; and of a layer."""
 
     ids: str = "model.embed_tokens/inputs_0_cpu"
     hidden: str = "model.norm/outputs_0_cpu"
     logits: str = "logits_processor/outputs_cpu"
+    layer: str = "model.layers.2/outputs_0"
 
 
-OF_VLLM, OF_TRANSFORMERS = Names(), Names(hidden="model.norm/outputs_cpu")
+OF_VLLM, OF_TRANSFORMERS = Names(), Names(hidden="model.norm/outputs_cpu", layer="model.layers.2/outputs")
 # A speculator's tensor of the target's states: its name, how far ahead its token ids are, which columns are
 # the states, and of which of transformers' hidden states.
 STATES: dict[str, tuple[str, int, slice, int]] = {

@@ -7,12 +7,18 @@ from typing import Any
 from torch import nn
 
 _INNER = "base_layer"
+_ELSEWHERE = "PPMissingLayer"
 
 
 def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
-    """A model's submodules by name; a layer with adapters goes by its own name, and has no inner one."""
+    """A model's submodules by name; a layer with adapters goes by its own name, and has no inner one.
+
+    What stands in a pipeline's stage for a layer of another stage is none: it hands on what it is given.
+    """
     found: dict[str, nn.Module] = {}
     for name, module in model.named_modules():
+        if type(module).__name__ == _ELSEWHERE:
+            continue
         parts = name.split(".")
         if _INNER not in parts:
             found[name] = module
