@@ -67,6 +67,18 @@ class SupportsAlikeInCapture(SupportsWriteAlike, Protocol):
 
 
 @runtime_checkable
+class SupportsWriteResized(SupportsAlikeInCapture, Protocol):
+    """A sink that does so for steps, too, that are like another but for how many rows tensors have."""
+
+    def write_resized(self, step: AlikeStep, rows: bytes, summary: StepSummary) -> bool:
+        """Write and commit a step as `write_alike` does, whose tensors have other first dimensions.
+
+        ``rows`` has these of each record in order, as 64 bits; 1 for a tensor without dimensions.
+        """
+        ...
+
+
+@runtime_checkable
 class SupportsWriteWhole(Protocol):
     """A sink that is better off with all records of a step at once."""
 

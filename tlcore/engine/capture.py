@@ -208,14 +208,16 @@ class capture:  # noqa: N801 - a context manager reads like a function
             self._without_backward += 1
             if self._without_backward == 1:
                 log.warning("log_gradients: this step is a call of the model alone. %s", _BRACKET)
-        session = self.session
+        session = self._session
+        assert session is not None
         captured = session.begin_step(more_than_a_call=self._steps.more_than_a_call)
         if captured and (tree := session.tree) is not None:
             self._steps.follow(tree)
         return captured
 
     def _end_step(self, error: BaseException | None) -> None:
-        self.session.end_step(error=error)
+        assert self._session is not None
+        self._session.end_step(error=error)
 
     def _note_what_passed_by(self, model: nn.Module) -> None:
         session = self.session

@@ -35,7 +35,17 @@ class StandIn:
     no ``__dict__``, since `functools.update_wrapper` copies that into whatever wraps a ``forward``.
     """
 
-    __slots__ = ("__weakref__", "_by_class", "dead", "key", "module", "original", "own", "replaced")
+    __slots__ = (
+        "__weakref__",
+        "_by_class",
+        "_of_class",
+        "dead",
+        "key",
+        "module",
+        "original",
+        "own",
+        "replaced",
+    )
 
     def __init__(self, module: nn.Module, key: str, found: Any) -> None:
         self.module = module
@@ -43,30 +53,35 @@ class StandIn:
         self.own = vars(module)
         self.dead = False
         self.replaced = found
+        # By which name the module's class gives what stands there without anybody's doing.
+        self._of_class = "_call_impl" if key == WHOLE_CALL else key
         self._by_class = self._given_by_class()
         self.original: Callable[..., Any] = self._without_us() if found is None else found
 
     def _without_us(self) -> Any:
-        return self.module._call_impl if self.key == WHOLE_CALL else getattr(self.module, self.key)
+        return getattr(self.module, self._of_class)
 
     def _given_by_class(self) -> Any:
-        return getattr(type(self.module), "_call_impl" if self.key == WHOLE_CALL else self.key, None)
+        return getattr(type(self.module), self._of_class, None)
 
     def now(self) -> Callable[..., Any]:
         """What it stands for: what the module's class gives it, which others may exchange at any time."""
         if self.replaced is None:
-            given = self._given_by_class()
+            given = getattr(type(self.module), self._of_class, None)
             if given is not self._by_class and given != self._by_class:
                 self._by_class = given
                 cls = type(self.module)
-                found = inspect.getattr_static(cls, "_call_impl" if self.key == WHOLE_CALL else self.key)
+                found = inspect.getattr_static(cls, self._of_class)
                 bind = getattr(type(found), "__get__", None)
                 self.original = found if bind is None else bind(found, self.module, cls)
         return self.original
 
     def aim(self) -> None:
         """Stand in for what is there now, before it is `put` again."""
-        found = without_dead(self.own.get(self.key))
+        found: Any = self.own.get(self.key)
+        # As `without_dead`, which would be another call of Python's, of many in each step.
+        while issubclass(type(found), StandIn) and found.dead:
+            found = found.replaced
         if found is not self.replaced:
             self.replaced = found
             self._by_class = self._given_by_class()
@@ -85,7 +100,9 @@ class StandIn:
         if self.own.get(self.key) is not self:
             self.dead = True
             return False
-        before = without_dead(self.replaced)
+        before: Any = self.replaced
+        while issubclass(type(before), StandIn) and before.dead:
+            before = before.replaced
         if before is None:
             del self.own[self.key]
         else:

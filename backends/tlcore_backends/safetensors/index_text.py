@@ -12,7 +12,7 @@ from tlcore.record import Json, StepSummary
 
 from .alike_objects import Details, RowLists
 from .columns import Column
-from .compact import Changing, Table, microseconds, repeats, runs
+from .compact import Changing, Table, microseconds, runs
 from .data_file import DataFile
 from .plans import Plan
 
@@ -31,6 +31,7 @@ class IndexText:
         self.plan_items = 0
         self._numbers: dict[int, tuple[int, list[int]]] = {}
         self._bound: list[Plan] = []
+        self._common: dict[int, tuple[list[int], str]] = {}
         self._calls, self._structures = Table(), Table()
         self._plan_table, self._extents = Table(), Table()
         self._skeletons, self._deltas, self._row_lists = Table(), Table(), Table()
@@ -63,23 +64,26 @@ class IndexText:
         known = self._numbers.get(id(plan))
         if known is not None:
             return known[0]
-        arrays = list(map(self.arrays.number, (slot.text for slot in plan.slots)))
-        extents: dict[int, int] = {}
-        groups = [extents.setdefault(slot.rows, len(extents)) for slot in plan.slots]
-        text = compact(
-            {
-                "calls": runs(map(self._calls.number, map(compact, plan.calls))),
-                "structures": runs(map(self._structures.number, plan.structures)),
-                "arrays": runs(arrays),
-                "extents": repeats(groups),
-            }
-        )
-        number = self._plan_table.number(text)
+        arrays, begin = self._common_of(plan.base)
+        number = self._plan_table.number(f'{begin},"extents":{compact(plan.groups)}}}')
         self.plan_items += len(plan.calls) + len(plan.structures) + 2 * len(plan.slots)
         self._numbers[id(plan)] = number, arrays
         # As long as it lives no other can get its id.
         self._bound.append(plan)
         return number
+
+    def _common_of(self, base: Plan) -> tuple[list[int], str]:
+        """The numbers of a plan's arrays, and its text up to what changes with the rows."""
+        common = self._common.get(id(base))
+        if common is None:
+            arrays = list(map(self.arrays.number, (slot.text for slot in base.slots)))
+            told = {
+                "calls": runs(map(self._calls.number, map(compact, base.calls))),
+                "structures": runs(map(self._structures.number, base.structures)),
+                "arrays": runs(arrays),
+            }
+            common = self._common[id(base)] = arrays, compact(told)[:-1]
+        return common
 
     def _own(self, plan: Plan, summary: StepSummary) -> dict[str, str]:
         """What the index says of a step by itself, as JSON texts."""

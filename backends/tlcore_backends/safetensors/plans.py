@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import math
+from collections import OrderedDict
 from collections.abc import Sequence
+from functools import cached_property
 
 import numpy as np
 
@@ -11,37 +15,79 @@ from tlcore.layout.templates import structures_of
 from tlcore.protocols import Buffer
 from tlcore.record import Record, StepSummary
 
+from .compact import repeats
 from .described import Describer, Slot
 
 _MOST_KNOWN = 64
+# Plans that differ from one in rows alone, as many as may be of a small model.
+_MOST_RESIZED = 64
 _HASH_BYTES = 16
 
 
 class Plan:
     """Everything that steps which are alike have in common.
 
-    ``originals`` has for each slot the position of the one whose bytes it shares, mostly its own;
-    ``offsets`` where these begin among the ``nbytes`` of the step.
+    ``originals`` has for each slot the position of the one whose bytes it shares, mostly its own; ``offsets``
+    where these begin among the ``nbytes`` of the step. ``rows`` and ``sizes`` in bytes are of each slot's
+    tensor. ``base`` is the plan from which this one differs in these alone, or itself.
     """
 
     def __init__(
         self, slots: Sequence[Slot], originals: Sequence[int], calls: Sequence[str], structures: Sequence[str]
     ) -> None:
         self.slots = tuple(slots)
-        # How many rows tensors have, each number once.
-        self.extents = list(dict.fromkeys(slot.rows for slot in slots))
         self.originals = list(originals)
         self.calls = tuple(calls)
         self.structures = tuple(structures)
-        offsets: list[int] = []
-        self.nbytes = 0
-        for position, (slot, original) in enumerate(zip(slots, originals, strict=True)):
-            if original == position:
-                offsets.append(self.nbytes)
-                self.nbytes += slot.nbytes
-            else:
-                offsets.append(offsets[original])
-        self.offsets = offsets
+        self.base = self
+        self._resized: OrderedDict[bytes, Plan] = OrderedDict()
+        self._take_rows(np.array([slot.rows for slot in slots], np.int64))
+
+    def _take_rows(self, rows: np.ndarray) -> None:
+        base = self.base
+        sizes = rows * base._row_bytes
+        own = base._own
+        begins = np.cumsum(np.where(own, sizes, 0))
+        self.nbytes = int(begins[-1]) if len(begins) else 0
+        self.offsets: list[int] = (begins - sizes)[base._places].tolist()
+        self.sizes: list[int] = sizes.tolist()
+        self.rows: list[int] = rows.tolist()
+        # How many rows tensors have, each number once.
+        self.extents = list(dict.fromkeys(self.rows))
+
+    @cached_property
+    def _row_bytes(self) -> np.ndarray:
+        widths = [math.prod(slot.row) * slot.dtype.itemsize for slot in self.slots]
+        return np.array(widths, np.int64)
+
+    @cached_property
+    def _places(self) -> np.ndarray:
+        return np.array(self.originals, np.int64)
+
+    @cached_property
+    def _own(self) -> np.ndarray:
+        own: np.ndarray = self._places == np.arange(len(self._places))
+        return own
+
+    @cached_property
+    def groups(self) -> list[int]:
+        """For each slot the place of its rows among the ``extents``, as `repeats`."""
+        places = {rows: place for place, rows in enumerate(self.extents)}
+        return repeats(map(places.__getitem__, self.rows))
+
+    def resized(self, rows: bytes) -> Plan:
+        """The plan of steps like these but for the ``rows`` of each slot, 64 bits each."""
+        base = self.base
+        known = base._resized.get(rows)
+        if known is None:
+            known = copy.copy(base)
+            vars(known).pop("groups", None)
+            known._take_rows(np.frombuffer(rows, np.int64))
+            if len(base._resized) >= _MOST_RESIZED:
+                base._resized.popitem(last=False)
+            base._resized[rows] = known
+        base._resized.move_to_end(rows)
+        return known
 
 
 class OpenStep:

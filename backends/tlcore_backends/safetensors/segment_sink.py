@@ -164,10 +164,24 @@ class SegmentSink:
     def write_alike(self, step: AlikeStep, summary: StepSummary) -> bool:
         """Write and accept a step that is like one of the last; False where it is not known any more."""
         plan = self._plans_of.get(step.like)
-        if plan is None or plan.nbytes != step.nbytes:
+        return plan is not None and self._write_of(plan, step, summary)
+
+    def write_resized(self, step: AlikeStep, rows: bytes, summary: StepSummary) -> bool:
+        """The same for a step that differs from one of the last in how many ``rows`` tensors have."""
+        plan = self._plans_of.get(step.like)
+        if plan is None:
+            return False
+        plan = plan.resized(rows)
+        if not self._write_of(plan, step, summary):
+            return False
+        self._remember(step.step, plan)
+        return True
+
+    def _write_of(self, plan: Plan, step: AlikeStep, summary: StepSummary) -> bool:
+        """Write and accept a step of a plan, unless it gets data files of its own."""
+        if plan.nbytes != step.nbytes:
             return False
         if plan.nbytes >= self._large_bytes or len(plan.slots) >= MOST_ARRAYS:
-            # One that gets data files of its own.
             return False
         self._journey.room()
         with self._changed:
@@ -175,7 +189,8 @@ class SegmentSink:
             self._seal_before(summary.step)
             if not self._segment.commit_alike(plan, summary, step.hashes, step.fill):
                 return False
-            self._plans_of.move_to_end(step.like)
+            if step.like in self._plans_of:
+                self._plans_of.move_to_end(step.like)
             self._accept(summary)
         if self._commit_s == 0:
             self._journey.wait()

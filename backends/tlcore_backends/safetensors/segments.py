@@ -379,5 +379,6 @@ class Segment:
             column = found.get(number)
             if column is None:
                 column = found[number] = Column(slot)
-            chunk = Chunk(data, plan.offsets[position], slot.nbytes, hashes[:, position], slot.rows)
+            nbytes, rows = plan.sizes[position], plan.rows[position]
+            chunk = Chunk(data, plan.offsets[position], nbytes, hashes[:, position], rows)
             column.chunks.append(chunk)

@@ -94,6 +94,46 @@ def test_other_shapes_and_other_equal_tensors_are_other_steps(tmp_path: Path, at
     assert len(at_once) > 8
 
 
+def test_a_step_that_differs_in_rows_alone_is_written_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native()
+    resized: list[int] = []
+    plain = SegmentSink.write_resized
+
+    def counting(sink: SegmentSink, step: AlikeStep, rows: bytes, summary: StepSummary) -> bool:
+        written = plain(sink, step, rows, summary)
+        if written:
+            resized.append(step.step)
+        return written
+
+    monkeypatch.setattr(SegmentSink, "write_resized", counting)
+    rows = [2, 5, 3, 3, 1, 0, 7, 5, 0, 4]
+    found = both(tmp_path, [(inputs(count, seed),) for seed, count in enumerate(rows)])
+    # The second is the first that is looked at; a number of rows that came before is no other plan; and
+    # without rows other tensors are equal.
+    assert resized == [2, 4, 6, 9]
+    for step, count in enumerate(rows):
+        (name,) = (each["name"] for each in found.step(step).records if "first/inputs" in each["name"])
+        assert torch.equal(found.step(step).tensor(name), inputs(count, step))
+
+
+def test_steps_of_other_rows_follow_those_that_the_sink_still_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native()
+    monkeypatch.setattr("tlcore_backends.safetensors.segment_sink._MOST_REMEMBERED", 2)
+    monkeypatch.setattr("tlcore_backends.safetensors.plans._MOST_RESIZED", 2)
+    monkeypatch.setattr(repeating, "_MOST_PLANS", 2)
+    same = inputs(3, 0)
+    kinds = [(same, same), (inputs(4, 1), inputs(4, 2)), (inputs(2, 3),)]
+    calls = [
+        tuple(each[: 1 + number % 3] for each in kinds[number * 7 % 3]) if number % 4 else kinds[number % 3]
+        for number in range(40)
+    ]
+    both(tmp_path, calls)
+
+
 def test_what_the_sink_has_forgotten_comes_as_any_other(
     tmp_path: Path, at_once: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

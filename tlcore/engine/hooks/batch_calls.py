@@ -18,10 +18,12 @@ from ..filters.rows import StepRows
 from ..filters.samples import Samples, Scope
 from ..filters.sequences import Taker, Whole, token_numbers
 from .module_tree import ModuleTree, Named
+from .steps import StepCall
 from .tracing import why_traced
 
 log = logging.getLogger("tlcore")
-_is_compiling = torch.compiler.is_compiling
+_compiler = torch.compiler
+_is_traced = torch.compiler.is_dynamo_compiling
 _get_ident = threading.get_ident
 _TOKENS = {"input_ids", "inputs_embeds"}
 # Of calls with no samples; nobody adds any.
@@ -124,7 +126,7 @@ class _BatchCall(StandIn):
         self.calls = calls
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _is_compiling():
+        if _is_traced() or _compiler._is_compiling_flag:
             return self.original(*args, **kwargs)
         if self.dead or _get_ident() != self.calls.owner or why_traced() is not None:
             return self.now()(*args, **kwargs)
@@ -132,10 +134,15 @@ class _BatchCall(StandIn):
         entered = self.calls.enter(self.taker, given)
         result = None
         try:
-            result = self.now()(*args, **kwargs)
+            result = self._beneath()(*args, **kwargs)
         finally:
             self.calls.leave(entered, result)
         return result
+
+    def _beneath(self) -> Callable[..., Any]:
+        """What it stands for; within a step what stands for a step's call only passes on."""
+        found = self.now()
+        return found.now() if type(found) is StepCall else found
 
 
 def _takers(tree: ModuleTree) -> list[tuple[Named, Taker]]:

@@ -27,7 +27,8 @@ class ListenerSet:
     Between steps anybody may change the model: modules and what stands for their ``forward`` are looked at
     anew before each step. Where the model ``may_change_within`` a step, modules that come into it there are
     heard, too, and in steps that are more than a call of the model a ``forward`` that is replaced. Of modules
-    for which nobody listens, calls are counted where ``counts`` says so.
+    for which nobody listens, calls are counted where ``counts`` says so. ``tree`` are the model's modules, as
+    they were at the last look.
     """
 
     def __init__(
@@ -69,17 +70,17 @@ class ListenerSet:
         # Modules whose forward others replaced while it was listened to.
         self.replaced_within: dict[str, None] = {}
         self._classes: set[type] = set()
-        self._tree = ModuleTree(model)
+        self.tree = ModuleTree(model)
         self._plan()
 
     def _plan(self) -> None:
         """Listeners for the modules that the model has now."""
         self._note_heard()
-        classes = self._tree.classes
+        classes = self.tree.classes
         keep_out_of_copies(classes)
         forget(self._classes)
         self._classes = classes
-        modules = self.named(self._tree)
+        modules = self.named(self.tree)
         names = frozenset(each.name for each in modules)
         made = [(each, self._select(each, names, self._hearing)) for each in modules]
         self._listeners = [listener for _, listener in made if listener is not None]
@@ -116,11 +117,6 @@ class ListenerSet:
         return [named for named in map(self._rename, tree.modules) if named is not None]
 
     @property
-    def tree(self) -> ModuleTree:
-        """The model's modules, as they were at the last look."""
-        return self._tree
-
-    @property
     def elsewhere(self) -> dict[str, int]:
         """How many calls of which module the step had in threads other than its own."""
         if not any(map(_elsewhere, self._listening)):
@@ -147,10 +143,10 @@ class ListenerSet:
 
     def look(self) -> bool:
         """Whether the model has other modules than at the last look; then there are listeners for those."""
-        if self._tree.is_as_it_was() and not self._arrived:
+        if self.tree.is_as_it_was() and not self._arrived:
             return False
         self._arrived = False
-        self._tree = ModuleTree(self.model)
+        self.tree = ModuleTree(self.model)
         self._plan()
         return True
 
@@ -169,7 +165,7 @@ class ListenerSet:
                 keeper.keep(each)
         if self._looks_within:
             self._arrival_hooks[self._arrivals] = self._arrives
-        self._room.take(self._tree.depth)
+        self._room.take(self.tree.depth)
         self._hearing.owner = _get_ident()
 
     def _put_them(self) -> None:
@@ -296,7 +292,6 @@ class ListenerSet:
         self._arrival_hooks.pop(self._arrivals, None)
         if self._keeping:
             self._keepers = [keeper.leave() for keeper in self._keepers]
-        self._room.give_back()
         self._take_them()
         for counter in self._counting.values():
             counter.take_away()
@@ -315,5 +310,6 @@ class ListenerSet:
     def close(self) -> None:
         """Take every listener away, for good."""
         self.remove()
+        self._room.give_back()
         forget(self._classes)
         self._classes = set()

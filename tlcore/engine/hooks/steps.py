@@ -22,7 +22,8 @@ from .tracing import COMPILED, PassedBy, compiles, key_of, why_not_real
 
 log = logging.getLogger("tlcore")
 _LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
-_is_compiling = torch.compiler.is_compiling
+_compiler = torch.compiler
+_is_traced = torch.compiler.is_dynamo_compiling
 _get_ident = threading.get_ident
 # Which backward this thread is in; -1 for none. What it calls, it computes once more.
 _backward = torch._C._current_graph_task_id
@@ -135,7 +136,7 @@ class StepCalls:
         ]
 
     def _put(self, module: nn.Module, key: str, name: str = "") -> None:
-        each = _StepCall(module, key, self, name)
+        each = StepCall(module, key, self, name)
         each.put()
         self._steps.append(each)
 
@@ -233,7 +234,8 @@ class StepCalls:
         # Only after a captured step: one that is not captured must cost nothing.
         if self._captured and self._steps:
             self._watch()
-        self._room.give_back()
+        if self._kind == "outermost":
+            self._room.give_back()
         self._owner = 0
 
     def is_step(self, name: str) -> bool:
@@ -304,7 +306,7 @@ class Step:
             self._calls.leaves(error)
 
 
-class _StepCall(StandIn):
+class StepCall(StandIn):
     """Stands in for a call that is a step, with all hooks of others inside."""
 
     __slots__ = ("_calls", "_known_as", "_name")
@@ -321,8 +323,9 @@ class _StepCall(StandIn):
             self._calls.is_traced(self._name, reason)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The call, which begins a step unless one is open."""
         # Asked first, and alone: torch.compile traces this and must not meet anything else.
-        if _is_compiling():
+        if _is_traced() or _compiler._is_compiling_flag:
             compiles(self._known_as)
             return self.original(*args, **kwargs)
         if self.dead or not self._calls.enters(name=self._name):
@@ -358,7 +361,7 @@ class _Stray(StandIn):
         return _Stray(self.module, self._name, self._calls)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _is_compiling():
+        if _is_traced() or _compiler._is_compiling_flag:
             compiles(self._known_as)
             return self.original(*args, **kwargs)
         if self.dead or not self._calls.strays(self._name):

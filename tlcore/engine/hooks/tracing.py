@@ -22,7 +22,8 @@ _count_of_modes = torch._C._len_torch_dispatch_stack
 # Old releases, which do not have this, trace neither a listener's call nor tell an export from a compilation.
 TRACES = hasattr(torch.compiler, "is_exporting")
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
-_is_compiling = torch.compiler.is_compiling
+# Has the flag that `is_compiling` tells of where nothing is traced by torch.compile, as here.
+_compiler = torch.compiler
 COMPILED, EXPORTED = "torch.compile", "torch.export"
 SYMBOLIC = "torch.fx.symbolic_trace"
 TRANSFORMED = "a torch.func transform (vmap, grad, ...)"
@@ -30,7 +31,7 @@ TRANSFORMED = "a torch.func transform (vmap, grad, ...)"
 
 def why_traced() -> str | None:
     """By what a call is traced now; None for one that computes."""
-    if _is_compiling():
+    if _compiler._is_compiling_flag:
         return EXPORTED if is_exporting() else COMPILED
     if torch._C._is_tracing():
         return "torch.jit.trace"

@@ -22,8 +22,7 @@ class OpenStep:
 
     counts: Counts = field(default_factory=Counts)
     calls: list[str] = field(default_factory=list)
-    templates: Templates = field(default_factory=Templates)
-    bare: frozenset[str] = frozenset()
+    plans: list[Plan] = field(default_factory=list)
     values: dict[str, list[str]] = field(default_factory=dict)
     first: dict[tuple[str, int], str] = field(default_factory=dict)
     written: int = 0
@@ -39,9 +38,17 @@ class OpenStep:
         self.calls += plan.calls if examined is None else examined.calls
         if examined is not None:
             self.values.update(examined.values)
+        self.plans.append(plan)
+
+    @property
+    def templates(self) -> Templates:
+        """The structure documents of all plans."""
+        texts = [plan.texts for plan in self.plans]
         # Most steps are one batch, whose texts are then joined only once.
-        if not self.templates:
-            self.templates, self.bare = plan.templates, plan.bare
-        elif plan.templates:
-            self.bare |= plan.bare
-            self.templates = with_bare_last(Templates(self.templates | plan.templates), self.bare)
+        filled = [each for each in texts if each.templates]
+        if len(filled) < 2:
+            return filled[0].templates if filled else Templates()
+        joined = Templates()
+        for each in filled:
+            joined.update(each.templates)
+        return with_bare_last(joined, frozenset[str]().union(*(each.bare for each in filled)))

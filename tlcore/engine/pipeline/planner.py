@@ -6,9 +6,12 @@ it without looking at them.
 
 from __future__ import annotations
 
-from collections import OrderedDict
-from collections.abc import Collection, Hashable, Sequence
+from collections import Counter, OrderedDict
+from collections.abc import Callable, Collection, Hashable, Sequence
+from functools import cached_property, partial
 from typing import NamedTuple
+
+import numpy as np
 
 from ...layout.structure import Scalar
 from ...layout.templates import Templates
@@ -35,8 +38,8 @@ class Planned(NamedTuple):
     nbytes: int
 
 
-class Plan(NamedTuple):
-    """A batch's tensors to be stored, structure documents, calls in order of entry, and ledger.
+class Texts(NamedTuple):
+    """A batch's tensors to be stored, and its structure documents.
 
     ``bare`` are the names of the documents without a stored tensor; they come last, sorted, as for a reader
     who knows the order of the stored tensors only.
@@ -45,8 +48,54 @@ class Plan(NamedTuple):
     stored: tuple[Planned, ...]
     templates: Templates
     bare: frozenset[str]
-    calls: tuple[str, ...]
-    counts: Counts
+
+
+class Plan:
+    """What becomes of a batch: ``texts``, made when they are asked for, calls in order of entry, and ledger.
+
+    ``places``, ``sizes``, ``kinds`` and ``rows`` (extents of the first dimension, 1 without one) are of the
+    tensors to be stored, 64 bits each. ``base`` is another plan from which it differs in rows alone.
+    """
+
+    def __init__(
+        self,
+        make: Callable[[], Texts],
+        columns: np.ndarray,
+        calls: tuple[str, ...],
+        counts: Counts,
+        base: Plan | None = None,
+    ) -> None:
+        self._make = make
+        self._columns = columns
+        self.places, self.sizes, self.kinds, self.rows = (column.tobytes() for column in columns)
+        self.calls = calls
+        self.counts = counts
+        self.base = base
+
+    def __len__(self) -> int:
+        return len(self._columns[0])
+
+    def __bool__(self) -> bool:
+        return True
+
+    @cached_property
+    def texts(self) -> Texts:
+        """The tensors and documents."""
+        return self._make()
+
+    def resized(self, specs: Sequence[TensorSpec], make: Callable[[], Texts]) -> Plan:
+        """The plan of a batch whose tensors, with ``specs``, `differ_in_rows` from those of this one."""
+        counts = Counts(captured=len(specs), reasons=Counter())
+        counts.bytes_captured = sum(spec.captured_bytes for spec in specs)
+        # All of them are stored.
+        return Plan(make, _columns(self._columns[0], specs), self.calls, counts, self)
+
+
+class _Family(NamedTuple):
+    """A plan, and the specs that it was made for."""
+
+    specs: tuple[TensorSpec, ...]
+    plan: Plan
 
 
 class Planner:
@@ -55,6 +104,8 @@ class Planner:
     def __init__(self, rank: int) -> None:
         self._rank = rank
         self._known: OrderedDict[Hashable, Plan] = OrderedDict()
+        # Of batches that differ in their specs alone, the last that was planned by itself.
+        self._families: OrderedDict[Hashable, _Family] = OrderedDict()
         self._tensors = 0
         self._sides: dict[Hashable, Described] = {}
         # Of each side what was described of it in full.
@@ -63,15 +114,38 @@ class Planner:
     def plan(self, sides: Sequence[CallSide], specs: Sequence[TensorSpec], scalars: Sequence[Scalar]) -> Plan:
         """The plan of the batch with these sides, tensors and scalars."""
         # 1, 1.0 and True are equal, but not the same in JSON.
-        key = (tuple(sides), tuple(specs), repr(scalars))
+        own = tuple(specs)
+        kind = tuple(sides), repr(scalars)
+        key = kind, own
         plan = self._known.get(key)
         if plan is not None:
             self._known.move_to_end(key)
             return plan
-        plan = self._known[key] = self._make(sides, specs, scalars)
-        self._tensors += len(plan.stored)
+        plan = self._known[key] = self._planned(kind, kind[0], own, tuple(scalars))
+        self._tensors += len(plan)
         while self._tensors > _MOST_TENSORS and len(self._known) > _LEAST_REMEMBERED:
-            self._tensors -= len(self._known.popitem(last=False)[1].stored)
+            self._tensors -= len(self._known.popitem(last=False)[1])
+        return plan
+
+    def _planned(
+        self,
+        kind: Hashable,
+        sides: tuple[CallSide, ...],
+        specs: tuple[TensorSpec, ...],
+        scalars: tuple[Scalar, ...],
+    ) -> Plan:
+        family = self._families.get(kind)
+        if family is not None and differ_in_rows(specs, family.specs):
+            self._families.move_to_end(kind)
+            return family.plan.resized(specs, partial(self._make, sides, specs, scalars))
+        texts = self._make(sides, specs, scalars)
+        calls = tuple(dict.fromkeys(side.directory for side in sides if side.begins))
+        places = np.array([each.place for each in texts.stored], np.int64)
+        columns = _columns(places, [specs[each.place] for each in texts.stored])
+        plan = Plan(lambda: texts, columns, calls, count_specs(specs))
+        self._families[kind] = _Family(specs, plan)
+        if len(self._families) > _LEAST_REMEMBERED:
+            self._families.popitem(last=False)
         return plan
 
     def _side(self, side: CallSide, specs: Sequence[TensorSpec], scalars: Sequence[Scalar]) -> Described:
@@ -98,7 +172,7 @@ class Planner:
 
     def _make(
         self, sides: Sequence[CallSide], specs: Sequence[TensorSpec], scalars: Sequence[Scalar]
-    ) -> Plan:
+    ) -> Texts:
         stored: list[Planned] = []
         filled: set[str] = set()
         templates = Templates()
@@ -112,9 +186,18 @@ class Planner:
                 stored.append(Planned(place + index, tail, origin, kind, own[index].nbytes))
             templates[side.file] = described.template
             place, scalar = place + side.tensors, scalar + side.scalars
-        calls = tuple(dict.fromkeys(side.directory for side in sides if side.begins))
         bare = frozenset(templates.keys() - filled)
-        return Plan(tuple(stored), with_bare_last(templates, bare), bare, calls, count_specs(specs))
+        return Texts(tuple(stored), with_bare_last(templates, bare), bare)
+
+
+def _columns(places: np.ndarray, specs: Sequence[TensorSpec]) -> np.ndarray:
+    """Places, sizes, kinds and rows of tensors that are stored, as ``[4, n]``."""
+    told = [
+        [spec.nbytes for spec in specs],
+        [spec.kind for spec in specs],
+        [spec.shape[0] if spec.shape else 1 for spec in specs],
+    ]
+    return np.concatenate([places[None], np.array(told, np.int64)])
 
 
 def with_bare_last(templates: Templates, bare: Collection[str]) -> Templates:

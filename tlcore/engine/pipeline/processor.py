@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Mapping, Sequence
 
 from ...hotpath.hashing import hex_digests
 from ...layout import names
@@ -12,7 +11,7 @@ from ...layout.templates import Structures
 from ...layout.times import time_text
 from ...ledger import RUN_FULL, Ledger
 from ...protocols import Sink, SupportsLateCommit
-from ...record import Record, StepSummary
+from ...record import Json, Record, StepSummary
 from ..batch import Batch, StepEnd
 from ..filters.kept_rows import WaitingSpec
 from ..filters.run_bytes import RunBytes
@@ -157,10 +156,11 @@ class Processor:
             self._write_planned(batch, step, plan)
 
     def _write_planned(self, batch: Batch, step: OpenStep, plan: Plan) -> None:
-        for first in range(0, len(plan.stored), _AT_ONCE):
+        stored = plan.texts.stored
+        for first in range(0, len(stored), _AT_ONCE):
             if step.error is not None:
                 break
-            self._write(step, self._records(batch, step, plan.stored[first : first + _AT_ONCE]))
+            self._write(step, self._records(batch, step, stored[first : first + _AT_ONCE]))
 
     def _records(self, batch: Batch, step: OpenStep, stored: Sequence[Planned]) -> list[Record]:
         number, chunks, offsets = batch.step, batch.chunks, batch.offsets
@@ -215,7 +215,9 @@ class Processor:
                 self._booking.accept(end.step, counts)
                 accepted = True
             try:
-                self._sink.commit_step(self._summary(end, step))
+                directory = names.step_dir(end.step)
+                structures = Structures(directory, step.templates, step.values)
+                self._sink.commit_step(self._summary(end, step, structures))
             except self.catches as error:
                 step.error = error
         if self._channels is not None:
@@ -247,11 +249,11 @@ class Processor:
         if not self._repeats.knows(look):
             return False
         counts = step.counts
-        summary = self._summary(end, step)
-        counts.stored, counts.bytes_stored = len(look.seen.plan.stored), look.nbytes
+        summary = self._summary(end, step, {})
+        counts.stored, counts.bytes_stored = len(look.seen.plan), look.nbytes
         self._booking.accept(end.step, counts)
         try:
-            if self._repeats.write(look, replace(summary, structures={})):
+            if self._repeats.write(look, summary):
                 return True
         except self.catches as error:
             self._booking.decide(end.step, error)
@@ -285,14 +287,14 @@ class Processor:
             # They stay in memory, and are tried again.
             log.warning("the channel statistics could not be stored yet: %s", error)
 
-    def _summary(self, end: StepEnd, step: OpenStep) -> StepSummary:
+    def _summary(self, end: StepEnd, step: OpenStep, structures: Mapping[str, Json]) -> StepSummary:
         end.settle()
         return StepSummary(
             step=end.step,
             rank=self._rank,
             # Of a call that only taps tell of, each of them tells.
             calls=list(dict.fromkeys(step.calls)),
-            structures=Structures(names.step_dir(end.step), step.templates, step.values),
+            structures=structures,
             counts=step.counts,
             started=time_text(end.started),
             ended=time_text(end.ended),

@@ -1,7 +1,8 @@
 """Steps that are like one before: written at once, without a record for each tensor.
 
-A model that decodes sends the same batch each step but for the bytes. All that has to be found out then are
-hashes, and which tensors are equal, which the extension does in one call.
+A model that decodes sends the same batch each step but for the bytes, and in a busy server for the number of
+rows. All that has to be found out then are hashes, and which tensors are equal, which the extension does in
+one call.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ...alike import AlikeStep, SupportsAlikeInCapture, SupportsWriteAlike
+from ...alike import AlikeStep, SupportsAlikeInCapture, SupportsWriteAlike, SupportsWriteResized
 from ...hotpath.native import can_hash, extension
 from ...protocols import Sink, SupportsLateCommit
 from ...record import StepSummary
@@ -23,17 +24,39 @@ _MOST_PLANS = 64
 _MOST_KINDS = 8
 # Of a plan whose tensors are equal in ever other ways, all would be hashed twice.
 _MOST_MISSED = 4
+_MOST_MISSED_OF_FAMILY = 16
+
+
+class _Steps:
+    """The last steps that the sink has of a plan, or of all that differ in rows alone.
+
+    They are told by which of their tensors were equal. ``missed`` is how often in a row there was none.
+    """
+
+    def __init__(self) -> None:
+        self._of: OrderedDict[bytes, int] = OrderedDict()
+        self.missed = 0
+
+    def get(self, firsts: bytes) -> int | None:
+        return self._of.get(firsts)
+
+    def learn(self, firsts: bytes, number: int) -> None:
+        self._of[firsts] = number
+        self._of.move_to_end(firsts)
+        if len(self._of) > _MOST_KINDS:
+            self._of.popitem(last=False)
+
+    def forget(self, firsts: bytes) -> None:
+        self._of.pop(firsts, None)
 
 
 class Seen:
-    """A plan, and the steps of it that the sink has, by which of their tensors were equal."""
+    """A plan, and the steps of it and of its ``family`` that the sink has."""
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, family: _Steps) -> None:
         self.plan = plan
-        numbers = np.array([(each.place, each.nbytes, each.kind) for each in plan.stored], np.int64)
-        self.places, self.sizes, self.kinds = (column.tobytes() for column in numbers.T)
-        self.like: dict[bytes, int] = {}
-        self.missed = 0
+        self.own = _Steps()
+        self.family = family
 
 
 class Look(NamedTuple):
@@ -47,12 +70,13 @@ class Look(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that are no aliases."""
-        firsts, sizes = np.frombuffer(self.firsts, np.int64), np.frombuffer(self.seen.sizes, np.int64)
+        firsts = np.frombuffer(self.firsts, np.int64)
+        sizes = np.frombuffer(self.seen.plan.sizes, np.int64)
         return int(sizes[firsts == np.arange(len(firsts))].sum())
 
     def fill(self, memory: memoryview) -> bool:
         """Put the bytes of all tensors that are no aliases into memory of that size."""
-        extension.collect(memory, self.addresses, self.seen.sizes, self.firsts)
+        extension.collect(memory, self.addresses, self.seen.plan.sizes, self.firsts)
         return True
 
 
@@ -63,50 +87,90 @@ class Repeats:
         self._sink: SupportsWriteAlike | None = None
         if can_hash and isinstance(sink, SupportsAlikeInCapture) and sink.alike_in_capture:
             self._sink = sink if isinstance(sink, SupportsLateCommit) else None
+        self._resizing = self._sink if isinstance(self._sink, SupportsWriteResized) else None
+        # Both hold the plans, so that no others get their ids.
         self._seen: OrderedDict[int, Seen] = OrderedDict()
+        self._families: OrderedDict[int, tuple[Plan, _Steps]] = OrderedDict()
 
     def may_repeat(self, batch: Batch, plan: Plan) -> bool:
-        """Whether a batch is a whole step of a plan that was seen before; it is from now on."""
-        if self._sink is None or not batch.is_whole_step or not plan.stored:
+        """Whether a batch is a whole step like which there may have been one; there is from now on."""
+        if self._sink is None or not batch.is_whole_step or not len(plan):
             return False
         seen = self._seen.get(id(plan))
         if seen is not None:
             self._seen.move_to_end(id(plan))
-            return seen.missed < _MOST_MISSED
+            return seen.own.missed < _MOST_MISSED or self._may_be_resized(seen)
         if len(self._seen) >= _MOST_PLANS:
             self._seen.popitem(last=False)
-        # Holds the plan, so that no other gets its id.
-        self._seen[id(plan)] = Seen(plan)
-        return False
+        seen = self._seen[id(plan)] = Seen(plan, self._family(plan))
+        return self._may_be_resized(seen)
+
+    def _family(self, plan: Plan) -> _Steps:
+        base = plan if plan.base is None else plan.base
+        known = self._families.get(id(base))
+        if known is None:
+            if len(self._families) >= _MOST_KINDS:
+                self._families.popitem(last=False)
+            known = self._families[id(base)] = base, _Steps()
+        self._families.move_to_end(id(base))
+        return known[1]
+
+    def _may_be_resized(self, seen: Seen) -> bool:
+        resized = self._resizing is not None and seen.plan.base is not None
+        return resized and seen.family.missed < _MOST_MISSED_OF_FAMILY
 
     def look(self, batch: Batch, plan: Plan) -> Look | None:
         """Hash a batch of a plan that may repeat."""
         seen = self._seen.get(id(plan))
         if seen is None:
             return None
-        found = extension.fingerprint(batch.chunks, batch.offsets, seen.places, seen.sizes, seen.kinds)
+        found = extension.fingerprint(batch.chunks, batch.offsets, plan.places, plan.sizes, plan.kinds)
         return Look(seen, *found)
 
     def write(self, look: Look, summary: StepSummary) -> bool:
         """Write and commit a step; False, with nothing written, where none like it is known."""
-        like = look.seen.like.get(look.firsts)
+        seen, firsts = look.seen, look.firsts
+        written = self._write_like(look, summary)
+        if not written and self._write_resized(look, summary):
+            # The sink knows this one, too.
+            seen.own.learn(firsts, summary.step)
+            seen.family.learn(firsts, summary.step)
+            written = True
+        if written:
+            seen.own.missed = seen.family.missed = 0
+        return written
+
+    def _write_like(self, look: Look, summary: StepSummary) -> bool:
+        like = look.seen.own.get(look.firsts)
         if like is None or self._sink is None:
             return False
-        step = AlikeStep(summary.step, like, {}, look.hashes, look.nbytes, look.fill)
-        written = self._sink.write_alike(step, summary)
-        if written:
-            look.seen.missed = 0
-        else:
-            del look.seen.like[look.firsts]
-        return written
+        if self._sink.write_alike(_alike(look, like, summary), summary):
+            return True
+        look.seen.own.forget(look.firsts)
+        return False
+
+    def _write_resized(self, look: Look, summary: StepSummary) -> bool:
+        like = look.seen.family.get(look.firsts)
+        if like is None or self._resizing is None:
+            return False
+        if self._resizing.write_resized(_alike(look, like, summary), look.seen.plan.rows, summary):
+            return True
+        look.seen.family.forget(look.firsts)
+        return False
 
     def knows(self, look: Look) -> bool:
         """Whether the sink may have a step like this one."""
-        return look.firsts in look.seen.like
+        seen = look.seen
+        if seen.own.get(look.firsts) is not None:
+            return True
+        return self._resizing is not None and seen.family.get(look.firsts) is not None
 
     def learn(self, look: Look, number: int) -> None:
         """The sink has accepted step ``number``, which is like none of those that it knew."""
-        look.seen.missed += 1
-        if len(look.seen.like) >= _MOST_KINDS:
-            look.seen.like.clear()
-        look.seen.like[look.firsts] = number
+        for steps in (look.seen.own, look.seen.family):
+            steps.learn(look.firsts, number)
+            steps.missed += 1
+
+
+def _alike(look: Look, like: int, summary: StepSummary) -> AlikeStep:
+    return AlikeStep(summary.step, like, {}, look.hashes, look.nbytes, look.fill)
