@@ -29,7 +29,7 @@ from .noise.counterparts import Pieces
 from .noise.further import Further, RunLike, opened_run, path_of
 from .other_code import other_code
 from .results import Comparison, Origin, TensorResult
-from .rulebook import RulesLike, rulebook
+from .rulebook import Rulebook, RulesLike, rulebook
 from .schedule import in_order
 from .stats import why_not_stored
 from .work import Task, details_of, place_of, share, unshare
@@ -100,7 +100,27 @@ def compare(
     options_b = options_a if storage_options_b is None else dict(storage_options_b)
     runs = opened_run(a, options_a), opened_run(b, options_b)
     book = rulebook(rules)
-    pairing = Rules(
+    pairing = _pairing(book, maps, sums, steps, modules, requests, ignore_missing)
+    tolerance, kernels = _tolerances(runs, rtol, atol, by_norm)
+    further = Further.of(noise, noise_factor, runs, options_a)
+    places = place_of(path_of(a), options_a), place_of(path_of(b), options_b), *further.places
+    task = Task(places, tolerance, check_dtype, uuid.uuid4().hex, book)
+    return _compared(
+        runs, pairing, task, further, kernels, _pool(executor, *runs, *further.runs), deep, progress
+    )
+
+
+def _pairing(
+    book: Rulebook,
+    maps: str | Iterable[str],
+    sums: Iterable[int],
+    steps: Iterable[int] | None,
+    modules: str | Iterable[str],
+    requests: Mapping[str, str] | None,
+    ignore_missing: bool,
+) -> Rules:
+    """Which tensors are held against which, checked. Raises ConfigError."""
+    return Rules(
         maps=renames(maps),
         sums=positions(sums),
         steps=None if steps is None else frozenset(steps),
@@ -110,15 +130,15 @@ def compare(
         require=book.require,
         leave_out=book.leave_out,
     )
+
+
+def _tolerances(
+    runs: tuple[Run, Run], rtol: float | None, atol: float | None, by_norm: bool
+) -> tuple[Tolerance, list[str]]:
+    """The tolerance, and by what the kernels of the two runs differ, which it then allows for."""
     tolerance = _tolerance(rtol, atol, by_norm)
     kernels = other_kernels(*runs) if rtol is atol is None else []
-    if kernels:
-        tolerance = replace(tolerance, norm=True, kernels=True)
-    further = Further.of(noise, noise_factor, runs, options_a)
-    places = place_of(path_of(a), options_a), place_of(path_of(b), options_b), *further.places
-    task = Task(places, tolerance, check_dtype, uuid.uuid4().hex, book)
-    pool = _pool(executor, *runs, *further.runs)
-    return _compared(runs, pairing, task, further, kernels, pool, deep, progress)
+    return (replace(tolerance, norm=True, kernels=True) if kernels else tolerance), kernels
 
 
 def _compared(
