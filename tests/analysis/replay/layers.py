@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -88,3 +90,30 @@ class Narrow(nn.Module):
     def forward(self, x: torch.Tensor, *, dtype: torch.dtype) -> torch.Tensor:
         y: torch.Tensor = self.mix(x.to(self.mix.weight.dtype))
         return y.to(dtype)
+
+
+class Odd(nn.Module):
+    """Gives an empty tensor, and infinities, beside its own; takes keywords alone."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.mix = nn.Linear(size, size)
+
+    def forward(self, *, x: torch.Tensor) -> dict[str, Any]:
+        y = self.mix(x)
+        y[:, :2, 0] = float("-inf")
+        return {"of": (y, None), "none": x[..., :0]}
+
+
+class Quantised(nn.Module):
+    """Has weights that are no plain tensors; what one row gives depends on all."""
+
+    def __init__(self, size: int = 8) -> None:
+        super().__init__()
+        self.mix = nn.Linear(size, size)
+        quantize: Any = torch.ao.quantization.quantize_dynamic
+        self.quantised = quantize(nn.Sequential(nn.Linear(size, size)), {nn.Linear})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.quantised(self.mix(x))
+        return found

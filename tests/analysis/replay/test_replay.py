@@ -251,7 +251,7 @@ class _Calls(nn.Module):
         self.inner, self.keywords = inner, keywords
 
     def forward(self, x: torch.Tensor) -> Any:
-        return self.inner(x, **self.keywords)
+        return self.inner(x=x) if isinstance(self.inner, layers.Odd) else self.inner(x, **self.keywords)
 
 
 def _replayed(
@@ -293,6 +293,19 @@ def test_a_module_with_a_state_of_its_own_is_shown_as_it_was(
     keywords = {"dtype": torch.float64} if name == "Narrow" else {}
     same, other, script = _replayed(tmp_path, name, *more, keywords=keywords, **keys)
     assert (same, other) == (0, 1)
+    with pytest.raises(AssertionError, match="not close"):
+        runpy.run_path(str(script))
+
+
+@pytest.mark.parametrize(
+    ("name", "rows"), [("Odd", " with rows 0 to 0 of dimension 0, 0 to 0 of dimension 1"), ("Quantised", "")]
+)
+def test_empty_results_infinities_and_quantised_weights_are_no_obstacle(
+    tmp_path: Path, name: str, rows: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    same, other, script = _replayed(tmp_path, name, keywords={})
+    assert (same, other) == (0, 1)
+    assert rows in capsys.readouterr().err
     with pytest.raises(AssertionError, match="not close"):
         runpy.run_path(str(script))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sysconfig
+from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from importlib import import_module
@@ -16,9 +17,11 @@ from torch import nn
 
 from ...errors import ConfigError, ReadError
 from .checkpoints import class_name, pretrained
+from .given import on_each, tensors_of
 
 # Weights up to here go into the file beside a script.
 _MOST_SAVED = 256 << 20
+_VERSIONS = "_metadata"
 
 
 @dataclass
@@ -62,14 +65,20 @@ class Recipe:
         weights = self._weights()
         return {} if weights is None else {"weights": weights}
 
-    def _weights(self) -> dict[str, torch.Tensor] | None:
+    def _weights(self) -> dict[str, Any] | None:
         if self.made is None or self.model is not None:
             return None
-        state = {key: each for key, each in self.made.state_dict().items() if isinstance(each, torch.Tensor)}
-        if (size := sum(each.nbytes for each in state.values())) > _MOST_SAVED:
+        state = self.made.state_dict()
+        for key in [key for key, each in state.items() if not _is_plain(each)]:
+            del state[key]
+        tensors = tensors_of(tuple(state.values())).values()
+        size = sum(each.nbytes for each in tensors if isinstance(each, torch.Tensor))
+        if size > _MOST_SAVED:
             text = f"its weights ({size >> 20} MiB) are too large for a file beside a script"
             raise ReadError(f"{self.name}: {text}; --model names a checkpoint that has them")
-        return {key: each.cpu() for key, each in state.items()}
+        for key, each in state.items():
+            state[key] = on_each(each, torch.Tensor.cpu)
+        return state
 
     def code(self) -> str:
         """Lines of Python that make ``module`` again."""
@@ -96,6 +105,13 @@ class Recipe:
         if self._weights() is not None:
             lines.append('module.load_state_dict(saved["weights"], assign=True)')
         return lines
+
+
+def _is_plain(value: Any) -> bool:
+    """Whether a script can load it as a part of a state: a tensor, or what quantised modules have beside."""
+    if isinstance(value, (tuple, list)):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, (torch.Tensor, torch.dtype, bool, int, float, str))
 
 
 def _found_again(package: str) -> list[str]:
@@ -152,21 +168,34 @@ def _submodule(model: nn.Module, name: str, where: str) -> nn.Module:
         raise ConfigError("--model", f"{where!r} has no module {name!r}: {error}") from error
 
 
-def _state(path: Path) -> dict[str, torch.Tensor]:
-    """The weights of a file, or of all of a checkpoint's safetensors files."""
+def _state(path: Path) -> OrderedDict[str, Any]:
+    """The weights of a file, or of all safetensors files of a checkpoint; torch's have modules' versions."""
     files = sorted(path.glob("*.safetensors")) if path.is_dir() else [path]
     if not files:
         raise ReadError(f"{path}: there is no .safetensors file in it")
-    found: dict[str, torch.Tensor] = {}
+    found: OrderedDict[str, Any] = OrderedDict()
     for file in files:
         try:
-            found |= _read(file)
+            state = _read(file)
+            found.update(state)
+            _keep_versions(found, getattr(state, _VERSIONS, None))
         except Exception as error:
             raise ReadError(f"{file}: no weights can be read from it: {error}") from error
     return found
 
 
-def _read(file: Path) -> dict[str, torch.Tensor]:
+def _keep_versions(state: OrderedDict[str, Any], versions: Any, begin: str = "") -> None:
+    """Let a state dict have the versions of the modules below a name, by which these know how to load it."""
+    if isinstance(versions, Mapping):
+        within = {
+            f"{key}."[len(begin) :].rstrip("."): each
+            for key, each in versions.items()
+            if f"{key}.".startswith(begin)
+        }
+        setattr(state, _VERSIONS, within)
+
+
+def _read(file: Path) -> Mapping[str, Any]:
     if file.suffix == ".safetensors":
         from safetensors.torch import load_file
 
@@ -174,17 +203,18 @@ def _read(file: Path) -> dict[str, torch.Tensor]:
     loaded = torch.load(file, map_location="cpu", weights_only=True)
     if not isinstance(loaded, Mapping):
         raise ReadError(f"it holds a {type(loaded).__name__}, not a state dict")
-    return dict(loaded)
+    return loaded
 
 
-def _load(module: nn.Module, state: Mapping[str, torch.Tensor], prefix: str) -> None:
+def _load(module: nn.Module, state: OrderedDict[str, Any], prefix: str) -> None:
     begin = f"{prefix.rstrip('.')}." if prefix else ""
-    inner = {key.removeprefix(begin): each for key, each in state.items() if key.startswith(begin)}
-    wanted = inner if inner else dict(state)
+    wanted = OrderedDict((key[len(begin) :], each) for key, each in state.items() if key.startswith(begin))
+    _keep_versions(wanted, getattr(state, _VERSIONS, None), begin)
     try:
         # In the dtype of the weights, as in the model that had them.
-        module.load_state_dict(wanted, assign=True)
-    except RuntimeError as error:
+        module.load_state_dict(wanted or state, assign=True)
+    except Exception as error:
+        # Modules with a state of their own kind raise what they like.
         said = " ".join(str(error).split())[:400]
         raise ReadError(f"the weights do not fit {type(module).__name__}: {said}") from error
 
