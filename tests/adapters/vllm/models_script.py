@@ -1,6 +1,7 @@
 """Asks an in-process engine with and without capture, and prints what came of it as a JSON line.
 
-``python models_script.py MODEL generate|embed|classify eager|compiled OUTPUT_DIR``
+``python models_script.py MODEL generate|embed|classify eager|compiled|transformers OUTPUT_DIR``, where
+``transformers`` is its code, eager.
 """
 
 from __future__ import annotations
@@ -21,8 +22,11 @@ def main(model: str, task: str, mode: str, output_dir: str) -> dict[str, Any]:
 
     import tlcore.vllm
 
-    extra = {} if task == "generate" else {"runner": "pooling"}
-    llm = LLM(model, max_model_len=128, enable_prefix_caching=False, enforce_eager=mode == "eager", **extra)
+    extra: dict[str, Any] = {} if task == "generate" else {"runner": "pooling"}
+    if mode == "transformers":
+        extra |= {"model_impl": "transformers", "dtype": "float32"}
+    eager = mode != "compiled"
+    llm = LLM(model, max_model_len=128, enable_prefix_caching=False, enforce_eager=eager, **extra)
 
     def ask() -> list[list[float]]:
         if task == "embed":

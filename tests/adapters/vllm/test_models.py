@@ -12,6 +12,7 @@ import torch
 import tlcore
 from tests.adapters.vllm.helpers import REPOSITORY, all_stored, report
 from tests.adapters.vllm.models_script import TOKENS
+from tests.adapters.vllm.truth import Truth
 from tests.models import minilm, tiny_llama, tiny_moe
 
 pytestmark = pytest.mark.slow
@@ -62,6 +63,36 @@ def test_an_embedding_model(mode: str, tmp_path: Path) -> None:
         mean = hidden[row["first_row"] :][: row["rows"]].mean(0)
         similarity = torch.cosine_similarity(mean, torch.tensor(embedding), dim=0)
         assert float(similarity) > 0.999
+
+
+@pytest.mark.deep
+def test_a_mixture_of_experts_that_transformers_runs(tmp_path: Path) -> None:
+    """Its layers have a sample's rows, and the experts in them the tokens alone."""
+    made, run = _asked(tiny_moe(), "generate", "transformers", tmp_path)
+    assert made["captured"] == made["after"] == made["plain"]
+    truth = Truth(tiny_moe())
+    for request, answer in zip(map(run.request, run.requests), made["captured"], strict=True):
+        tokens = request.token_ids.tolist()
+        states, _ = truth.of(tokens)
+        positions = list(range(len(tokens)))
+        assert tokens[request.prompt_length :] == answer[:-1]
+        assert request.positions("model.layers.0/outputs_cpu") == positions
+        torch.testing.assert_close(request["model.layers.0/outputs_cpu"], states[1], atol=2e-4, rtol=2e-3)
+        for name in ("gate/outputs_0_cpu", "experts/inputs_0_cpu", "experts/outputs_cpu"):
+            assert request.positions(f"model.layers.0.mlp.{name}") == positions
+        block = request["model.layers.0.mlp/outputs_cpu"]
+        assert torch.equal(request["model.layers.0.mlp.experts/outputs_cpu"], block)
+
+
+@pytest.mark.deep
+def test_an_embedding_model_that_transformers_runs(tmp_path: Path) -> None:
+    made, run = _asked(minilm(), "embed", "transformers", tmp_path)
+    assert made["captured"] == made["after"] == made["plain"]
+    for request, embedding in zip(map(run.request, run.requests), made["captured"], strict=True):
+        mean = request["model.encoder.layer.5/outputs_cpu"].mean(0)
+        assert float(torch.cosine_similarity(mean, torch.tensor(embedding), dim=0)) > 0.99999
+        # Of the batch as one sample, and nobody's.
+        assert not any(name.startswith("model.pooler/outputs") for name in request)
 
 
 @pytest.mark.deep

@@ -13,6 +13,8 @@ import tlcore
 from tests.adapters.vllm.helpers import REPOSITORY, all_stored, report
 from tests.adapters.vllm.of_transformers import KINDS
 from tests.adapters.vllm.of_transformers_script import PADDED
+from tests.adapters.vllm.seen_by_transformers import ASKED, SeenTruth
+from tests.adapters.vllm.seen_by_transformers_script import CHOSEN
 from tests.adapters.vllm.truth import Names, Truth, wrong_rows
 from tests.analysis.selftest.planting import ROWS, TENSORS, rewritten
 from tlcore.reader import Run
@@ -20,6 +22,7 @@ from tlcore.runs.export.export import export
 
 pytestmark = pytest.mark.slow
 SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "of_transformers_script.py")
+SEEN_SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "seen_by_transformers_script.py")
 NAMES = {
     "gpt_neox": Names("model.embed_in/inputs_0_cpu", "model.final_layer_norm/outputs_cpu"),
     "olmo2": Names("model.embed_tokens/inputs_0_cpu", "model.norm/outputs_cpu"),
@@ -120,3 +123,31 @@ def test_a_data_set_and_an_export_have_these_rows(said: Said, tmp_path: Path) ->
     for each in written:
         true = said.layers(known[tuple(each["token_ids"].tolist())])
         torch.testing.assert_close(each["hidden_states"], true, atol=2e-4, rtol=2e-3)
+
+
+@pytest.mark.deep
+def test_rows_of_a_model_that_sees_images_are_its_requests(tmp_path: Path) -> None:
+    """Behind the axis of one sample in its language model, and an image's in front in its encoder."""
+    found = report(SEEN_SCRIPT, str(tmp_path))
+    truth = SeenTruth(Path(found["model"]))
+    for name in ("all", "one"):
+        run = tlcore.open_run(found[name]["url"])
+        chosen = range(len(ASKED)) if name == "all" else [CHOSEN]
+        assert len(run.requests) == len(chosen)
+        for place in chosen:
+            request, tokens = run.request(found[name]["ids"][place]), found[name]["tokens"][place][:-1]
+            states = truth.of(tokens, ASKED[place][1])
+            wanted = {"layers.0": states[1], "layers.1": states[2], "norm": states[-1]}
+            for module, true in wanted.items():
+                rows = f"model.language_model.{module}/outputs_cpu"
+                assert request.positions(rows) == list(range(len(tokens)))
+                torch.testing.assert_close(request[rows], true, atol=2e-4, rtol=2e-3)
+        owners = [
+            str(span.row["request_id"]).rpartition("-")[0]
+            for step in map(run.step, run.steps)
+            for record in step.records
+            if record["module"] == "model.vision_tower" and record["direction"] == "inputs"
+            for span in step.row_spans(record)
+        ]
+        # An image is encoded once, for the first who shows it.
+        assert owners == [found[name]["ids"][place] for place in (0, 2, 2) if place in chosen]
