@@ -67,6 +67,8 @@ class Plan:
     ) -> None:
         self._make = make
         self._columns = columns
+        # Of all tensors, those, too, that are stored only once.
+        self.nbytes = int(columns[1].sum())
         self.places, self.sizes, self.kinds, self.rows = (column.tobytes() for column in columns)
         self.calls = calls
         self.counts = counts

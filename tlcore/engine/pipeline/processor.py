@@ -103,14 +103,14 @@ class Processor:
             if step.waiting is None:
                 self._release(batch)
 
-    def _write_waiting(self, step: OpenStep) -> None:
-        """Write what waits for a step's end as any other batch, if anything does."""
+    def _write_waiting(self, step: OpenStep, look: Look | None = None) -> None:
+        """Write what waits for a step's end as any other batch, if anything does; ``look`` is of it."""
         if step.waiting is None:
             return
         (batch, plan), step.waiting = step.waiting, None
         try:
             if step.error is None:
-                self._write_planned(batch, step, plan)
+                self._write_planned(batch, step, plan, look)
         except self.catches as error:
             step.error = step.error or error
         finally:
@@ -155,21 +155,25 @@ class Processor:
         else:
             self._write_planned(batch, step, plan)
 
-    def _write_planned(self, batch: Batch, step: OpenStep, plan: Plan) -> None:
+    def _write_planned(self, batch: Batch, step: OpenStep, plan: Plan, look: Look | None = None) -> None:
         stored = plan.texts.stored
         for first in range(0, len(stored), _AT_ONCE):
             if step.error is not None:
                 break
-            self._write(step, self._records(batch, step, stored[first : first + _AT_ONCE]))
+            some = stored[first : first + _AT_ONCE]
+            digests = None if look is None else look.digests(first, len(some))
+            self._write(step, self._records(batch, step, some, digests))
 
-    def _records(self, batch: Batch, step: OpenStep, stored: Sequence[Planned]) -> list[Record]:
+    def _records(
+        self, batch: Batch, step: OpenStep, stored: Sequence[Planned], digests: list[str] | None
+    ) -> list[Record]:
         number, chunks, offsets = batch.step, batch.chunks, batch.offsets
         directory = names.step_dir(number)
         made = []
         views = [
             chunks[place].view[offsets[place] : offsets[place] + nbytes] for place, _, _, _, nbytes in stored
         ]
-        digests = hex_digests(views)
+        digests = hex_digests(views) if digests is None else digests
         for (_, tail, origin, kind, _), data, digest in zip(stored, views, digests, strict=True):
             name = directory + tail
             first = step.first.setdefault((digest, kind), name)
@@ -240,7 +244,7 @@ class Processor:
                 return
         except self.catches as error:
             step.error = step.error or error
-        self._write_waiting(step)
+        self._write_waiting(step, look)
         if self._commit(end, step) and look is not None:
             self._repeats.learn(look, end.step)
 

@@ -22,20 +22,19 @@ from .planner import Plan
 # As many as may be of a small model; a large one has fewer.
 _MOST_PLANS = 64
 _MOST_KINDS = 8
-# Of a plan whose tensors are equal in ever other ways, all would be hashed twice.
-_MOST_MISSED = 4
-_MOST_MISSED_OF_FAMILY = 16
+# A larger step is hashed while it is written, so that it comes once into the processor's caches.
+_LARGE_BYTES = 64 << 20
+_DIGITS = 32
 
 
 class _Steps:
     """The last steps that the sink has of a plan, or of all that differ in rows alone.
 
-    They are told by which of their tensors were equal. ``missed`` is how often in a row there was none.
+    They are told by which of their tensors were equal.
     """
 
     def __init__(self) -> None:
         self._of: OrderedDict[bytes, int] = OrderedDict()
-        self.missed = 0
 
     def get(self, firsts: bytes) -> int | None:
         return self._of.get(firsts)
@@ -74,6 +73,12 @@ class Look(NamedTuple):
         sizes = np.frombuffer(self.seen.plan.sizes, np.int64)
         return int(sizes[firsts == np.arange(len(firsts))].sum())
 
+    def digests(self, first: int, count: int) -> list[str]:
+        """The hashes of so many tensors from ``first`` on."""
+        text = self.hashes.hex()
+        ends = range((first + 1) * _DIGITS, (first + count) * _DIGITS + 1, _DIGITS)
+        return [text[end - _DIGITS : end] for end in ends]
+
     def fill(self, memory: memoryview) -> bool:
         """Put the bytes of all tensors that are no aliases into memory of that size."""
         extension.collect(memory, self.addresses, self.seen.plan.sizes, self.firsts)
@@ -93,17 +98,15 @@ class Repeats:
         self._families: OrderedDict[int, tuple[Plan, _Steps]] = OrderedDict()
 
     def may_repeat(self, batch: Batch, plan: Plan) -> bool:
-        """Whether a batch is a whole step like which there may have been one; there is from now on."""
-        if self._sink is None or not batch.is_whole_step or not len(plan):
+        """Whether a batch is a whole step that may be like one before, or others like it."""
+        if self._sink is None or not batch.is_whole_step or not 0 < plan.nbytes <= _LARGE_BYTES:
             return False
-        seen = self._seen.get(id(plan))
-        if seen is not None:
-            self._seen.move_to_end(id(plan))
-            return seen.own.missed < _MOST_MISSED or self._may_be_resized(seen)
-        if len(self._seen) >= _MOST_PLANS:
-            self._seen.popitem(last=False)
-        seen = self._seen[id(plan)] = Seen(plan, self._family(plan))
-        return self._may_be_resized(seen)
+        if id(plan) not in self._seen:
+            if len(self._seen) >= _MOST_PLANS:
+                self._seen.popitem(last=False)
+            self._seen[id(plan)] = Seen(plan, self._family(plan))
+        self._seen.move_to_end(id(plan))
+        return True
 
     def _family(self, plan: Plan) -> _Steps:
         base = plan if plan.base is None else plan.base
@@ -114,10 +117,6 @@ class Repeats:
             known = self._families[id(base)] = base, _Steps()
         self._families.move_to_end(id(base))
         return known[1]
-
-    def _may_be_resized(self, seen: Seen) -> bool:
-        resized = self._resizing is not None and seen.plan.base is not None
-        return resized and seen.family.missed < _MOST_MISSED_OF_FAMILY
 
     def look(self, batch: Batch, plan: Plan) -> Look | None:
         """Hash a batch of a plan that may repeat."""
@@ -130,15 +129,14 @@ class Repeats:
     def write(self, look: Look, summary: StepSummary) -> bool:
         """Write and commit a step; False, with nothing written, where none like it is known."""
         seen, firsts = look.seen, look.firsts
-        written = self._write_like(look, summary)
-        if not written and self._write_resized(look, summary):
-            # The sink knows this one, too.
-            seen.own.learn(firsts, summary.step)
-            seen.family.learn(firsts, summary.step)
-            written = True
-        if written:
-            seen.own.missed = seen.family.missed = 0
-        return written
+        if self._write_like(look, summary):
+            return True
+        if not self._write_resized(look, summary):
+            return False
+        # The sink knows this one, too.
+        seen.own.learn(firsts, summary.step)
+        seen.family.learn(firsts, summary.step)
+        return True
 
     def _write_like(self, look: Look, summary: StepSummary) -> bool:
         like = look.seen.own.get(look.firsts)
@@ -169,7 +167,6 @@ class Repeats:
         """The sink has accepted step ``number``, which is like none of those that it knew."""
         for steps in (look.seen.own, look.seen.family):
             steps.learn(look.firsts, number)
-            steps.missed += 1
 
 
 def _alike(look: Look, like: int, summary: StepSummary) -> AlikeStep:
