@@ -2,29 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from abc import ABC, abstractmethod
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from ..config.configuration import Inject
 from ..errors import ConfigError, MissingError, ReadError
-from ..layout.names import PathKey
 from ..reader import Call, OpaqueObject, Skipped, open_run
 from ..record import Json
-from .injected_dtypes import conversion, rounding, unlike
+from .injected_values import SCALARS, CallArguments, Fitted, UnlikeError, stored_items
 
 log = logging.getLogger("tlcore")
-_SCALARS = (bool, int, float, str)
-Path = tuple[PathKey, ...]
-
-
-class UnlikeError(Exception):
-    """A stored value cannot stand for the model's own; the message says why."""
 
 
 class Injection(ABC):
@@ -80,13 +72,13 @@ class Injection(ABC):
         """The model itself is called, with these arguments."""
         return
 
-    def result_for(self, directory: str, own: Any) -> Any:
+    def result_for(self, directory: str, own: Any, given: CallArguments) -> Any:
         """The stored result of a call, or the model's own where that cannot stand for it."""
         why: str
         try:
             if not _may_have_tensors(own):
                 raise UnlikeError("its result has no tensor")
-            return self._in_place_of(directory, own)
+            return self._in_place_of(directory, own, given)
         except UnlikeError as error:
             why = str(error)
         except MissingError:
@@ -106,7 +98,7 @@ class Injection(ABC):
         return 1
 
     @abstractmethod
-    def _in_place_of(self, directory: str, own: Any) -> Any:
+    def _in_place_of(self, directory: str, own: Any, given: CallArguments) -> Any:
         """What stands for a call's result. Raises UnlikeError or ReadError where nothing can."""
 
     def _inject(self, count: int = 1) -> None:
@@ -198,16 +190,19 @@ class CallInjection(Injection):
     def _call(self, directory: str) -> Call:
         return self._run.step(self._step).call(directory)
 
-    def _in_place_of(self, directory: str, own: Any) -> Any:
+    def _in_place_of(self, directory: str, own: Any, given: CallArguments) -> Any:
         if self._why_not is not None:
             raise UnlikeError(self._why_not)
+        call = self._call(directory)
         converted: dict[str, bool] = {}
-        found = in_place_of(own, self._call(directory).outputs, converted)
+        fitted = Fitted(converted)
+        found = fitted.of(own, call.outputs)
         if found is own:
             raise UnlikeError(f"nothing can stand for a result that is a {type(own).__name__}")
         self._inject()
         for what, overflowed in converted.items():
             self._convert(what, int(not overflowed), int(overflowed))
+        fitted.write_into_arguments(given, lambda: call.inputs)
         return found
 
 
@@ -235,77 +230,19 @@ def _same(own: Any, stored: Any) -> bool:
         return bool(torch.equal(own.detach().cpu(), stored))
     if isinstance(stored, (torch.Tensor, Skipped)):
         return False
-    if own is None or isinstance(own, _SCALARS):
+    if own is None or isinstance(own, SCALARS):
         return type(own) is type(stored) and own == stored
     if isinstance(own, Mapping):
-        both = isinstance(stored, Mapping) and own.keys() == stored.keys()
-        return both and all(_same(value, stored[key]) for key, value in own.items())
+        items = stored_items(own, stored)
+        return items is not None and all(_same(value, items[str(key)]) for key, value in own.items())
     if isinstance(own, (tuple, list)):
         both = isinstance(stored, (tuple, list)) and len(own) == len(stored)
         return both and all(_same(one, other) for one, other in zip(own, stored, strict=True))
     return isinstance(stored, OpaqueObject) and not stored.items
 
 
-def in_place_of(own: Any, stored: Any, converted: dict[str, bool]) -> Any:
-    """A value like the model's own with the stored tensors. Raises UnlikeError where they do not fit.
-
-    What had to be ``converted`` for it is noted there, and whether any went beyond the new dtype's range.
-    """
-    if isinstance(own, torch.Tensor):
-        if isinstance(stored, Skipped):
-            raise UnlikeError(f"its result was not stored ({stored.reason})")
-        if not isinstance(stored, torch.Tensor) or own.shape != stored.shape:
-            raise UnlikeError("the other run's result has another shape")
-        if (why_not := unlike(stored.dtype, own.dtype)) is not None:
-            raise UnlikeError(why_not)
-        fitted = stored.to(device=own.device, dtype=own.dtype)
-        if stored.dtype != own.dtype:
-            found = conversion(stored.reshape(1, -1), fitted.reshape(1, -1))
-            if found.changed.any():
-                what = rounding(stored.dtype, own.dtype)
-                converted[what] = converted.get(what, False) or bool(found.overflowed.any())
-        return fitted
-    if own is None or isinstance(own, _SCALARS):
-        return own
-    if isinstance(own, Mapping) and isinstance(stored, Mapping) and own.keys() == stored.keys():
-        return _like_mapping(own, lambda key, value: in_place_of(value, stored[key], converted))
-    if isinstance(own, (tuple, list)) and isinstance(stored, (tuple, list)) and len(own) == len(stored):
-        return _like_sequence(own, lambda place, value: in_place_of(value, stored[place], converted))
-    if isinstance(stored, OpaqueObject) and not stored.items:
-        return own
-    raise UnlikeError(f"nothing can stand for a result that is a {type(own).__name__}")
-
-
 def _may_have_tensors(own: Any) -> bool:
     """Whether there are tensors in a value, or an object that may have some."""
     if isinstance(own, (Mapping, tuple, list)):
         return any(map(_may_have_tensors, own.values() if isinstance(own, Mapping) else own))
-    return not (own is None or isinstance(own, _SCALARS))
-
-
-def with_each_tensor(own: Any, made: Callable[[Path, torch.Tensor], torch.Tensor], path: Path = ()) -> Any:
-    """A value like the model's own, with what is ``made`` of each tensor in it, told by the way to it.
-
-    Raises UnlikeError for a value in which tensors may be that are not found.
-    """
-    if isinstance(own, torch.Tensor):
-        return made(path, own)
-    if own is None or isinstance(own, _SCALARS):
-        return own
-    if isinstance(own, Mapping):
-        return _like_mapping(own, lambda key, value: with_each_tensor(value, made, (*path, key)))
-    if isinstance(own, (tuple, list)):
-        return _like_sequence(own, lambda place, value: with_each_tensor(value, made, (*path, place)))
-    raise UnlikeError(f"nothing can stand for a result that is a {type(own).__name__}")
-
-
-def _like_mapping(own: Mapping[Any, Any], part: Callable[[Any, Any], Any]) -> Any:
-    made: Any = copy.copy(own)
-    for key, value in own.items():
-        made[key] = part(key, value)
-    return made
-
-
-def _like_sequence(own: tuple[Any, ...] | list[Any], part: Callable[[int, Any], Any]) -> Any:
-    items = [part(place, value) for place, value in enumerate(own)]
-    return type(own)(*items) if hasattr(own, "_fields") else type(own)(items)
+    return not (own is None or isinstance(own, SCALARS))

@@ -20,8 +20,9 @@ from ..record import Json, RunInfo
 from .filters.modules import ModuleFilter
 from .filters.rows import Given, StepRows
 from .injected_dtypes import conversion, rounding, unlike
+from .injected_values import CallArguments, Path, UnlikeError, with_each_tensor
 from .injecting_ranks import NO_GROUP, Group, groups_of
-from .injection import Injection, Path, UnlikeError, with_each_tensor
+from .injection import Injection
 
 log = logging.getLogger("tlcore")
 _OF_THE_SAME = "Inject a run of an engine of the same parallelism."
@@ -220,7 +221,7 @@ class RowInjection(Injection):
             why_not = f"its request of the other run could not be read ({type(error).__name__})"
             return _Followed(given, None, why_not)
 
-    def _in_place_of(self, directory: str, own: Any) -> Any:
+    def _in_place_of(self, directory: str, own: Any, given: CallArguments) -> Any:
         call = _CallOf(directory, self._now)
 
         def look(path: Path, tensor: torch.Tensor) -> torch.Tensor:

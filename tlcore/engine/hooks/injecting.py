@@ -23,8 +23,8 @@ class Injector(Protocol):
         """The model itself is called, with these arguments."""
         ...
 
-    def result_for(self, directory: str, own: Any) -> Any:
-        """What stands in for the result of a selected call; that itself, where nothing may."""
+    def result_for(self, directory: str, own: Any, given: tuple[tuple[Any, ...], dict[str, Any]]) -> Any:
+        """What stands for the result of a selected call with these arguments; itself, where nothing may."""
         ...
 
 
@@ -65,7 +65,7 @@ class InjectListener(OperatorListener):
         if not self.injects(call):
             return output
         directory = self._directory(self.name, call)
-        found = self.injector.result_for(directory, output)
+        found = self.injector.result_for(directory, output, (args, kwargs))
         if self.operators is not None and found is not output:
             self.operators.operands.note(found, f"{directory}/outputs", again=False)
         return found
