@@ -106,6 +106,29 @@ class SupportsLateCommit(Protocol):
         ...
 
 
+class Lease(Protocol):
+    """Memory that is lent beyond one call."""
+
+    def end(self, clean: bool = True) -> None:
+        """Give it back; not ``clean`` while somebody may still read it, who then has it for good."""
+        ...
+
+
+@runtime_checkable
+class SupportsLentMemory(Protocol):
+    """A sink that, once open, may keep the memory of large records (``keeps_memory``) and not copy it."""
+
+    keeps_memory: bool
+
+    def write_lent(self, batch: Sequence[Record], lease: Lease) -> bool:
+        """As `Sink.write`; where it returns True the records' ``data`` stays until ``lease`` is ended.
+
+        That may be in any thread, and not every batch of a step need come so. After False or an exception
+        the caller ends it.
+        """
+        ...
+
+
 @runtime_checkable
 class SupportsLayouts(Protocol):
     """A sink of a format that has several layouts: which one it writes, as ``run.json`` then says."""

@@ -90,8 +90,21 @@ def table(scale: Scale) -> list[Row]:
     ]
 
 
+class _Tensor(nn.Module):
+    """Gives a tensor, another one for each number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.x = torch.randn(_STEP_BYTES // 4 // 1024, 1024)
+
+    def forward(self, number: float) -> torch.Tensor:
+        """The tensor: what is captured is what is stored."""
+        self.x[0] = number
+        return self.x
+
+
 class _Steps:
-    """Captures whose model only hands its input on; every step's is another one."""
+    """Captures whose model only gives a tensor; every step's is another one."""
 
     def __init__(self, server: Server, total: int) -> None:
         self._backend: dict[str, Any] = {
@@ -100,8 +113,7 @@ class _Steps:
             "url": f"{server.url}/runs",
             "storage_options": {**server.options, **REGION},
         }
-        self._model = nn.Sequential(nn.Identity())
-        self._x = torch.randn(_STEP_BYTES // 4 // 1024, 1024)
+        self._model = nn.Sequential(_Tensor())
         self._steps = total // _STEP_BYTES
         self._number = 0
         self.first_s: list[float] = []
@@ -122,8 +134,7 @@ class _Steps:
     def _capture(self, captured: capture) -> None:
         for _ in range(self._steps):
             self._number += 1
-            self._x[0] = float(self._number)
-            self._model(self._x)
+            self._model(float(self._number))
         captured.session.flush()
 
 

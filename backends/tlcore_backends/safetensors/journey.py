@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -13,7 +12,7 @@ from functools import partial
 from tlcore.layout.templates import compact
 from tlcore.protocols import Store
 
-from .segments import File, Sealed
+from .sealed import File, Sealed
 from .shard_buffer import ShardBuffers
 
 # What a segment's steps are told: an error, or None when they are stored.
@@ -71,7 +70,7 @@ class Journey:
             job.missing += 1
             job.nbytes += file.nbytes
             self._travelling += file.nbytes
-        self._hold(file.nbytes)
+        self._hold(file.held_bytes)
         self._submit(lambda: self._put(job, file))
 
     def note_file(self, name: str, nbytes: int) -> None:
@@ -129,20 +128,24 @@ class Journey:
         except BaseException as error:
             job.error = job.error or error
         parts = list(file.parts)
-        memory, nbytes = file.memory, file.nbytes
+        memory, nbytes, held, kept = file.memory, file.nbytes, file.held_bytes, file.kept
         del file
+        clean = True
         for part in parts:
             if isinstance(part, memoryview):
-                # Refused while an upload that was given up still reads.
-                with contextlib.suppress(BufferError):
+                try:
                     part.release()
+                except BufferError:
+                    # An upload that was given up still reads.
+                    clean = False
+        kept.end(clean)
         for each in memory:
             self._memory.give(each)
         with self._changed:
             job.missing -= 1
             self._travelling -= nbytes
             self._changed.notify_all()
-        self._hold(-nbytes)
+        self._hold(-held)
         self._finish()
 
     def _finish(self) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tlcore.layout.names import step_dir
 from tlcore.layout.templates import structures_of
-from tlcore.protocols import Buffer
+from tlcore.protocols import Buffer, Lease
 from tlcore.record import Record, StepSummary
 
 from .compact import repeats
@@ -103,6 +103,30 @@ class OpenStep:
         self.is_expected = True
         self._skipped = len(step_dir(number)) + 1
         self._positions: dict[str, int] = {}
+        # Of a step whose memory is kept: the bytes of each slot that is no alias, by its position.
+        self.kept: dict[int, np.ndarray] | None = None
+        self.leases: list[Lease] = []
+
+    @property
+    def kept_bytes(self) -> int:
+        """How many bytes lie in memory that is kept."""
+        return sum(each.nbytes for each in (self.kept or {}).values())
+
+    def keep(self, first: int, parts: Sequence[Buffer], lease: Lease | None) -> None:
+        """Keep ``parts``, the bytes of slots from ``first`` on; without a ``lease`` copies of them."""
+        own = [place for place in range(first, len(self.slots)) if self.originals[place] == place]
+        self.kept = {} if self.kept is None else self.kept
+        for place, part in zip(own, parts, strict=True):
+            data = memoryview(part).cast("B") if lease is not None else bytes(part)
+            self.kept[place] = np.frombuffer(data, np.uint8) if len(data) else np.empty(0, np.uint8)
+        if lease is not None:
+            self.leases.append(lease)
+
+    def give_back(self) -> None:
+        """Forget what is kept."""
+        leases, self.leases, self.kept = self.leases, [], None
+        for lease in leases:
+            lease.end()
 
     def add(self, batch: Sequence[Record], describer: Describer) -> list[Buffer]:
         """Note records; returns the bytes of those that are no aliases."""

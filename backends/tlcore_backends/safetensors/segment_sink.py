@@ -13,6 +13,7 @@ from tlcore.errors import BackendError, shareable
 from tlcore.layout.checksums import with_checksum
 from tlcore.layout.templates import compact
 from tlcore.ledger import Counts
+from tlcore.protocols import Lease
 from tlcore.record import Record, RunInfo, StepSummary
 from tlcore.storage import SupportsAppend, SupportsFiles
 
@@ -53,6 +54,7 @@ class SegmentSink:
 
     layout: int = 2
     alike_in_capture: bool = True
+    keeps_memory: bool = False
 
     def __init__(self, segment_bytes: int = SEGMENT_BYTES, commit_s: float | None = None) -> None:
         self._segment_bytes = segment_bytes
@@ -87,6 +89,8 @@ class SegmentSink:
         # whole, such a step goes there at once.
         self._large_bytes = max(_LEAST_LARGE, self._most_bytes // 2)
         self._appending = store if isinstance(store, SupportsAppend) else None
+        # On a local disk a file is written soon, or while its step comes.
+        self.keeps_memory = not is_local and self._appending is None
         self._apart = Column.is_in_large_pieces if is_local else Column.is_in_large_parts
         # A segment ends with the step that fills it.
         self._memory = ShardBuffers(self._most_bytes + self._most_bytes // 4)
@@ -111,8 +115,15 @@ class SegmentSink:
 
     def write(self, batch: Sequence[Record]) -> None:
         """Copy records of one step."""
+        self._write(batch, None)
+
+    def write_lent(self, batch: Sequence[Record], lease: Lease) -> bool:
+        """Keep the memory of records until they are sent, where their step began so."""
+        return self._write(batch, lease)
+
+    def _write(self, batch: Sequence[Record], lease: Lease | None) -> bool:
         if not batch:
-            return
+            return False
         self._journey.room()
         with self._changed:
             if batch[0].step != self._step:
@@ -122,12 +133,13 @@ class SegmentSink:
                 self._seal()
             if self._was_large and sum(record.data.nbytes for record in batch) >= self._large_bytes // 4:
                 self._stream()
-            self._segment.write(batch)
+            kept = self._segment.write(batch, lease)
             if self._segment.open_bytes >= self._large_bytes:
                 self._stream()
             if self._segment.is_empty and self._is_full_of_open_step:
                 self._journey.send_file(self._segment.file_open_step())
             self._count()
+        return kept
 
     def _stream(self) -> None:
         """Write the open step, which is too large to share a segment, into files while it comes."""
@@ -299,7 +311,7 @@ class SegmentSink:
 
     def _count(self) -> None:
         """Tell the queue how much the segment that is filled takes."""
-        change = self._segment.nbytes - self._held
+        change = self._segment.copied_bytes - self._held
         if change:
             self._held += change
             self._hold(change)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -10,14 +10,16 @@ import numpy as np
 
 from tlcore.errors import BackendError
 from tlcore.ledger import Counts
-from tlcore.protocols import Buffer
+from tlcore.protocols import Buffer, Lease
 from tlcore.record import Record, StepSummary
 from tlcore.storage import SupportsAppend
 
 from .columns import Chunk, Column, lay_out
 from .data_file import DataFile
 from .index_text import IndexText
+from .kept_memory import KeptMemory, columns_of_kept
 from .plans import OpenStep, Plan, Plans, hash_table
+from .sealed import File, Sealed, put_together
 from .segment_names import LONGEST_STEPS, MOST_STEPS, data_name, index_name, steps_text
 from .shard_buffer import ShardBuffer, ShardBuffers
 from .step_files import StepFiles, Tensor
@@ -28,33 +30,9 @@ _MOST_HEADER_BYTES = 16 << 20
 # Of an array's entry in a header, beside its name.
 _ENTRY_BYTES = 120
 _NAME_CHECKED = 16
-# More is put together in memory that is used again.
-_LARGE_HEAD = 1 << 20
 Fill = Callable[[memoryview], bool]
 # Whether a column's bytes are to be written from where they lie.
 Apart = Callable[[Column], bool]
-
-
-class File(NamedTuple):
-    """A data file that is put together: its name, its bytes, and the memory to give back after them."""
-
-    name: str
-    parts: Sequence[Buffer]
-    nbytes: int
-    memory: Sequence[ShardBuffer]
-
-
-class Sealed(NamedTuple):
-    """A segment that is complete: its data file, its index's name and text, and the steps that it commits.
-
-    ``nbytes`` is the size of ``file``.
-    """
-
-    file: File | None
-    index_name: str
-    text: bytes
-    steps: Sequence[int]
-    nbytes: int
 
 
 class _Step(NamedTuple):
@@ -62,6 +40,7 @@ class _Step(NamedTuple):
     begin: int
     plan: Plan
     hashes: bytes
+    kept: Mapping[int, np.ndarray] | None = None
 
 
 class Segment:
@@ -86,6 +65,8 @@ class Segment:
         self._steps: list[_Step] = []
         self._told = IndexText()
         self._checked = _NAME_CHECKED
+        # Of steps that have ended.
+        self._kept = KeptMemory()
         # Of a step larger than a segment: the files that hold its first tensors, and where each of them lies.
         self._files: list[DataFile] = []
         self._columns: dict[int, Column] = {}
@@ -96,13 +77,20 @@ class Segment:
     @property
     def nbytes(self) -> int:
         """Bytes of tensors in memory, those of the open step included."""
+        open_kept = self._open.kept_bytes if self._open is not None else 0
+        return self.copied_bytes + self._kept.nbytes + open_kept
+
+    @property
+    def copied_bytes(self) -> int:
+        """Those that are not in memory which is kept."""
         streamed = self._streamed.nbytes if self._streamed is not None else 0
         return streamed + (self._gathered.nbytes if self._gathered is not None else 0)
 
     @property
     def open_bytes(self) -> int:
         """Those of the open step alone."""
-        return self.nbytes - self._open.begin if self._open is not None else 0
+        step = self._open
+        return self.copied_bytes - step.begin + step.kept_bytes if step is not None else 0
 
     @property
     def is_empty(self) -> bool:
@@ -114,18 +102,26 @@ class Segment:
         """How many tensors of the open step are in memory."""
         return len(self._open.slots) - self._filed if self._open is not None else 0
 
-    def write(self, batch: Sequence[Record]) -> None:
-        """Copy records of the open step, which begins with the first of them."""
+    def write(self, batch: Sequence[Record], lease: Lease | None = None) -> bool:
+        """Copy records of the open step, which begins with the first of them.
+
+        Where the step began with a ``lease``, its memory is kept until its file is stored instead: True.
+        """
         step = self._open
         if step is None:
-            step = self._open = OpenStep(batch[0].step, self._plans.last, self.nbytes)
+            step = self._open = OpenStep(batch[0].step, self._plans.last, self.copied_bytes)
+        first = len(step.slots)
         parts = step.add(batch, self._plans.describer)
+        if step.kept is not None or (lease is not None and not first):
+            step.keep(first, parts, lease)
+            return lease is not None
         if self._streamed is not None:
             self._stream([record.data for record in batch])
-            return
+            return False
         if self._gathered is None:
             self._gathered = self._memory.take()
         self._gathered.extend(parts)
+        return False
 
     def stream(self, store: SupportsAppend, most_bytes: int, published: Callable[[str, int], None]) -> None:
         """Have the open step, and no other, written into files of about ``most_bytes`` while it comes.
@@ -172,7 +168,7 @@ class Segment:
         if step is None:
             return
         other._open = step
-        if self._gathered is not None:
+        if self._gathered is not None and step.kept is None:
             other._gathered = self._memory.take()
             with self._gathered.view() as whole, whole[step.begin :] as part:
                 other._gathered.extend([part])
@@ -188,6 +184,10 @@ class Segment:
         """Forget the open step."""
         if self._open is not None and self._gathered is not None:
             self._gathered.nbytes = self._open.begin
+        if self._open is not None:
+            self._open.give_back()
+        if not self._steps:
+            self._kept.end(clean=False)
         if self._streamed is not None:
             self._streamed.abandon()
         self._open = None
@@ -199,7 +199,7 @@ class Segment:
 
     def commit(self, summary: StepSummary) -> Plan:
         """End the open step (or one without tensors); its plan. After an error the step is forgotten."""
-        step = self._open or OpenStep(summary.step, None, self.nbytes)
+        step = self._open or OpenStep(summary.step, None, self.copied_bytes)
         try:
             self._finish_stream()
             plan = self._plans.plan(step, summary)
@@ -208,12 +208,13 @@ class Segment:
             self.abandon_step()
             raise
         self._open = None
-        self._append(_Step(summary.step, step.begin, plan, step.hashes))
+        kept = self._kept.take(step)
+        self._append(_Step(summary.step, step.begin, plan, step.hashes, kept))
         return plan
 
     def commit_alike(self, plan: Plan, summary: StepSummary, hashes: bytes, fill: Fill) -> bool:
         """Add a step of a plan at once; False, with nothing added, where ``fill`` says no."""
-        begin = self.nbytes
+        begin = self.copied_bytes
         if self._gathered is None:
             self._gathered = self._memory.take()
         gathered = self._gathered
@@ -256,17 +257,23 @@ class Segment:
         Only for a segment without other steps.
         """
         step = self._open
-        if step is None or self._steps or self._gathered is None:
+        if step is None or self._steps or (self._gathered is None and step.kept is None):
             raise BackendError("only a step that is larger than a segment is written in several files")
         plan = Plan(step.slots, step.originals, (), ())
         numbers = [self._told.arrays.number(slot.text) for slot in plan.slots]
-        file = self._make_file(self._columns_of_step(plan, step, numbers))
+        columns = self._columns_of_step(plan, step, numbers)
+        if step.kept is not None:
+            self._kept.take(step)
+            step.kept = {}
+        file = self._make_file(columns)
         self._filed = len(step.slots)
         return file
 
     def _columns_of_step(self, plan: Plan, step: OpenStep, numbers: Sequence[int]) -> dict[int, Column]:
         """Columns of what a step has in memory: its slots from `_filed` on."""
         hashes = hash_table([step.hashes], len(plan.slots))
+        if step.kept is not None:
+            return columns_of_kept(plan, self._filed, step.kept, numbers, hashes)
         shift = sum(
             slot.nbytes
             for position, slot in enumerate(plan.slots[: self._filed])
@@ -295,7 +302,7 @@ class Segment:
         own.sort(key=lambda column: column.begin)
         apart = [self._apart(column) for column in own]
         nbytes = len(head) + sum(column.stored_bytes for column in own)
-        parts, memory = self._parts(head, own, apart)
+        parts, memory = put_together(self._memory, head, own, apart)
         for column in columns.values():
             column.chunks = []
         self._columns |= columns
@@ -305,38 +312,20 @@ class Segment:
             memory.append(gathered)
         elif gathered is not None:
             self._memory.give(gathered)
-        return File(name, parts, nbytes, memory)
-
-    def _parts(
-        self, head: bytes, own: Sequence[Column], apart: Sequence[bool]
-    ) -> tuple[list[Buffer], list[ShardBuffer]]:
-        """The bytes of a file, in memory to give back; those of columns that are ``apart`` where they are."""
-        size = len(head) + sum(
-            column.stored_bytes for column, is_apart in zip(own, apart, strict=True) if not is_apart
-        )
-        memory = [self._memory.take()] if size > _LARGE_HEAD else []
-        for each in memory:
-            each.skip(size)
-        whole = memory[0].view() if memory else memoryview(bytearray(size))
-        target = np.frombuffer(whole, np.uint8)
-        target[: len(head)] = np.frombuffer(head, np.uint8)
-        parts: list[Buffer] = []
-        begin, end = 0, len(head)
-        for column, is_apart in zip(own, apart, strict=True):
-            if is_apart:
-                parts += [whole[begin:end], *column.pieces()]
-                begin = end
-            else:
-                column.copy_into(target[end : end + column.stored_bytes])
-                end += column.stored_bytes
-        parts.append(whole[begin:end])
-        return parts, memory
+        kept, self._kept = self._kept, KeptMemory()
+        # Whether anybody reads the arrays is told by who has them.
+        self._steps = [step._replace(kept=None) for step in self._steps]
+        return File(name, parts, nbytes, memory, kept)
 
     def seal(self, ledger: Counts) -> Sealed:
         """Put the segment together; ``ledger`` is the rank's so far, these steps included."""
         self.abandon_step()
-        columns = self._all_columns()
-        file = self._make_file(columns) if columns else None
+        try:
+            columns = self._all_columns()
+            file = self._make_file(columns) if columns else None
+        finally:
+            # That of a file is its own by now.
+            self._kept.end(clean=False)
         numbers = [step.number for step in self._steps]
         text = self._told.text(self.rank, self.number, ledger, self._files, self._columns)
         name = index_name(self.rank, self.number, numbers)
@@ -352,10 +341,16 @@ class Segment:
         first = 0
         while first < len(self._steps):
             plan, begin = self._steps[first].plan, self._steps[first].begin
+            kept = self._steps[first].kept
+            if kept is not None:
+                self._add_kept(found, self._steps[first], kept)
+                first += 1
+                continue
             last = first
             while (
                 last < len(self._steps)
                 and self._steps[last].plan is plan
+                and self._steps[last].kept is None
                 and self._steps[last].begin == begin + (last - first) * plan.nbytes
             ):
                 last += 1
@@ -367,7 +362,13 @@ class Segment:
         again = OpenStep(step.number, None, step.begin)
         again.slots, again.originals = list(step.plan.slots), step.plan.originals
         again.digests = [step.hashes.hex()]
+        again.kept = None if step.kept is None else dict(step.kept)
         return self._columns_of_step(step.plan, again, self._told.arrays_of(step.plan))
+
+    def _add_kept(self, found: dict[int, Column], step: _Step, kept: Mapping[int, np.ndarray]) -> None:
+        hashes, numbers = hash_table([step.hashes], len(step.plan.slots)), self._told.arrays_of(step.plan)
+        for number, column in columns_of_kept(step.plan, 0, kept, numbers, hashes).items():
+            found.setdefault(number, Column(column.slot)).chunks += column.chunks
 
     def _add_run(self, found: dict[int, Column], steps: Sequence[_Step]) -> None:
         """Add steps of one plan whose bytes lie one after the other."""

@@ -10,12 +10,12 @@ from ...layout import names
 from ...layout.templates import Structures
 from ...layout.times import time_text
 from ...ledger import RUN_FULL, Ledger
-from ...protocols import Sink, SupportsLateCommit
+from ...protocols import Sink, SupportsLateCommit, SupportsLentMemory
 from ...record import Json, Record, StepSummary
 from ..batch import Batch, StepEnd
 from ..filters.kept_rows import WaitingSpec
 from ..filters.run_bytes import RunBytes
-from ..staging.host_memory import HostPool
+from ..staging.host_memory import Chunk, HostPool
 from .booking import Booking
 from .channels import Channels
 from .describing import count_specs
@@ -27,6 +27,8 @@ from .repeating import Look, Repeats
 log = logging.getLogger("tlcore")
 # Records made at a time: few enough that Python's garbage collector sees them come and go.
 _AT_ONCE = 256
+# From so many bytes a tensor on, on average, it is worth to lend memory instead of having it copied.
+_LARGE_BYTES = 1 << 20
 
 
 class Processor:
@@ -65,6 +67,8 @@ class Processor:
         self._rank = rank
         self._plans = Planner(rank)
         self._repeats = Repeats(sink)
+        lent = isinstance(sink, SupportsLentMemory) and sink.keeps_memory
+        self._lent = sink if lent and isinstance(sink, SupportsLentMemory) else None
         self._steps: dict[int, OpenStep] = {}
 
     @property
@@ -150,7 +154,8 @@ class Processor:
             step.counts.add(count_specs(batch.specs))
             raise
         step.add(plan, examined)
-        if self._inspector is None and step.error is None and self._repeats.may_repeat(batch, plan):
+        repeats = self._inspector is None and step.error is None and not self._may_lend(plan)
+        if repeats and self._repeats.may_repeat(batch, plan):
             step.waiting = batch, plan
         else:
             self._write_planned(batch, step, plan)
@@ -162,7 +167,14 @@ class Processor:
                 break
             some = stored[first : first + _AT_ONCE]
             digests = None if look is None else look.digests(first, len(some))
-            self._write(step, self._records(batch, step, some, digests))
+            chunks = [batch.chunks[each.place] for each in some] if self._may_lend(plan) else ()
+            self._write(step, self._records(batch, step, some, digests), chunks)
+
+    def _may_lend(self, plan: Plan) -> bool:
+        """Whether the sink may keep the memory of a plan's tensors, which are large."""
+        if self._lent is None or self._inspector is not None:
+            return False
+        return plan.nbytes >= _LARGE_BYTES * max(1, len(plan.texts.stored))
 
     def _records(
         self, batch: Batch, step: OpenStep, stored: Sequence[Planned], digests: list[str] | None
@@ -180,15 +192,31 @@ class Processor:
             made.append(Record(name, number, origin, data, digest, None if first is name else first))
         return made
 
-    def _write(self, step: OpenStep, records: Sequence[Record]) -> None:
+    def _write(self, step: OpenStep, records: Sequence[Record], lent: Sequence[Chunk] = ()) -> None:
         try:
-            self._sink.write(records)
+            if lent:
+                self._write_lent(records, lent)
+            else:
+                self._sink.write(records)
         except self.catches as error:
             # The rest of the batch is still booked, as captured and failed.
             step.error = error
             return
         step.written += len(records)
         step.bytes_written += sum(record.data.nbytes for record in records if record.alias_of is None)
+
+    def _write_lent(self, records: Sequence[Record], chunks: Sequence[Chunk]) -> None:
+        nbytes = sum(record.data.nbytes for record in records if record.alias_of is None)
+        lease = self._pool.lend({id(chunk): chunk for chunk in chunks}.values(), nbytes)
+        if lease is None or self._lent is None:
+            self._sink.write(records)
+            return
+        kept = False
+        try:
+            kept = self._lent.write_lent(records, lease)
+        finally:
+            if not kept:
+                lease.end()
 
     def end_step(self, end: StepEnd, give_up: bool = False) -> None:
         """Commit the step and book its ledger; a step that cannot be committed counts as failed."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 
 import torch
 
@@ -19,22 +19,26 @@ from .accelerator import Event
 
 CHUNK_BYTES = 32 << 20
 _ALIGN = 64
+# How much memory may be kept for each byte that is wanted of it.
+_MOST_LENT = 2
 
 
 class Chunk(Memory):
     """A piece of host memory that is filled from the front with tensor bytes.
 
     ``pinned`` memory is what a device can write to by itself; ``written`` is when it has. ``batches``
-    counts those on their way through the pipeline that need it; ``filling`` says that more may be added.
+    counts those on their way through the pipeline that need it; ``filling`` says that more may be added, and
+    ``spoilt`` that somebody may read it for as long as it lives.
     """
 
-    __slots__ = ("batches", "filling", "tensor", "view", "written")
+    __slots__ = ("batches", "filling", "spoilt", "tensor", "view", "written")
 
     def __init__(self, size: int, pinned: bool = False) -> None:
         self.size = size
         self.bytes = 0
         self.batches = 0
         self.filling = True
+        self.spoilt = False
         self.written: Event | None = None
         # A tensor made in inference mode could not be written outside it.
         with torch.inference_mode(False):
@@ -68,6 +72,21 @@ def _pinned(size: int) -> torch.Tensor:
 # Stands for "no chunk yet": full from the beginning.
 NO_CHUNK = Chunk(1)
 NO_CHUNK.bytes = NO_CHUNK.size + 1
+
+
+class ChunkLease:
+    """Chunks that somebody keeps beside the batch that they came with."""
+
+    def __init__(self, pool: HostPool, chunks: Iterable[Chunk]) -> None:
+        self._pool = pool
+        self._chunks = tuple(chunks)
+
+    def end(self, clean: bool = True) -> None:
+        """Give them back, once; not ``clean`` while somebody may still read them. Safe to repeat."""
+        chunks, self._chunks = self._chunks, ()
+        for chunk in chunks:
+            chunk.spoilt |= not clean
+            self._pool.release(chunk)
 
 
 class HostPool:
@@ -162,6 +181,14 @@ class HostPool:
                 self._take_back(chunk)
                 self._changed.notify_all()
 
+    def lend(self, chunks: Collection[Chunk], nbytes: int) -> ChunkLease | None:
+        """Chunks for whoever keeps ``nbytes`` of them; None where much more would be kept than these."""
+        if sum(chunk.size for chunk in chunks) > _MOST_LENT * nbytes:
+            return None
+        for chunk in chunks:
+            self.submitted(chunk)
+        return ChunkLease(self, chunks)
+
     def leave(self, chunk: Chunk) -> None:
         """Nothing more is added to the chunk: it comes back when no batch needs it."""
         with self._lock:
@@ -171,7 +198,7 @@ class HostPool:
     def rewind(self, chunk: Chunk) -> bool:
         """Fill the chunk from the front again, unless a batch still needs it."""
         with self._lock:
-            if chunk.batches:
+            if chunk.batches or chunk.spoilt:
                 return False
             chunk.bytes = 0
             return True
@@ -181,7 +208,7 @@ class HostPool:
             return
         chunk.bytes = 0
         chunk.filling = True
-        if self._taken > self.limit or not self._recycles:
+        if chunk.spoilt or self._taken > self.limit or not self._recycles:
             self._allocated -= chunk.size
         else:
             self._free.append(chunk)
