@@ -33,10 +33,15 @@ _VERIFY_LIMITS = {"pt": 1.3, "safetensors": 1.1}
 _CONVERT_LIMIT = 1.3
 # Every tree of files that is made stays until the end.
 _MOST_STEPS = 20
+# Of segments, which are few files, a run as long as shows what each step costs, beside what a run does.
+_LONG = 10
 
 
 def table(scale: Scale) -> list[Row]:
-    """A prefill, and decode steps of other tokens each, per backend: verified, and converted to the other."""
+    """A prefill, and decode steps of other tokens each, per backend: verified, and converted to the other.
+
+    Of segments more steps are verified, too.
+    """
     kinds: tuple[tuple[Kind, int], ...] = (("prefill", 1), ("decode", min(_MOST_STEPS, scale.decode_steps)))
     rows = []
     with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as name:
@@ -45,6 +50,9 @@ def table(scale: Scale) -> list[Row]:
             for backend in _OTHER:
                 run = _captured(kind, steps, backend, directory, scale)
                 rows += _rows(f"{kind} ({steps} steps)", run, backend, directory, scale)
+        steps = _LONG * min(_MOST_STEPS, scale.decode_steps)
+        run = _captured("decode", steps, "safetensors", directory, scale)
+        rows.append(_verified(f"decode ({steps} steps)", run, "safetensors", scale))
     return rows
 
 
@@ -83,21 +91,37 @@ def _rows(what: str, run: Path, backend: str, directory: Path, scale: Scale) -> 
     buffer = bytearray(max(file.stat().st_size for file in files))
     target = _Targets(directory / f"{run.parent.name}-{run.name}", keeps=other == "pt")
     plain = _Plain(files, buffer, _convert(run, other, target.next()))
-    calls: dict[str, Callable[[], float]] = {
-        "reading": lambda: timed(lambda: _read(files, buffer)),
-        "in pieces": lambda: timed(lambda: _read(files, bytearray(256 << 10))),
-        "verify": lambda: timed(lambda: tlcore.open_run(run).verify()),
+    calls = _reads(run, files, buffer) | {
         "convert": lambda: target.timed(lambda place: _convert(run, other, place)),
         "plain": lambda: target.timed(plain.make),
     }
     times = interleaved({name: clock.measure(name, call) for name, call in calls.items()}, scale.repeats)
-    small = f"; by pieces of 256 KiB {median(times['in pieces']) * 1e3:.0f} ms"
-    verify, converted = f"verify, {backend}, {what}", f"convert, {backend} to {other}, {what}"
+    converted = f"convert, {backend} to {other}, {what}"
     return [
-        _row(f"{verify} / reading into a used buffer", times, clock, "verify", "reading", small,
-             _VERIFY_LIMITS[backend]),
+        _verify_row(what, backend, times, clock),
         _row(f"{converted} / the same files plainly", times, clock, "convert", "plain", "", _CONVERT_LIMIT),
-    ]  # fmt: skip
+    ]
+
+
+def _verified(what: str, run: Path, backend: str, scale: Scale) -> Row:
+    files, clock = _files(run), _Clock()
+    calls = _reads(run, files, bytearray(max(file.stat().st_size for file in files)))
+    times = interleaved({name: clock.measure(name, call) for name, call in calls.items()}, scale.repeats)
+    return _verify_row(what, backend, times, clock)
+
+
+def _reads(run: Path, files: Sequence[Path], buffer: bytearray) -> dict[str, Callable[[], float]]:
+    return {
+        "reading": lambda: timed(lambda: _read(files, buffer)),
+        "in pieces": lambda: timed(lambda: _read(files, bytearray(256 << 10))),
+        "verify": lambda: timed(lambda: tlcore.open_run(run).verify()),
+    }
+
+
+def _verify_row(what: str, backend: str, times: dict[str, list[float]], clock: _Clock) -> Row:
+    small = f"; by pieces of 256 KiB {median(times['in pieces']) * 1e3:.0f} ms"
+    name = f"verify, {backend}, {what} / reading into a used buffer"
+    return _row(name, times, clock, "verify", "reading", small, _VERIFY_LIMITS[backend])
 
 
 def _row(
