@@ -16,6 +16,7 @@ from typing import Any, NamedTuple
 from ..analysis import Comparison, compare
 from ..analysis.results import Divergence
 from ..errors import ConfigError, ReadError
+from ..layout.directions import is_operator
 from ..layout.dtypes import torch_dtype
 from ..layout.names import shown_module
 from ..reader import Run
@@ -76,12 +77,37 @@ class Explanation:
         if first is None:
             return "no value of A and B differs: there is nothing to explain"
         if self.divergence is not None:
-            return str(self.divergence)
+            return f"{self.divergence}{self._why_no_operator(self.divergence)}"
         how = " and ".join(dict.fromkeys(f"{each.engine} with {each.model}" for each in self.makers))
         return (
             f"A and B part in {shown_module(first.module)}, but made again by {how}, in one pass over the"
             f" same {self.tokens} tokens, they agree. They part in something that this pass lacks: other"
             " weights or settings, a cache, other requests in the batch, compiled code, an adapter"
+        )
+
+    def _why_no_operator(self, found: Divergence) -> str:
+        """Why the last captures show no operator, and what to do then; nothing where they show one."""
+        if found.operator is not None or not self.again:
+            return ""
+        if not found.born:
+            given = shown_module(found.module)
+            return f"; no operator can be named: what {given} is given was not captured, or differs already"
+        module = (found.within if found.direction == "inputs" else found.module) or ""
+        name = shown_module(module)
+        last = self.again[-1]
+        if not _asked_for(last, module):
+            return f"; {last.advice}" if last.advice else ""
+        seen = (*last.results, *(last.origin.left_out if last.origin is not None else ()))
+        if any(each.module == module and is_operator(each.direction) for each in seen):
+            return (
+                f"; all operators that its code uses agree as far as they were compared: {name} computes what"
+                " differs beside them, from something else than tensors, or in one that it changes in place"
+            )
+        other = " or with --engine transformers" if "vllm" in (each.engine for each in self.makers) else ""
+        return (
+            f"; no operator can be named: the code of {name} calls no function of torch by which it could"
+            " be heard, but a kernel of its engine's. What it is given agrees, so look at what it was made"
+            f" with (heads, scale, masks, window), or explain A and B with another kernel{other}"
         )
 
     def to_json(self) -> Json:
@@ -95,6 +121,12 @@ class Explanation:
             "divergence": None if last is None else last.to_json(),
             "verdict": str(self),
         }
+
+
+def _asked_for(comparison: Comparison, module: str) -> bool:
+    """Whether operators of a module of A were captured, if it used any."""
+    runs = () if comparison.origin is None else comparison.origin.runs[:1]
+    return any(re.search(str(each), module) for run in runs for each in run.config.get("ops") or ())
 
 
 @dataclass(frozen=True)
