@@ -1,6 +1,7 @@
 """Runs an engine of one or several ranks, attaches to it, and prints what came of it as one JSON line.
 
 ``python ranks_script.py OUTPUT_DIR KEYWORDS``, where KEYWORDS is a JSON object of arguments for ``LLM``.
+Without a ``model`` it is the tiny one.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ def main(output_dir: str, keywords: dict[str, Any]) -> dict[str, Any]:
     from tests.adapters.vllm.helpers import prepare_stages
     from tests.models import tiny_llama
 
-    llm = LLM(
-        str(tiny_llama()), enforce_eager=True, max_model_len=256, enable_prefix_caching=False, **keywords
-    )
+    model = keywords.pop("model", None) or str(tiny_llama())
+    llm = LLM(model, enforce_eager=True, max_model_len=256, enable_prefix_caching=False, **keywords)
     if keywords.get("pipeline_parallel_size", 1) > 1:
         prepare_stages(llm)
     sampling = SamplingParams(temperature=0.0, max_tokens=2, ignore_eos=True)

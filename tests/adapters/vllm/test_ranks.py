@@ -12,6 +12,7 @@ import torch
 
 import tlcore
 from tests.adapters.vllm.helpers import REPOSITORY, SEVERAL_RANKS, all_stored, report
+from tests.adapters.vllm.of_transformers import KINDS, write_model
 from tlcore.reader import Request, Run
 
 pytestmark = pytest.mark.slow
@@ -106,6 +107,21 @@ def test_parts_joined_in_a_wrong_order_would_be_found(
         first, second = two.tensor(name)[:prompt].float(), two.tensor(f"{name}_rank_1")[:prompt].float()
         swapped = torch.cat([second, first], 1)
         assert float((mine - swapped).norm() / mine.norm()) > 10 * TOLERANCE
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("kind", KINDS)
+def test_joined_tensors_of_transformers_code_are_those_of_a_single_rank(kind: str, tmp_path: Path) -> None:
+    """Some have no projection that is known to be of queries, keys and values, and norms over all heads."""
+    write_model(kind, tmp_path / "model")
+    keywords = {"model": str(tmp_path / "model"), "dtype": "float32"}
+    single = _said(tmp_path / "single", **keywords)
+    parallel = _said(tmp_path / "parallel", tensor_parallel_size=2, **keywords)
+    found = tlcore.compare(single["url"], parallel["url"], rtol=2**-10, by_norm=True)
+    assert {name for name, count in found.counts.items() if count} == {"bitwise", "close"}
+    for (one, prompt), (two, _) in zip(_requests(single), _requests(parallel), strict=True):
+        assert set(one.names) <= set(two.names) and len(one.names) > 100
+        assert max(_error(one, two, name, prompt) for name in one.names) < 2**-10
 
 
 def test_pipeline_stages_share_a_run(single: dict[str, Any], pipeline_parallel: dict[str, Any]) -> None:

@@ -18,6 +18,11 @@ from ..module_names import plain_modules, without_adapters
 from .expert_sharding import SUM, SUM_OR_WHOLE, expert_parts
 
 _FIRST_OUTPUT = ("", "0")
+# The class of norms that gather what the other ranks have, in transformers' code.
+_OF_ALL_RANKS = "TPAwareNormMixin"
+_ACTIVATIONS = (
+    "vllm.model_executor.layers.activation", "torch.nn.modules.activation", "transformers.activations"
+)  # fmt: skip
 
 
 def sharding_of(model: nn.Module, rank: int, size: int) -> Json | None:
@@ -45,7 +50,7 @@ def sharding_of(model: nn.Module, rank: int, size: int) -> Json | None:
         elif isinstance(module, VocabParallelEmbedding):
             described = _embedding(module)
         elif isinstance(module, Attention):
-            described = _attention(model, name)
+            described = _attention(model, name, module, size)
         elif any(map(_leaves_the_sum, module.children())):
             described = {"outputs": {"": SUM_OR_WHOLE}}
         if described:
@@ -94,14 +99,30 @@ def _embedding(layer: Any) -> Json:
     return {"outputs": {"": SUM}}
 
 
-def _attention(model: nn.Module, name: str) -> Json:
+def _attention(model: Any, name: str, layer: Any, size: int) -> Json:
     """A rank has its own heads; key and value heads fewer than ranks are held by several."""
     projection = _qkv(_parent(model, name))
-    if projection is None:
-        return {}
-    query, key = _heads(1), _heads(projection.num_kv_head_replicas)
+    if projection is not None:
+        query, key = _heads(1), _heads(projection.num_kv_head_replicas)
+    else:
+        config: Any = getattr(model, "config", None)
+        config = config.get_text_config() if hasattr(config, "get_text_config") else config
+        heads = getattr(config, "num_attention_heads", None)
+        query = _held(int(layer.num_heads), heads, size)
+        key = _held(int(layer.num_kv_heads), getattr(config, "num_key_value_heads", None) or heads, size)
     inputs = {"0": query, "query": query, "1": key, "key": key, "2": key, "value": key}
     return {"inputs": inputs, "outputs": {"": query}}
+
+
+def _held(own: int, heads: Any, size: int) -> Json:
+    """What a rank has that holds so many ``own`` ones of a model's heads, whatever projects them."""
+    if heads == own * size:
+        return _heads(1)
+    if heads == own:
+        return _heads(size)
+    if own == 1 and type(heads) is int and heads and size % heads == 0:
+        return _heads(size // heads)
+    return {"unknown": "which heads of the model a rank has is not known"}
 
 
 def _between(parent: nn.Module, name: str) -> dict[str, Json]:
@@ -130,11 +151,18 @@ def _rotary(module: nn.Module, projection: Any) -> Json:
 
 
 def _head_norm(module: Any, projection: Any, child: str) -> Json:
-    """A norm of each head (..., heads, head size); one over all heads is not told apart from others."""
+    """A norm of each head (..., heads, head size), or over all heads, of which each rank has its own.
+
+    One that is given all ranks' heads is not told apart from others.
+    """
     weight = getattr(module, "weight", None)
-    if weight is None or weight.shape[-1] != projection.head_size:
+    if weight is None:
         return {}
     part: Json = {"dim": -2}
+    if weight.shape[-1] != projection.head_size:
+        if all(each.__name__ != _OF_ALL_RANKS for each in type(module).__mro__):
+            return {}
+        part = {"dim": -1}
     if child == "k_norm" and projection.num_kv_head_replicas > 1:
         part["copies"] = [projection.num_kv_head_replicas]
     return {"inputs": {"0": part, "x": part}, "outputs": {"": part}}
@@ -156,7 +184,7 @@ def _activation(module: nn.Module, siblings: dict[str, nn.Module]) -> Json:
 
 def _is_activation(module: nn.Module) -> bool:
     home = type(module).__module__
-    return home.startswith(("vllm.model_executor.layers.activation", "torch.nn.modules.activation"))
+    return home.startswith(_ACTIVATIONS)
 
 
 def _heads(copies: int) -> Json:
