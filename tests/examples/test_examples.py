@@ -89,9 +89,14 @@ def test_a_probe_on_the_last_token_tells_words_it_has_not_seen(tmp_path: Path) -
 
 
 @pytest.mark.slow
-def test_a_probe_says_which_layers_there_are(tmp_path: Path) -> None:
-    places = ["--output-dir", str(tmp_path), "--model", str(tiny_llama()), "--layers", "9"]
-    command = [sys.executable, str(EXAMPLES / "last_token_probe.py"), *places]
+@pytest.mark.parametrize(
+    ("script", "flag"), [("last_token_probe.py", "--layers"), ("sparse_autoencoder.py", "--layer")]
+)
+def test_an_example_says_which_layers_there_are(script: str, flag: str, tmp_path: Path) -> None:
+    if script == "sparse_autoencoder.py":
+        pytest.importorskip("matplotlib")
+    places = ["--output-dir", str(tmp_path), "--model", str(tiny_llama()), flag, "9"]
+    command = [sys.executable, str(EXAMPLES / script), *places]
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 1 and not any(tmp_path.iterdir())
-    assert "the model has 4 layers, numbered from 0: name some of them by --layers" in done.stderr
+    assert "the model has 4 layers, numbered from 0: name " in done.stderr and flag in done.stderr
