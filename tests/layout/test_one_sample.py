@@ -6,7 +6,9 @@ from typing import Any
 
 import pytest
 import torch
+from jsonschema import Draft202012Validator
 
+import tlcore_schemas
 from tlcore.engine.filters.rows import StepRows
 from tlcore.layout.grids import UNCLEAR, as_rows
 from tlcore.layout.one_sample import axis_in_sample
@@ -163,6 +165,20 @@ def test_row_sets_of_single_calls_tell_it_too() -> None:
     assert entry["sets"][0]["batched"] is True
     spans = CallRows(document).spans({**_record(1, 2, 8), "name": "step_0/draft/outputs_cpu"})
     assert [(span.row["request_id"], span.axis) for span in spans] == [("a", 1), ("b", 1)]
+
+
+def test_what_is_said_of_it_fits_the_schema() -> None:
+    rows = _told(2, 1, padded=5)
+    rows.enter([RowSet("drafts", _rows(1, 1), batched=True)])
+    document = rows.document()
+    validator = Draft202012Validator({**tlcore_schemas.load("step.v1"), "required": []})
+    (entry,) = (each for each in document["call_rows"] if each["sets"])
+    for place in (document, entry["sets"][0]):
+        validator.validate(document)
+        assert place["batched"] is True
+        place["batched"] = "yes"
+        assert not validator.is_valid(document)
+        place["batched"] = True
 
 
 def test_shapes_of_something_else_are_nobodys() -> None:
