@@ -22,6 +22,7 @@ from tlcore.testing import RunWriter, make_record, make_run, make_summary
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.storage import atomic_file as unfinished
 from tlcore_backends.storage import local as stores
+from tlcore_backends.storage import unfinished_folder
 
 STEPS = 5
 LOST = "at capture 24 of 30 tensors failed and are not in the run"
@@ -37,10 +38,15 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return write_all(handle, pieces)
 
+    def no_files(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
     def fill(captured: tlcore.capture, step: int) -> None:
         if step == 1:
             captured.session.flush()
             monkeypatch.setattr(unfinished, "write_all", full)
+            # A step that is like one before is made as a whole.
+            monkeypatch.setattr(unfinished_folder, "make_files", no_files)
 
     outcome = capture({"output_dir": str(tmp_path / "runs"), "backend": "pt"}, STEPS, fill)
     monkeypatch.undo()
