@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,48 +14,10 @@ from torch import nn
 
 import tlcore
 import tlcore_schemas
+from tests.engine.injecting import Layer, Two, X, inject, run
 from tests.engine.samples import PROMPTS, llama, padded
 from tests.sinks import MemorySink
-from tests.toys import hook_count
 from tlcore.__main__ import main
-
-X = torch.randn(3, 6, generator=torch.Generator().manual_seed(5))
-
-
-class Two(nn.Module):
-    """Two layers and a module of a structured result; ``faults`` are those that go wrong."""
-
-    def __init__(self, *faults: str) -> None:
-        super().__init__()
-        torch.manual_seed(1)
-        self.first, self.second, self.last = Layer("first" in faults), Layer("second" in faults), Layer()
-
-    def forward(self, x: torch.Tensor, scale: float = 1.0) -> Any:
-        pair, kept = self.first(x * scale)["pair"]
-        return self.last(self.second(pair + kept)["pair"][0])["pair"]
-
-
-class Layer(nn.Module):
-    def __init__(self, wrong: bool = False) -> None:
-        super().__init__()
-        self.linear = nn.Linear(6, 6)
-        self.by = 1.5 if wrong else 1.0
-
-    def forward(self, x: torch.Tensor) -> Any:
-        y = self.linear(x) * self.by
-        return {"pair": (y, x), "size": 6, "none": None}
-
-
-def run(tmp_path: Path, model: nn.Module, *given: Any, **keys: Any) -> Any:
-    """The run of a capture, its result and remarks."""
-    with tlcore.capture(model, output_dir=str(tmp_path), log_step_ids=[], **keys) as capture:
-        results = [model(*(each if isinstance(each, tuple) else (each,))) for each in given or (X,)]
-    assert capture.ledger.balanced and not capture.ledger.failed and hook_count(model) == 0
-    return tlcore.open_run(capture.url), results, capture.remarks
-
-
-def inject(other: Any, *modules: str) -> dict[str, Any]:
-    return {"run": other.url, "modules": list(modules)}
 
 
 def test_of_two_faults_the_second_is_seen_once_the_first_is_injected(tmp_path: Path) -> None:
@@ -82,65 +43,6 @@ def test_where_nothing_differs_nothing_changes(tmp_path: Path) -> None:
     assert torch.equal(injected[0][0], results[0][0])
     compared = tlcore.compare(right, again)
     assert compared.equal and compared.counts["bitwise"] == len(compared.results)
-
-
-class Writes(nn.Module):
-    """Works in place: whoever goes on with what it was given sees its result."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.full((6,), 2.0))
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x.mul_(self.weight)
-
-
-class Passes(Writes):
-    """Gives what it is given, which is no writing."""
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return x
-
-
-class Shares(Writes):
-    """Gives one tensor twice, a view of it, and a key that is a number."""
-
-    def forward(self, x: torch.Tensor) -> Any:
-        y = x * self.weight
-        return {0: y, "again": (y, None), "view": y[:, 1:]}
-
-
-class Around(nn.Module):
-    def __init__(self, inner: nn.Module) -> None:
-        super().__init__()
-        self.inner = inner
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        given = x + 1
-        found = self.inner(given)
-        if isinstance(found, dict):
-            found[0] += 2
-            total: torch.Tensor = given.sum() + found["again"][0].sum() + found["view"].sum()
-            return total
-        return given + 0 * found if isinstance(self.inner, Passes) else given * 2
-
-
-@pytest.mark.parametrize("make", [Writes, Passes, Shares])
-@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
-def test_what_shares_memory_goes_on_sharing_it(
-    tmp_path: Path, make: Callable[[], Writes], mode: Callable[[], Any]
-) -> None:
-    right, wrong = Around(make()), Around(make())
-    with torch.no_grad():
-        wrong.get_parameter("inner.weight").mul_(3)
-    with mode():
-        good, results, _ = run(tmp_path, right)
-        _, same, _ = run(tmp_path, right, inject=inject(good, "^inner$"))
-        _, injected, remarks = run(tmp_path, wrong, inject=inject(good, "^inner$"))
-        _, without, _ = run(tmp_path, wrong)
-    assert remarks[0].startswith("inject: 1 results are those of") and len(remarks) == 1
-    assert torch.equal(same[0], results[0]) and torch.equal(injected[0], results[0])
-    assert torch.equal(without[0], results[0]) == (make is Passes)
 
 
 def test_a_run_is_marked_wherever_it_is_listed_and_converted(

@@ -6,7 +6,7 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -51,6 +51,15 @@ def say_and_end(found: Any) -> NoReturn:
     sys.stdout.write(f"\nREPORT {json.dumps(found)}\n")
     sys.stdout.flush()
     os._exit(0)
+
+
+def answered(url: str, outputs: Sequence[Any]) -> dict[str, Any]:
+    """What a script reports of a run and of vLLM's ``outputs``: where it lies, ids, all tokens of each."""
+    return {
+        "url": url,
+        "ids": [each.request_id for each in outputs],
+        "tokens": [list(each.prompt_token_ids or ()) + list(each.outputs[0].token_ids) for each in outputs],
+    }
 
 
 def report(

@@ -14,7 +14,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from tests.adapters.vllm.helpers import say_and_end
+from tests.adapters.vllm.helpers import answered, say_and_end
 from tests.adapters.vllm.images import MIXED, SMALLS, Asked, write_model
 from tlcore.layout.rows import RowSet
 
@@ -56,13 +56,7 @@ def main(output_dir: str) -> dict[str, Any]:
                 use_tqdm=False,
             )
         numbered += len(asked)
-        report[name] = {
-            "url": attached.url,
-            "ids": [output.request_id for output in outputs],
-            "tokens": [
-                list(each.prompt_token_ids or ()) + list(each.outputs[0].token_ids) for each in outputs
-            ],
-        }
+        report[name] = answered(attached.url, outputs)
 
     capture("all", MIXED)
     for chosen in range(len(MIXED)):

@@ -17,7 +17,7 @@ sys.path.insert(0, str(Path(__file__).parents[3]))
 
 from tests.adapters.vllm.adapters import NAMES, RANK, write_adapter
 from tests.adapters.vllm.drafters import speculator, target_of
-from tests.adapters.vllm.helpers import prepare_stages, say_and_end
+from tests.adapters.vllm.helpers import answered, prepare_stages, say_and_end
 from tests.adapters.vllm.mixes import run_mix
 from tests.adapters.vllm.replicas import Replicas
 from tests.adapters.vllm.second_runner import use_second_runner
@@ -150,14 +150,7 @@ def _three_ways(llm: Any, output_dir: str, prompt_logits: bool) -> dict[str, Any
             outputs = llm.generate(
                 [{"prompt_token_ids": prompt} for prompt in prompts], sampling, use_tqdm=False
             )
-        report[name] = {
-            "url": attached.url,
-            "ids": [output.request_id for output in outputs],
-            "tokens": [
-                prompt + list(output.outputs[0].token_ids)
-                for prompt, output in zip(prompts, outputs, strict=True)
-            ],
-        }
+        report[name] = answered(attached.url, outputs)
     return report
 
 

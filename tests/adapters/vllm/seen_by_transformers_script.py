@@ -12,7 +12,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).parents[3]))
 
-from tests.adapters.vllm.helpers import say_and_end
+from tests.adapters.vllm.helpers import answered, say_and_end
 from tests.adapters.vllm.seen_by_transformers import ASKED, IMAGE, pictures, write_model
 
 CHOSEN = 2
@@ -57,13 +57,7 @@ def main(output_dir: str) -> dict[str, Any]:
             outputs = llm.generate(
                 asked, SamplingParams(temperature=0.0, max_tokens=5, ignore_eos=True), use_tqdm=False
             )
-        report[name] = {
-            "url": attached.url,
-            "ids": [output.request_id for output in outputs],
-            "tokens": [
-                list(each.prompt_token_ids or ()) + list(each.outputs[0].token_ids) for each in outputs
-            ],
-        }
+        report[name] = answered(attached.url, outputs)
     return report
 
 
