@@ -174,7 +174,7 @@ class Processor:
         """Whether the sink may keep the memory of a plan's tensors, which are large."""
         if self._lent is None or self._inspector is not None:
             return False
-        return plan.nbytes >= _LARGE_BYTES * max(1, len(plan.texts.stored))
+        return plan.nbytes >= _LARGE_BYTES * max(1, len(plan))
 
     def _records(
         self, batch: Batch, step: OpenStep, stored: Sequence[Planned], digests: list[str] | None
