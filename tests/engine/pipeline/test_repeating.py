@@ -117,6 +117,27 @@ def test_a_step_that_differs_in_rows_alone_is_written_at_once(
         assert torch.equal(found.step(step).tensor(name), inputs(count, step))
 
 
+@pytest.mark.parametrize(
+    "keys",
+    [{"store_dtype": "int8"}, {"store_dtype": "bfloat16"}, {"log_post_fwd_inputs": True}],
+    ids=["int8", "bfloat16", "inputs afterwards"],
+)
+def test_rows_that_differ_are_those_of_what_is_stored(
+    keys: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native()
+    resized: list[bytes] = []
+    plain = SegmentSink.write_resized
+
+    def counting(sink: SegmentSink, step: AlikeStep, rows: bytes, summary: StepSummary) -> bool:
+        resized.append(rows)
+        return plain(sink, step, rows, summary)
+
+    monkeypatch.setattr(SegmentSink, "write_resized", counting)
+    both(tmp_path, [(inputs(count, seed),) for seed, count in enumerate([2, 5, 3, 1, 9])], **keys)
+    assert len(resized) >= 3
+
+
 def test_steps_of_other_rows_follow_those_that_the_sink_still_knows(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
