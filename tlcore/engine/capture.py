@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import weakref
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from types import TracebackType
 from typing import Any
 
@@ -20,7 +20,6 @@ from . import remarks
 from .environment import environment
 from .filters.modules import may_be_tap
 from .filters.named_rows import Named, named_rows
-from .hooks.batch_calls import BatchCalls
 from .hooks.compiled_functions import CompiledFunctions
 from .hooks.compiled_parts import compiled_parts, refuse_unreachable, shown
 from .hooks.compiled_versions import CompiledVersions
@@ -81,7 +80,6 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._group = group
         self._sink = sink
         self._session: Session | None = None
-        self._batches: BatchCalls | None = None
         self._traced = self.config.compiled == "taps"
         if self._traced and not TRACES:
             problem = f"compiled models cannot be tapped with torch {torch.__version__}, which is too old."
@@ -89,7 +87,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         if self._traced and self.config.log_gradients:
             problem = 'what "compiled": "taps" shows of compiled code has no gradients.'
             raise ConfigError("$.log_gradients", problem, "Leave one of the two out.")
-        given = (self._begin_step, self._end_step, self.config.step, self._around)
+        given = (self._begin_step, self._end_step, self.config.step)
         self._steps = StepCalls(*given, watches=not self._traced)
         self._versions = CompiledVersions(self._steps.heard)
         self._functions = CompiledFunctions(self._steps.heard, self._modules_by_id)
@@ -139,7 +137,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
             self._session.attach(model, traced=self._steps)
         else:
             self._session.attach(model, may_change_within=True)
-        self._batches = self._session.listen_to_batches()
+        self._steps.around = self._session.listen_to_batches().around
         tree = self._session.tree
         assert tree is not None
         self._steps.install(tree)
@@ -161,7 +159,6 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._note_what_passed_by(self._model)
         # Whoever keeps the capture, for its ledger, need not keep a model.
         del self._model
-        self._batches = None
         try:
             self._session.close()
         except CaptureError:
@@ -196,9 +193,6 @@ class capture:  # noqa: N801 - a context manager reads like a function
         samples = self._session.samples
         before, samples.named = samples.named, rows
         return before
-
-    def _around(self, module: nn.Module) -> Callable[..., Any] | None:
-        return None if self._batches is None else self._batches.around(module)
 
     def _modules_by_id(self) -> dict[int, str]:
         return {id(each.module): each.name for each in ModuleTree(self._model).modules}

@@ -134,15 +134,12 @@ class _BatchCall(StandIn):
         entered = self.calls.enter(self.taker, given)
         result = None
         try:
-            result = self._beneath()(*args, **kwargs)
+            found = self.now()
+            # What stands for a step's call only passes on within the step.
+            result = (found.now() if type(found) is StepCall else found)(*args, **kwargs)
         finally:
             self.calls.leave(entered, result)
         return result
-
-    def _beneath(self) -> Callable[..., Any]:
-        """What it stands for; within a step what stands for a step's call only passes on."""
-        found = self.now()
-        return found.now() if type(found) is StepCall else found
 
 
 def _takers(tree: ModuleTree) -> list[tuple[Named, Taker]]:

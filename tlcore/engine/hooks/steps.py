@@ -47,6 +47,13 @@ def method_of(model: nn.Module, kind: str) -> str:
     return name
 
 
+Around = Callable[[nn.Module], Callable[..., Any] | None]
+
+
+def _nothing(module: nn.Module) -> None:
+    return None
+
+
 class StepCalls:
     """Calls ``begin`` before and ``end`` after whatever is a step of a model, on one thread at a time.
 
@@ -62,7 +69,7 @@ class StepCalls:
         begin: Callable[[], bool],
         end: Callable[[BaseException | None], object],
         kind: str = "root",
-        around: Callable[[nn.Module], Callable[..., Any] | None] = lambda module: None,
+        around: Around = _nothing,
         watches: bool = True,
     ) -> None:
         self.around = around
@@ -102,6 +109,8 @@ class StepCalls:
             each.take_away()
             each.dead = True
         self._steps, self._strays, self._tree = [], [], None
+        # Whoever keeps this need not keep a model.
+        self.around = _nothing
 
     def follow(self, tree: ModuleTree) -> None:
         """The model's modules have changed."""

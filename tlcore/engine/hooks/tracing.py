@@ -19,6 +19,8 @@ from ..staging.accelerator import recording
 _MODE = torch._C._TorchDispatchModeKey
 # With those of tracers.
 _count_of_modes = torch._C._len_torch_dispatch_stack
+_is_tracing = torch._C._is_tracing
+_transforms = torch._C._functorch.peek_interpreter_stack
 # Old releases, which do not have this, trace neither a listener's call nor tell an export from a compilation.
 TRACES = hasattr(torch.compiler, "is_exporting")
 is_exporting: Callable[[], bool] = getattr(torch.compiler, "is_exporting", lambda: False)
@@ -33,7 +35,7 @@ def why_traced() -> str | None:
     """By what a call is traced now; None for one that computes."""
     if _compiler._is_compiling_flag:
         return EXPORTED if is_exporting() else COMPILED
-    if torch._C._is_tracing():
+    if _is_tracing():
         return "torch.jit.trace"
     if _count_of_modes():
         modes = torch._C._get_dispatch_mode
@@ -44,12 +46,14 @@ def why_traced() -> str | None:
 
 def why_not_real() -> str | None:
     """Why a call now cannot be captured, such as one that is only traced; None for an ordinary call."""
-    reason = why_traced()
-    if reason is None and torch._C._functorch.peek_interpreter_stack() is not None:
+    # Asked in each step: what `why_traced` asks is looked at first, which takes fewer calls of Python.
+    if _compiler._is_compiling_flag or _is_tracing() or _count_of_modes() or is_symbolic():
+        reason = why_traced()
+        if reason is not None:
+            return reason
+    if _transforms() is not None:
         return TRANSFORMED
-    if reason is None and recording():
-        return "a CUDA graph being captured"
-    return reason
+    return "a CUDA graph being captured" if recording() else None
 
 
 class Told(Protocol):
