@@ -238,7 +238,9 @@ def test_push_delivers_what_a_run_left_byte_for_byte(
             assert main(["push", str(spill)]) == 1
             assert "its process is alive" in capsys.readouterr().out
 
-    keys = {**KEYS, "backend": backend(weed, proxy, format=format), "spill_dir": str(spill)}
+    # Before the outage nothing is spilled, however slow the server is at the moment.
+    patient = {**KEYS, "block_s": 20 * BLOCK_S}
+    keys = {**patient, "backend": backend(weed, proxy, format=format), "spill_dir": str(spill)}
     outcome = capture(keys, 5, outage)
     assert_unhurt(outcome, 5)
     assert outcome.close_s < 10 + SLACK_S

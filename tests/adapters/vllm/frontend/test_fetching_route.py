@@ -17,6 +17,8 @@ from tlcore.adapters.vllm.frontend.endpoint import EndpointPlugin
 from tlcore.adapters.vllm.reports import VARIABLE
 
 NEVER, AT_ONCE = 10**6, 1
+# A message that does not come while the request is answered.
+_LATER_S = 600
 
 
 @pytest.fixture(autouse=True)
@@ -79,7 +81,7 @@ def _sent(client: Any, path: str, token: str, guarded: bool = True, leaves: bool
 
     async def receive() -> Any:
         if not messages:
-            await asyncio.Event().wait()
+            await asyncio.sleep(_LATER_S)
         return messages.pop(0)
 
     async def send(message: Any) -> None:
