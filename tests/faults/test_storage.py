@@ -239,7 +239,7 @@ def test_push_delivers_what_a_run_left_byte_for_byte(
             assert "its process is alive" in capsys.readouterr().out
 
     # Before the outage nothing is spilled, however slow the server is at the moment.
-    patient = {**KEYS, "block_s": 20 * BLOCK_S}
+    patient = {**KEYS, "block_s": 4 * BLOCK_S}
     keys = {**patient, "backend": backend(weed, proxy, format=format), "spill_dir": str(spill)}
     outcome = capture(keys, 5, outage)
     assert_unhurt(outcome, 5)
