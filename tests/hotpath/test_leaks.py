@@ -83,10 +83,11 @@ def _grown_by(step: Callable[[], None]) -> tuple[int, int]:
     return len(gc.get_objects()) - objects, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory
 
 
-def test_capture_keeps_nothing_of_its_steps(tmp_path: Any) -> None:
-    native()
-    model, x = Model(), torch.ones(64, 64)
-    config = load_config({"output_dir": str(tmp_path), "log_step_ids": []})
+def stepping(
+    model: nn.Module, x: torch.Tensor, directory: Any, **keys: Any
+) -> tuple[Session, Callable[[], None]]:
+    """A session of a model, and one captured step of it."""
+    config = load_config({"output_dir": str(directory), "log_step_ids": [], **keys})
     session = Session(config, new_run(config), Nowhere(), inline=True)
     session.attach(model)
 
@@ -95,6 +96,13 @@ def test_capture_keeps_nothing_of_its_steps(tmp_path: Any) -> None:
         model(x)
         session.end_step()
 
+    return session, step
+
+
+def test_capture_keeps_nothing_of_its_steps(tmp_path: Any) -> None:
+    native()
+    model, x = Model(), torch.ones(64, 64)
+    session, step = stepping(model, x, tmp_path)
     step()
     assert session._hookup.hooks is not None
     calls = [call for each in session._hookup.hooks._listeners for call in each._sites if call is not None]
@@ -126,15 +134,7 @@ class Computes(nn.Module):
 def test_operators_keep_nothing_of_their_steps(tmp_path: Any) -> None:
     native()
     model, x = Computes(), torch.ones(8, 8)
-    config = load_config({"output_dir": str(tmp_path), "log_step_ids": [], "ops": ["^"]})
-    session = Session(config, new_run(config), Nowhere(), inline=True)
-    session.attach(model)
-
-    def step() -> None:
-        session.begin_step()
-        model(x)
-        session.end_step()
-
+    session, step = stepping(model, x, tmp_path, ops=["^"])
     for _ in range(3):
         step()
     operators = session._hookup._audience.operators

@@ -67,8 +67,7 @@ class Processor:
         self._rank = rank
         self._plans = Planner(rank)
         self._repeats = Repeats(sink)
-        lent = isinstance(sink, SupportsLentMemory) and sink.keeps_memory
-        self._lent = sink if lent and isinstance(sink, SupportsLentMemory) else None
+        self._lent = sink if isinstance(sink, SupportsLentMemory) and sink.keeps_memory else None
         self._steps: dict[int, OpenStep] = {}
 
     @property

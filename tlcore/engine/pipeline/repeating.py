@@ -24,7 +24,8 @@ _MOST_PLANS = 64
 _MOST_KINDS = 8
 # A larger step is hashed while it is written, so that it comes once into the processor's caches.
 _LARGE_BYTES = 64 << 20
-_DIGITS = 32
+_HASH_BYTES = 16
+_DIGITS = 2 * _HASH_BYTES
 
 
 class _Steps:
@@ -75,9 +76,8 @@ class Look(NamedTuple):
 
     def digests(self, first: int, count: int) -> list[str]:
         """The hashes of so many tensors from ``first`` on."""
-        text = self.hashes.hex()
-        ends = range((first + 1) * _DIGITS, (first + count) * _DIGITS + 1, _DIGITS)
-        return [text[end - _DIGITS : end] for end in ends]
+        text = self.hashes[first * _HASH_BYTES : (first + count) * _HASH_BYTES].hex()
+        return [text[begin : begin + _DIGITS] for begin in range(0, len(text), _DIGITS)]
 
     def fill(self, memory: memoryview) -> bool:
         """Put the bytes of all tensors that are no aliases into memory of that size."""
