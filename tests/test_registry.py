@@ -64,6 +64,18 @@ def test_a_registered_name_does_not_reach_other_processes() -> None:
     assert registry.resolve("pt", portable=True).portable
 
 
+def test_what_is_installed_after_a_first_look_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert "later" not in registry.available()
+    info = tmp_path / "later-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: later\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text("[tlcore.backends]\nlater = later:Sink\n")
+    assert "later" in registry.available()
+
+
 def test_entry_points_are_found_and_never_replace_a_built_in(plugin: None) -> None:
     backend = registry.resolve("theirs", portable=True)
     assert backend.origin == "entry point"

@@ -10,9 +10,11 @@ import importlib
 import json
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -297,8 +299,21 @@ def _built_in_schema(name: str) -> Mapping[str, Any]:
     return tlcore_schemas.load(f"backend/{name}.v1")
 
 
-def _entry_points(group: str) -> list[EntryPoint]:
-    return sorted(entry_points(group=group), key=lambda point: (point.name, point.value))
+def _entry_points(group: str) -> Sequence[EntryPoint]:
+    return _points_of(group, tuple((place, _changed_at(place)) for place in sys.path))
+
+
+@lru_cache(maxsize=8)
+def _points_of(group: str, _places: Hashable) -> Sequence[EntryPoint]:
+    """Kept for as long as nothing was installed: whoever looks opens a file of each package there is."""
+    return tuple(sorted(entry_points(group=group), key=lambda point: (point.name, point.value)))
+
+
+def _changed_at(place: str) -> int | None:
+    try:
+        return os.stat(place or ".").st_mtime_ns
+    except OSError:
+        return None
 
 
 def _loaded(name: str, target: str, origin: Origin) -> NamedBackend:

@@ -12,6 +12,7 @@ from tlcore.errors import BackendError
 
 from .obstore_options import obstore_options
 from .redaction import Redactor
+from .s3_sessions import share_descriptions
 
 _EXTRAS = {
     **dict.fromkeys(("s3", "s3a"), "s3"),
@@ -61,6 +62,7 @@ def open_filesystem(
     if protocol in ("s3", "s3a"):
         # Calls that fail are tried again by RemoteCalls, under one policy for every protocol.
         filesystem.retries = 1
+        share_descriptions(filesystem)
     return filesystem, root
 
 
