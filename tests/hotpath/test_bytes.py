@@ -207,6 +207,14 @@ def test_reading_gives_whole_regular_files_and_says_of_all_others_that_it_did_no
     # What could not be read leaves its room free.
     assert found == [0, 64, 256, -1, -1, -1, -1, 384, -1]
     assert target[:5] == b"first" and target[64:244] == b"second" * 30 and target[384:389] == b"first"
+    (tmp_path / "folder" / "c").write_bytes(b"third")
+    names, sizes, found = [*names, "folder/c", "folder/../a"], [*sizes, 5, 5], [*found, 0, -1]
+    for name, size, place in zip(names, sizes, found, strict=True):
+        # One alone is read in another way.
+        memory = bytearray(size)
+        assert half("read_files")(memory, str(tmp_path), (name,), (size,)) == [min(place, 0)]
+        if place >= 0:
+            assert memory == (tmp_path / name).read_bytes()
 
 
 def test_identities_tell_hard_links_from_other_files(half: Half, tmp_path: Path) -> None:

@@ -38,6 +38,10 @@ long tlcore_read_entries(int handle, char *entries, size_t room);
 /* Up to `most` bytes, fewer only at the file's end; -1 for an error. */
 ssize_t tlcore_read_piece(int handle, char *target, size_t most);
 
+/* Whether one file of exactly `bytes` bytes that lies directly in a directory was read; both names are bytes. It takes
+ * half of the calls that the way by a handle of the directory does. */
+int tlcore_read_directly(PyObject *directory, PyObject *name, char *target, Py_ssize_t bytes);
+
 /* Have `move` (readv or writev) fill, or write, all parts, at most so many bytes a call; 0 or the system's error,
  * EIO also at a file's end. The parts are changed on the way. */
 typedef ssize_t (*tlcore_mover)(int, const struct iovec *, int);

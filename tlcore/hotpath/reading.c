@@ -82,6 +82,24 @@ static PyObject *run_jobs(const tlcore_places *files, PyObject *sizes, Py_buffer
     return found;
 }
 
+/* Whether there is one file and it was read; -1 with an exception set. */
+static int read_alone(PyObject *directory, PyObject *names, PyObject *sizes, Py_buffer *target)
+{
+    PyObject *home = NULL, *name = NULL;
+    int whole = 0;
+    if (!PyTuple_Check(names) || PyTuple_Size(names) != 1 || PyTuple_Size(sizes) != 1)
+        return 0;
+    Py_ssize_t bytes = tlcore_size(PyTuple_GetItem(sizes, 0), target->len, "bytes of a file, in the buffer's rest");
+    if (bytes >= 0 && PyUnicode_FSConverter(directory, &home) && PyUnicode_FSConverter(PyTuple_GetItem(names, 0), &name)) {
+        Py_BEGIN_ALLOW_THREADS;
+        whole = tlcore_read_directly(home, name, target->buf, bytes);
+        Py_END_ALLOW_THREADS;
+    }
+    Py_XDECREF(home);
+    Py_XDECREF(name);
+    return PyErr_Occurred() ? -1 : whole;
+}
+
 static PyObject *read_files(PyObject *module, PyObject *args)
 {
     (void)module;
@@ -91,7 +109,10 @@ static PyObject *read_files(PyObject *module, PyObject *args)
     if (!PyArg_ParseTuple(args, "w*OOO:read_files", &target, &directory, &names, &sizes))
         return NULL;
     sizes = PySequence_Tuple(sizes);
-    if (sizes != NULL && tlcore_take_places(directory, names, &files) == 0) {
+    int alone = sizes == NULL ? -1 : read_alone(directory, names, sizes, &target);
+    if (alone > 0)
+        found = Py_BuildValue("[i]", 0);
+    else if (alone == 0 && tlcore_take_places(directory, names, &files) == 0) {
         found = run_jobs(&files, sizes, &target);
         tlcore_release_places(&files);
     }

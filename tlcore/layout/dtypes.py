@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -50,7 +51,12 @@ def item_size(name: object) -> int | None:
 
 def torch_dtype(name: object) -> torch.dtype | None:
     """torch's dtype of a name; None where it has none."""
+    return _torch_dtype(name) if isinstance(name, str) else None
+
+
+@lru_cache(256)
+def _torch_dtype(name: str) -> torch.dtype | None:
     import torch
 
-    found = getattr(torch, name, None) if isinstance(name, str) else None
+    found = getattr(torch, name, None)
     return found if isinstance(found, torch.dtype) else None

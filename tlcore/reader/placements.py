@@ -23,7 +23,8 @@ _REDUCED: dict[str, Callable[[Any], Any]] = {
 
 def is_part(record: Mapping[str, Any]) -> bool:
     """Whether a record's tensor is less than the whole."""
-    return any(each != "R" for each in record.get("placements", {}).get("placements", ()))
+    placements = record.get("placements")
+    return placements is not None and any(each != "R" for each in placements.get("placements", ()))
 
 
 def whole_shape(record: Mapping[str, Any]) -> list[int]:

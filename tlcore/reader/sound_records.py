@@ -12,7 +12,7 @@ from .documents import is_tensor_name, record_problem
 
 _MOST = 1 << 16
 # What of a record may be any text, or is looked at here.
-_TOLD = (str, int, list)
+_TOLD = frozenset((str, int, list))
 _OWN = dict.fromkeys(("name", "hash", "file", "alias_of", "module"))
 _TWO_NUMBERS = [int, int]
 
@@ -69,11 +69,13 @@ class SoundRecords:
             if "file" in record and record["file"] != f"{name}.pt":
                 return b""
             place = record.get("place")
-            if type(place) is dict and all(type(each) in _TOLD for each in place.values()):
+            if type(place) is dict and _TOLD.issuperset(kinds := [*map(type, place.values())]):
                 # Where in a file it lies, or its shard: another in each record. Lists are mostly alike.
+                lists = place.values() if list in kinds else ()
                 place = [
                     *place,
-                    *(each if type(each) is list else type(each).__name__ for each in place.values()),
+                    *[kind.__name__ for kind in kinds],
+                    *[each for each in lists if type(each) is list],
                 ]
             offsets = record.get("offsets")
             if type(offsets) is list and list(map(type, offsets)) == _TWO_NUMBERS:

@@ -278,6 +278,9 @@ class Step(Mapping[str, "torch.Tensor"]):
         That is ``name`` itself, with or without ``.pt``, or the one tensor of rank 0 whose name is ``name``
         and its device. Raises MissingError, which says why where the tensor was seen but not stored.
         """
+        if name in self._records:
+            # So most are asked for.
+            return name
         plain = name.removesuffix(_TENSOR_FILE)
         for exact in (name, plain):
             if exact in self:
@@ -318,12 +321,12 @@ class Step(Mapping[str, "torch.Tensor"]):
         """
         found = self.find(name)
         value = self._tensor(found, unshard, packed=dtype == STORED)
-        return as_wanted(value, self._records.get(found, {}), dtype)
+        return value if dtype is None else as_wanted(value, self._records.get(found, {}), dtype)
 
     def _tensor(self, found: str, unshard: bool, packed: bool) -> torch.Tensor:
-        if found not in self._records:
+        record = self._records.get(found)
+        if record is None:
             return self._stored.tensor(self._remains[found])
-        record = self.record(found)
         if is_part(record):
             return assembled(record, self._by_origin[_origin(record)], self._stored.values)
         if not unshard or "part" not in record:

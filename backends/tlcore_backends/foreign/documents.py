@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from tlcore.layout.directions import is_gradient
 from tlcore.layout.dtypes import item_size
-from tlcore.layout.names import PathKey, call_dir, stem, step_dir, unique, within
+from tlcore.layout.names import PathKey, call_dir, stem, step_dir, unique
 from tlcore.ledger import Counts
 from tlcore.record import LAYOUT_VERSION, Json
 
@@ -207,25 +207,25 @@ def _count(counts: Counts, each: Found, size: int) -> None:
 def _entered(entries: Sequence[Found]) -> list[tuple[str, int]]:
     """The calls in order of entry. Results come in that of return, a child's before its parent's."""
     order = dict.fromkeys((each.module, each.call) for each in entries)
-    begun: dict[str, dict[tuple[str, int], None]] = {}
-    for module, call in order:
-        begun.setdefault(module, {})[module, call] = None
+    # One entry is enough for what lies within; further calls come in their own turn.
+    first: dict[str, tuple[str, int]] = {}
+    for each in order:
+        first.setdefault(each[0], each)
     result: dict[tuple[str, int], None] = {}
-    for module, call in order:
-        for outer in _outer(module):
-            for each in begun.get(outer, ()):
-                if within(module, outer):
-                    result.setdefault(each)
-                    # One entry is enough for what lies within; further calls come in their own turn.
-                    break
-        result.setdefault((module, call))
+    for each in order:
+        module = each[0]
+        for outer in _outer(module) if module else ():
+            if outer in first:
+                result.setdefault(first[outer])
+        result.setdefault(each)
     return list(result)
 
 
-def _outer(module: str) -> list[str]:
+@lru_cache(4096)
+def _outer(module: str) -> tuple[str, ...]:
     """The names of all modules around one, the model itself first."""
     parts = module.split(".")
-    return ["", *(".".join(parts[:end]) for end in range(1, len(parts)))]
+    return ("", *(".".join(parts[:end]) for end in range(1, len(parts))))
 
 
 def _structure(direction: str, tensors: Sequence[tuple[Found, Json]]) -> Json:

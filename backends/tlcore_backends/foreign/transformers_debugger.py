@@ -75,7 +75,17 @@ class TransformersDebugger(ForeignSource):
             )
         named: list[tuple[str, Found]] = []
         self._in_node(tree, 0, named)
+        result = self._listed(named)
+        beside = self._beside({file for file, _ in named})
+        if not beside:
+            return result
+        return _merged(result, self._told_by_names(beside, result, _modules_of(tree, self._module)))
+
+    def _listed(self, named: list[tuple[str, Found]]) -> list[Found]:
+        """The tensors that the tree names, with the numbers of their calls, of which a file has the last."""
         counts = Counter([file for file, _ in named])
+        if len({each[:3] for _, each in named}) == len(named) == len(counts) and "" not in counts:
+            return [self._stored(file, each) for file, each in named]
         result, calls = [], dict[tuple[Any, ...], int]()
         for file, each in named:
             counts[file] -= 1
@@ -90,10 +100,7 @@ class TransformersDebugger(ForeignSource):
                 result.append(entry._replace(place=None, skipped=_OVERWRITTEN))
             else:
                 result.append(self._stored(file, entry))
-        beside = self._beside({file for file, _ in named})
-        if not beside:
-            return result
-        return _merged(result, self._told_by_names(beside, result, _modules_of(tree, self._module)))
+        return result
 
     def _module(self, node: Json) -> str:
         module = str(node.get("module_path", "")).removesuffix(" (top-level)")
@@ -169,10 +176,19 @@ class TransformersDebugger(ForeignSource):
         data = None if file is None else self.files.whole(file, _AT_ONCE)
         if data is None:
             return super().own_bytes(record)
-        at = self._only(file, safetensors_that_begin(self.files, file, data, len(data))[0])
-        if (at.dtype, list(at.shape)) != (record["dtype"], record["shape"]):
+        head, size, at = self._last_head
+        if len(data) != size or data[: len(head)] != head:
+            at = self._only(file, safetensors_that_begin(self.files, file, data, len(data))[0])
+            # Most files of a dump begin alike, and are as long.
+            self._last_head = bytes(data[: at.at]), len(data), at
+        if at.dtype != record["dtype"] or [*at.shape] != record["shape"]:
             self._check(record, file, at)
-        return data[at.at : at.at + int(record["bytes"])]
+        return data[at.at : at.at + record["bytes"]]
+
+    @cached_property
+    def _last_head(self) -> tuple[bytes, int, StoredAt]:
+        """All before the values of the file that was read last, its size, and where its values lie."""
+        return b"", -1, StoredAt("", 0, "", ())
 
     def _beside(self, listed: set[str]) -> list[str]:
         """The files of tensors that the tree does not name: layers in the middle, the model's results."""
@@ -183,12 +199,12 @@ class TransformersDebugger(ForeignSource):
         self, files: list[str], known: list[Found], modules: Mapping[str, bool]
     ) -> list[Found]:
         """The tensors of files by their names; ``modules`` are those of the tree, True for leaves."""
-        paths = {_parts(each): each.path for each in known}
+        named = [(file, split) for file in files if (split := self._split(file)) is not None]
+        # Where nothing follows the side, it is no container.
+        deep = any(split[3] for _, split in named)
+        paths = {_parts(each): each.path for each in known} if deep else {}
         result = []
-        for file in files:
-            name = file.removesuffix(_SUFFIX).removeprefix(self._model).removeprefix(".")
-            if (split := _FILE.fullmatch(name)) is None:
-                continue
+        for file, split in named:
             rest = split[3] or ""
             path = paths.get((_pattern(split[1]), split[2], rest), _path(split[2], rest))
             found = Found(split[1], split[2].partition("_")[0], path)
@@ -196,6 +212,10 @@ class TransformersDebugger(ForeignSource):
             names_it = found.module in modules and (found.direction == "inputs" or modules[found.module])
             result.append(found._replace(skipped=_LEFT) if names_it else self._stored(file, found))
         return result
+
+    def _split(self, file: str) -> re.Match[str] | None:
+        """The parts of a file's name: module, side, keys."""
+        return _FILE.fullmatch(file.removesuffix(_SUFFIX).removeprefix(self._model).removeprefix("."))
 
 
 @lru_cache(1024)
@@ -228,7 +248,7 @@ def _path(side: str, rest: str) -> Path:
 
 def _merged(known: list[Found], more: list[Found]) -> list[Found]:
     """The layers that the tree leaves out, beside those that it has, each in the order of one of these."""
-    there = {name for each in known for name in _around(each.module)}
+    there = {name for module in {each.module for each in known} for name in _around(module)}
     layers: dict[str, list[Found]] = {}
     last: list[Found] = []
     for each in more:
