@@ -93,7 +93,9 @@ class SupportsWriteWhole(Protocol):
 
 
 class Outline(NamedTuple):
-    """A step's document without its records, calls and structures (``rest``), and what gives its records.
+    """A step's document without its records (``rest``), and what gives these.
+
+    Calls and structures may be missing from it, too.
 
     ``alike`` is equal for steps whose records differ only in their names' step, in hashes and places.
     ``kin`` is equal for steps whose ``rest`` differs only in times, the step's number, and other integers:
@@ -172,6 +174,31 @@ class SupportsOutlines(Protocol):
 
     def outline(self, step: int, rank: int) -> Outline:
         """What a rank has committed of a step. Raises MissingError or ReadError."""
+        ...
+
+
+@runtime_checkable
+class SupportsAlikeTensors(Protocol):
+    """A source that finds a tensor by its name: one record serves for all steps that are alike."""
+
+    def record_in(self, record: Mapping[str, Any], step: int) -> Json:
+        """The record of the same tensor in a step that is alike (`Outline`); its hash may be another's."""
+        ...
+
+    def read_rows(
+        self,
+        record: Mapping[str, Any],
+        steps: Sequence[int],
+        pieces: np.ndarray[Any, np.dtype[np.int64]],
+        target: np.ndarray[Any, np.dtype[np.uint8]],
+    ) -> bytes:
+        """Put rows of the tensors that steps have in a record's stead to their places in ``target``.
+
+        That is a matrix of bytes, each row of which takes a row of a tensor. ``pieces`` are ``[pieces, 4]``:
+        the number of a step in ``steps``, which ascends, the first row in its tensor, the row of ``target``
+        that this becomes, and how many there are. Returns a byte for each step: 1 where its rows were read;
+        the others are read one by one, which tells what is wrong. Asked of a run on this machine alone.
+        """
         ...
 
 

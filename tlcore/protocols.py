@@ -19,6 +19,7 @@ from .alike import StepKinds as StepKinds
 from .alike import StructureKind as StructureKind
 from .alike import SupportsAlikeInCapture as SupportsAlikeInCapture
 from .alike import SupportsAlikeSteps as SupportsAlikeSteps
+from .alike import SupportsAlikeTensors as SupportsAlikeTensors
 from .alike import SupportsOutlines as SupportsOutlines
 from .alike import SupportsStepKinds as SupportsStepKinds
 from .alike import SupportsWriteAlike as SupportsWriteAlike

@@ -19,6 +19,7 @@ CHECKED = [
     "test_bytes.py",
     "test_beneath.py",
     "test_whole_steps.py",
+    "test_rows.py",
     "test_walking.py",
     "test_strides.py",
     "test_fingerprint.py",

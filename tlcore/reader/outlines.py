@@ -94,7 +94,7 @@ class OutlinedStep(Step):
 
     def _checked(self, rank: int, rest: Json, records: list[Json]) -> Json:
         where = f"{self._stored.url}/{step_dir(self.number)}/step{rank_suffix(rank)}.json"
-        document = {**rest, "calls": [], "records": records}
+        document = {"calls": [], **rest, "records": records}
         return check_step(document, where, self.number, self._stored.sound_records.problem)
 
 

@@ -41,8 +41,16 @@ class StepText(NamedTuple):
     rest: Json
 
 
-def cut(text: bytes, directory: bytes) -> StepText | None:
-    """The parts of a ``step.json`` whose names begin with ``directory``; None where they cannot be told."""
+class _Divided(NamedTuple):
+    """Where in a ``step.json`` its records are, what of them another step has as well, and their hashes."""
+
+    begin: int
+    end: int
+    kind: bytes
+    hashes: list[bytes]
+
+
+def _divided(text: bytes, directory: bytes) -> _Divided | None:
     begin, end = text.find(_RECORDS) + len(_RECORDS) - 1, text.rfind(_LAST_FIELD)
     end = text.find(b"}]", end) + 2
     records = text[begin:end]
@@ -52,7 +60,30 @@ def cut(text: bytes, directory: bytes) -> StepText | None:
     hashes = [piece[:_HEX_CHARS] for piece in pieces]
     if b"".join(hashes).translate(None, b"0123456789abcdef") or {_HEX_CHARS} != set(map(len, hashes)):
         return None
-    kind = b"\1".join([first, *(piece[_HEX_CHARS:] for piece in pieces)])
+    return _Divided(begin, end, b"\1".join([first, *(piece[_HEX_CHARS:] for piece in pieces)]), hashes)
+
+
+def divided(text: bytes, directory: bytes) -> tuple[int, int, bytes] | None:
+    """Where a ``step.json`` has its records, and what of them is equal in steps that are alike.
+
+    None where that cannot be told, or ``directory`` stands elsewhere than where names begin. What is around
+    the records, with any value in their stead, may be no JSON.
+    """
+    found = _divided(text, directory)
+    if found is None:
+        return None
+    records = text[found.begin : found.end]
+    named = sum(records.count(key + directory) for key in _NAMES) == records.count(directory)
+    return found[:3] if named else None
+
+
+def cut(text: bytes, directory: bytes) -> StepText | None:
+    """The parts of a ``step.json`` whose names begin with ``directory``; None where they cannot be told."""
+    found = _divided(text, directory)
+    if found is None:
+        return None
+    begin, end, kind, hashes = found
+    records = text[begin:end]
     try:
         rest = parse(b'%s"%s"%s' % (text[:begin], _CUT.encode(), text[end:]), "")
     except ReadError:

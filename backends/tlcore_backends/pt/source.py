@@ -13,11 +13,12 @@ from typing import Any
 
 from tlcore.errors import ReadError
 from tlcore.hotpath.beneath import read_texts
+from tlcore.hotpath.rows import read_rows
 from tlcore.layout.directions import PATTERN
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.run_files import LARGEST_JSON, BlockStream, FileStream, RunFiles, parse
-from tlcore.protocols import AlikeStep, Buffer, StepRanks, WholeCheck
+from tlcore.protocols import AlikeStep, Buffer, Outline, StepRanks, WholeCheck
 from tlcore.record import Json
 from tlcore.storage import Store, SupportsFiles
 
@@ -25,6 +26,7 @@ from ..storage.step_files import StepFiles
 from .alike_steps import alike_steps
 from .decode import parts
 from .encode import head, payload_in
+from .outlines import Outlines
 from .structure_files import StructureFiles
 from .whole_check import LARGEST_TEXTS, check_steps
 from .zip_parts import PtError
@@ -44,6 +46,7 @@ class PtSource:
     def __init__(self, store: Store, run: Json) -> None:
         self._files = RunFiles(store)
         self._steps = StepFiles(self._files, run)
+        self._outlines = Outlines(self._steps, self._files.url)
         self._structures = StructureFiles(self._files)
         # Files that hold a tensor of which capture writes another file.
         self._rewritten: set[str] = set()
@@ -197,6 +200,26 @@ class PtSource:
                     self._steps.note(text, step, rank)
                     yield step, text
 
+    def outline(self, step: int, rank: int) -> Outline:
+        """What a rank has committed of a step, but for its records. Raises MissingError or ReadError."""
+        return self._outlines.of(step, rank)
+
+    def record_in(self, record: Mapping[str, Any], step: int) -> Json:
+        """The record of the same tensor in a step that is alike; its hash is the other's."""
+        name = _name_in(record, step)
+        return {**record, "name": name, "file": f"{name}{_TENSOR_FILE}"}
+
+    def read_rows(self, record: Mapping[str, Any], steps: Sequence[int], pieces: Any, target: Any) -> bytes:
+        """Put rows of the same tensor in these steps, which are alike, to their places, file by file."""
+        store = self._files.store
+        if isinstance(store, SupportsFiles) and self._agrees(record):
+            names = [f"{_name_in(record, step)}{_TENSOR_FILE}" for step in steps]
+            first = head(record["dtype"], record["shape"])
+            # Rows that the tensor has not are told of by who reads them one by one.
+            with suppress(ValueError):
+                return read_rows(store.path(), names, record["file_bytes"], first, pieces, target)
+        return bytes(len(steps))
+
     def tree(self) -> Mapping[str, int]:
         """Every file of the run: the documented tree is how it lies there."""
         return self._files.sizes
@@ -276,6 +299,11 @@ def _decoded(files: RunFiles, file: str) -> tuple[str, tuple[int, ...], memoryvi
     except MemoryError:
         raise ReadError(f"{where}: larger than this machine's memory") from None
     return dtype, shape, data
+
+
+def _name_in(record: Mapping[str, Any], step: int) -> str:
+    """The name of a record's tensor in another step."""
+    return f"{step_dir(step)}/{str(record['name']).partition('/')[2]}"
 
 
 def _structure_file(step: int, rank: int, name: str) -> str:

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from tlcore.errors import BackendError, ReadError
+from tlcore.hotpath.beneath import read_texts
 from tlcore.layout.checksums import has_checksum, without_checksum
 from tlcore.layout.names import rank_of, rank_suffix, step_dir
-from tlcore.layout.run_files import RunFiles, parse
+from tlcore.layout.run_files import LARGEST_JSON, RunFiles, parse
 from tlcore.protocols import StepRanks
 from tlcore.record import Json
-from tlcore.storage import SupportsLevels
+from tlcore.storage import SupportsFiles, SupportsLevels
 
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]*)/")
 _STEP_FILE = re.compile(r"step_(?:0|[1-9][0-9]*)/step(?:_rank_([1-9][0-9]*))?\.json")
@@ -40,21 +41,30 @@ class StepFiles(Mapping[int, StepRanks]):
     def document(self, step: int, rank: int) -> Any:
         """A rank's ``step.json``. Raises MissingError or ReadError, also for one that was changed since."""
         data = self.text(step, rank)
-        where = f"{self._files.url}/{self._name(step, rank)}"
+        where = f"{self._files.url}/{self.name(step, rank)}"
         self.note(data, step, rank)
         return without_checksum(parse(data, where))
 
     def note(self, data: bytes, step: int, rank: int) -> None:
         """Look whether a ``step.json`` has its checksum. Raises ReadError where it was changed since."""
-        name = self._name(step, rank)
+        name = self.name(step, rank)
         if not has_checksum(data, f"{self._files.url}/{name}"):
             self.unchecked.add(name)
 
     def text(self, step: int, rank: int) -> bytes:
         """The bytes of a rank's ``step.json``. Raises MissingError or ReadError."""
-        return self._files.json_bytes(self._name(step, rank))
+        (text,) = self.texts([step], rank)
+        return self._files.json_bytes(self.name(step, rank)) if text is None else text
 
-    def _name(self, step: int, rank: int) -> str:
+    def texts(self, steps: Sequence[int], rank: int) -> Sequence[bytes | None]:
+        """The bytes of several ``step.json`` on this machine; None for each that is to be asked for alone."""
+        store = self._files.store
+        if not (self._files.is_local and isinstance(store, SupportsFiles)):
+            return [None] * len(steps)
+        return read_texts(store.path(), [self.name(step, rank) for step in steps], LARGEST_JSON)
+
+    def name(self, step: int, rank: int) -> str:
+        """The name of a rank's ``step.json``."""
         return f"{step_dir(step)}/step{rank_suffix(rank)}.json"
 
     @cached_property

@@ -22,8 +22,16 @@ NAMES = ["b/outputs", "a/outputs"]
 Told = list[dict[str, Any]]
 
 
+@pytest.fixture(params=["safetensors", "pt"])
+def backend(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 def _served(
-    path: Path, steps: list[Rows], change: Callable[[int, Told], None] = lambda step, told: None
+    path: Path,
+    steps: list[Rows],
+    change: Callable[[int, Told], None] = lambda step, told: None,
+    backend: str = "safetensors",
 ) -> Run:
     """A run of these steps with token ids; ``change`` alters what a step tells of these."""
     values = torch.Generator().manual_seed(0)
@@ -40,7 +48,7 @@ def _served(
         change(step, told)
         return {"tokens": told}
 
-    return requests_run(path, steps, tensors, backend="safetensors", extra=extra)
+    return requests_run(path, steps, tensors, backend=backend, extra=extra)
 
 
 def _mixed(seed: int) -> list[Rows]:
@@ -74,20 +82,22 @@ def _each_looked_at(run: Run, monkeypatch: pytest.MonkeyPatch) -> RowDataset:
 
 @pytest.mark.parametrize("seed", range(3))
 def test_mixed_steps_give_what_each_of_them_has(
-    seed: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    seed: int, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run = _served(tmp_path, _mixed(seed))
+    run = _served(tmp_path, _mixed(seed), backend=backend)
     data, plain = run.dataset(NAMES), _each_looked_at(run, monkeypatch)
     assert data.has_token_ids and data.has_prompts
     assert data.fingerprint == plain.fingerprint
     assert _content(data) == _content(plain)
 
 
-def test_of_steps_of_one_kind_two_are_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_steps_of_one_kind_two_are_looked_at(
+    backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     ids = [f"r{number}-{number:08x}" for number in range(3)]
     steps: list[Rows] = [[(each, 4, 0) for each in ids]]
     steps += [[(each, 1, 4 + at) for each in ids] for at in range(30)]
-    run = _served(tmp_path, steps)
+    run = _served(tmp_path, steps, backend=backend)
     looked: list[int] = []
     look_at = Table._look_at
 
@@ -125,12 +135,12 @@ def test_of_steps_of_one_kind_two_are_looked_at(tmp_path: Path, monkeypatch: pyt
     ],
 )
 def test_what_is_not_as_in_the_others_of_its_kind_is_seen(
-    alter: Callable[[Told], Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    alter: Callable[[Told], Any], backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [f"r{number}-{number:08x}" for number in range(3)]
     steps: list[Rows] = [[(each, 4, 0) for each in ids]]
     steps += [[(each, 1, 4 + at) for each in ids] for at in range(8)]
-    run = _served(tmp_path, steps, lambda step, told: alter(told) if step == 6 else None)
+    run = _served(tmp_path, steps, lambda step, told: alter(told) if step == 6 else None, backend)
     data, plain = run.dataset(NAMES), _each_looked_at(run, monkeypatch)
     assert (data.has_token_ids, data.has_prompts) == (plain.has_token_ids, plain.has_prompts)
     assert _content(data) == _content(plain)
@@ -138,7 +148,7 @@ def test_what_is_not_as_in_the_others_of_its_kind_is_seen(
 
 @pytest.mark.parametrize("number", [-1, (1 << 50) + 1, 1 << 70])
 def test_a_position_that_there_is_not_is_refused_as_ever(
-    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: int, backend: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     ids = [f"r{number}-{number:08x}" for number in range(3)]
     steps: list[Rows] = [[(each, 4, 0) for each in ids]]
@@ -148,7 +158,7 @@ def test_a_position_that_there_is_not_is_refused_as_ever(
         if step == 6:
             told[1]["first_position"] = number
 
-    run = _served(tmp_path, steps, alter)
+    run = _served(tmp_path, steps, alter, backend)
     with pytest.raises(ReadError) as found:
         run.dataset(NAMES)
     with pytest.raises(ReadError) as plain:

@@ -108,7 +108,11 @@ class Kin:
                 self._known.clear()
             self._known[kin] = False
         elif self._known[kin] is False:
-            self._known[kin] = _kin_rows(step, entries, spans, self._tensors)
+            try:
+                self._known[kin] = _kin_rows(step, entries, spans, self._tensors)
+            except OverflowError:
+                # Of numbers without a meaning here any may be there.
+                self._known[kin] = None
 
 
 def _kin_rows(step: OutlinedStep, entries: Sequence[Entry], spans: Spans, tensors: int) -> KinRows | None:

@@ -13,7 +13,9 @@ import numpy as np
 from ...errors import ReadError
 from ...layout.dtypes import torch_dtype
 from .items import Items
+from .places import Bytes as Bytes
 from .table import Form, Table
+from .together import reads_together
 from .tokens import Numbers
 
 if TYPE_CHECKING:
@@ -26,8 +28,6 @@ _MOST_BYTES = 8 << 20
 _MOST_USED = 4 << 30
 
 Batch = dict[str, "torch.Tensor"]
-# A matrix of bytes, which may be a part of a larger one.
-Bytes = np.ndarray[Any, np.dtype[np.uint8]]
 
 
 class _Read(NamedTuple):
@@ -130,10 +130,19 @@ class Rows:
                 continue
             source = self._pieces.source[piece, number]
             row = self._pieces.begin[piece, number] + offset
+            put = np.arange(len(rows)) if places is None else places
+            together = self.sources.together(source)
+            if (own := together >= 0).any():
+                yield from reads_together(
+                    self.sources, together[own], source[own], row[own], put[own], target
+                )
+                source, row, put = source[~own], row[~own], put[~own]
             for read in self._reads(source, row, target.shape[1]):
-                yield _job(self, read if places is None else read._replace(into=places[read.into]), target)
+                yield _job(self, read._replace(into=put[read.into]), target)
 
     def _reads(self, source: Numbers, row: Numbers, width: int) -> Iterator[_Read]:
+        if not len(row):
+            return
         order = np.lexsort((row, source))
         source, row = source[order], row[order]
         gap = _LOCAL_GAP_BYTES if self.sources.is_local else _REMOTE_GAP_BYTES

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
+from array import array as numbers
 from collections.abc import Mapping, Sequence
 from math import prod
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,75 +17,18 @@ from ...hotpath.reading import Scratch
 from ...layout.dtypes import item_size
 from ...layout.grids import as_rows
 from ...layout.names import step_dir
-from ...layout.row_scale import is_scaled, presented, restored
+from ...layout.row_scale import is_scaled, presented
 from ...protocols import Array, ArrayRows, Buffer
 from ...record import Json
+from ..alike import AlikeTensors
 from ..placements import is_part
 from ..tensor_bytes import payload
+from .places import Bytes, InArray, InRecord, Packed, Place, Whole, row_bytes
 from .tokens import Numbers
 from .wanted import Entry
 
 if TYPE_CHECKING:
     from ..run import Run
-
-
-def row_form(shape: Sequence[int], axis: int) -> tuple[int, ...]:
-    """The shape of one row of a tensor whose positions lie along ``axis`` (`tlcore.layout.rows.as_rows`)."""
-    return (
-        tuple(shape[1:]) if axis == 0 else tuple(each for at, each in enumerate(shape[1:], 1) if at != axis)
-    )
-
-
-class Packed(NamedTuple):
-    """Rows with a scale (`layout.row_scale`): the dtype that they stand for, and their length as stored."""
-
-    dtype: str
-    width: int
-
-    @classmethod
-    def of(cls, record: Json) -> Packed | None:
-        """What a record's rows are; None where they have no scale."""
-        return cls(str(record["converted_from"]), int(record["shape"][-1])) if is_scaled(record) else None
-
-    def restored(self, data: Buffer) -> Buffer:
-        """The bytes of the values."""
-        import torch
-
-        own = bytearray(data) if memoryview(data).readonly else data
-        return payload(restored(torch.frombuffer(own, dtype=torch.int8).view(-1, self.width), self.dtype))
-
-
-class _InArray(NamedTuple):
-    """An array by its number among the rank's; ``unit`` is how many bytes one of its rows has.
-
-    ``nbytes`` tells it from one that has its number since other files are there. Where its rows have a scale,
-    ``packed`` is the dtype that they are of.
-    """
-
-    rank: int
-    number: int
-    row_bytes: int
-    unit: int
-    nbytes: int
-    packed: Packed | None = None
-
-
-class _InRecord(NamedTuple):
-    """A step's tensor, whose rows follow one another."""
-
-    record: Json
-    row_bytes: int
-    packed: Packed | None = None
-
-
-class _Whole(NamedTuple):
-    """A step's tensor that is read as a whole: its rows do not follow one another, or ranks hold parts."""
-
-    step: int
-    name: str
-    axis: int
-    row_bytes: int
-    packed: None = None
 
 
 def _arrays_of(run: Run, rank: int, keys: Sequence[str]) -> dict[str, list[Array]]:
@@ -100,8 +44,9 @@ def _begins(rows: Sequence[ArrayRows]) -> Mapping[int, int]:
     return rows.begins() if isinstance(rows, SupportsBegins) else {each.step: each.begin for each in rows}
 
 
-def _row_bytes(record: Json, axis: int) -> int:
-    return prod(row_form(record["shape"], axis)) * (item_size(record["dtype"]) or 0)
+def _in_record(record: Json, axis: int) -> InRecord:
+    kept = {key: value for key, value in record.items() if key not in ("hash", "path", "module")}
+    return InRecord(kept, row_bytes(record, axis), Packed.of(record))
 
 
 class _Opened(NamedTuple):
@@ -111,6 +56,12 @@ class _Opened(NamedTuple):
     pid: int
     arrays: dict[tuple[int, int], Array]
     lock: threading.Lock
+    alike: AlikeTensors
+
+    @classmethod
+    def here(cls, run: Run) -> _Opened:
+        """A run that this process has opened."""
+        return cls(run, os.getpid(), {}, threading.Lock(), AlikeTensors(run.stored))
 
 
 class _ArrayRows(NamedTuple):
@@ -131,12 +82,16 @@ class Sources:
     """
 
     def __init__(self, run: Run) -> None:
-        self._opened: _Opened | None = _Opened(run, os.getpid(), {}, threading.Lock())
+        self._opened: _Opened | None = _Opened.here(run)
         self._opened_as = run.opened_as
         self.url = run.url
         self._has_arrays = run.stored.has_arrays
         self._is_local = run.stored.is_local
-        self._sources: list[_InArray | _InRecord | _Whole] = []
+        self._places: list[Place] = []
+        # Of each source its place by number, and the step: a run may have millions, of few places.
+        self._place_of, self._step_of = numbers("q"), numbers("q")
+        # The place of each tensor whose record serves for steps that are alike, with that record.
+        self._shared: dict[tuple[int, int], tuple[int, Json]] = {}
         self._located: dict[tuple[int, str], list[_ArrayRows]] = {}
         self._expected: dict[tuple[int, str], list[Array]] = {}
         self._keys: dict[int, list[str]] = {}
@@ -155,6 +110,14 @@ class Sources:
             found = [begins.get(step, -1) for step in steps]
             if min(found) >= 0:
                 return np.full(len(steps), source), np.array(found, np.int64) * rows_each
+        place = (
+            None if self._has_arrays or not self._is_plain(entry.record, 0) else self._shared_place(entry, 0)
+        )
+        if place is not None:
+            begin = len(self._step_of)
+            self._place_of.extend([place] * len(steps))
+            self._step_of.extend(steps)
+            return np.arange(begin, len(self._step_of)), np.zeros(len(steps), np.int64)
         pairs = [self.of(step, entry, 0) for step in steps]
         sources, firsts = np.array(pairs, np.int64).T
         return sources, firsts
@@ -162,21 +125,38 @@ class Sources:
     def of(self, step: int, entry: Entry, axis: int) -> tuple[int, int]:
         """The source of an entry's rows in a step, and the row there that is its first. Raises ReadError."""
         record = entry.record
-        plain = axis != 2 and "part" not in record and not is_part(record)
-        # A scale is that of values along the last dimension, which positions do not share.
-        plain = plain and not (is_scaled(record) and axis == len(record["shape"]) - 1)
+        plain = self._is_plain(record, axis)
         if plain and self._has_arrays:
             found = self._in_array(step, entry, axis)
             if found is not None:
                 return found
-        name = f"{step_dir(step)}/{entry.key}"
         if not plain:
-            row_bytes = _row_bytes(presented(record), axis)
-            return self._append(_Whole(step, name, axis, row_bytes)), 0
+            return self._append(Whole(entry.key, axis, row_bytes(presented(record), axis)), step), 0
+        place = self._shared_place(entry, axis)
+        if place is not None:
+            return self._append_to(place, step), 0
+        name = f"{step_dir(step)}/{entry.key}"
         if name != record["name"]:
             record = self.run().step(step).record(name)
-        kept = {key: value for key, value in record.items() if key not in ("hash", "path", "module")}
-        return self._append(_InRecord(kept, _row_bytes(record, axis), Packed.of(record))), 0
+        return self._append(_in_record(record, axis), step), 0
+
+    def _is_plain(self, record: Json, axis: int) -> bool:
+        """Whether rows follow one another where a tensor's bytes lie."""
+        plain = axis != 2 and "part" not in record and not is_part(record)
+        # A scale is that of values along the last dimension, which positions do not share.
+        return plain and not (is_scaled(record) and axis == len(record["shape"]) - 1)
+
+    def _shared_place(self, entry: Entry, axis: int) -> int | None:
+        """The place of an entry's tensor in steps that are alike; None where each step's record is needed."""
+        if not self._here().alike.are_found:
+            return None
+        own = id(entry.record), axis
+        known = self._shared.get(own)
+        if known is None:
+            self._places.append(_in_record(entry.record, axis))
+            # The record is kept, so that no other one has its identity.
+            known = self._shared[own] = len(self._places) - 1, entry.record
+        return known[0]
 
     def expect(self, entries: Sequence[Entry]) -> None:
         """Entries are asked for next: the arrays of all their tensors are looked up at once."""
@@ -189,9 +169,14 @@ class Sources:
             arrays = _arrays_of(self.run(), rank, keys)
             self._expected.update({(rank, key): found for key, found in arrays.items()})
 
-    def _append(self, source: _InArray | _InRecord | _Whole) -> int:
-        self._sources.append(source)
-        return len(self._sources) - 1
+    def _append(self, place: Place, step: int = -1) -> int:
+        self._places.append(place)
+        return self._append_to(len(self._places) - 1, step)
+
+    def _append_to(self, place: int, step: int) -> int:
+        self._place_of.append(place)
+        self._step_of.append(step)
+        return len(self._step_of) - 1
 
     def _in_array(self, step: int, entry: Entry, axis: int) -> tuple[int, int] | None:
         own = int(entry.record["rank"]), entry.key
@@ -207,19 +192,18 @@ class Sources:
         """Note the arrays of a tensor. The rows of each are asked for once, and not kept."""
         run, found = self.run(), self._located.setdefault((rank, key), [])
         width = item_size(record["dtype"]) or 0
-        row_bytes = _row_bytes(record, axis)
+        own_bytes = row_bytes(record, axis)
         expected = self._expected.pop((rank, key), None)
         for number, array in enumerate(run.stored.arrays(rank, {key}) if expected is None else expected):
             self._counts[rank, key] = number + 1
             unit = prod(array.shape[1:]) * width
-            if not row_bytes or unit % row_bytes:
+            if not own_bytes or unit % own_bytes:
                 # Rows of another form, which are refused where they are met.
                 continue
             nbytes = unit * array.shape[0]
             own = self._number(rank, key, number)
-            place = _InArray(rank, own, row_bytes, unit, nbytes, Packed.of(record))
-            source = self._append(place)
-            found.append(_ArrayRows(source, unit // row_bytes, _begins(array.rows)))
+            source = self._append(InArray(rank, own, own_bytes, unit, nbytes, Packed.of(record)))
+            found.append(_ArrayRows(source, unit // own_bytes, _begins(array.rows)))
 
     def _number(self, rank: int, key: str, number: int) -> int:
         keys = self._keys.setdefault(rank, [])
@@ -231,6 +215,7 @@ class Sources:
         """Let go of what only the pass over the steps needed."""
         self._located.clear()
         self._expected.clear()
+        self._shared.clear()
 
     def run(self) -> Run:
         """The run, opened anew in each process. Raises ReadError where it cannot be."""
@@ -250,7 +235,7 @@ class Sources:
             raise ReadError(f"{self.url}: it was not opened by open_run, so no other process can open it")
         from ..runs import open_run
 
-        opened = self._opened = _Opened(open_run(*self._opened_as), os.getpid(), {}, threading.Lock())
+        opened = self._opened = _Opened.here(open_run(*self._opened_as))
         return opened
 
     def read(self, source: int, begin: int, end: int, memory: memoryview | None = None) -> Buffer:
@@ -259,13 +244,13 @@ class Sources:
         They lie in ``memory``, of their size, where they could be read right into it, or they may lie in
         memory that this thread's next reading has again, unless they are still looked at.
         """
-        place, opened = self._sources[source], self._here()
-        run = opened.run
+        place, opened = self._places[self._place_of[source]], self._here()
+        run, step = opened.run, self._step_of[source]
         first, last = begin * place.row_bytes, end * place.row_bytes
-        if isinstance(place, _InRecord):
-            data = run.stored.read_range(place.record, first, last)
-        elif isinstance(place, _Whole):
-            tensor = run.step(place.step).tensor(place.name, unshard=True)
+        if isinstance(place, InRecord):
+            data = run.stored.read_range(opened.alike.record_in(place.record, step), first, last)
+        elif isinstance(place, Whole):
+            tensor = run.step(step).tensor(f"{step_dir(step)}/{place.key}", unshard=True)
             data = payload(as_rows(tensor, place.axis)[begin:end])
         else:
             into = memory if place.packed is None else None
@@ -276,7 +261,7 @@ class Sources:
         return data if place.packed is None or not size else place.packed.restored(data)
 
     def _of_array(
-        self, opened: _Opened, place: _InArray, first: int, last: int, memory: memoryview | None
+        self, opened: _Opened, place: InArray, first: int, last: int, memory: memoryview | None
     ) -> Buffer:
         run, array, unit = opened.run, self._array(opened, place), place.unit
         begin, end = first // unit, -(-last // unit)
@@ -290,14 +275,42 @@ class Sources:
             return data
         return memoryview(data).cast("B")[first % unit :][: last - first]
 
+    def together(self, sources: Numbers) -> Numbers:
+        """Of each source the number of the place whose tensors `read_rows` reads; -1 where it does not."""
+        if not self._here().alike.are_read_together:
+            return np.full(len(sources), -1)
+        readable = np.array([isinstance(each, InRecord) for each in self._places], np.bool_)
+        places = np.frombuffer(self._place_of, np.int64)[sources]
+        return np.where(readable[places], places, -1)
+
+    def read_rows(self, place: int, sources: Numbers, pieces: Numbers, target: Bytes) -> Numbers:
+        """Put rows of several sources of a place into ``target`` (bytes, a row for each) in one call.
+
+        ``pieces`` are ``[pieces, 4]``: the number of one in ``sources``, which ascends, its first row, the
+        row of ``target`` that this becomes, and how many there are. Returns those that were not read.
+        """
+        own, alike = self._places[place], self._here().alike
+        assert isinstance(own, InRecord)
+        steps = np.frombuffer(self._step_of, np.int64)[sources].tolist()
+        if own.packed is None:
+            return np.flatnonzero(~alike.read_rows(own.record, steps, pieces, target))
+        counts = pieces[:, 3]
+        ends = np.cumsum(counts)
+        apart, rows = pieces.copy(), np.empty((int(ends[-1]), own.row_bytes), np.uint8)
+        apart[:, 2] = ends - counts
+        read = alike.read_rows(own.record, steps, apart, rows)
+        values = np.frombuffer(own.packed.restored(rows.reshape(-1).data), np.uint8).reshape(len(rows), -1)
+        target[np.repeat(pieces[:, 2] - apart[:, 2], counts) + np.arange(len(rows))] = values
+        return np.flatnonzero(~read)
+
     def maps(self) -> list[memoryview] | None:
         """Of each source the bytes of its rows, for the system to copy from: nobody else may look there.
 
         None where one of them does not lie so. Raises MissingError or ReadError.
         """
         opened, found = self._here(), []
-        for place in self._sources:
-            if not isinstance(place, _InArray) or place.packed is not None:
+        for place in map(self._places.__getitem__, self._place_of):
+            if not isinstance(place, InArray) or place.packed is not None:
                 return None
             array = self._array(opened, place)
             view = opened.run.stored.map_array(array)
@@ -306,15 +319,11 @@ class Sources:
             found.append(view)
         return found
 
-    def row_bytes(self, source: int) -> int:
-        """How many bytes a row has."""
-        return self._sources[source].row_bytes
-
-    def _array(self, opened: _Opened, place: _InArray) -> Array:
+    def _array(self, opened: _Opened, place: InArray) -> Array:
         with opened.lock:
             return self._find_array(opened, place)
 
-    def _find_array(self, opened: _Opened, place: _InArray) -> Array:
+    def _find_array(self, opened: _Opened, place: InArray) -> Array:
         known = opened.arrays.get((place.rank, place.number))
         if known is None:
             fewer, keys = False, self._keys[place.rank]

@@ -18,8 +18,9 @@ from ...layout.rows import adapter_of
 from ..outlines import OutlinedStep
 from ..step import Step
 from .kin import Kin, KinRows
+from .places import row_form
 from .series import KinSteps, Series
-from .sources import Sources, row_form
+from .sources import Sources
 from .tokens import Numbers, Tokens
 from .wanted import ENCODER, Entry, Spans, WantedRecords, columns_of, steps_of
 
