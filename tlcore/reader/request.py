@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,6 +15,7 @@ from ..layout.names import PathKey
 from ..layout.row_scale import presented
 from ..layout.rows import ENCODED, Span, adapter_of
 from ..record import Json
+from .chosen_rows import ChosenRows, read_chosen
 from .described import tensors_in
 from .placements import as_whole, is_part
 from .request_tokens import Part, RequestTokens
@@ -24,9 +24,6 @@ from .wanted import Wanted
 
 if TYPE_CHECKING:
     import torch
-
-_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")
-_SAMPLE_PREFIX = re.compile(r"(\d+)_(.+)", re.DOTALL)
 
 
 class Gap(NamedTuple):
@@ -100,11 +97,21 @@ class Request(Mapping[str, "torch.Tensor"]):
         self._cached = max(self._cached, *(int(row.get("cached", 0)) for row in own))
         self.adapter = next(filter(None, map(adapter_of, own)), self.adapter)
         modules = frozenset(str(record["module"]) for record in step.records)
+        # Most tensors of a step have the same rows.
+        known: dict[int, tuple[Sequence[Span], list[Span]]] = {}
         for record in step.records:
-            for span in map(Span.kept, step.row_spans(record)):
-                if span.row["request_id"] == self.request_id and span.length and span.first is not None:
+            spans = step.row_spans(record)
+            if id(spans) not in known:
+                known[id(spans)] = spans, self._own_spans(spans)
+            for span in known[id(spans)][1]:
+                if span.first is not None:
                     key = name_in_model(step, record, modules), str(span.row.get("sequence", ""))
                     found[key].append(_Place(step, record["name"], span, span.first))
+
+    def _own_spans(self, spans: Sequence[Span]) -> list[Span]:
+        """What of a tensor's rows is this request's, and stayed in it."""
+        own = (span.kept() for span in spans if span.row["request_id"] == self.request_id)
+        return [span for span in own if span.length]
 
     @property
     def url(self) -> str:
@@ -188,9 +195,13 @@ class Request(Mapping[str, "torch.Tensor"]):
     ) -> torch.Tensor:
         import torch
 
+        runs = list(_in_runs(rows_of))
+        chosen = _read_alone(runs, unshard) if dtype is None else None
+        if chosen is not None:
+            return chosen
         pieces: list[torch.Tensor] = []
         last: _Place | None = None
-        for place, rows in _in_runs(rows_of):
+        for place, rows in runs:
             if place is not last:
                 last, whole = place, as_rows(place.step.tensor(place.name, unshard, dtype), place.span.axis)
             pieces.append(whole[rows])
@@ -344,61 +355,16 @@ def _in_runs(newest: Mapping[int, tuple[_Place, int]]) -> Iterator[tuple[_Place,
         yield current[0], slice(current[1], current[2])
 
 
-def known_requests(steps: Iterable[Step]) -> dict[str, str | None]:
-    """The ids of all requests in the order of their first rows, with the client's own where it is known."""
-    found: dict[str, str | None] = {}
-    for step in steps:
-        for document in step.documents.values():
-            for row in (*document.get("rows", ()), *document.get("samples", ())):
-                found.setdefault(str(row["request_id"]), row.get("external_request_id"))
-    return found
-
-
-def find_request(known: Mapping[str, str | None], wanted: str, sample: int | None, url: str) -> str:
-    """The full id of the request that ``wanted`` names: vLLM's id, the client's, or what the server got.
-
-    Raises MissingError when there is none, ReadError naming them when there are several.
-    """
-    for matches in (_is_full, _is_external, _is_of_server):
-        found = [each for each, external in known.items() if matches(each, external, wanted)]
-        if sample is not None:
-            found = [each for each in found if _sample(each) == sample]
-        if len(found) == 1:
-            return found[0]
-        if found:
-            which = f"{wanted!r} names {len(found)} requests: {_shown(found)}"
-            raise ReadError(f"{url}: {which} (give the full id, or sample=0, 1, ...)")
-    if not known:
-        raise MissingError(f"{url}: no step has the rows of requests")
-    which = repr(wanted) if sample is None else f"{wanted!r} (sample {sample})"
-    raise MissingError(f"{url}: no request {which}; the run has {_shown(list(known))}")
-
-
-def _is_full(request_id: str, external: str | None, wanted: str) -> bool:
-    return request_id == wanted
-
-
-def _is_external(request_id: str, external: str | None, wanted: str) -> bool:
-    return wanted in (external, _without_additions(request_id))
-
-
-def _is_of_server(request_id: str, external: str | None, wanted: str) -> bool:
-    """``AAA`` becomes ``cmpl-AAA-0`` or ``chatcmpl-AAA`` in the server, before vLLM adds its own suffix."""
-    inner = external or _without_additions(request_id)
-    return re.fullmatch(rf"[a-z]+-{re.escape(wanted)}(-\d+)?", inner) is not None
-
-
-def _without_additions(request_id: str) -> str:
-    """A request's id without vLLM's random suffix and the number of a parallel sample."""
-    sample = _SAMPLE_PREFIX.fullmatch(request_id)
-    return _RANDOM_SUFFIX.sub("", sample[2] if sample else request_id)
-
-
-def _sample(request_id: str) -> int | None:
-    sample = _SAMPLE_PREFIX.fullmatch(request_id)
-    return int(sample[1]) if sample else None
-
-
-def _shown(ids: Sequence[str]) -> str:
-    more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
-    return ", ".join(ids[:8]) + more
+def _read_alone(runs: Sequence[tuple[_Place, slice]], unshard: bool) -> torch.Tensor | None:
+    """The rows, of which nothing else is read; None where whole tensors have to be."""
+    pieces = [
+        ChosenRows(
+            place.step.number,
+            place.step.record(place.name),
+            place.span.axis,
+            rows.start,
+            rows.stop - rows.start,
+        )
+        for place, rows in runs
+    ]
+    return read_chosen(runs[0][0].step.stored, pieces, unshard) if runs else None

@@ -25,7 +25,8 @@ from .channels import problems_of as channel_problems
 from .documents import FOREIGN, check_run, counts_of
 from .lookup import without_device
 from .over_steps import tensor_over_steps
-from .request import Request, find_request, known_requests
+from .request import Request
+from .request_ids import find_request, known_requests
 from .step import Step
 from .stored import Stored
 from .unshard import Places, all_committed, places_of

@@ -45,6 +45,11 @@ class Step(Mapping[str, "torch.Tensor"]):
         self.ranks = ranks
         self.complete = complete
 
+    @property
+    def stored(self) -> Stored:
+        """The run that it is of."""
+        return self._stored
+
     @cached_property
     def documents(self) -> Mapping[int, Json]:
         """The ``step.json`` of each rank that has committed."""
@@ -91,7 +96,7 @@ class Step(Mapping[str, "torch.Tensor"]):
         return {name: None for name in found if self._is_own(name) and name not in self._records}
 
     def _is_own(self, name: str) -> bool:
-        return is_tensor_name(name) and name.startswith(f"{self._directory}/")
+        return is_tensor_name(name) and name.startswith(f"{step_dir(self.number)}/")
 
     @property
     def records(self) -> list[Json]:
@@ -302,7 +307,7 @@ class Step(Mapping[str, "torch.Tensor"]):
 
         It has ``name``, ``dtype``, ``shape``, ``device``, ``skipped`` (the reason), and ``stats`` if kept.
         """
-        return unstored(self._stored, name) if name.startswith(f"{self._directory}/") else None
+        return unstored(self._stored, name) if name.startswith(f"{step_dir(self.number)}/") else None
 
     def record(self, name: str) -> Json:
         """The record of a tensor, by any name that `find` takes. Raises MissingError also if uncommitted."""
@@ -354,7 +359,7 @@ class Step(Mapping[str, "torch.Tensor"]):
     def call(self, directory: str, rank: int = 0) -> Call:
         """One call by its directory, such as ``layers.0_1``. Raises MissingError for an unknown one."""
         if directory not in self.calls:
-            raise missing("call", directory, f"{self._stored.url}/{self._directory}", self.calls)
+            raise missing("call", directory, f"{self._stored.url}/{step_dir(self.number)}", self.calls)
         return Call(self, self._stored, directory, rank)
 
     def structures(self, rank: int) -> dict[str, Json]:
@@ -396,10 +401,6 @@ class Step(Mapping[str, "torch.Tensor"]):
     def __repr__(self) -> str:
         state = "" if self.complete else ", incomplete"
         return f"<Step {self.number} of {self._stored.url}: {len(self)} tensors{state}>"
-
-    @property
-    def _directory(self) -> str:
-        return step_dir(self.number)
 
 
 def _origin(record: Json) -> tuple[Any, ...]:

@@ -1,0 +1,72 @@
+"""The ids of a run's requests, and which of them a client's name means."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+
+from ..errors import MissingError, ReadError
+from .step import Step
+
+_RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")
+_SAMPLE_PREFIX = re.compile(r"(\d+)_(.+)", re.DOTALL)
+
+
+def known_requests(steps: Iterable[Step]) -> dict[str, str | None]:
+    """The ids of all requests in the order of their first rows, with the client's own where it is known."""
+    found: dict[str, str | None] = {}
+    for step in steps:
+        for document in step.documents.values():
+            for row in (*document.get("rows", ()), *document.get("samples", ())):
+                found.setdefault(str(row["request_id"]), row.get("external_request_id"))
+    return found
+
+
+def find_request(known: Mapping[str, str | None], wanted: str, sample: int | None, url: str) -> str:
+    """The full id of the request that ``wanted`` names: vLLM's id, the client's, or what the server got.
+
+    Raises MissingError when there is none, ReadError naming them when there are several.
+    """
+    for matches in (_is_full, _is_external, _is_of_server):
+        found = [each for each, external in known.items() if matches(each, external, wanted)]
+        if sample is not None:
+            found = [each for each in found if _sample(each) == sample]
+        if len(found) == 1:
+            return found[0]
+        if found:
+            which = f"{wanted!r} names {len(found)} requests: {_shown(found)}"
+            raise ReadError(f"{url}: {which} (give the full id, or sample=0, 1, ...)")
+    if not known:
+        raise MissingError(f"{url}: no step has the rows of requests")
+    which = repr(wanted) if sample is None else f"{wanted!r} (sample {sample})"
+    raise MissingError(f"{url}: no request {which}; the run has {_shown(list(known))}")
+
+
+def _is_full(request_id: str, external: str | None, wanted: str) -> bool:
+    return request_id == wanted
+
+
+def _is_external(request_id: str, external: str | None, wanted: str) -> bool:
+    return wanted in (external, _without_additions(request_id))
+
+
+def _is_of_server(request_id: str, external: str | None, wanted: str) -> bool:
+    """``AAA`` becomes ``cmpl-AAA-0`` or ``chatcmpl-AAA`` in the server, before vLLM adds its own suffix."""
+    inner = external or _without_additions(request_id)
+    return re.fullmatch(rf"[a-z]+-{re.escape(wanted)}(-\d+)?", inner) is not None
+
+
+def _without_additions(request_id: str) -> str:
+    """A request's id without vLLM's random suffix and the number of a parallel sample."""
+    sample = _SAMPLE_PREFIX.fullmatch(request_id)
+    return _RANDOM_SUFFIX.sub("", sample[2] if sample else request_id)
+
+
+def _sample(request_id: str) -> int | None:
+    sample = _SAMPLE_PREFIX.fullmatch(request_id)
+    return int(sample[1]) if sample else None
+
+
+def _shown(ids: Sequence[str]) -> str:
+    more = f" and {len(ids) - 8} more" if len(ids) > 8 else ""
+    return ", ".join(ids[:8]) + more
