@@ -10,7 +10,7 @@ import torch
 
 import tlcore
 from tests.adapters.vllm.engine_script import PROMPTS
-from tests.adapters.vllm.helpers import REPOSITORY, run
+from tests.adapters.vllm.helpers import REPOSITORY, run_script
 from tests.analysis.vllm_script import ALONE, DTYPE
 from tests.models import smollm2
 from tlcore.__main__ import main
@@ -25,7 +25,7 @@ TWO_IMPLEMENTATIONS = ["--rtol", "1e-4", "--atol", "1e-5"]
 
 
 def _served(directory: Path, order: list[int], max_num_seqs: int) -> str:
-    done = run(SCRIPT, str(smollm2()), str(directory), json.dumps(order), str(max_num_seqs))
+    done = run_script(SCRIPT, str(smollm2()), str(directory), json.dumps(order), str(max_num_seqs))
     assert done.returncode == 0, done.stdout + done.stderr
     (run_directory,) = directory.iterdir()
     return str(run_directory)

@@ -12,6 +12,7 @@ from typing import Any, NoReturn
 
 import torch
 
+from tests.adapters.vllm.prepared import Prepared
 from tests.amx import with_amx
 from tlcore.ledger import Counts
 
@@ -46,6 +47,16 @@ def run(
     )
 
 
+_prepared = Prepared(REPOSITORY, ENVIRONMENT)
+
+
+def run_script(
+    script: str, *arguments: str, timeout: float = 600, environment: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """Run a script with `run`'s arguments where vLLM is imported already."""
+    return _prepared.run([script, *arguments], {**ENVIRONMENT, **(environment or {})}, timeout)
+
+
 def say_and_end(found: Any) -> NoReturn:
     """End a script with what `report` is to read, whatever an engine has left running."""
     sys.stdout.write(f"\nREPORT {json.dumps(found)}\n")
@@ -66,7 +77,7 @@ def report(
     script: str, *arguments: str, timeout: float = 600, environment: Mapping[str, str] | None = None
 ) -> dict[str, Any]:
     """Run a script that prints ``REPORT`` and one JSON object; returns the object."""
-    done = run(script, *arguments, timeout=timeout, environment=environment)
+    done = run_script(script, *arguments, timeout=timeout, environment=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     assert lines, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(lines[0].removeprefix("REPORT "))

@@ -7,7 +7,7 @@ from typing import get_args
 
 import pytest
 
-from tests.adapters.vllm.helpers import run
+from tests.adapters.vllm.helpers import run_script
 from tests.adapters.vllm.test_rows import DEEP, SCRIPT, WAYS
 
 pytestmark = pytest.mark.slow
@@ -31,5 +31,5 @@ def test_each_is_tried_or_cannot_start() -> None:
 @pytest.mark.deep
 @pytest.mark.parametrize("method", CANNOT_START)
 def test_it_cannot_start_on_a_cpu(method: str, tmp_path: Path) -> None:
-    done = run(SCRIPT, str(tmp_path), method, "first", "0", "0")
+    done = run_script(SCRIPT, str(tmp_path), method, "first", "0", "0")
     assert done.returncode != 0 and CANNOT_START[method] in done.stdout + done.stderr

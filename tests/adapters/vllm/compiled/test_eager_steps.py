@@ -11,20 +11,21 @@ import torch
 import tlcore
 from tests.adapters.vllm import helpers
 from tests.adapters.vllm.eager_steps_script import PROMPTS, TOKENS
-from tests.adapters.vllm.helpers import REPOSITORY, agree, run
+from tests.adapters.vllm.helpers import REPOSITORY, agree, run_script
 from tests.models import tiny_llama
 
 pytestmark = pytest.mark.slow
 SCRIPTS = REPOSITORY / "tests" / "adapters" / "vllm"
-EAGER = """
+EAGER = f"""
 import sys
+sys.path.insert(0, {str(REPOSITORY)!r})
 from vllm import LLM, SamplingParams
 from tests.models import tiny_llama
 from tests.adapters.vllm.eager_steps_script import PROMPTS, TOKENS
 if __name__ == "__main__":
     llm = LLM(
         str(tiny_llama()), enforce_eager=True, max_model_len=256, enable_prefix_caching=False,
-        intermediate_log_config={"output_dir": sys.argv[1], "log_step_ids": []},
+        intermediate_log_config={{"output_dir": sys.argv[1], "log_step_ids": []}},
     )
     llm.generate(PROMPTS, SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True))
 """
@@ -85,7 +86,9 @@ def test_only_the_selected_step_runs_eagerly(report: dict[str, Any]) -> None:
 def test_it_agrees_with_enforce_eager_within_tolerance(report: dict[str, Any], output_dir: Path) -> None:
     # In one process all prompts are queued before the first step, as they are in the compiled engine.
     one_process = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
-    done = run("-c", EAGER, str(output_dir / "eager"), environment=one_process)
+    (output_dir / "eager.py").write_text(EAGER)
+    arguments = (str(output_dir / "eager.py"), str(output_dir / "eager"))
+    done = run_script(*arguments, environment=one_process)
     assert done.returncode == 0, done.stdout + done.stderr
     (eager,) = map(tlcore.open_run, (output_dir / "eager").iterdir())
     compiled = tlcore.open_run(report["runs"]["all"])
