@@ -6,7 +6,7 @@
 # make gpu-wheels what gpu-check installs where there is no network (WHEELS=FOLDER)
 # make wheels     wheels for Linux on x86-64 and aarch64 in dist/, checked, and tried in a fresh environment
 # make bench      what capture costs, as ratios with their targets (BENCH="prefill decode --quick" for some)
-# make test-fast  the tests that need neither vLLM nor a server nor an installation
+# make test-fast  the essential tests of each room, in a minute: what tests/fast.txt lists
 # make lint       ruff and mypy
 # make format     let ruff rewrite the sources
 #
@@ -69,7 +69,7 @@ chromium: $(VENV)/.installed
 	$(python) -m tests.browser
 
 test-fast: $(VENV)/.installed
-	$(python) -m pytest $(in_workers) -m "not slow"
+	$(python) -m pytest $(in_workers) -m "not slow" @tests/fast.txt
 
 lint: $(VENV)/.installed
 	$(python) -m ruff check $(sources)

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 import shutil
@@ -22,9 +23,10 @@ def smollm2() -> Path:
     return _prepared("smollm2-135m", _write_smollm2)
 
 
-def tiny_llama() -> Path:
-    """A random 4-layer Llama (hidden size 128, float32) with a byte-pair tokenizer of 512 tokens."""
-    return _prepared("tiny-llama-1", _write_tiny_llama)
+def tiny_llama(layers: int = 4) -> Path:
+    """A random Llama (hidden size 128, float32) with a byte-pair tokenizer of 512 tokens."""
+    name = "tiny-llama-1" if layers == 4 else f"tiny-llama-1-{layers}"
+    return _prepared(name, functools.partial(_write_tiny_llama, layers=layers))
 
 
 def tiny_moe() -> Path:
@@ -79,7 +81,7 @@ def _write_smollm2(directory: Path) -> None:
     tokenizer.save_pretrained(directory)
 
 
-def _write_tiny_llama(directory: Path) -> None:
+def _write_tiny_llama(directory: Path, layers: int) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -87,7 +89,7 @@ def _write_tiny_llama(directory: Path) -> None:
         vocab_size=_VOCABULARY,
         hidden_size=128,
         intermediate_size=128,
-        num_hidden_layers=4,
+        num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         max_position_embeddings=512,

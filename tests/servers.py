@@ -179,13 +179,10 @@ def _running(command: list[str], directory: Path, server: Server, **environment:
         _wait_until_ready(process, server, directory / "log")
         yield
     finally:
+        # Nobody reads what it holds; told to end, SeaweedFS takes more than ten seconds.
         with suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGTERM)
-        try:
-            process.wait(10)
-        except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
-            process.wait(30)
+        process.wait(30)
 
 
 def _wait_until_ready(process: subprocess.Popen[bytes], server: Server, log: Path) -> None:

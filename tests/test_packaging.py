@@ -18,7 +18,14 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = {"tlcore": "tlcore", "tlcore_backends": "backends", "tlcore_schemas": "schemas"}
-CHECKED = ["engine/filters", "layout", "test_registry.py", "config", "backends", "cli"]
+CHECKED = [
+    "layout",
+    "test_registry.py",
+    "config",
+    "backends/test_conformance.py",
+    "backends/pt",
+    "cli/test_main.py",
+]
 
 
 def run(*command: str | Path, cwd: Path) -> str:

@@ -25,6 +25,8 @@ from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.safetensors.segment_sink import SegmentSink
 from tlcore_backends.safetensors.sink import SafetensorsSink
 
+pytestmark = pytest.mark.slow
+
 BACKENDS: dict[str, Any] = {
     "pt": "pt",
     "shards": {"name": "safetensors", "layout": 1},

@@ -30,6 +30,8 @@ from tlcore.errors import ReadError
 from tlcore.layout.row_scale import restored
 from tlcore.statistics.stored import summarize
 
+pytestmark = pytest.mark.slow
+
 BACKENDS = ["pt", "safetensors"]
 FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 INT8: dict[str, Any] = {"store_dtype": "int8"}

@@ -13,6 +13,8 @@ from torch.utils.checkpoint import checkpoint
 import tlcore
 from tests.sinks import MemorySink
 
+pytestmark = pytest.mark.slow
+
 
 class Block(nn.Module):
     """An MLP with dropout whose inner part may be recomputed in backward."""

@@ -27,6 +27,8 @@ from tests.hostile.files import (
 )
 from tests.reading import read_all, run_commands
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["hostile", "sound"]
 
 NAMES = [

@@ -22,6 +22,8 @@ from tlcore.errors import ReadError, VerifyError
 from tlcore_backends.safetensors import whole_check
 from tlcore_backends.safetensors.index import SegmentIndex
 
+pytestmark = pytest.mark.slow
+
 __all__ = ["sound"]
 
 MIB = 1 << 20

@@ -12,6 +12,7 @@ from contextlib import suppress
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from torch import nn
 
@@ -24,6 +25,8 @@ from tlcore.engine.session import Session
 from tlcore.engine.staging.host_memory import Chunk
 from tlcore.hotpath import copying, hashing
 from tlcore.hotpath.seals import Seal
+
+pytestmark = pytest.mark.slow
 
 STEPS = scaled(250, 5000)
 

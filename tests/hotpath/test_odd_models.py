@@ -19,6 +19,8 @@ from tlcore.engine.hooks import collector
 from tlcore.engine.pipeline import processor
 from tlcore.hotpath.looking import can_look
 
+pytestmark = pytest.mark.slow
+
 SEGMENTS = {"name": "safetensors", "commit_s": 600}
 # The second with so little staging memory that it is used again within a step.
 WAYS: list[dict[str, Any]] = [

@@ -65,7 +65,7 @@ def main(output_dir: str) -> dict[str, Any]:
     import tlcore.vllm
     from tests.models import tiny_llama
 
-    llm = LLM(str(tiny_llama()), max_model_len=256, enable_prefix_caching=False)
+    llm = LLM(str(tiny_llama(2)), max_model_len=256, enable_prefix_caching=False)
     core: Any = llm.llm_engine.engine_core
     model = core.engine_core.model_executor.driver_worker.worker.model_runner.get_model()
     compiled, compiled_calls = model.model.aot_compiled_fn, 0

@@ -13,6 +13,7 @@ import threading
 from pathlib import Path
 from typing import Any
 
+from tests.deep import scaled
 from tests.toys import hook_count
 
 PROMPTS = [
@@ -25,7 +26,7 @@ PROMPTS = [
     "In the year 1969, people first",
     "My favourite colour is",
 ]
-TOKENS = 32
+TOKENS = scaled(12, 32)
 
 
 def main(model: str, config: dict[str, Any] | None) -> dict[str, Any]:

@@ -90,6 +90,8 @@ def _become(arguments: list[str], environment: dict[str, str], output: list[str]
     added = [each for each in environment.get("PYTHONPATH", "").split(os.pathsep) if each not in sys.path]
     sys.path[:1] = [str(Path(arguments[0]).parent), *added]
     sys.argv = arguments
+    if "torch" in sys.modules and "OMP_NUM_THREADS" in environment:
+        sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
     for number, path in enumerate([os.devnull, *output]):
         opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         os.dup2(opened, number)

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import tlcore
+from tests.adapters.vllm.engine_script import TOKENS
 from tests.adapters.vllm.helpers import REPOSITORY, all_stored, report
 from tests.models import smollm2
 
@@ -46,7 +47,7 @@ def test_capture_of_everything_leaves_greedy_tokens_alone(
 ) -> None:
     assert captured["prompts"] == plain["prompts"]
     assert captured["tokens"] == plain["tokens"]
-    assert [len(tokens) for tokens in captured["tokens"]] == [32] * 8
+    assert [len(tokens) for tokens in captured["tokens"]] == [TOKENS] * 8
 
 
 def test_without_configuration_there_is_no_trace(plain: dict[str, Any]) -> None:
@@ -61,9 +62,9 @@ def test_the_compilable_module_is_left_as_it_is(plain: dict[str, Any], captured:
 def test_a_forgotten_engine_completes_its_run(captured: dict[str, Any], recorded: Any) -> None:
     assert captured["states"] == ["complete"]
     assert recorded.state == "complete"
-    assert recorded.steps == list(range(32))
+    assert recorded.steps == list(range(TOKENS))
     ledger = recorded.ledger
-    assert all_stored(ledger) and ledger.stored > 30_000
+    assert all_stored(ledger) and ledger.stored > 1000 * TOKENS
     assert recorded.verify() > 0
 
 
@@ -112,7 +113,7 @@ def test_layer_0_agrees_with_transformers(captured: dict[str, Any], recorded: An
 
 
 def test_the_operators_of_a_layer_are_captured(recorded: Any) -> None:
-    for number in (0, 31):
+    for number in (0, TOKENS - 1):
         step = recorded.step(number)
         (split,) = step.call("model.layers.5.self_attn").operators
         assert split.name == "split" and split.file.endswith("models/llama.py")

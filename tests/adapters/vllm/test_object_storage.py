@@ -9,7 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY, run
+from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY, run, run_script
 from tests.models import smollm2
 from tests.servers import Server, seaweedfs
 
@@ -79,7 +79,8 @@ def test_a_place_that_cannot_be_written_stops_the_front_end(server: Server, wron
         "protocol": {"url": "s33://bucket/vllm", "storage_options": {}},
     }
     config = json.dumps({"backend": backend(server, **changes[wrong])})
-    done = run(EXAMPLE, "--model", "no-such-model", "--enforce-eager", "--intermediate-log-config", config)
+    command = (EXAMPLE, "--model", "no-such-model", "--enforce-eager", "--intermediate-log-config", config)
+    done = run_script(*command)
     assert done.returncode == 2, done.stdout[-2000:] + done.stderr[-3000:]
     message = done.stderr.splitlines()[-1]
     assert "Traceback" not in done.stderr

@@ -15,6 +15,8 @@ import tlcore
 from tests.sinks import MemorySink
 from tlcore.engine.hooks.tracing import TRACES
 
+pytestmark = pytest.mark.slow
+
 if not TRACES:
     pytest.skip("this torch is too old for taps of compiled models", allow_module_level=True)
 How = Callable[[Any, str], Any]
@@ -134,7 +136,6 @@ def test_only_what_is_selected_and_a_second_capture() -> None:
     assert not any("forward" in vars(module) for module in model.modules())
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_other_backends_and_training(backend: str) -> None:
     expected, _, _ = run(made(), eager)

@@ -23,6 +23,8 @@ from tlcore.reader.dataset.dataset import RowDataset
 from tlcore.reader.dataset.order import Order, Plan
 from tlcore.runs.convert import convert
 
+pytestmark = pytest.mark.slow
+
 # Several windows of several groups, whatever the bytes.
 SMALL = 600
 
@@ -230,7 +232,6 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
         yield server
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("backend", ["pt", "safetensors"])
 def test_a_run_in_object_storage_is_read_by_workers(
     served: Served, s3: Server, backend: str, tmp_path: Path

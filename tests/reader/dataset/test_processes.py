@@ -27,6 +27,8 @@ from tlcore.engine.session import Session
 from tlcore.errors import ReadError
 from tlcore.reader.dataset.dataset import RowDataset
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def _small_groups(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -24,7 +24,7 @@ from tests.models import tiny_llama
 from tests.adapters.vllm.eager_steps_script import PROMPTS, TOKENS
 if __name__ == "__main__":
     llm = LLM(
-        str(tiny_llama()), enforce_eager=True, max_model_len=256, enable_prefix_caching=False,
+        str(tiny_llama(2)), enforce_eager=True, max_model_len=256, enable_prefix_caching=False,
         intermediate_log_config={{"output_dir": sys.argv[1], "log_step_ids": []}},
     )
     llm.generate(PROMPTS, SamplingParams(temperature=0.0, max_tokens=TOKENS, ignore_eos=True))
@@ -39,7 +39,7 @@ def output_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def report(output_dir: Path) -> dict[str, Any]:
     """The compiled engine with no capture, with every step captured, and with one."""
-    tiny_llama()
+    tiny_llama(2)
     return helpers.report(str(SCRIPTS / "eager_steps_script.py"), str(output_dir))
 
 
@@ -56,7 +56,7 @@ def test_a_captured_step_is_bitwise_what_skip_compiled_gives(
         if "/outputs" in name and "/model/" not in name and "/_root/" not in name
     }
     assert set(reference) == names
-    assert len(names) > 150
+    assert len(names) > 75
     different = [name for name in names if not torch.equal(captured.tensor(name), reference[name])]
     assert different == []
     assert report["tokens"]["all"] == report["tokens"]["reference"]
@@ -78,7 +78,7 @@ def test_only_the_selected_step_runs_eagerly(report: dict[str, Any]) -> None:
     assert one.steps == [1]
     # The head itself is an argument of the logits processor.
     assert one.ledger.balanced and one.ledger.reasons == {"skipped: module": 1}
-    assert one.ledger.stored == one.ledger.captured - 1 > 100
+    assert one.ledger.stored == one.ledger.captured - 1 > 50
     assert report["tokens"]["plain"] == report["tokens"]["after"]
     assert [len(tokens) for tokens in report["tokens"]["one"]] == [TOKENS] * len(PROMPTS)
 

@@ -23,6 +23,8 @@ from tlcore.engine.hooks import tap_op
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
 
+pytestmark = pytest.mark.slow
+
 
 class Rotates(nn.Module):
     """Changes its second argument in place, and returns a tuple and a dictionary."""
@@ -149,7 +151,6 @@ def test_taps_show_what_hooks_would(backend: Any, keys: dict[str, Any]) -> None:
         torch.testing.assert_close(sink.tensors[name], expected.tensors[name])
 
 
-@pytest.mark.slow
 def test_inductor_neither_drops_nor_moves_taps() -> None:
     x = torch.randn(3, 4)
     expected = _hooked(x, log_post_fwd_inputs=True)
@@ -305,7 +306,6 @@ def test_values_within_a_forward_are_captured_as_hooks_do(backend: Any, patterns
         torch.testing.assert_close(tensor, expected.tensors[name])
 
 
-@pytest.mark.slow
 def test_inductor_neither_drops_nor_moves_values_within_a_forward() -> None:
     x = torch.randn(3, 4)
     expected, sink = _shown(None, x), _shown("inductor", x)
