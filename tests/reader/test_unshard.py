@@ -67,6 +67,37 @@ def test_what_is_not_known_is_never_joined(tmp_path: Path) -> None:
     assert not found.equal and found.first_divergence is None
 
 
+def test_what_passes_for_whole_but_differs_between_ranks_is_never_taken_for_the_whole(tmp_path: Path) -> None:
+    """A layer of a kind that nobody has described: each rank's part looks like any other tensor."""
+    odd, same, near = torch.randn(2, 4, 3), torch.ones(2), torch.randn(3)
+    ids = torch.tensor([[1, 2], [1, 3]])
+    tensors = [
+        {"odd": odd[rank], "same": same, "near": near * (1 + rank * 1e-5), "ids": ids[rank]} for rank in (0, 1)
+    ]
+    run = ranks_run(tmp_path, tensors, {})
+    for name in ("odd", "ids"):
+        own = f"step_0/{name}/outputs_cpu"
+        assert torch.equal(run.tensor(own), tensors[0][name])
+        with pytest.raises(ReadError, match=f"{name}/outputs.*each rank has another one"):
+            run.tensor(own, unshard=True)
+    for name in ("same", "near"):
+        assert torch.equal(run.tensor(f"step_0/{name}/outputs_cpu", unshard=True), tensors[0][name])
+    single = ranks_run(tmp_path / "single", tensors[:1], {})
+    found = tlcore.compare(single, run, ignore_missing=True)
+    assert {each.module for each in found.results if each.status == "unreadable"} == {"odd", "ids"}
+    assert found.first_divergence is None
+    # Rank by rank nothing needs to be joined.
+    assert tlcore.compare(run, ranks_run(tmp_path / "again", tensors, {})).equal
+
+
+@pytest.mark.parametrize("ranks", [[[1.0, 2.0], [1.0, float("nan")]], [[1.0, 2.0], [1.0, -2.0]]])
+def test_parts_are_not_alike_for_some_equal_numbers(ranks: list[list[float]]) -> None:
+    part = {"unknown": "nobody knows", "or_alike": True, "tp_size": 2}
+    with pytest.raises(ReadError, match="nobody knows"):
+        joined(part, [torch.tensor(each) for each in ranks], "x")
+    assert torch.equal(joined(part, [torch.tensor(ranks[0])] * 2, "x"), torch.tensor(ranks[0]))
+
+
 def test_tokens_that_context_parallelism_splits_are_never_joined(tmp_path: Path) -> None:
     run = ranks_run(tmp_path, [{"norm": torch.ones(2)}] * 2, {})
     path = Path(run.url) / "run.json"

@@ -134,9 +134,9 @@ class capture:  # noqa: N801 - a context manager reads like a function
         run.document["environment"] = environment(model)
         self._session = Session(self.config, run, self._sink, self._inline)
         if self._traced:
-            self._session.attach(model, traced=self._steps)
+            self._session.attach(model, traced=self._steps, follow=self._steps.follow)
         else:
-            self._session.attach(model, may_change_within=True)
+            self._session.attach(model, may_change_within=True, follow=self._steps.follow)
         self._steps.around = self._session.listen_to_batches().around
         tree = self._session.tree
         assert tree is not None
@@ -204,10 +204,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
                 log.warning("log_gradients: this step is a call of the model alone. %s", _BRACKET)
         session = self._session
         assert session is not None
-        captured = session.begin_step(more_than_a_call=self._steps.more_than_a_call)
-        if captured and (tree := session.tree) is not None:
-            self._steps.follow(tree)
-        return captured
+        return session.begin_step(more_than_a_call=self._steps.more_than_a_call)
 
     def _end_step(self, error: BaseException | None) -> None:
         assert self._session is not None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -48,6 +48,8 @@ class Hookup:
         self._draft: ListenerSet | None = None
         self._source: Source | None = None
         self._batches: BatchCalls | None = None
+        self._tree: ModuleTree | None = None
+        self._follow: Callable[[ModuleTree], object] | None = None
         self._collector = collector
         self._one_rank = one_rank
         self._said_elsewhere = False
@@ -61,6 +63,7 @@ class Hookup:
         modules: Mapping[str, nn.Module] | None = None,
         may_change_within: bool = False,
         traced: StepCalls | None = None,
+        follow: Callable[[ModuleTree], object] | None = None,
     ) -> None:
         """Plan the hooks, as `Session.attach` describes. Raises CaptureError for a compiled model."""
         refuse_compiled(model)
@@ -72,6 +75,7 @@ class Hookup:
             self.hooks = TracedListeners(model, select, rename)
         else:
             self.hooks = ListenerSet(model, audience.listener, rename, may_change_within, audience.counts)
+        self._tree, self._follow = self.hooks.tree, follow
         self._listen_within(self.hooks)
         # A rank has not all modules to tell.
         if self._one_rank:
@@ -113,13 +117,17 @@ class Hookup:
             # Around the attached model's listeners on modules that both share.
             self._draft.install()
             self._draft.rest()
-        self._taps.begin_step()
+        if self._taps.shown or not self._taps.receives:
+            self._taps.begin_step()
         if self._audience.operators is not None:
             self._audience.operators.begin_step()
         if self._audience.injection is not None:
             self._audience.injection.begin_step(step)
         if self._source is not None:
             self._source.begin_step(self._collector)
+        if self.hooks.tree is not self._tree and self._follow is not None:
+            self._tree = self.hooks.tree
+            self._follow(self._tree)
 
     def turn(self, draft: bool) -> None:
         """Listen to the draft model's calls from now on, or again to the attached model's."""
@@ -130,14 +138,18 @@ class Hookup:
         listening.resume()
 
     def remove(self) -> None:
-        """Listen no more, until the next step."""
+        """Listen no more, until the next step. Taps are passed over then, and given up by `rest`."""
         if self._batches is not None:
             self._batches.remove()
-        self._taps.rest()
         if self._draft is not None:
             self._draft.remove()
         if self.hooks is not None:
             self.hooks.remove()
+
+    def rest(self) -> None:
+        """What comes now is not captured: let it cost nothing."""
+        if self._taps.receives:
+            self._taps.rest()
 
     def end_source(self) -> str | None:
         """Let the source of a step add what is missing; what went wrong there, if anything."""
@@ -147,7 +159,9 @@ class Hookup:
         """What `step.json` says of a step's calls, beside what was captured of them."""
         injection = self._audience.injection
         told = {} if injection is None else injection.end_step()
-        calls = self._taps.elsewhere if self.hooks is None else self.hooks.elsewhere | self._taps.elsewhere
+        calls = {} if self.hooks is None else self.hooks.elsewhere
+        if self._taps.elsewhere:
+            calls = calls | self._taps.elsewhere
         return self._calls_elsewhere(calls) | told if calls else told
 
     def _calls_elsewhere(self, calls: dict[str, int]) -> Json:
@@ -166,7 +180,7 @@ class Hookup:
         """Take the listeners away for good; what is to be said of that which they did not hear."""
         hooks, self.hooks = self.hooks, None
         draft, self._draft = self._draft, None
-        self._batches = None
+        self._batches = self._tree = self._follow = None
         if draft is not None:
             draft.close()
         if hooks is None:

@@ -24,7 +24,7 @@ from ..ledger import Counts
 from ..protocols import Sink
 from ..record import Json, RunInfo
 from ..storage import SupportsWaiting
-from .batch import Batch, StepEnd
+from .batch import StepEnd
 from .filters.choosing import Choice, Choosing
 from .filters.requests import request_filter
 from .filters.rows import StepRows
@@ -150,7 +150,7 @@ class Session:
         objects = frozenset(self.config.capture_objects)
         rows = self.rows if self.config.cuts_rows else None
         narrows = "modules" in self.config.request_overrides
-        made = Collector(self._stager, tensors, self._submit, self.config.capture, objects, rows, narrows)
+        made = Collector(self._stager, tensors, self.config.capture, objects, rows, narrows)
         if self.config.log_gradients:
             made.gradients = Gradients(made)
         return made
@@ -162,19 +162,21 @@ class Session:
         modules: Mapping[str, nn.Module] | None = None,
         may_change_within: bool = False,
         traced: StepCalls | None = None,
+        follow: Callable[[ModuleTree], object] | None = None,
     ) -> None:
         """Plan the hooks for a model and its submodules.
 
         ``source`` captures its modules by itself. ``modules`` are the submodules by the names that they
         are to go by, where these are not those of ``named_modules``. Where the model ``may_change_within`` a
         step, what it becomes there is heard, too. With ``traced`` listeners stay until the end, and compilers
-        trace along what shows calls to them; it is told which calls are steps.
+        trace along what shows calls to them; it is told which calls are steps. ``follow`` is told of the
+        model's modules in each captured step that finds others than the one before.
 
         Raises CaptureError for a compiled model, or when another model is attached already.
         """
         if self._pipeline is not None:
             raise CaptureError("this session has a model already; open another session for a second model")
-        self._hookup.attach(model, source, modules, may_change_within, traced)
+        self._hookup.attach(model, source, modules, may_change_within, traced, follow)
         for device in {parameter.device for parameter in model.parameters()}:
             self._stager.reserve(device)
         self._processor = Processor(
@@ -184,6 +186,7 @@ class Session:
         self._pipeline = (
             InlineExecutor(self._processor) if self._inline else ThreadExecutor(self._processor, self._pool)
         )
+        self._collector.submit = self._pipeline.submit
 
     @property
     def tree(self) -> ModuleTree | None:
@@ -240,6 +243,7 @@ class Session:
             self._next_step = number + 1
             asked = choosing is not None and choosing.asked
             if not (wanted and (self._selects_all or self.config.selects_step(number) or asked)):
+                self._hookup.rest()
                 return False
             self._step = number
             self._started = time.time_ns()
@@ -301,18 +305,10 @@ class Session:
     def _close_hooks(self) -> None:
         self.remarks += self._hookup.close(bool(self.captured_steps))
 
-    def _say_remarks(self) -> None:
-        if self.remarks:
-            log.warning("run %s: %s", self.run.shown_url, "\n  ".join(self.remarks))
-
     def _give_memory_back(self) -> None:
         # Before Python finds out that nobody needs the session any more.
         self._pool.retire()
         self._stager.leave()
-
-    def _submit(self, batch: Batch) -> None:
-        if self._pipeline is not None:
-            self._pipeline.submit(batch)
 
     def step_aside(self) -> None:
         """Take the hooks away until the next selected step; for whoever compiles between two steps."""
@@ -373,7 +369,8 @@ class Session:
         gradients = self._collector.gradients
         if self.captured_steps and gradients is not None and not gradients.awaited:
             self.remarks.append("log_gradients: no call within a step had a tensor that requires a gradient")
-        self._say_remarks()
+        if self.remarks:
+            log.warning("run %s: %s", self.run.shown_url, "\n  ".join(self.remarks))
         first = self._processor.first_error if self._processor else None
         if first is not None and self.config.on_error == "raise":
             lost = f"{counts.failed} tensors could not be stored" if counts.failed else "closing failed"
@@ -386,6 +383,7 @@ class Session:
         """
         self._closed = True
         self._hookup.remove()
+        self._hookup.rest()
 
 
 _live: weakref.WeakSet[Session] = weakref.WeakSet()

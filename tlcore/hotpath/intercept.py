@@ -76,8 +76,8 @@ class StandIn:
                 self.original = found if bind is None else bind(found, self.module, cls)
         return self.original
 
-    def aim(self) -> None:
-        """Stand in for what is there now, before it is `put` again."""
+    def put_again(self) -> None:
+        """Begin to stand in once more, for what is there now."""
         found: Any = self.own.get(self.key)
         # As `without_dead`, which would be another call of Python's, of many in each step.
         while issubclass(type(found), StandIn) and found.dead:
@@ -86,6 +86,7 @@ class StandIn:
             self.replaced = found
             self._by_class = self._given_by_class()
             self.original = self._without_us() if found is None else found
+        self.own[self.key] = self
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Pass on, with whatever a subclass adds."""

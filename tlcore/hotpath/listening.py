@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
@@ -24,11 +25,8 @@ _fx = vars(_symbolic_trace)
 _FX_FLAG = "_is_fx_tracing_flag"
 # Of releases that have no such flag: there, as in 2.14, it is a thread's own.
 _says_fx = None if _FX_FLAG in _fx else _fx.get("_get_is_fx_tracing") or _fx.get("is_fx_symbolic_tracing")
-
-
-def is_symbolic() -> bool:
-    """Whether `torch.fx` traces a module."""
-    return bool(_fx.get(_FX_FLAG) if _says_fx is None else _says_fx())
+# Whether `torch.fx` traces a module. Asked in each step and call: no function of ours is between.
+is_symbolic: Callable[[], Any] = functools.partial(_fx.get, _FX_FLAG) if _says_fx is None else _says_fx
 
 
 class _Hearing:

@@ -23,7 +23,7 @@ from .lookup import not_one, not_stored, unstored, without_device
 from .placements import as_whole, assembled, is_part
 from .stored import Stored
 from .tensor_stream import TensorStream, in_memory, open_stream
-from .unshard import Places, group_of, joined, part_of, split_by_context
+from .unshard import Places, group_of, joined, origin_of, records_of_ranks
 from .wanted import STORED, Wanted, as_wanted
 
 if TYPE_CHECKING:
@@ -67,21 +67,14 @@ class Step(Mapping[str, "torch.Tensor"]):
 
     @cached_property
     def _records(self) -> dict[str, Json]:
-        records: dict[str, Json] = {}
-        for rank, document in self.documents.items():
-            sharding, split = document.get("sharding"), split_by_context(self._places, rank)
-            for record in document["records"]:
-                part = split or part_of(sharding, record)
-                more = {"rank": rank} if part is None else {"rank": rank, "part": part}
-                records[record["name"]] = {**record, **more}
-        return records
+        return records_of_ranks(self.documents, self._places)
 
     @cached_property
     def _by_origin(self) -> Mapping[tuple[Any, ...], Mapping[int, Json]]:
         """The records of each captured tensor, by rank."""
         found: dict[tuple[Any, ...], dict[int, Json]] = {}
         for record in self._records.values():
-            found.setdefault(_origin(record), {})[record["rank"]] = record
+            found.setdefault(origin_of(record), {})[record["rank"]] = record
         return found
 
     @cached_property
@@ -250,7 +243,7 @@ class Step(Mapping[str, "torch.Tensor"]):
                 continue
             for record in self.documents[rank]["records"]:
                 own = self._records[record["name"]]
-                key = (self.replica(rank), *_origin(own))
+                key = (self.replica(rank), *origin_of(own))
                 if key not in chosen or own["direction"] == "outputs":
                     chosen.pop(key, None)
                     chosen[key] = as_whole(own)
@@ -333,7 +326,7 @@ class Step(Mapping[str, "torch.Tensor"]):
         if record is None:
             return self._stored.tensor(self._remains[found])
         if is_part(record):
-            return assembled(record, self._by_origin[_origin(record)], self._stored.values)
+            return assembled(record, self._by_origin[origin_of(record)], self._stored.values)
         if not unshard or "part" not in record:
             return self._stored.values(record, packed)
         return joined(record["part"], list(map(self._stored.values, self.parts(found))), record["name"])
@@ -348,7 +341,7 @@ class Step(Mapping[str, "torch.Tensor"]):
         record = self.record(name)
         if "part" not in record:
             return [record]
-        held = self._by_origin[_origin(record)]
+        held = self._by_origin[origin_of(record)]
         group = group_of(self._places, record["rank"])
         absent = [str(rank) for rank in group if rank not in held]
         if absent:
@@ -401,10 +394,6 @@ class Step(Mapping[str, "torch.Tensor"]):
     def __repr__(self) -> str:
         state = "" if self.complete else ", incomplete"
         return f"<Step {self.number} of {self._stored.url}: {len(self)} tensors{state}>"
-
-
-def _origin(record: Json) -> tuple[Any, ...]:
-    return (record["module"], record["call"], record["direction"], *record["path"])
 
 
 def _directory_of(name: str) -> str:

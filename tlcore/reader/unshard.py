@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ReadError
@@ -13,6 +13,12 @@ if TYPE_CHECKING:
 
 Places = Mapping[int, Json]
 _GROUPS = ("tp", "pcp", "pp", "dp")
+_UNLIKE: Json = {
+    "unknown": "each rank has another one, and nothing tells which part of what it is",
+    "or_alike": True,
+}
+# Parts of one tensor differ by about as much as they are long.
+_ROUNDED = 1 / 16
 _KEYS = [f"{group}_{what}" for group in _GROUPS for what in ("rank", "size")]
 
 
@@ -62,6 +68,44 @@ def all_committed(
     return len(engines) > 1 and bool(taking_part) and all(ranks <= present for ranks in taking_part)
 
 
+def records_of_ranks(documents: Mapping[int, Json], places: Places) -> dict[str, Json]:
+    """The records of all ranks' ``step.json`` by name, each with its ``rank`` and, if any, its ``part``.
+
+    Raises ReadError where a description of parts is damaged.
+    """
+    found: dict[str, Json] = {}
+    for rank, document in documents.items():
+        sharding, split = document.get("sharding"), _split_by_context(places, rank)
+        for record in document["records"]:
+            part = split or part_of(sharding, record)
+            more = {"rank": rank} if part is None else {"rank": rank, "part": part}
+            found[record["name"]] = {**record, **more}
+    for record in _unlike(found.values(), places):
+        place = places[record["rank"]]
+        record["part"] = {**_UNLIKE, "tp_rank": place["tp_rank"], "tp_size": place["tp_size"]}
+    return found
+
+
+def origin_of(record: Json) -> tuple[Any, ...]:
+    """Which captured tensor a record is of, whatever rank and device had it."""
+    return (record["module"], record["call"], record["direction"], *record["path"])
+
+
+def _unlike(records: Iterable[Json], places: Places) -> list[Json]:
+    """Those that pass for whole, but are not the same on all tensor-parallel ranks that have them."""
+    held: dict[tuple[Any, ...], list[Json]] = {}
+    for record in records:
+        place = places.get(record["rank"])
+        if not {"part", "placements"} & record.keys() and place is not None and place["tp_size"] > 1:
+            group = [place[f"{each}_rank"] for each in _GROUPS if each != "tp"]
+            held.setdefault((*group, *origin_of(record)), []).append(record)
+    return [each for same in held.values() if len(set(map(_content, same))) > 1 for each in same]
+
+
+def _content(record: Json) -> tuple[Any, ...]:
+    return record.get("hash"), record["dtype"], *record["shape"]
+
+
 def part_of(sharding: Any, record: Mapping[str, Any]) -> Json | None:
     """How a record's tensor is a part of a larger one, as its ``step.json`` says; None when it is whole."""
     if sharding is None:
@@ -81,7 +125,7 @@ def part_of(sharding: Any, record: Mapping[str, Any]) -> Json | None:
     return part
 
 
-def split_by_context(places: Places, rank: int) -> Json | None:
+def _split_by_context(places: Places, rank: int) -> Json | None:
     """The description of a rank's tensor where ranks share a prompt's tokens; None where each has all."""
     own = places.get(rank, {})
     if int(own.get("pcp_size", 1)) == 1:
@@ -108,6 +152,8 @@ def joined(part: Json, tensors: Sequence[torch.Tensor], name: str) -> torch.Tens
     if len(tensors) != part["tp_size"]:
         raise ReadError(f"{name}: {len(tensors)} ranks for the {part['tp_size']} parts of a tensor")
     try:
+        if part.get("or_alike") and _all_alike(tensors):
+            return tensors[0]
         if "unknown" in part:
             raise ValueError(part["unknown"])
         if part.get("or_whole") and _all_equal(tensors):
@@ -136,6 +182,24 @@ def _all_equal(tensors: Sequence[torch.Tensor]) -> bool:
     # By their bytes: a NaN is no other value on another rank.
     first, *others = (each.contiguous().flatten().view(torch.uint8) for each in tensors)
     return all(torch.equal(each, first) for each in others)
+
+
+def _all_alike(tensors: Sequence[torch.Tensor]) -> bool:
+    """Whether ranks differ by no more than what kernels round, which are not the same in each run."""
+    import torch
+
+    first, *others = tensors
+    if not all(each.shape == first.shape and each.dtype == first.dtype for each in others):
+        return False
+    if not first.dtype.is_floating_point:
+        return _all_equal(tensors)
+    whole = first.double()
+    # What is not a number is nothing like anything, unless all have it in the same place.
+    return all(
+        torch.equal(each.isnan(), first.isnan())
+        and bool((each.double() - whole).nan_to_num().norm() <= _ROUNDED * whole.nan_to_num().norm())
+        for each in others
+    )
 
 
 def _added(tensors: Sequence[torch.Tensor]) -> torch.Tensor:

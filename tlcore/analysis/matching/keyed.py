@@ -35,7 +35,8 @@ def keyed(step: Step, rules: Rules, rename: bool) -> dict[Key, Located]:
             continue
         # What tells how it is joined is joined also where the ranks otherwise are held one by one.
         is_spread = side == rules.spread or rules.both_spread
-        joined = rules.joins_ranks(side) or (is_spread and "part" in record)
+        tells = "part" in record and "or_alike" not in record["part"]
+        joined = rules.joins_ranks(side) or (is_spread and tells)
         if joined and not rules.joins_ranks(side):
             if record["part"]["tp_rank"]:
                 continue

@@ -57,8 +57,7 @@ class BatchCalls:
             self._tree = None if unfinished else tree
             self._calls = [_BatchCall(named.module, taker, self) for named, taker in _takers(tree)]
         for each in self._calls:
-            each.aim()
-            each.put()
+            each.put_again()
         self.owner = _get_ident()
 
     def remove(self) -> None:
@@ -73,7 +72,7 @@ class BatchCalls:
     def around(self, module: nn.Module) -> Callable[..., Any] | None:
         """What stands in for a module's call, where its call has begun before this listened."""
         found = vars(module).get(WHOLE_CALL)
-        return found if type(found) is _BatchCall and found.calls is self else None
+        return found.within if type(found) is _BatchCall and found.calls is self and self.owner else None
 
     def enter(self, taker: Taker, given: Mapping[str, Any]) -> tuple[Scope | None, Any]:
         """A call begins; what `leave` needs at its end."""
@@ -130,6 +129,10 @@ class _BatchCall(StandIn):
             return self.original(*args, **kwargs)
         if self.dead or _get_ident() != self.calls.owner or why_traced() is not None:
             return self.now()(*args, **kwargs)
+        return self.within(*args, **kwargs)
+
+    def within(self, *args: Any, **kwargs: Any) -> Any:
+        """A call that is known to be the step's, and to compute."""
         given = {**dict(zip(self.taker.parameters, args, strict=False)), **kwargs}
         entered = self.calls.enter(self.taker, given)
         result = None

@@ -52,7 +52,6 @@ class Collector:
         self,
         stager: Stager,
         tensors: TensorFilter,
-        submit: Callable[[Batch], None],
         capture: Captured = "tensor",
         objects: Container[str] = (),
         rows: StepRows | None = None,
@@ -63,7 +62,8 @@ class Collector:
         self._narrows = narrows
         self._stager = stager
         self._forms = TensorSpecs(tensors)
-        self._submit = submit
+        # Takes what is handed over, as long as anybody captures.
+        self.submit: Callable[[Batch], object] = lambda batch: None
         # Told before calls go out of sight.
         self.before_hand_over: Callable[[], object] | None = None
         # Of the tensors that calls take and give, where these are captured, too.
@@ -394,4 +394,4 @@ class Collector:
         self._noted = 0
         self._use(Batch(batch.step, waits=batch.waits))
         if batch.sides or batch.memory:
-            self._submit(batch)
+            self.submit(batch)

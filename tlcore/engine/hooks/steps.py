@@ -154,8 +154,7 @@ class StepCalls:
         if self._watches and not self._watching:
             self._watching = True
             for each in self._strays:
-                each.aim()
-                each.put()
+                each.put_again()
 
     def _unwatch(self) -> None:
         if self._watching:

@@ -85,7 +85,7 @@ class TapSites:
     """Hands what taps show to the collector while ``hooks`` listen to a step; `tap_point.Receiver`.
 
     ``select`` says which values of a tap with certain names are wanted, ``directory`` gives a call's
-    directory, both as for modules.
+    directory, both as for modules. ``shown`` and ``elsewhere`` are those of `Taps`, to be filled in.
     """
 
     def __init__(
@@ -94,6 +94,8 @@ class TapSites:
         collector: Collector,
         select: Callable[[Sequence[str]], Calls | None],
         directory: Callable[[str, int], str],
+        shown: dict[str, bool],
+        elsewhere: Counter[str],
     ) -> None:
         self._hooks = hooks
         self._collector = collector
@@ -102,14 +104,11 @@ class TapSites:
         self._tree: ModuleTree | None = None
         self._sites: dict[tuple[int, str], _Site] = {}
         self._calls: dict[tuple[int, int, bool], CallTaps] = {}
-        # How many values were shown in other threads, in this step.
-        self.elsewhere: Counter[str] = Counter()
-        # Every tap that was ever shown, by all names that patterns find, and whether a value was captured.
-        self.seen: dict[str, bool] = {}
+        self._elsewhere = elsewhere
+        self._shown = shown
 
     def begin_step(self) -> None:
         """A step begins; modules may be others than in the one before."""
-        self.elsewhere.clear()
         if self._hooks.tree is not self._tree or len(self._sites) > _MOST_SITES:
             self._tree = None
             self._sites.clear()
@@ -140,7 +139,7 @@ class TapSites:
         site = self._site(named, name)
         if _get_ident() != owner:
             if site.wanted is not None:
-                self.elsewhere[tap_name(named.name, name)] += 1
+                self._elsewhere[tap_name(named.name, name)] += 1
             return
         self.take(site, value)
 
@@ -151,7 +150,7 @@ class TapSites:
             names = [tap_name(each, name) for each in named.names]
             site = self._sites[key] = _Site(named, name, self._select(names))
             for each in names:
-                self.seen.setdefault(each, False)
+                self._shown.setdefault(each, False)
         return site
 
     def take(self, site: _Site, value: Any) -> None:
@@ -176,7 +175,7 @@ class TapSites:
             taps = CallTaps(Call(named.name, call, directory, only_taps))
             self._calls[key] = taps
         if not count or wanted != "all":
-            self.seen.update((tap_name(each, site.name), True) for each in site.named.names)
+            self._shown.update((tap_name(each, site.name), True) for each in site.named.names)
         name = site.name
         known = taps.sides(name, number)
         direction = tap_direction(name, number)
@@ -199,6 +198,11 @@ class Taps:
         self._selector = selector
         self._directory = directory
         self._of: list[TapSites] = []
+        # How many values of which tap were shown in threads other than the step's own, in this step.
+        self.elsewhere: Counter[str] = Counter()
+        # Every tap that was ever shown, by all names that patterns find, and whether a value was captured.
+        self.shown: dict[str, bool] = {}
+        self.receives = False
 
     def add(self, hooks: ListenerSet) -> None:
         """Take the taps of the model that ``hooks`` listen to, too."""
@@ -207,37 +211,31 @@ class Taps:
             names = frozenset(each.name for each in hooks.named(hooks.tree))
             return self._directory(names - {""}, module, call)
 
-        self._of.append(TapSites(hooks, self._collector, self._selector.calls_of_any, directory))
+        select = self._selector.calls_of_any
+        self._of.append(TapSites(hooks, self._collector, select, directory, self.shown, self.elsewhere))
+        self.receives = False
 
     def begin_step(self) -> None:
-        """Take what is shown from now on."""
+        """Take what is shown from now on, while modules are listened to.
+
+        Whoever ``receives`` and has been ``shown`` nothing need not begin again.
+        """
+        self.elsewhere.clear()
         for each in self._of:
-            if each.seen:
-                each.begin_step()
+            each.begin_step()
             tap_point.receive(each)
+        self.receives = True
 
     def rest(self) -> None:
-        """Take nothing until the next step."""
+        """Take nothing until the next step, so that taps cost nothing either."""
         for each in self._of:
             tap_point.receive_no_more(each)
+        self.receives = False
 
     def close(self) -> None:
         """Forget the models."""
         self.rest()
         self._of = []
-
-    @property
-    def elsewhere(self) -> dict[str, int]:
-        """How many values of which tap were shown in threads other than the step's own."""
-        found: dict[str, int] = {}
-        for each in self._of:
-            found.update(each.elsewhere)
-        return found
-
-    @property
-    def shown(self) -> dict[str, bool]:
-        """The names of all taps that were ever shown, as patterns find them, and whether any was captured."""
-        return {name: taken for each in self._of for name, taken in each.seen.items()}
 
     def missed(self, hooks: ListenerSet) -> tuple[list[str], list[str]]:
         """The patterns that find no module of ``hooks``, and no tap although they may mean one, either.

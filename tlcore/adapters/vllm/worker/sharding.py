@@ -35,7 +35,7 @@ def sharding_of(model: nn.Module, rank: int, size: int) -> Json | None:
     experts = expert_parts(modules)
     if size == 1:
         return {"tp_rank": rank, "tp_size": size, "tensors": experts} if experts else None
-    from vllm.model_executor.layers.attention import Attention
+    from vllm.model_executor.layers.attention import Attention, MLAAttention
     from vllm.model_executor.layers.linear import ColumnParallelLinear, RowParallelLinear
     from vllm.model_executor.layers.vocab_parallel_embedding import VocabParallelEmbedding
 
@@ -51,6 +51,8 @@ def sharding_of(model: nn.Module, rank: int, size: int) -> Json | None:
             described = _embedding(module)
         elif isinstance(module, Attention):
             described = _attention(model, name, module, size)
+        elif isinstance(module, MLAAttention):
+            described = _latent_attention(model, module, size)
         elif any(map(_leaves_the_sum, module.children())):
             described = {"outputs": {"": SUM_OR_WHOLE}}
         if described:
@@ -105,13 +107,24 @@ def _attention(model: Any, name: str, layer: Any, size: int) -> Json:
     if projection is not None:
         query, key = _heads(1), _heads(projection.num_kv_head_replicas)
     else:
-        config: Any = getattr(model, "config", None)
-        config = config.get_text_config() if hasattr(config, "get_text_config") else config
-        heads = getattr(config, "num_attention_heads", None)
+        heads = _text_config(model, "num_attention_heads")
         query = _held(int(layer.num_heads), heads, size)
-        key = _held(int(layer.num_kv_heads), getattr(config, "num_key_value_heads", None) or heads, size)
+        key = _held(int(layer.num_kv_heads), _text_config(model, "num_key_value_heads") or heads, size)
     inputs = {"0": query, "query": query, "1": key, "key": key, "2": key, "value": key}
     return {"inputs": inputs, "outputs": {"": query}}
+
+
+def _latent_attention(model: Any, layer: Any, size: int) -> Json:
+    """A rank has its own heads of queries and results; all have the one latent key and value."""
+    if _text_config(model, "num_attention_heads") != int(layer.num_heads) * size:
+        return {}
+    return {"inputs": {"0": _heads(1), "q": _heads(1)}, "outputs": {"": {"dim": -1}}}
+
+
+def _text_config(model: Any, key: str) -> Any:
+    config: Any = getattr(model, "config", None)
+    config = config.get_text_config() if hasattr(config, "get_text_config") else config
+    return getattr(config, key, None)
 
 
 def _held(own: int, heads: Any, size: int) -> Json:
@@ -132,7 +145,9 @@ def _between(parent: nn.Module, name: str) -> dict[str, Json]:
     prefix = f"{name}." if name else ""
     found: dict[str, Json] = {}
     for child, module in children.items():
-        described = _rotary(module, projection) if projection is not None else _activation(module, children)
+        described = _rotary(parent, module, projection)
+        if projection is None and not described:
+            described = _activation(module, children)
         if projection is not None and child in ("q_norm", "k_norm"):
             described = _head_norm(module, projection, child)
         if described:
@@ -140,12 +155,17 @@ def _between(parent: nn.Module, name: str) -> dict[str, Json]:
     return found
 
 
-def _rotary(module: nn.Module, projection: Any) -> Json:
+def _rotary(parent: nn.Module, module: nn.Module, projection: Any) -> Json:
     from vllm.model_executor.layers.rotary_embedding.base import RotaryEmbeddingBase
 
     if not isinstance(module, RotaryEmbeddingBase):
         return {}
-    query, key = _heads(1), _heads(projection.num_kv_head_replicas)
+    query = _heads(1)
+    if projection is None:
+        # All ranks have the one latent key.
+        inputs = {"1": query, "query": query}
+        return {"inputs": inputs, "outputs": {"0": query}} if _is_latent(parent) else {}
+    key = _heads(projection.num_kv_head_replicas)
     inputs = {"1": query, "query": query, "2": key, "key": key}
     return {"inputs": inputs, "outputs": {"0": query, "1": key}}
 
@@ -198,6 +218,19 @@ def _qkv(parent: nn.Module) -> Any:
     layers = map(without_adapters, parent.children())
     found = [each for each in layers if isinstance(each, QKVParallelLinear) and each.tp_size > 1]
     return found[0] if len(found) == 1 else None
+
+
+def _is_latent(parent: nn.Module) -> bool:
+    """Whether a module attends by latent keys and values, with its own of the heads of queries."""
+    from vllm.model_executor.layers.attention import MLAAttention
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+
+    split = [
+        each for each in map(without_adapters, parent.children()) if isinstance(each, ColumnParallelLinear)
+    ]
+    return any(each.tp_size > 1 for each in split) and any(
+        isinstance(each, MLAAttention) for each in parent.modules()
+    )
 
 
 def _parent(model: nn.Module, name: str) -> nn.Module:
