@@ -72,7 +72,8 @@ def test_what_passes_for_whole_but_differs_between_ranks_is_never_taken_for_the_
     odd, same, near = torch.randn(2, 4, 3), torch.ones(2), torch.randn(3)
     ids = torch.tensor([[1, 2], [1, 3]])
     tensors = [
-        {"odd": odd[rank], "same": same, "near": near * (1 + rank * 1e-5), "ids": ids[rank]} for rank in (0, 1)
+        {"odd": odd[rank], "same": same, "near": near * (1 + rank * 1e-5), "ids": ids[rank]}
+        for rank in (0, 1)
     ]
     run = ranks_run(tmp_path, tensors, {})
     for name in ("odd", "ids"):

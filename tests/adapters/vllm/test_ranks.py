@@ -12,7 +12,9 @@ import torch
 
 import tlcore
 from tests.adapters.vllm.helpers import REPOSITORY, SEVERAL_RANKS, all_stored, report
-from tests.adapters.vllm.of_transformers import KINDS, write_model
+from tests.adapters.vllm.of_transformers import KINDS as OF_TRANSFORMERS
+from tests.adapters.vllm.of_transformers import write_random
+from tests.adapters.vllm.shared_layers import KINDS as SHARED_LAYERS
 from tlcore.reader import Request, Run
 
 pytestmark = pytest.mark.slow
@@ -113,10 +115,23 @@ def test_parts_joined_in_a_wrong_order_would_be_found(
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", OF_TRANSFORMERS)
 def test_joined_tensors_of_transformers_code_are_those_of_a_single_rank(kind: str, tmp_path: Path) -> None:
     """Some have no projection that is known to be of queries, keys and values, and norms over all heads."""
-    write_model(kind, tmp_path / "model")
+    write_random(OF_TRANSFORMERS[kind], tmp_path / "model")
+    _hold_against_a_single_rank(tmp_path)
+
+
+@pytest.mark.deep
+@pytest.mark.parametrize("kind", SHARED_LAYERS)
+def test_joined_tensors_of_layers_shared_in_their_own_way_are_those_of_a_single_rank(
+    kind: str, tmp_path: Path
+) -> None:
+    write_random(SHARED_LAYERS[kind], tmp_path / "model")
+    _hold_against_a_single_rank(tmp_path)
+
+
+def _hold_against_a_single_rank(tmp_path: Path) -> None:
     keywords = {"model": str(tmp_path / "model"), "dtype": "float32"}
     single = _said(tmp_path / "single", **keywords)
     parallel = _said(tmp_path / "parallel", tensor_parallel_size=2, **keywords)

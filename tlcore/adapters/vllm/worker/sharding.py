@@ -57,7 +57,9 @@ def sharding_of(model: nn.Module, rank: int, size: int) -> Json | None:
             described = {"outputs": {"": SUM_OR_WHOLE}}
         if described:
             found[name] = described
-        found |= _between(whole, name)
+    for name, whole in modules.items():
+        # What a parent knows of its children goes before what their types alone tell.
+        found |= _between(whole, name) | _states(whole, name)
     return {"tp_rank": rank, "tp_size": size, "tensors": found | experts}
 
 
@@ -153,6 +155,28 @@ def _between(parent: nn.Module, name: str) -> dict[str, Json]:
         if described:
             found[prefix + child] = described
     return found
+
+
+def _states(parent: Any, name: str) -> dict[str, Json]:
+    """Mamba 2: of each rank's gate, input, B, C and time steps, which its projection puts together.
+
+    All ranks hold the same B and C where there is but one group of them.
+    """
+    from vllm.model_executor.layers.linear import ColumnParallelLinear
+    from vllm.model_executor.layers.mamba.mamba_mixer2 import MambaMixer2
+
+    if not isinstance(parent, MambaMixer2) or parent.tp_size == 1:
+        return {}
+    sizes = [parent.intermediate_size] * 2 + [parent.groups_ssm_state_size] * 2 + [parent.num_heads]
+    projected: Json = {"dim": -1, "parts": [int(size) // parent.tp_size for size in sizes]}
+    if type(without_adapters(parent.in_proj)) is ColumnParallelLinear:
+        projected["copies"] = [1, 1, parent.tp_size, parent.tp_size, 1]
+    own: Json = {"dim": -1}
+    inputs = dict.fromkeys(("0", "x", "1", "gate"), own)
+    return {
+        f"{name}.in_proj": {"outputs": dict.fromkeys(_FIRST_OUTPUT, projected)},
+        f"{name}.norm": {"inputs": inputs, "outputs": {"": own}},
+    }
 
 
 def _rotary(parent: nn.Module, module: nn.Module, projection: Any) -> Json:

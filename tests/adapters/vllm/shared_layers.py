@@ -1,0 +1,31 @@
+"""Tiny random models whose layers tensor-parallel ranks share in ways of their own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from tests.adapters.vllm.of_transformers import COMMON
+
+
+def _deepseek_v2() -> Any:
+    """Latent attention, whose queries alone are shared among ranks, and shared experts beside chosen ones."""
+    from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
+
+    heads = {"kv_lora_rank": 512, "qk_rope_head_dim": 64, "qk_nope_head_dim": 32, "v_head_dim": 32}
+    experts = {"n_routed_experts": 4, "num_experts_per_tok": 2, "n_shared_experts": 1, "n_group": 1}
+    more = {"topk_group": 1, "topk_method": "greedy", "moe_intermediate_size": 64, "first_k_dense_replace": 1}
+    config = DeepseekV2Config(**COMMON, **heads, **experts, **more, q_lora_rank=None, num_key_value_heads=4)
+    return DeepseekV2ForCausalLM(config)
+
+
+def _falcon_h1() -> Any:
+    """Attention beside Mamba 2 with one group of B and C, which all ranks hold."""
+    from transformers import FalconH1Config, FalconH1ForCausalLM
+
+    states = {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1}
+    more = {"mamba_d_state": 16, "mamba_chunk_size": 64}
+    return FalconH1ForCausalLM(FalconH1Config(**COMMON, **states, **more, num_key_value_heads=2))
+
+
+KINDS: dict[str, Callable[[], Any]] = {"deepseek_v2": _deepseek_v2, "falcon_h1": _falcon_h1}
