@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from tests.adapters.vllm.of_transformers import COMMON
 
 
-def _deepseek_v2() -> Any:
+def deepseek_v2() -> Any:
     """Latent attention, whose queries alone are shared among ranks, and shared experts beside chosen ones."""
     from transformers import DeepseekV2Config, DeepseekV2ForCausalLM
 
@@ -19,13 +18,10 @@ def _deepseek_v2() -> Any:
     return DeepseekV2ForCausalLM(config)
 
 
-def _falcon_h1() -> Any:
+def falcon_h1() -> Any:
     """Attention beside Mamba 2 with one group of B and C, which all ranks hold."""
     from transformers import FalconH1Config, FalconH1ForCausalLM
 
     states = {"mamba_d_ssm": 128, "mamba_n_heads": 4, "mamba_d_head": 32, "mamba_n_groups": 1}
     more = {"mamba_d_state": 16, "mamba_chunk_size": 64}
     return FalconH1ForCausalLM(FalconH1Config(**COMMON, **states, **more, num_key_value_heads=2))
-
-
-KINDS: dict[str, Callable[[], Any]] = {"deepseek_v2": _deepseek_v2, "falcon_h1": _falcon_h1}

@@ -14,7 +14,7 @@ import tlcore
 from tests.adapters.vllm.helpers import REPOSITORY, SEVERAL_RANKS, all_stored, report
 from tests.adapters.vllm.of_transformers import KINDS as OF_TRANSFORMERS
 from tests.adapters.vllm.of_transformers import write_random
-from tests.adapters.vllm.shared_layers import KINDS as SHARED_LAYERS
+from tests.adapters.vllm.shared_layers import deepseek_v2, falcon_h1
 from tlcore.reader import Request, Run
 
 pytestmark = pytest.mark.slow
@@ -123,12 +123,27 @@ def test_joined_tensors_of_transformers_code_are_those_of_a_single_rank(kind: st
 
 
 @pytest.mark.deep
-@pytest.mark.parametrize("kind", SHARED_LAYERS)
-def test_joined_tensors_of_layers_shared_in_their_own_way_are_those_of_a_single_rank(
-    kind: str, tmp_path: Path
-) -> None:
-    write_random(SHARED_LAYERS[kind], tmp_path / "model")
+def test_joined_tensors_of_states_are_those_of_a_single_rank(tmp_path: Path) -> None:
+    write_random(falcon_h1, tmp_path / "model")
     _hold_against_a_single_rank(tmp_path)
+
+
+@pytest.mark.deep
+def test_latent_attention_is_joined_as_what_is_around_it(tmp_path: Path) -> None:
+    """Not held against a single rank: uncompiled, vLLM 0.32 turns these queries wrongly on CPUs."""
+    write_random(deepseek_v2, tmp_path / "model")
+    keywords = {"model": str(tmp_path / "model"), "dtype": "float32", "tensor_parallel_size": 2}
+    step = tlcore.open_run(_said(tmp_path / "run", **keywords)["url"]).step(0)
+
+    def whole(name: str) -> torch.Tensor:
+        return step.tensor(f"step_0/model.layers.0.self_attn.{name}_cpu", unshard=True)
+
+    queries, projected = whole("mla_attn.mla_attn/inputs_0"), whole("q_proj/outputs_0")
+    assert queries.shape[1:] == (4, 96)
+    assert torch.equal(queries[..., :32], projected.view(-1, 4, 96)[..., :32])
+    assert torch.equal(queries[..., 32:], whole("rotary_emb/outputs_0"))
+    result = whole("mla_attn.mla_attn/outputs")
+    assert result.shape[1] == 4 * 32 and torch.equal(result, whole("o_proj/inputs_0"))
 
 
 def _hold_against_a_single_rank(tmp_path: Path) -> None:
