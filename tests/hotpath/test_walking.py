@@ -160,6 +160,45 @@ def test_what_is_known_is_taken_without_python() -> None:
     assert all(offset % 64 == 0 for offset in walk.offsets[1:])
 
 
+def test_what_a_batch_has_already_is_not_copied_again_unless_it_was_written_to() -> None:
+    walk = Walk()
+    tensor = torch.arange(2048.0)
+    square, part = tensor.view(32, 64), tensor[:1024]
+    for each in (tensor, square, part):
+        walk.walker.know(each, (each.dtype, tuple(each.shape)), each.nbytes)
+    walk.walker.flatten([tensor, {"a": square}, (tensor,)])
+    assert walk.offsets == [0, 0, 0] and walk.memory.bytes == 8192
+    # What begins there too, and is shorter.
+    walk.walker.flatten([part, part])
+    assert walk.offsets[3:] == [8192, 8192]
+    held = tensor.tolist()
+    tensor[7] = -1
+    walk.walker.flatten([tensor, square])
+    assert walk.offsets[5:] == [12288, 12288] and walk.slow == 0
+    assert [each[2] for each in walk.taken[:4]] == [
+        held,
+        torch.tensor(held).view(32, 64).tolist(),
+        held,
+        held[:1024],
+    ]
+    assert walk.taken[5][2] == tensor.tolist()
+    # Memory of an earlier batch is somebody else's.
+    walk.walker.use([], walk.specs, walk.memories, walk.offsets, walk.scalars)
+    walk.walker.flatten(tensor)
+    assert walk.offsets[7:] == [20480]
+
+
+def test_tensors_without_gaps_alone_are_held_against_copies() -> None:
+    walk = Walk()
+    square = torch.arange(4096.0).view(64, 64)
+    for each in (square, square.T):
+        walk.walker.know(each, each.stride(), each.nbytes)
+    # As for DLPack, both have one form.
+    walk.walker.flatten([square, square.T, square])
+    assert walk.offsets == [0, 16384, 0]
+    assert walk.store[16384:32768].view(torch.float32).view(64, 64).equal(square.T)
+
+
 def test_memory_that_is_full_or_missing_is_left_to_python() -> None:
     walk = Walk(size=64)
     tensor = torch.arange(16.0)

@@ -14,6 +14,7 @@
 typedef struct {
     PyObject *object; /* held */
     PyObject *spec;   /* held; NULL for a scalar */
+    PyObject *memory; /* held: where it has been copied to before; NULL where it is to be copied */
     Py_ssize_t begin;
     tlcore_source source;
 } leaf;
@@ -35,16 +36,19 @@ static int same_tensor(leaves *found, PyObject *value)
         !tlcore_look(value, &view))
         return 0;
     const known_spec *known = tlcore_find(&found->walker->known, value, &view);
-    if (known == NULL || found->end < 0 || memory->size < found->end || memory->size - found->end < known->nbytes)
-        return 0;
     leaf *one = &found->all[found->count];
-    if (!tlcore_find_source(&view, known->nbytes, &one->source))
+    if (known == NULL || !tlcore_find_source(&view, known->nbytes, &one->source))
+        return 0;
+    const taken_copy *taken = tlcore_find_taken(&found->walker->taken, &one->source);
+    if (taken == NULL && (found->end < 0 || memory->size < found->end || memory->size - found->end < known->nbytes))
         return 0;
     one->object = Py_NewRef(value);
     one->spec = Py_NewRef(known->spec);
-    one->begin = found->end;
+    one->memory = taken == NULL ? NULL : Py_NewRef(taken->memory);
+    one->begin = taken == NULL ? found->end : taken->begin;
     found->count++;
-    found->end += (known->nbytes + 63) & ~(Py_ssize_t)63;
+    if (taken == NULL)
+        found->end += (known->nbytes + 63) & ~(Py_ssize_t)63;
     return 1;
 }
 
@@ -54,7 +58,7 @@ static int same_scalar(leaves *found, PyObject *value)
         return 0;
     leaf *one = &found->all[found->count++];
     one->object = Py_NewRef(value);
-    one->spec = NULL;
+    one->spec = one->memory = NULL;
     return 1;
 }
 
@@ -116,17 +120,22 @@ static int take(leaves *found, PyObject *side)
     if (memory != NULL)
         memory->bytes = found->end;
     PyObject *held = memory == NULL ? NULL : Py_NewRef((PyObject *)memory);
+    uint64_t batch = walker->taken.batch;
     int failed = 0;
     for (int i = 0; i < found->count && !failed; i++) {
         const leaf *one = &found->all[i];
         failed = one->spec == NULL ? PyList_Append(walker->scalars, one->object)
-                                   : tlcore_note(walker, one->spec, held, one->begin);
+                                   : tlcore_note(walker, one->spec, one->memory ? one->memory : held, one->begin);
     }
     if (!failed)
         failed = PyList_Append(walker->sides, side);
-    for (int i = 0; i < found->count && !failed; i++)
-        if (found->all[i].spec != NULL && found->all[i].source.bytes)
-            tlcore_copy_source((char *)memory->address + found->all[i].begin, &found->all[i].source);
+    for (int i = 0; i < found->count && !failed; i++) {
+        const leaf *one = &found->all[i];
+        if (one->spec == NULL || one->memory != NULL || !one->source.bytes)
+            continue;
+        tlcore_copy_source((char *)memory->address + one->begin, &one->source);
+        tlcore_note_taken(&walker->taken, &one->source, held, one->begin, batch);
+    }
     Py_XDECREF(held);
     return failed ? -1 : 0;
 }
@@ -152,6 +161,7 @@ int tlcore_take_again(walker_object *walker, const last_structure *last, PyObjec
     for (int i = 0; i < found.count; i++) {
         Py_DECREF(found.all[i].object);
         Py_XDECREF(found.all[i].spec);
+        Py_XDECREF(found.all[i].memory);
     }
     return taken;
 }

@@ -39,16 +39,22 @@ static int take_plain(walker_object *walker, PyObject *tensor)
     if (known == NULL)
         return 0;
     Py_ssize_t begin = memory->bytes, bytes = known->nbytes;
-    if (begin < 0 || memory->size < begin || memory->size - begin < bytes)
-        return 0;
     if (!tlcore_find_source(&view, bytes, &source))
         return 0;
+    const taken_copy *taken = tlcore_find_taken(&walker->taken, &source);
+    if (taken != NULL)
+        return tlcore_note(walker, known->spec, taken->memory, taken->begin) ? -1 : 1;
+    if (begin < 0 || memory->size < begin || memory->size - begin < bytes)
+        return 0;
+    uint64_t batch = walker->taken.batch;
     /* Noted before the bytes are copied: without the lock, others may run. */
     PyObject *spec = Py_NewRef(known->spec), *held = Py_NewRef(walker->memory);
     memory->bytes = begin + ((bytes + 63) & ~(Py_ssize_t)63);
     int failed = tlcore_note(walker, spec, held, begin);
-    if (!failed && bytes)
+    if (!failed && bytes) {
         tlcore_copy_source((char *)memory->address + begin, &source);
+        tlcore_note_taken(&walker->taken, &source, held, begin, batch);
+    }
     Py_DECREF(spec);
     Py_DECREF(held);
     return failed ? -1 : 1;

@@ -2,15 +2,9 @@
 #ifndef TLCORE_PYTREE_H
 #define TLCORE_PYTREE_H
 
-#include "strides.h"
+#include "taken.h"
 
 #define TLCORE_DEEPEST 64
-
-/* Memory that is filled from the front; the base of Python's chunks. */
-typedef struct {
-    PyObject_HEAD
-    Py_ssize_t address, size, bytes;
-} memory_object;
 
 /* Takes the leaves of structures: tensors into memory and lists, the rest by calling Python. */
 typedef struct {
@@ -23,6 +17,7 @@ typedef struct {
     PyObject *sketches; /* by themselves, so that equal ones are the same object */
     char leaving;    /* whether results are taken, not arguments */
     spec_table known;
+    taken_copies taken;
 } walker_object;
 
 /* The sketch of a value whose leaves are taken; NULL with an exception set. `seen` are the containers around it. */

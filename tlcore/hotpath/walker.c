@@ -74,6 +74,7 @@ static int walker_clear(PyObject *self)
     Py_CLEAR(walker->scalars);
     Py_CLEAR(walker->full);
     Py_CLEAR(walker->sketches);
+    tlcore_forget_taken(&walker->taken);
     tlcore_forget(&walker->known);
     return 0;
 }
@@ -105,6 +106,7 @@ static PyObject *walker_use(PyObject *self, PyObject *args)
     if (!PyArg_ParseTuple(args, "O!O!O!O!O!:use", &PyList_Type, &sides, &PyList_Type, &specs, &PyList_Type,
                           &memories, &PyList_Type, &offsets, &PyList_Type, &scalars))
         return NULL;
+    tlcore_forget_taken(&walker->taken);
     tlcore_set(&walker->sides, sides);
     tlcore_set(&walker->specs, specs);
     tlcore_set(&walker->memories, memories);
