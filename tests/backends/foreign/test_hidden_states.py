@@ -10,9 +10,25 @@ from safetensors.torch import save_file
 
 import tlcore
 from tests.backends.foreign.conformance import ForeignConformance, Tensors
+from tests.backends.foreign.tools import installed, write
 from tlcore.errors import ReadError
 
 TOKENS = torch.tensor([5, 3, 9, 1, 7])
+CONNECTORS = "hs-connectors==0.9.0"
+# What its connector writes, and what its own reader makes of it.
+EIGHT_BITS = """
+import sys, torch
+from pathlib import Path
+from safetensors.torch import save_file
+from hs_connectors import FP8Transfer
+from hs_connectors.fp8_utils import SCALES_KEY, quantize_tensor_to_fp8
+states = torch.randn(5, 3, 6, generator=torch.Generator().manual_seed(7))
+states[2] *= 1e4
+held, scales = quantize_tensor_to_fp8(states)
+tokens = torch.tensor([5, 3, 9, 1, 7])
+save_file({"hidden_states": held, SCALES_KEY: scales, "token_ids": tokens}, sys.argv[1] + "/hs_4.safetensors")
+save_file(FP8Transfer(Path(sys.argv[1])).get_cached(4), sys.argv[2] + "/hs_4.safetensors")
+"""
 
 
 class TestHiddenStates(ForeignConformance):
@@ -72,3 +88,39 @@ def test_a_near_miss_says_what_is_missing(tmp_path: Path) -> None:
     )
     with pytest.raises(ReadError, match=r"hidden states and tokens do not fit: \[2, 1, 3\] and \[3\]"):
         tlcore.open_run(tmp_path).step(0).names  # noqa: B018
+
+
+@pytest.mark.slow
+def test_states_in_eight_bits_are_restored_as_speculators_does(tmp_path: Path) -> None:
+    for name in ("eight", "restored"):
+        (tmp_path / name).mkdir()
+    write(
+        installed("hs-connectors", CONNECTORS),
+        EIGHT_BITS,
+        *(str(tmp_path / each) for each in ("eight", "restored")),
+    )
+    run, expected = tlcore.open_run(tmp_path / "eight"), tlcore.open_run(tmp_path / "restored")
+    assert (run.document["backend"], run.steps) == ("hidden-states", [4]) and run.verify() == 4
+    name = "step_4/hidden_states.1/outputs_cpu"
+    assert run.tensor(name).dtype == torch.bfloat16 and run.tensor(name).equal(expected.tensor(name))
+    stream = run.step(4).payload(name)
+    assert stream.read(7, 13).equal(expected.tensor(name).flatten()[7:13])
+    stream.close()
+    assert tlcore.compare(run, expected, deep=True).equal
+
+
+@pytest.mark.parametrize("shape", [(3, 1, 1), (4, 1, 2), (4,)])
+def test_scales_that_are_not_one_for_each_token_are_refused(shape: tuple[int, ...], tmp_path: Path) -> None:
+    states = torch.ones(4, 2, 3).to(torch.float8_e4m3fn)
+    held = {
+        "hidden_states": states,
+        "hidden_states_scales": torch.full(shape, 2.0),
+        "token_ids": torch.arange(4),
+    }
+    save_file(held, tmp_path / "x.safetensors")
+    run = tlcore.open_run(tmp_path)
+    if shape == (4,):
+        assert run.tensor("step_0/hidden_states.1/outputs_cpu").tolist() == [[2.0] * 3] * 4
+        return
+    with pytest.raises(ReadError, match="its scales are not one for each token"):
+        run.step(0).names  # noqa: B018
