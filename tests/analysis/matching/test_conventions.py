@@ -36,6 +36,7 @@ LLAMA = [
             id="megatron",
         ),
         pytest.param([f"module.module.{name}" for name in LLAMA], id="wrapped"),
+        pytest.param([f"base_model.model.{name}" for name in LLAMA], id="peft"),
         pytest.param([name.removeprefix("model.") for name in LLAMA], id="without-head"),
         pytest.param(
             ["hook_embed", "blocks.11.attn.o", "none", "blocks.11.hook_resid_post", "none", "unembed"],

@@ -13,7 +13,8 @@ from typing import NamedTuple
 Rename = tuple[re.Pattern[str], str]
 
 _PARAMETER = r"^(param\.)?"
-_WRAPPED = r"(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.)"
+# By data parallelism, the compiler, FSDP, and peft.
+_WRAPPED = r"(?:module\.|_orig_mod\.|_fsdp_wrapped_module\.|base_model\.model\.)"
 _LAYER = r"decoder\.layers\.(\d+)"
 
 
