@@ -37,6 +37,7 @@ _NAMES = {
 }
 _LARGEST_HEADER = 10_000
 _LOCAL_BYTES = 30
+_LOW_BYTES = 2
 
 
 class ArrayHeader:
@@ -58,7 +59,12 @@ class ArrayHeader:
         """Why the array is no tensor; None where it is one."""
         if self.dtype.hasobject:
             return "an array of objects, which would have to be unpickled"
-        return None if self.name else f"an array of {self.dtype.str}, which torch has no dtype for"
+        if self.name:
+            return None
+        text = f"an array of {self.dtype.str}, which torch has no dtype for"
+        if self.dtype.kind == "V" and self.dtype.itemsize <= _LOW_BYTES:
+            text += "; dtypes of ml_dtypes (bfloat16) have no names in numpy's files: save it as float32"
+        return text
 
     @property
     def direct(self) -> bool:

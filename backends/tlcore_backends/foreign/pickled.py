@@ -17,19 +17,13 @@ from tlcore.layout.names import PathKey
 from ..pt.encode import STORAGES
 from ..pt.zip_parts import PtError
 from .pickle_codes import operations
-from .unmade import Made, Name, free_key, name_of
+from .unmade import Made, Name, StorageOf, free_key, holds_all, holds_storage, name_of
 
 LARGEST_PICKLE = 256 << 20
 _LEAST_LIMIT = 10_000
 _DEEPEST = 100
 _MOST_DIMENSIONS = 64
 _LARGEST = 1 << 62
-
-
-class StorageOf(NamedTuple):
-    """A reference to bytes outside the pickle, as torch makes for a storage."""
-
-    reference: Any
 
 
 class TensorAt(NamedTuple):
@@ -254,6 +248,7 @@ _UNTYPED = ("torch.storage UntypedStorage", "torch UntypedStorage")
 _TENSORS = {"torch._utils _rebuild_tensor_v2": 6, "torch._utils _rebuild_tensor_v3": 7}
 _PARAMETERS = ("torch._utils _rebuild_parameter", "torch._utils _rebuild_parameter_with_state")
 _OF_TYPE = "torch._tensor _rebuild_from_type_v2"
+_ARRAYS = ("numpy.core.multiarray _reconstruct", "numpy._core.multiarray _reconstruct")
 # Subclasses whose values are those of the tensor inside.
 _PLAIN_TYPES = ("torch Tensor", "torch.nn.parameter Parameter", "torch.nn.parameter Buffer")
 
@@ -286,28 +281,15 @@ def plain(value: Any) -> Any:
         return tuple(arguments[0]) if isinstance(arguments[0], (list, tuple)) else Unknown(function, False)
     if function == "torch device" and isinstance(arguments, tuple):
         return ":".join(str(each) for each in arguments)
+    if value.items and holds_all(value):
+        # Of a class of its own that is a dictionary or list, as models of transformers return.
+        return _dict_of([part for pair in value.items for part in pair])
+    if function in _ARRAYS:
+        # Its bytes lie in the pickle.
+        return Unknown("numpy array", True)
     name = name_of(value.function)
     # One on the device meta has no bytes anywhere.
-    return Unknown(name, _holds_storage(value) or (name.startswith("_rebuild_") and "tensor" in name))
-
-
-def _holds_storage(value: Any) -> bool:
-    """Whether a storage is anywhere in what an object would be made of."""
-    waiting, seen = [value], set[int]()
-    while waiting:
-        each = waiting.pop()
-        if isinstance(each, StorageOf):
-            return True
-        if id(each) in seen:
-            continue
-        seen.add(id(each))
-        if isinstance(each, Made):
-            waiting += [each.arguments, each.state, *(part for pair in each.items for part in pair)]
-        elif isinstance(each, dict):
-            waiting += each.values()
-        elif isinstance(each, (list, tuple)):
-            waiting += each
-    return False
+    return Unknown(name, holds_storage(value) or (name.startswith("_rebuild_") and "tensor" in name))
 
 
 def _tensor(made: Made) -> TensorAt | Unknown:

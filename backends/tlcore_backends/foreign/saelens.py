@@ -25,6 +25,7 @@ from .source import ONE_RANK, ForeignSource
 _INFO, _STATE = "dataset_info.json", "state.json"
 _TOKENS = "token_ids"
 _CONFIGURATION = "cache_activations_runner_cfg.json"
+_SHARDS, _SETS = ".tmp_shards", "dataset_dict.json"
 _FLOATS = ("float16", "float32", "float64")
 _MOST_EXTENT = 1 << 31
 _KEPT = 4
@@ -46,10 +47,7 @@ class Saelens(ForeignSource):
     def recognise(cls, files: DumpFiles) -> Json | str | None:
         """A data set on disk that has a column [context, width] of floats."""
         if _INFO not in files.top and _STATE not in files.top:
-            tables = sorted(name for name in files.top if name.endswith(".parquet"))
-            of_saelens = _CONFIGURATION in files.top or bool(tables)
-            name = tables[0] if tables else _CONFIGURATION
-            return f"{name}: Parquet is not read; load it and use save_to_disk" if of_saelens else None
+            return _elsewhere(files)
         names = _data_files(files)
         if isinstance(names, str):
             return names
@@ -160,6 +158,25 @@ class Saelens(ForeignSource):
     @cached_property
     def _known(self) -> dict[tuple[str, Span], IntArray]:
         return {}
+
+
+def _elsewhere(files: DumpFiles) -> str | None:
+    """What to do where data sets lie in a place, or one that is packed otherwise; None for anything else."""
+    if _SHARDS in files.directories:
+        shards = sorted(files.directories_in(_SHARDS))
+        return f"has {_SHARDS} of a caching by SAELens that did not end" + (
+            f": open {shards[0]}" + (", or one of the others" if len(shards) > 1 else "") if shards else ""
+        )
+    if _SETS in files.top:
+        held = sorted(name for name in files.directories if f"{name}/{_STATE}" in files.files_in(name))
+        return f"{_SETS}: is of several data sets: open one of them ({', '.join(held) or 'there is none'})"
+    tables = [name for name in files.top if name.endswith(".parquet")]
+    if not tables and "data" in files.directories:
+        # As the Hub has it.
+        tables = [name for name in files.files_in("data") if name.endswith(".parquet")]
+    if not tables and _CONFIGURATION not in files.top:
+        return None
+    return f"{min(tables, default=_CONFIGURATION)}: Parquet is not read; load it and use save_to_disk"
 
 
 def _data_files(files: DumpFiles) -> list[str] | str:

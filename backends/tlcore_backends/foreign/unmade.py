@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 # Values and characters of a key that is shown as it is.
@@ -13,6 +14,12 @@ class Name(NamedTuple):
     """A name that the pickle refers to; it stays a name."""
 
     text: str
+
+
+class StorageOf(NamedTuple):
+    """A reference to bytes outside the pickle, as torch makes for a storage."""
+
+    reference: Any
 
 
 class Made:
@@ -37,6 +44,37 @@ class Made:
 def name_of(value: Any) -> str:
     """The name of a class or function, without its module."""
     return value.text.rpartition(" ")[2] if isinstance(value, Name) else type(value).__name__
+
+
+def holds_storage(value: Any, known: set[int] | None = None) -> bool:
+    """Whether a storage is anywhere in what an object would be made of, but in those of ``known`` ids."""
+    return any(
+        isinstance(each, StorageOf) for each in _objects_in([value], set() if known is None else known)
+    )
+
+
+def holds_all(made: Made) -> bool:
+    """Whether the items of an object are all that it has of storages; attributes may name them once more."""
+    seen = set[int]()
+    deque(_objects_in([item for pair in made.items for item in pair], seen), 0)
+    return not holds_storage((made.arguments, made.state), seen)
+
+
+def _objects_in(values: list[Any], seen: set[int]) -> Iterator[Any]:
+    """All objects in values whose ids are not ``seen``, which they are then."""
+    waiting = values
+    while waiting:
+        each = waiting.pop()
+        if id(each) in seen:
+            continue
+        seen.add(id(each))
+        yield each
+        if isinstance(each, Made):
+            waiting += [each.arguments, each.state, *(part for pair in each.items for part in pair)]
+        elif isinstance(each, dict):
+            waiting += each.values()
+        elif isinstance(each, (list, tuple)) and not isinstance(each, StorageOf):
+            waiting += each
 
 
 def free_key(key: Any, taken: Mapping[Any, Any]) -> str:

@@ -163,6 +163,38 @@ def test_a_pickle_runs_nothing_and_what_holds_a_tensor_is_counted(tmp_path: Path
     assert not marker.exists()
 
 
+class _Own(dict[str, Any]):
+    """What models return is often a class of their own."""
+
+
+def test_dictionaries_of_other_classes_are_opened_where_they_hold_all_and_arrays_are_counted(
+    tmp_path: Path,
+) -> None:
+    outputs = pytest.importorskip("transformers.modeling_outputs")
+    ones, twos = torch.ones(2), torch.full((2,), 2.0)
+    beside = _Own(m=ones)
+    beside.more = twos  # type: ignore[attr-defined]
+    held = {
+        "own": _Own(m=ones),
+        "beside": beside,
+        "model": outputs.BaseModelOutput(last_hidden_state=ones, hidden_states=(ones, twos)),
+        "array": np.ones(2),
+        "arrays": [np.ones(2), np.float32(1)],
+    }
+    torch.save(held, tmp_path / "x.pt")
+    run = tlcore.open_run(tmp_path / "x.pt")
+    assert {name: run.tensor(name)[0].item() for name in run.step(0).names} == {
+        "step_0/own/outputs_m_cpu": 1,
+        "step_0/model/outputs_last_hidden_state_cpu": 1,
+        "step_0/model/outputs_hidden_states_0_cpu": 1,
+        "step_0/model/outputs_hidden_states_1_cpu": 2,
+    }
+    assert run.ledger.to_json()["reasons"] == {
+        "in a _Own, which is not opened": 1,
+        "in a numpy array, which is not opened": 2,
+    }
+
+
 def test_keys_of_any_kind_have_the_same_names_each_time_and_what_has_no_bytes_is_counted(
     tmp_path: Path,
 ) -> None:

@@ -188,10 +188,26 @@ def test_any_byte_of_a_stream_may_be_wrong_and_takes_no_memory(tmp_path: Path) -
                 continue
 
 
-def test_parquet_is_refused_with_what_to_do(tmp_path: Path) -> None:
-    (tmp_path / "cache_activations_runner_cfg.json").write_text("{}")
-    (tmp_path / "train-00000.parquet").write_bytes(b"PAR1")
-    with pytest.raises(
-        ReadError, match=r"train-00000\.parquet: Parquet is not read; load it and use save_to_disk"
-    ):
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (
+            ["cache_activations_runner_cfg.json", "train-0.parquet"],
+            r"train-0\.parquet: Parquet is not read; load it",
+        ),
+        (
+            ["README.md", "data/train-0.parquet"],
+            r"data/train-0\.parquet: Parquet is not read; load it and use",
+        ),
+        (["dataset_dict.json", "train/state.json"], r"several data sets: open one of them \(train\)"),
+        ([".tmp_shards/shard_00000/state.json"], r"that did not end: open \.tmp_shards/shard_00000$"),
+    ],
+)
+def test_what_lies_elsewhere_or_is_packed_otherwise_is_told(
+    files: list[str], said: str, tmp_path: Path
+) -> None:
+    for name in files:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text("{}")
+    with pytest.raises(ReadError, match=said):
         tlcore.open_run(tmp_path)
