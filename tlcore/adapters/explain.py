@@ -29,6 +29,8 @@ _ROUNDS = 3
 _NUMBER = re.compile(r"\d")
 # Where transformers puts the code of checkpoints that bring their own.
 _REMOTE_CODE = "transformers_modules"
+# What wraps its models, too.
+_OF_TRANSFORMERS = (_REMOTE_CODE, "peft")
 
 
 @dataclass(frozen=True)
@@ -192,7 +194,8 @@ def _model_of(run: Run) -> str:
 
 def _engine_of(run: Run, label: str) -> str:
     model = _model_of(run)
-    engine = model.partition(".")[0].replace(_REMOTE_CODE, "transformers")
+    engine = model.partition(".")[0]
+    engine = "transformers" if engine in _OF_TRANSFORMERS else engine
     if engine in ENGINES:
         return engine
     of = f"of {model}" if model else "which does not say of what model it is"

@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
+from ..analysis.replay.checkpoints import ADAPTER
 from ..errors import ConfigError, TlcoreError
 from ..record import Json
 
@@ -85,8 +86,8 @@ def from_here(model: str, option: str) -> str:
     """
     if not (os.path.exists(model) or model.startswith((os.sep, "."))):
         return model
-    if not os.path.isfile(os.path.join(model, "config.json")):
-        problem = f"{model!r} is no checkpoint for transformers: it has no config.json."
+    if not any(os.path.isfile(os.path.join(model, name)) for name in ("config.json", ADAPTER)):
+        problem = f"{model!r} is no checkpoint for transformers: it has no config.json, nor an {ADAPTER}."
         raise ConfigError(option, problem, "Give a checkpoint's directory, or its name.")
     return os.path.abspath(model)
 

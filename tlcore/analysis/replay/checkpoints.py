@@ -1,25 +1,66 @@
-"""A checkpoint that transformers loads, as the class of model that a run was captured of."""
+"""A checkpoint that transformers loads, perhaps with an adapter, as the class that a run was captured of."""
 
 from __future__ import annotations
 
+import json
+import os
 from collections.abc import Mapping
 from typing import Any
 
 from torch import nn
 
 _DEFAULT = "AutoModelForCausalLM"
+ADAPTER = "adapter_config.json"
 
 
 def pretrained(checkpoint: str, of: str | None, arguments: Mapping[str, Any]) -> nn.Module:
     """The model in a checkpoint, as the class ``of`` that a run names; ``arguments`` go to transformers.
 
-    Raises what transformers raises.
+    A directory of peft's adapter gives the model that this is of, with it. Raises what transformers and peft
+    raise.
     """
+    base = base_of(checkpoint)
+    if base is not None:
+        import peft
+
+        model = pretrained(base[0], base[1], arguments)
+        adapted: nn.Module = peft.PeftModel.from_pretrained(model, checkpoint)
+        return adapted
     import transformers
 
     kind = class_name(checkpoint, of, bool(arguments.get("trust_remote_code")))
     loaded: nn.Module = getattr(transformers, kind).from_pretrained(checkpoint, **arguments)
     return loaded
+
+
+def base_of(checkpoint: str) -> tuple[str, str | None] | None:
+    """Of which checkpoint a directory has an adapter, and of which class if it says; None for any other.
+
+    Raises ValueError for an adapter that does not say.
+    """
+    file = os.path.join(checkpoint, ADAPTER)
+    if not os.path.isfile(file):
+        return None
+    with open(file, encoding="utf-8") as opened:
+        told = json.load(opened)
+    base = told.get("base_model_name_or_path") if isinstance(told, dict) else None
+    if not isinstance(base, str):
+        raise ValueError(f"{file} has no base_model_name_or_path, the checkpoint that the adapter is of")
+    kind = (told.get("auto_mapping") or {}).get("base_model_class")
+    return base, kind if isinstance(kind, str) else None
+
+
+def loading_code(checkpoint: str, of: str | None) -> list[str]:
+    """Lines of Python by which `pretrained` loads a checkpoint as ``model``."""
+    base = base_of(checkpoint)
+    kind = class_name(checkpoint if base is None else base[0], of if base is None else base[1])
+    lines = [f"from transformers import {kind}\n"]
+    whole = os.path.abspath(checkpoint) if base is None else base[0]
+    lines += [f"path = {whole!r}", f'model = {kind}.from_pretrained(path, dtype="auto")']
+    if base is not None:
+        lines.insert(0, "from peft import PeftModel")
+        lines.append(f"model = PeftModel.from_pretrained(model, {os.path.abspath(checkpoint)!r})")
+    return lines
 
 
 def class_name(checkpoint: str, of: str | None, remote_code: bool = False) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import sysconfig
 from collections import OrderedDict
 from collections.abc import Mapping
@@ -16,7 +15,7 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError, ReadError
-from .checkpoints import class_name, pretrained
+from .checkpoints import ADAPTER, base_of, loading_code, pretrained
 from .given import on_each, tensors_of
 
 # Weights up to here go into the file beside a script.
@@ -89,13 +88,7 @@ class Recipe:
 
     def _making(self) -> list[str]:
         if self.model is not None:
-            kind = class_name(self.model, self.of)
-            return [
-                f"from transformers import {kind}\n",
-                f"path = {os.path.abspath(self.model)!r}",
-                f'model = {kind}.from_pretrained(path, dtype="auto")',
-                f"module = model.get_submodule({self.name!r})",
-            ]
+            return [*loading_code(self.model, self.of), f"module = model.get_submodule({self.name!r})"]
         package, _, name = (self.module or "").partition(":")
         lines = [
             *_found_again(package),
@@ -151,10 +144,15 @@ def _pretrained(model: str, of: str | None) -> nn.Module:
         # Transformers would look for it in the network, for a long time.
         raise ConfigError("--model", f"{model!r} is no directory.", "Give that of a checkpoint.")
     try:
+        base = base_of(model)
+        if base is not None and not Path(base[0]).is_dir():
+            problem = f"{model!r} is an adapter of {base[0]!r}, which is no directory."
+            raise ConfigError("--model", problem, f"Name it in base_model_name_or_path of {ADAPTER}.")
         # Also refused when transformers finds nothing there, by whichever error.
         return pretrained(model, of, {"dtype": "auto"})
     except ImportError as error:
-        raise ConfigError("--model", "transformers is not installed", "pip install transformers") from error
+        package = str(error.name or "transformers").partition(".")[0]
+        raise ConfigError("--model", f"{package} is not installed", f"pip install {package}") from error
     except (OSError, ValueError) as error:
         raise ConfigError(
             "--model", f"{model!r} cannot be loaded: {' '.join(str(error).split())[:300]}"
