@@ -44,7 +44,9 @@ async def while_connected(request: Any, work: Coroutine[Any, Any, Any]) -> Any:
     """The answer that ``work`` gives, which is given up when the client leaves."""
     from fastapi import Response
 
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(_left(request))
+    from .paced import left
+
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(left(request.receive))
     try:
         await asyncio.wait({working, leaving}, return_when=asyncio.FIRST_COMPLETED)
         return working.result() if working.done() else Response(status_code=_CLIENT_LEFT)
@@ -53,11 +55,6 @@ async def while_connected(request: Any, work: Coroutine[Any, Any, Any]) -> Any:
             each.cancel()
             with contextlib.suppress(asyncio.CancelledError, Exception):
                 await each
-
-
-async def _left(request: Any) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass
 
 
 async def fetched(request: Any, flusher: Flusher, room: Room) -> Any:
@@ -85,7 +82,7 @@ async def fetched(request: Any, flusher: Flusher, room: Room) -> Any:
         body = as_safetensors(found) if whole else json.dumps(described(found, public_id, index)).encode()
         response = _encoded(body, whole, request)
         # Until it is sent, or its client is gone.
-        response.tlcore_held = held
+        response.held = held
         return response
 
     return await asyncio.to_thread(answer)
@@ -147,7 +144,7 @@ def _number(request: Any, key: str, usual: float, most: float, least: float = 0)
 
 def _encoded(body: bytes, whole: bool, request: Any) -> Any:
     """The response, compressed where the client takes that and the package for it is there."""
-    from fastapi import Response
+    from .paced import PacedResponse
 
     headers = {"Vary": "Accept-Encoding", "Cache-Control": "no-store", "Accept-Ranges": "none"}
     if _takes_zstd(",".join(request.headers.getlist("Accept-Encoding"))):
@@ -159,7 +156,7 @@ def _encoded(body: bytes, whole: bool, request: Any) -> Any:
             body = ZstdCompressor().compress(body)
             headers["Content-Encoding"] = "zstd"
     kind = "application/octet-stream" if whole else "application/json"
-    return Response(body, media_type=kind, headers=headers)
+    return PacedResponse(body, media_type=kind, headers=headers)
 
 
 def _takes_zstd(accepted: str) -> bool:
