@@ -80,10 +80,7 @@ def check_step(document: Any, where: str, number: int, problem_of: ProblemOf | N
     for key, kind in (("calls", list), ("records", list), ("ledger", dict)):
         if not isinstance(step.get(key), kind):
             raise ReadError(f"{where}: damaged, {key!r} is missing or no {kind.__name__}")
-    problem_of = problem_of or record_problem
-    for record in step["records"]:
-        if problem := problem_of(record, number):
-            raise ReadError(f"{where}: damaged record, {problem}")
+    check_records(step["records"], where, number, problem_of)
     for call in step["calls"]:
         if not (isinstance(call, str) and _CALL.fullmatch(call)):
             raise ReadError(f"{where}: damaged, {_short(call)} is no call")
@@ -100,6 +97,16 @@ def check_step(document: Any, where: str, number: int, problem_of: ProblemOf | N
         raise ReadError(f"{where}: damaged, nested too deep")
     check_ledger(step, where)
     return step
+
+
+def check_records(records: Any, where: str, number: int, problem_of: ProblemOf | None = None) -> None:
+    """Raise ReadError unless these are records of a step; ``problem_of`` as in `check_step`."""
+    if not isinstance(records, list):
+        raise ReadError(f"{where}: damaged, 'records' is missing or no list")
+    problem_of = problem_of or record_problem
+    for record in records:
+        if problem := problem_of(record, number):
+            raise ReadError(f"{where}: damaged record, {problem}")
 
 
 def _is_shard(shard: Any) -> bool:

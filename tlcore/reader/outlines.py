@@ -11,7 +11,7 @@ import numpy as np
 from ..layout.names import rank_suffix, step_dir
 from ..protocols import Outline, SupportsOutlines
 from ..record import Json
-from .documents import check_step
+from .documents import check_records, check_step
 from .step import Step
 from .stored import Stored
 
@@ -38,7 +38,7 @@ class OutlinedStep(Step):
     @cached_property
     def documents(self) -> Mapping[int, Json]:
         """What each rank's ``step.json`` says beside its records. Raises MissingError or ReadError."""
-        return {rank: self._checked(rank, each.rest(), []) for rank, each in self._outlines.items()}
+        return {rank: self._checked(rank, each.rest()) for rank, each in self._outlines.items()}
 
     @property
     def alike(self) -> Hashable:
@@ -87,15 +87,23 @@ class OutlinedStep(Step):
         step = Step(self._stored, self.number, self.ranks, self.complete, self._places)
         with self._stored.asking():
             records = {rank: each.records() for rank, each in self._outlines.items()}
+        # What stands beside the records was checked by itself.
         step.documents = {
-            rank: self._checked(rank, each, records[rank]) for rank, each in self.documents.items()
+            rank: {**each, "records": self._checked_records(rank, records[rank])}
+            for rank, each in self.documents.items()
         }
         return step
 
-    def _checked(self, rank: int, rest: Json, records: list[Json]) -> Json:
-        where = f"{self._stored.url}/{step_dir(self.number)}/step{rank_suffix(rank)}.json"
-        document = {"calls": [], **rest, "records": records}
-        return check_step(document, where, self.number, self._stored.sound_records.problem)
+    def _checked(self, rank: int, rest: Json) -> Json:
+        document = {"calls": [], **rest, "records": []}
+        return check_step(document, self._where(rank), self.number)
+
+    def _checked_records(self, rank: int, records: list[Json]) -> list[Json]:
+        check_records(records, self._where(rank), self.number, self._stored.sound_records.problem)
+        return records
+
+    def _where(self, rank: int) -> str:
+        return f"{self._stored.url}/{step_dir(self.number)}/step{rank_suffix(rank)}.json"
 
 
 def has_outlines(stored: Stored) -> bool:

@@ -62,16 +62,13 @@ class Outlines:
             return _by_itself(without_checksum(parse(text, where)), step)
         # Once its text is known to be one, those of the same form need not be parsed.
         rest = _without_records(without_checksum(_part(told.rest, text, where)))
-        if len(told.numbers) != len(_INTEGER.findall(b'"'.join(_STRING.split(told.rest)[::2]))):
-            # Some are in strings, or have blanks around them.
-            return Outline(lambda: rest, told.alike, lambda: _part(told.records, text, where), *_alone(step))
         return Outline(
             lambda: rest,
             told.alike,
             lambda: _part(told.records, text, where),
             told.kin,
             lambda: told.numbers,
-            lambda: _places(told.rest),
+            lambda: _places(told),
             lambda most: self._following(step, rank, told, len(text), most),
         )
 
@@ -132,15 +129,18 @@ def _fits(numbers: Sequence[int]) -> bool:
     return min(numbers, default=0) >= -(1 << 63) and max(numbers, default=0) < 1 << 63
 
 
-def _places(rest: bytes) -> Json:
-    """A text's value with each integer's place among them in its stead."""
+def _places(told: _Told) -> Json:
+    """A text's value with each integer's place among its numbers in its stead; nothing where they differ."""
     count = itertools.count()
 
     def place(match: re.Match[bytes]) -> bytes:
         return b"%d" % next(count)
 
-    pieces = _STRING.split(rest)
+    pieces = _STRING.split(told.rest)
     pieces[::2] = [_INTEGER.sub(place, each) for each in pieces[::2]]
+    if next(count) != len(told.numbers):
+        # Some are in strings, or have blanks around them; as in all that are kin.
+        return {}
     return _without_records(without_checksum(json.loads(b"".join(pieces))))
 
 

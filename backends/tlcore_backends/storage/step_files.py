@@ -58,10 +58,15 @@ class StepFiles(Mapping[int, StepRanks]):
 
     def texts(self, steps: Sequence[int], rank: int) -> Sequence[bytes | None]:
         """The bytes of several ``step.json`` on this machine; None for each that is to be asked for alone."""
-        store = self._files.store
-        if not (self._files.is_local and isinstance(store, SupportsFiles)):
+        if self._directory is None:
             return [None] * len(steps)
-        return read_texts(store.path(), [self.name(step, rank) for step in steps], LARGEST_JSON)
+        return read_texts(self._directory, [self.name(step, rank) for step in steps], LARGEST_JSON)
+
+    @cached_property
+    def _directory(self) -> str | None:
+        """The run's directory on this machine."""
+        store = self._files.store
+        return store.path() if isinstance(store, SupportsFiles) else None
 
     def name(self, step: int, rank: int) -> str:
         """The name of a rank's ``step.json``."""

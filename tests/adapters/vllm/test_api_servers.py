@@ -14,12 +14,14 @@ import tlcore
 from tests.adapters.vllm.client import KEY, MLP, complete, fetch
 from tests.adapters.vllm.helpers import SEVERAL_RANKS
 from tests.adapters.vllm.server import VllmServer, serving
+from tests.adapters.vllm.truth import Truth
 from tests.models import tiny_llama
 from tests.waiting import wait_until
 from tlcore.adapters.vllm.frontend.endpoint import DELIVERY_VARIABLE, ROOT_VARIABLE
 
 pytestmark = pytest.mark.slow
 REQUESTS = 8
+LAYER = "model.layers.2/outputs"
 METRIC = re.compile(r'^tlcore_captured_tensors_total\{rank="(\d)"\} (\S+)$', re.MULTILINE)
 
 
@@ -29,10 +31,13 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
         "model": str(tiny_llama()),
         "served-model-name": "tiny",
         "enforce-eager": True,
+        "dtype": "float32",
         "max-model-len": 256,
         "api-key": KEY,
         "api-server-count": 2,
         "data-parallel-size": 2,
+        # What is asked of the servers is the same of any model; of this kind nothing is fetched elsewhere.
+        "model-impl": "transformers",
     }
     environment = {
         **SEVERAL_RANKS,
@@ -114,7 +119,8 @@ def test_ledger_and_metrics_speak_for_all_engines(server: VllmServer, pool: Thre
 
 
 def test_whichever_answers_delivers_the_same(server: VllmServer, pool: ThreadPoolExecutor) -> None:
-    config = {"log_step_ids": [], "sample_rate": 0, "module_call_match": "mlp$", "delivery": True}
+    modules = r"layers\.2(\.mlp)?$"
+    config = {"log_step_ids": [], "sample_rate": 0, "module_call_match": modules, "delivery": True}
     status, started = server.ask("/v1/tlcore/start", config, KEY)
     assert status == 200, started
 
@@ -128,8 +134,11 @@ def test_whichever_answers_delivers_the_same(server: VllmServer, pool: ThreadPoo
         assert [each.status for each in found] == [200] * 4, found[0].body
         return [each.body for each in found]
 
+    truth = Truth(tiny_llama())
     for number, bodies in enumerate(pool.map(one, range(REQUESTS))):
         (body,) = set(bodies)
         tensors = load(body)
-        assert tensors["token_ids"].tolist()[:3] == [9, 8, 10 + number] and len(tensors[MLP]) == 5
+        ids = tensors["token_ids"].tolist()
+        assert ids[:3] == [9, 8, 10 + number] and tensors[MLP].shape == (5, 128)
+        assert truth.agrees(tensors[LAYER], ids, list(range(5)), 3)
     assert server.ask("/v1/tlcore/stop", b"", KEY)[1]["state"] == "closed"
