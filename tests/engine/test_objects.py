@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import asyncio
 import collections
 import dataclasses
 import functools
+import operator
+import queue
 import types
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from torch import nn
@@ -202,11 +206,30 @@ def _resolved() -> Any:
     return future
 
 
+def _awaited() -> Any:
+    loop = asyncio.new_event_loop()
+    future = loop.create_future()
+    future.set_result(T)
+    loop.close()
+    return future
+
+
+def _put(queue: Any) -> Any:
+    queue.put(T)
+    return queue
+
+
 SKIPPED: dict[str, tuple[Callable[[], Any], str, int]] = {
     "a generator": (lambda: (each for each in [T]), "iterator", 1),
     "a list's iterator": (lambda: iter([T]), "iterator", 1),
     "a tensor's storage": (T.untyped_storage, "storage", 1),
     "a future": (_resolved, "future", 1),
+    "a future of asyncio": (_awaited, "hidden by its class", 1),
+    "an exception": (lambda: ValueError("no", T), "hidden by its class", 1),
+    "a cell": (lambda: types.CellType(T), "hidden by its class", 1),
+    "a queue of C": (lambda: _put(queue.SimpleQueue()), "hidden by its class", 1),
+    "a call that is kept": (lambda: operator.methodcaller("add", [T]), "hidden by its class", 1),
+    "a table": (lambda: pandas.DataFrame({"a": [1.0, 2.0]}), "hidden by its class", 1),
     "a method of a tensor": (lambda: T.add, "method", 1),
     "a method of what holds one": (lambda: Pair(T, T).__repr__, "method", 1),
     "a module": (lambda: nn.Linear(2, 2), "module", 2),
@@ -223,7 +246,7 @@ def test_what_is_not_looked_into_is_counted_and_said(run: Run, kind: str) -> Non
     assert found == {} and ledger.captured == ledger.skipped == count
     assert ledger.reasons == {f"skipped: {reason}": count}
     while outputs.items:
-        outputs = outputs.inner
+        (outputs,) = outputs.items.values()
     assert outputs.skipped == reason
 
 

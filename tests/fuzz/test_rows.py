@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Any
 
 import pytest
@@ -13,8 +14,8 @@ from tests.sinks import MemorySink
 from tlcore.layout.rows import CallRows
 
 # The tokens behind a request's end are cut off as vLLM does it.
-pytest.importorskip("vllm")
-pytestmark = pytest.mark.slow
+without_vllm = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
+pytestmark = [pytest.mark.slow, without_vllm]
 MIXES = scaled(10, 200)
 
 

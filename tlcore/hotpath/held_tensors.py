@@ -13,6 +13,7 @@ from .objects import (
     ARRAY,
     CACHE,
     DATACLASS,
+    HIDDEN,
     MAPPING,
     METHOD,
     MOST_VALUES,
@@ -28,6 +29,7 @@ from .objects import (
     Kind,
     attributes_of,
     fields_of,
+    hidden_in,
     items_of,
     kind_of,
     nodes_of,
@@ -74,6 +76,11 @@ def holds_tensor(value: Any) -> bool:
     return False
 
 
+def hides_tensor(value: Any, kind: Kind) -> bool:
+    """Whether an object holds a tensor where its class shows none."""
+    return (kind.what == HIDDEN or kind.hides) and any(map(holds_tensor, hidden_in(value, kind)))
+
+
 def tensors_in(value: Any, most: int, looks: float = math.inf) -> Iterator[torch.Tensor]:
     """The distinct tensors that an object holds, as far as it can be looked into; ``most`` of them.
 
@@ -115,6 +122,8 @@ def _children(value: Any, kind: Kind, extras: bool = True) -> list[Any]:
         return [*fields_of(value, kind).values(), *own]
     if kind.what == ARRAY:
         return own
+    if kind.what == HIDDEN:
+        return hidden_in(value, kind)
     if kind.what == PYTREE:
         return [child for _, child in nodes_of(value)]
-    return list(attributes_of(value, kind).values())
+    return list(attributes_of(value, kind).values()) + (hidden_in(value, kind) if kind.hides else [])

@@ -12,8 +12,10 @@ import collections.abc
 import dataclasses
 import enum
 import functools
+import gc
 import io
 import itertools
+import struct
 import types
 import weakref
 from collections.abc import Iterable, Mapping
@@ -45,13 +47,15 @@ ITERATOR = "iterator"
 STORAGE = "storage"
 FUTURE = "future"
 METHOD = "method"
+# Its class, of C, keeps what it holds where only the garbage collector looks.
+HIDDEN = "hidden by its class"
 # What is counted where it is met, and not looked into.
 UNOPENED = (MODULE, ITERATOR, STORAGE, FUTURE)
 
 # Values that are looked at, at most, to find out whether an attribute holds a tensor at all.
 MOST_VALUES = 10_000
 _SCALARS = (bool, int, float, str)
-_HEAP_TYPE = 1 << 9
+_HEAP_TYPE, _COLLECTED = 1 << 9, 1 << 14
 _OWN = (types.GetSetDescriptorType, types.MemberDescriptorType)
 _RAW: tuple[Any, ...] = (tuple, list, collections.deque, set, frozenset)
 _VIEWS: tuple[type, ...] = (type({}.keys()), type({}.values()), type({}.items()))
@@ -69,12 +73,16 @@ _STOPPED = (types.GeneratorType, types.CoroutineType, types.AsyncGeneratorType)
 
 
 class Kind(NamedTuple):
-    """How instances of a class are read: what they are, ``__dict__`` and slots, a dataclass's fields."""
+    """How instances of a class are read: what they are, ``__dict__`` and slots, a dataclass's fields.
+
+    ``hides``: whether a base of C may keep more, where only the garbage collector looks.
+    """
 
     what: str
     own: Any = None
     slots: tuple[tuple[str, Any], ...] = ()
     fields: tuple[str, ...] = ()
+    hides: bool = False
 
     def attributes(self, value: Any) -> dict[str, Any]:
         """What the instance itself holds, by name."""
@@ -124,12 +132,22 @@ def _kind(cls: type) -> Kind:
     if isinstance(vars_of(cls, "__dataclass_fields__"), dict):
         return Kind(DATACLASS, own, slots, tuple(each.name for each in dataclasses.fields(cls)))
     if own is not None or slots:
-        return Kind(OBJECT, own, slots)
+        return Kind(OBJECT, own, slots, hides=any(map(_hides, mro)))
     if cls in _pytree.SUPPORTED_NODES:
         return Kind(PYTREE)
     if issubclass(cls, collections.abc.Iterator):
         return Kind(ITERATOR)
-    return Kind(SEQUENCE if issubclass(cls, collections.abc.Sequence) else PLAIN)
+    if issubclass(cls, collections.abc.Sequence):
+        return Kind(SEQUENCE)
+    return Kind(HIDDEN if cls.__flags__ & _COLLECTED else PLAIN)
+
+
+def _hides(cls: type) -> bool:
+    """Whether instances have more room than for slots, attributes and weak references, which is collected."""
+    if cls.__base__ is None or not cls.__flags__ & _COLLECTED:
+        return False
+    slots = sum(type(each) is types.MemberDescriptorType for each in vars(cls).values())
+    return cls.__basicsize__ > cls.__base__.__basicsize__ + (slots + 2) * struct.calcsize("P")
 
 
 def _builtin(cls: type) -> str | None:
@@ -228,6 +246,15 @@ def attributes_of(value: Any, kind: Kind) -> dict[str, Any]:
     if issubclass(type(value), functools.partial):
         return {name: each for name, each in held.items() if kind_of(type(each)).what != MODULE}
     return held
+
+
+def hidden_in(value: Any, kind: Kind) -> list[Any]:
+    """What an object refers to beside its attributes; modules are at hand everywhere, and nobody's to hand on."""
+    shown = {id(each) for each in kind.attributes(value).values()}
+    if kind.own is not None:
+        shown.add(id(kind.own.__get__(value, type(value))))
+    found = [each for each in gc.get_referents(value) if id(each) not in shown]
+    return [each for each in found if kind_of(type(each)).what not in (PLAIN, MODULE)]
 
 
 def _defaults_of(function: types.FunctionType) -> dict[str, Any]:

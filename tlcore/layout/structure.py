@@ -14,7 +14,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 
 from ..hotpath import objects
-from ..hotpath.held_tensors import extras_of, holds_tensor, is_of_tensors
+from ..hotpath.held_tensors import extras_of, hides_tensor, holds_tensor, is_of_tensors
 from ..hotpath.objects import Kind, kind_of
 from ..hotpath.objects import class_name as class_name
 from .names import PathKey
@@ -182,6 +182,9 @@ def _flatten_other(value: Any, leaves: Leaves, inside: tuple[int, ...], opening:
         return _unopened(value, leaves, what)
     if what == objects.METHOD:
         return _unopened_where(is_of_tensors, value, leaves, what)
+    hidden = _hidden(value, kind, leaves)
+    if what == objects.HIDDEN:
+        return Opaque(class_name(value), hidden)
     if what == objects.CACHE:
         opening = _Opening(once=True)
     elif opening is None:
@@ -199,7 +202,7 @@ def _flatten_other(value: Any, leaves: Leaves, inside: tuple[int, ...], opening:
         leaves.tensor(parts)
         return ArrayOf(class_name(value))
     if parts is None:
-        return Opaque(class_name(value))
+        return Opaque(class_name(value), hidden)
     kind_name, keys, children, fields = parts
     items = tuple([flatten(each, leaves, inside, opening) for each in children])
     if type(value) is dict:
@@ -275,6 +278,17 @@ def _flatten_number(value: Any, leaves: Leaves) -> TreeSpec:
         return Opaque(class_name(value))
     leaves.scalar(plain)
     return SCALAR
+
+
+def _hidden(value: Any, kind: Kind, leaves: Leaves) -> str | None:
+    """Why what an object's class hides is not looked into, which is counted; None where that is no tensor."""
+    try:
+        reason = objects.HIDDEN if hides_tensor(value, kind) else None
+    except Exception as error:
+        reason = f"looking into it raised {type(error).__name__}"
+    if reason is not None:
+        leaves.unopened(value, reason)
+    return reason
 
 
 def _unopened_where(

@@ -233,10 +233,9 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 
 @pytest.mark.parametrize("backend", ["pt", "safetensors"])
-def test_a_run_in_object_storage_is_read_by_workers(
-    served: Served, s3: Server, backend: str, tmp_path: Path
-) -> None:
-    local = served.run(tmp_path, backend)
+def test_a_run_in_object_storage_is_read_by_workers(s3: Server, backend: str, tmp_path: Path) -> None:
+    # The server answers slowly, and each worker asks for every request.
+    local = Served(requests=12).run(tmp_path, backend)
     name = {"name": "fsspec", "format": backend, "storage_options": s3.options}
     url = convert(local, load_config(output_dir=f"{s3.url}/sets", backend=name))
     data = tlcore.open_run(url, s3.options).dataset(NAMES)

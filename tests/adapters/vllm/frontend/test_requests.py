@@ -8,6 +8,7 @@ import json
 import os
 import threading
 from collections.abc import Callable, Iterator
+from importlib.util import find_spec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from tlcore.adapters.vllm.frontend.requests import remember, storage_options
 from tlcore.adapters.vllm.reports import VARIABLE, _modules_of
 from tlcore.config.request import Allowed, _of_text
 
-pytest.importorskip("vllm")
+pytestmark = pytest.mark.skipif(find_spec("vllm") is None, reason="vLLM is not installed")
 CACHES = [_of_text, _modules_of, requests._selects_any]
 CHOICE = {"tlcore": {"deliver": True}}
 
