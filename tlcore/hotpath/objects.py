@@ -249,7 +249,7 @@ def attributes_of(value: Any, kind: Kind) -> dict[str, Any]:
 
 
 def hidden_in(value: Any, kind: Kind) -> list[Any]:
-    """What an object refers to beside its attributes; modules are at hand everywhere, and nobody's to hand on."""
+    """What an object refers to beside its attributes and modules, which are at hand everywhere."""
     shown = {id(each) for each in kind.attributes(value).values()}
     if kind.own is not None:
         shown.add(id(kind.own.__get__(value, type(value))))
