@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ import torch
 from tests.reader.dataset.served import NAMES, Served
 from tlcore.errors import ReadError
 from tlcore.reader import Run, open_run
+from tlcore.reader.stored import Stored
 from tlcore_backends.pt.source import PtSource
 from tlcore_backends.safetensors.segment_source import SegmentSource
 
@@ -78,3 +80,36 @@ def test_a_file_that_is_not_as_it_was_written_is_refused(cut: bool, tmp_path: Pa
     os.truncate(file, file.stat().st_size - 1) if cut else file.unlink()
     with pytest.raises(ReadError, match=f"{NAMES[0]}_cpu"):
         open_run(run.url).request(identity).tensor(f"{NAMES[0]}_cpu")
+
+
+def test_no_step_of_others_is_looked_at(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened = open_run(run.url)
+    assert list(opened.requests) == list(run.requests)
+    steps: dict[str, list[int]] = {each: [] for each in run.requests}
+    for number in run.steps:
+        for row in run.step(number).rows or ():
+            steps[row["request_id"]].append(number)
+    asked: set[int] = set()
+    document = Stored.document
+
+    def noted(self: Stored, step: int, rank: int) -> Any:
+        asked.add(step)
+        return document(self, step, rank)
+
+    monkeypatch.setattr(Stored, "document", noted)
+    for identity, own in steps.items():
+        asked.clear()
+        assert opened.request(identity).steps == own and asked <= set(own)
+
+
+def test_of_token_ids_that_make_no_sense_every_request_is_told(tmp_path: Path) -> None:
+    run = Served(seed=3).run(tmp_path, "pt")
+    last = Path(run.url) / f"step_{run.steps[-1]}" / "step.json"
+    text = last.read_text()
+    document = json.loads(text)
+    for wrong in ([{"ids": [1]}], [1], {"request_id": "x"}):
+        last.write_text(json.dumps({**document, "tokens": wrong}).replace(document["checksum"], ""))
+        opened = open_run(run.url)
+        assert list(opened.requests) == list(run.requests)
+        with pytest.raises(ReadError, match="damaged tokens"):
+            opened.request(next(iter(opened.requests)))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from array import array
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from ..errors import MissingError, ReadError
 from .step import Step
@@ -12,14 +13,37 @@ _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")
 _SAMPLE_PREFIX = re.compile(r"(\d+)_(.+)", re.DOTALL)
 
 
-def known_requests(steps: Iterable[Step]) -> dict[str, str | None]:
-    """The ids of all requests in the order of their first rows, with the client's own where it is known."""
-    found: dict[str, str | None] = {}
-    for step in steps:
+class RequestSteps:
+    """The requests of a run, in the order of their first rows, and which steps tell something of each.
+
+    ``ids`` have the client's own where it is known.
+    """
+
+    def __init__(self, steps: Iterable[Step]) -> None:
+        self.ids: dict[str, str | None] = {}
+        self._steps: dict[str, array[int]] = {}
+        # Steps whose token ids make no sense: whoever asks for a request is told so.
+        self._of_all: list[int] = []
+        for step in steps:
+            for own in self._told(step):
+                found = self._steps.setdefault(own, array("q"))
+                if not found or found[-1] != step.number:
+                    found.append(step.number)
+
+    def _told(self, step: Step) -> Iterator[str]:
         for document in step.documents.values():
             for row in (*document.get("rows", ()), *document.get("samples", ())):
-                found.setdefault(str(row["request_id"]), row.get("external_request_id"))
-    return found
+                own = str(row["request_id"])
+                self.ids.setdefault(own, row.get("external_request_id"))
+                yield own
+            try:
+                yield from [str(entry["request_id"]) for entry in document.get("tokens", ())]
+            except (TypeError, KeyError):
+                self._of_all.append(step.number)
+
+    def of(self, request_id: str) -> list[int]:
+        """The numbers of a request's steps."""
+        return sorted({*self._steps.get(request_id, ()), *self._of_all})
 
 
 def find_request(known: Mapping[str, str | None], wanted: str, sample: int | None, url: str) -> str:

@@ -26,7 +26,7 @@ from .documents import FOREIGN, check_run, counts_of
 from .lookup import without_device
 from .over_steps import tensor_over_steps
 from .request import Request
-from .request_ids import find_request, known_requests
+from .request_ids import RequestSteps, find_request
 from .step import Step
 from .stored import Stored
 from .unshard import Places, all_committed, places_of
@@ -288,7 +288,13 @@ class Run(Mapping[int, Step]):
     @cached_property
     def requests(self) -> Mapping[str, str | None]:
         """vLLM's id of each request in the run, with the client's own where it is known for certain."""
-        return known_requests(self.step(number) for number in self.steps)
+        return self._request_steps.ids
+
+    @cached_property
+    def _request_steps(self) -> RequestSteps:
+        from .dataset.wanted import steps_of
+
+        return RequestSteps(steps_of(self, self.steps, ()))
 
     def request(self, request_id: str, sample: int | None = None) -> Request:
         """A request's tensors over all steps, its rows in the order of their positions.
@@ -298,7 +304,7 @@ class Run(Mapping[int, Step]):
         no such request, ReadError when there are several.
         """
         full = find_request(self.requests, request_id, sample, self.url)
-        steps = [self.step(number) for number in self.steps]
+        steps = [self.step(number) for number in self._request_steps.of(full)]
         return Request(self.url, full, self.requests[full], steps)
 
     def dataset(
@@ -338,7 +344,15 @@ class Run(Mapping[int, Step]):
                 self.document = run_document(self.stored.store)
             self.stored.refresh()
             self._opened.clear()
-            for name in ("state", "ledger", "requests", "_closed", "_whole_now", "_channels"):
+            for name in (
+                "state",
+                "ledger",
+                "requests",
+                "_request_steps",
+                "_closed",
+                "_whole_now",
+                "_channels",
+            ):
                 self.__dict__.pop(name, None)
 
     def verify(self, on_tensor: Callable[[], None] = lambda: None) -> int:
