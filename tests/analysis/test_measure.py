@@ -49,6 +49,9 @@ def test_special_values() -> None:
 def test_integers_are_exact() -> None:
     big = torch.tensor([1 << 60])
     assert measure(big, big + 1, Tolerance()).mismatched == 1
+    one, other = (torch.tensor([(1 << 63) + number], dtype=torch.uint64) for number in (5, 6))
+    found = measure(one, other, Tolerance())
+    assert (found.mismatched, found.max_abs) == (1, 1)
     assert measure(torch.tensor([True]), torch.tensor([True]), Tolerance()).bitwise
 
 

@@ -287,7 +287,7 @@ class Sums:
         at = int(difference.argmax())
         if int(difference[at]) > self._max_abs:
             self._max_abs = int(difference[at])
-            self._largest = self._total + at, int(a[at]), int(b[at])
+            self._largest = self._total + at, a[at].item(), b[at].item()
 
     def _finite_part(self, x: torch.Tensor, y: torch.Tensor) -> int:
         """Add up finite values; returns how many are out of tolerance."""
