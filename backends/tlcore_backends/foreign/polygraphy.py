@@ -28,7 +28,8 @@ _KIND = re.compile(rb'"(?:polygraphy_class|polygraphy_serialized_json_type)":\s*
 # No array is shorter in base64, for its header alone is longer; few names are as long.
 _SHORTEST = 160
 _BASE64 = (string.ascii_letters + string.digits + "+/=").encode()
-_STANDING_IN = re.compile(r"(\d{1,15}):(\d{1,15})")
+# Begins with what no name does: others may be numbers with a colon between them.
+_STANDING_IN = re.compile(r"\0(\d{1,15}):(\d{1,15})")
 _TIME = re.compile(r"-\d\d/\d\d/\d\d-\d\d:\d\d:\d\d\Z")
 _TAIL = 200
 # Of a file that is not on a disk of this machine, all is held in memory to be looked through.
@@ -175,7 +176,7 @@ def _kind(files: DumpFiles, name: str) -> str | None:
 
 
 def _outline(files: DumpFiles, name: str) -> bytes:
-    """The file with ``<begin>:<end>`` in place of each long text in base64."""
+    """The file with ``\\0<begin>:<end>`` in place of each long text in base64."""
     opened = files.open(name)
     if opened is not None:
         with opened, mmap.mmap(opened.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
@@ -192,7 +193,7 @@ def _without_arrays(data: bytes | mmap.mmap) -> bytes:
     begin = data.find(b'"') + 1
     while begin and (end := data.find(b'"', begin)) >= 0:
         if end - begin >= _SHORTEST and not data[begin:end].translate(None, _BASE64):
-            parts += [data[done:begin], b"%d:%d" % (begin, end)]
+            parts += [data[done:begin], b"\\u0000%d:%d" % (begin, end)]
             done = end
         begin = end + 1
     return b"".join([*parts, data[done:]])

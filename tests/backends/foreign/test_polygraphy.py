@@ -110,11 +110,27 @@ def test_a_near_miss_says_what_is_missing(tmp_path: Path) -> None:
         tlcore.open_run(tmp_path).steps  # noqa: B018
 
 
+def test_outputs_of_any_name_keep_it(tmp_path: Path) -> None:
+    names = ["12:34", "0:200", "a/b:0", "", "input", "x.output", "\u65e5\u672c", "\0", "any" * 60]
+    tensors = {name: torch.full((3,), float(place)) for place, name in enumerate(names)}
+    (tmp_path / "x.json").write_text(json.dumps(_results(tensors)))
+    run = tlcore.open_run(tmp_path / "x.json")
+    found = {each["module"]: run.tensor(each["name"])[0].item() for each in run.step(0).records}
+    assert found == {name: place for place, name in enumerate(names)}
+
+
 def test_hostile_results_are_refused(tmp_path: Path) -> None:
     file = tmp_path / "x.json"
     sound = _results({"m": torch.ones(2)})
     outputs = sound["lst"][0][1][0]["outputs"]
-    for text in ("0:99999999999999", "9:1", "short", "A" * 201, "k05VTVBZAQB2AHsn" * 20):
+    for text in (
+        "0:99999999999999",
+        "\0000:99999999999999",
+        "\0009:1",
+        "short",
+        "A" * 201,
+        "k05VTVBZAQB2AHsn" * 20,
+    ):
         outputs["m"]["values"]["array"] = text
         file.write_text(json.dumps(sound))
         with pytest.raises(ReadError):
