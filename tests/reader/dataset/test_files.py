@@ -184,7 +184,7 @@ def test_documents_that_somebody_has_changed_mean_what_they_do_alone(
     """Without a checksum, as other programs write them: nothing is seen but what stands there."""
     names = [copied / f"step_{step}" / "step.json" for step in range(len(STEPS))]
     texts = [re.sub(r'"checksum":"[^"]*",\s*', "", name.read_text()) for name in names]
-    for seed in range(scaled(10, 300)):
+    for seed in range(scaled(40, 300)):
         draw = random.Random(seed)
         for name, text in zip(names, texts, strict=True):
             name.write_text(text)
