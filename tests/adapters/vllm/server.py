@@ -19,6 +19,8 @@ from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY
 from tests.servers import free_ports
 from tests.waiting import Watched, wait_until, watched
 
+# The worker in the engine's process, for servers whose processes are not what is tested: one less to start.
+FEWER_PROCESSES = {"VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
 # Of a machine that is busy with much else; one that has died is noticed at once.
 START_SECONDS = 600
 

@@ -13,7 +13,7 @@ from safetensors.torch import load
 import tlcore
 from tests.adapters.vllm.client import KEY, MLP, complete, fetch
 from tests.adapters.vllm.helpers import SEVERAL_RANKS
-from tests.adapters.vllm.server import VllmServer, serving
+from tests.adapters.vllm.server import FEWER_PROCESSES, VllmServer, serving
 from tests.adapters.vllm.truth import Truth
 from tests.models import tiny_llama
 from tests.waiting import wait_until
@@ -41,6 +41,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[VllmServer]:
     }
     environment = {
         **SEVERAL_RANKS,
+        **FEWER_PROCESSES,
         "VLLM_PLUGINS": "tlcore,tlcore.endpoint",
         DELIVERY_VARIABLE: "1",
         ROOT_VARIABLE: str(tmp_path_factory.mktemp("captured")),

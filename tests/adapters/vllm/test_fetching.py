@@ -29,7 +29,7 @@ from tests.adapters.vllm.client import (
     fetch,
     send,
 )
-from tests.adapters.vllm.server import VllmServer, serving
+from tests.adapters.vllm.server import FEWER_PROCESSES, VllmServer, serving
 from tests.waiting import wait_until
 from tlcore.adapters.vllm.frontend.endpoint import DELIVERY_VARIABLE, ROOT_VARIABLE
 
@@ -48,7 +48,7 @@ def server(tmp_path_factory: pytest.TempPathFactory, dumps: Path) -> Iterator[Vl
         "enable-log-requests": True,
     }
     environment = {"VLLM_PLUGINS": "tlcore,tlcore.endpoint", ROOT_VARIABLE: str(dumps)}
-    environment |= {"VLLM_ENABLE_RESPONSES_API_STORE": "1", DELIVERY_VARIABLE: "1"}
+    environment |= {"VLLM_ENABLE_RESPONSES_API_STORE": "1", DELIVERY_VARIABLE: "1", **FEWER_PROCESSES}
     with serving(tmp_path_factory.mktemp("server"), settings, environment) as running:
         yield running
 

@@ -13,7 +13,7 @@ import torch
 
 import tlcore
 from tests.adapters.vllm.helpers import REPOSITORY, report
-from tests.adapters.vllm.server import VllmServer, serving
+from tests.adapters.vllm.server import FEWER_PROCESSES, VllmServer, serving
 from tests.models import tiny_llama
 from tlcore.errors import MissingError
 
@@ -76,7 +76,7 @@ def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[VllmServe
             "backend": "safetensors",
         },
     }
-    with serving(directory, settings) as server:
+    with serving(directory, settings, FEWER_PROCESSES) as server:
         yield server, directory / "dumps"
 
 
