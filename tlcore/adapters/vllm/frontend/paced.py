@@ -35,7 +35,8 @@ class PacedResponse(Response):
         finally:
             for each in tasks:
                 each.cancel()
-            await asyncio.wait(tasks)
+            # Of one that failed while the client left, nobody need be told.
+            await asyncio.gather(*tasks, return_exceptions=True)
             # A task that has failed is in a circle with this function.
             tasks.clear()
             self.body, self.held = b"", None
