@@ -18,6 +18,18 @@ def deepseek_v2() -> Any:
     return DeepseekV2ForCausalLM(config)
 
 
+def lfm2() -> Any:
+    """Norms of each head's queries and keys, by names of its own, between short convolutions."""
+    from transformers import Lfm2Config, Lfm2ForCausalLM
+
+    kinds = {"layer_types": ["conv", "full_attention", "conv"], "conv_L_cache": 3, "num_key_value_heads": 2}
+    # What transformers has named otherwise since, and vLLM reads.
+    blocks = {"conv_dim": 128, "conv_dim_out": 128, "block_dim": 128, "block_ff_dim": 192}
+    more = {"block_multiple_of": 64, "block_ffn_dim_multiplier": 1.0, "block_norm_eps": 1e-5}
+    config = Lfm2Config(**COMMON, **kinds, **blocks, **more, block_auto_adjust_ff_dim=False)
+    return Lfm2ForCausalLM(config)
+
+
 def falcon_h1() -> Any:
     """Attention beside Mamba 2 with one group of B and C, which all ranks hold."""
     from transformers import FalconH1Config, FalconH1ForCausalLM

@@ -14,7 +14,7 @@ import tlcore
 from tests.adapters.vllm.helpers import REPOSITORY, SEVERAL_RANKS, all_stored, report
 from tests.adapters.vllm.of_transformers import KINDS as OF_TRANSFORMERS
 from tests.adapters.vllm.of_transformers import write_random
-from tests.adapters.vllm.shared_layers import deepseek_v2, falcon_h1
+from tests.adapters.vllm.shared_layers import deepseek_v2, falcon_h1, lfm2
 from tlcore.reader import Request, Run
 
 pytestmark = pytest.mark.slow
@@ -155,6 +155,22 @@ def _hold_against_a_single_rank(tmp_path: Path) -> None:
     for (one, prompt), (two, _) in zip(_requests(single), _requests(parallel), strict=True):
         assert set(one.names) <= set(two.names) and len(one.names) > 100
         assert max(_error(one, two, name, prompt) for name in one.names) < 2**-10
+
+
+@pytest.mark.deep
+def test_norms_of_heads_are_joined_as_what_is_before_them(tmp_path: Path) -> None:
+    """Not held against a single rank either, for the same reason."""
+    write_random(lfm2, tmp_path / "model")
+    keywords = {"model": str(tmp_path / "model"), "dtype": "float32", "tensor_parallel_size": 2}
+    step = tlcore.open_run(_said(tmp_path / "run", **keywords)["url"]).step(0)
+
+    def whole(name: str) -> torch.Tensor:
+        return step.tensor(f"step_0/model.layers.1.self_attn.{name}_cpu", unshard=True)
+
+    heads = whole("qkv_proj/outputs_0").view(-1, 8, 32)
+    assert torch.equal(whole("q_layernorm/inputs_0"), heads[:, :4])
+    assert torch.equal(whole("k_layernorm/inputs_0"), heads[:, 4:6])
+    assert whole("q_layernorm/outputs").shape[1:] == (4, 32)
 
 
 def test_pipeline_stages_share_a_run(single: dict[str, Any], pipeline_parallel: dict[str, Any]) -> None:

@@ -20,6 +20,8 @@ from .expert_sharding import SUM, SUM_OR_WHOLE, expert_parts
 _FIRST_OUTPUT = ("", "0")
 # The class of norms that gather what the other ranks have, in transformers' code.
 _OF_ALL_RANKS = "TPAwareNormMixin"
+# As children of what attends.
+_QUERY_NORMS, _KEY_NORMS = ("q_norm", "q_layernorm"), ("k_norm", "k_layernorm")
 _ACTIVATIONS = (
     "vllm.model_executor.layers.activation", "torch.nn.modules.activation", "transformers.activations"
 )  # fmt: skip
@@ -150,7 +152,7 @@ def _between(parent: nn.Module, name: str) -> dict[str, Json]:
         described = _rotary(parent, module, projection)
         if projection is None and not described:
             described = _activation(module, children)
-        if projection is not None and child in ("q_norm", "k_norm"):
+        if projection is not None and child in (*_QUERY_NORMS, *_KEY_NORMS):
             described = _head_norm(module, projection, child)
         if described:
             found[prefix + child] = described
@@ -207,7 +209,7 @@ def _head_norm(module: Any, projection: Any, child: str) -> Json:
         if all(each.__name__ != _OF_ALL_RANKS for each in type(module).__mro__):
             return {}
         part = {"dim": -1}
-    if child == "k_norm" and projection.num_kv_head_replicas > 1:
+    if child in _KEY_NORMS and projection.num_kv_head_replicas > 1:
         part["copies"] = [projection.num_kv_head_replicas]
     return {"inputs": {"0": part, "x": part}, "outputs": {"": part}}
 
