@@ -17,7 +17,7 @@ import torch
 from safetensors.torch import load
 
 from tests.ranked import requests_run
-from tests.waiting import wait_until
+from tests.waiting import join, wait_until
 from tlcore.adapters.vllm.frontend import deliveries, paced
 from tlcore.adapters.vllm.frontend.deliveries import HEADER, Asked
 from tlcore.adapters.vllm.frontend.endpoint import EndpointPlugin
@@ -72,7 +72,7 @@ class _Server:
 
     def close(self) -> None:
         self._server.should_exit = self._server.force_exit = True
-        self._thread.join()
+        join(self._thread)
 
 
 @pytest.fixture(scope="module")
