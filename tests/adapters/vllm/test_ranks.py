@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -128,16 +128,18 @@ def test_joined_tensors_of_states_are_those_of_a_single_rank(tmp_path: Path) -> 
     _hold_against_a_single_rank(tmp_path)
 
 
+def _joined_in(layer: int, make: Callable[[], Any], tmp_path: Path) -> Callable[[str], torch.Tensor]:
+    """Two ranks' tensors of a layer's attention in the first step, joined, by their names there."""
+    write_random(make, tmp_path / "model")
+    keywords = {"model": str(tmp_path / "model"), "dtype": "float32", "tensor_parallel_size": 2}
+    step = tlcore.open_run(_said(tmp_path / "run", **keywords)["url"]).step(0)
+    return lambda name: step.tensor(f"step_0/model.layers.{layer}.self_attn.{name}_cpu", unshard=True)
+
+
 @pytest.mark.deep
 def test_latent_attention_is_joined_as_what_is_around_it(tmp_path: Path) -> None:
     """Not held against a single rank: uncompiled, vLLM 0.32 turns these queries wrongly on CPUs."""
-    write_random(deepseek_v2, tmp_path / "model")
-    keywords = {"model": str(tmp_path / "model"), "dtype": "float32", "tensor_parallel_size": 2}
-    step = tlcore.open_run(_said(tmp_path / "run", **keywords)["url"]).step(0)
-
-    def whole(name: str) -> torch.Tensor:
-        return step.tensor(f"step_0/model.layers.0.self_attn.{name}_cpu", unshard=True)
-
+    whole = _joined_in(0, deepseek_v2, tmp_path)
     queries, projected = whole("mla_attn.mla_attn/inputs_0"), whole("q_proj/outputs_0")
     assert queries.shape[1:] == (4, 96)
     assert torch.equal(queries[..., :32], projected.view(-1, 4, 96)[..., :32])
@@ -160,13 +162,7 @@ def _hold_against_a_single_rank(tmp_path: Path) -> None:
 @pytest.mark.deep
 def test_norms_of_heads_are_joined_as_what_is_before_them(tmp_path: Path) -> None:
     """Not held against a single rank either, for the same reason."""
-    write_random(lfm2, tmp_path / "model")
-    keywords = {"model": str(tmp_path / "model"), "dtype": "float32", "tensor_parallel_size": 2}
-    step = tlcore.open_run(_said(tmp_path / "run", **keywords)["url"]).step(0)
-
-    def whole(name: str) -> torch.Tensor:
-        return step.tensor(f"step_0/model.layers.1.self_attn.{name}_cpu", unshard=True)
-
+    whole = _joined_in(1, lfm2, tmp_path)
     heads = whole("qkv_proj/outputs_0").view(-1, 8, 32)
     assert torch.equal(whole("q_layernorm/inputs_0"), heads[:, :4])
     assert torch.equal(whole("k_layernorm/inputs_0"), heads[:, 4:6])
