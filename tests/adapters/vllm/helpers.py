@@ -74,10 +74,18 @@ def answered(url: str, outputs: Sequence[Any]) -> dict[str, Any]:
 
 
 def report(
-    script: str, *arguments: str, timeout: float = 600, environment: Mapping[str, str] | None = None
+    script: str,
+    *arguments: str,
+    timeout: float = 600,
+    environment: Mapping[str, str] | None = None,
+    anew: bool = False,
 ) -> dict[str, Any]:
-    """Run a script that prints ``REPORT`` and one JSON object; returns the object."""
-    done = run_script(script, *arguments, timeout=timeout, environment=environment)
+    """Run a script that prints ``REPORT`` and one JSON object; returns the object.
+
+    One that changes what vLLM sees when it is imported has to begin ``anew``, without it.
+    """
+    start = run if anew else run_script
+    done = start(script, *arguments, timeout=timeout, environment=environment)
     lines = [line for line in done.stdout.splitlines() if line.startswith("REPORT ")]
     assert lines, done.stdout + done.stderr
     found: dict[str, Any] = json.loads(lines[0].removeprefix("REPORT "))

@@ -27,7 +27,8 @@ WAYS = [
 @pytest.fixture(scope="module", params=WAYS, ids="-".join)
 def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     way, runner = request.param
-    return report(SCRIPT, str(tmp_path_factory.mktemp("inject")), way, runner, timeout=1200)
+    directory = str(tmp_path_factory.mktemp("inject"))
+    return report(SCRIPT, directory, way, runner, timeout=1200, anew=runner == "second")
 
 
 def _told(run: Any) -> tuple[int, Counter[str]]:

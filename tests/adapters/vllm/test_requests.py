@@ -24,7 +24,8 @@ TOLERANCE = 2**-5
 
 @pytest.fixture(scope="module", params=["first", pytest.param("second", marks=pytest.mark.deep)])
 def said(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return report(SCRIPT, str(tmp_path_factory.mktemp("requests")), request.param, timeout=900)
+    directory, runner = str(tmp_path_factory.mktemp("requests")), str(request.param)
+    return report(SCRIPT, directory, runner, timeout=900, anew=runner == "second")
 
 
 def _requests(said: dict[str, Any], name: str) -> list[Request]:

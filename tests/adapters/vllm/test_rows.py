@@ -60,6 +60,7 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
         code,
         timeout=scaled(600, 3000),
         environment=environment,
+        anew=runner == "second",
     )
     names = OF_TRANSFORMERS if code == "transformers" else OF_VLLM
     return {**found, "way": way, "runner": runner, "truth": Truth(Path(found["model"]), names)}
