@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import torch
 
 from ...hotpath.listening import is_symbolic
-from ..staging.accelerator import recorders, recording
+from ..staging.accelerator import recording
 
 _MODE = torch._C._TorchDispatchModeKey
 # With those of tracers.
@@ -53,7 +53,7 @@ def why_not_real() -> str | None:
             return reason
     if _transforms() is not None:
         return TRANSFORMED
-    return "a CUDA graph being captured" if recorders() and recording() else None
+    return "a CUDA graph being captured" if recording() else None
 
 
 class Told(Protocol):

@@ -138,13 +138,13 @@ def device_name(device: torch.device) -> str:
 def recording() -> bool:
     """Whether the current stream's work is being recorded into a graph instead of done."""
     found = False
-    for each in recorders():
+    for each in _recorders():
         found = found or each.recording()
     return found
 
 
 @cache
-def recorders() -> tuple[Accelerator, ...]:
+def _recorders() -> tuple[Accelerator, ...]:
     """Those of the device types whose work may be recorded. Those of a build of torch stay the same."""
     current = torch.accelerator.current_accelerator() if hasattr(torch, "accelerator") else None
     kinds = ["cuda"] if torch.version.cuda or torch.version.hip else []
