@@ -10,7 +10,8 @@ class Grid(NamedTuple):
     """A batch of ``samples`` sequences in which a call computes ``length`` positions of each.
 
     These attend to ``keys`` positions. ``channels``: some tensors of the model may have their positions last.
-    ``weights`` are those of ``length`` and ``samples * length`` that the model's weights have as an extent.
+    ``weights`` are those of ``length`` and ``samples * length`` that an axis may have for another reason: the
+    model's weights have such an extent, or it may have the positions in front of the samples.
     """
 
     samples: int
@@ -33,6 +34,8 @@ def axis_of(shape: Sequence[int], whole_numbers: bool, grid: Grid) -> int | None
     samples, length = grid.samples, grid.length
     if samples > 1 and shape[0] != samples and 1 in (shape[0], len(shape)) and length in shape[:2]:
         # The same for each sample, such as the cosines of positions.
+        return UNCLEAR
+    if samples == length in grid.weights and tuple(shape[:2]) == (samples, length):
         return UNCLEAR
     if len(shape) <= 2:
         return _axis_of_few(shape, whole_numbers, grid)

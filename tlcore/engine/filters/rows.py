@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -16,6 +17,8 @@ from ...record import Json
 from .choosing import Chooses, Choosing
 from .kept_rows import KeptRows
 
+# One of several experts, which is given the tokens that have chosen it, in an order of its own.
+_EXPERT = re.compile(r"(?:^|\.)(?!shared)\w*experts?\.(?:\w*_)?[0-9]+(?:\.|$)")
 # A call's directory, its module's name, and which call of it in the step it is.
 Begun = tuple[str, str, int]
 
@@ -40,8 +43,8 @@ class _Part:
     ``first`` says of modules how often they had been called when the call of the model began that these
     calls are part of. ``whole`` are shapes of tensors of which all rows were kept, as nobody knows whose
     they are. ``left_out`` are requests that have chosen other modules than those of these calls. ``narrower``
-    are parts with the same row sets, of which others are left out or the positions are not known; they lie
-    ``aside``.
+    are parts with the same row sets, of which others are left out or the positions are not known, or with
+    none; they lie ``aside``.
     """
 
     sets: tuple[RowSet, ...]
@@ -51,7 +54,7 @@ class _Part:
     kept: dict[int, KeptRows] = field(default_factory=dict)
     whole: set[tuple[int, ...]] = field(default_factory=set)
     left_out: frozenset[str] = frozenset()
-    narrower: dict[tuple[frozenset[str], bool], _Part] = field(default_factory=dict)
+    narrower: dict[tuple[frozenset[str], bool, bool], _Part] = field(default_factory=dict)
     aside: bool = False
 
     def leaves_doubt(self, kept: int) -> bool:
@@ -166,14 +169,15 @@ class StepRows:
     def _part_of(self, module: str) -> _Part:
         """The part that the calls of a module belong to now."""
         part, left_out = self._part, self._choosing.left_out(module)
-        inner = part.of_items and self.inner is not None and self.inner(module)
+        of_expert = is_of_expert(module)
+        inner = of_expert or (part.of_items and self.inner is not None and self.inner(module))
         if not (left_out or inner):
             return part
-        found = part.narrower.get((left_out, inner))
+        found = part.narrower.get((left_out, inner, of_expert))
         if found is None:
-            sets = tuple(map(_in_some_order, part.sets)) if inner else part.sets
+            sets = () if of_expert else tuple(map(_in_some_order, part.sets)) if inner else part.sets
             found = _Part(sets, part.first, left_out=left_out, aside=True)
-            part.narrower[left_out, inner] = found
+            part.narrower[left_out, inner, of_expert] = found
             self._parts.append(found)
         return found
 
@@ -279,6 +283,15 @@ class StepRows:
         if not self._cuts:
             return [dict(row) for row in rows.rows], rows.padded
         return self._kept(part, rows).rows, 0
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def is_of_expert(module: str) -> bool:
+    """Whether a module, by its name, is one of a mixture's experts, or a part of one.
+
+    It may be given as many tokens as there are, and in another order: those first whose first choice it is.
+    """
+    return _EXPERT.search(module) is not None
 
 
 def _in_some_order(rows: RowSet) -> RowSet:

@@ -223,8 +223,13 @@ class Samples:
             return known.row_set
         more = {"sequence": role} if role else {}
         samples, length = len(known.ids), known.length
-        weights = tuple(sorted({length, samples * length} & taker.model.weights))
-        grid = Grid(samples, length, known.flags.shape[1], taker.model.channels, weights)
+        model = taker.model
+        weights = {length, samples * length} & model.weights
+        if model.packs and samples > 1 and length > 1:
+            weights.add(samples * length)
+        if samples == length > 1 and (model.packs or model.swaps()):
+            weights.add(length)
+        grid = Grid(samples, length, known.flags.shape[1], model.channels, tuple(sorted(weights)))
         for request, ended in zip(known.ids, known.ended or [False] * samples, strict=True):
             if request is not None:
                 entry = self._in_step.setdefault(request, {"request_id": request})

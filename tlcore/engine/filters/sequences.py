@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -21,7 +21,8 @@ class Whole(NamedTuple):
 
     ``two_part`` is one of encoder and decoder, one with ``channels`` may have positions last. ``weights``
     are the extents of its weights, ``ends`` token ids after which a sample is over, ``padding`` what follows,
-    ``starts`` what a decoder is given before its first token.
+    ``starts`` what a decoder is given before its first token. One that ``packs`` may have the positions in
+    front of the samples, also in one axis; ``swaps`` tells whether it may in two.
     """
 
     two_part: bool
@@ -30,6 +31,8 @@ class Whole(NamedTuple):
     ends: frozenset[int]
     padding: frozenset[int]
     starts: frozenset[int] = frozenset()
+    packs: bool = False
+    swaps: Callable[[], bool] = bool
 
 
 class Taker(NamedTuple):

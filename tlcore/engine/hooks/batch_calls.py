@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import logging
 import threading
@@ -17,6 +18,7 @@ from ..filters.batches import is_no_batch
 from ..filters.rows import StepRows
 from ..filters.samples import Samples, Scope
 from ..filters.sequences import Taker, Whole, token_numbers
+from .axis_order import packs, swaps_in_code
 from .module_tree import ModuleTree, Named
 from .steps import StepCall
 from .tracing import why_traced
@@ -164,6 +166,8 @@ def _takers(tree: ModuleTree) -> list[tuple[Named, Taker]]:
         ends=frozenset(token_numbers(*configs, key="eos_token_id")),
         padding=frozenset(token_numbers(*configs, key="pad_token_id")),
         starts=frozenset(token_numbers(*configs, key="decoder_start_token_id")),
+        packs=packs(named.module for named in tree.modules),
+        swaps=functools.cache(functools.partial(swaps_in_code, tree.classes)),
     )
     found = [named for named in tree.modules if not named.name or named.name in takes]
     return [(named, Taker(named.name, parameters[named.name], whole)) for named in found]

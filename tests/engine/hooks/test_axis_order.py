@@ -1,0 +1,158 @@
+"""Models with positions in front of samples, packed, or sorted by experts: nobody is given another's rows."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tlcore
+from tlcore.engine.filters.rows import is_of_expert
+from tlcore.engine.hooks.axis_order import packs, swaps_in_code
+
+SAMPLES = LENGTH = 3
+WIDTH = 8
+
+
+class _Block(nn.Module):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return x + 1
+
+
+class _Tokens(nn.Module):
+    """Takes a batch as models of transformers do."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(60, WIDTH)
+        self.block = _Block()
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor) -> Any:
+        return self.states(self.embed(input_ids))
+
+    def states(self, x: torch.Tensor) -> Any:
+        return self.block(x)
+
+
+class _PositionsFirst(_Tokens):
+    def states(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.transpose(self.block(x.transpose(0, 1)), 1, 0)
+
+
+class _Permuted(_Tokens):
+    def states(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.block(x.permute(1, 0, 2))
+        return found.permute(1, 0, 2)
+
+
+class _Encoder(_Tokens):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.TransformerEncoderLayer(WIDTH, 2, 8, dropout=0.0)  # type: ignore[assignment]
+
+    def states(self, x: torch.Tensor) -> torch.Tensor:
+        found: torch.Tensor = self.block(x.movedim(0, 1))
+        return found.movedim(0, 1)
+
+
+class _Packed(_Tokens):
+    def __init__(self) -> None:
+        super().__init__()
+        self.block = nn.GRU(WIDTH, WIDTH, batch_first=True)  # type: ignore[assignment]
+
+    def states(self, x: torch.Tensor) -> Any:
+        lengths = [x.shape[1]] * len(x)
+        return self.block(nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True))[1]
+
+
+class _Experts(_Tokens):
+    def __init__(self) -> None:
+        super().__init__()
+        self.experts = nn.ModuleList([_Block(), _Block()])
+
+    def states(self, x: torch.Tensor) -> torch.Tensor:
+        # As many tokens as there are, those first whose first choice it is.
+        order = torch.arange(x.shape[0] * x.shape[1]).flip(0)
+        found = x.flatten(0, 1)[order]
+        for each in self.experts:
+            found = each(found)
+        return found[order].view_as(x)
+
+
+def _captured(model: nn.Module, length: int, where: Path) -> tuple[tlcore.Run, torch.Tensor]:
+    ids = torch.randint(5, 60, (SAMPLES, length))
+    with torch.no_grad(), tlcore.capture(model.eval(), output_dir=where) as capture:
+        model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    return tlcore.open_run(capture.url), ids
+
+
+@pytest.mark.parametrize("make", [_PositionsFirst, _Permuted, _Encoder, _Packed, _Experts])
+def test_whose_rows_are_not_known_nobody_is_given(make: type[_Tokens], tmp_path: Path) -> None:
+    run, ids = _captured(make(), LENGTH, tmp_path)
+    states = run.tensor("step_0/embed/outputs")
+    for place, request in enumerate(map(run.request, run.requests)):
+        assert request.token_ids.tolist() == ids[place].tolist()
+        for name in request:
+            if name.startswith("embed/outputs"):
+                assert torch.equal(request[name], states[place])
+            assert not name.startswith(("block", "experts")), name
+
+
+@pytest.mark.parametrize("make", [_Tokens, _PositionsFirst, _Packed])
+def test_where_extents_tell_the_axes_rows_are_known(make: type[_Tokens], tmp_path: Path) -> None:
+    length = LENGTH if make is _Tokens else LENGTH + 1
+    run, _ = _captured(make(), length, tmp_path)
+    states = run.tensor("step_0/embed/outputs")
+    for place, request in enumerate(map(run.request, run.requests)):
+        assert torch.equal(request["embed/outputs_cpu"], states[place])
+        assert ("block/outputs_cpu" in request) == (make is _Tokens)
+    if make is _Tokens:
+        assert torch.equal(run.request("1")["block/outputs_cpu"], states[1] + 1)
+
+
+def test_code_that_exchanges_the_first_axes_is_known() -> None:
+    class Other(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.transpose(1, 2) + x.permute(2, 0, 1).sum() + self.generate(x)
+
+        @torch.no_grad()
+        def generate(self, x: torch.Tensor) -> torch.Tensor:
+            return x.swapaxes(1, 0)
+
+    class Unused(nn.Module):
+        generate = Other.generate
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.transpose(-1, -2)
+
+    assert swaps_in_code([nn.Linear, Other]) and not swaps_in_code([nn.Linear, _Tokens, _Block])
+    assert swaps_in_code([_PositionsFirst]) and swaps_in_code([_Permuted]) and swaps_in_code([_Encoder])
+    # What only other methods do says nothing of its layers.
+    assert not swaps_in_code([Unused])
+    assert packs(_Packed().modules()) and packs(_Encoder().modules()) and not packs(_Tokens().modules())
+    assert not packs([nn.TransformerEncoderLayer(4, 2, 8, batch_first=True)])
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["experts.0", "model.layers.0.mlp.experts.12.down_proj", "mlp.experts.expert_3", "a.local_experts.1.w1"],
+)
+def test_experts_are_known_by_name(name: str) -> None:
+    assert is_of_expert(name)
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "",
+        "mlp.experts",
+        "mlp.experts.routed_experts.quant_method",
+        "mlp.shared_experts.0",
+        "layers.0.expert_gate",
+    ],
+)
+def test_what_all_tokens_go_through_is_no_expert(name: str) -> None:
+    assert not is_of_expert(name)
