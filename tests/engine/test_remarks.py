@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import pytest
@@ -14,6 +17,7 @@ from torch import nn
 import tlcore
 from tests.sinks import MemorySink
 from tests.toys import Holder, model, run
+from tlcore.engine import remarks
 from tlcore.errors import CaptureError, ConfigError
 from tlcore.ledger import Counts
 
@@ -216,3 +220,44 @@ class _Splices(nn.Module):
 def test_a_part_that_is_wrapped_while_it_runs_is_heard_and_nothing_is_said() -> None:
     sink, captured = run(_Splices())
     assert len(sink.steps[0].calls) == 4 and captured.remarks == []
+
+
+class _Refuses:
+    """Does not let itself be looked at."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(f"there is no {name}")
+
+    def __call__(self) -> None: ...
+
+
+@pytest.mark.parametrize(
+    "attribute",
+    # The first is how quantized layers get a text of their own.
+    [MethodType(functools.partial(lambda module: "text"), nn.ReLU()), _Refuses()],
+    ids=["bound partial", "refuses"],
+)
+def test_whatever_attributes_modules_have_the_run_is_ended(tmp_path: Path, attribute: Any) -> None:
+    module = Holder(nn.Linear(4, 4))
+    module.never = nn.Linear(4, 4)
+    vars(module.inner)["extra"] = attribute
+    with tlcore.capture(module, output_dir=str(tmp_path)) as capture, torch.no_grad():
+        out = module(torch.ones(1, 4))
+    assert any("never" in text for text in capture.remarks)
+    found = tlcore.open_run(capture.url)
+    assert found.state == "complete" and torch.equal(found.tensor("inner/outputs_cpu"), out)
+
+
+def test_a_remark_that_cannot_be_made_does_not_keep_the_run_from_its_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: Any) -> None:
+        raise KeyError("a name")
+
+    monkeypatch.setattr(remarks, "compiled_parts", fails)
+    module = Holder(nn.Linear(4, 4))
+    module.never = nn.Linear(4, 4)
+    with tlcore.capture(module, output_dir=str(tmp_path)) as capture, torch.no_grad():
+        module(torch.ones(1, 4))
+    assert [text for text in capture.remarks if "KeyError" in text]
+    assert tlcore.open_run(capture.url).state == "complete"

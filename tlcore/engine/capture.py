@@ -156,7 +156,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         self._functions.remove()
         if self._session is None:
             return
-        self._note_what_passed_by(self._model)
+        self._session.remarks += remarks.quietly(lambda: self._passed_by(self._model))
         # Whoever keeps the capture, for its ledger, need not keep a model.
         del self._model
         try:
@@ -210,36 +210,39 @@ class capture:  # noqa: N801 - a context manager reads like a function
         assert self._session is not None
         self._session.end_step(error=error)
 
-    def _note_what_passed_by(self, model: nn.Module) -> None:
+    def _passed_by(self, model: nn.Module) -> list[str]:
+        """What is to be said of that which ran past the capture."""
+        said: list[str] = []
         session = self.session
         calls = self._steps.calls
         tree = ModuleTree(model)
         compiled = compiled_parts(tree.modules)
         # What of a traced model was not heard is told module by module.
         for name, how in () if self._traced else compiled.items():
-            session.remarks.append(f"{shown(name)} is {how}; what ran compiled is not in the run")
+            said.append(f"{shown(name)} is {how}; what ran compiled is not in the run")
         for name in self._versions.names(tree):
             session.passed_by.note(name, COMPILED)
         told = {name for names in session.passed_by.by.values() for name in names} | compiled.keys()
-        session.remarks += remarks.compiled_functions(self._functions.called, told)
+        said += remarks.compiled_functions(self._functions.called, told)
         if COMPILED not in session.passed_by.by and _may_select_taps(self.config):
-            session.remarks += remarks.taps_left_out(self._functions.left_out)
+            said += remarks.taps_left_out(self._functions.left_out)
         session.passed_by.add(self._steps.passed_by)
         stray = remarks.outside(self._steps.outside, self.config.step)
         if stray is not None:
-            session.remarks.append(stray)
+            said.append(stray)
         samples = session.samples
         unknown = remarks.rows_unknown(samples.problems, self.config.cuts_rows, samples.any_known)
         if unknown is not None and session.captured_steps:
-            session.remarks.append(unknown)
+            said.append(unknown)
         if compiled:
-            return
+            return said
         if calls and not session.captured_steps:
-            session.remarks.append(
+            said.append(
                 f"the model was called {calls} times, but no step of log_step_ids came, so the run has none"
             )
         elif not calls:
-            session.remarks.append(
+            said.append(
                 "no call of the model came by, so the run has no step; call the very model that is"
                 " captured (a torch.compile'd version of it runs past the capture)"
             )
+        return said

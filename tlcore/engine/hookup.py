@@ -186,10 +186,13 @@ class Hookup:
         if hooks is None:
             return []
         hooks.close()
-        missed_taps, shown_taps = self._taps.missed(hooks), self._taps.shown
+        said = remarks.quietly(lambda: self._missed(hooks, captured_any))
         self._taps.close()
         if self._audience.operators is not None:
             self._audience.operators.close()
+        return said
+
+    def _missed(self, hooks: ListenerSet, captured_any: bool) -> list[str]:
         passed_by = self._collector.passed_by
         said = []
         if self._audience.injection is not None:
@@ -200,5 +203,5 @@ class Hookup:
             return said
         if captured_any:
             said += self._audience.unheard(hooks, passed_by)
-            said += remarks.missed_taps(*missed_taps, shown_taps)
+            said += remarks.missed_taps(*self._taps.missed(hooks), self._taps.shown)
         return said + remarks.replaced_within(list(hooks.replaced_within))

@@ -5,20 +5,23 @@ from __future__ import annotations
 import difflib
 import functools
 import inspect
+import logging
 import re
 from collections import Counter
-from collections.abc import Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from types import MethodType
 from typing import Any
 
 import torch
 from torch import nn
 
+from ..layout.structure import class_name
 from .hooks.compiled_parts import compiled_parts, is_compiled, shown
 from .hooks.listeners import ListenerSet
 from .hooks.module_tree import Named
 from .hooks.tracing import COMPILED, SYMBOLIC, TRANSFORMED
 
+log = logging.getLogger("tlcore")
 _SHOWN = 4
 _FAST_PATH = (
     "PyTorch's fast path of nn.TransformerEncoderLayer computes without calling them"
@@ -225,29 +228,48 @@ class _Reasons:
         return _UNKNOWN
 
 
-def _compiled_methods(modules: Iterable[Named]) -> dict[str, str]:
-    found: dict[str, str] = {}
+Look = Callable[[nn.Module, str, Any], Any]
+
+
+def _found(modules: Iterable[Named], look: Look) -> Iterator[tuple[str, str, Any]]:
+    """What ``look`` finds in which attribute of which module; nothing where an object refuses the look."""
     for each in modules:
-        for key, value in vars(each.module).items():
-            if callable(value) and key != "forward" and is_compiled(value):
-                found[each.name] = key
-    return found
+        for key, value in list(vars(each.module).items()):
+            try:
+                found = look(each.module, key, value)
+            except Exception:
+                continue
+            if found is not None:
+                yield each.name, key, found
+
+
+def _compiled_methods(modules: Iterable[Named]) -> dict[str, str]:
+    def look(module: nn.Module, key: str, value: Any) -> bool | None:
+        return True if callable(value) and key != "forward" and is_compiled(value) else None
+
+    return {name: key for name, key, _ in _found(modules, look)}
 
 
 def _kept_forwards(modules: Iterable[Named]) -> dict[int, str]:
     """Of modules whose bound ``forward`` lies in an attribute of some module: where."""
-    found: dict[int, str] = {}
-    for each in modules:
-        for key, value in vars(each.module).items():
-            while isinstance(value, functools.partial):
-                value = value.func
-            if (
-                isinstance(value, MethodType)
-                and value.__name__ == "forward"
-                and value.__self__ is not each.module
-            ):
-                found[id(value.__self__)] = f"{key!r} of {shown(each.name)}"
-    return found
+
+    def look(module: nn.Module, key: str, value: Any) -> Any:
+        while isinstance(value, functools.partial):
+            value = value.func
+        # A bound `functools.partial` has no name.
+        kept = isinstance(value, MethodType) and getattr(value, "__name__", None) == "forward"
+        return value.__self__ if kept and value.__self__ is not module else None
+
+    return {id(owner): f"{key!r} of {shown(name)}" for name, key, owner in _found(modules, look)}
+
+
+def quietly(make: Callable[[], Iterable[str]]) -> list[str]:
+    """What ``make`` says, or that it failed: it looks at objects of others, and the run must be ended."""
+    try:
+        return list(make())
+    except Exception as error:
+        log.debug("remarks", exc_info=True)
+        return [f"what may be missing could not be told: {class_name(error)}: {error}"]
 
 
 def rows_unknown(problems: Mapping[str, int], cuts: bool, told: bool) -> str | None:

@@ -345,7 +345,11 @@ class Session:
         with self._lock:
             if self._closed:
                 return
-            self.end_step(extra={"error": "the session was closed in the step"})
+            try:
+                self.end_step(extra={"error": "the session was closed in the step"})
+            except Exception:
+                # What was captured before it still has to be stored.
+                log.warning("run %s: its last step is lost", self.run.shown_url, exc_info=True)
             self._closed = True
             self._give_memory_back()
         atexit.unregister(self.close)
