@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import logging
 from collections.abc import Callable
@@ -60,6 +61,53 @@ def test_a_model_in_several_threads_is_told_once(caplog: pytest.LogCaptureFixtur
     ):
         list(pool.map(module, [torch.randn(2, 4)] * 40))
     assert sum("several threads" in text for text in caplog.messages) == 1
+
+
+@pytest.mark.parametrize("what", ["steps", "a step and a call", "one after the other", "tasks of a step"])
+def test_steps_of_several_tasks_at_once_are_told(what: str) -> None:
+    module = nn.Sequential(nn.Linear(4, 4))
+    with tlcore.capture(module, backend=MemorySink(), log_step_ids=[]) as captured:
+
+        async def step(wait: float) -> None:
+            with captured.step():
+                module(torch.randn(2, 4))
+                await asyncio.sleep(wait)
+                module(torch.randn(2, 4))
+
+        async def call() -> None:
+            module(torch.randn(2, 4))
+
+        async def main() -> None:
+            if what == "one after the other":
+                await asyncio.create_task(step(0))
+                await asyncio.create_task(step(0))
+            elif what == "tasks of a step":
+                other = tlcore.capture(module, backend=MemorySink())
+                with captured.step(), other, other.step():
+                    await asyncio.gather(call(), call())
+            else:
+                await asyncio.gather(step(0.01), step(0.01) if what == "steps" else call())
+
+        asyncio.run(main())
+        asyncio.run(main())
+    mixed = [text for text in captured.remarks if "another task" in text]
+    assert len(mixed) == (what in ("steps", "a step and a call")), captured.remarks
+
+
+def test_a_call_of_a_classs_own_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    class Doubles(nn.Linear):
+        def __call__(self, x: torch.Tensor) -> Any:
+            return super().__call__(x) * 2
+
+    class Computes(nn.Module):
+        def __call__(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1
+
+    module = nn.Sequential(Doubles(4, 4), Computes(), nn.Linear(4, 4))
+    _, captured = run(module)
+    assert len(captured.remarks) == 2
+    assert "the class of module '0' has a __call__ of its own" in captured.remarks[1]
+    assert "selected, but never called: 1: their class's own __call__" in captured.remarks[0]
 
 
 class _Pause(nn.Module):

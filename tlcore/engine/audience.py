@@ -126,6 +126,7 @@ class Audience:
         silent = self.selector.silent(hooks.heard, hooks.names)
         told = {name for names in passed_by.by.values() for name in names}
         said = remarks.unheard(hooks, silent, now_there, self.selector.calls_of_any, told)
+        said += remarks.own_calls(now_there, hooks.heard)
         return said + ([] if self.operators is None else self._unwatched(hooks, self.operators))
 
     def _unwatched(self, hooks: ListenerSet, operators: Operators) -> list[str]:

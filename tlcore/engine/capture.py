@@ -24,7 +24,8 @@ from .hooks.compiled_functions import CompiledFunctions
 from .hooks.compiled_parts import compiled_parts, refuse_unreachable, shown
 from .hooks.compiled_versions import CompiledVersions
 from .hooks.module_tree import ModuleTree
-from .hooks.steps import Step, StepCalls, method_of
+from .hooks.step_methods import method_of
+from .hooks.steps import Step, StepCalls
 from .hooks.tracing import COMPILED, TRACES
 from .new_run import run_of_group
 from .session import Session
@@ -230,6 +231,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         stray = remarks.outside(self._steps.outside, self.config.step)
         if stray is not None:
             said.append(stray)
+        said += remarks.mixed(self._steps.mixed)
         samples = session.samples
         unknown = remarks.rows_unknown(samples.problems, self.config.cuts_rows, samples.any_known)
         if unknown is not None and session.captured_steps:

@@ -23,6 +23,7 @@ from .hooks.tracing import COMPILED, SYMBOLIC, TRANSFORMED
 
 log = logging.getLogger("tlcore")
 _SHOWN = 4
+_PASS_ON = ("torch", "vllm")
 _FAST_PATH = (
     "PyTorch's fast path of nn.TransformerEncoderLayer computes without calling them"
     " (torch.backends.mha.set_fastpath_enabled(False), or from torch 2.5 on a forward hook on any of them,"
@@ -32,6 +33,7 @@ _ATTENTION = "nn.MultiheadAttention uses its weights and does not call it"
 _SCRIPT = "TorchScript calls them without Python"
 _REPLACED = "they were replaced or taken out of the model"
 _PROPERTY = "their class's forward is a property, which nothing can stand in for"
+_OWN_CALL = "their class's own __call__ does not call their forward"
 _UNKNOWN = "the model's own code passed them by"
 
 
@@ -189,7 +191,26 @@ def some(names: Sequence[str]) -> str:
 
 def has_forward(module: nn.Module) -> bool:
     """Whether a module can be called at all; containers such as `nn.ModuleList` cannot."""
-    return getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in vars(module)
+    own = getattr(type(module), "forward", None) is not nn.Module.forward or "forward" in vars(module)
+    return own or has_own_call(module)
+
+
+def has_own_call(module: nn.Module) -> bool:
+    """Whether a module's class has a ``__call__`` of its own, which may do more than to call ``forward``."""
+    found = type(module).__call__
+    # Those of PyTorch and vLLM hand on what forward returns, or hooks made of it.
+    return found is not nn.Module.__call__ and str(found.__module__).partition(".")[0] not in _PASS_ON
+
+
+def own_calls(modules: Iterable[Named], heard: Mapping[str, bool]) -> list[str]:
+    """What to say of modules that were ``heard`` and whose callers may have got something else."""
+    names = [each.name for each in modules if heard.get(each.name) and has_own_call(each.module)]
+    if not names:
+        return []
+    return [
+        f"the class of {some([shown(each) for each in names])} has a __call__ of its own; the run has the"
+        " arguments and results of forward, not what that makes of them"
+    ]
 
 
 class _Reasons:
@@ -221,6 +242,8 @@ class _Reasons:
             return _SCRIPT
         if isinstance(inspect.getattr_static(type(module), "forward", None), property):
             return _PROPERTY
+        if has_own_call(module):
+            return _OWN_CALL
         if isinstance(parents[0], nn.MultiheadAttention):
             return _ATTENTION
         if any(isinstance(each, nn.TransformerEncoderLayer) and not each.training for each in parents):
@@ -280,6 +303,14 @@ def rows_unknown(problems: Mapping[str, int], cuts: bool, told: bool) -> str | N
     unknown = "tensors whose rows nobody knows were skipped"
     advice = "give the model an attention_mask, or write `with capture.step(rows=[...]):`"
     return f"{unknown}: {why or 'nothing said which rows are whose'}; {advice}"
+
+
+def mixed(count: int) -> list[str]:
+    """What to say of so many steps and calls of the model that came while a step of another task was open."""
+    if not count:
+        return []
+    what = "steps or calls of the model came from another task while a step waited in its own (`await`)"
+    return [f"{count} {what}, and lie in that step; let steps exclude each other (asyncio.Lock)"]
 
 
 def outside(calls: Mapping[str, int], kind: str) -> str | None:

@@ -2,49 +2,31 @@
 
 from __future__ import annotations
 
-import difflib
-import inspect
 import logging
 import threading
 from collections import Counter
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import TracebackType
 from typing import Any
 
 import torch
 from torch import nn
 
-from ...errors import CaptureError
 from ...hotpath.intercept import WHOLE_CALL, StandIn, without_dead
 from .module_tree import ModuleTree
 from .stack_room import StackRoom
+from .step_methods import method_of
 from .tracing import COMPILED, PassedBy, compiles, key_of, why_not_real
 
 log = logging.getLogger("tlcore")
-_LATER = (inspect.isgeneratorfunction, inspect.iscoroutinefunction, inspect.isasyncgenfunction)
 _compiler = torch.compiler
 _is_traced = torch.compiler.is_dynamo_compiling
 _get_ident = threading.get_ident
 # Which backward this thread is in; -1 for none. What it calls, it computes once more.
 _backward = torch._C._current_graph_task_id
-
-
-def method_of(model: nn.Module, kind: str) -> str:
-    """The method's name in ``method:NAME``. Raises CaptureError where its calls cannot be steps."""
-    name = kind.partition(":")[2]
-    found = getattr(model, name, None)
-    if name in ("forward", "__call__"):
-        raise CaptureError(f'step="{kind}": a call of the model is what step="root" means; write that')
-    if not callable(found):
-        near = difflib.get_close_matches(name, [each for each in dir(type(model)) if each[0] != "_"], n=2)
-        hint = f"; did you mean {' or '.join(near)}?" if near else ""
-        raise CaptureError(f"{type(model).__name__} has no method {name!r}, which step={kind!r} names{hint}")
-    if any(kind_of(found) for kind_of in _LATER):
-        raise CaptureError(
-            f"{name!r} is a generator or coroutine: its code runs after the call that makes it; put"
-            " `with capture.step():` around that code instead"
-        )
-    return name
+# The brackets within which code runs.
+_within: ContextVar[tuple[object, ...]] = ContextVar("brackets", default=())
 
 
 Around = Callable[[nn.Module], Callable[..., Any] | None]
@@ -88,6 +70,10 @@ class StepCalls:
         self._watching = False
         self._tree: ModuleTree | None = None
         self._room = StackRoom()
+        # Of the bracket that is open: known to the task that runs within it, and to those that it starts.
+        self._token: object | None = None
+        # Steps and calls of other tasks meanwhile.
+        self.mixed = 0
         # How many calls of listeners that stay have begun outside any step, one in another.
         self._astray = 0
         self.calls = 0
@@ -200,7 +186,10 @@ class StepCalls:
     def enters(self, bracket: bool = False, name: str = "") -> bool:
         """Whether what comes now, a call or ``bracket``, is a step that begins; `leaves` is its end."""
         thread = _get_ident()
-        if self._owner == thread or _backward() >= 0:
+        if self._owner == thread:
+            self._note_mixed()
+            return False
+        if _backward() >= 0:
             return False
         reason = why_not_real()
         if reason is not None:
@@ -214,6 +203,9 @@ class StepCalls:
             self._owner = thread
         self.calls += 1
         self.more_than_a_call = bracket or self._kind.startswith("method:")
+        self._token = object() if bracket else None
+        if bracket:
+            _within.set((*_within.get(), self._token))
         self._unwatch()
         self._captured = False
         if self._kind == "outermost" and self._tree is not None:
@@ -223,6 +215,14 @@ class StepCalls:
         except Exception as error:
             self._say_failed(error)
         return True
+
+    def _note_mixed(self) -> None:
+        """Note what another task, as of asyncio, does while the step that is open waits for something."""
+        if self._token is not None and self._captured and self._token not in _within.get():
+            self.mixed += 1
+            self._say_once(
+                "several tasks of one thread are in steps at once; all that they call is in one step"
+            )
 
     def heard(self) -> int | None:
         """How many calls were steps or outside any; None within a step."""
@@ -244,6 +244,9 @@ class StepCalls:
             self._watch()
         if self._kind == "outermost":
             self._room.give_back()
+        if self._token is not None:
+            _within.set(tuple(each for each in _within.get() if each is not self._token))
+            self._token = None
         self._owner = 0
 
     def is_step(self, name: str) -> bool:

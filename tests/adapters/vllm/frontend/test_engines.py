@@ -115,7 +115,7 @@ def _plugins(chance: random.Random, count: int = 2) -> tuple[list[Any], list[Wor
 
 
 async def _ended(plugin: Any) -> Any:
-    """The status, once no rank goes on storing what it had: a stop, as of a start that failed, does not wait."""
+    """The status once no rank goes on storing: the stop after a start that failed does not wait for that."""
     end = time.monotonic() + 60
     while True:
         status = await plugin._status(Request())
