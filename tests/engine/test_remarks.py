@@ -177,6 +177,14 @@ def test_a_capture_that_is_not_enabled_has_an_empty_place_and_ledger() -> None:
     assert (captured.url, captured.ledger) == ("", Counts())
 
 
+@pytest.mark.parametrize(
+    "what", [nn.Linear, len, {}, nn.Linear(2, 2).state_dict()], ids=lambda what: str(what)[:9]
+)
+def test_what_is_no_model_is_refused(what: Any) -> None:
+    with pytest.raises(CaptureError, match=r"is no model; give the torch\.nn\.Module"):
+        tlcore.capture(what)
+
+
 def test_a_sinks_class_in_the_place_of_a_sink_is_refused() -> None:
     with pytest.raises(CaptureError, match="MemorySink is a class; give an instance"):
         tlcore.capture(model(), module_call_match=".", backend=MemorySink)

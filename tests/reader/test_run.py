@@ -152,6 +152,18 @@ def test_a_call_is_rebuilt_with_its_tensors(written: Written) -> None:
         step.call("linaer")
 
 
+def test_the_model_is_found_by_its_empty_name_and_a_later_call_is_no_rank(tmp_path: Path) -> None:
+    model = nn.Sequential(nn.ReLU())
+    with tlcore.capture(model, output_dir=tmp_path) as captured:
+        model(torch.ones(2))
+    step = tlcore.open_run(captured.url).step(0)
+    assert torch.equal(step.call("").outputs, torch.ones(2)) and step.call("").directory == "_root"
+    with pytest.raises(MissingError, match=r"nothing of rank 1, only of \[0\] .* such as 0_1"):
+        step.call("0", 1)
+    with pytest.raises(MissingError, match="no call '0_1'; did you mean '0'"):
+        step.call("0_1")
+
+
 def test_a_skipped_tensor_is_told_from_a_stored_one(tmp_path: Path) -> None:
     with tlcore.capture(
         Root(), module_call_match=".", output_dir=str(tmp_path), max_tensor_size=1

@@ -46,7 +46,9 @@ def check_regex(text: str, path: str) -> re.Pattern[str]:
     except re.error as error:
         where = "" if error.pos is None else f" at position {error.pos}"
         problem = f"{text!r} is not a regular expression: {error.msg}{where}."
-        raise ConfigError(path, problem, "See Python's re module for the syntax.") from None
+        # As in file names, where it stands for any text by itself.
+        advice = 'Any text is ".*".' if error.msg.startswith(("nothing to repeat", "multiple repeat")) else ""
+        raise ConfigError(path, problem, advice or "See Python's re module for the syntax.") from None
     except (OverflowError, RecursionError, ValueError) as error:
         raise ConfigError(path, f"the pattern is too large to use: {error}.") from None
 

@@ -57,6 +57,9 @@ class capture:  # noqa: N801 - a context manager reads like a function
         group: Any = None,
         **keys: Any,
     ) -> None:
+        if not isinstance(model, nn.Module):
+            what = f"the class {model.__name__}" if isinstance(model, type) else class_name(model)
+            raise CaptureError(f"{what} is no model; give the torch.nn.Module whose calls are to be captured")
         backend = keys.get("backend")
         sink = None
         if backend is not None and not isinstance(backend, (str, Mapping)):

@@ -6,7 +6,7 @@ import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingError
+from ..errors import MissingError, missing
 from ..layout.directions import is_gradient, is_operator, is_tap
 from ..layout.names import module_of, rank_suffix, step_dir
 from ..record import Json
@@ -18,6 +18,17 @@ if TYPE_CHECKING:
     from .step import Step
 
 _LATER_CALL = re.compile(r"(.+)_([1-9][0-9]*)(?:~2)?")
+
+
+def check_call(directory: str, rank: int, step: Step, url: str) -> None:
+    """Raise MissingError for a call that a step has not, or a rank of which it has nothing."""
+    place = f"{url}/{step_dir(step.number)}"
+    if directory not in step.calls:
+        raise missing("call", directory, place, step.calls)
+    known = step.documents
+    if known and rank not in known:
+        later = f"a later call of a module has a name of its own, such as {directory}_{rank}"
+        raise MissingError(f"{place}: nothing of rank {rank}, only of {sorted(known)} ({later})")
 
 
 class Call:

@@ -61,7 +61,10 @@ def find_request(known: Mapping[str, str | None], wanted: str, sample: int | Non
             which = f"{wanted!r} names {len(found)} requests: {_shown(found)}"
             raise ReadError(f"{url}: {which} (give the full id, or sample=0, 1, ...)")
     if not known:
-        raise MissingError(f"{url}: no step has the rows of requests")
+        raise MissingError(
+            f"{url}: no step has the rows of requests; outside vLLM they take a model that is given an"
+            " attention_mask, or `with capture.step(rows=[...]):`"
+        )
     which = repr(wanted) if sample is None else f"{wanted!r} (sample {sample})"
     raise MissingError(f"{url}: no request {which}; the run has {_shown(list(known))}")
 

@@ -253,6 +253,10 @@ class Run(Mapping[int, Step]):
         plain = name.removesuffix(".pt")
         known = self._step_of(plain).stats
         meant = [plain] if plain in known else without_device(known).get(plain, ())
+        if not known:
+            raise MissingError(
+                f'{self.url}: no statistics of {plain!r}; they take "capture": "stats" or "both"'
+            )
         if len(meant) != 1:
             raise missing("statistics of", plain, self.url, meant or known)
         return known[meant[0]]

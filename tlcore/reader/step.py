@@ -6,17 +6,17 @@ from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
-from ..errors import MissingError, ReadError, missing
+from ..errors import MissingError, ReadError
 from ..layout.checks import is_whole
 from ..layout.grids import Grid
-from ..layout.names import step_dir
+from ..layout.names import ROOT_DIR, step_dir
 from ..layout.rows import CallRows, Row, Span, decided_positions
 from ..layout.templates import Structures, structures_of_texts
 from ..layout.tokens import checked_tokens
 from ..ledger import Counts
 from ..record import Json
 from ..statistics.summary import Statistics
-from .call import Call
+from .call import Call, check_call
 from .described import described, statistics_of
 from .documents import counts_of, is_tensor_name
 from .lookup import not_one, not_stored, unstored, without_device
@@ -351,8 +351,7 @@ class Step(Mapping[str, "torch.Tensor"]):
 
     def call(self, directory: str, rank: int = 0) -> Call:
         """One call by its directory, such as ``layers.0_1``. Raises MissingError for an unknown one."""
-        if directory not in self.calls:
-            raise missing("call", directory, f"{self._stored.url}/{step_dir(self.number)}", self.calls)
+        check_call(directory := directory or ROOT_DIR, rank, self, self._stored.url)
         return Call(self, self._stored, directory, rank)
 
     def structures(self, rank: int) -> dict[str, Json]:

@@ -52,6 +52,19 @@ def _make_parents(directory: str) -> None:
             raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), directory) from None
 
 
+def check_can_be_made(directory: str, key: str) -> None:
+    """Raise BackendError, naming the configuration's ``key``, where nothing could be written there."""
+    there = directory
+    while not os.path.lexists(there):
+        there = os.path.dirname(there)
+    if not os.path.isdir(there):
+        raise BackendError(f"{key}: {there} is no directory; give another one")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise BackendError(
+            f"{key}: {there} cannot be written to by this user; give another one, or permit it"
+        )
+
+
 def refused(action: str, path: str, error: OSError) -> BackendError:
     """The error for what the system did not do with a path."""
     return BackendError(f"cannot {action} {path}: {error.strerror or error}")

@@ -100,6 +100,7 @@ class LocalStore:
             self._make_directory(self._root)
             status = os.lstat(self._root)
         except OSError as error:
+            error.strerror = f"{error.strerror or error}; give an output_dir that this user can write to"
             raise refused("make the run directory", self._root, error) from error
         if status.st_uid != os.geteuid() or status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
             raise BackendError(

@@ -63,6 +63,7 @@ def test_bad_regex_says_what_and_where(text: str, says: str) -> None:
     assert caught.value.path == "$.module_call_match[1]"
     assert says in caught.value.problem
     assert repr(text) in caught.value.problem
+    assert ('Any text is ".*"' in str(caught.value)) == (text[0] == "*")
 
 
 @pytest.mark.parametrize("text", ["a{99999999999}", "(" * 5000 + ")" * 5000, "a:" + "9" * 5000])

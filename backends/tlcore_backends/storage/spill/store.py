@@ -16,6 +16,7 @@ from tlcore.layout.run_files import RUN_FILE
 from tlcore.protocols import Buffer, Entry, Store
 from tlcore.record import RunInfo, SpillLocation
 
+from ..directories import check_can_be_made
 from ..local import LocalStore
 from ..threads import in_thread
 from .delivery import COPY, deliver, marker_name, remove_empty_directories
@@ -77,6 +78,7 @@ class SpillStore:
         # A try that is given up may still read its bytes later, when the caller's memory has others.
         data = b"".join(parts)
         if name == _PROBE and self._run_document is None:
+            check_can_be_made(self._kept.url, "spill_dir")
             size = self._store.put(name, [data])
             self._run_document = data
             return size

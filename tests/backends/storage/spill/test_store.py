@@ -69,6 +69,13 @@ def test_a_step_is_committed_after_its_files_and_the_run_at_the_end(tmp_path: Pa
     assert not (tmp_path / "spill/run-1").exists()
 
 
+def test_a_place_for_spilling_that_cannot_be_used_is_refused_at_the_start(tmp_path: Path) -> None:
+    (tmp_path / "spill").write_text("a file")
+    store = spill(MemoryStore(), tmp_path)
+    with pytest.raises(BackendError, match=f"spill_dir: {tmp_path}/spill is no directory; give another one"):
+        store.put("run.json", [b"running"])
+
+
 def test_a_copy_of_what_is_there_already_is_kept_as_a_note(tmp_path: Path) -> None:
     place = MemoryStore()
     failing = FailingStore(place, ("put", "copy"), failures=0)
