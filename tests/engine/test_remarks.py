@@ -110,6 +110,16 @@ def test_a_call_of_a_classs_own_is_told(caplog: pytest.LogCaptureFixture) -> Non
     assert "selected, but never called: 1: their class's own __call__" in captured.remarks[0]
 
 
+def test_nothing_is_said_of_the_layers_of_transformers_whose_call_hands_on_what_forward_gives() -> None:
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 16, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 2}
+    llama = transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes, num_attention_heads=2))
+    assert type(llama.model.layers[0]).__call__ is not nn.Module.__call__
+    with tlcore.capture(llama, backend=MemorySink()) as captured, torch.no_grad():
+        llama(torch.ones(1, 3, dtype=torch.int64))
+    assert not captured.remarks
+
+
 class _Pause(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         torch.randn(200, 200).mm(torch.randn(200, 200))

@@ -23,7 +23,7 @@ from .hooks.tracing import COMPILED, SYMBOLIC, TRANSFORMED
 
 log = logging.getLogger("tlcore")
 _SHOWN = 4
-_PASS_ON = ("torch", "vllm")
+_PASS_ON = ("torch", "transformers", "vllm")
 _FAST_PATH = (
     "PyTorch's fast path of nn.TransformerEncoderLayer computes without calling them"
     " (torch.backends.mha.set_fastpath_enabled(False), or from torch 2.5 on a forward hook on any of them,"
@@ -198,7 +198,8 @@ def has_forward(module: nn.Module) -> bool:
 def has_own_call(module: nn.Module) -> bool:
     """Whether a module's class has a ``__call__`` of its own, which may do more than to call ``forward``."""
     found = type(module).__call__
-    # Those of PyTorch and vLLM hand on what forward returns, or hooks made of it.
+    # Those of PyTorch, transformers (gradient checkpointing) and vLLM hand on what forward returns, or hooks
+    # made of it.
     return found is not nn.Module.__call__ and str(found.__module__).partition(".")[0] not in _PASS_ON
 
 
