@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import secrets
+import struct
 from collections.abc import Sequence
 from functools import cached_property
 from typing import NamedTuple
@@ -26,6 +27,11 @@ _HEX_CHARS = 32
 _NAMES = (b'"name":"', b'"file":"', b'"alias_of":"')
 _FILES = (b'"file": "', b'"file":"')
 _MOST_DIMENSIONS = 64
+# What records that are not as `PtSink` writes them are found by.
+UNUSUAL = (
+    *(KeyError, TypeError, ValueError, OverflowError, AttributeError),
+    *(RecursionError, MemoryError, struct.error),
+)
 # Stands for the records in what is left of a document, where nobody could have written it.
 _CUT = secrets.token_hex(16)
 
@@ -97,7 +103,7 @@ class Leader:
     """A step that others are compared with."""
 
     def __init__(self, step: StepText, directory: str) -> None:
-        """Raises ValueError, TypeError or KeyError where a record is not as `PtSink` writes it."""
+        """Raises one of `UNUSUAL` where a record is not as `PtSink` writes it."""
         begin = directory.encode()
         records = json.loads(step.records)
         if sum(step.records.count(key + begin) for key in _NAMES) != step.records.count(begin):
@@ -107,6 +113,7 @@ class Leader:
         self.calls = step.rest["calls"]
         self.files = [_within(directory, record["file"]) for record in records]
         self.frames = [_frame(record) for record in records]
+        self.has_own_bytes = [record.get("alias_of") is None for record in records]
         needed = {
             f"{_within(directory, record['name']).rpartition('/')[0]}/{record['direction']}"
             for record in records

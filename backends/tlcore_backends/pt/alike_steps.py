@@ -13,10 +13,10 @@ from tlcore.alike import AlikeStep
 from tlcore.errors import ReadError
 from tlcore.hotpath.beneath import count_entries, read_texts
 from tlcore.hotpath.gathering import gather_payloads
-from tlcore.hotpath.seals import ROW_BYTES, are_sealed
 from tlcore.layout.names import rank_suffix, step_dir
 
-from .alike import Leader, StepText, cut, text_files, together
+from .alike import UNUSUAL, Leader, StepText, cut, text_files, together
+from .frame_table import FrameTable
 from .whole_check import LARGEST_TEXTS
 
 # A run alternates between few kinds of steps; of each, its records are kept as a text.
@@ -52,34 +52,21 @@ class _Kind:
     """Steps that are alike, and where each of their tensors goes."""
 
     def __init__(self, step: int, leader: Leader) -> None:
-        """Raises ValueError where an alias is none of a tensor before it."""
+        """Raises ValueError where an alias is none of a tensor before it, else as `FrameTable`."""
         self.step, self.leader = step, leader
         # All of them, as the listing has them; and whether there is nothing in the step's directory beside.
         self.structures: list[str] = []
         self.has_no_others = False
-        frames = leader.frames
         self.originals = leader.originals
-        templates: dict[int, int] = {}
-        self.templates = bytearray()
-        self.nbytes = 0
-        kept, spans, rows, places = 0, [], [], []
-        for index, frame in enumerate(frames):
-            begin = len(frame.head)
+        self.table = FrameTable(leader.frames)
+        targets, self.nbytes = list[int](), 0
+        for index, frame in enumerate(leader.frames):
             own = self.originals[index] == index
-            spans.append((frame.size, begin, begin + frame.payload_bytes, self.nbytes if own else -1))
+            targets.append(self.nbytes if own else -1)
             self.nbytes += frame.payload_bytes if own else 0
-            if id(frame) not in templates:
-                templates[id(frame)] = len(self.templates)
-                self.templates += frame.text
-            size = len(frame.text)
-            rows.append(frame.seal.row(size, templates[id(frame)], kept, 0, frame.payload_bytes))
-            places.append(kept)
-            kept += size
-        self.spans = np.array(spans, np.int64).tobytes()
-        self.rows = np.frombuffer(b"".join(rows), np.int64).reshape(len(rows), ROW_BYTES // 8).copy()
-        self.places = np.array(places, np.int64)
+        self.spans = np.column_stack((self.table.spans, np.array(targets, np.int64)))
         # Used again for each step.
-        self.kept = bytearray(kept)
+        self.kept = bytearray(self.table.nbytes)
 
     @cached_property
     def directories(self) -> list[str]:
@@ -148,7 +135,7 @@ class _Reader:
     def _learn(self, step: int, parts: StepText, directory: str) -> None:
         try:
             kind = _Kind(step, Leader(parts, directory))
-        except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError, MemoryError):
+        except UNUSUAL:
             return
         self._kinds[parts.kind] = kind
         if len(self._kinds) > _MOST_KINDS:
@@ -187,8 +174,5 @@ class _Reader:
         except (TypeError, ValueError, OSError, MemoryError, ReadError):
             return False
         first = np.frombuffer(read, np.int64)
-        if digests != hashes or (first < 0).any():
-            return False
         # Of hard links what is around the payload was kept once; each must be what its own record says.
-        kind.rows[:, 0] = kind.places[first]
-        return are_sealed(kind.kept, kind.templates, kind.rows)
+        return digests == hashes and not (first < 0).any() and kind.table.is_around(kind.kept, first)

@@ -111,15 +111,6 @@ class Frame:
     text: bytes
     seal: Seal
 
-    def stands_in(self, kept: bytearray, at: int) -> bool:
-        """Whether what was kept of a file, from ``at`` on, is this frame with some payload's checksums."""
-        end = at + len(self.head)
-        if not kept.startswith(self.head, at):
-            return False
-        where = end + self.payload_checksum_at[0] if self.payload_bytes else 0
-        checksum = int.from_bytes(kept[where : where + 4], "little") if self.payload_bytes else 0
-        return kept.startswith(self.tail(checksum), end)
-
     def tail(self, checksum: int) -> bytes:
         """What follows a payload whose CRC-32 is ``checksum``."""
         folded = mix(self.folded, checksum) if self.payload_bytes else self.folded

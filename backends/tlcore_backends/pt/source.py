@@ -180,7 +180,7 @@ class PtSource:
             with ThreadPoolExecutor(_THREADS, "tlcore-verify") as pool:
                 try:
                     names = partial(self.structure_names, rank=rank)
-                    yield from check_steps(store.path(), rank, self._texts(rank), names, pool)
+                    yield from check_steps(store.path(), rank, self._texts(rank), names, pool, _THREADS)
                 finally:
                     pool.shutdown(cancel_futures=True)
 

@@ -5,7 +5,6 @@ What is wrong is not told here: a step that is not proven is looked at file by f
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
@@ -19,12 +18,13 @@ from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.protocols import AlikeSteps, WholeCheck
 from tlcore.record import Json
 
-from .alike import Leader, cut, together
-from .encode import Frame
+from .alike import UNUSUAL, Leader, cut, together
+from .frame_table import FrameTable
 
-# What one call reads, and of how many files, so that several threads have work.
-_GROUP_BYTES = 32 << 20
-_GROUP_FILES = 512
+# What one call reads. Between two a thread may have to wait for the interpreter, while it is not asked whether
+# to go on in the midst of one. Opening a file takes as long as reading so many bytes.
+_LEAST_OF_PART, _MOST_OF_PART = 16 << 20, 1 << 30
+_COST_OF_FILE = 48 << 10
 # Of the structures of one step that are read together.
 LARGEST_TEXTS = 64 << 20
 # Steps that are checked together, and kinds among them; each kind's first one is looked at as any step is.
@@ -38,24 +38,34 @@ def check_steps(
     texts: Iterable[tuple[int, bytes]],
     structures: Callable[[int], Collection[str]],
     pool: Executor,
+    threads: int,
 ) -> Iterator[WholeCheck]:
-    """Checks of a rank's steps, which are under way in ``pool``; some steps may be left out.
+    """Checks of a rank's steps, which are under way in ``pool`` of so many threads; some may be left out.
 
     ``texts`` are each step's ``step.json``, which nobody has looked at yet. ``structures`` gives the names of
     a step's structures.
     """
-    window = _Window(directory, rank, structures, pool)
+    window = _Window(directory, rank, structures, pool, threads)
     for step, text in texts:
         window.add(step, text)
         if window.count == _STEPS:
             yield window.check()
-            window = _Window(directory, rank, structures, pool)
+            window = _Window(directory, rank, structures, pool, threads)
     if window.count:
         yield window.check()
 
 
+class _Part(NamedTuple):
+    """Some of the files that steps of a kind have, which are read in one call."""
+
+    begin: int
+    end: int
+    table: FrameTable
+
+
 class _Kind(NamedTuple):
     leader: Leader
+    parts: Sequence[_Part]
     steps: list[int]
     rests: list[Json]
 
@@ -64,10 +74,15 @@ class _Window:
     """A few steps."""
 
     def __init__(
-        self, directory: str, rank: int, structures: Callable[[int], Collection[str]], pool: Executor
+        self,
+        directory: str,
+        rank: int,
+        structures: Callable[[int], Collection[str]],
+        pool: Executor,
+        threads: int,
     ) -> None:
         self._directory, self._suffix, self._pool = directory, rank_suffix(rank), pool
-        self._structures = structures
+        self._structures, self._threads = structures, threads
         self._kinds: dict[bytes, _Kind] = {}
         self._parts: list[tuple[int, Future[bool]]] = []
         self.count = 0
@@ -82,9 +97,11 @@ class _Window:
         kind = self._kinds.get(parts.kind)
         if kind is None and len(self._kinds) < _KINDS:
             try:
-                kind = self._kinds[parts.kind] = _Kind(Leader(parts, directory), [], [])
-            except (KeyError, TypeError, ValueError, OverflowError, AttributeError, RecursionError):
+                leader = Leader(parts, directory)
+                kind = _Kind(leader, list(_parts(leader, self._threads)), [], [])
+            except UNUSUAL:
                 return
+            self._kinds[parts.kind] = kind
         if kind is None or parts.rest.get("calls") != kind.leader.calls:
             return
         if kind.steps:
@@ -97,8 +114,9 @@ class _Window:
             self._begin(step, partial(self._texts_are_alike, kind.leader, directory))
         kind.steps.append(step)
         kind.rests.append(parts.rest)
-        for group in _groups(kind.leader, directory, parts.hashes):
-            self._begin(step, partial(_is_sound, self._directory, group))
+        for begin, end, table in kind.parts:
+            names = [directory + file for file in kind.leader.files[begin:end]]
+            self._begin(step, partial(_is_sound, self._directory, names, table, parts.hashes[begin:end]))
 
     def check(self) -> WholeCheck:
         """The check of all steps that were added."""
@@ -119,47 +137,27 @@ class _Window:
         return bool(leader.texts) and together(self._texts(leader, directory), directory) == leader.texts
 
 
-class _Group(NamedTuple):
-    """Some of a step's files: their names, the frame of each, and the hashes that their records state."""
-
-    names: Sequence[str]
-    frames: Sequence[Frame]
-    hashes: Sequence[str]
-
-
-def _groups(leader: Leader, directory: str, hashes: Sequence[str]) -> Iterator[_Group]:
-    edges, size = [0], 0
-    for index, frame in enumerate(leader.frames):
-        if index > edges[-1] and (size + frame.size > _GROUP_BYTES or index - edges[-1] >= _GROUP_FILES):
+def _parts(leader: Leader, threads: int) -> Iterator[_Part]:
+    costs = [
+        _COST_OF_FILE + (frame.size if own else 0)
+        for frame, own in zip(leader.frames, leader.has_own_bytes, strict=True)
+    ]
+    most = min(max(_LEAST_OF_PART, -(-sum(costs) // threads)), _MOST_OF_PART)
+    edges, cost = [0], 0
+    for index, each in enumerate(costs):
+        if index > edges[-1] and cost + each > most:
             edges.append(index)
-            size = 0
-        size += frame.size
-    for begin, end in pairwise([*edges, len(leader.frames)]):
-        names = [directory + file for file in leader.files[begin:end]]
-        yield _Group(names, leader.frames[begin:end], hashes[begin:end])
+            cost = 0
+        cost += each
+    for begin, end in pairwise([*edges, len(costs)]):
+        yield _Part(begin, end, FrameTable(leader.frames[begin:end]))
 
 
-def _is_sound(directory: str, group: _Group) -> bool:
+def _is_sound(directory: str, names: Sequence[str], table: FrameTable, hashes: Sequence[str]) -> bool:
     """Whether each file is what `PtSink` writes around a payload that has the hash that its record states."""
-    spans, places, at = list[int](), list[int](), 0
-    for frame in group.frames:
-        begin = len(frame.head)
-        spans += (frame.size, begin, begin + frame.payload_bytes)
-        places.append(at)
-        at += frame.size - frame.payload_bytes
-    kept = bytearray(at)
     try:
-        packed = struct.pack(f"={len(spans)}q", *spans)
-        first, digests = hash_payloads(directory, group.names, packed, kept)
-    except (TypeError, ValueError, OSError, MemoryError, ReadError, struct.error):
+        kept = bytearray(table.nbytes)
+        first, digests = hash_payloads(directory, names, table.spans, kept)
+    except (TypeError, ValueError, OSError, MemoryError, ReadError):
         return False
-    if -1 in first or "".join(group.hashes) != digests.hex():
-        return False
-    seen: set[tuple[int, int]] = set()
-    for frame, index in zip(group.frames, first, strict=True):
-        known = index, id(frame)
-        if known not in seen:
-            seen.add(known)
-            if not frame.stands_in(kept, places[index]):
-                return False
-    return True
+    return -1 not in first and "".join(hashes) == digests.hex() and table.is_around(kept, first)
