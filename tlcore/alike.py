@@ -86,8 +86,8 @@ class SupportsWriteWhole(Protocol):
         """Write and commit a step between two others, as `Sink.write` and `Sink.commit_step` would.
 
         Records that are aliases come without bytes: their originals, of the same hash, dtype and shape, came
-        before them. The memory of a batch is its own until the next is asked for. False, with no batch asked
-        for, where it cannot be done.
+        before them. The bytes of a record stay as they are while somebody holds a view of them. False, with
+        no batch asked for, where it cannot be done.
         """
         ...
 

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
+import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +18,17 @@ from torch import nn
 import tlcore
 from tlcore.__main__ import main
 from tlcore.errors import ReadError
+from tlcore.reader import bulk
 from tlcore.reader.bulk import Payload
 from tlcore.registry import open_store
 from tlcore.runs import conversion
+from tlcore.storage import Buffer
 from tlcore.testing import RunWriter, every_dtype, make_record, make_run, make_summary
 from tlcore_backends.pt.decode import parts
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.safetensors import segment_sink
 from tlcore_backends.safetensors.sink import SafetensorsSink
+from tlcore_backends.storage.atomic_file import AtomicFile
 
 _fresh = itertools.count()
 
@@ -134,6 +141,15 @@ def large_steps(monkeypatch: pytest.MonkeyPatch) -> str:
     """A backend for which every step is too large to share a segment."""
     monkeypatch.setattr(segment_sink, "_LEAST_LARGE", 1)
     monkeypatch.setattr(conversion, "_LOCAL_BATCH_BYTES", 1)
+    monkeypatch.setattr(bulk, "_GROUP_OF_WHOLE", 1)
+    write = AtomicFile.write
+
+    def late(self: AtomicFile, parts: Sequence[Buffer]) -> int:
+        # What is read meanwhile must have other memory.
+        time.sleep(0.002)
+        return write(self, parts)
+
+    monkeypatch.setattr(AtomicFile, "write", late)
     return json.dumps({"name": "safetensors", "segment_bytes": 100})
 
 
@@ -149,6 +165,29 @@ def test_a_large_step_is_written_while_it_comes(
         assert len(list((Path(there) / "segments").glob(f"rank_0_00000{number}*.safetensors"))) > 1
     assert tlcore.open_run(there).verify() == 2 * len(tlcore.open_run(there).step(0).documents[0]["records"])
     assert files(converted(there, tmp_path / "c", "pt", capsys)) == files(source)
+
+
+@pytest.mark.parametrize("number", [1, 4])
+def test_a_write_that_fails_while_the_next_is_read_is_told(
+    number: int,
+    tmp_path: Path,
+    large_steps: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = capture(tmp_path / "a", "pt")
+    write, count = AtomicFile.write, itertools.count(1)
+
+    def failing(self: AtomicFile, parts: Sequence[Buffer]) -> int:
+        if self.target.endswith(".safetensors") and next(count) == number:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return write(self, parts)
+
+    monkeypatch.setattr(AtomicFile, "write", failing)
+    assert main(["convert", str(source), str(tmp_path / "b"), "--backend", large_steps]) == 2
+    assert "safetensors: No space left on device" in capsys.readouterr().err
+    assert tlcore.open_run(tmp_path / "b" / source.name).state == "incomplete"
+    assert not [*(tmp_path / "b").rglob("*.tmp")]
 
 
 @pytest.mark.parametrize("linked", [True, False])

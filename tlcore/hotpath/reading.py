@@ -17,8 +17,8 @@ from .native import can_hash, extension
 FILE_ALIGNMENT = 64
 _NOT_READ = -1
 _LARGEST_KEPT = 16 << 20
-# Who reads ahead holds one or two while the next is read.
-_MOST_KEPT = 3
+# Who reads ahead holds two or three while the next is read: those that are waited for, or written.
+_MOST_KEPT = 4
 Identity = tuple[int, int, int, int]
 
 

@@ -24,6 +24,8 @@ _GROUP_RECORDS = 64
 # Of a format in which the tensors of consecutive steps touch.
 _GROUP_OF_ARRAYS = 8192
 _LOCAL_THREADS = min(4, os.cpu_count() or 1)
+# Of a step that is written while it is read, by one thread: memory is soon used again, and others have work.
+_GROUP_OF_WHOLE = 4 << 20
 _REMOTE_THREADS = 8
 _NOTHING = memoryview(b"")
 
@@ -41,22 +43,23 @@ class Payload(NamedTuple):
 
 
 def read_payloads(
-    stored: Stored, records: Sequence[Json], keep: bool, aliases: bool = True
+    stored: Stored, records: Sequence[Json], keep: bool, whole: bool = False
 ) -> Iterator[Payload]:
     """The payloads of ``records`` (of a checked ``step.json``) in their order; never raises ReadError.
 
     Without ``keep`` only the hashes are returned, and bytes that several records share are read once;
-    without ``aliases`` that is so for those alone.
+    of a ``whole`` step that is so for aliases alone, and it is read at the pace of whoever writes it.
     At most a few groups of 8 MiB, or of one larger tensor, are in memory.
     """
-    reader = _Reader(stored, keep, aliases)
-    groups = list(_groups(records, _GROUP_OF_ARRAYS if stored.has_arrays else _GROUP_RECORDS))
+    reader = _Reader(stored, keep, aliases=not whole)
+    nbytes = _GROUP_OF_WHOLE if whole and stored.is_local else _GROUP_BYTES
+    groups = list(_groups(records, nbytes, _GROUP_OF_ARRAYS if stored.has_arrays else _GROUP_RECORDS))
     if len(groups) < 2:
         # A small step: making a thread takes longer than reading it.
         for group in groups:
             yield from reader.read(group)
         return
-    threads = _LOCAL_THREADS if stored.is_local else _REMOTE_THREADS
+    threads = (1 if whole else _LOCAL_THREADS) if stored.is_local else _REMOTE_THREADS
     waiting: deque[Future[list[Payload]]] = deque()
     pool = ThreadPoolExecutor(threads, "tlcore-read")
     try:
@@ -70,10 +73,10 @@ def read_payloads(
         pool.shutdown(cancel_futures=True)
 
 
-def _groups(records: Sequence[Json], most: int) -> Iterator[Sequence[Json]]:
+def _groups(records: Sequence[Json], nbytes: int, most: int) -> Iterator[Sequence[Json]]:
     begin, size = 0, 0
     for index, record in enumerate(records):
-        if index > begin and (size + record["bytes"] > _GROUP_BYTES or index - begin >= most):
+        if index > begin and (size + record["bytes"] > nbytes or index - begin >= most):
             yield records[begin:index]
             begin, size = index, 0
         size += record["bytes"]

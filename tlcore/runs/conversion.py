@@ -25,6 +25,8 @@ from ..record import Json, Origin, Record, StepSummary
 # Records are handed over in batches: a remote place gets many at a time, the local disk what the cache holds.
 _REMOTE_BATCH_BYTES = 64 << 20
 _LOCAL_BATCH_BYTES = 16 << 20
+# Of a step that is written while it is read.
+_WHOLE_BATCH_BYTES = 4 << 20
 # Records of small steps that are read together.
 _MOST_TOGETHER = 8192
 _HASH_BYTES = 16
@@ -154,13 +156,13 @@ class _Steps:
         sink = self._sink
         if not isinstance(sink, SupportsWriteWhole):
             return False
-        payloads = read_payloads(self._source.stored, records, keep=True, aliases=False)
-        batches = self._batches(payloads, summary)
+        payloads = read_payloads(self._source.stored, records, keep=True, whole=True)
+        batches = self._batches(payloads, summary, min(self._batch_bytes, _WHOLE_BATCH_BYTES))
         return self._booked.committed(summary, lambda: sink.write_whole(batches, summary))
 
     def _write_step(self, payloads: Iterable[Payload], summary: StepSummary) -> None:
         sink = self._sink
-        for batch in self._batches(payloads, summary):
+        for batch in self._batches(payloads, summary, self._batch_bytes):
             sink.write(batch)
 
         def commit() -> bool:
@@ -169,9 +171,11 @@ class _Steps:
 
         self._booked.committed(summary, commit)
 
-    def _batches(self, payloads: Iterable[Payload], summary: StepSummary) -> Iterator[list[Record]]:
+    def _batches(
+        self, payloads: Iterable[Payload], summary: StepSummary, batch_bytes: int
+    ) -> Iterator[list[Record]]:
         records = _records(payloads, summary.step, self._rank, hashed=not self._source.is_foreign)
-        for batch in _batches(records, self._batch_bytes):
+        for batch in _batches(records, batch_bytes):
             yield batch
             self._on_tensors(len(batch))
 

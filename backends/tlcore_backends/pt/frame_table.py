@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 
 from tlcore.hotpath.seals import ROW_BYTES, are_sealed
 
 from .encode import Frame
+
+Indices = np.ndarray[Any, np.dtype[np.int64]]
 
 
 class FrameTable:
@@ -42,11 +45,11 @@ class FrameTable:
         self.nbytes = int(ends[-1]) if ids else 0
         self._places = ends - sizes[ids]
 
-    def is_around(self, kept: bytearray, first: Sequence[int]) -> bool:
+    def is_around(self, kept: bytearray, first: Sequence[int] | Indices) -> bool:
         """Whether each file has its frame, with the checksums of some payload.
 
-        ``kept`` is what is around the payloads, one file's after the other's; of a file that is another name of
-        an earlier one only of that, whose index stands in ``first``.
+        ``kept`` is what is around the payloads, one file's after the other's; of another name of an earlier
+        file only that one's, whose index stands in ``first``.
         """
         rows = self._rows.copy()
         rows[:, 0] = self._places[np.asarray(first, np.int64)]

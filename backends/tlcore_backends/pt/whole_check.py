@@ -5,10 +5,11 @@ What is wrong is not told here: a step that is not proven is looked at file by f
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
-from itertools import pairwise
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from tlcore.errors import ReadError
@@ -21,8 +22,8 @@ from tlcore.record import Json
 from .alike import UNUSUAL, Leader, cut, together
 from .frame_table import FrameTable
 
-# What one call reads. Between two a thread may have to wait for the interpreter, while it is not asked whether
-# to go on in the midst of one. Opening a file takes as long as reading so many bytes.
+# What one call reads: between two a thread may have to wait for the interpreter, amid one nothing stops it.
+# Opening a file takes as long as reading so many bytes.
 _LEAST_OF_PART, _MOST_OF_PART = 16 << 20, 1 << 30
 _COST_OF_FILE = 48 << 10
 # Of the structures of one step that are read together.
@@ -142,15 +143,15 @@ def _parts(leader: Leader, threads: int) -> Iterator[_Part]:
         _COST_OF_FILE + (frame.size if own else 0)
         for frame, own in zip(leader.frames, leader.has_own_bytes, strict=True)
     ]
-    most = min(max(_LEAST_OF_PART, -(-sum(costs) // threads)), _MOST_OF_PART)
-    edges, cost = [0], 0
-    for index, each in enumerate(costs):
-        if index > edges[-1] and cost + each > most:
-            edges.append(index)
-            cost = 0
-        cost += each
+    ends = list(accumulate(costs))
+    total = ends[-1] if ends else 0
+    most = min(max(_LEAST_OF_PART, -(-total // threads)), _MOST_OF_PART)
+    count = -(-total // most)
+    # As much in each: who is done first waits for the others.
+    edges = [bisect_left(ends, total * number // count) for number in range(count)]
     for begin, end in pairwise([*edges, len(costs)]):
-        yield _Part(begin, end, FrameTable(leader.frames[begin:end]))
+        if begin < end:
+            yield _Part(begin, end, FrameTable(leader.frames[begin:end]))
 
 
 def _is_sound(directory: str, names: Sequence[str], table: FrameTable, hashes: Sequence[str]) -> bool:

@@ -7,6 +7,7 @@ import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from tlcore.alike import AlikeStep
 from tlcore.errors import BackendError, shareable
@@ -18,6 +19,7 @@ from tlcore.record import Record, RunInfo, StepSummary
 from tlcore.storage import SupportsAppend, SupportsFiles
 
 from ..storage.run_store import store_of
+from ..storage.writes_behind import WritesBehind
 from .columns import Column
 from .journey import Journey
 from .plans import Plan, Plans
@@ -210,16 +212,20 @@ class SegmentSink:
 
     def write_whole(self, batches: Iterable[Sequence[Record]], summary: StepSummary) -> bool:
         """Write a step that is too large to share a segment into files while it comes."""
-        if self._appending is None or summary.counts.bytes_stored < self._large_bytes:
+        store = self._appending
+        if store is None or summary.counts.bytes_stored < self._large_bytes:
             return False
         self._journey.room()
-        with self._changed:
-            self._abandon()
-            self._stream()
-            self._step = summary.step
-        for batch in batches:
-            self.write(batch)
-        self.commit_step(summary)
+        # While a batch is written the next is read, and what is known of its tensors is put together.
+        with ThreadPoolExecutor(1, "tlcore-write") as pool:
+            with self._changed:
+                self._abandon()
+                self._seal()
+                self._segment.stream(WritesBehind(store, pool), self._most_bytes, self._journey.note_file)
+                self._step = summary.step
+            for batch in batches:
+                self.write(batch)
+            self.commit_step(summary)
         return True
 
     def _remember(self, step: int, plan: Plan) -> None:
