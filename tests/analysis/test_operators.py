@@ -70,6 +70,45 @@ def test_a_difference_is_born_in_an_operator_at_its_line(tmp_path: Path, backend
     assert found.advice is None
 
 
+class InPlace(nn.Module):
+    """Its second part, and code of which no operator is heard, work in place; ``faults`` are wrong there."""
+
+    def __init__(self, *faults: str) -> None:
+        super().__init__()
+        torch.manual_seed(2)
+        self.faults = faults
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.first(x)
+        h += 2.0 if "between" in self.faults else 1.0
+        return self.second(h)
+
+
+class Within(InPlace):
+    def forward(self, x: torch.Tensor) -> Any:
+        h = self.first(x)
+        h.mul_(2.5 if "within" in self.faults else 2.0)
+        return self.second(h)
+
+
+@pytest.mark.parametrize("around", [torch.inference_mode, torch.no_grad])
+def test_what_works_in_place_is_told_like_any_other(tmp_path: Path, around: Any) -> None:
+    def first(make: type[InPlace], fault: str, ops: str) -> Any:
+        urls = []
+        for model in (nn.Sequential(make()), nn.Sequential(make(fault))):
+            with around(), tlcore.capture(model, output_dir=str(tmp_path), ops=[ops]) as capture:
+                model(X)
+            urls.append(str(capture.url))
+        return tlcore.compare(*urls).first_divergence
+
+    found = first(Within, "within", "^0$")
+    assert (found.module, found.direction, found.born) == ("0", "op.0000.mul_", True)
+    # What was changed where nobody heard it is no fault of the operator that is given it.
+    found = first(InPlace, "between", r"^0\.")
+    assert found.within == "0" and found.operator is None
+
+
 def test_without_operators_the_verdict_says_what_would_show_them(tmp_path: Path) -> None:
     found = compared(tmp_path, "scale", ops=())
     assert found.first_divergence is not None and found.first_divergence.within == "1"

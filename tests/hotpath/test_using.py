@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import sys
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -155,7 +156,8 @@ def test_the_mode_is_traced_by_a_compiler_without_a_break() -> None:
     def computes(x: torch.Tensor) -> torch.Tensor:
         return torch.sin(x).cos()
 
-    mode: Any = _Mode(None, again)  # type: ignore[arg-type]
+    operators: Any = SimpleNamespace(before=lambda *given: None)
+    mode: Any = _Mode(operators, again)
     compiled: Any = torch.compile(computes, backend="eager", fullgraph=True)
     with mode:
         found = compiled(X)

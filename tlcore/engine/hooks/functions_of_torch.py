@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import CodeType
 from typing import Any
 
@@ -10,13 +11,24 @@ import torch
 from .operands import parts_of
 
 _MOST_FUNCTIONS = 1 << 14
-_RAW = frozenset({"empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"})
+OUT, _INPLACE = "out", "inplace"
+_RAW = frozenset(
+    {
+        *("empty", "empty_like", "empty_strided", "empty_permuted", "new_empty", "new_empty_strided"),
+        # Perhaps some of what they show.
+        *("resize_", "resize_as_"),
+    }
+)
+# What `&=` and its like are called; others are heard as `add_` and so on.
+_WRITING = frozenset({"setitem", "set_data", "iand", "ior", "ixor", "ilshift", "irshift"})
 _WRITING_NOTHING = frozenset(
     {
         *("requires_grad_", "share_memory_", "detach_", "resize_", "resize_as_", "set_", "rename_"),
         *("t_", "transpose_", "swapaxes_", "swapdims_", "squeeze_", "unsqueeze_", "as_strided_"),
     }
 )
+# Of these, what gives a tensor other memory or another shape: others that show what it did do not change.
+_ALTERING = _WRITING_NOTHING - {"requires_grad_", "share_memory_", "detach_", "rename_"} | {"set_data"}
 # Properties that give a tensor and compute nothing.
 _HELD = frozenset({"grad", "_grad", "_base", "data"})
 
@@ -24,7 +36,7 @@ _HELD = frozenset({"grad", "_grad", "_base", "data"})
 class Function:
     """What is to be known of a function of torch: its names, and what of its arguments it writes."""
 
-    __slots__ = ("code", "name", "raw", "shown", "writes", "written")
+    __slots__ = ("alters", "code", "inplace", "name", "raw", "shown", "writes", "written")
 
     def __init__(self, func: Any) -> None:
         name, self.shown = _names_of(func)
@@ -33,31 +45,62 @@ class Function:
         self.code: CodeType | None = getattr(func, "__code__", None)
         self.written = _written_by(func)
         # Names of what works in place end in one underscore.
-        in_place = name in ("setitem", "set_data") or (name.endswith("_") and name not in _WRITING_NOTHING)
+        in_place = name in _WRITING or (name.endswith("_") and name not in _WRITING_NOTHING)
         self.writes = bool(self.written) or in_place
+        self.alters = name in _ALTERING
+        # At which place, or by which name, a call asks to write in place.
+        self.inplace = _place_of(_INPLACE, self.code)
+
+    @property
+    def only_reads(self) -> bool:
+        """Whether it leaves its arguments as they are, whatever it is given, but what is its ``out``."""
+        return not self.writes and not self.alters and self.inplace is None
 
     def given(self, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> Any:
         """What it has given: its result, or what it wrote to; None where there is no tensor in that."""
         if self.name in _HELD:
             return None
-        if isinstance(result, torch.Tensor):
+        if isinstance(result, torch.Tensor) and not self.written:
             return result
-        if result is None and self.written:
-            names = [each for _, each in self.written]
-            places = [args[at] if at < len(args) else kwargs.get(name) for at, name in self.written]
-            found = dict(zip(names, places, strict=True))
-            value: Any = places[0] if len(places) == 1 else found
+        if self.written:
+            value: Any = self._given_in(self._places(args, kwargs), result)
         elif result is None and self.writes:
             value = args[0] if args else None
         else:
             value = result
         return value if next(parts_of(value), None) is not None else None
 
+    def _given_in(self, places: dict[str, Any], result: Any) -> Any:
+        """What it wrote to, with the result where that is something else."""
+        written = [id(tensor) for _, tensor in parts_of(places)]
+        own = [tensor for _, tensor in parts_of(result)]
+        if all(id(each) in written for each in own):
+            return result if own else next(iter(places.values())) if len(places) == 1 else places
+        return {"result": result, **places}
+
+    def _places(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+        return {name: args[at] if at < len(args) else kwargs.get(name) for at, name in self.written}
+
+    def writes_in(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether a call of it leaves what it is given as something else."""
+        if self.writes or self.alters or kwargs.get(OUT) is not None:
+            return True
+        at = self.inplace
+        return at is not None and bool(args[at] if at < len(args) else kwargs.get(_INPLACE))
+
+    def targets(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[torch.Tensor]:
+        """The tensors that a call of it writes to."""
+        places = [*self._places(args, kwargs).values(), kwargs.get(OUT)]
+        if not self.written and kwargs.get(OUT) is None:
+            places = [args[0] if args else kwargs.get("input", kwargs.get("self"))]
+        for _, tensor in parts_of(places):
+            yield tensor
+
     def writes_all(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether a call of it has written the whole of what it gives, which is one of its arguments."""
         if self.name == "setitem":
             return isinstance(args[1], (slice, type(Ellipsis))) and args[1] in (slice(None), Ellipsis)
-        return self.writes or kwargs.get("out") is not None
+        return self.writes or (not self.alters and self.writes_in(args, kwargs))
 
 
 _known: dict[Any, Function] = {}
@@ -74,6 +117,12 @@ def function_of(func: Any) -> Function:
             _known.clear()
         found = _known[func] = Function(func)
     return found
+
+
+def _place_of(name: str, code: CodeType | None) -> int | None:
+    """The place of an argument of this name in a function of Python's; None where there is none."""
+    names = () if code is None else code.co_varnames[: code.co_argcount]
+    return names.index(name) if name in names else None
 
 
 def _names_of(func: Any) -> tuple[str, str]:

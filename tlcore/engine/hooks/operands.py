@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, Final
 
 import torch
 from torch import nn
 
 from ..calls import Operand
+from .shared_memory import overlap, storage_of
 
 _DEEPEST, _MOST, _LONGEST = 3, 64, 80
 _ref = weakref.ref
 _ATOMS = frozenset((type(None), bool, int, float, str))
 _PLAIN = frozenset((type(None), bool, int, str, type(Ellipsis), torch.dtype, torch.device))
+# Said of a tensor that was written since it was called so, and of memory that no operator has written.
+_CHANGED, _NOT_WRITTEN = "changed", "<not written yet>"
 # Tensors within arguments and results are looked for up to here.
 _MOST_PARTS = 4096
 
@@ -44,6 +47,8 @@ class Operands:
         self._models: list[nn.Module] = []
         # The one that was asked for last.
         self.model: nn.Module | None = None
+        # Parameters and buffers in `known` by their storage, made when the step writes to anything first.
+        self._of_model: dict[int | None, list[int]] | None = None
         # The modules of each model, with what their parameters and buffers are called.
         self._held: dict[int, list[_Held]] = {}
 
@@ -52,6 +57,7 @@ class Operands:
         self.known.clear()
         self.raw.clear()
         self._models = []
+        self._of_model = None
         self.model = None
         if other_modules:
             self._held.clear()
@@ -62,6 +68,7 @@ class Operands:
         if any(each is model for each in self._models):
             return
         self._models.append(model)
+        self._of_model = None
         all_held = self._held.get(id(model))
         if all_held is None:
             all_held = self._held[id(model)] = [_Held(*each) for each in model.named_modules()]
@@ -87,6 +94,46 @@ class Operands:
         for path, tensor in parts_of(value):
             if again or self._found(tensor) is None:
                 self.note_one(tensor, ("from", place + path))
+
+    def wrote(self, tensors: Iterable[torch.Tensor], alone: bool = False) -> None:
+        """An operator has written to tensors: they, and what shows the same memory, are not what they were.
+
+        They have no name until they get another one. ``alone``, they show something else, which is as it was.
+        """
+        for tensor in tensors:
+            self.known.pop(id(tensor), None)
+            if not alone:
+                for key in self._sharing(tensor):
+                    held, operand, _ = self.known[key]
+                    other = held()
+                    if other is not None and operand[-1] != _CHANGED and overlap(tensor, other):
+                        self.known[key] = held, (*operand, _CHANGED), -1
+
+    def _sharing(self, tensor: torch.Tensor) -> list[int]:
+        """What is known that may show the memory of a tensor. Forgets what is no more."""
+        known = self.known
+        if self._of_model is None:
+            self._of_model = {}
+            for key, (held, operand, _) in known.items():
+                if operand[0] != "from":
+                    self._of_model.setdefault(storage_of(held()), []).append(key)
+        storage = storage_of(tensor)
+        found = [key for key in self._of_model.get(storage, ()) if key in known]
+        for key, (held, operand, _) in list(known.items()):
+            if operand[0] == "from":
+                other = held()
+                if other is None:
+                    del known[key]
+                elif storage_of(other) == storage:
+                    found.append(key)
+        return found
+
+    def unheard(self) -> None:
+        """Code has run that nobody heard: results of which changes are not counted may be others now."""
+        known = self.known
+        for key in [key for key, each in known.items() if each[2] < 0 and each[1][0] == "from"]:
+            del known[key]
+        self.raw.clear()
 
     def knows_all(self, value: Any) -> bool:
         """Whether a value certainly has no tensor that is not known; the extension has a twin."""
@@ -114,13 +161,12 @@ class Operands:
         """What an argument of an operator is, in words that are the same in each step."""
         if isinstance(value, torch.Tensor):
             found = self._found(value)
-            if found is None and self.is_raw(value):
-                return "value", "<not written yet>"
             if found is None:
+                # What is read of memory that nobody was heard to write was written by something else.
                 return "unknown", f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
             operand, version = found
             changed = version >= 0 and version != _version(value)
-            return (*operand, "changed") if changed else operand
+            return (*operand, _CHANGED) if changed else operand
         if isinstance(value, (tuple, list)) and depth < _DEEPEST:
             return "items", tuple([self.of(each, depth + 1) for each in value[:_MOST]])
         if value is None or isinstance(value, (bool, int, float, str)):
@@ -128,6 +174,12 @@ class Operands:
         if isinstance(value, (torch.dtype, torch.device, slice, complex, type(Ellipsis))):
             return "value", str(value)[:_LONGEST]
         return "value", f"<{type(value).__name__}>"
+
+    def of_written(self, value: Any) -> Operand:
+        """The same of an argument that the operator writes to: what was there before may not matter."""
+        if isinstance(value, torch.Tensor) and self.is_raw(value) and self._found(value) is None:
+            return "value", _NOT_WRITTEN
+        return self.of(value)
 
     def are_still(self, values: Sequence[Any], before: Sequence[Any], operands: Sequence[Operand]) -> bool:
         """Whether arguments are the same operands as once, when the plain ones among them were ``before``."""
@@ -173,7 +225,8 @@ class Operands:
         if not self.raw:
             return False
         raw = [each for _, each in parts_of(args) if self.is_raw(each)]
-        return any(each is tensor or _share(each, tensor) for each in raw)
+        storage = storage_of(tensor) or -1
+        return any(each is tensor or storage_of(each) == storage for each in raw)
 
 
 def as_plain(value: Any, depth: int = 0) -> Any:
@@ -223,11 +276,3 @@ def parts_of(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
 def _version(tensor: torch.Tensor) -> int:
     """How often it has been changed in place; -1 where that is not counted."""
     return -1 if tensor.is_inference() else tensor._version
-
-
-def _share(one: torch.Tensor, other: torch.Tensor) -> bool:
-    try:
-        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):
-        # There is no storage, as in sparse tensors.
-        return False

@@ -43,6 +43,8 @@ class OperatorListener(Listener):
             if self.chosen:
                 operators.left_out[self.name] = None
             return operators.aside(original, args, kwargs)
+        if not operators.depth:
+            operators.operands.unheard()
         if not (operators.knows(args) and operators.knows(kwargs)):
             self._note((args, kwargs), "inputs", operators)
         before = operators.runs(self.module, self.listening.running)

@@ -19,11 +19,11 @@ from torch.overrides import TorchFunctionMode
 
 from ...hotpath.listening import Hearing
 from ...hotpath.native import extension
-from ..calls import Call, Operator
+from ..calls import Call, Operand, Operator
 from ..filters.modules import Calls
 from .collector import Collector
 from .counting import in_backward
-from .functions_of_torch import function_of
+from .functions_of_torch import OUT, function_of
 from .listeners import ListenerSet
 from .module_tree import ModuleTree, Named
 from .operands import Operands, as_plain, parts_of
@@ -41,8 +41,8 @@ _HANDS_ON = frozenset({overrides.__file__, torch._ops.__file__})
 _OURS = __name__.partition(".")[0] + "."
 # Results of properties such as `shape`, which come as often as tensors do.
 _NO_TENSORS = frozenset({torch.Size, torch.dtype, torch.device, torch.layout, bool, int, float, str})
-
-
+# What is told of a call's arguments, and of keywords with their names.
+Given = tuple[tuple[Operand, ...], tuple[tuple[str, Operand], ...]]
 _innermost: Callable[[], Any] = overrides._get_current_function_mode
 
 
@@ -71,6 +71,8 @@ class Operators:
         self._codes: dict[int, dict[int, CodeType]] = {}
         self._runs: dict[tuple[int, int], Running] = {}
         self._functions: dict[int, CodeType] = {}
+        # Functions of torch that leave their arguments as they are, but for ``out``.
+        self._reading: set[Any] = set()
         self._said = False
         # Whether a value certainly has no tensor that is not known: so are most arguments and results.
         self.knows: Callable[[Any], bool] = self.operands.knows_all
@@ -206,11 +208,39 @@ class Operators:
         if heard is not None and named is not None and named.module is running.module:
             running.known, running.uses = True, self._uses_of(named, *heard)
 
+    def before(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Given | None:
+        """What is told of the arguments of a function that writes to one; None for others. Never raises."""
+        try:
+            if func in self._reading and OUT not in kwargs:
+                return None
+            function = function_of(func)
+            if function.only_reads and len(self._reading) < _MOST_LINES:
+                self._reading.add(func)
+            if not function.writes_in(args, kwargs):
+                return None
+            written = [id(each) for each in function.targets(args, kwargs)]
+            of, of_written = self.operands.of, self.operands.of_written
+            return _told(args, kwargs, lambda each: (of_written if id(each) in written else of)(each))
+        except Exception as error:
+            self.failed(error)
+            return None
+
     def take(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any, frame: FrameType | None
+        self,
+        func: Any,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        result: Any,
+        frame: FrameType | None,
+        given: Given | None = None,
     ) -> None:
-        """An operator has given a result that is not like that of an earlier step."""
+        """An operator has given a result that is not like that of an earlier step.
+
+        ``given`` are its arguments where it has written to one.
+        """
         function = function_of(func)
+        if given is not None:
+            self.operands.wrote(function.targets(args, kwargs), alone=function.alters)
         if function.raw:
             for _, tensor in parts_of(result):
                 self.operands.mark_raw(tensor)
@@ -223,23 +253,21 @@ class Operators:
             return
         at = _line_of(frame, function.code)
         uses = self._uses_at(at)
-        of = self.operands.of
-        inputs = tuple([of(each) for each in args])
-        keywords = tuple([(key, of(each)) for key, each in kwargs.items()])
+        inputs, keywords = given or _told(args, kwargs, self.operands.of)
         if at is None or uses is None or not self._is_settled(value, args, function.writes_all(args, kwargs)):
             return
         operator = Operator(function.name, function.shown, *self._place(at), inputs, keywords)
         direction, place = uses.next_place(function.name)
         self.operands.note(value, place)
         known, make = uses.sides(direction, operator)
-        plain = value is result and isinstance(value, torch.Tensor) and function.name != "data"
+        again = given is None and value is result and function.name != "data"
         uses.plan(
             Planned(
                 func, function, at.f_code, at.f_lasti, tuple(map(as_plain, args)), inputs, tuple(kwargs),
                 tuple(map(as_plain, kwargs.values())), tuple([each for _, each in keywords]), direction,
                 ("from", place), known, make,
             )
-            if plain
+            if again and isinstance(value, torch.Tensor)
             else None
         )  # fmt: skip
         self._collector.tapped(uses.call, direction, known, value, make)
@@ -318,17 +346,25 @@ class _Mode(TorchFunctionMode):
     ) -> Any:
         """Call the function as it would have been called, and tell of it."""
         kwargs = kwargs or {}
+        if _is_traced() or _compiler._is_compiling_flag:
+            return func(*args, **kwargs)
+        # Afterwards it may be told no more what an argument was that the function writes to.
+        given = self._operators.before(func, args, kwargs)
         result = func(*args, **kwargs)
-        if type(result) in _NO_TENSORS or _is_traced() or _compiler._is_compiling_flag:
+        if type(result) in _NO_TENSORS:
             return result
         frame = sys._getframe(1)
         try:
-            if not self._again(func, args, kwargs, result, frame):
-                self._operators.take(func, args, kwargs, result, frame)
+            if given is not None or not self._again(func, args, kwargs, result, frame):
+                self._operators.take(func, args, kwargs, result, frame, given)
         except Exception as error:
             # Whatever goes wrong here is not the model's business.
             self._operators.failed(error)
         return result
+
+
+def _told(args: tuple[Any, ...], kwargs: dict[str, Any], of: Callable[[Any], Operand]) -> Given:
+    return tuple([of(each) for each in args]), tuple([(key, of(each)) for key, each in kwargs.items()])
 
 
 def _line_of(frame: FrameType | None, own: CodeType | None) -> FrameType | None:
