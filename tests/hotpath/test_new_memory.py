@@ -11,7 +11,8 @@ import sys
 import numpy as np
 import pytest
 
-from tlcore.hotpath.new_memory import new_memory
+from tlcore.hotpath import new_memory as module
+from tlcore.hotpath.new_memory import leave_spare, new_memory, take_spare
 
 SIZES = [1, 2 << 20, (8 << 20) - 1, 8 << 20, (32 << 20) + 5]
 
@@ -47,6 +48,28 @@ def test_large_pages_are_asked_for_where_one_comes_soon(slow: bool, monkeypatch:
     monkeypatch.setattr("time.perf_counter", lambda: next(times))
     memory = new_memory(64 << 20)
     assert _flag_of(memory) == ("nh" if slow else "hg")
+
+
+@pytest.fixture
+def nothing_spare(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "_spare", [])
+
+
+@pytest.mark.skipif(not hasattr(mmap, "MADV_FREE"), reason="this system knows no spare memory")
+def test_what_is_left_is_for_whoever_wants_as_much(
+    nothing_spare: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = (8 << 20, 9 << 20, 9 << 20)
+    memories = [new_memory(size) for size in sizes]
+    monkeypatch.setattr(module, "MOST_SPARE", sum(sizes[:2]))
+    for memory, size in zip(memories, sizes, strict=True):
+        leave_spare(memory, size - 5)
+    assert take_spare(10 << 20) is None
+    assert take_spare(9 << 20) == (memories[1], (9 << 20) - 5)
+    # Beyond the bound nothing is left.
+    assert take_spare(9 << 20) is None and take_spare(8 << 20) == (memories[0], (8 << 20) - 5)
+    memories[1][:3] = b"abc"
+    assert memories[1][:3] == b"abc" and take_spare(8 << 20) is None
 
 
 def _flag_of(memory: mmap.mmap) -> str:

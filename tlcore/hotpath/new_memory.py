@@ -18,6 +18,9 @@ LEAST_LARGE = 4 * PAGE_BYTES
 # puts together of memory that is in pieces, or that a virtual machine has to get from its host, takes 4: five
 # times as long as 512 small pages.
 _SLOW_S = 1e-3
+# So much is left to the next capture of this process, and up to where each piece was taken up.
+MOST_SPARE = 384 << 20
+_spare: list[tuple[mmap.mmap, int]] = []
 
 
 def new_memory(nbytes: int) -> mmap.mmap:
@@ -36,6 +39,30 @@ def new_memory(nbytes: int) -> mmap.mmap:
 def untouched_memory(nbytes: int) -> mmap.mmap:
     """The same in whatever pages the system chooses, of which none is taken up yet."""
     return mmap.mmap(-1, nbytes, **_PRIVATE)
+
+
+def leave_spare(memory: mmap.mmap, taken_up: int) -> None:
+    """Leave memory that nobody uses to who asks for so much next, or to the system when it is short of it.
+
+    What it held may be gone then; else to write it again costs no page faults. Where the system knows no such
+    thing, it gets the memory at once. There is no lock, which a fork might find taken.
+    """
+    if sum(size for _, size in _spare) + taken_up > MOST_SPARE:
+        return
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        memory.madvise(mmap.MADV_FREE)
+        _spare.append((memory, taken_up))
+
+
+def take_spare(nbytes: int) -> tuple[mmap.mmap, int] | None:
+    """Memory of exactly this size that was left, and up to where it is taken up; None where there is none."""
+    for each in tuple(_spare):
+        if len(each[0]) == nbytes:
+            # Another thread may have been faster.
+            with contextlib.suppress(ValueError):
+                _spare.remove(each)
+                return each
+    return None
 
 
 def touch(memory: mmap.mmap, begin: int, end: int) -> bool:

@@ -4,7 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from tlcore.hotpath.new_memory import LEAST_LARGE, PAGE_BYTES, take_up, untouched_memory
+from tlcore.hotpath.new_memory import (
+    LEAST_LARGE,
+    PAGE_BYTES,
+    leave_spare,
+    take_spare,
+    take_up,
+    untouched_memory,
+)
 from tlcore.storage import Buffer
 
 _FIRST_BYTES = 2 << 20
@@ -85,12 +92,18 @@ class ShardBuffer:
                 return
             except (BufferError, OSError, SystemError):
                 pass
-        larger = untouched_memory(max(size, self._usual_bytes) if size >= LEAST_LARGE else size)
+        size = max(size, self._usual_bytes) if size >= LEAST_LARGE else size
+        larger, taken_up = take_spare(size) or (untouched_memory(size), 0)
         with memoryview(larger) as new, self.view() as old:
             new[: self.nbytes] = old
         self._memory = larger
-        self._taken_up = _whole_pages(self.nbytes)
+        self._taken_up = max(taken_up, _whole_pages(self.nbytes))
         self._in_large_pages = True
+
+    def leave(self) -> None:
+        """Leave the memory to the next capture of this process; nobody may use this any more."""
+        if len(self._memory) >= LEAST_LARGE:
+            leave_spare(self._memory, self._taken_up)
 
 
 def _whole_pages(nbytes: int) -> int:
@@ -120,4 +133,6 @@ class ShardBuffers:
 
     def clear(self) -> None:
         """Keep none."""
+        for gathered in self._free:
+            gathered.leave()
         self._free.clear()

@@ -7,6 +7,7 @@ pipeline, or both of the latter.
 
 from __future__ import annotations
 
+import mmap
 import threading
 import time
 from collections.abc import Callable, Collection, Iterable
@@ -14,7 +15,7 @@ from collections.abc import Callable, Collection, Iterable
 import torch
 
 from ...hotpath.copying import Memory
-from ...hotpath.new_memory import new_memory
+from ...hotpath.new_memory import LEAST_LARGE, leave_spare, new_memory, take_spare
 from .accelerator import Event
 
 CHUNK_BYTES = 32 << 20
@@ -31,7 +32,7 @@ class Chunk(Memory):
     ``spoilt`` that somebody may read it for as long as it lives.
     """
 
-    __slots__ = ("batches", "filling", "spoilt", "tensor", "view", "written")
+    __slots__ = ("_memory", "batches", "filling", "spoilt", "tensor", "view", "written")
 
     def __init__(self, size: int, pinned: bool = False) -> None:
         self.size = size
@@ -42,7 +43,13 @@ class Chunk(Memory):
         self.written: Event | None = None
         # A tensor made in inference mode could not be written outside it.
         with torch.inference_mode(False):
-            self.tensor = _pinned(size) if pinned else _pageable(size)
+            self._memory: mmap.mmap | None = None
+            found = _pinned(size) if pinned else None
+            if found is None:
+                left = take_spare(size)
+                self._memory = new_memory(size) if left is None else left[0]
+                found = torch.frombuffer(self._memory, dtype=torch.uint8)
+            self.tensor = found
         self.view = memoryview(self.tensor.numpy())  # type: ignore[arg-type]
         self.address = self.tensor.data_ptr()
 
@@ -56,17 +63,18 @@ class Chunk(Memory):
         self.ready()
         self.written = None
 
+    def leave(self) -> None:
+        """Leave the memory to the next capture of this process; nobody may use the chunk any more."""
+        if self._memory is not None and self.size >= LEAST_LARGE and not self.spoilt:
+            leave_spare(self._memory, self.size)
 
-def _pageable(size: int) -> torch.Tensor:
-    return torch.frombuffer(new_memory(size), dtype=torch.uint8)
 
-
-def _pinned(size: int) -> torch.Tensor:
+def _pinned(size: int) -> torch.Tensor | None:
     try:
         return torch.empty(size, dtype=torch.uint8, pin_memory=True)
     except RuntimeError:
         # The system limits pinned memory. A copy to other memory is right as well, only slower.
-        return _pageable(size)
+        return None
 
 
 # Stands for "no chunk yet": full from the beginning.
@@ -208,16 +216,20 @@ class HostPool:
             return
         chunk.bytes = 0
         chunk.filling = True
-        if chunk.spoilt or self._taken > self.limit or not self._recycles:
-            self._allocated -= chunk.size
-        else:
+        if self._recycles and not chunk.spoilt and self._taken <= self.limit:
             self._free.append(chunk)
+            return
+        self._allocated -= chunk.size
+        if not self._recycles:
+            chunk.leave()
 
     def retire(self) -> None:
-        """Give memory back to the system instead of keeping it, until a chunk is asked for again."""
+        """Keep no memory, until a chunk is asked for again."""
         with self._lock:
             self._recycles = False
             self._allocated -= sum(chunk.size for chunk in self._free)
+            for chunk in self._free:
+                chunk.leave()
             self._free.clear()
 
     @property
