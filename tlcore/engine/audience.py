@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Container, Mapping
+from collections.abc import Container
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -17,7 +17,7 @@ from .filters.modules import Calls, ModuleFilter, may_be_tap
 from .hooks.collector import Collector
 from .hooks.injecting import InjectListener
 from .hooks.listeners import ListenerSet
-from .hooks.listening import Listener, Rename, Source
+from .hooks.listening import Listener, ModulesOf, Rename, Source
 from .hooks.module_tree import ModuleTree, Named
 from .hooks.operator_listener import OperatorListener, may_ask
 from .hooks.operators import Operators
@@ -158,13 +158,20 @@ def as_draft(each: Named) -> Named:
     return Named(f"draft.{each.name}".rstrip("."), each.module, ())
 
 
-def renaming(modules: Mapping[str, nn.Module]) -> Rename:
-    """Modules by the names that they are given here; the others are left out."""
-    by_module = {id(module): name for name, module in modules.items()}
+def as_drafts(tree: ModuleTree) -> list[Named]:
+    """A draft model's modules by such names."""
+    return list(map(as_draft, tree.modules))
 
-    def renamed(each: Named) -> Named | None:
-        name = by_module.get(id(each.module)) if each.name else ""
-        return None if name is None else Named(name, each.module, ())
+
+def renaming(modules_of: ModulesOf) -> Rename:
+    """Modules by the names that they are given for the model; the others are left out."""
+
+    def renamed(tree: ModuleTree) -> list[Named]:
+        root, *parts = tree.modules
+        names = {id(module): name for name, module in modules_of(root.module).items()}
+        known = [each for each in parts if id(each.module) in names]
+        found = [Named(names[id(each.module)], each.module, ()) for each in known]
+        return [root._replace(aliases=()), *found]
 
     return renamed
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -15,14 +15,14 @@ from ..layout.names import ROOT_DIR
 from ..layout.structure import class_name
 from ..record import Json
 from . import remarks
-from .audience import Audience, as_draft, call_directory, renaming
+from .audience import Audience, as_drafts, call_directory, renaming
 from .filters.rows import StepRows
 from .filters.samples import Samples
 from .hooks.batch_calls import BatchCalls
 from .hooks.collector import Collector
 from .hooks.compiled_parts import refuse_compiled
 from .hooks.listeners import ListenerSet
-from .hooks.listening import Source
+from .hooks.listening import ModulesOf, Source
 from .hooks.module_tree import ModuleTree
 from .hooks.steps import StepCalls
 from .hooks.tap_sites import Taps
@@ -60,7 +60,7 @@ class Hookup:
         self,
         model: nn.Module,
         source: Source | None = None,
-        modules: Mapping[str, nn.Module] | None = None,
+        modules_of: ModulesOf | None = None,
         may_change_within: bool = False,
         traced: StepCalls | None = None,
         follow: Callable[[ModuleTree], object] | None = None,
@@ -69,7 +69,7 @@ class Hookup:
         refuse_compiled(model)
         audience = self._audience
         self._source = audience.source = source
-        rename = None if modules is None else renaming(modules)
+        rename = None if modules_of is None else renaming(modules_of)
         if traced is not None:
             select = functools.partial(audience.traced_listener, traced)
             self.hooks = TracedListeners(model, select, rename)
@@ -84,7 +84,7 @@ class Hookup:
     def attach_draft(self, model: nn.Module) -> None:
         """Also listen to a draft model's modules, by names behind ``draft``, in its `turn`."""
         audience = self._audience
-        self._draft = ListenerSet(model, audience.draft_listener, as_draft, counts=audience.counts)
+        self._draft = ListenerSet(model, audience.draft_listener, as_drafts, counts=audience.counts)
         self._listen_within(self._draft)
 
     def _listen_within(self, hooks: ListenerSet) -> None:

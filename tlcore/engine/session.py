@@ -34,7 +34,7 @@ from .filters.tensors import TensorFilter, known_devices
 from .hooks.batch_calls import BatchCalls
 from .hooks.collector import Collector
 from .hooks.gradients import Gradients
-from .hooks.listening import Source
+from .hooks.listening import ModulesOf, Source
 from .hooks.module_tree import ModuleTree
 from .hooks.steps import StepCalls
 from .hooks.tracing import PassedBy
@@ -159,24 +159,24 @@ class Session:
         self,
         model: nn.Module,
         source: Source | None = None,
-        modules: Mapping[str, nn.Module] | None = None,
+        modules_of: ModulesOf | None = None,
         may_change_within: bool = False,
         traced: StepCalls | None = None,
         follow: Callable[[ModuleTree], object] | None = None,
     ) -> None:
         """Plan the hooks for a model and its submodules.
 
-        ``source`` captures its modules by itself. ``modules`` are the submodules by the names that they
-        are to go by, where these are not those of ``named_modules``. Where the model ``may_change_within`` a
-        step, what it becomes there is heard, too. With ``traced`` listeners stay until the end, and compilers
-        trace along what shows calls to them; it is told which calls are steps. ``follow`` is told of the
-        model's modules in each captured step that finds others than the one before.
+        ``source`` captures its modules by itself. ``modules_of`` gives a model's submodules by the names
+        that they are to go by, where these are not those of ``named_modules``. Where the model
+        ``may_change_within`` a step, what it becomes there is heard, too. With ``traced`` listeners stay
+        until the end, and compilers trace along what shows calls to them; it is told which calls are steps.
+        ``follow`` is told of the model's modules in each captured step that finds others than before.
 
         Raises CaptureError for a compiled model, or when another model is attached already.
         """
         if self._pipeline is not None:
             raise CaptureError("this session has a model already; open another session for a second model")
-        self._hookup.attach(model, source, modules, may_change_within, traced, follow)
+        self._hookup.attach(model, source, modules_of, may_change_within, traced, follow)
         for device in {parameter.device for parameter in model.parameters()}:
             self._stager.reserve(device)
         self._processor = Processor(

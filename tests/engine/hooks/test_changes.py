@@ -16,8 +16,11 @@ from torch.nn.utils import parametrize
 import tlcore
 from tests.sinks import MemorySink
 from tests.toys import hook_count, model
+from tlcore.config.configuration import load_config
 from tlcore.engine.hooks.listeners import ListenerSet
 from tlcore.engine.hooks.module_tree import ModuleTree
+from tlcore.engine.new_run import new_run
+from tlcore.engine.session import Session
 
 X = torch.linspace(-1, 1, 8).reshape(2, 4)
 
@@ -220,6 +223,29 @@ def test_new_modules_are_heard_and_gone_ones_are_said() -> None:
     assert parts(sink, 0) == ["parts.0", "parts.1"]
     assert parts(sink, 1) == ["parts.0", "parts.1", "parts.1.0", "parts.1.1", "parts.2"]
     assert any("never called" in each and "idle" in each for each in capture.remarks)
+
+
+def test_a_module_that_is_replaced_is_heard_by_the_name_that_others_give_it() -> None:
+    """As in vLLM, where a layer with adapters goes by its own name."""
+    module, sink = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4)), MemorySink()
+    config = load_config({"log_step_ids": [], "output_dir": "memory://unused"})
+    session = Session(config, new_run(config), sink, inline=True)
+
+    def names(model: nn.Module) -> dict[str, nn.Module]:
+        return {f"layer.{name}": part for name, part in model.named_children() if name != "1"}
+
+    session.attach(module, modules_of=names)
+    wanted = []
+    for _ in range(2):
+        session.begin_step()
+        module(X)
+        session.end_step()
+        wanted.append(module[0](X))
+        module[0] = nn.Linear(4, 4)
+    session.close()
+    assert [step.calls for step in sink.steps] == [["_root", "layer.0"]] * 2
+    for number, out in enumerate(wanted):
+        assert torch.equal(sink.tensors[f"step_{number}/layer.0/outputs_cpu"], out)
 
 
 def test_adapters_that_are_added_between_steps_are_heard() -> None:

@@ -42,6 +42,7 @@ class ListenerSet:
         self.model = model
         self._select = select
         self._rename = rename
+        self._renamed: tuple[ModuleTree, list[Named]] | None = None
         self._looks_within = may_change_within
         self._keepers: list[Keeper] = []
         # Where in the list of listeners a module's is, by its identity.
@@ -114,7 +115,9 @@ class ListenerSet:
         """The model's modules by the names under which they go here."""
         if self._rename is None:
             return tree.modules
-        return [named for named in map(self._rename, tree.modules) if named is not None]
+        if self._renamed is None or self._renamed[0] is not tree:
+            self._renamed = tree, self._rename(tree)
+        return self._renamed[1]
 
     @property
     def elsewhere(self) -> dict[str, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import sys
 import threading
-from collections.abc import Callable, Container
+from collections.abc import Callable, Container, Mapping
 from typing import Any, Literal, Protocol, TypeVar
 
 import torch
@@ -30,7 +30,7 @@ from ..calls import Call
 from ..staging.dtensors import has_dtensors
 from .collector import Collector
 from .counting import CallCounter
-from .module_tree import Named
+from .module_tree import ModuleTree, Named
 from .tracing import compiles, key_of, why_traced
 
 NOBODY = 0
@@ -291,5 +291,7 @@ class Source(Protocol):
 
 # Makes the listener of a module, None where it is not to be heard; given the names of all modules, too.
 Select = Callable[[Named, frozenset[str], Hearing], "Listener | None"]
-# Under which names a module goes, where these are not its own; None where it is to be left out.
-Rename = Callable[[Named], "Named | None"]
+# A model's submodules by the names that they are to go by, those left out that go by none.
+ModulesOf = Callable[[nn.Module], Mapping[str, nn.Module]]
+# The modules that are heard, by the names that they go by.
+Rename = Callable[[ModuleTree], "list[Named]"]

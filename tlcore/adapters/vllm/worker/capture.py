@@ -115,7 +115,7 @@ class WorkerCapture:
             if tapped:
                 self._tap_before_warm_up(worker, session, carrier)
             else:
-                session.attach(model, modules=modules)
+                session.attach(model, modules_of=plain_modules)
             draft = _draft_of(worker.model_runner)
             if draft is not None:
                 session.attach_draft(draft)
