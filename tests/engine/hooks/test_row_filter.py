@@ -193,6 +193,21 @@ def test_the_last_row_is_an_accepted_one_where_that_is_known() -> None:
     assert [(row["first_row"], row["accepted"]) for row in rows.document()["rows"]] == [(0, 1), (1, 0)]
 
 
+def test_in_the_midst_of_a_prompt_no_row_is_the_last_one() -> None:
+    """As with chunked prefill: no token is sampled until the prompt is there."""
+    rows = StepRows(None, last=True)
+    rows.batch("ab", unsampled="a")
+    rows.enter([RowSet("tokens", _rows(5, 2))], main=True)
+    kept = rows.cut(torch.arange(7.0))
+    assert kept is not None and kept.tolist() == [6]
+    assert [(row["request_id"], row["rows"]) for row in rows.document()["rows"]] == [("b", 1)]
+    rows.begin_step()
+    rows.batch("ab")
+    rows.enter([RowSet("tokens", _rows(5, 2))], main=True)
+    kept = rows.cut(torch.arange(7.0))
+    assert kept is not None and kept.tolist() == [4, 6]
+
+
 def _session(sink: MemorySink) -> tuple[Session, nn.Module]:
     config = load_config(
         {"log_step_ids": [], "output_dir": "memory://unused", "request_ids": "a", "module_call_match": "."}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -110,6 +110,7 @@ class StepRows:
         self._parts = [self._part]
         self._everyone = self.chooses is None
         self.told = False
+        self._unsampled: Container[str] = ()
         # Along which axis the positions lay of the tensor that was cut last; None where it was left whole.
         self.cut_along: int | None = None
         # The rows of that tensor where some may have to go, and all such rows of the step.
@@ -131,9 +132,18 @@ class StepRows:
         """The row sets of the calls that begin now."""
         return self._part.sets
 
-    def batch(self, requests: Sequence[str], prompts: Mapping[tuple[str, str], int] | None = None) -> None:
-        """Say which requests the step runs. Where all of them are chosen, every tensor may be stored."""
+    def batch(
+        self,
+        requests: Sequence[str],
+        prompts: Mapping[tuple[str, str], int] | None = None,
+        unsampled: Container[str] = (),
+    ) -> None:
+        """Say which requests the step runs, and of which it samples no token, as in the midst of a prompt.
+
+        Where all of them are chosen, every tensor may be stored.
+        """
         self.told = True
+        self._unsampled = unsampled
         if prompts is not None:
             self.prompts = prompts
         self._everyone = self.chooses is None or all(map(self.chooses, requests))
@@ -226,6 +236,8 @@ class StepRows:
             prompt = self.prompts.get((request, str(span.row.get("sequence", ""))))
             part = choosing.part(request, span.first, span.length, prompt)
             return None if part is None or not part[1] else (span.begin + part[0], part[1])
+        if request in self._unsampled:
+            return None
         accepted = span.row.get("accepted")
         if accepted:
             return span.begin + min(span.length, accepted) - 1, 1

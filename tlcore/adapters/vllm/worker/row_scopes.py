@@ -99,7 +99,7 @@ class RowScopes:
             requests = [row["request_id"] for row in rows]
             prompts = self._tokens.prompts(requests)
             self._unsampled = self._cut_short(rows, prompts)
-            self._step.batch(requests, prompts)
+            self._step.batch(requests, prompts, self._unsampled)
             if self._injection is not None:
                 self._injection.batch(self._given(rows, output, prompts))
             if self._keeps_ids:
