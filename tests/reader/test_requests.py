@@ -57,6 +57,16 @@ def test_single_rows_are_told_by_their_positions(tmp_path: Path) -> None:
         request.has_row("layer/outputs_cp", 0)
 
 
+def test_a_name_may_leave_out_the_device(tmp_path: Path) -> None:
+    request = requests_run(tmp_path, STEPS, _tensors).request("AAA")
+    for name in request.names:
+        short = name.removesuffix("_cpu")
+        assert torch.equal(request[short], request[name])
+        assert request.positions(short) == request.positions(name)
+    with pytest.raises(MissingError, match=r"no tensor with rows 'layer/output'; did you mean"):
+        request["layer/output"]
+
+
 def test_a_request_keeps_nothing_of_the_tensors_that_were_read(tmp_path: Path) -> None:
     count, names = 4096, ["layer/inputs_0_cpu", "layer/outputs_cpu"]
     run = requests_run(tmp_path, [[(A, count, 0)]], _tensors)

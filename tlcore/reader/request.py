@@ -17,6 +17,7 @@ from ..layout.rows import ENCODED, Span, adapter_of
 from ..record import Json
 from .chosen_rows import ChosenRows, read_chosen
 from .described import tensors_in
+from .lookup import without_device
 from .placements import as_whole, is_part
 from .request_tokens import Part, RequestTokens
 from .step import Step
@@ -180,6 +181,7 @@ class Request(Mapping[str, "torch.Tensor"]):
     def tensor(self, name: str, unshard: bool = False, dtype: Wanted = None) -> torch.Tensor:
         """A tensor's rows of this request, over all steps; with ``unshard`` the ranks' parts are joined.
 
+        ``name`` is one of `names`, or leaves out the device, and then means rank 0's tensor.
         ``dtype`` is that in which they are wanted, or ``"original"``: what they had before ``store_dtype``.
 
         Raises MissingError for a name that is not there, ReadError where rows of two steps differ in shape.
@@ -278,9 +280,12 @@ class Request(Mapping[str, "torch.Tensor"]):
         return found
 
     def _of(self, name: str) -> list[_Place]:
-        if name not in self._places:
-            raise missing("tensor with rows", name, f"request {self.request_id} of {self._url}", self._places)
-        return self._places[name]
+        if name in self._places:
+            return self._places[name]
+        meant = without_device(self._places).get(name, ())
+        if len(meant) == 1:
+            return self._places[meant[0]]
+        raise missing("tensor with rows", name, f"request {self.request_id} of {self._url}", self._places)
 
     def _newest(self, name: str) -> dict[int, tuple[_Place, int]]:
         """For each position the place of its last computation, and the row there."""
