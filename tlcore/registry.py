@@ -210,11 +210,11 @@ def open_source(store: Store, run: Json) -> Source:
         raise ReadError(f"{store.url}: {error.problem}") from error
 
 
-def recognise(store: Store) -> tuple[Json | None, list[str], list[str]]:
+def recognise(store: Store) -> tuple[Json | None, list[str], list[str], list[str]]:
     """The run document of another tool's dump in ``store``, and what is missing where one is nearly there.
 
-    The document is None where no format knows the place. The last ones are other formats that know it, too.
-    Raises ReadError where it cannot be looked at.
+    The document is None where no format knows the place. The last ones are other formats that know it, too,
+    and files that are not read. Raises ReadError where it cannot be looked at.
     """
     near: list[str] = []
     files: Any = _import_target(_DUMP_FILES)(store)
@@ -225,10 +225,10 @@ def recognise(store: Store) -> tuple[Json | None, list[str], list[str]]:
             # Two formats may say the same of a damaged file.
             near += [] if found in near else [found]
         elif found is not None:
-            others = list(_also_there(files, name))
+            others, passed_over = list(_also_there(files, name)), source.passed_over(files)
             files.hand_over()
-            return {**found, "backend": name}, near, others
-    return None, near, []
+            return {**found, "backend": name}, near, others, passed_over
+    return None, near, [], []
 
 
 def _also_there(files: Any, first: str) -> Iterator[str]:

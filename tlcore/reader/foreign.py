@@ -61,12 +61,15 @@ def not_recognised(path: str | os.PathLike[str], near: list[str]) -> ReadError:
 
 
 def _recognised(store: Store) -> tuple[tuple[Store, Json] | None, list[str]]:
-    found, near, others = recognise(store)
+    found, near, others, passed_over = recognise(store)
     if found is not None and others:
         text = "%s is read as a dump of %s, and is also one of %s, which is not read: keep them apart"
         log.warning(text, redact_url(store.url), found["backend"], ", ".join(others))
     if found is None:
         return None, near
+    if passed_over:
+        text = "%s: %d files are not read as a part of the dump of %s, such as %s"
+        log.warning(text, redact_url(store.url), len(passed_over), found["backend"], min(passed_over))
     name = _NO_ID.sub("_", store.url.rstrip("/").rpartition("/")[2]).strip("._") or "dump"
     document = {
         "layout": LAYOUT_VERSION,

@@ -19,6 +19,7 @@ from .safetensors_files import safetensors_in
 from .source import ONE_RANK, ForeignSource
 
 _SUFFIX = ".safetensors"
+_OTHERS = (".pt", ".pth", ".bin", ".ckpt", ".npy", ".npz")
 _KEYS = frozenset(("hidden_states", "token_ids"))
 # Of states in eight bits, one scale for each token; they are restored in what speculators restores them in.
 _SCALES, _RESTORED = "hidden_states_scales", "bfloat16"
@@ -65,6 +66,12 @@ class HiddenStates(ForeignSource):
             if len(tensors["hidden_states"].shape) not in (2, 3):
                 return f"{name}: its hidden states are no [tokens, layers, hidden]"
         return {"world_size": 1}
+
+    @classmethod
+    def passed_over(cls, files: DumpFiles) -> list[str]:
+        """Tensors in files of other kinds."""
+        folder, _ = _files(files)
+        return [name for name in files.files_in(folder) if name.endswith(_OTHERS)]
 
     @cached_property
     def _requests(self) -> Mapping[int, str]:

@@ -12,6 +12,7 @@ from .documents import Found, in_model_order
 
 _NAME = re.compile(r"(.+)\.(input|kwargs|output|parameters)\.(.+)\.(?:pt|npy)", re.DOTALL)
 _GRADIENT = re.compile(r"(.+\.parameters_grad\.\d{1,9})\.(.+)\.(?:pt|npy)", re.DOTALL)
+_SUFFIXES = (".pt", ".npy")
 # An entry's module, kind and call.
 Entry = tuple[str, str, int]
 Path = tuple[PathKey, ...]
@@ -21,18 +22,19 @@ def told_by_names(
     folder: str, names: Iterable[str], entry: Callable[[str], Entry], look: Callable[[str], Found]
 ) -> list[Found]:
     """The tensors of files in a folder; ``look`` opens one. What is not whole is skipped."""
-    found = [(name, each) for name in sorted(names) if (each := _found(name, entry)) is not None]
+    found = [(name, _found(name, entry)) for name in sorted(names) if name.endswith(_SUFFIXES)]
     results = [each for _, each in found if each.direction in _RESULTS and each.path]
     several = {(each.module, each.call) for each in results if each.path[0] != 0}
     return in_model_order(_looked_at(f"{folder}/{name}", _alone(each, several), look) for name, each in found)
 
 
-def _found(name: str, entry: Callable[[str], Entry]) -> Found | None:
+def _found(name: str, entry: Callable[[str], Entry]) -> Found:
     if (named := _GRADIENT.fullmatch(name)) is not None:
         module, _, call = entry(named[1])
         return Found(f"param.{module}.{named[2]}", "grad_outputs", (), call=call)
     if (named := _NAME.fullmatch(name)) is None:
-        return None
+        # Such as what was saved by hand: `<name>.<number>.debug`.
+        return Found(name.rpartition(".")[0], "outputs", ())
     module, kind, call = entry(named[1])
     if named[2] == "parameters":
         return Found(f"param.{module}.{named[3]}", "outputs", (), call=call)

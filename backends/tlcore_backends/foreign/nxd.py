@@ -26,7 +26,7 @@ _FILE = re.compile(
     r"captured_tensors_(.+?)_step_(\d{1,9})_(?:module_(.+)|(manual_tensor_\d+))\.pt", re.DOTALL
 )
 # The last such word tells the side: a module may be called so, too.
-_SIDE = re.compile(r"(.+)_(input|output)s?((?:_\w+)*)", re.DOTALL)
+_SIDE = re.compile(r"(.+)[_.](input|output)s?((?:[_.]\w+)*)", re.DOTALL)
 _MISSING = "its file is missing"
 
 
@@ -64,6 +64,11 @@ class NeuronCapture(ForeignSource):
         except ReadError as error:
             return str(error)
         return {"world_size": 1}
+
+    @classmethod
+    def passed_over(cls, files: DumpFiles) -> list[str]:
+        """Those that are called otherwise."""
+        return [name for name in files.top if name.endswith(".pt") and _FILE.fullmatch(name) is None]
 
     @cached_property
     def _listed(self) -> Mapping[str, Json]:
@@ -123,7 +128,9 @@ def _parsed(name: str, told: Json) -> _File | None:
     module, kind, more = (side[1], side[2], side[3]) if side else (found[3], "output", "")
     # In a file's name the dots may be gone.
     named = told.get("module_name")
-    path = tuple(int(part) if part.isdigit() and len(part) < 5 else part for part in more.split("_") if part)
+    path = tuple(
+        int(part) if part.isdigit() and len(part) < 5 else part for part in re.split(r"[_.]", more) if part
+    )
     module = named if isinstance(named, str) and named else module
     direction = f"{kind}s"
     if direction == "inputs" and not path:

@@ -77,6 +77,11 @@ class SglangDumper(ForeignSource):
             found |= {} if ranks is None else {"ranks": ranks}
         return found
 
+    @classmethod
+    def passed_over(cls, files: DumpFiles) -> list[str]:
+        """Those in whose names a tag is missing."""
+        return [name for name in _saved(files, _experiments(files)[0]) if _parsed(name) is None]
+
     @cached_property
     def _directory(self) -> str:
         return _experiments(self.files)[0]
@@ -157,6 +162,10 @@ class SglangDumper(ForeignSource):
         value = plain(value["value"]) if not _whole(value) else plain(value)
         sound = isinstance(value, list) and all(isinstance(each, str) for each in value)
         return list(value) if sound else None
+
+
+def _saved(files: DumpFiles, directory: str) -> list[str]:
+    return [name for name in files.files_in(directory) if name.endswith(_SUFFIX)]
 
 
 def _parsed(name: str) -> _File | None:

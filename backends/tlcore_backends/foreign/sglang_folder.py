@@ -65,6 +65,13 @@ class SglangFolder(ForeignSource):
         shared = _shared(files) if len(ranks) > 1 else None
         return found if shared is None else {**found, "ranks": shared}
 
+    @classmethod
+    def passed_over(cls, files: DumpFiles) -> list[str]:
+        """Those that are called otherwise than a pass."""
+        directories = [directory for _, directory in _processes(files)]
+        names = [name for each in directories for name in files.files_in(each) if name.endswith(".pt")]
+        return [name for name in names if _PASS.fullmatch(name.rpartition("/")[2]) is None]
+
     @cached_property
     def _files(self) -> dict[int, dict[int, str]]:
         """The file of each pass of each rank."""

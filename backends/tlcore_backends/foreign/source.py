@@ -39,6 +39,11 @@ class ForeignSource(ABC):
         A text says what is missing where something looks like one and is none.
         """
 
+    @classmethod
+    def passed_over(cls, files: DumpFiles) -> list[str]:
+        """Files in a dump that is known which look like its own and are not read, by their names."""
+        return []
+
     @property
     @abstractmethod
     def steps(self) -> Mapping[int, StepRanks]:

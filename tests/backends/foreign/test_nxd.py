@@ -38,6 +38,7 @@ def test_names_alone_tell_sides_and_phases(tmp_path: Path) -> None:
     _save(tmp_path, "cte_step_0_module_layers.0.attn_outputs_1", 2)
     _save(tmp_path, "cte_step_0_manual_tensor_3", 3)
     _save(tmp_path, "cte_step_0_module_input_layernorm_output", 6)
+    _save(tmp_path, "cte_step_0_module_layers.9.attn.qkv.outputs", 7)
     _save(tmp_path, "tkg_step_1_module_layers.0.mlp_output", 4)
     run = tlcore.open_run(tmp_path)
     assert {name: each.item() for step in run.steps for name, each in run.step(step).items()} == {
@@ -45,6 +46,7 @@ def test_names_alone_tell_sides_and_phases(tmp_path: Path) -> None:
         "step_0/layers.0.attn/outputs_1_cpu": 2,
         "step_0/layers.0.mlp/inputs_0_cpu": 0,
         "step_0/layers.0.mlp/outputs_cpu": 1,
+        "step_0/layers.9.attn.qkv/outputs_cpu": 7,
         "step_0/manual_tensor_3/outputs_cpu": 3,
         "step_1/layers.0.mlp/outputs_cpu": 4,
     }

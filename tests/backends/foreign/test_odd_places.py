@@ -12,6 +12,14 @@ import torch
 from safetensors.torch import save_file
 
 import tlcore
+from tests.backends.foreign import (
+    test_hidden_states,
+    test_msprobe,
+    test_nxd,
+    test_sglang,
+    test_transformer_engine,
+)
+from tests.backends.foreign.conformance import ForeignConformance
 from tests.backends.foreign.test_sglang import _dumped
 from tlcore.errors import ReadError
 
@@ -57,6 +65,41 @@ def test_two_tools_in_one_directory_are_told(tmp_path: Path, caplog: pytest.LogC
         run = tlcore.open_run(tmp_path)
     assert run.document["backend"] == "sglang-dumper"
     assert "is also one of nxd-capture, which is not read: keep them apart" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("suite", "beside"),
+    [
+        (test_sglang.TestDumper, "forward_pass_id=0___name=old.pt"),
+        (test_sglang.TestFolder, "Pass.pt"),
+        (test_nxd.TestNeuronCapture, "captured_tensors_cte_module_layers.0_output.pt"),
+        (test_hidden_states.TestHiddenStates, "data_0.ckpt"),
+        (test_transformer_engine.TestTransformerEngine, "tensor_dumps/rank_0/late_output.pt"),
+    ],
+)
+def test_files_that_are_not_read_are_told(
+    suite: type[ForeignConformance], beside: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    directory = suite().write(tmp_path, suite().tensors())
+    with caplog.at_level(logging.WARNING, "tlcore"):
+        tlcore.open_run(directory)
+        assert not caplog.records
+        place = next(iter((*directory.glob("TP*"), *directory.glob("dump_*"))), (directory / beside).parent)
+        torch.save(torch.ones(2), place / Path(beside).name)
+        run = tlcore.open_run(directory)
+    assert run.document["backend"] == suite.tool
+    assert f"1 files are not read as a part of the dump of {suite.tool}, such as " in caplog.text
+    assert Path(beside).name in caplog.text
+
+
+def test_what_msprobe_was_asked_to_save_by_hand_is_read(tmp_path: Path) -> None:
+    test_msprobe.TestMsprobe().write(tmp_path, {"model.layers.0.mlp": torch.ones(2, 3)})
+    data = next(tmp_path.rglob("dump_tensor_data"))
+    torch.save(torch.full((2,), 5.0), data / "my_mask.0.debug.pt")
+    (data / "notes.txt").write_text("no tensor")
+    run = tlcore.open_run(tmp_path)
+    assert run.tensor("step_0/my_mask.0.debug/outputs_cpu").tolist() == [5, 5]
+    assert run.verify() == run.ledger.stored == 2
 
 
 def _cut(file: Path, count: int) -> Path:

@@ -11,6 +11,7 @@ import torch
 import tlcore
 from tests.backends.foreign.conformance import ForeignConformance, Tensors
 from tlcore.errors import ReadError
+from tlcore_backends.foreign.dotted_names import dotted
 
 
 def _save(place: Path, name: str, value: Any) -> None:
@@ -31,7 +32,7 @@ class TestTransformerEngine(ForeignConformance):
     def write(self, directory: Path, tensors: Tensors) -> Path:
         for name, tensor in tensors.items():
             place = directory / "tensor_dumps" / "rank_0" / "iter_000000"
-            _save(place, f"{name}_output", {"high_precision": tensor})
+            _save(place, f"{name.replace('.', '_')}_output", {"high_precision": tensor})
         return directory
 
 
@@ -41,7 +42,7 @@ def test_tensors_of_a_layer_are_told_apart_and_what_is_quantized_is_counted(tmp_
     kinds = ("activation", "weight", "gradient", "output", "wgrad", "dgrad")
     for value, kind in enumerate(kinds):
         held = {"high_precision": torch.tensor([value]), "quantized": Quantized(torch.ones(1))}
-        _save(place, f"{layer}_{kind}", held)
+        _save(place, f"{layer.replace('.', '_')}_{kind}", held)
     for path in (tmp_path, tmp_path / "tensor_dumps", tmp_path / "tensor_dumps" / "rank_0", place):
         run = tlcore.open_run(path)
         assert run.steps == [100]
@@ -54,6 +55,47 @@ def test_tensors_of_a_layer_are_told_apart_and_what_is_quantized_is_counted(tmp_
             f"{layer}/grad_inputs_0_cpu": 5,
         }
         assert run.ledger.to_json()["reasons"] == {"in a Quantized, which is not opened": 6}
+
+
+def test_iterations_of_one_directory_are_told_apart_by_their_files_names(tmp_path: Path) -> None:
+    for rank in range(2):
+        place = tmp_path / "tensor_dumps" / f"rank_{rank}"
+        for iteration in (0, 100):
+            for kind in ("activation", "weight"):
+                name = f"decoder_layers_{rank}_mlp_linear_fc1_{kind}_iter_{iteration:06d}"
+                _save(place, name, {"high_precision": torch.tensor([rank + iteration])})
+    run = tlcore.open_run(tmp_path)
+    assert run.steps == [0, 100]
+    assert {name: each.item() for name, each in run.step(100).items()} == {
+        "step_100/decoder.layers.0.mlp.linear_fc1/inputs_0_cpu": 100,
+        "step_100/param.decoder.layers.0.mlp.linear_fc1.weight/outputs_cpu": 100,
+        "step_100/decoder.layers.1.mlp.linear_fc1/inputs_0_cpu_rank_1": 101,
+        "step_100/param.decoder.layers.1.mlp.linear_fc1.weight/outputs_cpu_rank_1": 101,
+    }
+    assert tlcore.open_run(tmp_path / "tensor_dumps" / "rank_1").steps == [0, 100]
+    # Files of such a name may be anybody's.
+    _save(tmp_path / "other", "x_iter_1", {"weights": torch.ones(1)})
+    assert tlcore.open_run(tmp_path / "other").document["backend"] == "plain"
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.decoder.layers.11.self_attention.linear_qkv",
+        "decoder.layers.0.mlp.experts.local_experts.3.linear_fc2",
+        "decoder.layers.0.pre_mlp_layernorm",
+        "model.layers.3.self_attn.q_proj",
+        "language_model.encoder.layers.0.self_attention.layernorm_qkv",
+        "my_tower.layers.2.odd_proj",
+        "fc1",
+        "text_model",
+        "module.module.embedding.word_embeddings",
+        "with__two",
+        "transformer.h.5.attn",
+    ],
+)
+def test_dots_of_layers_names_are_found_again(name: str) -> None:
+    assert dotted(name.replace(".", "_")) == name and dotted(name) == name
 
 
 def test_other_files_in_a_directory_of_an_iterations_name_are_read_as_what_they_are(
