@@ -23,6 +23,8 @@ from tlcore.layout.templates import compact
 from tlcore.reader.alike import alike_steps
 from tlcore.runs import conversion
 from tlcore.runs.convert import convert
+from tlcore_backends.pt import alike
+from tlcore_backends.pt import alike_steps as tree_steps
 from tlcore_backends.safetensors import alike_steps as segment_steps
 from tlcore_backends.storage.local import LocalStore
 
@@ -60,6 +62,13 @@ def capture(
             # One is too large now and then, and is skipped: a step of another kind.
             model(torch.randn(3 + 7 * (step % 3 == 2), 4), changes(step))
     return Path(captured.url)
+
+
+@pytest.fixture(autouse=True)
+def shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of a step are those of several threads, however few they are."""
+    monkeypatch.setattr(alike, "_LEAST_OF_PART", 1)
+    monkeypatch.setattr(tree_steps, "_THREADS", 3)
 
 
 @pytest.fixture

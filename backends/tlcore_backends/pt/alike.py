@@ -10,8 +10,10 @@ from __future__ import annotations
 import json
 import secrets
 import struct
+from bisect import bisect_left
 from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from tlcore.errors import ReadError
@@ -19,6 +21,7 @@ from tlcore.layout.run_files import is_plain, parse
 from tlcore.record import Json
 
 from .encode import Frame, frame_of
+from .frame_table import FrameTable
 
 _RECORDS = b'"records":['
 _LAST_FIELD = b'"file_bytes":'
@@ -27,6 +30,10 @@ _HEX_CHARS = 32
 _NAMES = (b'"name":"', b'"file":"', b'"alias_of":"')
 _FILES = (b'"file": "', b'"file":"')
 _MOST_DIMENSIONS = 64
+# What one call reads: between two a thread may have to wait for the interpreter, amid one nothing stops it.
+# Opening a file takes as long as reading so many bytes.
+_LEAST_OF_PART, _MOST_OF_PART = 16 << 20, 1 << 30
+_COST_OF_FILE = 48 << 10
 # What records that are not as `PtSink` writes them are found by.
 UNUSUAL = (
     *(KeyError, TypeError, ValueError, OverflowError, AttributeError),
@@ -99,6 +106,14 @@ def cut(text: bytes, directory: bytes) -> StepText | None:
     return StepText(records, kind, [each.decode() for each in hashes], {**rest, "records": []})
 
 
+class Part(NamedTuple):
+    """Some of the files that steps of a kind have, which are read in one call."""
+
+    begin: int
+    end: int
+    table: FrameTable
+
+
 class Leader:
     """A step that others are compared with."""
 
@@ -139,6 +154,23 @@ class Leader:
             found.append(original)
             known[record["name"]] = found[original]
         return found
+
+    def parts(self, threads: int) -> list[Part]:
+        """All files, shared among so many threads. Raises one of `UNUSUAL` for sizes that no file has."""
+        costs = [
+            _COST_OF_FILE + (frame.size if own else 0)
+            for frame, own in zip(self.frames, self.has_own_bytes, strict=True)
+        ]
+        ends = list(accumulate(costs))
+        total = ends[-1] if ends else 0
+        count = -(-total // min(max(_LEAST_OF_PART, -(-total // threads)), _MOST_OF_PART))
+        # As much in each: who is done first waits for the others.
+        edges = [bisect_left(ends, total * number // count) for number in range(count)]
+        return [
+            Part(begin, end, FrameTable(self.frames[begin:end]))
+            for begin, end in pairwise([*edges, len(costs)])
+            if begin < end
+        ]
 
     def texts_of(self, directory: str, suffix: str) -> list[str]:
         """The files that a step needs beside tensors and ``step.json``; ``suffix`` is a rank's."""

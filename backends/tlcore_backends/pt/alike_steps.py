@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future, ThreadPoolExecutor
+from concurrent.futures import Executor, Future, ThreadPoolExecutor, wait
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -22,6 +24,8 @@ from .whole_check import LARGEST_TEXTS
 # A run alternates between few kinds of steps; of each, its records are kept as a text.
 _MOST_KINDS = 8
 _HASH_BYTES = 16
+_THREADS = min(4, os.cpu_count() or 1)
+Numbers = np.ndarray[Any, np.dtype[np.int64]]
 # The call order and step.json.
 _OWN_FILES = 2
 
@@ -36,7 +40,7 @@ def alike_steps(
 
     ``structures`` gives the names of a step's structures.
     """
-    with ThreadPoolExecutor(1, "tlcore-list") as pool:
+    with ThreadPoolExecutor(_THREADS, "tlcore-list") as pool:
         reader = _Reader(directory, rank, structures, pool)
         # While the tensors of one are read, the texts of the next one are.
         left, ahead = iter(texts), None
@@ -48,25 +52,48 @@ def alike_steps(
             yield found or now[0]
 
 
+class _Part:
+    """Some files of a kind's steps, and where in a step's memory the tensor of each goes."""
+
+    def __init__(self, begin: int, end: int, table: FrameTable, spans: Numbers) -> None:
+        self.begin, self.end, self._table, self._spans = begin, end, table, spans
+        self._kept = bytearray(table.nbytes)
+
+    def fill(self, directory: str, names: Sequence[str], hashes: bytes, memory: memoryview) -> bool:
+        """Read a step's tensors to their places; whether all are sound, with what is around them."""
+        hashes = hashes[_HASH_BYTES * self.begin : _HASH_BYTES * self.end]
+        try:
+            read, digests = gather_payloads(
+                directory, names[self.begin : self.end], self._spans, self._kept, memory
+            )
+        except (TypeError, ValueError, OSError, MemoryError, ReadError):
+            return False
+        first = np.frombuffer(read, np.int64)
+        # Of hard links what is around the payload was kept once; each must be what its own record says.
+        return digests == hashes and not (first < 0).any() and self._table.is_around(self._kept, first)
+
+
 class _Kind:
     """Steps that are alike, and where each of their tensors goes."""
 
-    def __init__(self, step: int, leader: Leader) -> None:
+    def __init__(self, step: int, leader: Leader, threads: int) -> None:
         """Raises ValueError where an alias is none of a tensor before it, else as `FrameTable`."""
         self.step, self.leader = step, leader
         # All of them, as the listing has them; and whether there is nothing in the step's directory beside.
         self.structures: list[str] = []
         self.has_no_others = False
         self.originals = leader.originals
-        self.table = FrameTable(leader.frames)
         targets, self.nbytes = list[int](), 0
         for index, frame in enumerate(leader.frames):
             own = self.originals[index] == index
             targets.append(self.nbytes if own else -1)
             self.nbytes += frame.payload_bytes if own else 0
-        self.spans = np.column_stack((self.table.spans, np.array(targets, np.int64)))
-        # Used again for each step.
-        self.kept = bytearray(self.table.nbytes)
+        goes = np.array(targets, np.int64)
+        # Their memory is used again for each step.
+        self.parts = [
+            _Part(*part, np.column_stack((part.table.spans, goes[part.begin : part.end])))
+            for part in leader.parts(threads)
+        ]
 
     @cached_property
     def directories(self) -> list[str]:
@@ -134,7 +161,7 @@ class _Reader:
 
     def _learn(self, step: int, parts: StepText, directory: str) -> None:
         try:
-            kind = _Kind(step, Leader(parts, directory))
+            kind = _Kind(step, Leader(parts, directory), _THREADS)
         except UNUSUAL:
             return
         self._kinds[parts.kind] = kind
@@ -169,10 +196,12 @@ class _Reader:
         return read_texts(self._directory, names, LARGEST_TEXTS)
 
     def _fill(self, kind: _Kind, names: Sequence[str], hashes: bytes, memory: memoryview) -> bool:
+        running = [
+            self._pool.submit(part.fill, self._directory, names, hashes, memory) for part in kind.parts[1:]
+        ]
         try:
-            read, digests = gather_payloads(self._directory, names, kind.spans, kind.kept, memory)
-        except (TypeError, ValueError, OSError, MemoryError, ReadError):
-            return False
-        first = np.frombuffer(read, np.int64)
-        # Of hard links what is around the payload was kept once; each must be what its own record says.
-        return digests == hashes and not (first < 0).any() and kind.table.is_around(kind.kept, first)
+            sound = all(part.fill(self._directory, names, hashes, memory) for part in kind.parts[:1])
+        finally:
+            # The memory is somebody else's afterwards.
+            wait(running)
+        return sound and all(part.result() for part in running)

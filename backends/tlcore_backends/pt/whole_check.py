@@ -5,11 +5,9 @@ What is wrong is not told here: a step that is not proven is looked at file by f
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
 from functools import partial
-from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from tlcore.errors import ReadError
@@ -19,13 +17,9 @@ from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.protocols import AlikeSteps, WholeCheck
 from tlcore.record import Json
 
-from .alike import UNUSUAL, Leader, cut, together
+from .alike import UNUSUAL, Leader, Part, cut, together
 from .frame_table import FrameTable
 
-# What one call reads: between two a thread may have to wait for the interpreter, amid one nothing stops it.
-# Opening a file takes as long as reading so many bytes.
-_LEAST_OF_PART, _MOST_OF_PART = 16 << 20, 1 << 30
-_COST_OF_FILE = 48 << 10
 # Of the structures of one step that are read together.
 LARGEST_TEXTS = 64 << 20
 # Steps that are checked together, and kinds among them; each kind's first one is looked at as any step is.
@@ -56,17 +50,9 @@ def check_steps(
         yield window.check()
 
 
-class _Part(NamedTuple):
-    """Some of the files that steps of a kind have, which are read in one call."""
-
-    begin: int
-    end: int
-    table: FrameTable
-
-
 class _Kind(NamedTuple):
     leader: Leader
-    parts: Sequence[_Part]
+    parts: Sequence[Part]
     steps: list[int]
     rests: list[Json]
 
@@ -99,7 +85,7 @@ class _Window:
         if kind is None and len(self._kinds) < _KINDS:
             try:
                 leader = Leader(parts, directory)
-                kind = _Kind(leader, list(_parts(leader, self._threads)), [], [])
+                kind = _Kind(leader, leader.parts(self._threads), [], [])
             except UNUSUAL:
                 return
             self._kinds[parts.kind] = kind
@@ -136,22 +122,6 @@ class _Window:
 
     def _texts_are_alike(self, leader: Leader, directory: str) -> bool:
         return bool(leader.texts) and together(self._texts(leader, directory), directory) == leader.texts
-
-
-def _parts(leader: Leader, threads: int) -> Iterator[_Part]:
-    costs = [
-        _COST_OF_FILE + (frame.size if own else 0)
-        for frame, own in zip(leader.frames, leader.has_own_bytes, strict=True)
-    ]
-    ends = list(accumulate(costs))
-    total = ends[-1] if ends else 0
-    most = min(max(_LEAST_OF_PART, -(-total // threads)), _MOST_OF_PART)
-    count = -(-total // most)
-    # As much in each: who is done first waits for the others.
-    edges = [bisect_left(ends, total * number // count) for number in range(count)]
-    for begin, end in pairwise([*edges, len(costs)]):
-        if begin < end:
-            yield _Part(begin, end, FrameTable(leader.frames[begin:end]))
 
 
 def _is_sound(directory: str, names: Sequence[str], table: FrameTable, hashes: Sequence[str]) -> bool:

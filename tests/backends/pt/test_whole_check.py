@@ -20,7 +20,7 @@ from tlcore.errors import ReadError, VerifyError
 from tlcore.reader.documents import record_problem
 from tlcore.reader.sound_records import SoundRecords
 from tlcore.reader.stored import Stored
-from tlcore_backends.pt import whole_check
+from tlcore_backends.pt import alike, source, whole_check
 from tlcore_backends.pt.alike import cut
 from tlcore_backends.pt.encode import encode
 from tlcore_backends.pt.source import PtSource
@@ -45,6 +45,13 @@ STRANGE: list[Any] = [
     [0, 3],
     ["a\\"],
 ]
+
+
+@pytest.fixture(autouse=True)
+def shares(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The files of a step are those of several threads, however few they are."""
+    monkeypatch.setattr(alike, "_LEAST_OF_PART", 1)
+    monkeypatch.setattr(source, "_THREADS", 3)
 
 
 class Inner(torch.nn.Module):
