@@ -77,7 +77,9 @@ def test_what_needs_a_bucket_runs(
 
 
 def test_what_needs_an_engine_runs(tmp_path: Path) -> None:
-    pages = [EXAMPLES / name for name in ("vllm.md", "requests.md", "reading.md", "comparing.md")]
+    pages = [
+        EXAMPLES / name for name in ("vllm.md", "requests.md", "reading.md", "datasets.md", "comparing.md")
+    ]
     assert {page for page in (README, *GUIDES) if needing(page, "vllm")} == set(pages)
     done = subprocess.run(
         [sys.executable, "-m", "tests.documents", "vllm", *map(str, pages)],
