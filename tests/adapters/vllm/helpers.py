@@ -12,13 +12,15 @@ from typing import Any, NoReturn
 
 import torch
 
-from tests.adapters.vllm.prepared import Prepared
+from tests.adapters.vllm.prepared import FORKS, Prepared
 from tests.amx import with_amx
 from tlcore.ledger import Counts
 
 REPOSITORY = Path(__file__).parents[3]
 # For engines of several ranks, which would otherwise each take the cores that vLLM sees.
 SEVERAL_RANKS = {"VLLM_CPU_OMP_THREADS_BIND": "nobind", "OMP_NUM_THREADS": "1"}
+# Where it is not tested how their processes start: those are forks of the script's.
+FORKED_RANKS = {**SEVERAL_RANKS, FORKS: "1"}
 ENVIRONMENT = {
     **os.environ,
     "VLLM_CPU_KVCACHE_SPACE": "1",

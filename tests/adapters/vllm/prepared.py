@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import multiprocessing
 import os
 import runpy
 import select
@@ -28,6 +29,13 @@ OF_ENGINES = (
     "vllm.v1.worker.cpu_worker",
     "vllm.model_executor.models.llama",
 )
+# What starts processes in vLLM, and what is set in a script's environment to have them forked.
+OF_PROCESSES = (
+    "vllm.v1.engine.utils",
+    "vllm.v1.engine.coordinator",
+    "vllm.v1.executor.multiproc_executor",
+)
+FORKS = "TESTS_FORK_ENGINES"
 
 
 class Prepared:
@@ -83,6 +91,13 @@ class Prepared:
             self._process = None
 
 
+def _fork_engines() -> None:
+    """Let vLLM's engine and worker processes be forks of the script's, too, which need not import anything."""
+    context = multiprocessing.get_context("fork")
+    for name in OF_PROCESSES:
+        importlib.import_module(name).__dict__["get_mp_context"] = lambda: context
+
+
 def _become(arguments: list[str], environment: dict[str, str], output: list[str]) -> str:
     """Make this process one that was started with these; returns the script."""
     os.environ.clear()
@@ -92,6 +107,8 @@ def _become(arguments: list[str], environment: dict[str, str], output: list[str]
     sys.argv = arguments
     if "torch" in sys.modules and "OMP_NUM_THREADS" in environment:
         sys.modules["torch"].set_num_threads(int(environment["OMP_NUM_THREADS"]))
+    if FORKS in environment:
+        _fork_engines()
     for number, path in enumerate([os.devnull, *output]):
         opened = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
         os.dup2(opened, number)

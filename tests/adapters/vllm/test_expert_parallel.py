@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tlcore
-from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY, SEVERAL_RANKS, report
+from tests.adapters.vllm.helpers import ENVIRONMENT, FORKED_RANKS, REPOSITORY, report
 from tlcore.reader import Run
 
 pytestmark = pytest.mark.slow
@@ -28,7 +28,7 @@ LAYOUTS = {
 def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Run]:
     out = tmp_path_factory.mktemp("experts")
     # The engine in the script's own process, which takes two processes less to start.
-    environment = {**SEVERAL_RANKS, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
+    environment = {**FORKED_RANKS, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     environment["PYTHONPATH"] = f"{ENVIRONMENT['PYTHONPATH']}{os.pathsep}{REPOSITORY}"
     tokens, found = [], {}
     for name, keywords in LAYOUTS.items():

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tlcore
-from tests.adapters.vllm.helpers import REPOSITORY, SEVERAL_RANKS, all_stored, report
+from tests.adapters.vllm.helpers import FORKED_RANKS, REPOSITORY, SEVERAL_RANKS, all_stored, report
 from tests.adapters.vllm.of_transformers import KINDS as OF_TRANSFORMERS
 from tests.adapters.vllm.of_transformers import write_random
 from tests.adapters.vllm.shared_layers import deepseek_v2, falcon_h1, lfm2
@@ -23,10 +23,9 @@ SCRIPT = str(REPOSITORY / "tests" / "adapters" / "vllm" / "ranks_script.py")
 TOLERANCE = 2**-5
 
 
-def _said(output_dir: Path, **keywords: Any) -> dict[str, Any]:
-    # A single rank runs in the script's own process, which takes two processes less to start.
-    several = any(name.endswith("_parallel_size") for name in keywords)
-    environment = {**SEVERAL_RANKS, "VLLM_ENABLE_V1_MULTIPROCESSING": str(int(several))}
+def _said(output_dir: Path, as_usual: bool = False, **keywords: Any) -> dict[str, Any]:
+    # The engine runs in the script's own process, which takes a process less to start.
+    environment = SEVERAL_RANKS if as_usual else {**FORKED_RANKS, "VLLM_ENABLE_V1_MULTIPROCESSING": "0"}
     return report(SCRIPT, str(output_dir), json.dumps(keywords), timeout=900, environment=environment)
 
 
@@ -37,7 +36,7 @@ def single(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 
 @pytest.fixture(scope="module")
 def tensor_parallel(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return _said(tmp_path_factory.mktemp("tensor"), tensor_parallel_size=2)
+    return _said(tmp_path_factory.mktemp("tensor"), as_usual=True, tensor_parallel_size=2)
 
 
 @pytest.fixture(scope="module")

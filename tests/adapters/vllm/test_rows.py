@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 import tlcore
-from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY, SEVERAL_RANKS, report
+from tests.adapters.vllm.helpers import ENVIRONMENT, FORKED_RANKS, REPOSITORY, report
 from tests.adapters.vllm.truth import (
     OF_TRANSFORMERS,
     OF_VLLM,
@@ -48,7 +48,7 @@ def captured(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFa
     way, runner, code = (*request.param.split("-"), "auto")[:3]
     counts = (MIXES, PLANTED) if runner == "first" and not way.startswith("adapters") else (0, 0)
     directory = str(tmp_path_factory.mktemp(request.param))
-    environment = SEVERAL_RANKS if way in ("tensor", "pipeline", "data") else {}
+    environment = FORKED_RANKS if way in ("tensor", "pipeline", "data") else {}
     if way == "suffix":
         environment = {"PYTHONPATH": f"{ENVIRONMENT['PYTHONPATH']}{os.pathsep}{arctic_inference()}"}
     found = report(
