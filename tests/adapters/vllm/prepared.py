@@ -92,7 +92,7 @@ class Prepared:
 
 
 def _fork_engines() -> None:
-    """Let vLLM's engine and worker processes be forks of the script's, too, which need not import anything."""
+    """Let processes of vLLM be forks of the script, too, which need not import anything."""
     context = multiprocessing.get_context("fork")
     for name in OF_PROCESSES:
         importlib.import_module(name).__dict__["get_mp_context"] = lambda: context

@@ -130,7 +130,11 @@ def test_joined_tensors_of_states_are_those_of_a_single_rank(tmp_path: Path) -> 
 def _joined_in(layer: int, make: Callable[[], Any], tmp_path: Path) -> Callable[[str], torch.Tensor]:
     """Two ranks' tensors of a layer's attention in the first step, joined, by their names there."""
     write_random(make, tmp_path / "model")
-    keywords = {"model": str(tmp_path / "model"), "dtype": "float32", "tensor_parallel_size": 2}
+    keywords: dict[str, Any] = {
+        "model": str(tmp_path / "model"),
+        "dtype": "float32",
+        "tensor_parallel_size": 2,
+    }
     step = tlcore.open_run(_said(tmp_path / "run", **keywords)["url"]).step(0)
     return lambda name: step.tensor(f"step_0/model.layers.{layer}.self_attn.{name}_cpu", unshard=True)
 
@@ -148,7 +152,7 @@ def test_latent_attention_is_joined_as_what_is_around_it(tmp_path: Path) -> None
 
 
 def _hold_against_a_single_rank(tmp_path: Path) -> None:
-    keywords = {"model": str(tmp_path / "model"), "dtype": "float32"}
+    keywords: dict[str, Any] = {"model": str(tmp_path / "model"), "dtype": "float32"}
     single = _said(tmp_path / "single", **keywords)
     parallel = _said(tmp_path / "parallel", tensor_parallel_size=2, **keywords)
     found = tlcore.compare(single["url"], parallel["url"], rtol=2**-10, by_norm=True)
