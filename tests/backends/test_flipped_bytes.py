@@ -6,6 +6,7 @@ import json
 import random
 import shutil
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +17,11 @@ from torch import nn
 import tlcore
 from tests.deep import scaled
 from tests.reading import command
+from tlcore.config.configuration import load_config
 from tlcore.errors import ReadError, VerifyError
 from tlcore.layout.checksums import is_sound
 from tlcore.registry import open_store
+from tlcore.runs.convert import convert
 from tlcore.storage import Store
 from tlcore.testing import MemoryStore, RunWriter, make_record, make_run, make_summary
 from tlcore_backends.pt.sink import PtSink
@@ -159,6 +162,34 @@ def test_on_a_disk_where_many_steps_are_looked_at_together(backend: str, tmp_pat
         assert finds(open_store(source)), f"{file.relative_to(source)}: {bytes(data)!r}"
         file.write_bytes(before)
     assert finds(open_store(source)) == ""
+
+
+def as_tree(run: Path, place: Path) -> dict[str, bytes]:
+    """The files of a run, converted to the documented tree."""
+    made = Path(convert(tlcore.open_run(run), load_config(output_dir=str(place), backend="pt")))
+    return {str(file.relative_to(made)): file.read_bytes() for file in made.rglob("*") if file.is_file()}
+
+
+@pytest.mark.parametrize("backend", ["pt", "shards", "segments", "large", "channels", "ranks"])
+def test_what_is_damaged_is_not_converted_unless_nothing_of_it_is_taken(backend: str, tmp_path: Path) -> None:
+    """Bytes around a tensor are made anew; whatever else is damaged must not get a checksum that fits."""
+    source = two_ranks(tmp_path / "run", "pt") if backend == "ranks" else captured(tmp_path / "a", backend)
+    other = {"pt": "safetensors", "channels": "safetensors"}.get(backend, "pt")
+    sound, chance = as_tree(source, tmp_path / "sound"), random.Random(backend)
+    files = [each for each in sorted(source.rglob("*")) if each.is_file()]
+    chosen = [*(each for each in files if each.parent == source), *chance.choices(files, k=scaled(8, 600))]
+    for number, file in enumerate(chosen):
+        data = bytearray(before := file.read_bytes())
+        data[chance.randrange(len(data))] ^= 1 << chance.randrange(8)
+        file.write_bytes(data)
+        place = tmp_path / str(number)
+        with suppress(ReadError, VerifyError):
+            config = load_config(output_dir=str(place), backend=other)
+            made = convert(tlcore.open_run(source), config)
+            shown = f"{file.relative_to(source)}: {bytes(data)!r}"
+            assert as_tree(Path(made), place / "back") == sound, shown
+        file.write_bytes(before)
+        shutil.rmtree(place, ignore_errors=True)
 
 
 def without_checksums(run: Path) -> None:

@@ -136,6 +136,21 @@ def test_damage_is_found_on_the_way(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert tlcore.open_run(tmp_path / "b" / source.name).state == "incomplete"
 
 
+@pytest.mark.parametrize("name", ["run.json", "close_rank_1.json"])
+@pytest.mark.parametrize("own", ["pt", "safetensors"])
+def test_a_damaged_document_of_the_run_gets_no_checksum_that_fits(
+    tmp_path: Path, own: str, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source = two_ranks(tmp_path / "a" / "run-1", PtSink if own == "pt" else SafetensorsSink)
+    text = (source / name).read_text()
+    # Read as well as before, and another.
+    (source / name).write_text(text.replace('"skipped": 0', '"skipped": 7'))
+    for other in ("pt", "safetensors"):
+        assert main(["convert", str(source), str(tmp_path / "b"), "--backend", other]) == 2
+        assert f"{name}: damaged, it was changed" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()
+
+
 @pytest.fixture
 def large_steps(monkeypatch: pytest.MonkeyPatch) -> str:
     """A backend for which every step is too large to share a segment."""

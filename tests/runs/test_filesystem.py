@@ -10,6 +10,7 @@ import torch
 
 import tlcore
 from tests.runs.test_convert import capture, converted, files, two_ranks
+from tlcore.errors import ReadError
 from tlcore.runs.filesystem import RunFileSystem
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.safetensors.sink import SafetensorsSink
@@ -37,6 +38,16 @@ def test_two_ranks_and_every_dtype(tmp_path: Path, capsys: pytest.CaptureFixture
     assert shown(source) == files(converted(source, tmp_path / "b", "pt", capsys))
     plain = two_ranks(tmp_path / "c" / "run-1", PtSink)
     assert shown(plain) == files(plain)
+
+
+def test_a_damaged_document_of_the_run_gets_no_checksum_that_fits(tmp_path: Path) -> None:
+    source = two_ranks(tmp_path / "run-1", SafetensorsSink)
+    file = source / "run.json"
+    file.write_text(file.read_text().replace('"skipped": 0', '"skipped": 7'))
+    filesystem = RunFileSystem(str(source))
+    with pytest.raises(ReadError, match=r"run\.json: damaged, it was changed"):
+        filesystem.cat_file("run.json")
+    assert filesystem.cat_file("step_0/module_calls.txt")
 
 
 def test_torch_loads_through_it(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 from ..config.configuration import Config
 from ..engine.new_run import layout_of, make_sink
 from ..engine.run_documents import RunDocuments
-from ..errors import ConfigError, ReadError
+from ..errors import ConfigError, ReadError, VerifyError
 from ..layout.checksums import with_checksum
 from ..layout.names import rank_suffix
 from ..layout.run_files import RUN_FILE
@@ -19,6 +19,7 @@ from ..locations import absolute_location, is_url, redact_url
 from ..reader import MissingError, Run, is_run
 from ..reader.documents import FOREIGN
 from ..reader.lasting import lasting_objects
+from ..reader.verify import verify_documents
 from ..record import Json, RunInfo
 from ..registry import open_store, resolve
 from ..storage import Location, SupportsCachedWrites
@@ -36,6 +37,7 @@ def convert(source: Run, config: Config, on_tensors: Callable[[int], None] = lam
     """
     if source.state != "complete":
         raise ReadError(f"{source.url}: the run is not complete, so it cannot be converted")
+    _check_documents(source)
     backend = resolve(config.backend)
     if backend.written_as(config.backend_options) == backend.name and backend.source is None:
         problem = f"{backend.name!r} has no reader, so what convert wrote could not be read."
@@ -64,6 +66,16 @@ def convert(source: Run, config: Config, on_tensors: Callable[[int], None] = lam
     return url
 
 
+def _check_documents(source: Run) -> None:
+    """Raise VerifyError for a damaged document of the run: rewritten, it would get a checksum that fits."""
+    if source.is_foreign:
+        return
+    markers = [_marker(rank) for rank in range(1, source.world_size)]
+    bad, _ = verify_documents(source.stored.files, [RUN_FILE, *markers])
+    if bad:
+        raise VerifyError(bad)
+
+
 def _is_taken(url: str, storage_options: Mapping[str, Any] | None) -> bool:
     try:
         return is_run(url, storage_options)
@@ -77,11 +89,14 @@ def _restore_documents(source: Run, location: Location, document: Json) -> None:
     for name, data in source.channel_files.items():
         store.put(name, [data])
     for rank in range(1, source.world_size):
-        marker = f"close{rank_suffix(rank)}.json"
         if not source.is_foreign:
-            store.put(marker, [_text(source.json(marker))])
+            store.put(_marker(rank), [_text(source.json(_marker(rank)))])
     store.put(RUN_FILE, [_text(document)])
     store.close()
+
+
+def _marker(rank: int) -> str:
+    return f"close{rank_suffix(rank)}.json"
 
 
 def _text(document: Any) -> bytes:

@@ -13,7 +13,7 @@ from fsspec import AbstractFileSystem
 
 from tlcore_backends.pt.encode import encode, file_bytes
 
-from ..layout.checksums import digest_of_files, is_sound, with_checksum
+from ..layout.checksums import digest_of_files, has_checksum, is_sound, with_checksum
 from ..layout.names import rank_suffix, step_dir
 from ..layout.run_files import RUN_FILE
 from ..protocols import SupportsFileTree
@@ -65,8 +65,13 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
         found = {name: _File(None, partial(files.read, name)) for name in names}
         document = {**opened.document, "backend": "pt", "layout": 1}
         # As the run's own documents do.
-        self._has_checksums = is_sound(files.read(RUN_FILE)) is not None if RUN_FILE in found else False
-        own = partial(_readable, document, self._has_checksums)
+        text = files.read(RUN_FILE) if RUN_FILE in found else b""
+        self._has_checksums = is_sound(text) is not None if text else False
+
+        def own() -> bytes:
+            # A damaged one must not get a checksum that fits.
+            return _readable(document, has_checksum(text, f"{opened.url}/{RUN_FILE}"))
+
         self._top = _Files({**found, RUN_FILE: _File(None, own)})
         self._steps = {step_dir(number): number for number in opened.steps}
 
