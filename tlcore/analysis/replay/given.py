@@ -39,6 +39,8 @@ def _check(value: Any, place: Place, path: tuple[Any, ...], call: Call) -> None:
     if isinstance(value, Skipped):
         raise ReadError(f"{where} was not stored ({value.reason}); {hint}")
     if isinstance(value, OpaqueObject):
+        if value.class_name.endswith("Cache"):
+            hint += "; where there was nothing in it yet, as for a whole prompt, that is null (None)"
         raise ReadError(f"{where} is a {value.class_name}, which a run does not hold; {hint}")
     for key, item in _items(value):
         _check(item, place, (*path, key), call)
