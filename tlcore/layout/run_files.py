@@ -20,6 +20,8 @@ from .checksums import KEY as CHECKSUM
 from .checksums import without_checksum
 
 RUN_FILE = "run.json"
+# Of what other tools dump: the number of a first step, where it is not 0.
+COUNTS_FROM = "counts_from"
 # The step.json of a model with 100 000 captured tensors has about 100 MB and six million values.
 LARGEST_JSON = 256 << 20
 MOST_VALUES = 16_000_000

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -11,6 +11,7 @@ from tlcore.errors import ReadError
 from tlcore.layout.checks import is_shape
 from tlcore.layout.dtypes import item_size
 from tlcore.layout.names import PathKey
+from tlcore.layout.run_files import COUNTS_FROM
 from tlcore.protocols import StepRanks
 from tlcore.record import Json
 
@@ -63,7 +64,10 @@ class NeuronCapture(ForeignSource):
             torch_file(files, sound, files.top[sound])
         except ReadError as error:
             return str(error)
-        return {"world_size": 1}
+        # The tool's first step is 1; where phases count apart, steps are counted here.
+        own = [(int(found[2]), found[1]) for name in names if (found := _FILE.fullmatch(name))]
+        told = min(own)[0] > 0 and not _count_apart(set(own))
+        return {"world_size": 1, COUNTS_FROM: 1} if told else {"world_size": 1}
 
     @classmethod
     def passed_over(cls, files: DumpFiles) -> list[str]:
@@ -88,9 +92,9 @@ class NeuronCapture(ForeignSource):
         phases: dict[tuple[int, str], list[_File]] = {}
         for each in files:
             phases.setdefault((each.step, each.phase), []).append(each)
-        apart = len({step for step, _ in phases}) == len(phases)
-        ordered = sorted(phases.items(), key=lambda item: item[0] if apart else item[0][::-1])
-        return {(key[0] if apart else place): each for place, (key, each) in enumerate(ordered)}
+        again = _count_apart(phases)
+        ordered = sorted(phases.items(), key=lambda item: item[0][::-1] if again else item[0])
+        return {(place if again else key[0]): each for place, (key, each) in enumerate(ordered)}
 
     @property
     def steps(self) -> Mapping[int, StepRanks]:
@@ -114,6 +118,11 @@ class NeuronCapture(ForeignSource):
         for path, leaf in opened.leaves():
             if (found := described(opened, leaf)) is not None:
                 yield found._replace(module=file.module, direction=file.direction, path=(*file.path, *path))
+
+
+def _count_apart(steps: Collection[tuple[int, str]]) -> bool:
+    """Whether two phases have a step of one number."""
+    return len({step for step, _ in steps}) < len(steps)
 
 
 def _parsed(name: str, told: Json) -> _File | None:

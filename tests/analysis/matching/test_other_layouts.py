@@ -168,6 +168,26 @@ def test_steps_that_another_tool_counts_otherwise_are_paired_in_order(
     assert some.equal and {each.step for each in some.results} == {1}
 
 
+def test_steps_of_a_tool_that_counts_from_one_are_paired_by_that(tmp_path: Path) -> None:
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    for place in range(3):
+        tensors = {name: each + place for name, each in whole().items()}
+        torch.save(tensors, tmp_path / "a" / f"step_{place}.pt")
+        phase = "tkg" if place else "cte"
+        for name, each in tensors.items():
+            torch.save(
+                each, tmp_path / "b" / f"captured_tensors_{phase}_step_{place + 1}_module_{name}_output.pt"
+            )
+    for one, other in (("a", "b"), ("b", "a")):
+        found = tlcore.compare(tmp_path / one, tmp_path / other)
+        assert found.equal and len(found.results) == 3 * len(whole())
+        assert any("steps are counted from" in note for note in found.notes)
+    (tmp_path / "a" / "step_0.pt").unlink()
+    found = tlcore.compare(tmp_path / "a", tmp_path / "b", ignore_missing=True)
+    assert found.equal and {each.step for each in found.results if each.status == "bitwise"} == {1, 2}
+
+
 def test_steps_without_a_counterpart_are_told(tmp_path: Path) -> None:
     torch.save(whole(), tmp_path / "a.pt")
     for step in (3, 4):

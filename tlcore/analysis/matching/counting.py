@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from ...layout.run_files import COUNTS_FROM
 from ...reader import Run, Step
 from ..results import Gap
 from .rules import Rules
@@ -18,9 +19,15 @@ def counted_alike(
     """The rules for two runs without rows, and what to know of how their steps are counted.
 
     Another tool may count from where its job began, or training iterations: where no number is in both runs,
-    and there are as many, steps are paired in order.
+    and there are as many, steps are paired in order. One that always counts from 1 says so.
     """
     numbers = [[step.number for step in each] for each in steps]
+    first = [int(run.document.get(COUNTS_FROM, 0)) if run.is_foreign else 0 for run in (a, b)]
+    if first[0] != first[1]:
+        text = f"steps are counted from {first[0]} in A and from {first[1]} in B, and paired by that"
+        return replace(rules, same_step=tuple((each, each - first[1] + first[0]) for each in numbers[1])), [
+            text
+        ]
     if not (a.is_foreign or b.is_foreign) or not all(numbers) or set(numbers[0]) & set(numbers[1]):
         return rules, []
     if len(numbers[0]) == len(numbers[1]):
