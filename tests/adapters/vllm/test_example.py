@@ -11,7 +11,7 @@ import pytest
 
 import tlcore
 from tests.adapters.vllm.helpers import all_stored, run, run_script
-from tests.models import smollm2
+from tests.models import tiny_llama
 
 pytestmark = pytest.mark.slow
 Start = Callable[..., subprocess.CompletedProcess[str]]
@@ -19,7 +19,7 @@ EXAMPLE = "./examples/offline_inference/llm_engine_example.py"
 
 
 def _example(start: Start, **config: object) -> str:
-    flags = ("--model", str(smollm2()), "--enforce-eager", "--intermediate-log-config", json.dumps(config))
+    flags = ("--model", str(tiny_llama()), "--enforce-eager", "--intermediate-log-config", json.dumps(config))
     done = start(EXAMPLE, *flags)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "request-0: 'The capital of France is' ->" in done.stdout
@@ -43,7 +43,7 @@ def test_two_runs_lie_side_by_side(tmp_path: Path) -> None:
     assert (everything.id, everything.state, layer.state) == (first.name, "complete", "complete")
     assert everything.steps == layer.steps == [0]
     calls = everything.step(0).calls
-    assert {"model", "model.embed_tokens", "model.layers.29.mlp", "logits_processor"} <= set(calls)
+    assert {"model", "model.embed_tokens", "model.layers.3.mlp", "logits_processor"} <= set(calls)
     assert layer.step(0).calls == [each for each in calls if "layers.0." in each]
-    assert all_stored(everything.ledger) and everything.ledger.stored > 1000
+    assert all_stored(everything.ledger) and everything.ledger.stored > 100
     assert (everything.step(0).rows or [{}])[0]["external_request_id"] == "request-0"

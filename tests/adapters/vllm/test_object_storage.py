@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from tests.adapters.vllm.helpers import ENVIRONMENT, REPOSITORY, run, run_script
-from tests.models import smollm2
+from tests.models import tiny_llama
 from tests.servers import Server, seaweedfs
 
 pytestmark = pytest.mark.slow
@@ -41,7 +41,7 @@ def test_a_run_in_object_storage_is_read_by_a_process_that_has_only_its_url(serv
     patterns = [r"^model$", r"layers\.0$"]
     config = json.dumps({"backend": backend(server), "module_call_match": patterns})
     done = run(
-        EXAMPLE, "--model", str(smollm2()), "--enforce-eager", "--max-model-len", "256",
+        EXAMPLE, "--model", str(tiny_llama()), "--enforce-eager", "--max-model-len", "256",
         "--intermediate-log-config", config,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
@@ -67,7 +67,7 @@ def test_a_run_in_object_storage_is_read_by_a_process_that_has_only_its_url(serv
     )
     assert read.returncode == 0, read.stderr[-3000:]
     state, spec, width, rows, whole = read.stdout.split()
-    assert (state, spec, width, whole) == ("complete", "safetensors", "576", "True")
+    assert (state, spec, width, whole) == ("complete", "safetensors", "128", "True")
     assert int(rows) > 0
 
 
