@@ -1,7 +1,8 @@
 """What the operators of one decoder layer cost: a Llama layer of SmolLM2-135M's size, eager, on the CPU.
 
 The first steps of a run are told apart: meanwhile names and templates are made in the background, for about
-as long as five decode steps of one layer take.
+as long as five decode steps of one layer take. Later ones are so many that what is done in the background for
+several at once is in their time.
 """
 
 from __future__ import annotations
@@ -20,9 +21,10 @@ import tlcore
 from .rows import Row, Scale, at_most
 from .timing import interleaved, ratio, timed
 
-_STEPS = 5
+_FIRST_STEPS = 5
 _OPS = [r"^layer\b"]
-_TOKENS = {"a prompt's": 256, "a decode step's": 8}
+# Tokens of a step, and how many steps are measured.
+_WHAT = {"a prompt's": (256, 5), "a decode step's": (8, 60)}
 
 
 class _OneLayer(nn.Module):
@@ -51,24 +53,24 @@ def table(scale: Scale) -> list[Row]:
     size = 8 if scale.tiny else 64
     model = _OneLayer(size).eval()
     rows: list[Row] = []
-    for what, tokens in _TOKENS.items():
+    for what, (tokens, steps) in _WHAT.items():
         hidden = torch.randn(1, tokens, size * 9)
-        rows += _rows(what, model, hidden, scale)
+        rows += _rows(what, model, hidden, scale.pairs, steps)
     return rows
 
 
-def _rows(what: str, model: nn.Module, hidden: torch.Tensor, scale: Scale) -> list[Row]:
-    measures: dict[str, Callable[[], float]] = {"plain": lambda: _plain(model, hidden)}
+def _rows(what: str, model: nn.Module, hidden: torch.Tensor, pairs: int, steps: int) -> list[Row]:
+    measures: dict[str, Callable[[], float]] = {"plain": lambda: _plain(model, hidden, steps)}
     with tempfile.TemporaryDirectory(prefix="tlcore-bench-") as directory:
-        for name, ops, first in (
-            ("modules", [], False),
-            ("operators", _OPS, False),
-            ("first", _OPS, True),
+        for name, ops, planned, count in (
+            ("modules", [], True, steps),
+            ("operators", _OPS, True, steps),
+            ("first", _OPS, False, _FIRST_STEPS),
         ):
-            measures[name] = lambda ops=ops, first=first: _captured(  # type: ignore[misc]
-                model, hidden, ops, directory, first
+            measures[name] = lambda ops=ops, planned=planned, count=count: _captured(  # type: ignore[misc]
+                model, hidden, directory, ops, planned, count
             )
-        times = interleaved(measures, scale.pairs)
+        times = interleaved(measures, pairs)
     base = f"{median(times['plain']) * 1e3:.3g} ms plain"
     return [
         Row(
@@ -78,33 +80,37 @@ def _rows(what: str, model: nn.Module, hidden: torch.Tensor, scale: Scale) -> li
             "",
             base,
         ),
-        Row(f"{what} layer, the same of a run's first steps", ratio(times, "first", "plain"), None, "", base),
+        Row(
+            f"{what} layer, the same of a run's steps 1 to 5", ratio(times, "first", "plain"), None, "", base
+        ),
         Row(f"{what} layer, its modules captured / plain", ratio(times, "modules", "plain"), None, "", base),
     ]
 
 
-def _plain(model: nn.Module, hidden: torch.Tensor) -> float:
+def _plain(model: nn.Module, hidden: torch.Tensor, steps: int) -> float:
     with torch.inference_mode():
         model(hidden)
-        return _steps(model, hidden)
+        return _step(model, hidden, steps)
 
 
-def _steps(model: nn.Module, hidden: torch.Tensor) -> float:
+def _step(model: nn.Module, hidden: torch.Tensor, steps: int) -> float:
     """One step's time, of several that follow one another."""
-    return timed(lambda: [model(hidden) for _ in range(_STEPS)]) / _STEPS
+    return timed(lambda: [model(hidden) for _ in range(steps)]) / steps
 
 
-def _captured(model: nn.Module, hidden: torch.Tensor, ops: list[str], directory: str, first: bool) -> float:
-    """A captured step, while the one before is stored: one of the ``first``, or when all is planned."""
+def _captured(
+    model: nn.Module, hidden: torch.Tensor, directory: str, ops: list[str], planned: bool, steps: int
+) -> float:
+    """A captured step, while the one before is stored, when all is ``planned`` or from the second one on."""
     with (
         torch.inference_mode(),
         tlcore.capture(
             model, output_dir=directory, backend="safetensors", log_step_ids=[], ops=ops
         ) as capture,
     ):
-        if not first:
+        if planned:
             for _ in range(2):
                 model(hidden)
             capture.session.flush()
         model(hidden)
-        return _steps(model, hidden)
+        return _step(model, hidden, steps)
