@@ -9,6 +9,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from ..errors import MissingError, ReadError
 from .step import Step
 
+# What to do where no rows are known to be anybody's.
+ROWS_TAKE = (
+    "outside vLLM they take a model that is given an attention_mask, or `with capture.step(rows=[...]):`"
+)
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")
 _SAMPLE_PREFIX = re.compile(r"(\d+)_(.+)", re.DOTALL)
 
@@ -61,10 +65,7 @@ def find_request(known: Mapping[str, str | None], wanted: str, sample: int | Non
             which = f"{wanted!r} names {len(found)} requests: {_shown(found)}"
             raise ReadError(f"{url}: {which} (give the full id, or sample=0, 1, ...)")
     if not known:
-        raise MissingError(
-            f"{url}: no step has the rows of requests; outside vLLM they take a model that is given an"
-            " attention_mask, or `with capture.step(rows=[...]):`"
-        )
+        raise MissingError(f"{url}: no step has the rows of requests; {ROWS_TAKE}")
     which = repr(wanted) if sample is None else f"{wanted!r} (sample {sample})"
     raise MissingError(f"{url}: no request {which}; the run has {_shown(list(known))}")
 

@@ -228,6 +228,16 @@ def test_encoder_and_decoder_are_told_apart(backend: Any, tmp_path: Path) -> Non
     assert torch.equal(run.request("a")["layer/outputs_cpu@encoder"], data[0]["layer/outputs@encoder"])
 
 
+@pytest.mark.parametrize("name", ["0/outputs", "0/outputs_cpu", "0/outputs@encoder"])
+def test_a_tensor_without_rows_of_requests_is_told_and_what_they_take(tmp_path: Path, name: str) -> None:
+    model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    with tlcore.capture(model, output_dir=str(tmp_path)) as capture:
+        model(torch.ones(2, 4))
+    told = f"no rows of '{name}' are known to be a request's; outside vLLM they take .*attention_mask"
+    with pytest.raises(MissingError, match=told):
+        tlcore.open_run(capture.url).dataset(name)
+
+
 def test_dumps_of_other_tools_have_no_rows_and_say_so(tmp_path: Path) -> None:
     torch.save({"layer": torch.ones(2, 3)}, tmp_path / "dump.pt")
     with pytest.raises(MissingError, match="no tensor with rows of requests"):

@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import numpy as np
 
-from ...errors import ReadError, missing
+from ...errors import MissingError, ReadError, missing
 from ...layout.checks import LARGEST_SIZE
 from ...layout.dtypes import item_size
 from ...layout.row_scale import presented
 from ...layout.rows import adapter_of
+from ..lookup import without_device
 from ..outlines import OutlinedStep
+from ..request_ids import ROWS_TAKE
 from ..step import Step
 from .kin import Kin, KinRows
 from .places import row_form
@@ -202,11 +204,17 @@ class Table:
         for number, name in enumerate(self.names):
             form = self._forms[number]
             if form is None:
-                raise missing("tensor with rows of requests", name, self.url, seen)
+                raise self._without_rows(name, seen)
             if self._encoder[number] == {False, True} and not self._of_encoder[number]:
                 hint = f"; name {name}{ENCODER} for those of the encoder alone"
                 raise ReadError(f"{self.url}: {name!r} has rows of encoder and decoder{hint}")
             self.forms.append(form)
+
+    def _without_rows(self, name: str, seen: Mapping[str, None]) -> MissingError:
+        plain = name.removesuffix(ENCODER)
+        if plain in seen or any(short in seen for short in without_device([plain])):
+            return MissingError(f"{self.url}: no rows of {name!r} are known to be a request's; {ROWS_TAKE}")
+        return missing("tensor with rows of requests", name, self.url, seen)
 
     def _join(self, blocks: Sequence[list[_Block]]) -> bool:
         """Add the positions that every tensor has a row of in this step; whether they lie alike in all."""
