@@ -185,6 +185,32 @@ def test_memory_that_something_else_has_written_is_not_told_as_empty() -> None:
     assert told[name][0] == {"unknown": "float32[3, 4]"}
 
 
+@pytest.mark.parametrize("kind", ["nested", "jagged", "sparse", "subclass"])
+def test_tensors_of_other_kinds_are_told_too(kind: str) -> None:
+    class Own(torch.Tensor):
+        pass
+
+    def made() -> torch.Tensor:
+        if kind in ("nested", "jagged"):
+            layout = torch.jagged if kind == "jagged" else torch.strided
+            return torch.nested.nested_tensor([torch.ones(2, 4), torch.ones(3, 4)], layout=layout)
+        return torch.eye(3).to_sparse() if kind == "sparse" else torch.ones(2, 3).as_subclass(Own)
+
+    class Uses(nn.Module):
+        def forward(self, x: torch.Tensor) -> Any:
+            first, other = made(), made()
+            shown = first.detach()
+            first.mul_(2)
+            return shown * 2, other * 3
+
+    told = given_to(captured(Holder(Uses()), torch.no_grad, "inner"))
+    (written,) = (each for name, each in told.items() if name.endswith(".mul_"))
+    assert "changed_since" not in written[0]
+    *_, shown, other = (each for name, each in told.items() if name.endswith(".mul"))
+    assert "changed_since" not in other[0]
+    assert shown[0].get("changed_since", kind != "subclass")
+
+
 def test_views_side_by_side_are_told_apart() -> None:
     whole = torch.zeros(2, 5, 12)
     query, key, value = torch.split(whole, [4, 4, 4], -1)

@@ -163,7 +163,7 @@ class Operands:
             found = self._found(value)
             if found is None:
                 # What is read of memory that nobody was heard to write was written by something else.
-                return "unknown", f"{str(value.dtype).removeprefix('torch.')}{list(value.shape)}"
+                return "unknown", f"{str(value.dtype).removeprefix('torch.')}{_shape_of(value)}"
             operand, version = found
             changed = version >= 0 and version != _version(value)
             return (*operand, _CHANGED) if changed else operand
@@ -271,6 +271,14 @@ def parts_of(value: Any) -> Iterator[tuple[str, torch.Tensor]]:
             waiting += [(f"{path}_{key}", part, depth + 1) for key, part in each.items()]
         elif isinstance(each, (tuple, list)):
             waiting += [(f"{path}_{place}", part, depth + 1) for place, part in enumerate(each)]
+
+
+def _shape_of(tensor: torch.Tensor) -> list[int] | str:
+    try:
+        return list(tensor.shape)
+    except RuntimeError:
+        # Nested tensors are of several shapes.
+        return "[...]"
 
 
 def _version(tensor: torch.Tensor) -> int:

@@ -6,13 +6,15 @@ import torch
 
 # Sizes and strides in bytes, of dimensions with more than one place.
 _Dims = list[tuple[int, int]]
+# By tensors of other kinds, nested ones for instance.
+_REFUSED = (RuntimeError, NotImplementedError, TypeError, AttributeError)
 
 
 def storage_of(tensor: torch.Tensor | None) -> int | None:
     """A number that is the same for what shares storage; None where there is none, as in sparse tensors."""
     try:
         return None if tensor is None else int(tensor.untyped_storage()._cdata)
-    except (RuntimeError, NotImplementedError):
+    except _REFUSED:
         return None
 
 
@@ -21,8 +23,11 @@ def overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
     storage = storage_of(one)
     if storage is None or storage != storage_of(other) or not one.numel() or not other.numel():
         return False
-    begins = [each.storage_offset() * each.element_size() for each in (one, other)]
-    dims = [_dims(each) for each in (one, other)]
+    try:
+        begins = [each.storage_offset() * each.element_size() for each in (one, other)]
+        dims = [_dims(each) for each in (one, other)]
+    except _REFUSED:
+        return True
     widths = [each.element_size() for each in (one, other)]
     while True:
         spans = [
