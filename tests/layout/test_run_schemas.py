@@ -13,6 +13,9 @@ from referencing import Registry, Resource
 
 import tlcore
 import tlcore_schemas
+from tlcore.__main__ import main
+from tlcore.config.configuration import load_config
+from tlcore.runs.convert import convert
 
 RUN, STEP = tlcore_schemas.load("run.v1"), tlcore_schemas.load("step.v1")
 SHARED: Registry[Any] = Registry().with_resource("run.v1.json", Resource.from_contents(RUN))
@@ -29,9 +32,38 @@ def test_run_json_fits_its_schema(tmp_path: Path) -> None:
     document = json.loads((capture_run(tmp_path) / "run.json").read_text())
     Draft202012Validator(RUN).validate(document)
     assert document["state"] == "complete"
-    # Only vLLM has ranks with places, and only a run with `inject` was injected.
-    assert set(document) == set(RUN["properties"]) - {"ranks", "injected"}
+    # Only vLLM has ranks with places, only a run with `inject` was injected, and nothing is missing here.
+    assert set(document) == set(RUN["properties"]) - {"ranks", "injected", "remarks"}
     assert document["config"]["output_dir"] == str(tmp_path)
+
+
+@pytest.mark.parametrize("backend", ["pt", "safetensors"])
+def test_a_run_says_what_is_not_in_it(
+    backend: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Model(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+
+        def forward(self, x: torch.Tensor) -> Any:
+            return self.used(x)
+
+    model = Model()
+    with tlcore.capture(model, output_dir=tmp_path, backend=backend) as captured:
+        model(torch.ones(1, 2))
+    run = tlcore.open_run(captured.url)
+    Draft202012Validator(RUN).validate(run.document)
+    assert (
+        run.remarks
+        == captured.remarks
+        == ["selected, but never called: unused: the model's own code passed them by"]
+    )
+    assert main(["ls", captured.url]) == 0
+    assert "remark: selected, but never called: unused" in capsys.readouterr().out
+    other = "pt" if backend == "safetensors" else "safetensors"
+    converted = convert(run, load_config({"output_dir": str(tmp_path / "other"), "backend": other}))
+    assert tlcore.open_run(converted).remarks == run.remarks
 
 
 @pytest.mark.parametrize("backend", ["pt", "safetensors"])

@@ -110,6 +110,8 @@ def _list_steps(opened: Run, as_json: bool) -> None:
     print_table(
         columns, ([s.number, _state(s), len(s.calls), len(s), size(_bytes(s)), _losses(s)] for s in steps)
     )
+    for remark in opened.remarks:
+        print(printable(f"remark: {remark}"))
 
 
 def _follow(opened: Run, as_json: bool) -> int:
@@ -210,6 +212,7 @@ def _described_run(opened: Run) -> Json:
         "created": opened.created,
         "ranks": list(opened.ranks.values()),
         "ledger": opened.ledger.to_json(),
+        "remarks": opened.remarks,
     }
 
 

@@ -22,6 +22,8 @@ from .hooks.module_tree import Named
 from .hooks.tracing import COMPILED, SYMBOLIC, TRANSFORMED
 
 log = logging.getLogger("tlcore")
+NO_GRADIENTS = "log_gradients: no call within a step had a tensor that requires a gradient"
+NO_TENSORS = "no tensor was captured in {} steps; device_names or module_call_match leave out everything"
 _SHOWN = 4
 _PASS_ON = ("torch", "transformers", "vllm")
 _FAST_PATH = (

@@ -13,7 +13,7 @@ from .. import registry
 from ..errors import BackendError
 from ..layout.checksums import with_checksum
 from ..layout.names import rank_suffix
-from ..layout.run_files import RUN_FILE
+from ..layout.run_files import REMARKS, RUN_FILE
 from ..layout.templates import readable
 from ..protocols import Sink
 from ..record import Json, RunInfo
@@ -116,10 +116,11 @@ class RunDocuments:
         except BackendError:
             # A full disk has no room for another file, but what became of the run must be told.
             store = self._all
+            document.pop(REMARKS, None)
             if (
                 closed is None
                 or not isinstance(store, SupportsOverwrite)
-                or not store.overwrite(RUN_FILE, data.decode("utf-8"))
+                or not store.overwrite(RUN_FILE, with_checksum(readable(document)).decode("utf-8"))
             ):
                 raise
 

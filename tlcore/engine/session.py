@@ -19,6 +19,7 @@ from ..config.configuration import Config
 from ..errors import CaptureError
 from ..layout.drafts import Decided
 from ..layout.dtypes import torch_dtype
+from ..layout.run_files import REMARKS
 from ..layout.structure import class_name
 from ..ledger import Counts
 from ..protocols import Sink
@@ -45,6 +46,7 @@ from .pipeline.channels import gather_channels
 from .pipeline.executors import InlineExecutor, ThreadExecutor
 from .pipeline.inspector import Inspection
 from .pipeline.processor import Processor
+from .remarks import NO_GRADIENTS, NO_TENSORS
 from .run_documents import close_run
 from .staging.host_memory import HostPool
 from .staging.stager import Stager
@@ -354,6 +356,11 @@ class Session:
             self._give_memory_back()
         atexit.unregister(self.close)
         self._close_hooks()
+        gradients = self._collector.gradients
+        if self.captured_steps and gradients is not None and not gradients.awaited:
+            self.remarks.append(NO_GRADIENTS)
+        if self.remarks:
+            self.run.document[REMARKS] = list(self.remarks)
         if self._pipeline is not None:
             self._pipeline.close()
         else:
@@ -366,13 +373,7 @@ class Session:
             f" (wider floats as {self.config.store_dtype})" if self.config.store_dtype else "",
         )  # fmt: skip
         if self.captured_steps and not counts.captured:
-            self.remarks.append(
-                f"no tensor was captured in {self.captured_steps} steps; device_names or module_call_match"
-                " leave out everything"
-            )
-        gradients = self._collector.gradients
-        if self.captured_steps and gradients is not None and not gradients.awaited:
-            self.remarks.append("log_gradients: no call within a step had a tensor that requires a gradient")
+            self.remarks.append(NO_TENSORS.format(self.captured_steps))
         if self.remarks:
             log.warning("run %s: %s", self.run.shown_url, "\n  ".join(self.remarks))
         first = self._processor.first_error if self._processor else None

@@ -20,6 +20,8 @@ from .checksums import KEY as CHECKSUM
 from .checksums import without_checksum
 
 RUN_FILE = "run.json"
+# There: what is not in the run although it might be expected, and why.
+REMARKS = "remarks"
 # Of what other tools dump: the number of a first step, where it is not 0.
 COUNTS_FROM = "counts_from"
 # The step.json of a model with 100 000 captured tensors has about 100 MB and six million values.
@@ -35,6 +37,12 @@ STEP_KEYS = frozenset(
 _LEAVES_THE_RUN = re.compile(r"(?:^|/)\.{0,2}(?:/|\Z)|\0")
 # One request to a store that is not a local disk.
 _BLOCK_BYTES = 8 << 20
+
+
+def remarks_of(document: Mapping[str, Any]) -> list[str]:
+    """The remarks of a ``run.json``."""
+    found = document.get(REMARKS)
+    return [each for each in found if isinstance(each, str)] if isinstance(found, list) else []
 
 
 def is_plain(text: bytes) -> bool:

@@ -13,7 +13,7 @@ from ..errors import MissingError, ReadError, VerifyError, missing
 from ..layout.directions import PATTERN
 from ..layout.names import rank_suffix, shown_numbers
 from ..layout.row_scale import is_scaled, restored
-from ..layout.run_files import RUN_FILE, RunFiles
+from ..layout.run_files import RUN_FILE, RunFiles, remarks_of
 from ..ledger import Counts
 from ..protocols import StepRanks
 from ..record import Json
@@ -110,6 +110,11 @@ class Run(Mapping[int, Step]):
         """The run, and the modules, whose results stood in for this model's own; None where none did."""
         found = self.document.get("injected")
         return found if isinstance(found, dict) else None
+
+    @property
+    def remarks(self) -> list[str]:
+        """What is not in the run although it might be expected there, and why, as its capture said."""
+        return remarks_of(self.document)
 
     @property
     def injection(self) -> str | None:
