@@ -17,7 +17,7 @@ import tlcore
 from tests.rewriting import without_checksum
 from tlcore.__main__ import main
 from tlcore.config.configuration import load_config
-from tlcore.errors import ReadError, VerifyError
+from tlcore.errors import BackendError, ReadError, VerifyError
 from tlcore.layout.checksums import digest_of_files, with_checksum
 from tlcore.layout.templates import compact
 from tlcore.reader.alike import alike_steps
@@ -27,6 +27,7 @@ from tlcore_backends.pt import alike
 from tlcore_backends.pt import alike_steps as tree_steps
 from tlcore_backends.safetensors import alike_steps as segment_steps
 from tlcore_backends.storage.local import LocalStore
+from tlcore_backends.storage.unfinished_folder import UnfinishedFolder
 
 Counts = dict[bool, int]
 
@@ -204,6 +205,26 @@ def test_damage_is_told_as_ever(
         # Of a step that was begun nothing is left.
         assert not [*there.rglob("*.tmp")] and not (there / "step_4").exists()
     assert said[0] == said[1]
+
+
+def test_a_step_that_cannot_be_written_while_the_next_is_read_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = capture(tmp_path / "a", {"name": "safetensors", "commit_s": 600}, steps=8)
+    publish = UnfinishedFolder.publish
+
+    def failing(self: UnfinishedFolder) -> None:
+        if self._target.endswith("step_5"):
+            raise BackendError("the disk is full")
+        publish(self)
+
+    monkeypatch.setattr(UnfinishedFolder, "publish", failing)
+    with pytest.raises(BackendError, match="the disk is full"):
+        converted(source, tmp_path / "b", "pt")
+    there = tlcore.open_run(tmp_path / "b" / source.name)
+    # At most the one that was written then comes after it.
+    assert there.state == "incomplete" and set(range(5)) <= set(there.steps) <= {0, 1, 2, 3, 4, 6}
+    assert not [*Path(there.url).rglob("*.tmp")] and there.verify() > 0
 
 
 def test_damaged_segments_are_told_as_ever(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -40,15 +41,25 @@ def convert_rank(source: Run, sink: Sink, documents: RunDocuments, on_tensors: C
     booked = _Booking(source, sink, documents)
     batch_bytes = _REMOTE_BATCH_BYTES if is_url(run.url) else _LOCAL_BATCH_BYTES
     steps = _Steps(source, sink, run.rank, batch_bytes, booked, on_tensors)
-    steps.write()
-    if isinstance(sink, SupportsLateCommit):
-        sink.flush()
+    try:
+        steps.write()
+    except Exception:
+        # What is on its way must not change the place when this has ended.
+        with suppress(Exception):
+            _flush(sink)
+        raise
+    _flush(sink)
     # Of steps that the source does not have, and that the ledger counts.
     run.ledger.add(booked.left)
     # What was told late is known when the sink is closed; without an end mark the run reads as incomplete.
     close_run(sink, documents, lambda: not booked.lost)
     if booked.lost:
         raise booked.lost[0]
+
+
+def _flush(sink: Sink) -> None:
+    if isinstance(sink, SupportsLateCommit):
+        sink.flush()
 
 
 class _Booking:

@@ -14,6 +14,7 @@ from tlcore.storage import SupportsFiles, SupportsFolders
 
 from ..storage.run_store import store_of
 from ..storage.uploads import Uploads
+from .behind import Behind
 from .encode import encode, file_bytes
 from .one_step import OneStep
 from .travel import Stored, Travel, TravellingStep
@@ -47,6 +48,7 @@ class PtSink:
         self._suffix = rank_suffix(run.rank)
         self._travel: Travel | None = None
         self._uploads: Uploads | None = None
+        self._behind: Behind | None = None
         self._rank = run.rank
         # Of two that publish the same directory, one fails.
         self.alike_in_capture = run.world_size == 1
@@ -56,6 +58,9 @@ class PtSink:
         self._remembered = 0
         if isinstance(self._store, SupportsFiles):
             self._uploads = Uploads(self._store)
+            if run.queue_bytes is None:
+                # Where a queue bounds all memory, none is kept beyond a call.
+                self._behind = Behind(self._told)
         else:
             most_bytes = (run.queue_bytes or _QUEUE_BYTES) // 2
             self._travel = Travel(self._store, most_bytes, self._told, run.hold)
@@ -67,6 +72,7 @@ class PtSink:
     def write(self, batch: Sequence[Record]) -> None:
         """Write records of one step; a record that repeats an earlier one becomes another name of it."""
         copies: list[tuple[str, str]] = []
+        self._settle()
         try:
             for record in batch:
                 if record.step != self._step:
@@ -89,6 +95,7 @@ class PtSink:
 
         On the local disk the step is stored on return.
         """
+        self._settle()
         if step.step != self._step:
             self._begin_step(step.step)
         *texts, (end, document) = self._texts(step)
@@ -137,16 +144,22 @@ class PtSink:
             self._patterns[step.like] = pattern_of(step.like, self._rank, written)
         self._written.move_to_end(step.like)
         pattern = self._patterns[step.like]
-        if pattern is None or not pattern.write(store, step, summary):
+        finish = None if pattern is None else pattern.begin(store, step, summary)
+        if finish is None:
             return False
         self._begin_step(None)
-        self._stored(step.step, None)
+        if self._behind is None:
+            finish()
+            self._stored(step.step, None)
+        else:
+            self._behind.write(step.step, finish)
         return True
 
     def write_whole(self, batches: Iterable[Sequence[Record]], summary: StepSummary) -> bool:
         """Write a step as one directory, which no other rank has begun."""
         store, uploads, directory = self._store, self._uploads, step_dir(summary.step)
         folder = None
+        self._settle()
         if uploads is not None and isinstance(store, SupportsFolders):
             folder = store.begin_folder(directory)
         if folder is None or uploads is None:
@@ -170,12 +183,18 @@ class PtSink:
 
     def flush(self) -> None:
         """Return when every step that was accepted is stored or has failed."""
+        self._settle()
         if self._travel is not None:
             self._travel.wait()
 
+    def _settle(self) -> None:
+        """Return when a step that is written behind is: they are stored in their order."""
+        if self._behind is not None:
+            self._behind.wait()
+
     def close(self) -> None:
         """End the threads, when everything is there."""
-        for each in (self._uploads, self._travel):
+        for each in (self._behind, self._uploads, self._travel):
             if each is not None:
                 each.close()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -16,7 +17,7 @@ from tlcore.layout.checksums import digest, with_checksum
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.templates import STEP_DIR, Structures, quoted
 from tlcore.record import Origin, Record, StepSummary
-from tlcore.storage import Buffer, Folder, SupportsFolders
+from tlcore.storage import Buffer, Folder, OpenFolder, SupportsFolders
 
 from .encode import Frame, file_bytes, frame_of
 
@@ -135,25 +136,28 @@ class Pattern:
         sizes = np.array([len(text) for text in texts], np.int64)
         self._text_sizes = sizes - self._text_counts * len(_DIRECTORY)
 
-    def write(self, store: SupportsFolders, step: AlikeStep, summary: StepSummary) -> bool:
-        """Write a step; False where ``step`` is not as its reader said, or its directory is there."""
+    def begin(
+        self, store: SupportsFolders, step: AlikeStep, summary: StepSummary
+    ) -> Callable[[], None] | None:
+        """What writes a step, in any thread; None where ``step`` is not as its reader said, or is there.
+
+        What is returned is to be called.
+        """
         count = len(self._originals)
         if step.nbytes != self.nbytes or len(step.hashes) != _HASH_BYTES * count:
-            return False
-        memory = self._scratch.take(self.nbytes)
-        with memoryview(memory)[: self.nbytes] as data:
-            if not step.fill(data):
-                return False
-            unfinished = store.begin_folder(step_dir(summary.step))
-            if unfinished is None:
-                return False
-            try:
-                unfinished.make(self._folder(data, step.hashes, summary))
-                unfinished.publish()
-            except BaseException:
-                unfinished.abandon()
-                raise
-            return True
+            return None
+        # Used again once nobody holds a view of it.
+        data = memoryview(self._scratch.take(self.nbytes))[: self.nbytes]
+        if not step.fill(data):
+            return None
+        unfinished = store.begin_folder(step_dir(summary.step))
+        if unfinished is None:
+            return None
+        try:
+            return partial(_finish, unfinished, self._folder(data, step.hashes, summary))
+        except BaseException:
+            unfinished.abandon()
+            raise
 
     def _folder(self, data: memoryview, hashes: bytes, summary: StepSummary) -> Folder:
         directory = step_dir(summary.step).encode()
@@ -180,6 +184,15 @@ class Pattern:
         records = "".join(chain.from_iterable(zip(self._entries, [*each, ""], strict=True)))
         text = summary.to_text([records] if each else [], {"structures_hash": quoted(structures_hash)})
         return with_checksum(text.replace(STEP_DIR, step_dir(summary.step)))
+
+
+def _finish(unfinished: OpenFolder, folder: Folder) -> None:
+    try:
+        unfinished.make(folder)
+        unfinished.publish()
+    except BaseException:
+        unfinished.abandon()
+        raise
 
 
 def pattern_of(step: int, rank: int, written: Written) -> Pattern | None:
