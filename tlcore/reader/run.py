@@ -364,7 +364,7 @@ class Run(Mapping[int, Step]):
             ):
                 self.__dict__.pop(name, None)
 
-    def verify(self, on_tensor: Callable[[], None] = lambda: None) -> int:
+    def verify(self, on_tensor: Callable[[], None] | None = None) -> int:
         """Check every committed tensor and structure; returns how many tensors are sound.
 
         It answers for what is stored: what was lost at capture stands in `ledger`.
