@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tlcore
-from tlcore.engine.filters.rows import is_of_expert
+from tlcore.engine.filters.rows import is_nobodys
 from tlcore.engine.hooks.axis_order import packs, swaps_in_code
 
 SAMPLES = LENGTH = 3
@@ -82,6 +82,17 @@ class _Experts(_Tokens):
         return found[order].view_as(x)
 
 
+class _Relative(_Tokens):
+    def __init__(self) -> None:
+        super().__init__()
+        self.relative_attention_bias = nn.Embedding(9, 2)
+
+    def states(self, x: torch.Tensor) -> torch.Tensor:
+        places = torch.arange(x.shape[1])
+        bias: torch.Tensor = self.relative_attention_bias(places[:, None] - places + 4)
+        return x + bias.sum()
+
+
 def _captured(model: nn.Module, length: int, where: Path) -> tuple[tlcore.Run, torch.Tensor]:
     ids = torch.randint(5, 60, (SAMPLES, length))
     with torch.no_grad(), tlcore.capture(model.eval(), output_dir=where) as capture:
@@ -89,7 +100,7 @@ def _captured(model: nn.Module, length: int, where: Path) -> tuple[tlcore.Run, t
     return tlcore.open_run(capture.url), ids
 
 
-@pytest.mark.parametrize("make", [_PositionsFirst, _Permuted, _Encoder, _Packed, _Experts])
+@pytest.mark.parametrize("make", [_PositionsFirst, _Permuted, _Encoder, _Packed, _Experts, _Relative])
 def test_whose_rows_are_not_known_nobody_is_given(make: type[_Tokens], tmp_path: Path) -> None:
     run, ids = _captured(make(), LENGTH, tmp_path)
     states = run.tensor("step_0/embed/outputs")
@@ -98,7 +109,7 @@ def test_whose_rows_are_not_known_nobody_is_given(make: type[_Tokens], tmp_path:
         for name in request:
             if name.startswith("embed/outputs"):
                 assert torch.equal(request[name], states[place])
-            assert not name.startswith(("block", "experts")), name
+            assert not name.startswith(("block", "experts", "relative")), name
 
 
 @pytest.mark.parametrize("make", [_Tokens, _PositionsFirst, _Packed])
@@ -138,10 +149,16 @@ def test_code_that_exchanges_the_first_axes_is_known() -> None:
 
 @pytest.mark.parametrize(
     "name",
-    ["experts.0", "model.layers.0.mlp.experts.12.down_proj", "mlp.experts.expert_3", "a.local_experts.1.w1"],
+    [
+        "experts.0",
+        "model.layers.0.mlp.experts.12.down_proj",
+        "mlp.experts.expert_3",
+        "a.local_experts.1.w1",
+        "block.0.SelfAttention.relative_attention_bias",
+    ],
 )
-def test_experts_are_known_by_name(name: str) -> None:
-    assert is_of_expert(name)
+def test_what_has_no_rows_of_samples_is_known_by_name(name: str) -> None:
+    assert is_nobodys(name)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +169,8 @@ def test_experts_are_known_by_name(name: str) -> None:
         "mlp.experts.routed_experts.quant_method",
         "mlp.shared_experts.0",
         "layers.0.expert_gate",
+        "layers.0.relative_pos_embeddings",
     ],
 )
-def test_what_all_tokens_go_through_is_no_expert(name: str) -> None:
-    assert not is_of_expert(name)
+def test_what_all_tokens_go_through_has_them(name: str) -> None:
+    assert not is_nobodys(name)

@@ -17,8 +17,11 @@ from ...record import Json
 from .choosing import Chooses, Choosing
 from .kept_rows import KeptRows
 
-# One of several experts, which is given the tokens that have chosen it, in an order of its own.
-_EXPERT = re.compile(r"(?:^|\.)(?!shared)\w*experts?\.(?:\w*_)?[0-9]+(?:\.|$)")
+# One of several experts, which is given the tokens that have chosen it, in an order of its own; and what
+# has a value for each pair of positions, whosever these are (T5).
+_NOBODYS = re.compile(
+    r"(?:^|\.)(?!shared)\w*experts?\.(?:\w*_)?[0-9]+(?:\.|$)|(?:^|\.)rel(?:ative)?_\w*bias(?:\.|$)"
+)
 # A call's directory, its module's name, and which call of it in the step it is.
 Begun = tuple[str, str, int]
 
@@ -179,15 +182,15 @@ class StepRows:
     def _part_of(self, module: str) -> _Part:
         """The part that the calls of a module belong to now."""
         part, left_out = self._part, self._choosing.left_out(module)
-        of_expert = is_of_expert(module)
-        inner = of_expert or (part.of_items and self.inner is not None and self.inner(module))
+        nobodys = is_nobodys(module)
+        inner = nobodys or (part.of_items and self.inner is not None and self.inner(module))
         if not (left_out or inner):
             return part
-        found = part.narrower.get((left_out, inner, of_expert))
+        found = part.narrower.get((left_out, inner, nobodys))
         if found is None:
-            sets = () if of_expert else tuple(map(_in_some_order, part.sets)) if inner else part.sets
+            sets = () if nobodys else tuple(map(_in_some_order, part.sets)) if inner else part.sets
             found = _Part(sets, part.first, left_out=left_out, aside=True)
-            part.narrower[left_out, inner, of_expert] = found
+            part.narrower[left_out, inner, nobodys] = found
             self._parts.append(found)
         return found
 
@@ -298,12 +301,13 @@ class StepRows:
 
 
 @functools.lru_cache(maxsize=1 << 16)
-def is_of_expert(module: str) -> bool:
-    """Whether a module, by its name, is one of a mixture's experts, or a part of one.
+def is_nobodys(module: str) -> bool:
+    """Whether a module's tensors, by its name, never have the rows that their shape suggests.
 
-    It may be given as many tokens as there are, and in another order: those first whose first choice it is.
+    An expert may be given as many tokens as there are, and in another order: those first whose first choice
+    it is. Pairs of positions are as many as samples and positions where there are as many of both.
     """
-    return _EXPERT.search(module) is not None
+    return _NOBODYS.search(module) is not None
 
 
 def _in_some_order(rows: RowSet) -> RowSet:
