@@ -327,3 +327,13 @@ def test_a_remark_that_cannot_be_made_does_not_keep_the_run_from_its_end(
         module(torch.ones(1, 4))
     assert [text for text in capture.remarks if "KeyError" in text]
     assert tlcore.open_run(capture.url).state == "complete"
+
+
+@pytest.mark.parametrize("keys", [{}, {"log_step_ids": [0]}, {"config": '{"log_step_ids": [0]}'}])
+def test_steps_that_nobody_left_out_on_purpose_are_told_of(keys: dict[str, Any]) -> None:
+    module = Holder(nn.Linear(4, 4))
+    with tlcore.capture(module, backend=MemorySink(), **keys) as capture, torch.no_grad():
+        for _ in range(3):
+            module(torch.ones(1, 4))
+    said = [text for text in capture.remarks if "1 of 3 steps" in text]
+    assert bool(said) != bool(keys)

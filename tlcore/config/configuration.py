@@ -165,6 +165,11 @@ def load_config(value: Config | Mapping[str, Any] | str | None = None, **keys: A
     return config
 
 
+def given_keys(value: Config | Mapping[str, Any] | str | None = None, **keys: Any) -> frozenset[str]:
+    """The keys that somebody has given, of what `load_config` takes. Raises ConfigError for what is none."""
+    return frozenset({**_as_mapping(value), **keys})
+
+
 def load_config_file(path: str | os.PathLike[str]) -> Config:
     """The configuration in a JSON file. Raises ConfigError when it cannot be read or is not valid."""
     return load_config(read_config_file(path))

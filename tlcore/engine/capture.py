@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from ..config.configuration import Config, load_config
+from ..config.configuration import Config, given_keys, load_config
 from ..errors import CaptureError, ConfigError
 from ..layout.structure import class_name
 from ..ledger import Counts
@@ -71,6 +71,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
                 )
             sink = keys.pop("backend")
         self.config = load_config(config, **keys)
+        self._chose_steps = "log_step_ids" in given_keys(config, **keys)
         if self.config.log_gradients and self.config.cuts_rows:
             problem = "which rows of a gradient are whose is not known."
             raise ConfigError("$.log_gradients", problem, "Leave out rows, request_ids and sample_rate.")
@@ -244,6 +245,11 @@ class capture:  # noqa: N801 - a context manager reads like a function
         if calls and not session.captured_steps:
             said.append(
                 f"the model was called {calls} times, but no step of log_step_ids came, so the run has none"
+            )
+        elif calls > session.captured_steps and not self._chose_steps:
+            said.append(
+                f"{session.captured_steps} of {calls} steps was captured: without log_step_ids it is step 0"
+                " alone, with [] every one"
             )
         elif not calls:
             said.append(
