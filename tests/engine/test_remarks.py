@@ -337,3 +337,21 @@ def test_steps_that_nobody_left_out_on_purpose_are_told_of(keys: dict[str, Any])
             module(torch.ones(1, 4))
     said = [text for text in capture.remarks if "1 of 3 steps" in text]
     assert bool(said) != bool(keys)
+
+
+def test_a_last_step_that_cannot_be_ended_leaves_the_steps_before_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails() -> None:
+        raise KeyError("a row")
+
+    module = Holder(nn.Linear(4, 4))
+    with tlcore.capture(module, output_dir=str(tmp_path), log_step_ids=[]) as capture, torch.no_grad():
+        module(torch.ones(1, 4))
+        capture.session.begin_step()
+        monkeypatch.setattr(capture.session.rows, "document", fails)
+        capture.session.detach()
+    found = tlcore.open_run(capture.url)
+    assert found.state == "complete" and list(found.steps) == [0]
+    assert any("its last step is lost" in text for text in caplog.messages)
+    assert "forward" not in vars(module.inner)

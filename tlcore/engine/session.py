@@ -331,10 +331,17 @@ class Session:
             return done
         return self._pipeline.settle()
 
+    def _end_last_step(self) -> None:
+        try:
+            self.end_step(extra={"error": "the session was closed in the step"})
+        except Exception:
+            # What was captured before it still has to be stored.
+            log.warning("run %s: its last step is lost", self.run.shown_url, exc_info=True)
+
     def detach(self) -> None:
         """Stop capturing and take the hooks away; what is queued is stored by `close`. Safe to repeat."""
         with self._lock:
-            self.end_step(extra={"error": "the session was closed in the step"})
+            self._end_last_step()
             self._close_hooks()
 
     def close(self) -> None:
@@ -347,11 +354,7 @@ class Session:
         with self._lock:
             if self._closed:
                 return
-            try:
-                self.end_step(extra={"error": "the session was closed in the step"})
-            except Exception:
-                # What was captured before it still has to be stored.
-                log.warning("run %s: its last step is lost", self.run.shown_url, exc_info=True)
+            self._end_last_step()
             self._closed = True
             self._give_memory_back()
         atexit.unregister(self.close)
