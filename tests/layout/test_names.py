@@ -77,3 +77,11 @@ def test_numbers_for_people_are_short_however_many() -> None:
     assert names.shown_numbers([0, 1, 4, 6, 7, 8]) == "0, 1, 4, 6-8"
     assert names.shown_numbers(range(1_000_000)) == "0-999999"
     assert names.shown_numbers(range(0, 100, 2), most=3) == "0, 2, 4, ..."
+
+
+def test_a_directory_tells_another_module_where_that_exists_or_the_name_was_cut() -> None:
+    long = "x" * 300
+    assert names.misread({"", "l", "l_1", "m_1", "a/b", "l_1.part", long}) == {
+        "l_1": "l_1",
+        names.safe(long): long,
+    }

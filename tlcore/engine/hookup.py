@@ -11,7 +11,7 @@ from torch import nn
 
 from ..config.configuration import Config
 from ..errors import CaptureError
-from ..layout.names import ROOT_DIR
+from ..layout.names import MISREAD, ROOT_DIR
 from ..layout.structure import class_name
 from ..record import Json
 from . import remarks
@@ -159,6 +159,9 @@ class Hookup:
         """What `step.json` says of a step's calls, beside what was captured of them."""
         injection = self._audience.injection
         told = {} if injection is None else injection.end_step()
+        for hooks in (self.hooks, self._draft):
+            if hooks is not None and hooks.misread:
+                told[MISREAD] = {**told.get(MISREAD, {}), **hooks.misread}
         calls = {} if self.hooks is None else self.hooks.elsewhere
         if self._taps.elsewhere:
             calls = calls | self._taps.elsewhere

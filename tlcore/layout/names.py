@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from functools import lru_cache
 from urllib.parse import unquote
 
@@ -17,6 +17,10 @@ PathKey = int | str
 ROOT_DIR = "_root"
 
 _UNSAFE = re.compile(r"[^A-Za-z0-9_.\-+=@,()\[\]]")
+# The directory of a module's first call, and which later one this is; unless the module itself is so called.
+LATER_CALL = re.compile(r"(.+)_([1-9][0-9]*)(?:~2)?")
+# In step.json: what `misread` says.
+MISREAD = "modules"
 # A rank's suffix before the extension or a shard's number; a device's index where it says the same.
 _RANK_OF_FILE = re.compile(r"_rank_(\d+)(?:_\d+)?\.[a-z]+\Z|_[a-z]+_(\d+)\.pt\Z")
 # File systems allow 255 bytes; this leaves room for a rank, a `~2` and an extension.
@@ -64,6 +68,18 @@ def module_of(directory: str) -> str:
     if directory in (ROOT_DIR, f"{ROOT_DIR}~2"):
         return "" if directory == ROOT_DIR else ROOT_DIR
     return unquote(directory)
+
+
+def misread(modules: Collection[str]) -> dict[str, str]:
+    """By directory, those of these modules whose first call it shows as another's, or as nobody's."""
+    found = {}
+    for module in modules:
+        directory = call_dir(module, 0, frozenset())
+        later = LATER_CALL.fullmatch(directory)
+        taken = later is not None and (module_of(later[1]) in modules)
+        if taken or module_of(directory) != module:
+            found[directory] = module
+    return found
 
 
 def within(module: str, outer: str) -> bool:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import re
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from ..errors import MissingError, missing
 from ..layout.directions import is_gradient, is_operator, is_tap
-from ..layout.names import module_of, rank_suffix, step_dir
+from ..layout.names import LATER_CALL, MISREAD, call_dir, module_of, rank_suffix, step_dir
 from ..record import Json
 from .operator import Operator, operator_in
 from .rebuild import Arguments, rebuild, rebuild_arguments
@@ -17,18 +16,22 @@ from .stored import Stored
 if TYPE_CHECKING:
     from .step import Step
 
-_LATER_CALL = re.compile(r"(.+)_([1-9][0-9]*)(?:~2)?")
 
+def checked_call(name: str, rank: int, step: Step, url: str) -> str:
+    """The directory of a call, by that or, of a first call, by the module's name.
 
-def check_call(directory: str, rank: int, step: Step, url: str) -> None:
-    """Raise MissingError for a call that a step has not, or a rank of which it has nothing."""
+    Raises MissingError for a call that a step has not, or a rank of which it has nothing.
+    """
     place = f"{url}/{step_dir(step.number)}"
-    if directory not in step.calls:
-        raise missing("call", directory, place, step.calls)
+    calls = step.calls
+    directory = name if name in calls else call_dir(name, 0, frozenset())
+    if directory not in calls:
+        raise missing("call", name, place, calls)
     known = step.documents
     if known and rank not in known:
         later = f"a later call of a module has a name of its own, such as {directory}_{rank}"
         raise MissingError(f"{place}: nothing of rank {rank}, only of {sorted(known)} ({later})")
+    return directory
 
 
 class Call:
@@ -46,8 +49,12 @@ class Call:
         for record in self._step.records:
             if record["name"].startswith(begin):
                 return str(record["module"]), int(record["call"])
-        # Nothing of this call was stored, so only its directory is left to tell.
-        later = _LATER_CALL.fullmatch(self.directory)
+        # Nothing of this call was stored, so only its directory is left to tell, and who knows better.
+        told = self._step.documents.get(self.rank, {}).get(MISREAD)
+        module = told.get(self.directory) if isinstance(told, dict) else None
+        if isinstance(module, str):
+            return module, 0
+        later = LATER_CALL.fullmatch(self.directory)
         if later and later[1] in self._step.calls:
             return module_of(later[1]), int(later[2])
         return module_of(self.directory), 0

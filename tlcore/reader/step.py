@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from ..errors import MissingError, ReadError
 from ..layout.checks import is_whole
 from ..layout.grids import Grid
-from ..layout.names import ROOT_DIR, step_dir
+from ..layout.names import step_dir
 from ..layout.rows import CallRows, Row, Span, decided_positions
 from ..layout.templates import Structures, structures_of_texts
 from ..layout.tokens import checked_tokens
 from ..ledger import Counts
 from ..record import Json
 from ..statistics.summary import Statistics
-from .call import Call, check_call
+from .call import Call, checked_call
 from .described import described, statistics_of
 from .documents import counts_of, is_tensor_name
 from .lookup import not_one, not_stored, unstored, without_device
@@ -350,8 +350,8 @@ class Step(Mapping[str, "torch.Tensor"]):
         return [held[rank] for rank in group]
 
     def call(self, directory: str, rank: int = 0) -> Call:
-        """One call by its directory, such as ``layers.0_1``. Raises MissingError for an unknown one."""
-        check_call(directory := directory or ROOT_DIR, rank, self, self._stored.url)
+        """A call by its directory, such as ``layers.0_1``, or a first one's module. Raises MissingError."""
+        directory = checked_call(directory, rank, self, self._stored.url)
         return Call(self, self._stored, directory, rank)
 
     def structures(self, rank: int) -> dict[str, Json]:

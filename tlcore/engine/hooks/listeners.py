@@ -11,6 +11,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 
 from ...hotpath.intercept import FORWARD, StandIn, forget, keep_out_of_copies, lies_in
 from ...hotpath.listening import Hearing, Listening, put_all, take_all
+from ...layout.names import misread
 from .counting import CallCounter, Counts
 from .keeping import Keeper
 from .listening import NOBODY, Listener, Rename, Select
@@ -70,6 +71,8 @@ class ListenerSet:
         self.names: dict[str, tuple[str, ...]] = {}
         # Modules whose forward others replaced while it was listened to.
         self.replaced_within: dict[str, None] = {}
+        # The modules of which a directory tells another, by that.
+        self.misread: dict[str, str] = {}
         self._classes: set[type] = set()
         self.tree = ModuleTree(model)
         self._plan()
@@ -99,6 +102,10 @@ class ListenerSet:
         for each, listener in made:
             if listener is not None:
                 self.names[each.name] = each.names
+        selected = {each.name for each, listener in made if listener is not None}
+        self.misread = misread(
+            selected | {each.name for each, _ in made if id(each.module) in self._counting}
+        )
 
     def _counter(self, each: Named) -> CallCounter:
         return CallCounter(each.name, each.module, self._hearing)
@@ -239,6 +246,7 @@ class ListenerSet:
             keep_out_of_copies({cls})
             self._classes = self._classes | {cls}
         self.names[each.name] = each.names
+        self.misread = misread(self.names.keys() | self.misread.values())
         if place is None:
             place = self._places[key] = len(self._listeners)
             self._listeners.append(made)
