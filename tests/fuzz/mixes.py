@@ -88,6 +88,9 @@ class Runner:
     def _prepare_inputs(self, scheduled: Any, counts: Any) -> None:
         """What the reader of the rows looks at is set by `execute_model`."""
 
+    def _preprocess(self, scheduled: Any) -> None:
+        """Where vLLM encodes images; here are none."""
+
     def _model_forward(self, rows: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
         found: torch.Tensor = self.model(rows)
         return found
@@ -119,6 +122,7 @@ class Runner:
         padded = rows + [(-1, -1, -1)] * scheduled.padded
         self.positions = torch.tensor([position for _, position, _ in padded])
         self._prepare_inputs(scheduled, None)
+        self._preprocess(scheduled)
         states = self._model_forward(torch.tensor(padded, dtype=torch.float32), positions=self.positions)
         indices = [
             end - 1 - back

@@ -115,6 +115,7 @@ def test_of_recomputed_positions_the_last_computation_counts(tmp_path: Path) -> 
         ("chatcmpl-AAA-0123abcd", "AAA", None),
         ("1_cmpl-AAA-0-0123abcd", "AAA", None),
         ("1_7-0123abcd", "7", 1),
+        ("1_7-0123abcd", "1_7", None),
     ],
 )
 def test_a_request_is_found_by_the_id_that_its_client_gave(

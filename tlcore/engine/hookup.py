@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -80,6 +80,10 @@ class Hookup:
         # A rank has not all modules to tell.
         if self._one_rank:
             audience.say_what_nobody_is_called(self.hooks, class_name(model))
+
+    def counts(self) -> Mapping[str, int]:
+        """How often which module of the attached model has been called in the step so far."""
+        return {} if self.hooks is None else self.hooks.counts()
 
     def attach_draft(self, model: nn.Module) -> None:
         """Also listen to a draft model's modules, by names behind ``draft``, in its `turn`."""

@@ -98,7 +98,7 @@ class Session:
         self._collector = self._make_collector(tensors)
         self._hookup = Hookup(config, self._collector, run.world_size == 1, injection)
         self._collector.before_hand_over = self.rows.note
-        self.rows.calls_begun = self._collector.calls_begun
+        self.rows.calls_begun, self.rows.counts = self._collector.calls_begun, self._hookup.counts
         atexit.register(self.close)
         _live.add(self)
 

@@ -75,7 +75,9 @@ def _is_full(request_id: str, external: str | None, wanted: str) -> bool:
 
 
 def _is_external(request_id: str, external: str | None, wanted: str) -> bool:
-    return wanted in (external, _without_additions(request_id))
+    # A client's own id may begin as that of a sample does.
+    own = _RANDOM_SUFFIX.sub("", request_id)
+    return wanted in (external, own, _without_additions(request_id))
 
 
 def _is_of_server(request_id: str, external: str | None, wanted: str) -> bool:

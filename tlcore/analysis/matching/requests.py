@@ -23,6 +23,7 @@ from .ranks_of_both import held_by_ranks_of_all
 from .rules import Rules
 
 _LARGEST = 1 << 50
+_PLACES = ("first_token_indices_gpu", "last_token_indices_gpu")
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,11 +159,14 @@ def _spans(
     found: dict[tuple[Key, str], list[_Span]] = defaultdict(list)
     for step, tensors in steps:
         for key, source in tensors.items():
-            rank, module, _, direction, path = key
-            counted = (rank, module, step.index_in_model(source.records[0]), direction, path)
+            rank, module, call, direction, path = key
+            record = source.records[0]
+            index = step.index_in_model(record)
             if step.rows is not None:
-                counted = key
-            mask = _is_mask(step, path)
+                # Modules that go by one name are numbered through.
+                index += call - int(record["call"])
+            counted = (rank, module, index, direction, path)
+            mask = _is_mask(step, path) or _is_place(step, path)
             spans = [] if mask else list(_rows_of(source, step, labels))
             if spans:
                 loose.add_rows(step, key, counted, source, labels)
@@ -176,6 +180,12 @@ def _spans(
 def _is_mask(step: Step, path: Sequence[PathKey]) -> bool:
     """Whether a tensor says where the padding of a batch is, and so differs where only that does."""
     return step.rows is None and bool(path) and "mask" in str(path[-1])
+
+
+def _is_place(step: Step, path: Sequence[PathKey]) -> bool:
+    """Whether a tensor says where in vLLM's batch a request's tokens are, as those of poolers do."""
+    last = str(path[-1]) if path else ""
+    return step.rows is not None and last.endswith(_PLACES)
 
 
 def _is_row(row: Json) -> bool:

@@ -59,6 +59,8 @@ class _Part:
     left_out: frozenset[str] = frozenset()
     narrower: dict[tuple[frozenset[str], bool, bool], _Part] = field(default_factory=dict)
     aside: bool = False
+    # Whether a call's number within the model's call is another than within the step.
+    renumbers: bool = False
 
     def leaves_doubt(self, kept: int) -> bool:
         """Whether the number of rows alone does not tell whose they are, where so many were kept."""
@@ -94,6 +96,7 @@ class StepRows:
         self.before: BeforeRows = None
         self.inner: Callable[[str], bool] | None = None
         self.calls_begun: Callable[[], Sequence[Begun]] = list
+        self.counts: Callable[[], Mapping[str, int]] = dict
         self._begin(None)
 
     def begin_step(self, choosing: Choosing | None = None) -> None:
@@ -167,17 +170,26 @@ class StepRows:
         self._part = _Part(tuple(sets), self.first)
         self._parts.append(self._part)
 
+    def count_anew(self, begin: int = 0) -> None:
+        """The next call of each module counts as its ``begin``-th from now on, until ``first`` is set."""
+        self.note()
+        if any(part is not None and part.calls for part in (self._main, *self._parts)):
+            self.first = {name: count - begin for name, count in self.counts().items() if count != begin}
+
     def resume_main(self) -> None:
         """Go on with the row sets of the step itself, for what is told after its end."""
         if self._main is not None:
+            self.first = self._main.first
             self.enter(self._main.sets)
 
     def note(self) -> None:
         """Remember which calls began since the row sets were entered."""
         for directory, module, call in self.calls_begun():
             part = self._part_of(module)
+            before = part.first.get(module, 0)
             part.calls.append(directory)
-            part.indices.append(call - part.first.get(module, 0))
+            part.indices.append(call - before)
+            part.renumbers |= before != 0
 
     def _part_of(self, module: str) -> _Part:
         """The part that the calls of a module belong to now."""
@@ -262,8 +274,9 @@ class StepRows:
             if rows.batched and not self._cuts:
                 found["batched"] = True
         listed = [part for part in self._parts if part.calls]
-        if self._main is not None and self._main.leaves_doubt(sum(row["rows"] for row in found["rows"])):
-            listed.insert(0, self._main)
+        main = self._main
+        if main and (main.renumbers or main.leaves_doubt(sum(row["rows"] for row in found["rows"]))):
+            listed.insert(0, main)
         if self.told:
             found["call_rows"] = [self._entry(part) for part in listed]
             if self.before is not None:
@@ -273,7 +286,7 @@ class StepRows:
     def _entry(self, part: _Part) -> Json:
         known = dict(zip(part.calls, part.indices, strict=True))
         entry: Json = {"calls": list(known), "sets": [self._described(part, each) for each in part.sets]}
-        if part.first:
+        if part.renumbers:
             entry["indices"] = list(known.values())
         if part.whole and self._cuts:
             entry["whole"] = sorted(map(list, part.whole))

@@ -16,6 +16,7 @@ from tlcore.adapters.vllm.worker.steps import StepWrapper
 from tlcore.config.configuration import load_config
 from tlcore.engine.new_run import new_run
 from tlcore.engine.session import Session
+from tlcore.layout.rows import CallRows
 
 PARALLEL = SimpleNamespace(parallel_config=SimpleNamespace(prefill_context_parallel_size=1))
 
@@ -187,6 +188,42 @@ def test_rows_that_contradict_each_other_are_not_guessed(spoil: Any, reason: str
     (step,) = sink.steps
     assert step.rows is None
     assert reason in step.extra["rows_unavailable"]
+
+
+@pytest.mark.parametrize(
+    ("counts", "drafts", "layers", "told"),
+    [
+        ({"a": 3, "b": 1}, {}, {"layers.2"}, False),
+        ({"a": 3, "b": 1}, {}, None, False),
+        ({"a": 3, "b": 1}, {}, set(), True),
+        ({"a": 3, "b": 1}, {"a": [7, 8]}, {"layers.2"}, True),
+        ({"a": 1, "b": 1}, {}, {"layers.2"}, True),
+    ],
+    ids=["a prompt", "the second runner's", "no layer", "drafts", "decoding"],
+)
+def test_positions_that_fast_prefill_skips_are_not_told(
+    counts: dict[str, int], drafts: Any, layers: set[str] | None, told: bool
+) -> None:
+    """Behind the last layer they have what an earlier one made of them; what is sampled from is right."""
+    runner, sink = Runner(), MemorySink()
+    cache = SimpleNamespace(kv_sharing_fast_prefill=True)
+    runner.vllm_config = SimpleNamespace(**vars(PARALLEL), cache_config=cache)
+    if layers is not None:
+        runner.kv_sharing_fast_prefill_eligible_layers = layers  # type: ignore[attr-defined]
+    if drafts:
+        runner.speculative_config = object()  # type: ignore[attr-defined]
+    runner.query_start_loc.np[:3] = [0, counts["b"], counts["a"] + counts["b"]]
+    session, _ = _bracketed(runner, sink)
+    step = scheduled(**counts)
+    step.scheduled_spec_decode_tokens = drafts
+    runner.execute_model(step)
+    runner.sample_tokens(None)
+    session.close()
+    found = {**sink.steps[0].extra, "rows": list(sink.steps[0].rows or ())}
+    assert len(found["rows"]) == 2
+    record = {"name": "step_0/0/outputs_cpu", "module": "0", "call": 0, "dtype": "float32"}
+    spans = CallRows(found).spans({**record, "shape": [sum(counts.values()), 2]})
+    assert [span.row["request_id"] for span in spans] == (["b", "a"] if told else [])
 
 
 def test_what_came_from_the_cache_is_told_once_however_often_a_request_comes() -> None:

@@ -15,6 +15,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from ....engine.filters.rows import Given, StepRows
 from ....layout.rows import NO_ROWS, Row, RowSet
@@ -22,7 +23,7 @@ from ....record import Json
 from .encoders import within_encoders
 from .items import item_sets
 from .later_rows import LaterRows
-from .row_sets import Sets, lasts, rows_of, sampled, token_set, where
+from .row_sets import Sets, pooled, rows_of, sampled, token_set, where
 from .rows import RowError, RowReader
 from .tokens import TokenReader
 
@@ -32,6 +33,8 @@ if TYPE_CHECKING:
 log = logging.getLogger("vllm.tlcore")
 # Their poolers give each request's tokens apart.
 _TOKENWISE = frozenset({"token_embed", "token_classify", "plugin"})
+# The classes of what makes one row of a request's.
+_POOLED = frozenset({"CLSPool", "LastPool", "MeanPool"})
 
 
 class RowScopes:
@@ -99,7 +102,8 @@ class RowScopes:
             requests = [row["request_id"] for row in rows]
             prompts = self._tokens.prompts(requests)
             self._unsampled = self._cut_short(rows, prompts)
-            self._step.batch(requests, prompts, self._unsampled)
+            of_items = {(request, self._reader.of_items): length for (request, _), length in prompts.items()}
+            self._step.batch(requests, {**of_items, **prompts}, self._unsampled)
             if self._injection is not None:
                 self._injection.batch(self._given(rows, output, prompts))
             if self._keeps_ids:
@@ -142,7 +146,7 @@ class RowScopes:
         self._prepared(batch, self._scheduled)
         if self.rows is not None:
             padded = max(0, int(batch.num_tokens_after_padding) - int(batch.num_tokens))
-            self.enter([self._tokens_of_pass(self.rows, padded)], main=True)
+            self._enter_pass(self._tokens_of_pass(self.rows, padded), self.rows)
 
     def _sample(self, hidden: Any, batch: Any, *args: Any, **kwargs: Any) -> Sets:
         if self.rows is None:
@@ -156,7 +160,16 @@ class RowScopes:
             return NO_ROWS
         padded = max(0, int(positions.shape[-1]) - sum(row["rows"] for row in self.rows))
         encoded = sum(map(len, kwargs.get("encoder_outputs") or ()))
-        self.enter([self._tokens_of_pass(self.rows, padded, encoded)], main=True)
+        return self._enter_pass(self._tokens_of_pass(self.rows, padded, encoded), self.rows)
+
+    def _enter_pass(self, tokens: RowSet, rows: Sequence[Json]) -> Sets:
+        """The model's pass begins, with these rows of its tokens; an encoder's calls are none of it."""
+        self._count_anew()
+        self.enter([tokens], main=True)
+        if self._reader.skips_some(rows):
+            # What the skipped positions have after the last layer is of an earlier one.
+            self.enter(NO_ROWS)
+            self.warn("whose the rows are is not told of prompts", RowError("kv_sharing_fast_prefill is on"))
         return self._current()
 
     def _tokens_of_pass(self, rows: Sequence[Row], padded: int, encoded: int = 0) -> RowSet:
@@ -188,10 +201,19 @@ class RowScopes:
         tasks = {params.task for params in self._runner.input_batch.pooling_params.values()}
         tokens = RowSet("tokens", self.rows, vectors=True)
         if not tasks & _TOKENWISE:
-            return [tokens, lasts(self.rows, self._unsampled)] if len(tasks) == 1 else [tokens]
+            if len(tasks) > 1:
+                return [tokens]
+            return [tokens, pooled(self.rows, self._unsampled, self._pools_first(*tasks))]
         # A request's result has all its tokens, also those of earlier steps.
         ends = [row["first_position"] + row["rows"] for row in self.rows]
         return NO_ROWS if len(ends) > 1 and tokens.length in ends else [tokens]
+
+    def _pools_first(self, task: str) -> bool:
+        """Whether what the model pools of a request is its first row."""
+        pooler = getattr(self._runner.get_model(), "pooler", None)
+        pooler = getattr(pooler, "poolers_by_task", {}).get(task, pooler)
+        parts = pooler.modules() if isinstance(pooler, nn.Module) else ()
+        return {name for each in parts if (name := type(each).__name__) in _POOLED} == {"CLSPool"}
 
     def _wrap_items(self, runner: Any) -> None:
         """vLLM times each call of an encoder, and says so of which items it is."""
@@ -207,10 +229,19 @@ class RowScopes:
                     return
                 if self._inner is None:
                     self._guarded(self._learn_encoders)
-                with self._in(lambda: item_sets(runner, refs[first : first + count], self._reader.known)):
+                with self._in(lambda: self._items(refs[first : first + count])):
                     yield given
 
         runner.timed_encoder_operation = timed
+
+    def _items(self, refs: Sequence[Any]) -> Sets:
+        # Of the images of a step some are encoded by a call of their own, whoever else's are.
+        self._count_anew()
+        return item_sets(self._runner, refs, self._reader.known_of_item)
+
+    def _count_anew(self, begin: int = 0) -> None:
+        if self._step is not None:
+            self._step.count_anew(begin)
 
     def _learn_encoders(self) -> None:
         self._inner = within_encoders(self._runner.get_model())
@@ -247,6 +278,8 @@ class RowScopes:
         return watch
 
     def _part_of(self, hidden: torch.Tensor, states: torch.Tensor) -> Sets:
+        # Behind the logits that are sampled from, whichever of the step's prompts it is.
+        self._count_anew(1)
         if self.rows is None or hidden.untyped_storage().data_ptr() != states.untyped_storage().data_ptr():
             return NO_ROWS
         first, rest = divmod(int(states.storage_offset() - hidden.storage_offset()), hidden.stride(0))
@@ -294,7 +327,7 @@ class RowScopes:
     @contextmanager
     def _in(self, sets: Callable[[], Sets], on: Callable[[bool], None] | None = None) -> Iterator[None]:
         """What is called in the block has these rows; afterwards those from before."""
-        before = self._current()
+        before, first = self._current(), self._first()
         self.enter(NO_ROWS)
         self._guarded(lambda: self.enter(sets()))
         if on is not None:
@@ -304,10 +337,15 @@ class RowScopes:
         finally:
             if on is not None:
                 on(False)
+            if self._step is not None:
+                self._step.first = first
             self.enter(before)
 
     def _current(self) -> Sets:
         return NO_ROWS if self._step is None else self._step.sets
+
+    def _first(self) -> Mapping[str, int]:
+        return {} if self._step is None else self._step.first
 
     def _guarded(self, call: Callable[[], object]) -> None:
         try:

@@ -53,9 +53,9 @@ def sampled(rows: Sequence[Row], cut_short: Container[str] = ()) -> RowSet:
     return RowSet("sampled", found)
 
 
-def lasts(rows: Sequence[Row], cut_short: Container[str]) -> RowSet:
-    """The last row of each request, as poolers take it."""
-    ends = [row["first_position"] + row["rows"] - 1 for row in rows]
+def pooled(rows: Sequence[Row], cut_short: Container[str], first: bool = False) -> RowSet:
+    """A row for each request, as poolers take it: its last one or what is made of all, or its ``first``."""
+    ends = [row["first_position"] + (0 if first else row["rows"] - 1) for row in rows]
     return RowSet(
         "requests",
         [

@@ -64,6 +64,17 @@ class RowReader:
         return () if found is None else (int(found),)
 
     @functools.cached_property
+    def _skips_positions(self) -> bool:
+        """Whether positions that nothing is sampled from go through the first layers only."""
+        engine = getattr(self._runner, "vllm_config", None)
+        asked = getattr(getattr(engine, "cache_config", None), "kv_sharing_fast_prefill", False)
+        return bool(asked and getattr(self._runner, "kv_sharing_fast_prefill_eligible_layers", True))
+
+    def skips_some(self, rows: Sequence[Json]) -> bool:
+        """Whether some of a step's positions have no rows, or an earlier layer's, behind some layers."""
+        return self._skips_positions and any(row["rows"] > 1 + row.get("drafts", 0) for row in rows)
+
+    @functools.cached_property
     def batched(self) -> bool:
         """Whether modules of the model may be given a step's tokens as a batch of one sample."""
         model = getattr(self._runner, "get_model", None)
@@ -104,9 +115,16 @@ class RowReader:
             if prompt is not None:
                 self._asked[new.req_id] = getattr(new, "sampling_params", None), len(prompt)
 
-    def known(self, request_id: str) -> Json:
-        """What is known of a request besides its rows."""
-        return {"external_request_id": external_id(request_id)}
+    @functools.cached_property
+    def of_items(self) -> str:
+        """The sequence of an encoder's rows, which are none of the prompt's where there is a decoder."""
+        model = getattr(getattr(self._runner, "vllm_config", None), "model_config", None)
+        return "encoder" if getattr(model, "is_encoder_decoder", False) else ""
+
+    def known_of_item(self, request_id: str) -> Json:
+        """What is known of a request besides the rows of an encoder."""
+        known: Json = {"external_request_id": external_id(request_id)}
+        return {**known, "sequence": self.of_items} if self.of_items else known
 
     def is_apart(self, request_id: str) -> bool:
         """Whether a request shares no prefix cache with others, as one does that is injected into."""

@@ -1,0 +1,113 @@
+"""Which row of a request it is that a pooler has made of it, and what only tells where in a batch it lies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tlcore
+from tests.fuzz.mixes import Runner
+from tlcore.adapters.vllm.worker.steps import StepWrapper
+from tlcore.config.configuration import load_config
+from tlcore.engine.new_run import new_run
+from tlcore.engine.session import Session
+
+
+class CLSPool(nn.Module):
+    """Takes of each request its first row, by the name of vLLM's own."""
+
+    def forward(self, hidden: torch.Tensor, **places: torch.Tensor) -> torch.Tensor:
+        return hidden[places["first_token_indices_gpu"]]
+
+
+class LastPool(CLSPool):
+    """Takes of each request its last row."""
+
+    def forward(self, hidden: torch.Tensor, **places: torch.Tensor) -> torch.Tensor:
+        return hidden[places["last_token_indices_gpu"]]
+
+
+class _Poolers(nn.Module):
+    """Has one for each task."""
+
+    def __init__(self, **poolers: nn.Module) -> None:
+        super().__init__()
+        self.poolers_by_task = poolers
+
+    def forward(self, hidden: torch.Tensor, **places: torch.Tensor) -> Any:
+        return self.poolers_by_task["classify"](hidden, **places)
+
+
+class _Runner(Runner):
+    def __init__(self, pooler: nn.Module) -> None:
+        super().__init__(speculates=False, batched=False)
+        self.model.pooler = pooler
+
+    def _pool(self, hidden: torch.Tensor) -> None:
+        starts = torch.as_tensor(self.query_start_loc.np)
+        places = {"first_token_indices_gpu": starts[:-1], "last_token_indices_gpu": starts[1:] - 1}
+        pooler: Any = self.model.pooler
+        pooler(hidden, **places)
+
+    def sample_tokens(self, grammar: Any) -> Any:
+        task = SimpleNamespace(task="classify")
+        self.input_batch.pooling_params = dict.fromkeys(self.input_batch.req_ids, task)
+        self._pool(self.hidden)
+
+
+def _captured(path: Path, pooler: nn.Module, lengths: dict[int, int]) -> str:
+    runner = _Runner(pooler)
+    config = load_config({"log_step_ids": [], "output_dir": str(path), "module_call_match": "pooler"})
+    session = Session(config, new_run(config), inline=True)
+    session.attach(runner.model)
+    StepWrapper(session, runner)
+    batch = [
+        SimpleNamespace(
+            name=f"{number}-0123abcd", number=number, computed=0, tokens=list(range(length)), drafts=[],
+            prompt=length, longest=1, logprobs=False,
+        )
+        for number, length in lengths.items()
+    ]  # fmt: skip
+    counts = {each.name: each.prompt for each in batch}
+    runner.execute_model(
+        SimpleNamespace(
+            batch=batch,
+            num_scheduled_tokens=counts,
+            total_num_scheduled_tokens=sum(counts.values()),
+            scheduled_spec_decode_tokens={},
+            padded=0,
+        )
+    )
+    runner.sample_tokens(None)
+    session.close()
+    return session.url
+
+
+@pytest.mark.parametrize(
+    ("pooler", "position"),
+    [
+        (CLSPool(), 0),
+        (LastPool(), 3),
+        (_Poolers(classify=CLSPool(), embed=LastPool()), 0),
+        (_Poolers(classify=LastPool(), embed=CLSPool()), 3),
+    ],
+    ids=["first", "last", "first for this task", "last for this task"],
+)
+def test_a_pooled_row_is_told_by_its_own_position(pooler: nn.Module, position: int, tmp_path: Path) -> None:
+    request = tlcore.open_run(_captured(tmp_path, pooler, {0: 2, 1: 4})).request("1")
+    (name,) = (each for each in request if each.endswith("outputs_cpu"))
+    assert request.positions(name) == [position]
+    assert request[name].tolist() == [[1.0, position, position]]
+
+
+def test_where_a_request_lies_in_a_batch_is_no_difference_between_runs(tmp_path: Path) -> None:
+    one, other = (_captured(tmp_path, CLSPool(), lengths) for lengths in ({0: 2, 1: 4}, {1: 4, 0: 2}))
+    result = tlcore.compare(one, other)
+    assert result.equal, str(result)
+    other = _captured(tmp_path, LastPool(), {0: 2, 1: 4})
+    assert not tlcore.compare(one, other).equal
