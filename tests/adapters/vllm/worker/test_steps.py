@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
 
@@ -237,6 +238,27 @@ def test_what_came_from_the_cache_is_told_once_however_often_a_request_comes() -
         reader.begin_step(step)
         (row,) = (each for each in reader.rows(step) if each["request_id"] == "a")
         assert row["cached"] == (2 if ended else 0)
+
+
+@pytest.mark.parametrize("repeats", ["1", "0"])
+def test_two_requests_of_one_id_are_not_told_as_one(repeats: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", repeats)
+    reader = RowReader(Runner())
+    told: list[bool] = []
+    for begins, ended in ((("a", "b"), ()), ((), ()), (("a",), ("a",)), ((), ()), (("c",), ("a",))):
+        step = scheduled(a=3, b=1)
+        step.finished_req_ids = ended
+        step.scheduled_new_reqs = [
+            SimpleNamespace(req_id=name, num_computed_tokens=0, prompt_token_ids=[5, 6]) for name in begins
+        ]
+        reader.begin_step(step)
+        fails = len(told) in (2, 3) and repeats == "1"
+        with pytest.raises(RowError, match="'a' was the id of another") if fails else nullcontext():
+            reader.rows(step)
+        told.append(fails)
+    reader.forget()
+    reader.begin_step(step)
+    assert reader.rows(step)
 
 
 class SecondRunner:

@@ -16,6 +16,7 @@ from ..salts import is_apart
 from .identity import identity
 
 _RANDOM_SUFFIX = re.compile(r"(.+)-[0-9a-f]{8}\Z", re.DOTALL)
+_REPEATING = "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"
 _SAMPLE_PREFIX = re.compile(r"\d+_")
 # Asking for the class would import transformers for every model.
 _TRANSFORMERS = "vllm.model_executor.models.transformers"
@@ -38,6 +39,9 @@ class RowReader:
         self._asked: dict[str, tuple[Any, int]] = {}
         self._external: dict[str, str | None] = {}
         self._apart: set[str] = set()
+        # Ids of requests that have ended, where others may have the same, and who has one of these.
+        self._ended: set[str] = set()
+        self._repeated: set[str] = set()
         self.second_version = not hasattr(runner, "input_batch") and hasattr(runner, "prepare_inputs")
 
     @functools.cached_property
@@ -90,6 +94,8 @@ class RowReader:
         self._asked.clear()
         self._external.clear()
         self._apart.clear()
+        self._ended.clear()
+        self._repeated.clear()
 
     def begin_step(self, scheduler_output: Any) -> None:
         """Drop the batch of the step before, and note where new requests begin, and their prompts.
@@ -103,7 +109,12 @@ class RowReader:
             self._asked.pop(request, None)
             self._external.pop(request, None)
             self._apart.discard(request)
+            self._repeated.discard(request)
+            if _ids_repeat():
+                self._ended.add(request)
         for new in getattr(scheduler_output, "scheduled_new_reqs", ()):
+            if new.req_id in self._ended:
+                self._repeated.add(new.req_id)
             # One that comes again, after a preemption or with more input, has computed most of it itself.
             first = self._known.get(new.req_id, {}).get("cached", new.num_computed_tokens)
             self._known[new.req_id] = {"cached": int(first), **identity(new)}
@@ -153,6 +164,9 @@ class RowReader:
                 raise RowError("prefill context parallelism splits requests over ranks")
             version = self._of_second_version if self.second_version else self._of_first_version
             rows = version(scheduler_output)
+            repeated = [row["request_id"] for row in rows if row["request_id"] in self._repeated]
+            if repeated:
+                raise RowError(f"{repeated[0]!r} was the id of another request, as {_REPEATING} lets it be")
             for row in rows:
                 row.update(self._known.get(row["request_id"], {}))
             if getattr(self._runner, "speculative_config", None) is not None:
@@ -258,13 +272,18 @@ def _tensor(values: Any) -> torch.Tensor:
     return tensor
 
 
+def _ids_repeat() -> bool:
+    """Whether a request's id is its client's, and so may be that of a later one as well."""
+    return os.environ.get(_REPEATING, "0") not in ("", "0")
+
+
 def external_id(request_id: str) -> str | None:
     """The id that the client gave, where vLLM's internal one lets it be told for certain.
 
     vLLM appends ``-`` and eight random hex digits; of a request with several samples each child also
     gets ``<n>_`` in front, which a client's own id may begin with as well: then None.
     """
-    if os.environ.get("VLLM_DISABLE_REQUEST_ID_RANDOMIZATION", "0") not in ("", "0"):
+    if _ids_repeat():
         return None if _SAMPLE_PREFIX.match(request_id) else request_id
     found = _RANDOM_SUFFIX.match(request_id)
     return found[1] if found and not _SAMPLE_PREFIX.match(request_id) else None
