@@ -116,6 +116,11 @@ def test_of_recomputed_positions_the_last_computation_counts(tmp_path: Path) -> 
         ("1_cmpl-AAA-0-0123abcd", "AAA", None),
         ("1_7-0123abcd", "7", 1),
         ("1_7-0123abcd", "1_7", None),
+        ("embd-AAA-1-0123abcd", "AAA", None),
+        ("generate-tokens-AAA-0123abcd", "AAA", None),
+        ("generative-scoring-AAA-0-0123abcd", "AAA", None),
+        ("chatcmpl-AAA_0-0123abcd", "AAA", None),
+        ("embd-AAA-prompt-0-chunk-1-0123abcd", "AAA", None),
     ],
 )
 def test_a_request_is_found_by_the_id_that_its_client_gave(
@@ -135,6 +140,8 @@ def test_samples_are_told_apart_and_unknown_requests_named(tmp_path: Path) -> No
         MissingError, match="no request 'AAB'; the run has 0_AAA-0123abcd, 1_AAA-0123abcd, cmpl-B"
     ):
         run.request("AAB")
+    with pytest.raises(MissingError, match="no request '0'"):
+        run.request("0")
     with pytest.raises(MissingError, match="no tensor with rows 'layr/outputs_cpu'; did you mean"):
         run.request("B")["layr/outputs_cpu"]
 

@@ -14,6 +14,8 @@ ROWS_TAKE = (
     "outside vLLM they take a model that is given an attention_mask, or `with capture.step(rows=[...]):`"
 )
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")
+# What vLLM's server puts before a client's id, where that is no single word.
+_TWO_WORDS = "generate-tokens|generative-scoring"
 _SAMPLE_PREFIX = re.compile(r"(\d+)_(.+)", re.DOTALL)
 
 
@@ -55,7 +57,7 @@ def find_request(known: Mapping[str, str | None], wanted: str, sample: int | Non
 
     Raises MissingError when there is none, ReadError naming them when there are several.
     """
-    for matches in (_is_full, _is_external, _is_of_server):
+    for matches in (_is_full, _is_external, _is_of_server, _is_of_other_routes):
         found = [each for each, external in known.items() if matches(each, external, wanted)]
         if sample is not None:
             found = [each for each in found if _sample(each) == sample]
@@ -84,6 +86,13 @@ def _is_of_server(request_id: str, external: str | None, wanted: str) -> bool:
     """``AAA`` becomes ``cmpl-AAA-0`` or ``chatcmpl-AAA`` in the server, before vLLM adds its own suffix."""
     inner = external or _without_additions(request_id)
     return re.fullmatch(rf"[a-z]+-{re.escape(wanted)}(-\d+)?", inner) is not None
+
+
+def _is_of_other_routes(request_id: str, external: str | None, wanted: str) -> bool:
+    """``generate-tokens-AAA`` of tokens, ``chatcmpl-AAA_0`` of a batch, ``embd-AAA-prompt-0-chunk-1``."""
+    inner = external or _without_additions(request_id)
+    part = r"(?:[-_]\d+|-prompt-\d+(?:-chunk-\d+)?)?"
+    return re.fullmatch(rf"(?:[a-z]+|{_TWO_WORDS})-{re.escape(wanted)}{part}", inner) is not None
 
 
 def _without_additions(request_id: str) -> str:
