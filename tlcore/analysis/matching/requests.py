@@ -17,6 +17,7 @@ from .bridge import plans
 from .keyed import keyed
 from .loose import Loose, loose_notes, pair_loose
 from .pairs import Key, Located, Pair, Piece, absent
+from .pooled import Pooled, pair_pooled
 from .prompts import pair_requests
 from .ranks import with_shards_joined
 from .ranks_of_both import held_by_ranks_of_all
@@ -62,8 +63,9 @@ def match_requests(
     plan_a, plan_b = plans(_merged(keyed_a), _merged(keyed_b), rules, (steps_a, steps_b))
     applied_a = [(step, plan_a.apply(found)) for step, found in keyed_a]
     applied_b = [(step, plan_b.apply(found)) for step, found in keyed_b]
-    loose = Loose(), Loose()
-    mine, theirs = _spans(applied_a, labels_a, loose[0]), _spans(applied_b, labels_b, loose[1])
+    loose, pooled = (Loose(), Loose()), (Pooled(), Pooled())
+    sides = zip((applied_a, applied_b), (labels_a, labels_b), loose, pooled, strict=True)
+    mine, theirs = (_spans(*side) for side in sides)
     cached = _Uncomputed("A", steps_a, labels_a), _Uncomputed("B", steps_b, labels_b)
     grouped: dict[tuple[Key, int, str, int, str], Pair] = {}
     missing: list[TensorResult] = []
@@ -91,12 +93,13 @@ def match_requests(
             if cached[0].lacks(span, here) and not loose[0].may_have(key):
                 missing.append(absent(key, span.source, 1, request, _rest(span, here)))
     wholes, more = pair_loose(*loose)
-    missing += more
+    results, lacking = pair_pooled(*pooled)
+    missing += [*more, *lacking]
     order = {
         id(each): place
         for place, each in enumerate(each for _, found in applied_a for each in found.values())
     }
-    pairs = sorted([*grouped.values(), *wholes], key=lambda pair: (pair.a.step, order[id(pair.a)]))
+    pairs = sorted([*grouped.values(), *wholes, *results], key=lambda pair: (pair.a.step, order[id(pair.a)]))
     return pairs, missing, [*notes, *loose_notes(*loose), *cached[0].notes(), *cached[1].notes()]
 
 
@@ -153,7 +156,7 @@ def _merged(steps: Sequence[tuple[Step, dict[Key, Located]]]) -> dict[Key, Locat
 
 
 def _spans(
-    steps: Sequence[tuple[Step, dict[Key, Located]]], labels: Mapping[str, str], loose: Loose
+    steps: Sequence[tuple[Step, dict[Key, Located]]], labels: Mapping[str, str], loose: Loose, pooled: Pooled
 ) -> dict[tuple[Key, str], list[_Span]]:
     """The rows of each request in each tensor, over all steps."""
     found: dict[tuple[Key, str], list[_Span]] = defaultdict(list)
@@ -166,6 +169,8 @@ def _spans(
                 # Modules that go by one name are numbered through.
                 index += call - int(record["call"])
             counted = (rank, module, index, direction, path)
+            if pooled.take(step, key, counted, source, labels):
+                continue
             mask = _is_mask(step, path) or _is_place(step, path)
             spans = [] if mask else list(_rows_of(source, step, labels))
             if spans:

@@ -32,6 +32,17 @@ class LastPool(CLSPool):
         return hidden[places["last_token_indices_gpu"]]
 
 
+class _Scores(LastPool):
+    """Gives each request a vector of its own, as vLLM's poolers do."""
+
+    def __init__(self, scale: float) -> None:
+        super().__init__()
+        self._scale = scale
+
+    def forward(self, hidden: torch.Tensor, **places: torch.Tensor) -> Any:
+        return [self._scale * row for row in super().forward(hidden, **places)]
+
+
 class _Poolers(nn.Module):
     """Has one for each task."""
 
@@ -111,3 +122,14 @@ def test_where_a_request_lies_in_a_batch_is_no_difference_between_runs(tmp_path:
     assert result.equal, str(result)
     other = _captured(tmp_path, LastPool(), {0: 2, 1: 4})
     assert not tlcore.compare(one, other).equal
+
+
+def test_what_each_request_is_given_is_compared_whatever_shares_its_batch(tmp_path: Path) -> None:
+    one = _captured(tmp_path, _Scores(1.0), {0: 2, 1: 4})
+    same = _captured(tmp_path, _Scores(1.0), {1: 4, 0: 2})
+    result = tlcore.compare(one, same)
+    scores = [each for each in result.results if each.direction == "outputs"]
+    assert result.equal and len(scores) == 2 and all(each.status == "bitwise" for each in scores), str(result)
+    other = _captured(tmp_path, _Scores(2.0), {1: 4, 0: 2})
+    found = tlcore.compare(one, other).first_divergence
+    assert found is not None and (found.module, found.direction) == ("pooler", "outputs")
