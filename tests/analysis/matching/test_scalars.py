@@ -11,6 +11,7 @@ from torch import nn
 
 import tlcore
 from tlcore.__main__ import main
+from tlcore.analysis.matching import scalars
 
 
 class Says(nn.Module):
@@ -34,17 +35,23 @@ class Model(nn.Module):
 
 
 def run(tmp_path: Path, given: dict[str, Any], returned: Any, **keys: Any) -> str:
-    keys = {"backend": "safetensors", "log_step_ids": [], **keys}
+    keys = {"log_step_ids": [], **keys}
     model = Model(given, returned)
-    with tlcore.capture(model, output_dir=str(tmp_path), **{"module_call_match": ".", **keys}) as captured:
+    keys = {"output_dir": str(tmp_path), "module_call_match": ".", **keys}
+    with tlcore.capture(model, **keys) as captured:
         for _ in range(2):
             model(torch.ones(3))
     return captured.url
 
 
-def test_the_first_is_named_and_they_are_counted(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    a = run(tmp_path, {"scale": 1.0, "cache": None}, {"kind": "x" * 50, "list": [1, 2]})
-    b = run(tmp_path, {"scale": 2.0, "mask": torch.ones(1)}, {"kind": "x" * 50 + "y", "list": [1]})
+@pytest.mark.parametrize("backends", [("pt", "pt"), ("safetensors", "safetensors"), ("pt", "safetensors")])
+def test_the_first_is_named_and_they_are_counted(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], backends: tuple[str, str]
+) -> None:
+    first, second = ({"backend": each} for each in backends)
+    a = run(tmp_path, {"scale": 1.0, "cache": None}, {"kind": "x" * 50, "list": [1, 2]}, **first)
+    mask = {"scale": 2.0, "mask": torch.ones(1)}
+    b = run(tmp_path, mask, {"kind": "x" * 50 + "y", "list": [1]}, **second)
     found = tlcore.compare(a, b, ignore_missing=True)
     assert found.equal
     said = "values that are no tensors differ in 8 places, first in one, inputs[scale] of step 0"
@@ -59,10 +66,25 @@ def test_the_first_is_named_and_they_are_counted(tmp_path: Path, capsys: pytest.
     assert said in capsys.readouterr().out
 
 
-def test_equal_values_and_structures_that_lie_in_files_give_no_note(tmp_path: Path) -> None:
+@pytest.mark.parametrize("backend", ["pt", "safetensors"])
+def test_equal_values_give_no_note(tmp_path: Path, backend: str) -> None:
     values = {"scale": float("nan"), "name": "one", "none": None, "empty": []}
     for keys in ({}, {"capture": "both"}):
-        a, b = (run(tmp_path, values, values, **keys) for _ in range(2))
+        a, b = (run(tmp_path, values, values, backend=backend, **keys) for _ in range(2))
         assert tlcore.compare(a, b).notes == []
-    plain, other = (run(tmp_path, values, value, backend="pt") for value in (1, 2))
-    assert tlcore.compare(plain, other).notes == []
+
+
+def test_values_in_files_of_another_place_are_not_fetched_one_by_one(tmp_path: Path) -> None:
+    urls = [run(tmp_path, {}, value, output_dir=f"memory://{tmp_path.name}") for value in (1, 2)]
+    assert tlcore.compare(*urls).notes == []
+
+
+def test_no_more_files_are_read_than_are_worth_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    urls = [run(tmp_path, {}, value, backend="pt") for value in (1, 2)]
+    (all_of_them,) = tlcore.compare(*urls).notes
+    assert "differ in 2 places" in all_of_them
+    # A step has the inputs and the results of two modules.
+    monkeypatch.setattr(scalars, "MOST_FILES", 8)
+    first, left_out = tlcore.compare(*urls).notes
+    assert "differ in one place" in first
+    assert left_out == "values that are no tensors were compared before step 1 alone"

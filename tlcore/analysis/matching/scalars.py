@@ -11,6 +11,8 @@ from ...record import Json
 from .rules import Rules
 
 _LONGEST = 40
+# Files of `pt` that are read for it, at most: two or three seconds' worth.
+MOST_FILES = 50_000
 _TENSOR = "tensor"
 Path = tuple[PathKey, ...]
 Sides = tuple[str, str]
@@ -19,30 +21,31 @@ Sides = tuple[str, str]
 def differing_values(steps_a: Sequence[Step], steps_b: Sequence[Step], rules: Rules) -> list[str]:
     """A note on the values that differ between steps of one number, if any do.
 
-    Only where both runs hold the structures in their ``step.json``: a file for each, as in `pt` runs, would
-    cost more to read than the rest. Two implementations of a model take other values anyway.
+    Two implementations of a model take other values anyway.
     """
     if rules.bridges or rules.unshard:
         return []
     by_number = rules.by_number(steps_b)
-    found = [
-        place
-        for step in steps_a
-        if step.number in by_number
-        for rank in step.ranks
-        for place in _of_rank(step, by_number[step.number], rank, rules)
-    ]
-    if not found:
-        return []
-    count = "one place" if len(found) == 1 else f"{len(found)} places"
-    return [f"values that are no tensors differ in {count}, first in {found[0]}"]
+    found: list[str] = []
+    notes: list[str] = []
+    files = 0
+    there = [each for each in steps_a if each.number in by_number]
+    for step, rank in ((each, rank) for each in there for rank in each.ranks):
+        other = by_number[step.number]
+        if not (_tells(step, rank) and _tells(other, rank)) or _has_the_same(step, other, rank):
+            continue
+        files += sum(_files(each, rank) for each in (step, other))
+        if files > MOST_FILES:
+            notes.append(f"values that are no tensors were compared before step {step.number} alone")
+            break
+        found += _of_rank(step, other, rank, rules)
+    if found:
+        count = "one place" if len(found) == 1 else f"{len(found)} places"
+        notes.insert(0, f"values that are no tensors differ in {count}, first in {found[0]}")
+    return notes
 
 
 def _of_rank(a: Step, b: Step, rank: int, rules: Rules) -> Iterator[str]:
-    packed = [step.documents.get(rank, {}).get("structures") for step in (a, b)]
-    # Those of equal runs are settled here, as a whole.
-    if None in packed or packed[0] == packed[1]:
-        return
     theirs = b.structures(rank)
     identities = {
         str(record["name"]).split("/")[1]: (str(record["module"]), int(record["call"]))
@@ -67,6 +70,25 @@ def _of_rank(a: Step, b: Step, rank: int, rules: Rules) -> Iterator[str]:
             side = file.removesuffix(".json")
             where = f"{shown_module(module)}{call}, {side}{keys} of step {a.number}"
             yield f"{where}: {_short(mine)} against {_short(other)}"
+
+
+def _tells(step: Step, rank: int) -> bool:
+    """Whether the structures are at hand: a request for each file of `pt` would cost more than the rest."""
+    document = step.documents.get(rank, {})
+    return "structures" in document or ("structures_hash" in document and step.stored.is_local)
+
+
+def _files(step: Step, rank: int) -> int:
+    """In how many files they lie."""
+    packed = "structures" in step.documents[rank]
+    return 0 if packed else len(step.stored.structure_names(step.number, rank))
+
+
+def _has_the_same(a: Step, b: Step, rank: int) -> bool:
+    """Whether all is the same, as it is in equal runs, without looking at each."""
+    first, second = a.documents[rank], b.documents[rank]
+    keys = [key for key in ("structures", "structures_hash") if key in first and key in second]
+    return any(first[key] == second[key] for key in keys)
 
 
 def _differing(a: Json, b: Json) -> Iterator[tuple[Path, Sides]]:
