@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import re
 from array import array
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from ..errors import MissingError, ReadError
+from ..layout.names import printable
 from .step import Step
 
 # What to do where no rows are known to be anybody's.
-ROWS_TAKE = (
+_ROWS_TAKE = (
     "outside vLLM they take a model that is given an attention_mask, or `with capture.step(rows=[...]):`"
 )
 _RANDOM_SUFFIX = re.compile(r"-[0-9a-f]{8}\Z")
@@ -19,14 +20,27 @@ _TWO_WORDS = "generate-tokens|generative-scoring"
 _SAMPLE_PREFIX = re.compile(r"(\d+)_(.+)", re.DOTALL)
 
 
+def why_unknown(step: Step) -> str | None:
+    """Why a step does not know whose rows are whose, if it says so."""
+    said = (document.get("rows_unavailable") for document in step.documents.values())
+    found = next((each for each in said if isinstance(each, str)), None)
+    return None if found is None else f"step {step.number} says: {printable(found)}"
+
+
+def rows_take(why: str | None) -> str:
+    """What to know where no rows are known to be anybody's, with what a step says of it."""
+    return _ROWS_TAKE if why is None else f"{_ROWS_TAKE} ({why})"
+
+
 class RequestSteps:
     """The requests of a run, in the order of their first rows, and which steps tell something of each.
 
-    ``ids`` have the client's own where it is known.
+    ``ids`` have the client's own where it is known. ``why_not`` is why the first step without them has none.
     """
 
     def __init__(self, steps: Iterable[Step]) -> None:
         self.ids: dict[str, str | None] = {}
+        self.why_not: str | None = None
         self._steps: dict[str, array[int]] = {}
         # Steps whose token ids make no sense: whoever asks for a request is told so.
         self._of_all: list[int] = []
@@ -37,6 +51,7 @@ class RequestSteps:
                     found.append(step.number)
 
     def _told(self, step: Step) -> Iterator[str]:
+        self.why_not = self.why_not or why_unknown(step)
         for document in step.documents.values():
             for row in (*document.get("rows", ()), *document.get("samples", ())):
                 own = str(row["request_id"])
@@ -52,11 +67,12 @@ class RequestSteps:
         return sorted({*self._steps.get(request_id, ()), *self._of_all})
 
 
-def find_request(known: Mapping[str, str | None], wanted: str, sample: int | None, url: str) -> str:
+def find_request(requests: RequestSteps, wanted: str, sample: int | None, url: str) -> str:
     """The full id of the request that ``wanted`` names: vLLM's id, the client's, or what the server got.
 
     Raises MissingError when there is none, ReadError naming them when there are several.
     """
+    known = requests.ids
     for matches in (_is_full, _is_external, _is_of_server, _is_of_other_routes):
         found = [each for each, external in known.items() if matches(each, external, wanted)]
         if sample is not None:
@@ -67,7 +83,7 @@ def find_request(known: Mapping[str, str | None], wanted: str, sample: int | Non
             which = f"{wanted!r} names {len(found)} requests: {_shown(found)}"
             raise ReadError(f"{url}: {which} (give the full id, or sample=0, 1, ...)")
     if not known:
-        raise MissingError(f"{url}: no step has the rows of requests; {ROWS_TAKE}")
+        raise MissingError(f"{url}: no step has the rows of requests; {rows_take(requests.why_not)}")
     which = repr(wanted) if sample is None else f"{wanted!r} (sample {sample})"
     raise MissingError(f"{url}: no request {which}; the run has {_shown(list(known))}")
 

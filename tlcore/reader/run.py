@@ -312,7 +312,7 @@ class Run(Mapping[int, Step]):
         ``sample`` tells the samples of a request with ``n`` > 1 apart. Raises MissingError when there is
         no such request, ReadError when there are several.
         """
-        full = find_request(self.requests, request_id, sample, self.url)
+        full = find_request(self._request_steps, request_id, sample, self.url)
         steps = [self.step(number) for number in self._request_steps.of(full)]
         return Request(self.url, full, self.requests[full], steps)
 

@@ -286,3 +286,27 @@ def test_token_ids_take_little_memory_and_may_be_large(backend: Any, tmp_path: P
     assert items[0]["token_ids"].dtype == torch.int64
     table = run.dataset("x/outputs")._made_of[0][0]
     assert [table.tokens[name].small for name in ids] == [True, False]
+
+
+class _Masked(torch.nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Identity()
+
+    def forward(self, x: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        result: torch.Tensor = self.layer(x)
+        return result
+
+
+@pytest.mark.parametrize("backend", ["pt", "safetensors"])
+def test_why_rows_are_not_known_is_told_to_whoever_asks_for_them(tmp_path: Path, backend: str) -> None:
+    model = _Masked()
+    with tlcore.capture(model, output_dir=str(tmp_path), log_step_ids=[], backend=backend) as capture:
+        for _ in range(2):
+            model(torch.ones(2, 3, 4), attention_mask=torch.ones(2, 1, 3, 3))
+    told = r"\(step 0 says: attention_mask has 4 axes, not \[samples, positions\]\)"
+    run = tlcore.open_run(capture.url)
+    with pytest.raises(MissingError, match=told):
+        run.dataset("layer/outputs")
+    with pytest.raises(MissingError, match=told):
+        run.request("0")

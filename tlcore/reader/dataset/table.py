@@ -17,7 +17,7 @@ from ...layout.row_scale import presented
 from ...layout.rows import adapter_of
 from ..lookup import without_device
 from ..outlines import OutlinedStep
-from ..request_ids import ROWS_TAKE
+from ..request_ids import rows_take, why_unknown
 from ..step import Step
 from .kin import Kin, KinRows
 from .places import row_form
@@ -99,6 +99,7 @@ class Table:
         self._of_encoder = [name.endswith(ENCODER) for name in names]
         self._forms: list[Form | None] = [None] * len(self.names)
         # Of a tensor with rows of both, those of the decoder are meant.
+        self._why_not: str | None = None
         self._encoder: list[set[bool]] = [set() for _ in self.names]
         self.sources = Sources(run)
         self._columns: tuple[array[int], ...] = tuple(array("q") for _ in range(3))
@@ -144,6 +145,7 @@ class Table:
         return True
 
     def _look_at(self, step: Step, entries: Sequence[Entry], kin: Kin) -> None:
+        self._why_not = self._why_not or why_unknown(step)
         for row in step.samples:
             adapter = adapter_of(row)
             if adapter is not None:
@@ -213,7 +215,8 @@ class Table:
     def _without_rows(self, name: str, seen: Mapping[str, None]) -> MissingError:
         plain = name.removesuffix(ENCODER)
         if plain in seen or any(short in seen for short in without_device([plain])):
-            return MissingError(f"{self.url}: no rows of {name!r} are known to be a request's; {ROWS_TAKE}")
+            problem = f"no rows of {name!r} are known to be a request's; {rows_take(self._why_not)}"
+            return MissingError(f"{self.url}: {problem}")
         return missing("tensor with rows of requests", name, self.url, seen)
 
     def _join(self, blocks: Sequence[list[_Block]]) -> bool:
