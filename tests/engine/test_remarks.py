@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import logging
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -44,12 +45,13 @@ class Spread(nn.Module):
 
 
 def test_calls_in_other_threads_are_counted_and_told_once(caplog: pytest.LogCaptureFixture) -> None:
-    sink, _ = run(Spread(), steps=3, log_step_ids=[])
+    sink, captured = run(Spread(), steps=3, log_step_ids=[])
     assert [step.calls for step in sink.steps] == [["last"]] * 3
     counted = {f"branches.{i}": 1 for i in range(3)}
     assert [step.extra["calls_in_other_threads"] for step in sink.steps] == [counted] * 3
     told = [text for text in caplog.messages if "other threads" in text]
-    assert len(told) == 1 and told[0].startswith("3 calls") and "branches.0" in told[0]
+    assert len(told) == 2 and told[0].startswith("3 calls") and "of module 'branches.0'" in told[0]
+    assert captured.remarks[0].startswith("9 calls in other threads than the step's own are not captured")
 
 
 def test_a_model_in_several_threads_is_told_once(caplog: pytest.LogCaptureFixture) -> None:
@@ -61,6 +63,25 @@ def test_a_model_in_several_threads_is_told_once(caplog: pytest.LogCaptureFixtur
     ):
         list(pool.map(module, [torch.randn(2, 4)] * 40))
     assert sum("several threads" in text for text in caplog.messages) == 1
+
+
+def test_calls_of_the_model_in_other_threads_than_the_steps_are_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    class Waits(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if threading.current_thread() is threading.main_thread():
+                with ThreadPoolExecutor(1) as pool:
+                    assert list(pool.map(module, [x] * 3)) == [1] * 3
+            return x
+
+    module = Waits()
+    with tlcore.capture(module, backend=MemorySink()) as captured, torch.no_grad():
+        module(torch.tensor(1))
+    told = "3 steps or calls of the model came while another thread was in a step, and are not captured"
+    assert any(text.startswith(told) for text in captured.remarks)
+    elsewhere = "3 calls in other threads than the step's own are not captured, of the model;"
+    assert any(text.startswith(elsewhere) for text in captured.remarks)
 
 
 @pytest.mark.parametrize("what", ["steps", "a step and a call", "one after the other", "tasks of a step"])

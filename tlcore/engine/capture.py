@@ -236,6 +236,7 @@ class capture:  # noqa: N801 - a context manager reads like a function
         if stray is not None:
             said.append(stray)
         said += remarks.mixed(self._steps.mixed)
+        said += remarks.in_other_threads(self._steps.in_other_threads)
         samples = session.samples
         unknown = remarks.rows_unknown(samples.problems, self.config.cuts_rows, samples.any_known)
         if unknown is not None and session.captured_steps:

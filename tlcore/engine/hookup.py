@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,8 @@ class Hookup:
         self._follow: Callable[[ModuleTree], object] | None = None
         self._collector = collector
         self._one_rank = one_rank
-        self._said_elsewhere = False
+        # Calls of modules in other threads, in all steps.
+        self._elsewhere: Counter[str] = Counter()
         self._audience = Audience(config, collector, injection)
         self._taps = Taps(collector, self._audience.selector, call_directory)
 
@@ -172,15 +174,10 @@ class Hookup:
         return self._calls_elsewhere(calls) | told if calls else told
 
     def _calls_elsewhere(self, calls: dict[str, int]) -> Json:
-        """Of calls in other threads; the log says it once."""
-        if not self._said_elsewhere:
-            self._said_elsewhere = True
-            log.warning(
-                "%d calls in other threads than the step's own are not captured, of %s; step.json counts"
-                " them (calls_in_other_threads)",
-                sum(calls.values()),
-                ", ".join(list(calls)[:3]) + (", ..." if len(calls) > 3 else ""),
-            )
+        """Of calls in other threads; the log says it of the first step, and of all at the end."""
+        if not self._elsewhere:
+            log.warning("%s", remarks.elsewhere(calls))
+        self._elsewhere.update(calls)
         return {"calls_in_other_threads": calls}
 
     def close(self, captured_any: bool) -> list[str]:
@@ -201,7 +198,7 @@ class Hookup:
 
     def _missed(self, hooks: ListenerSet, captured_any: bool) -> list[str]:
         passed_by = self._collector.passed_by
-        said = []
+        said = [remarks.elsewhere(self._elsewhere)] if self._elsewhere else []
         if self._audience.injection is not None:
             said += self._audience.injection.remarks()
         said += remarks.traced(passed_by.by, ModuleTree(hooks.model).modules)

@@ -316,6 +316,21 @@ def mixed(count: int) -> list[str]:
     return [f"{count} {what}, and lie in that step; let steps exclude each other (asyncio.Lock)"]
 
 
+def in_other_threads(count: int) -> list[str]:
+    """What to say of so many steps and calls of the model that came while another thread was in a step."""
+    if not count:
+        return []
+    what = "steps or calls of the model came while another thread was in a step, and are not captured"
+    return [f"{count} {what}; let threads take turns (threading.Lock)"]
+
+
+def elsewhere(calls: Mapping[str, int]) -> str:
+    """What to say of calls of modules in other threads than the step's own."""
+    which = ", ".join(map(shown, list(calls)[:_SHOWN])) + (", ..." if len(calls) > _SHOWN else "")
+    what = f"{sum(calls.values())} calls in other threads than the step's own are not captured, of {which}"
+    return f"{what}; step.json counts them (calls_in_other_threads)"
+
+
 def outside(calls: Mapping[str, int], kind: str) -> str | None:
     """What to say of calls outside any step; None where there were none."""
     if not calls:

@@ -74,6 +74,8 @@ class StepCalls:
         self._token: object | None = None
         # Steps and calls of other tasks meanwhile.
         self.mixed = 0
+        # Those of other threads, which pass by.
+        self.in_other_threads = 0
         # How many calls of listeners that stay have begun outside any step, one in another.
         self._astray = 0
         self.calls = 0
@@ -199,6 +201,7 @@ class StepCalls:
         with self._lock:
             if self._owner:
                 self._say_once("the model runs in several threads at once; only one of them is captured")
+                self.in_other_threads += not name
                 return False
             self._owner = thread
         self.calls += 1
