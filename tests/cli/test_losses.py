@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import tlcore
 from tests.faults.helpers import STEP_TENSORS, capture
 from tests.reading import command
 from tlcore.__main__ import main
+from tlcore.errors import VerifyError
 from tlcore.hotpath.copying import write_all
 from tlcore.ledger import Counts
 from tlcore.reader import list_runs
@@ -143,3 +145,32 @@ def test_the_listing_reads_one_file_a_run(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(stores.LocalStore, "get", counted)
     (listed,) = list_runs(tmp_path)
     assert (listed.failed, read) == (1, ["run.json"])
+
+
+@pytest.mark.parametrize("backend", ["pt", {"name": "safetensors", "commit_s": 0}])
+@pytest.mark.parametrize("gone", [[1], [4], [0, 1, 2, 3, 4]])
+def test_steps_that_are_gone_from_a_whole_run_are_told(
+    tmp_path: Path, backend: Any, gone: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    outcome = capture({"output_dir": str(tmp_path / "runs"), "backend": backend}, STEPS)
+    directory = Path(outcome.url)
+    assert main(["verify", outcome.url]) == 0
+    for step in gone:
+        if backend == "pt":
+            shutil.rmtree(directory / f"step_{step}")
+        else:
+            for file in (directory / "segments").glob(f"rank_0_00000{step}*"):
+                file.unlink()
+    if backend != "pt":
+        (directory / "segments" / "catalogue_rank_0.json").unlink()
+    left = [step for step in range(STEPS) if step not in gone]
+    run = tlcore.open_run(outcome.url)
+    assert run.state == "complete" and run.steps == left
+    numbers = f"{len(left) * STEP_TENSORS} of them: others are gone"
+    with pytest.raises(VerifyError, match=f"{STEPS * STEP_TENSORS} tensors were stored, and .* {numbers}"):
+        run.verify()
+    assert main(["verify", outcome.url]) == 1
+    assert "are gone" in capsys.readouterr().out
+    assert main(["convert", outcome.url, str(tmp_path / "there"), "--backend", "pt"]) == 0
+    kept = f"{STEPS * STEP_TENSORS} tensors were stored, and the steps that are there have"
+    assert f"{kept} {len(left) * STEP_TENSORS}" in capsys.readouterr().err

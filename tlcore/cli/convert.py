@@ -52,13 +52,18 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("--backend", error.problem) from None
     config = load_config(output_dir=args.target, backend=backend, fsync=args.fsync)
     source = open_run(args.path, storage_options(args))
+    stored = source.ledger.stored
     with progress() as bar:
-        task = bar.add_task("convert", total=source.ledger.stored)
+        task = bar.add_task("convert", total=stored)
         url = convert(source, config, lambda count: bar.advance(task, count))
+        written = int(bar.tasks[0].completed)
     print(printable(redact_url(url)))
     for note in _notes(source):
         # Not with the result, which scripts read.
         print(f"note: {note}", file=sys.stderr)
+    if written < stored:
+        there = f"the steps that are there have {written}"
+        print(f"note: {stored} tensors were stored, and {there}", file=sys.stderr)
     return 0
 
 

@@ -30,7 +30,7 @@ from .request_ids import RequestSteps, find_request
 from .step import Step
 from .stored import Stored
 from .unshard import Places, all_committed, places_of
-from .verify import unchecked_documents, verify_documents, verify_steps
+from .verify import gone, unchecked_documents, verify_documents, verify_steps
 from .wanted import STORED, Wanted, as_wanted
 
 if TYPE_CHECKING:
@@ -367,9 +367,8 @@ class Run(Mapping[int, Step]):
     def verify(self, on_tensor: Callable[[], None] | None = None) -> int:
         """Check every committed tensor and structure; returns how many tensors are sound.
 
-        It answers for what is stored: what was lost at capture stands in `ledger`.
-        ``on_tensor`` is called after each tensor; `unchecked` is told then. Raises VerifyError naming each
-        damaged or missing file.
+        It answers for what is stored: what was lost at capture stands in `ledger`. ``on_tensor`` is called
+        after each tensor; `unchecked` is told then. Raises VerifyError naming what is damaged or missing.
         """
         markers = [f"close{rank_suffix(rank)}.json" for rank in sorted(self._closed)]
         own = ([], []) if self.is_foreign else verify_documents(self.stored.files, [RUN_FILE, *markers])
@@ -378,7 +377,8 @@ class Run(Mapping[int, Step]):
         self.unchecked = own[1] + unchecked_documents(self.stored)
         bad += channel_problems(self._channels)
         try:
-            _ = self.ledger
+            if self.state == "complete" and not (bad or self.is_foreign):
+                bad += gone(self.stored, checked, self.ledger)
         except ReadError as error:
             # A damaged step.json, which the ledger of an unfinished run is made from, is among them already.
             bad += [] if str(error) in bad else [str(error)]

@@ -7,8 +7,9 @@ from contextlib import ExitStack, closing, suppress
 
 from ..errors import MissingError, ReadError
 from ..layout.checksums import has_checksum
-from ..layout.names import rank_suffix, step_dir
+from ..layout.names import rank_suffix, shown_numbers, step_dir
 from ..layout.run_files import RunFiles
+from ..ledger import Counts
 from ..protocols import AlikeSteps, StepKinds, SupportsStepKinds, SupportsUnchecked, WholeCheck
 from ..record import Json
 from .bulk import Payload, read_payloads
@@ -49,6 +50,14 @@ def verify_steps(stored: Stored, on_tensor: Callable[[], None] | None) -> tuple[
                     for _ in range(tensors):
                         on_tensor()
     return sound, list(bad)
+
+
+def gone(stored: Stored, checked: int, ledger: Counts) -> list[str]:
+    """A line where the steps that are there have fewer tensors than a run that has ended says it stored."""
+    if checked >= ledger.stored:
+        return []
+    there = f"its steps ({shown_numbers(stored.numbers())}) have {checked} of them: others are gone"
+    return [f"{stored.url}: {ledger.stored} tensors were stored, and {there}"]
 
 
 def verify_documents(files: RunFiles, names: Iterable[str]) -> tuple[list[str], list[str]]:
