@@ -25,7 +25,8 @@ class ConfigError(TlcoreError, ValueError):
         self.path = path
         self.problem = problem
         self.hint = hint
-        super().__init__(f"{path}: {problem}" + (f" {hint}" if hint else ""))
+        stop = "" if problem.endswith((".", ";", ":")) else "."
+        super().__init__(f"{path}: {problem}" + (f"{stop} {hint}" if hint else ""))
 
     def __reduce__(self) -> tuple[type[ConfigError], tuple[str, str, str | None]]:
         return (type(self), (self.path, self.problem, self.hint))

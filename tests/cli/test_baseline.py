@@ -122,6 +122,9 @@ def test_a_file_that_is_none_is_refused(
     (tmp_path / "empty").mkdir()
     assert main(["baseline", "check", str(tmp_path / "empty"), run()]) == 2
     assert "a baseline has one run in it, here are 0" in capsys.readouterr().err
+    itself = run()
+    assert main(["baseline", "check", itself, str(tmp_path / "empty")]) == 2
+    assert f"{itself} is a run, no baseline; write" in capsys.readouterr().err
 
 
 def test_what_statistics_cannot_do_is_refused(

@@ -95,6 +95,8 @@ def _check(args: argparse.Namespace) -> int:
         comparison = _against_statistics(args, target)
     else:
         found = _runs_in(target)
+        if not found and (target / "run.json").exists():
+            raise TlcoreError(f"{target} is a run, no baseline; write `tlcore baseline check BASELINE RUN`")
         if len(found) != 1:
             raise TlcoreError(f"{target}: a baseline has one run in it, here are {len(found)}")
         comparison = compare.compared(args, str(found[0]), args.run_path)

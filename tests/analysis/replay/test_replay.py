@@ -120,7 +120,7 @@ def test_what_was_not_stored_is_asked_for(tmp_path: Path) -> None:
         tlcore.replay(large, "step_0/takes", Takes(), replace={"cache": None})
 
 
-@pytest.mark.parametrize("call", ["model", "step_x/first", "step_0", "step_0/", "0/first"])
+@pytest.mark.parametrize("call", ["", "step_x/first", "step_0", "step_0/", "0/first"])
 def test_names_of_another_form_are_refused(tmp_path: Path, call: str) -> None:
     url = captured(tmp_path, made())
     with pytest.raises(tlcore.ConfigError, match=r"step_0/model\.layers\.5"):
@@ -363,7 +363,8 @@ def test_a_script_sees_one_row_of_many_as_replaying_does(tmp_path: Path) -> None
         (["--module", "torch:ones", "--init", '{"size": [2]}'], "gives a Tensor, not a torch.nn.Module"),
         (["--module", SPEC, "--weights", "missing.pt"], "missing.pt: no weights can be read from it"),
         (["--module", SPEC, "--set", "x"], "--set: 'x' is not ARG=JSON"),
-        (["--module", SPEC, "--dtype", "flot"], "--dtype: 'flot' is no dtype"),
+        (["--module", SPEC, "--dtype", "flot"], "--dtype: 'flot' is no dtype. Such as"),
+        (["--module", SPEC, "--set", "y=1"], "first: Block: no argument 'y'"),
         (["--model", "missing"], "--model: 'missing' is no directory"),
     ],
 )

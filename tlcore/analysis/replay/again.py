@@ -13,12 +13,13 @@ import torch
 from torch import nn
 
 from ...errors import ConfigError, ReadError
+from ...layout.names import step_dir
 from ...layout.row_scale import STORED as PACKED
 from ...layout.structure import KeptLeaves, describe, flatten
 from ...reader import Arguments, Call, Run, Skipped, open_run
 from ..measure import Tolerance, measure
 from ..results import Status, TensorResult
-from .given import Place, arguments_of, on_each, refused, tensors_of
+from .given import Place, arguments_of, by_place, on_each, refused, tensors_of
 from .state import copied, same_values, state_kept
 from .then import since_capture
 
@@ -95,7 +96,8 @@ def replay(
     opened = run if isinstance(run, Run) else open_run(run, storage_options)
     as_given = module
     found = call_in(opened, call, rank)
-    given = arguments_of(found, dict(replace or {}))
+    replace = by_place(found, replace or {}, module)
+    given = arguments_of(found, replace)
     if device is not None or dtype is not None:
         if isinstance(module, nn.Module):
             module = copy.deepcopy(module).to(device=device, dtype=dtype)
@@ -106,7 +108,7 @@ def replay(
     try:
         again = _run_again(module, given)
     except Exception as error:
-        reason = refused(found, replace or {}, error)
+        reason = refused(found, replace, error)
         raise error if reason is None else reason from error
     results = _compared(found, stored, tensors_in(again.output), tolerance)
     shared = given if _bitwise(results) else _shared(given)
@@ -243,7 +245,9 @@ def call_in(run: Run, name: str, rank: int = 0) -> Call:
     step, _, directory = name.partition("/")
     number = step.removeprefix("step_")
     if not number.isdigit() or not directory or step == number:
-        raise ConfigError("call", f"{name!r} names no call of a step", "Write step_0/model.layers.5.")
+        plain = name and "/" not in name and not name.startswith("step_")
+        call = f"{step_dir(next(iter(run.steps), 0))}/{name}" if plain else "step_0/model.layers.5"
+        raise ConfigError("call", f"{name!r} names no call of a step.", f"Write {call}.")
     return run.step(int(number)).call(directory.rstrip("/"), rank)
 
 

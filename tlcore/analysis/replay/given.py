@@ -2,16 +2,43 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
 
-from ...errors import ReadError
+from ...errors import ReadError, missing
 from ...reader import Arguments, Call, OpaqueObject, Skipped
 from ...record import Json
 
 Place = int | str
+
+
+def by_place(call: Call, replaced: Mapping[Place, Any], callee: Callable[..., Any]) -> dict[Place, Any]:
+    """Arguments to replace, by position where the call had them by position.
+
+    Raises MissingError for one that the call had not, and that what is called now does not take.
+    """
+    try:
+        parameters = inspect.signature(getattr(callee, "forward", callee)).parameters
+    except (TypeError, ValueError):
+        return dict(replaced)
+    structure = call.structure("inputs")
+    given, named = len(structure.get("items", ())), structure.get("kwargs", {}).get("items", {})
+    by_position = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    order = [name for name, each in parameters.items() if each.kind in by_position]
+    places = dict(zip(order[:given], range(given), strict=False))
+    takes_all = any(each.kind is inspect.Parameter.VAR_KEYWORD for each in parameters.values())
+    for key in replaced:
+        if isinstance(key, str) and not takes_all and key not in parameters and key not in named:
+            raise missing(
+                "argument", key, f"{call.directory}: {type(callee).__name__}", {*parameters, *named}
+            )
+    return {
+        key if isinstance(key, int) or key in named else places.get(key, key): value
+        for key, value in replaced.items()
+    }
 
 
 def arguments_of(call: Call, replaced: Mapping[Place, Any]) -> Arguments:
