@@ -32,6 +32,10 @@ CASES = {
     "show A step_0/step.json": "not the structure of a call, such as .../inputs.json",
     "show DUMPS step_0": "none itself; give one of them; the newest is NEWEST before it:",
     "ls A/step_0": "/step_0: lies in the run dumps/",
+    "verify A/step_0": "it lies in the run RUN: give that",
+    "ls torn.pt": "torn.pt: not a .pt file that can be read (not a zip archive",
+    "ls old.pkl": "old.pkl: a pickle is not read; save tensors by torch.save",
+    "ls FILE": "file: is a file; give the run's directory, or a dump of another tool",
     "prune A --older-than 0s": "is a run itself, and prune removes runs; give the output_dir that it lies in",
 }
 
@@ -45,7 +49,8 @@ def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
             model(torch.ones(1, 2))
             model(torch.ones(1, 2))
     (directory / "empty").mkdir()
-    (directory / "file").write_text("x")
+    for name in ("file", "torn.pt", "old.pkl"):
+        (directory / name).write_text("x")
     return directory
 
 
@@ -63,4 +68,4 @@ def test_the_message_says_what_to_do(
         status = int(done.code or 0)
     shown = capsys.readouterr()
     assert (status, shown.out) == (2, "")
-    assert CASES[line].replace("NEWEST", b) in shown.err
+    assert CASES[line].replace("NEWEST", b).replace("RUN", os.path.abspath(a)) in shown.err

@@ -11,6 +11,7 @@ from typing import Any
 
 from ..errors import ReadError
 from ..reader import Run, RunSummary, Step, is_run, list_runs, open_run
+from ..reader.foreign import is_file
 from ..reader.injected import overflowed
 from ..reader.runs import near_dumps
 from ..record import Json
@@ -47,7 +48,8 @@ def run(args: argparse.Namespace) -> int:
         if args.step is not None or pattern is not None:
             raise ReadError("--follow lists whole steps: leave out --step and --module")
         return _follow(open_run(args.path, options), args.json)
-    if args.step is None and pattern is None and not is_run(args.path, options):
+    many = args.step is None and pattern is None and not is_file(args.path)
+    if many and not is_run(args.path, options):
         runs = list_runs(args.path, options)
         if not runs and (near := near_dumps(args.path, options)):
             missing = "".join(f"\n  {each}" for each in near)

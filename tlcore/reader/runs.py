@@ -7,6 +7,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
+from pathlib import Path
 
 from ..errors import BackendError, MissingError, ReadError
 from ..layout.names import printable
@@ -168,6 +169,9 @@ def _oddities(path: str | os.PathLike[str]) -> Iterator[str]:
         return
     with os.scandir(directory) as entries:
         found = [(each.name, each.is_symlink()) for each in islice(entries, _MOST_LOOKED_AT)]
+    around = list(Path(os.path.abspath(directory)).parents)[:2]
+    if above := [each for each in around if (each / RUN_FILE).is_file()]:
+        yield f"it lies in the run {above[0]}: give that"
     links = sorted(name for name, is_link in found if is_link)
     if not found:
         yield "it is empty"
