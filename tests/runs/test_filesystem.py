@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 import fsspec
@@ -67,8 +68,23 @@ def test_torch_loads_through_it(tmp_path: Path) -> None:
             filesystem.open(path)
         with pytest.raises(FileNotFoundError):
             filesystem.ls(path)
-    with pytest.raises(NotImplementedError):
-        filesystem.open("new", "wb")
+    own = tmp_path / "own"
+    own.write_text("x")
+    changes: tuple[Callable[[], object], ...] = (
+        lambda: filesystem.open("new", "wb"),
+        lambda: filesystem.mkdir("new"),
+        lambda: filesystem.makedirs("new/er"),
+        lambda: filesystem.rm("run.json"),
+        lambda: filesystem.rm("step_0", recursive=True),
+        lambda: filesystem.copy("run.json", "new"),
+        lambda: filesystem.mv("run.json", "new"),
+        lambda: filesystem.touch("new"),
+        lambda: filesystem.pipe("new", b"x"),
+        lambda: filesystem.put(str(own), "new"),
+    )
+    for change in changes:
+        with pytest.raises(NotImplementedError, match="a run can only be read here"):
+            change()
 
 
 def test_a_step_is_looked_at_when_something_in_it_is_asked_for(tmp_path: Path) -> None:

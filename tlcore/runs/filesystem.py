@@ -6,7 +6,7 @@ import io
 import json
 from collections.abc import Callable, Iterator, Mapping
 from functools import lru_cache, partial
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple, NoReturn
 
 import torch
 from fsspec import AbstractFileSystem
@@ -110,9 +110,16 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
             raise FileNotFoundError(f"{self._run.url}: {path}")
         return file.content()[start:end]
 
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        """Raise NotImplementedError for whatever would change the run."""
+        raise NotImplementedError(f"{self._run.url}: a run can only be read here")
+
+    # fsspec's own do nothing, or say nothing.
+    mkdir = makedirs = rmdir = rm = rm_file = cp_file = mv = _refuse
+
     def _open(self, path: str, mode: str = "rb", **_: Any) -> io.BytesIO:
         if mode != "rb":
-            raise NotImplementedError("a run can only be read")
+            self._refuse()
         return io.BytesIO(self.cat_file(path))
 
     def _around(self, path: str) -> _Files:
