@@ -94,6 +94,11 @@ class RunFiles:
         return self._local is not None
 
     @cached_property
+    def directory(self) -> str | None:
+        """The run's directory, where it lies on a disk of this machine."""
+        return None if self._local is None else self._local.path()
+
+    @cached_property
     def sizes(self) -> Mapping[str, int]:
         """Every finished file and its size in bytes, as they were at first use."""
         return self._listing("")

@@ -24,6 +24,8 @@ class SoundRecords:
         self._forms: set[bytes] = set()
         self._names: set[str] = set()
         self._kinds: set[Hashable] = set()
+        # The step of which records were asked for last, and how names in it begin.
+        self._begin = -1, ""
 
     def problem(self, record: Any, number: int) -> str | None:
         """What `record_problem` says."""
@@ -47,9 +49,14 @@ class SoundRecords:
 
     def _is_name(self, name: str, number: int) -> bool:
         """Whether a tensor of the step may have this name; that the step's directory may is known."""
-        directory, _, own = name.partition("/")
-        if directory != step_dir(number):
+        step, begin = self._begin
+        if step != number:
+            begin = f"{step_dir(number)}/"
+            # In one piece: other threads may ask for other steps.
+            self._begin = number, begin
+        if not name.startswith(begin):
             return False
+        own = name[len(begin) :]
         if own not in self._names:
             if not is_tensor_name(name):
                 return False
@@ -58,6 +65,7 @@ class SoundRecords:
 
     def _form(self, record: Any, number: int) -> bytes:
         """All of a record but what is looked at here, which is sound; empty where it is not, or cannot be."""
+        # Unlike equality, what is marshalled tells 1 from 1.0 and from true; version 2 has no references.
         try:
             name = record["name"]
             if type(name) is not str or not self._is_name(name, number):
@@ -68,6 +76,8 @@ class SoundRecords:
                 return b""
             if "file" in record and record["file"] != f"{name}.pt":
                 return b""
+            if "place" not in record and "offsets" not in record:
+                return marshal.dumps({**record, **_OWN}, 2)
             place = record.get("place")
             if type(place) is dict and _TOLD.issuperset(kinds := [*map(type, place.values())]):
                 # Where in a file it lies, or its shard: another in each record. Lists are mostly alike.
@@ -80,7 +90,6 @@ class SoundRecords:
             offsets = record.get("offsets")
             if type(offsets) is list and list(map(type, offsets)) == _TWO_NUMBERS:
                 offsets = None
-            # Unlike equality, this tells 1 from 1.0 and from true; version 2 has no references.
             return marshal.dumps({**record, **_OWN, "place": place, "offsets": offsets}, 2)
         except (AttributeError, KeyError, TypeError, ValueError):
             return b""

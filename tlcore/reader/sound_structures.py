@@ -18,16 +18,17 @@ from ..protocols import StructureKind, SupportsStructureTexts
 from ..record import Json
 from .documents import check_structure, children
 
-# Each takes a digest and the names of its files without their directory.
+# Each takes a digest, or a short text, and the names of its files without their directory.
 _MOST = 1 << 14
+_SHORT = 512
 
 
 class SoundStructures:
     """Texts of structures that were found sound, without the directory of the files that they refer to."""
 
     def __init__(self) -> None:
-        self._known: dict[bytes, list[str]] = {}
-        self._compact: dict[bytes, list[str]] = {}
+        self._known: dict[bytes | int, list[str]] = {}
+        self._compact: dict[bytes | int, list[str]] = {}
         self._documents: dict[tuple[int, bytes], list[str]] = {}
         self._kinds: set[Hashable] = set()
         # Nothing that is stored has this in it.
@@ -71,7 +72,7 @@ class SoundStructures:
         for name, text, directory in _with_directories(source, step, rank, names):
             # Others stand in escapes.
             plain = text is not None and is_plain(text) and directory.isascii()
-            key = _key(text, directory) if text is not None and plain else b""
+            key: bytes | int = _key(text, directory) if text is not None and plain else b""
             if key in self._compact:
                 found.append(directory.join(self._compact[key]))
                 continue
@@ -150,8 +151,12 @@ def _alone(structure: Json, directory: str) -> list[str] | None:
     return files if alone else None
 
 
-def _key(text: bytes, directory: str) -> bytes:
-    return hashlib.blake2b(text.replace(directory.encode(), b"\0"), digest_size=20).digest()
+def _key(text: bytes, directory: str) -> bytes | int:
+    text = text.replace(directory.encode(), b"\0")
+    if len(text) <= _SHORT:
+        return text
+    # A number, so that no text is taken for the digest of another.
+    return int.from_bytes(hashlib.blake2b(text, digest_size=20).digest(), "little")
 
 
 def files_in(node: Json) -> Iterator[str]:

@@ -226,7 +226,11 @@ def _structure_problems(stored: Stored, step: int, rank: int, document: Json) ->
     for name, text in zip(names, structure_texts(stored.source, step, rank, names), strict=True):
         directory = f"{begin}{name.rpartition('/')[0]}/"
         try:
-            known = _known_files(stored, step, rank, name, text)
+            known = (
+                stored.known.files_of(stored.unchecked_structure(step, rank, name), directory)
+                if text is None
+                else stored.known.files(text, directory)
+            )
             if known is not None and files.issuperset(known):
                 continue
             structure = stored.structure(step, rank, name)
@@ -240,11 +244,3 @@ def _structure_problems(stored: Stored, step: int, rank: int, document: Json) ->
         shown = f"{begin}{name.removesuffix('.json')}{rank_suffix(rank)}.json"
         dangling = [file for file in files_in(structure) if file not in files]
         yield from (f"{shown}: refers to {file}, which is not in step.json" for file in dangling)
-
-
-def _known_files(stored: Stored, step: int, rank: int, name: str, text: bytes | None) -> list[str] | None:
-    """The files that a structure refers to, where one that is sound differs in their names alone."""
-    directory = f"{step_dir(step)}/{name.rpartition('/')[0]}/"
-    if text is not None:
-        return stored.known.files(text, directory)
-    return stored.known.files_of(stored.unchecked_structure(step, rank, name), directory)

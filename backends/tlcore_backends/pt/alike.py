@@ -7,13 +7,12 @@ tensors and of their files begin. What does not look like that is left to whoeve
 
 from __future__ import annotations
 
-import json
 import secrets
 import struct
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from itertools import accumulate, pairwise
+from itertools import pairwise
 from typing import NamedTuple
 
 from tlcore.errors import ReadError
@@ -34,10 +33,13 @@ _MOST_DIMENSIONS = 64
 # Opening a file takes as long as reading so many bytes.
 _LEAST_OF_PART, _MOST_OF_PART = 16 << 20, 1 << 30
 _COST_OF_FILE = 48 << 10
+# Of a longer text some records are looked at before the others; who has so much to read may begin with them.
+_LONG_TEXT, _EARLY_SHARE, EARLY_BYTES = 64 << 10, 8, 4 << 20
+_NEXT = b'},{"name":"'
 # What records that are not as `PtSink` writes them are found by.
 UNUSUAL = (
     *(KeyError, TypeError, ValueError, OverflowError, AttributeError),
-    *(RecursionError, MemoryError, struct.error),
+    *(RecursionError, MemoryError, ReadError, struct.error),
 )
 # Stands for the records in what is left of a document, where nobody could have written it.
 _CUT = secrets.token_hex(16)
@@ -115,27 +117,60 @@ class Part(NamedTuple):
 
 
 class Leader:
-    """A step that others are compared with."""
+    """A step that others are compared with: `take` each of its `pieces`, then `finish`."""
 
     def __init__(self, step: StepText, directory: str) -> None:
-        """Raises one of `UNUSUAL` where a record is not as `PtSink` writes it."""
-        begin = directory.encode()
-        records = json.loads(step.records)
-        if sum(step.records.count(key + begin) for key in _NAMES) != step.records.count(begin):
-            raise ValueError("the directory stands somewhere else")
-        if [record["hash"].rpartition(":")[2] for record in records] != step.hashes:
-            raise ValueError("a record has no hash of its own")
+        self._step, self._directory = step, directory
         self.calls = step.rest["calls"]
-        self.files = [_within(directory, record["file"]) for record in records]
-        self.frames = [_frame(record) for record in records]
-        self.has_own_bytes = [record.get("alias_of") is None for record in records]
-        needed = {
-            f"{_within(directory, record['name']).rpartition('/')[0]}/{record['direction']}"
-            for record in records
-        }
-        self.structures = sorted(needed)
-        self._records = records
+        self.records: list[Json] = []
+        self.files: list[str] = []
+        self.frames: list[Frame] = []
+        # What reading the files costs in bytes, up to each of them.
+        self.costs: list[int] = []
+        # What other files a step has is told by who lists them, before it is asked for `texts_of`.
+        self.structures: list[str] = []
         self.texts = b""
+
+    @classmethod
+    def of(cls, step: StepText, directory: str) -> Leader:
+        """All of a step. Raises one of `UNUSUAL` where a record is not as `PtSink` writes it."""
+        found = cls(step, directory)
+        for piece in found.pieces():
+            found.take(piece)
+        found.finish()
+        return found
+
+    def pieces(self) -> Iterator[bytes]:
+        """The texts of the records, an array each; few of them in the first of a long text."""
+        text = self._step.records
+        at = text.find(_NEXT, len(text) // _EARLY_SHARE) if len(text) >= _LONG_TEXT else -1
+        if at < 0:
+            yield text
+        else:
+            # Without escapes a quotation mark ends a text, so that this is between two objects; or it is
+            # within one, and then neither piece is JSON.
+            yield text[: at + 1] + b"]"
+            yield b"[" + text[at + 2 :]
+
+    def take(self, piece: bytes) -> None:
+        """Look at the records of a piece. Raises one of `UNUSUAL`."""
+        records = parse(piece, "")
+        directory, cost = self._directory, self.costs[-1] if self.costs else 0
+        self.files += [_within(directory, record["file"]) for record in records]
+        frames = [_frame(record) for record in records]
+        for record, frame in zip(records, frames, strict=True):
+            cost += _COST_OF_FILE + (frame.size if record.get("alias_of") is None else 0)
+            self.costs.append(cost)
+        self.frames += frames
+        self.records += records
+
+    def finish(self) -> None:
+        """Look at what all records have together. Raises one of `UNUSUAL`."""
+        begin, text = self._directory.encode(), self._step.records
+        if sum(text.count(key + begin) for key in _NAMES) != text.count(begin):
+            raise ValueError("the directory stands somewhere else")
+        if [record["hash"].rpartition(":")[2] for record in self.records] != self._step.hashes:
+            raise ValueError("a record has no hash of its own")
 
     @cached_property
     def originals(self) -> list[int]:
@@ -145,32 +180,35 @@ class Leader:
         """
         known: dict[str, int] = {}
         found = []
-        for index, record in enumerate(self._records):
+        for index, record in enumerate(self.records):
             alias = record.get("alias_of")
             original = index if alias is None else known.get(alias, -1)
-            own, other = ((each["dtype"], each["shape"]) for each in (record, self._records[original]))
+            own, other = ((each["dtype"], each["shape"]) for each in (record, self.records[original]))
             if original < 0 or own != other:
                 raise ValueError(f"{record['name']} is no alias of {alias!r}")
             found.append(original)
             known[record["name"]] = found[original]
         return found
 
-    def parts(self, threads: int) -> list[Part]:
-        """All files, shared among so many threads. Raises one of `UNUSUAL` for sizes that no file has."""
-        costs = [
-            _COST_OF_FILE + (frame.size if own else 0)
-            for frame, own in zip(self.frames, self.has_own_bytes, strict=True)
-        ]
-        ends = list(accumulate(costs))
-        total = ends[-1] if ends else 0
-        count = -(-total // min(max(_LEAST_OF_PART, -(-total // threads)), _MOST_OF_PART))
+    def parts(self, threads: int, begin: int = 0) -> list[Part]:
+        """All files, or those from ``begin`` on, shared among so many threads.
+
+        Raises one of `UNUSUAL` for sizes that no file has.
+        """
+        ends = self.costs[begin:]
+        total = self.costs[-1] if ends else 0
+        base = self.costs[begin - 1] if begin else 0
+        # One thread has begun already, and takes of what is left as much less.
+        most = total // (2 * threads) if begin else -(-total // threads)
+        count = -(-(total - base) // min(max(_LEAST_OF_PART, most), _MOST_OF_PART))
         # As much in each: who is done first waits for the others.
-        edges = [bisect_left(ends, total * number // count) for number in range(count)]
-        return [
-            Part(begin, end, FrameTable(self.frames[begin:end]))
-            for begin, end in pairwise([*edges, len(costs)])
-            if begin < end
-        ]
+        shares = (base + (total - base) * number // count for number in range(count))
+        edges = [begin + bisect_left(ends, share) for share in shares]
+        return [self.part(*each) for each in pairwise([*edges, len(self.costs)]) if each[0] < each[1]]
+
+    def part(self, begin: int, end: int) -> Part:
+        """Some of the files."""
+        return Part(begin, end, FrameTable(self.frames[begin:end]))
 
     def texts_of(self, directory: str, suffix: str) -> list[str]:
         """The files that a step needs beside tensors and ``step.json``; ``suffix`` is a rank's."""

@@ -161,7 +161,7 @@ class _Reader:
 
     def _learn(self, step: int, parts: StepText, directory: str) -> None:
         try:
-            kind = _Kind(step, Leader(parts, directory), _THREADS)
+            kind = _Kind(step, Leader.of(parts, directory), _THREADS)
         except UNUSUAL:
             return
         self._kinds[parts.kind] = kind

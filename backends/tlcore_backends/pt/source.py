@@ -20,7 +20,7 @@ from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.run_files import LARGEST_JSON, BlockStream, FileStream, RunFiles, parse
 from tlcore.protocols import AlikeStep, Buffer, Outline, StepRanks, WholeCheck
 from tlcore.record import Json
-from tlcore.storage import Store, SupportsFiles
+from tlcore.storage import Store
 
 from ..storage.step_files import StepFiles
 from .alike_steps import alike_steps
@@ -28,10 +28,11 @@ from .decode import parts
 from .encode import head, payload_in
 from .outlines import Outlines
 from .structure_files import StructureFiles
-from .whole_check import LARGEST_TEXTS, check_steps
+from .whole_check import LARGEST_TEXTS, Files, check_steps
 from .zip_parts import PtError
 
 _TENSOR_FILE = ".pt"
+_DIRECTION = re.compile(PATTERN)
 # What a .pt file holds beside its payload is far less.
 _LARGEST_FRAME = 1 << 20
 _THREADS = min(4, os.cpu_count() or 1)
@@ -63,10 +64,22 @@ class PtSource:
 
     def structure_names(self, step: int, rank: int) -> Collection[str]:
         """The structure files that a rank wrote."""
+        skip, ending = len(step_dir(step)) + 1, len(f"{rank_suffix(rank)}.json")
+        return {f"{name[skip:-ending]}.json" for name in self._structure_files(step, rank)}
+
+    def _structure_files(self, step: int, rank: int) -> list[str]:
+        """The names of these files in the run."""
         begin, ending = f"{step_dir(step)}/", f"{rank_suffix(rank)}.json"
-        own = re.compile(rf"{begin}(.+/{PATTERN}){re.escape(ending)}", re.DOTALL)
-        names = self._files.names_in(step_dir(step), ending)
-        return {f"{match[1]}.json" for name in names if (match := own.fullmatch(name))}
+        known: dict[str, bool] = {}
+        found = []
+        for name in self._files.names_in(step_dir(step), ending):
+            directory, _, last = name.rpartition("/")
+            # Calls are many, and what of them is stored has few names.
+            if last not in known:
+                known[last] = _DIRECTION.fullmatch(last.removesuffix(ending)) is not None
+            if known[last] and directory.startswith(begin):
+                found.append(name)
+        return found
 
     def structure(self, step: int, rank: int, name: str) -> Any:
         """The value of a structure file."""
@@ -76,11 +89,12 @@ class PtSource:
 
     def structure_texts(self, step: int, rank: int, names: Sequence[str]) -> Sequence[bytes | None]:
         """The structure files, where they lie on this machine and are small."""
-        files = [_structure_file(step, rank, name) for name in names]
-        known, store = self._structures.known(step, rank), self._files.store
-        if known or not isinstance(store, SupportsFiles):
+        begin, ending = f"{step_dir(step)}/", f"{rank_suffix(rank)}.json"
+        files = [f"{begin}{name.removesuffix('.json')}{ending}" for name in names]
+        known, directory = self._structures.known(step, rank), self._files.directory
+        if known or directory is None:
             return [known.get(file) for file in files]
-        return read_texts(store.path(), files, LARGEST_TEXTS)
+        return read_texts(directory, files, LARGEST_TEXTS)
 
     def read(self, record: Mapping[str, Any], begin: int = 0, end: int | None = None) -> Buffer:
         """The bytes of a tensor, from its file."""
@@ -155,8 +169,7 @@ class PtSource:
 
     def problems(self, step: int, rank: int, document: Json, thorough: bool = True) -> Iterator[str]:
         """Whether the structures and ``module_calls.txt`` agree with ``step.json``."""
-        files = [_structure_file(step, rank, name) for name in self.structure_names(step, rank)]
-        yield from self._structures.problems(step, rank, files, document)
+        yield from self._structures.problems(step, rank, self._structure_files(step, rank), document)
         if not thorough:
             return
         name = f"{step_dir(step)}/module_calls{rank_suffix(rank)}.txt"
@@ -175,21 +188,23 @@ class PtSource:
 
     def whole_checks(self, rank: int) -> Iterator[WholeCheck]:
         """Checks of a rank's steps, in order, of a run on this machine: each step's files in few calls."""
-        store = self._files.store
-        if isinstance(store, SupportsFiles):
+        directory = self._files.directory
+        if directory is not None:
             with ThreadPoolExecutor(_THREADS, "tlcore-verify") as pool:
                 try:
                     names = partial(self.structure_names, rank=rank)
-                    yield from check_steps(store.path(), rank, self._texts(rank), names, pool, _THREADS)
+                    parsed = partial(self._steps.hand_over, rank)
+                    files = Files(directory, rank, names, parsed)
+                    yield from check_steps(files, self._texts(rank), pool, _THREADS)
                 finally:
                     pool.shutdown(cancel_futures=True)
 
     def alike_steps(self, rank: int) -> Iterator[AlikeStep | int]:
         """A rank's steps in order, of a run on this machine; such as are like an earlier one as a whole."""
-        store = self._files.store
-        if isinstance(store, SupportsFiles):
+        directory = self._files.directory
+        if directory is not None:
             names = partial(self.structure_names, rank=rank)
-            yield from alike_steps(store.path(), rank, self._texts(rank), names)
+            yield from alike_steps(directory, rank, self._texts(rank), names)
 
     def _texts(self, rank: int) -> Iterator[tuple[int, bytes]]:
         """Each ``step.json`` of a rank that can be read and is as it was written."""
@@ -211,13 +226,13 @@ class PtSource:
 
     def read_rows(self, record: Mapping[str, Any], steps: Sequence[int], pieces: Any, target: Any) -> bytes:
         """Put rows of the same tensor in these steps, which are alike, to their places, file by file."""
-        store = self._files.store
-        if isinstance(store, SupportsFiles) and self._agrees(record):
+        directory = self._files.directory
+        if directory is not None and self._agrees(record):
             names = [f"{_name_in(record, step)}{_TENSOR_FILE}" for step in steps]
             first = head(record["dtype"], record["shape"])
             # Rows that the tensor has not are told of by who reads them one by one.
             with suppress(ValueError):
-                return read_rows(store.path(), names, record["file_bytes"], first, pieces, target)
+                return read_rows(directory, names, record["file_bytes"], first, pieces, target)
         return bytes(len(steps))
 
     def tree(self) -> Mapping[str, int]:

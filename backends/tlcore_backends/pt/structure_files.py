@@ -10,7 +10,6 @@ from tlcore.layout.checksums import digest_of_files
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.run_files import RunFiles
 from tlcore.record import Json
-from tlcore.storage import SupportsFiles
 
 from .whole_check import LARGEST_TEXTS
 
@@ -42,10 +41,10 @@ class StructureFiles:
             yield f"{step_dir(step)}: a structure was changed or added, or is missing, {since}"
 
     def _read(self, names: Sequence[str]) -> Mapping[str, bytes]:
-        store = self._files.store
+        directory = self._files.directory
         found: Sequence[bytes | None] = [None] * len(names)
-        if isinstance(store, SupportsFiles):
-            found = read_texts(store.path(), names, LARGEST_TEXTS)
+        if directory is not None:
+            found = read_texts(directory, names, LARGEST_TEXTS)
         texts = {name: text for name, text in zip(names, found, strict=True) if text is not None}
         rest = [name for name in names if name not in texts]
         if rest:

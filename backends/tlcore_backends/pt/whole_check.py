@@ -7,17 +7,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future
-from functools import partial
+from contextlib import suppress
+from functools import cached_property, partial
 from typing import NamedTuple
 
 from tlcore.errors import ReadError
 from tlcore.hotpath.beneath import read_texts
 from tlcore.hotpath.payloads import hash_payloads
 from tlcore.layout.names import rank_suffix, step_dir
+from tlcore.layout.run_files import MOST_VALUES
 from tlcore.protocols import AlikeSteps, WholeCheck
 from tlcore.record import Json
 
-from .alike import UNUSUAL, Leader, Part, cut, together
+from .alike import EARLY_BYTES, UNUSUAL, Leader, Part, StepText, cut, together
 from .frame_table import FrameTable
 
 # Of the structures of one step that are read together.
@@ -27,49 +29,57 @@ _STEPS = 64
 _KINDS = 8
 
 
+class Files(NamedTuple):
+    """A rank's files below ``directory``: ``structures`` gives the names of a step's structures.
+
+    ``parsed`` is told the document of each step that is the first of its kind.
+    """
+
+    directory: str
+    rank: int
+    structures: Callable[[int], Collection[str]]
+    parsed: Callable[[int, Json], None]
+
+
 def check_steps(
-    directory: str,
-    rank: int,
-    texts: Iterable[tuple[int, bytes]],
-    structures: Callable[[int], Collection[str]],
-    pool: Executor,
-    threads: int,
+    files: Files, texts: Iterable[tuple[int, bytes]], pool: Executor, threads: int
 ) -> Iterator[WholeCheck]:
     """Checks of a rank's steps, which are under way in ``pool`` of so many threads; some may be left out.
 
-    ``texts`` are each step's ``step.json``, which nobody has looked at yet. ``structures`` gives the names of
-    a step's structures.
+    ``texts`` are each step's ``step.json``, which nobody has looked at yet.
     """
-    window = _Window(directory, rank, structures, pool, threads)
+    window = _Window(files, pool, threads)
     for step, text in texts:
         window.add(step, text)
         if window.count == _STEPS:
             yield window.check()
-            window = _Window(directory, rank, structures, pool, threads)
+            window = _Window(files, pool, threads)
     if window.count:
         yield window.check()
 
 
-class _Kind(NamedTuple):
-    leader: Leader
-    parts: Sequence[Part]
-    steps: list[int]
-    rests: list[Json]
+class _Kind:
+    """Steps that are alike; the first of them is looked at as any step is."""
+
+    def __init__(self, leader: Leader, threads: int) -> None:
+        self.leader = leader
+        self._threads = threads
+        self.steps: list[int] = []
+        self.rests: list[Json] = []
+
+    @cached_property
+    def parts(self) -> Sequence[Part]:
+        """The files of one of them, in parts; none where there are sizes that no file has."""
+        with suppress(*UNUSUAL):
+            return self.leader.parts(self._threads)
+        return []
 
 
 class _Window:
     """A few steps."""
 
-    def __init__(
-        self,
-        directory: str,
-        rank: int,
-        structures: Callable[[int], Collection[str]],
-        pool: Executor,
-        threads: int,
-    ) -> None:
-        self._directory, self._suffix, self._pool = directory, rank_suffix(rank), pool
-        self._structures, self._threads = structures, threads
+    def __init__(self, files: Files, pool: Executor, threads: int) -> None:
+        self._files, self._suffix, self._pool, self._threads = files, rank_suffix(files.rank), pool, threads
         self._kinds: dict[bytes, _Kind] = {}
         self._parts: list[tuple[int, Future[bool]]] = []
         self.count = 0
@@ -82,28 +92,60 @@ class _Window:
         if parts is None:
             return
         kind = self._kinds.get(parts.kind)
-        if kind is None and len(self._kinds) < _KINDS:
+        if kind is not None:
+            self._follow(kind, step, parts, directory)
+        elif len(self._kinds) < _KINDS:
             try:
-                leader = Leader(parts, directory)
-                kind = _Kind(leader, leader.parts(self._threads), [], [])
+                kind = self._kinds[parts.kind] = self._lead(step, parts, directory)
             except UNUSUAL:
                 return
-            self._kinds[parts.kind] = kind
-        if kind is None or parts.rest.get("calls") != kind.leader.calls:
-            return
-        if kind.steps:
-            if len(kind.steps) == 1:
-                first = f"{step_dir(kind.steps[0])}/"
-                # Also those of calls without tensors.
-                names = self._structures(kind.steps[0])
-                kind.leader.structures = sorted(name.removesuffix(".json") for name in names)
-                kind.leader.learn(self._texts(kind.leader, first), first)
-            self._begin(step, partial(self._texts_are_alike, kind.leader, directory))
+            # Of a longer one nobody has counted the values.
+            if len(text) <= MOST_VALUES:
+                self._files.parsed(step, {**parts.rest, "records": kind.leader.records})
+
+    def _lead(self, step: int, parts: StepText, directory: str) -> _Kind:
+        """A kind whose first step this is. Raises one of `UNUSUAL`."""
+        leader = Leader(parts, directory)
+        first, *others = leader.pieces()
+        leader.take(first)
+        begun = len(leader.files) if others and leader.costs[-1] >= EARLY_BYTES else 0
+        if begun:
+            # Reading need not wait until all of a large step's records are objects.
+            self._begin_part(step, leader, directory, parts.hashes, leader.part(0, begun))
+        for piece in others:
+            leader.take(piece)
+        leader.finish()
+        kind, left = _Kind(leader, self._threads), leader.parts(self._threads, begun)
+        if not begun:
+            kind.parts = left
+        for part in left:
+            self._begin_part(step, leader, directory, parts.hashes, part)
         kind.steps.append(step)
         kind.rests.append(parts.rest)
-        for begin, end, table in kind.parts:
-            names = [directory + file for file in kind.leader.files[begin:end]]
-            self._begin(step, partial(_is_sound, self._directory, names, table, parts.hashes[begin:end]))
+        return kind
+
+    def _follow(self, kind: _Kind, step: int, parts: StepText, directory: str) -> None:
+        leader = kind.leader
+        if parts.rest.get("calls") != leader.calls or not kind.parts:
+            return
+        if len(kind.steps) == 1:
+            first = f"{step_dir(kind.steps[0])}/"
+            # Also those of calls without tensors.
+            names = self._files.structures(kind.steps[0])
+            leader.structures = sorted(name.removesuffix(".json") for name in names)
+            leader.learn(self._texts(leader, first), first)
+        self._begin(step, partial(self._texts_are_alike, leader, directory))
+        kind.steps.append(step)
+        kind.rests.append(parts.rest)
+        for part in kind.parts:
+            self._begin_part(step, leader, directory, parts.hashes, part)
+
+    def _begin_part(
+        self, step: int, leader: Leader, directory: str, hashes: Sequence[str], part: Part
+    ) -> None:
+        begin, end, table = part
+        names = [directory + file for file in leader.files[begin:end]]
+        self._begin(step, partial(_is_sound, self._files.directory, names, table, hashes[begin:end]))
 
     def check(self) -> WholeCheck:
         """The check of all steps that were added."""
@@ -118,7 +160,7 @@ class _Window:
 
     def _texts(self, leader: Leader, directory: str) -> Sequence[bytes | None]:
         """The bytes of a step's call order and structures."""
-        return read_texts(self._directory, leader.texts_of(directory, self._suffix), LARGEST_TEXTS)
+        return read_texts(self._files.directory, leader.texts_of(directory, self._suffix), LARGEST_TEXTS)
 
     def _texts_are_alike(self, leader: Leader, directory: str) -> bool:
         return bool(leader.texts) and together(self._texts(leader, directory), directory) == leader.texts

@@ -15,10 +15,12 @@ from tlcore.layout.names import rank_of, rank_suffix, step_dir
 from tlcore.layout.run_files import LARGEST_JSON, RunFiles, parse
 from tlcore.protocols import StepRanks
 from tlcore.record import Json
-from tlcore.storage import SupportsFiles, SupportsLevels
+from tlcore.storage import SupportsLevels
 
 _STEP_NAME = re.compile(r"step_(0|[1-9][0-9]*)/")
 _STEP_FILE = re.compile(r"step_(?:0|[1-9][0-9]*)/step(?:_rank_([1-9][0-9]*))?\.json")
+# Documents that wait to be asked for, of steps that are looked at together.
+_MOST_PARSED = 8
 
 
 class StepFiles(Mapping[int, StepRanks]):
@@ -32,6 +34,7 @@ class StepFiles(Mapping[int, StepRanks]):
         self._alone: dict[int, StepRanks] = {}
         # Those that were read, and have no checksum.
         self.unchecked: set[str] = set()
+        self._parsed: dict[tuple[int, int], Json] = {}
         # Only engines that step by themselves differ in what they have begun.
         places = run.get("ranks")
         self._several = isinstance(places, list) and any(
@@ -40,10 +43,19 @@ class StepFiles(Mapping[int, StepRanks]):
 
     def document(self, step: int, rank: int) -> Any:
         """A rank's ``step.json``. Raises MissingError or ReadError, also for one that was changed since."""
+        parsed = self._parsed.pop((step, rank), None)
+        if parsed is not None:
+            return parsed
         data = self.text(step, rank)
         where = f"{self._files.url}/{self.name(step, rank)}"
         self.note(data, step, rank)
         return without_checksum(parse(data, where))
+
+    def hand_over(self, rank: int, step: int, document: Json) -> None:
+        """Keep a document that somebody has parsed, and noted, for who asks for it next; few at a time."""
+        if len(self._parsed) >= _MOST_PARSED:
+            self._parsed.clear()
+        self._parsed[step, rank] = without_checksum(document)
 
     def note(self, data: bytes, step: int, rank: int) -> None:
         """Look whether a ``step.json`` has its checksum. Raises ReadError where it was changed since."""
@@ -58,15 +70,10 @@ class StepFiles(Mapping[int, StepRanks]):
 
     def texts(self, steps: Sequence[int], rank: int) -> Sequence[bytes | None]:
         """The bytes of several ``step.json`` on this machine; None for each that is to be asked for alone."""
-        if self._directory is None:
+        directory = self._files.directory
+        if directory is None:
             return [None] * len(steps)
-        return read_texts(self._directory, [self.name(step, rank) for step in steps], LARGEST_JSON)
-
-    @cached_property
-    def _directory(self) -> str | None:
-        """The run's directory on this machine."""
-        store = self._files.store
-        return store.path() if isinstance(store, SupportsFiles) else None
+        return read_texts(directory, [self.name(step, rank) for step in steps], LARGEST_JSON)
 
     def name(self, step: int, rank: int) -> str:
         """The name of a rank's ``step.json``."""

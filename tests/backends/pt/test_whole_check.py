@@ -49,8 +49,10 @@ STRANGE: list[Any] = [
 
 @pytest.fixture(autouse=True)
 def shares(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The files of a step are those of several threads, however few they are."""
+    """The files of a step are those of several threads, and begun early, however few they are."""
     monkeypatch.setattr(alike, "_LEAST_OF_PART", 1)
+    monkeypatch.setattr(alike, "_LONG_TEXT", 1)
+    monkeypatch.setattr(whole_check, "EARLY_BYTES", 1)
     monkeypatch.setattr(source, "_THREADS", 3)
 
 
@@ -278,6 +280,7 @@ TRICKS: list[Callable[[str], str]] = [
     lambda text: text.replace('"calls":["', '"calls":["../'),
     lambda text: text.replace("step_3/", "step_2/"),
     lambda text: text.replace('"name":"step_3/', '"name":"\0'),
+    lambda text: text.replace('"module":"plain"', '"more":[{"a":1},{"name":"b"}],"module":"plain"'),
     lambda text: text[:-1] + ',"deep":' + "[" * 900 + "]" * 900 + "}",
 ]
 
