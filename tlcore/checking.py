@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Hashable, Iterator, Sequence
-from typing import NamedTuple, Protocol, runtime_checkable
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from .record import Json
+from .storage import Buffer
 
 
 @runtime_checkable
@@ -27,6 +28,22 @@ class SupportsUnchecked(Protocol):
     @property
     def unchecked(self) -> Collection[str]:
         """The names of the documents read so far that have none."""
+        ...
+
+
+@runtime_checkable
+class SupportsReadSound(Protocol):
+    """A source that proves tensors sound while it reads them from this machine."""
+
+    def read_sound(
+        self, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
+    ) -> Sequence[Buffer] | None:
+        """The bytes of records of a step, in order; none of such as are aliases.
+
+        All have the hashes that their records state, the aliases too, and what is stored with them is sound.
+        None where that cannot be said of each; `read_many` then tells why. ``known``, the same for each call,
+        is for the source to remember what it has read of the step. Called by several threads.
+        """
         ...
 
 

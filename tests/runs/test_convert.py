@@ -6,6 +6,7 @@ import errno
 import itertools
 import json
 import os
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -17,15 +18,18 @@ from torch import nn
 
 import tlcore
 from tlcore.__main__ import main
-from tlcore.errors import ReadError
+from tlcore.config.configuration import load_config
+from tlcore.errors import ReadError, VerifyError
 from tlcore.reader import bulk
 from tlcore.reader.bulk import Payload
 from tlcore.registry import open_store
 from tlcore.runs import conversion
+from tlcore.runs.convert import convert
 from tlcore.storage import Buffer
 from tlcore.testing import RunWriter, every_dtype, make_record, make_run, make_summary
 from tlcore_backends.pt.decode import parts
 from tlcore_backends.pt.sink import PtSink
+from tlcore_backends.pt.source import PtSource
 from tlcore_backends.safetensors import segment_sink
 from tlcore_backends.safetensors.sink import SafetensorsSink
 from tlcore_backends.storage.atomic_file import AtomicFile
@@ -223,13 +227,47 @@ def test_another_name_that_was_changed_is_found_on_the_way(
     assert tlcore.open_run(tmp_path / "b" / source.name).state == "incomplete"
 
 
+def test_a_large_step_is_refused_as_a_small_one_is(
+    tmp_path: Path, large_steps: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever byte of a tensor's file is another, told by who reads many at once and one by one."""
+    source = capture(tmp_path / "a", "pt")
+    chance, places = random.Random(3), itertools.count()
+    tensors = sorted((source / "step_1").rglob("*.pt"))
+
+    def outcome() -> Any:
+        target = tmp_path / str(next(places))
+        try:
+            config = load_config(output_dir=str(target), backend=json.loads(large_steps))
+            return files(convert(tlcore.open_run(source), config))
+        except (ReadError, VerifyError) as error:
+            return str(error).replace(str(target), "")
+
+    sound, refused = outcome(), 0
+    for number in range(30):
+        file = chance.choice(tensors)
+        data = file.read_bytes()
+        payload = data.find(parts(data)[2])
+        changed = bytearray(data)
+        at = payload + chance.randrange(24) if number % 2 else chance.randrange(len(data))
+        changed[at] ^= 1 << chance.randrange(8)
+        file.write_bytes(changed)
+        found = outcome()
+        with monkeypatch.context() as patch:
+            patch.setattr(PtSource, "read_sound", lambda self, records, known: None)
+            assert found == outcome(), (file, at)
+        refused += found != sound
+        file.write_bytes(data)
+    assert refused >= 15 and outcome() == sound
+
+
 def test_what_has_another_dtype_is_no_alias() -> None:
     entries = [make_record(f"step_0/{name}/outputs_cpu", torch.ones(2)).describe() for name in "ab"]
     entries[1] |= {"dtype": "int32", "alias_of": entries[0]["name"]}
     data = memoryview(torch.ones(2).numpy().tobytes())
     payloads = [Payload(entry, data, entry["hash"].removeprefix("xxh3-128:")) for entry in entries]
     with pytest.raises(ReadError, match=r"step_0/b/outputs_cpu is no alias of 'step_0/a/outputs_cpu'"):
-        list(conversion._records(payloads, 0, 0, hashed=True))
+        list(conversion._records(payloads, 0, 0, hashed=True, known={}))
 
 
 def test_structures_that_differ_in_their_own_directory_alone_stay_apart(

@@ -25,10 +25,12 @@ Identity = tuple[int, int, int, int]
 class Scratch(threading.local):
     """Memory to read into, a few pieces a thread, each used again once nobody holds a view of it.
 
-    New memory costs as much again as reading into it.
+    New memory costs as much again as reading into it. At most ``most`` pieces are kept, of ``least`` bytes
+    or more each, so that one serves as well as another.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, most: int = _MOST_KEPT, least: int = 0) -> None:
+        self._most, self._least = most, least
         self._kept: list[bytearray] = []
 
     def take(self, size: int) -> bytearray:
@@ -36,12 +38,12 @@ class Scratch(threading.local):
         for memory in self._kept:
             if size <= len(memory) and _is_free(memory):
                 return memory
+        size = max(size, self._least)
         memory = bytearray(size + 1)
         del memory[-1]
         if size <= _LARGEST_KEPT:
-            self._kept = [each for each in self._kept if len(each) >= size or not _is_free(each)][
-                1 - _MOST_KEPT :
-            ]
+            kept = [each for each in self._kept if len(each) >= size or not _is_free(each)]
+            self._kept = kept[1 - self._most :]
             self._kept.append(memory)
         return memory
 

@@ -10,6 +10,7 @@ from ..protocols import (
     SupportsIdentity,
     SupportsKinds,
     SupportsOwnBytes,
+    SupportsReadSound,
     SupportsSizes,
     SupportsStructures,
 )
@@ -45,6 +46,12 @@ class Abilities:
         """What reads arrays of this machine into memory that is given."""
         source = self._source
         return source if self._is_local and isinstance(source, SupportsArraysInto) else None
+
+    @cached_property
+    def proving(self) -> SupportsReadSound | None:
+        """What proves tensors of this machine sound while it reads them."""
+        source = self._source
+        return source if self._is_local and isinstance(source, SupportsReadSound) else None
 
     @cached_property
     def owning(self) -> SupportsOwnBytes | None:

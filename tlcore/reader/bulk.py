@@ -6,6 +6,7 @@ busy; a remote store answers many requests at a time.
 
 from __future__ import annotations
 
+import itertools
 import os
 from collections import deque
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -28,6 +29,7 @@ _LOCAL_THREADS = min(4, os.cpu_count() or 1)
 _GROUP_OF_WHOLE = 4 << 20
 _REMOTE_THREADS = 8
 _NOTHING = memoryview(b"")
+HASH = "xxh3-128:"
 
 
 class Payload(NamedTuple):
@@ -42,22 +44,34 @@ class Payload(NamedTuple):
     problem: str | None = None
 
 
-def read_payloads(
-    stored: Stored, records: Sequence[Json], keep: bool, whole: bool = False
-) -> Iterator[Payload]:
+def read_payloads(stored: Stored, records: Sequence[Json], keep: bool) -> Iterator[Payload]:
     """The payloads of ``records`` (of a checked ``step.json``) in their order; never raises ReadError.
 
-    Without ``keep`` only the hashes are returned, and bytes that several records share are read once;
-    of a ``whole`` step that is so for aliases alone, and it is read at the pace of whoever writes it.
+    Without ``keep`` only the hashes are returned, and bytes that several records share are read once.
     At most a few groups of 8 MiB, or of one larger tensor, are in memory.
     """
-    reader = _Reader(stored, keep, aliases=not whole)
+    return itertools.chain.from_iterable(_read_groups(stored, records, keep, whole=False))
+
+
+def read_whole(stored: Stored, records: Sequence[Json]) -> Iterator[Sequence[Payload]]:
+    """The payloads of a step as they were read together, at the pace of whoever writes them.
+
+    Aliases come without their bytes.
+    """
+    return _read_groups(stored, records, keep=True, whole=True)
+
+
+def _read_groups(
+    stored: Stored, records: Sequence[Json], keep: bool, whole: bool
+) -> Iterator[Sequence[Payload]]:
+    reader = _Reader(stored, keep, whole)
     nbytes = _GROUP_OF_WHOLE if whole and stored.is_local else _GROUP_BYTES
-    groups = list(_groups(records, nbytes, _GROUP_OF_ARRAYS if stored.has_arrays else _GROUP_RECORDS))
+    most = _GROUP_OF_ARRAYS if stored.has_arrays or whole else _GROUP_RECORDS
+    groups = list(_groups(records, nbytes, most, aliases=not whole))
     if len(groups) < 2:
         # A small step: making a thread takes longer than reading it.
         for group in groups:
-            yield from reader.read(group)
+            yield reader.read(group)
         return
     threads = (1 if whole else _LOCAL_THREADS) if stored.is_local else _REMOTE_THREADS
     waiting: deque[Future[list[Payload]]] = deque()
@@ -66,20 +80,24 @@ def read_payloads(
         for group in groups:
             waiting.append(pool.submit(reader.read, group))
             if len(waiting) > threads:
-                yield from waiting.popleft().result()
+                yield waiting.popleft().result()
         while waiting:
-            yield from waiting.popleft().result()
+            yield waiting.popleft().result()
     finally:
         pool.shutdown(cancel_futures=True)
 
 
-def _groups(records: Sequence[Json], nbytes: int, most: int) -> Iterator[Sequence[Json]]:
+def _groups(
+    records: Sequence[Json], nbytes: int, most: int, aliases: bool = True
+) -> Iterator[Sequence[Json]]:
+    """Records one after the other, of about ``nbytes`` that are read; those of ``aliases`` may not be."""
     begin, size = 0, 0
     for index, record in enumerate(records):
-        if index > begin and (size + record["bytes"] > nbytes or index - begin >= most):
+        own = record["bytes"] if aliases or record.get("alias_of") is None else 0
+        if index > begin and (size + own > nbytes or index - begin >= most):
             yield records[begin:index]
             begin, size = index, 0
-        size += record["bytes"]
+        size += own
     if begin < len(records):
         yield records[begin:]
 
@@ -87,14 +105,21 @@ def _groups(records: Sequence[Json], nbytes: int, most: int) -> Iterator[Sequenc
 class _Reader:
     """Reads groups of records; used by several threads."""
 
-    def __init__(self, stored: Stored, keep: bool, aliases: bool) -> None:
+    def __init__(self, stored: Stored, keep: bool, whole: bool) -> None:
         self._stored = stored
-        self._keep, self._aliases = keep, aliases
+        self._keep, self._whole = keep, whole
+        self._proven: dict[Hashable, str] = {}
         # Hashes by where the bytes lie: a range of a shard, or a file that may have several names.
         self._known: dict[Hashable, str] = {}
 
     def read(self, group: Sequence[Json]) -> list[Payload]:
         """The group's payloads in order."""
+        sound = self._stored.read_sound(group, self._proven) if self._whole else None
+        if sound is not None:
+            return [
+                Payload(record, memoryview(data), record["hash"].removeprefix(HASH))
+                for record, data in zip(group, sound, strict=True)
+            ]
         identities = [self._identity(record) for record in group]
         # Each of those that share stored bytes stands for the others, where only hashes are asked for.
         first: dict[Hashable, int] = {}
@@ -140,7 +165,7 @@ class _Reader:
         return Payload(record, memoryview(data) if self._keeps(record) else _NOTHING, digest)
 
     def _keeps(self, record: Json) -> bool:
-        return self._keep and (self._aliases or "alias_of" not in record)
+        return self._keep and not (self._whole and "alias_of" in record)
 
     def _identity(self, record: Json) -> Hashable | None:
         try:

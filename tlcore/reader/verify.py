@@ -12,13 +12,11 @@ from ..layout.run_files import RunFiles
 from ..ledger import Counts
 from ..protocols import AlikeSteps, StepKinds, SupportsStepKinds, SupportsUnchecked, WholeCheck
 from ..record import Json
-from .bulk import Payload, read_payloads
+from .bulk import HASH, Payload, read_payloads
 from .documents import check_step
 from .lasting import lasting_objects
 from .sound_structures import files_in, structure_texts
 from .stored import Stored
-
-_HASH = "xxh3-128:"
 
 
 def verify_steps(stored: Stored, on_tensor: Callable[[], None] | None) -> tuple[int, list[str]]:
@@ -207,9 +205,9 @@ def _verify_step(
 def _tensor_problem(stored: Stored, payload: Payload) -> str | None:
     record = payload.record
     name, stated = str(record.get("file", record["name"])), record["hash"]
-    if not stated.startswith(_HASH):
+    if not stated.startswith(HASH):
         return f"{name}: unknown hash {stated!r}"
-    found = _HASH + payload.digest
+    found = HASH + payload.digest
     wrong = stored.misfit(record) or payload.problem
     return wrong or (None if found == stated else f"{name}: {found}, step.json says {stated}")
 

@@ -19,15 +19,13 @@ from ..locations import is_url
 from ..protocols import Sink, SupportsLateCommit
 from ..reader import Run, Step
 from ..reader.alike import alike_steps
-from ..reader.bulk import Payload, read_payloads
+from ..reader.bulk import Payload, read_payloads, read_whole
 from ..reader.documents import counts_of
 from ..record import Json, Origin, Record, StepSummary
 
 # Records are handed over in batches: a remote place gets many at a time, the local disk what the cache holds.
 _REMOTE_BATCH_BYTES = 64 << 20
 _LOCAL_BATCH_BYTES = 16 << 20
-# Of a step that is written while it is read.
-_WHOLE_BATCH_BYTES = 4 << 20
 # Records of small steps that are read together.
 _MOST_TOGETHER = 8192
 _HASH_BYTES = 16
@@ -167,8 +165,7 @@ class _Steps:
         sink = self._sink
         if not isinstance(sink, SupportsWriteWhole):
             return False
-        payloads = read_payloads(self._source.stored, records, keep=True, whole=True)
-        batches = self._batches(payloads, summary, min(self._batch_bytes, _WHOLE_BATCH_BYTES))
+        batches = self._whole_batches(records, summary)
         return self._booked.committed(summary, lambda: sink.write_whole(batches, summary))
 
     def _write_step(self, payloads: Iterable[Payload], summary: StepSummary) -> None:
@@ -182,17 +179,31 @@ class _Steps:
 
         self._booked.committed(summary, commit)
 
+    def _whole_batches(self, entries: Sequence[Json], summary: StepSummary) -> Iterator[list[Record]]:
+        """The records of a step as they are read, each time in memory that is soon used again."""
+        known: _Known = {}
+        hashed = not self._source.is_foreign
+        for group in read_whole(self._source.stored, entries):
+            batch = list(_records(group, summary.step, self._rank, hashed, known))
+            yield batch
+            self._on_tensors(len(batch))
+
     def _batches(
         self, payloads: Iterable[Payload], summary: StepSummary, batch_bytes: int
     ) -> Iterator[list[Record]]:
-        records = _records(payloads, summary.step, self._rank, hashed=not self._source.is_foreign)
+        records = _records(payloads, summary.step, self._rank, not self._source.is_foreign, {})
         for batch in _batches(records, batch_bytes):
             yield batch
             self._on_tensors(len(batch))
 
 
-def _records(payloads: Iterable[Payload], step: int, rank: int, hashed: bool) -> Iterator[Record]:
-    known: dict[str, tuple[Any, ...]] = {}
+# The hash, dtype and shape of the records of a step so far, by name.
+_Known = dict[str, tuple[Any, ...]]
+
+
+def _records(
+    payloads: Iterable[Payload], step: int, rank: int, hashed: bool, known: _Known
+) -> Iterator[Record]:
     for payload in payloads:
         record = _record(step, rank, payload, hashed)
         own = record.hash, record.dtype, record.shape

@@ -10,10 +10,10 @@ from __future__ import annotations
 import secrets
 import struct
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import pairwise
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tlcore.errors import ReadError
 from tlcore.layout.run_files import is_plain, parse
@@ -157,7 +157,7 @@ class Leader:
         records = parse(piece, "")
         directory, cost = self._directory, self.costs[-1] if self.costs else 0
         self.files += [_within(directory, record["file"]) for record in records]
-        frames = [_frame(record) for record in records]
+        frames = [frame_in(record) for record in records]
         for record, frame in zip(records, frames, strict=True):
             cost += _COST_OF_FILE + (frame.size if record.get("alias_of") is None else 0)
             self.costs.append(cost)
@@ -240,7 +240,8 @@ def _within(directory: str, name: str) -> str:
     return name[len(directory) :]
 
 
-def _frame(record: Json) -> Frame:
+def frame_in(record: Mapping[str, Any]) -> Frame:
+    """What is around the payload of a record's tensor. Raises one of `UNUSUAL` where its sizes are others."""
     shape = record["shape"]
     # True and 1 are equal to whoever remembers frames, and not to whoever makes them.
     if len(shape) > _MOST_DIMENSIONS or not {int}.issuperset(map(type, shape)):

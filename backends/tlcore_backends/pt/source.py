@@ -27,6 +27,7 @@ from .alike_steps import alike_steps
 from .decode import parts
 from .encode import head, payload_in
 from .outlines import Outlines
+from .sound_tensors import SoundTensors
 from .structure_files import StructureFiles
 from .whole_check import LARGEST_TEXTS, Files, check_steps
 from .zip_parts import PtError
@@ -49,6 +50,8 @@ class PtSource:
         self._steps = StepFiles(self._files, run)
         self._outlines = Outlines(self._steps, self._files.url)
         self._structures = StructureFiles(self._files)
+        directory = self._files.directory
+        self._sound = None if directory is None else SoundTensors(directory)
         # Files that hold a tensor of which capture writes another file.
         self._rewritten: set[str] = set()
 
@@ -121,6 +124,12 @@ class PtSource:
             except ReadError as error:
                 found.append(error)
         return found
+
+    def read_sound(
+        self, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
+    ) -> Sequence[Buffer] | None:
+        """The bytes of several tensors of a run on this machine, proven sound; None where some are not."""
+        return None if self._sound is None else self._sound.read(records, known)
 
     def identity(self, record: Mapping[str, Any]) -> Hashable | None:
         """Equal for names of one file that mean the same by it."""

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Collection, Mapping
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from tlcore.layout.names import PathKey
 from tlcore.layout.templates import HOLE, STEP_DIR, Structures, Template, compact, quoted
-from tlcore.record import Json, Origin, Record
+from tlcore.record import Direction, Json, Origin, Record
 
 if TYPE_CHECKING:
     import torch
@@ -143,19 +145,30 @@ def _form(origin: Origin | None) -> tuple[object, ...]:
 
 def _slot(tail: str, origin: Origin) -> Slot:
     shape = origin.shape
-    entry: Json = {"name": tail, **origin.describe()}
-    entry["shape"] = [None, *shape[1:]] if shape else []
-    # Known from dtype and shape; its place among the keys is kept.
-    entry["bytes"] = None
+    call = f'{{"name":{quoted(tail)},"module":{quoted(origin.module)},"call":{origin.call:d}'
+    form = origin.direction, origin.path, origin.dtype, shape[1:], not shape, origin.device
     return Slot(
         tail,
         origin,
-        compact(entry)[:-1],
+        f"{call},{_form_text(*form, origin.placements, origin.original)}",
         origin.dtype,
         shape[0] if shape else 1,
         shape[1:],
         math.prod(shape) * origin.dtype.itemsize,
     )
+
+
+# Of the tensors of all calls of a model few differ in this.
+@lru_cache(maxsize=1024, typed=True)
+def _form_text(direction: Direction, path: tuple[PathKey, ...], *form: Any) -> str:
+    """What stands in a slot's entry behind its call, open at its end."""
+    dtype, row, is_scalar, *others = form
+    shape = () if is_scalar else (1, *row)
+    entry = Origin(0, "", 0, direction, path, dtype, shape, *others).describe()
+    entry["shape"] = [None, *row] if shape else []
+    # Known from dtype and shape; its place among the keys is kept.
+    entry["bytes"] = None
+    return compact({key: value for key, value in entry.items() if key not in ("module", "call")})[1:-1]
 
 
 class _Freeing:
