@@ -35,14 +35,15 @@ class SupportsUnchecked(Protocol):
 class SupportsReadSound(Protocol):
     """A source that proves tensors sound while it reads them from this machine."""
 
-    def read_sound(
+    def sound_read(
         self, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
-    ) -> Sequence[Buffer] | None:
-        """The bytes of records of a step, in order; none of such as are aliases.
+    ) -> Callable[[], Sequence[Buffer] | None] | None:
+        """What reads records of a step, in any thread, and then hardly needs the interpreter.
 
-        All have the hashes that their records state, the aliases too, and what is stored with them is sound.
-        None where that cannot be said of each; `read_many` then tells why. ``known``, the same for each call,
-        is for the source to remember what it has read of the step. Called by several threads.
+        It gives their bytes in order; none of such as are aliases. All have the hashes that their records
+        state, the aliases too, and what is stored with them is sound. None where that cannot be said of each:
+        `read_many` then tells why, and of damage nothing is asked any more. ``known``, the same for each
+        call, is for the source to remember what of the step it is about to read.
         """
         ...
 

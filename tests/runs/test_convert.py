@@ -254,7 +254,7 @@ def test_a_large_step_is_refused_as_a_small_one_is(
         file.write_bytes(changed)
         found = outcome()
         with monkeypatch.context() as patch:
-            patch.setattr(PtSource, "read_sound", lambda self, records, known: None)
+            patch.setattr(PtSource, "sound_read", lambda self, records, known: None)
             assert found == outcome(), (file, at)
         refused += found != sound
         file.write_bytes(data)

@@ -9,8 +9,9 @@ from __future__ import annotations
 import itertools
 import os
 from collections import deque
-from collections.abc import Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import partial
 from typing import NamedTuple
 
 from ..errors import ReadError
@@ -71,14 +72,14 @@ def _read_groups(
     if len(groups) < 2:
         # A small step: making a thread takes longer than reading it.
         for group in groups:
-            yield reader.read(group)
+            yield reader.reading(group)()
         return
     threads = (1 if whole else _LOCAL_THREADS) if stored.is_local else _REMOTE_THREADS
     waiting: deque[Future[list[Payload]]] = deque()
     pool = ThreadPoolExecutor(threads, "tlcore-read")
     try:
         for group in groups:
-            waiting.append(pool.submit(reader.read, group))
+            waiting.append(pool.submit(reader.reading(group)))
             if len(waiting) > threads:
                 yield waiting.popleft().result()
         while waiting:
@@ -112,14 +113,24 @@ class _Reader:
         # Hashes by where the bytes lie: a range of a shard, or a file that may have several names.
         self._known: dict[Hashable, str] = {}
 
-    def read(self, group: Sequence[Json]) -> list[Payload]:
-        """The group's payloads in order."""
-        sound = self._stored.read_sound(group, self._proven) if self._whole else None
-        if sound is not None:
-            return [
-                Payload(record, memoryview(data), record["hash"].removeprefix(HASH))
-                for record, data in zip(group, sound, strict=True)
-            ]
+    def reading(self, group: Sequence[Json]) -> Callable[[], list[Payload]]:
+        """What gives the group's payloads in order, in any thread."""
+        if not self._whole:
+            return partial(self._read, group)
+        return partial(self._read_whole, group, self._stored.sound_read(group, self._proven))
+
+    def _read_whole(
+        self, group: Sequence[Json], read: Callable[[], Sequence[Buffer] | None]
+    ) -> list[Payload]:
+        sound = read()
+        if sound is None:
+            return self._read(group)
+        return [
+            Payload(record, memoryview(data), record["hash"].removeprefix(HASH))
+            for record, data in zip(group, sound, strict=True)
+        ]
+
+    def _read(self, group: Sequence[Json]) -> list[Payload]:
         identities = [self._identity(record) for record in group]
         # Each of those that share stored bytes stands for the others, where only hashes are asked for.
         first: dict[Hashable, int] = {}

@@ -7,7 +7,7 @@ ReadError, and whatever it returns is believed only as far as it makes sense.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from operator import itemgetter
@@ -255,18 +255,20 @@ class Stored:
             raise ReadError(f"{where}: {size} bytes, its record says {record['bytes']}")
         return data
 
-    def read_sound(
+    def sound_read(
         self, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
-    ) -> Sequence[Buffer] | None:
-        """What `SupportsReadSound` gives; None, too, from a source that is none."""
-        proving = self._can.proving
-        if proving is None:
-            return None
-        try:
-            with self.asking():
-                return proving.read_sound(records, known)
-        except ReadError:
-            return None
+    ) -> Callable[[], Sequence[Buffer] | None]:
+        """What `SupportsReadSound` gives; of a source that is none, what gives None."""
+        proving, read = self._can.proving, None
+        if proving is not None:
+            with contextlib.suppress(ReadError), self.asking():
+                read = proving.sound_read(records, known)
+        return partial(self._read_sound, read)
+
+    def _read_sound(self, read: Callable[[], Sequence[Buffer] | None] | None) -> Sequence[Buffer] | None:
+        with contextlib.suppress(ReadError), self.asking():
+            return None if read is None else read()
+        return None
 
     @property
     def has_arrays(self) -> bool:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -14,9 +15,11 @@ from tlcore.hotpath.reading import FILE_ALIGNMENT, Scratch, identities
 from tlcore.protocols import Buffer
 
 from .alike import UNUSUAL, frame_in
+from .encode import Frame
 from .frame_table import FrameTable
 
 _HASH = "xxh3-128:"
+_HASH_BYTES = 16
 # What is read together is mostly less. One piece is read, one or two wait, one is looked at, one written.
 _LEAST_PIECE, _MOST_PIECES = 5 << 20, 6
 _NOTHING = memoryview(b"")
@@ -29,68 +32,85 @@ class SoundTensors:
         self._directory = directory
         self._scratch = Scratch(_MOST_PIECES, _LEAST_PIECE)
 
-    def read(
+    def prepared(
         self, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
-    ) -> Sequence[Buffer] | None:
+    ) -> Callable[[], Sequence[Buffer] | None] | None:
         """As `SupportsReadSound` says; ``known`` has hashes by what hard links of a file share."""
         with suppress(OSError, *UNUSUAL):
-            return self._read(records, known)
+            return partial(_read, _Files(self._directory, records, known), self._scratch)
         return None
 
-    def _read(
-        self, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
-    ) -> Sequence[Buffer] | None:
-        """Raises one of `UNUSUAL`, or OSError, for what cannot be read so."""
-        files = [_file(record) for record in records]
-        states = identities([f"{self._directory}/{file}" for file in files])
+
+def _read(files: _Files, scratch: Scratch) -> Sequence[Buffer] | None:
+    with suppress(OSError, *UNUSUAL):
+        return files.read(memoryview(scratch.take(files.nbytes)))
+    return None
+
+
+class _Files:
+    """The files of some records: everything about them is worked out before they are read."""
+
+    def __init__(
+        self, directory: str, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
+    ) -> None:
+        """Raises one of `UNUSUAL` for what cannot be read so."""
+        names = [_file(record) for record in records]
+        states = identities([f"{directory}/{name}" for name in names])
         if None in states:
-            return None
-        forms = [
-            (state, record["dtype"], tuple(record["shape"]))
-            for state, record in zip(states, records, strict=True)
+            raise ReadError("a file is missing")
+        self._directory, self._count = directory, len(records)
+        self._wanted, self._names, hashes = list[int](), list[str](), list[str]()
+        frames, places, self.nbytes = list[Frame](), list[int](), 0
+        for index, (record, name, state) in enumerate(zip(records, names, states, strict=True)):
+            form, stated = (state, record["dtype"], tuple(record["shape"])), record["hash"]
+            is_alias = record.get("alias_of") is not None
+            if is_alias and known.get(form) == stated:
+                continue
+            known[form] = stated
+            frame = frame_in(record)
+            self._wanted.append(index)
+            self._names.append(name)
+            hashes.append(stated)
+            frames.append(frame)
+            places.append(-1 if is_alias else self.nbytes)
+            if not is_alias:
+                self.nbytes += -(-frame.payload_bytes // FILE_ALIGNMENT) * FILE_ALIGNMENT
+        self._hashes = _digests(hashes)
+        self._table = FrameTable(frames)
+        self._spans = np.column_stack((self._table.spans, np.array(places, np.int64)))
+        self._parts = [
+            (place, place + frame.payload_bytes) for place, frame in zip(places, frames, strict=True)
         ]
-        is_alias = [record.get("alias_of") is not None for record in records]
-        wanted = [
-            index
-            for index, record in enumerate(records)
-            if not (is_alias[index] and known.get(forms[index]) == record["hash"])
-        ]
-        found: list[Buffer] = [_NOTHING] * len(records)
-        if not wanted:
-            return found
-        frames = [frame_in(records[index]) for index in wanted]
-        places, room = list[int](), 0
-        for index, frame in zip(wanted, frames, strict=True):
-            places.append(-1 if is_alias[index] else room)
-            if not is_alias[index]:
-                room += -(-frame.payload_bytes // FILE_ALIGNMENT) * FILE_ALIGNMENT
-        memory = memoryview(self._scratch.take(room))
-        hashes = [records[index]["hash"] for index in wanted]
-        if not self._gather([files[index] for index in wanted], FrameTable(frames), places, hashes, memory):
+
+    def read(self, memory: memoryview) -> Sequence[Buffer] | None:
+        """The records' bytes in ``memory``, of at least `nbytes`; None where a file is another."""
+        if self._wanted and not self._gather(memory):
             return None
-        known |= zip((forms[index] for index in wanted), hashes, strict=True)
-        for index, frame, place in zip(wanted, frames, places, strict=True):
-            if place >= 0:
-                found[index] = memory[place : place + frame.payload_bytes]
+        found: list[Buffer] = [_NOTHING] * self._count
+        for index, (begin, end) in zip(self._wanted, self._parts, strict=True):
+            if begin >= 0:
+                found[index] = memory[begin:end]
         return found
 
-    def _gather(
-        self,
-        files: Sequence[str],
-        table: FrameTable,
-        places: Sequence[int],
-        hashes: Sequence[str],
-        memory: memoryview,
-    ) -> bool:
+    def _gather(self, memory: memoryview) -> bool:
         """Read payloads to their places; whether each file is what its record says, around them too."""
-        kept = bytearray(table.nbytes)
-        spans = np.column_stack((table.spans, np.array(places, np.int64)))
-        read, digests = gather_payloads(self._directory, files, spans, kept, memory)
+        kept = bytearray(self._table.nbytes)
+        read, digests = gather_payloads(self._directory, self._names, self._spans, kept, memory)
         first = np.frombuffer(read, np.int64)
-        width = 2 * len(digests) // max(1, len(files))
-        digits = digests.hex()
-        stated = [f"{_HASH}{digits[at : at + width]}" for at in range(0, len(digits), width or 1)]
-        return not (first < 0).any() and stated == list(hashes) and table.is_around(kept, first)
+        return not (first < 0).any() and digests == self._hashes and self._table.is_around(kept, first)
+
+
+def _digests(hashes: Sequence[str]) -> bytes:
+    """Hashes as records state them. Raises ValueError for another kind."""
+    digits = [each.removeprefix(_HASH) for each in hashes]
+    found = bytes.fromhex("".join(digits))
+    if [f"{_HASH}{each.hex()}" for each in _each(found)] != list(hashes):
+        raise ValueError("a hash of another kind")
+    return found
+
+
+def _each(digests: bytes) -> Iterator[bytes]:
+    return (digests[at : at + _HASH_BYTES] for at in range(0, len(digests), _HASH_BYTES))
 
 
 def _file(record: Mapping[str, Any]) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Collection, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import partial
@@ -125,11 +125,11 @@ class PtSource:
                 found.append(error)
         return found
 
-    def read_sound(
+    def sound_read(
         self, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
-    ) -> Sequence[Buffer] | None:
-        """The bytes of several tensors of a run on this machine, proven sound; None where some are not."""
-        return None if self._sound is None else self._sound.read(records, known)
+    ) -> Callable[[], Sequence[Buffer] | None] | None:
+        """What reads tensors of a run on this machine, and proves them sound."""
+        return None if self._sound is None else self._sound.prepared(records, known)
 
     def identity(self, record: Mapping[str, Any]) -> Hashable | None:
         """Equal for names of one file that mean the same by it."""
