@@ -21,7 +21,7 @@ from .frame_table import FrameTable
 _HASH = "xxh3-128:"
 _HASH_BYTES = 16
 # What is read together is mostly less. One piece is read, one or two wait, one is looked at, one written.
-_LEAST_PIECE, _MOST_PIECES = 5 << 20, 6
+_LEAST_PIECE, _MOST_PIECES = 4224 << 10, 6
 _NOTHING = memoryview(b"")
 
 

@@ -203,6 +203,7 @@ class Shard:
 
 
 @lru_cache(maxsize=4096)
+@lru_cache(maxsize=1024)
 def header_of(dtype: torch.dtype, shape: tuple[int, ...]) -> tuple[str, str]:
     """A header entry up to its offsets; and, where the format lacks the dtype, the dtype's name as JSON."""
     own = name_of(dtype)

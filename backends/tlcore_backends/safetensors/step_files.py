@@ -20,6 +20,8 @@ RESERVE = 256 << 10
 _LARGEST_RESERVE = 16 << 20
 # Beside names and shapes: offsets, quotes, and what marks an alias or a dtype.
 _ROOM_FOR_ENTRY = 160
+# Of a tensor whose bytes are written already.
+_ONE_STEP = np.empty((1, 0), np.uint8)
 
 
 class Tensor(NamedTuple):
@@ -185,7 +187,7 @@ class _StepFile:
 
 def _column(tensor: Tensor) -> Column:
     slot = tensor.slot
-    hashes = np.frombuffer(bytes.fromhex(tensor.digest), np.uint8).reshape(1, -1)
-    column = Column(slot, [Chunk(np.empty((1, 0), np.uint8), 0, slot.nbytes, hashes, slot.rows)])
-    column.settle()
-    return column
+    digest = bytes.fromhex(tensor.digest)
+    hashes = np.frombuffer(digest, np.uint8).reshape(1, -1)
+    # Settled: a single step is not the same as others.
+    return Column(slot, [Chunk(_ONE_STEP, 0, slot.nbytes, hashes, slot.rows)], hashes=digest)
