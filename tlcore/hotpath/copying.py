@@ -20,6 +20,7 @@ _WRITE_BYTES = 1984 << 10
 # Of Linux from 5.14 on; others refuse the number.
 _POPULATE_READ = 22
 _LEAST_TOUCHED = 64 << 10
+_Numbers = np.ndarray[Any, np.dtype[np.int64]]
 
 
 def _gather(target: Any, offsets: Sequence[int], parts: Sequence[Any]) -> None:
@@ -73,12 +74,29 @@ def _write_group(handle: int, pending: Sequence[memoryview]) -> None:
             rest[first] = rest[first][written:]
 
 
+def copy_from(target: Any, addresses: _Numbers, sizes: _Numbers) -> None:
+    """Fill ``target``, writable memory, with so many bytes from each address, one after the other.
+
+    Raises ValueError, with nothing copied, where they are not as many as it holds.
+    """
+    if extension is not None:
+        extension.collect(target, addresses, sizes, np.arange(len(sizes)))
+        return
+    with memoryview(target).cast("B") as memory:
+        if len(addresses) != len(sizes) or (sizes < 0).any() or int(sizes.sum()) != len(memory):
+            raise ValueError("the tensors do not fill the memory exactly")
+        place = ctypes.addressof(ctypes.c_char.from_buffer(memory)) if len(memory) else 0
+        for address, size in zip(addresses.tolist(), sizes.tolist(), strict=True):
+            ctypes.memmove(place, address, size)
+            place += size
+
+
 def can_write_from() -> bool:
     """Whether the system has what `write_from` needs."""
     return _writev is not None
 
 
-def write_from(handle: int, addresses: np.ndarray[Any, np.dtype[np.int64]], width: int) -> None:
+def write_from(handle: int, addresses: _Numbers, width: int) -> None:
     """Write ``width`` bytes from each address in order. Raises OSError, EFAULT for memory that is not there.
 
     The system copies: what is a map of a file that others have cut off ends no process, as reading it would.

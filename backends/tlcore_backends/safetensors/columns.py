@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Iterable, Iterator, Mapping
+import sys
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
-
-import numpy as np
 
 from tlcore.layout.names import unique
 from tlcore.layout.templates import quoted
 
+from .blocks import HASH_BYTES, ROWS_BYTES, Block
 from .described import Slot
 from .shard import header_of
 
@@ -20,29 +20,25 @@ ALIGNMENT = 8
 _METADATA = ('"format":"pt"', '"tlcore.layout":"2"')
 # What the offsets of a column may be longer than those it has before it has its place, and a comma.
 _OFFSETS_BYTES = 40
-# Each piece that is written by itself costs about as much as copying so many bytes, and each one of a request
-# more, as the client's thread waits for the interpreter.
-_LARGE_PIECE = 2 << 10
+# Each piece of a request costs about as much as copying so many bytes: the client's thread waits for the
+# interpreter.
 _LARGE_PART = 256 << 10
-Bytes = np.ndarray
 
 
 class Chunk(NamedTuple):
-    """The bytes of one tensor in steps that follow each other: ``nbytes`` at ``offset`` in each of ``steps``.
+    """One tensor's bytes in the steps of a block."""
 
-    ``hashes`` are ``[n, 16]``, ``rows`` what each step adds to the array.
-    """
-
-    steps: Bytes
-    offset: int
-    nbytes: int
-    hashes: Bytes
-    rows: int
+    block: Block
+    tensor: int
 
 
 @dataclass(slots=True)
 class Column:
-    """One array of a segment while its file is laid out."""
+    """One array of a segment while its file is laid out.
+
+    What it holds is known once it is settled: ``times`` it was captured, ``stored_rows`` (the extent of its
+    first dimension in the file) and ``stored_bytes``.
+    """
 
     slot: Slot
     chunks: list[Chunk] = field(default_factory=list)
@@ -53,93 +49,67 @@ class Column:
     constant: bool = False
     same_as: int | None = None
     hashes: bytes = b""
+    row_text: bytes = b""
+    times: int = 0
+    stored_rows: int = 0
+    stored_bytes: int = 0
 
-    @property
-    def times(self) -> int:
-        """In how many steps the tensor was captured."""
-        return sum(len(chunk.steps) for chunk in self.chunks)
-
-    @property
-    def stored_rows(self) -> int:
-        """The extent of the array's first dimension in the file."""
-        if self.constant:
-            return self.chunks[0].rows
-        return sum(chunk.rows * len(chunk.steps) for chunk in self.chunks)
-
-    @property
-    def stored_bytes(self) -> int:
-        """The array's size in the file."""
-        if self.constant:
-            return self.chunks[0].nbytes
-        return sum(chunk.nbytes * len(chunk.steps) for chunk in self.chunks)
+    @classmethod
+    def of_one(cls, slot: Slot, digest: bytes) -> Column:
+        """A settled column of a tensor that was captured once, and whose bytes go their own way."""
+        column = cls(slot, hashes=digest, row_text=slot.rows.to_bytes(ROWS_BYTES, sys.byteorder))
+        column.times, column.stored_rows, column.stored_bytes = 1, slot.rows, slot.nbytes
+        return column
 
     def take_key(self, keys: set[str]) -> None:
         """Choose a key that is not among the file's ``keys`` yet."""
         self.key = unique(self.slot.tail, keys, mark="#")
 
     def settle(self) -> None:
-        """Find out whether the tensor was the same in every step."""
-        self.hashes = b"".join(chunk.hashes.tobytes() for chunk in self.chunks)
-        first = self.chunks[0]
-        size = len(first.hashes[0])
-        self.constant = (
-            len(self.hashes) > size
-            and all(chunk.rows == first.rows for chunk in self.chunks)
-            and self.hashes == self.hashes[:size] * (len(self.hashes) // size)
-        )
+        """Find out what its chunks are together, and whether the tensor was the same in every step."""
+        chunks = self.chunks
+        block, tensor = chunks[0]
+        self.hashes = b"".join([block.hashes(tensor) for block, tensor in chunks])
+        self.row_text = b"".join([block.row_text(tensor) for block, tensor in chunks])
+        self.times = len(self.hashes) // HASH_BYTES
+        self.constant = block.is_constant[tensor] and self.times > 1 and (len(chunks) == 1 or self._repeats())
         if self.constant:
-            self.hashes = self.hashes[:size]
+            self.hashes = self.hashes[:HASH_BYTES]
+            self.stored_rows, self.stored_bytes = block.first_rows[tensor], block.first_nbytes[tensor]
+        else:
+            self.stored_rows = sum([block.rows[tensor] for block, tensor in chunks])
+            self.stored_bytes = sum([block.nbytes[tensor] for block, tensor in chunks])
+
+    def _repeats(self) -> bool:
+        """Whether hash and rows are those of the first step throughout."""
+        texts = (self.hashes, HASH_BYTES), (self.row_text, ROWS_BYTES)
+        return all(text == text[:width] * self.times for text, width in texts)
 
     @property
     def content(self) -> tuple[object, ...]:
         """Equal for columns that hold the same bytes and mean the same by them, step by step."""
-        extents = tuple((chunk.rows, len(chunk.steps)) for chunk in self.chunks)
         # A number's bytes may be those of a vector of one, which is another array.
         form = self.slot.dtype, len(self.slot.origin.shape), self.slot.row
-        return *form, self.hashes, self.constant, _merged(extents)
-
-    def copy_into(self, target: Bytes) -> None:
-        """Put the array's bytes together."""
-        position = 0
-        for chunk in self.chunks:
-            count = 1 if self.constant else len(chunk.steps)
-            end = position + count * chunk.nbytes
-            part = chunk.steps[:count, chunk.offset : chunk.offset + chunk.nbytes]
-            target[position:end].reshape(count, chunk.nbytes)[:] = part
-            position = end
-            if self.constant:
-                return
+        return *form, self.hashes, self.constant, self.row_text
 
     def is_in_large_pieces(self) -> bool:
         """Whether to write its bytes from where they lie takes less than to put them together first."""
-        return all(
-            chunk.nbytes >= _LARGE_PIECE or len(chunk.steps) == 1 or chunk.nbytes == chunk.steps.shape[1]
-            for chunk in self.chunks
-        )
+        return all(block.is_large(tensor) for block, tensor in self.chunks)
 
     def is_in_large_parts(self) -> bool:
         """The same, where the bytes are sent in a request."""
-        count = sum(
-            1 if self.constant or chunk.nbytes == chunk.steps.shape[1] else len(chunk.steps)
-            for chunk in self.chunks
-        )
+        count = sum(block.count(tensor, steps) for block, tensor, steps in self.stored())
         return count * _LARGE_PART <= self.stored_bytes
 
-    def pieces(self) -> Iterator[memoryview]:
+    def pieces(self) -> list[memoryview]:
         """The array's bytes, in order, where they lie."""
-        for chunk in self.chunks:
-            count = 1 if self.constant else len(chunk.steps)
-            width = chunk.steps.shape[1]
-            if not chunk.nbytes:
-                continue
-            flat = chunk.steps.reshape(-1).data
-            if width == chunk.nbytes:
-                yield flat[: count * width]
-            else:
-                for begin in range(chunk.offset, chunk.offset + count * width, width):
-                    yield flat[begin : begin + chunk.nbytes]
-            if self.constant:
-                return
+        return [piece for block, tensor, steps in self.stored() for piece in block.pieces(tensor, steps)]
+
+    def stored(self) -> list[tuple[Block, int, int]]:
+        """The blocks that have the array's bytes, the tensor there, and of how many steps they are."""
+        if self.constant:
+            return [(*self.chunks[0], 1)]
+        return [(block, tensor, block.steps) for block, tensor in self.chunks]
 
     def entry(self) -> str:
         """The array's entry in the index."""
@@ -153,14 +123,10 @@ class Column:
         )
 
 
-def _merged(extents: Iterable[tuple[int, int]]) -> tuple[tuple[int, int], ...]:
-    found: list[tuple[int, int]] = []
-    for rows, count in extents:
-        if found and found[-1][0] == rows:
-            found[-1] = rows, found[-1][1] + count
-        else:
-            found.append((rows, count))
-    return tuple(found)
+def columns_of(block: Block, slots: Sequence[Slot], numbers: Sequence[int]) -> dict[int, Column]:
+    """A column for each tensor of a block, by its array's number."""
+    described = enumerate(zip(numbers, slots, strict=True))
+    return {number: Column(slot, [Chunk(block, tensor)]) for tensor, (number, slot) in described}
 
 
 def lay_out(columns: Mapping[int, Column], taken: dict[object, int], file: int) -> bytes:

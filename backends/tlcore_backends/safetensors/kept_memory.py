@@ -9,7 +9,8 @@ import numpy as np
 
 from tlcore.protocols import Lease
 
-from .columns import Chunk, Column
+from .blocks import HASH_BYTES, Block
+from .columns import Column, columns_of
 from .plans import OpenStep, Plan
 
 _NOTHING = np.empty(0, np.uint8)
@@ -41,14 +42,10 @@ class KeptMemory:
 
 
 def columns_of_kept(
-    plan: Plan, first: int, kept: Mapping[int, np.ndarray], numbers: Sequence[int], hashes: np.ndarray
+    plan: Plan, first: int, kept: Mapping[int, np.ndarray], numbers: Sequence[int], hashes: bytes
 ) -> dict[int, Column]:
     """Columns of a step's slots from ``first`` on, each of which lies in memory of its own."""
-    found: dict[int, Column] = {}
-    for position in range(first, len(plan.slots)):
-        slot = plan.slots[position]
-        # What an alias shares may lie in an earlier file; then its own array is never copied.
-        data = kept.get(plan.originals[position], _NOTHING).reshape(1, -1)
-        column = found.setdefault(numbers[position], Column(slot))
-        column.chunks.append(Chunk(data, 0, slot.nbytes, hashes[:, position], slot.rows))
-    return found
+    # What an alias shares may lie in an earlier file; then its own array is never copied.
+    data = [kept.get(original, _NOTHING) for original in plan.originals[first:]]
+    block = Block.of_slots(plan.slots[first:], data, [0] * len(data), hashes[first * HASH_BYTES :])
+    return columns_of(block, plan.slots[first:], numbers[first:])

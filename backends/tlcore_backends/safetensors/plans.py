@@ -21,15 +21,14 @@ from .described import Describer, Slot
 _MOST_KNOWN = 64
 # Plans that differ from one in rows alone, as many as may be of a small model.
 _MOST_RESIZED = 64
-_HASH_BYTES = 16
 
 
 class Plan:
     """Everything that steps which are alike have in common.
 
-    ``originals`` has for each slot the position of the one whose bytes it shares, mostly its own; ``offsets``
-    where these begin among the ``nbytes`` of the step. ``rows`` and ``sizes`` in bytes are of each slot's
-    tensor. ``base`` is the plan from which this one differs in these alone, or itself.
+    ``originals`` has for each slot the position of the one whose bytes it shares, mostly its own. ``table``
+    is ``[3, slots]``: where these begin among the ``nbytes`` of the step, the tensor's bytes and its rows.
+    ``base`` is the plan from which this one differs in these alone, or itself.
     """
 
     def __init__(
@@ -49,11 +48,15 @@ class Plan:
         own = base._own
         begins = np.cumsum(np.where(own, sizes, 0))
         self.nbytes = int(begins[-1]) if len(begins) else 0
-        self.offsets: list[int] = (begins - sizes)[base._places].tolist()
-        self.sizes: list[int] = sizes.tolist()
-        self.rows: list[int] = rows.tolist()
+        self.table = np.stack([(begins - sizes)[base._places], sizes, rows])
         # How many rows tensors have, each number once.
-        self.extents = list(dict.fromkeys(self.rows))
+        self.extents = list(dict.fromkeys(rows.tolist()))
+
+    @property
+    def offsets(self) -> list[int]:
+        """Where each slot's bytes begin among those of the step."""
+        offsets: list[int] = self.table[0].tolist()
+        return offsets
 
     @cached_property
     def _row_bytes(self) -> np.ndarray:
@@ -73,7 +76,7 @@ class Plan:
     def groups(self) -> list[int]:
         """For each slot the place of its rows among the ``extents``, as `repeats`."""
         places = {rows: place for place, rows in enumerate(self.extents)}
-        return repeats(map(places.__getitem__, self.rows))
+        return repeats(map(places.__getitem__, self.table[2].tolist()))
 
     def resized(self, rows: bytes) -> Plan:
         """The plan of steps like these but for the ``rows`` of each slot, 64 bits each."""
@@ -202,8 +205,3 @@ class Plans:
             self._kept.append((templates, plan))
         self.last = plan
         return plan
-
-
-def hash_table(steps: Sequence[bytes], width: int) -> np.ndarray:
-    """The hashes of steps of one plan as ``[steps, slots, 16]`` bytes."""
-    return np.frombuffer(b"".join(steps), np.uint8).reshape(len(steps), width, _HASH_BYTES)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import groupby
+from operator import itemgetter
 from typing import NamedTuple
 
 import numpy as np
 
+from tlcore.hotpath.copying import copy_from
 from tlcore.protocols import Buffer
 
 from .columns import Column
@@ -52,15 +55,14 @@ def put_together(
     buffers: ShardBuffers, head: bytes, own: Sequence[Column], apart: Sequence[bool]
 ) -> tuple[list[Buffer], list[ShardBuffer]]:
     """The bytes of a file, in memory to give back; those of columns that are ``apart`` where they are."""
-    size = len(head) + sum(
-        column.stored_bytes for column, is_apart in zip(own, apart, strict=True) if not is_apart
-    )
+    together = [column for column, is_apart in zip(own, apart, strict=True) if not is_apart]
+    size = len(head) + sum(column.stored_bytes for column in together)
     memory = [buffers.take()] if size > _LARGE_HEAD else []
     for each in memory:
         each.skip(size)
     whole = memory[0].view() if memory else memoryview(bytearray(size))
-    target = np.frombuffer(whole, np.uint8)
-    target[: len(head)] = np.frombuffer(head, np.uint8)
+    whole[: len(head)] = head
+    _copy(together, whole[len(head) :])
     parts: list[Buffer] = []
     begin, end = 0, len(head)
     for column, is_apart in zip(own, apart, strict=True):
@@ -68,7 +70,18 @@ def put_together(
             parts += [whole[begin:end], *column.pieces()]
             begin = end
         else:
-            column.copy_into(target[end : end + column.stored_bytes])
             end += column.stored_bytes
     parts.append(whole[begin:end])
     return parts, memory
+
+
+def _copy(columns: Sequence[Column], target: memoryview) -> None:
+    """Put the bytes of columns one after the other."""
+    stored = [part for column in columns for part in column.stored()]
+    found = [
+        block.addresses([tensor for _, tensor, _ in parts], steps)
+        for (block, steps), parts in groupby(stored, key=itemgetter(0, 2))
+    ]
+    if found:
+        addresses, sizes = map(np.concatenate, zip(*found, strict=True))
+        copy_from(target, addresses, sizes)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
+from itertools import groupby
 from typing import NamedTuple
 
 import numpy as np
@@ -14,11 +15,12 @@ from tlcore.protocols import Buffer, Lease
 from tlcore.record import Record, StepSummary
 from tlcore.storage import SupportsAppend
 
-from .columns import Chunk, Column, lay_out
+from .blocks import HASH_BYTES, Block, InMemory
+from .columns import Column, columns_of, lay_out
 from .data_file import DataFile
 from .index_text import IndexText
 from .kept_memory import KeptMemory, columns_of_kept
-from .plans import OpenStep, Plan, Plans, hash_table
+from .plans import OpenStep, Plan, Plans
 from .sealed import File, Sealed, put_together
 from .segment_names import LONGEST_STEPS, MOST_STEPS, data_name, index_name, steps_text
 from .shard_buffer import ShardBuffer, ShardBuffers
@@ -271,28 +273,24 @@ class Segment:
 
     def _columns_of_step(self, plan: Plan, step: OpenStep, numbers: Sequence[int]) -> dict[int, Column]:
         """Columns of what a step has in memory: its slots from `_filed` on."""
-        hashes = hash_table([step.hashes], len(plan.slots))
+        first, hashes = self._filed, step.hashes
         if step.kept is not None:
-            return columns_of_kept(plan, self._filed, step.kept, numbers, hashes)
-        shift = sum(
+            return columns_of_kept(plan, first, step.kept, numbers, hashes)
+        # What an alias shares may lie in an earlier file; then its own array is never copied.
+        filed = sum(
             slot.nbytes
-            for position, slot in enumerate(plan.slots[: self._filed])
+            for position, slot in enumerate(plan.slots[:first])
             if plan.originals[position] == position
         )
-        data = self._bytes(step.begin, step.begin + plan.nbytes - shift).reshape(1, -1)
-        found: dict[int, Column] = {}
-        for position in range(self._filed, len(plan.slots)):
-            slot = plan.slots[position]
-            column = found.setdefault(numbers[position], Column(slot))
-            offset = plan.offsets[position] - shift
-            # What an alias shares may lie in an earlier file; then its own array is never copied.
-            column.chunks.append(Chunk(data, offset, slot.nbytes, hashes[:, position], slot.rows))
-        return found
+        slots, shift = plan.slots[first:], step.begin - filed
+        places = [offset + shift for offset in plan.offsets[first:]]
+        block = Block.of_slots(slots, [self._bytes()] * len(slots), places, hashes[first * HASH_BYTES :])
+        return columns_of(block, slots, numbers[first:])
 
-    def _bytes(self, begin: int, end: int) -> np.ndarray:
-        if self._gathered is None:
+    def _bytes(self) -> np.ndarray:
+        if self._gathered is None or not self._gathered.nbytes:
             return np.empty(0, np.uint8)
-        return np.frombuffer(self._gathered.view(), np.uint8)[begin:end]
+        return np.frombuffer(self._gathered.view(), np.uint8)
 
     def _make_file(self, columns: dict[int, Column]) -> File:
         """A file of these columns; the memory of the steps' bytes is free again, or with the file."""
@@ -338,24 +336,12 @@ class Segment:
                 return {}
             return self._rest_of_large_step(step)
         found: dict[int, Column] = {}
-        first = 0
-        while first < len(self._steps):
-            plan, begin = self._steps[first].plan, self._steps[first].begin
-            kept = self._steps[first].kept
-            if kept is not None:
-                self._add_kept(found, self._steps[first], kept)
-                first += 1
-                continue
-            last = first
-            while (
-                last < len(self._steps)
-                and self._steps[last].plan is plan
-                and self._steps[last].kept is None
-                and self._steps[last].begin == begin + (last - first) * plan.nbytes
-            ):
-                last += 1
-            self._add_run(found, self._steps[first:last])
-            first = last
+        for in_memory, steps in groupby(self._steps, key=_kind):
+            if in_memory is None:
+                for step in steps:
+                    self._add_kept(found, step)
+            else:
+                self._add_steps(found, list(steps))
         return found
 
     def _rest_of_large_step(self, step: _Step) -> dict[int, Column]:
@@ -365,21 +351,26 @@ class Segment:
         again.kept = None if step.kept is None else dict(step.kept)
         return self._columns_of_step(step.plan, again, self._told.arrays_of(step.plan))
 
-    def _add_kept(self, found: dict[int, Column], step: _Step, kept: Mapping[int, np.ndarray]) -> None:
-        hashes, numbers = hash_table([step.hashes], len(step.plan.slots)), self._told.arrays_of(step.plan)
-        for number, column in columns_of_kept(step.plan, 0, kept, numbers, hashes).items():
-            found.setdefault(number, Column(column.slot)).chunks += column.chunks
+    def _add_kept(self, found: dict[int, Column], step: _Step) -> None:
+        numbers = self._told.arrays_of(step.plan)
+        _add(found, columns_of_kept(step.plan, 0, step.kept or {}, numbers, step.hashes))
 
-    def _add_run(self, found: dict[int, Column], steps: Sequence[_Step]) -> None:
-        """Add steps of one plan whose bytes lie one after the other."""
-        plan, begin, count = steps[0].plan, steps[0].begin, len(steps)
-        hashes = hash_table([step.hashes for step in steps], len(plan.slots))
-        data = self._bytes(begin, begin + count * plan.nbytes).reshape(count, plan.nbytes)
-        for position, number in enumerate(self._told.arrays_of(plan)):
-            slot = plan.slots[position]
-            column = found.get(number)
-            if column is None:
-                column = found[number] = Column(slot)
-            nbytes, rows = plan.sizes[position], plan.rows[position]
-            chunk = Chunk(data, plan.offsets[position], nbytes, hashes[:, position], rows)
-            column.chunks.append(chunk)
+    def _add_steps(self, found: dict[int, Column], steps: Sequence[_Step]) -> None:
+        """Add steps whose plans have the same base."""
+        plan = steps[0].plan
+        if plan.slots:
+            kept = [InMemory(step.begin, step.plan, step.hashes) for step in steps]
+            block = Block.of_steps(self._bytes(), kept)
+            _add(found, columns_of(block, plan.slots, self._told.arrays_of(plan)))
+
+
+def _kind(step: _Step) -> int | None:
+    """Equal for steps that are alike but for rows; None for one whose memory is kept."""
+    return id(step.plan.base) if step.kept is None else None
+
+
+def _add(found: dict[int, Column], more: Mapping[int, Column]) -> None:
+    for number, column in more.items():
+        known = found.setdefault(number, column)
+        if known is not column:
+            known.chunks += column.chunks

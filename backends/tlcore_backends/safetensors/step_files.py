@@ -5,13 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
-import numpy as np
-
 from tlcore.errors import BackendError
 from tlcore.layout.templates import quoted
 from tlcore.storage import Appending, Buffer, SupportsAppend
 
-from .columns import ALIGNMENT, EMPTY_HEAD_BYTES, Chunk, Column, head_bytes, head_of
+from .columns import ALIGNMENT, EMPTY_HEAD_BYTES, Column, head_bytes, head_of
 from .data_file import DataFile
 from .described import Slot
 
@@ -20,8 +18,6 @@ RESERVE = 256 << 10
 _LARGEST_RESERVE = 16 << 20
 # Beside names and shapes: offsets, quotes, and what marks an alias or a dtype.
 _ROOM_FOR_ENTRY = 160
-# Of a tensor whose bytes are written already.
-_ONE_STEP = np.empty((1, 0), np.uint8)
 
 
 class Tensor(NamedTuple):
@@ -73,7 +69,7 @@ class StepFiles:
                 file = None
             if file is None:
                 file = self._file = self._begin()
-            column = _column(tensor)
+            column = Column.of_one(tensor.slot, bytes.fromhex(tensor.digest))
             column.file = len(self.files)
             original = self._taken.setdefault(column.content, tensor.number)
             column.same_as = None if original == tensor.number else original
@@ -183,11 +179,3 @@ class _StepFile:
 
     def _refused(self, error: OSError) -> BackendError:
         return BackendError(f"cannot write {self._file.target}: {error.strerror or error}")
-
-
-def _column(tensor: Tensor) -> Column:
-    slot = tensor.slot
-    digest = bytes.fromhex(tensor.digest)
-    hashes = np.frombuffer(digest, np.uint8).reshape(1, -1)
-    # Settled: a single step is not the same as others.
-    return Column(slot, [Chunk(_ONE_STEP, 0, slot.nbytes, hashes, slot.rows)], hashes=digest)

@@ -35,13 +35,17 @@ def asked(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return found
 
 
-def test_files_are_whole_behind_a_reserved_place_too(tmp_path: Path, asked: list[int]) -> None:
+def test_files_are_whole_behind_a_reserved_place_too(
+    tmp_path: Path, asked: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # However busy the disk is, it seems to keep up.
+    monkeypatch.setattr("time.perf_counter", lambda: 0.0)
     store = LocalStore(tmp_path / "run")
     file = store.begin("large", 1000)
     assert file.write([LARGE, b"small"]) + file.write([b"x"]) + file.write([LARGE[7:]]) == 2 * len(LARGE) - 1
     file.publish(b"h" * 1000)
     assert store.get("large") == b"h" * 1000 + LARGE + b"smallx" + LARGE[7:]
-    assert all(0 < least <= len(LARGE) for least in asked)
+    assert len(asked) == 2 and all(0 < least <= len(LARGE) for least in asked)
 
 
 def test_a_place_that_is_slow_is_left_to_the_cache(tmp_path: Path, asked: list[int]) -> None:
