@@ -53,15 +53,17 @@ class AlikeSteps(NamedTuple):
 
     ``rests``, where there are some, are what of each step's document may be anything: a document without
     records, which the reader checks. Steps of several checks of a rank have the same ``likeness`` where it is
-    enough to look at one of them, and at each group's ``rest``: the first document without calls, records
-    and structures. Who gives these proves no step of which `problems` would say anything.
+    enough to look at one of them, and at each group's ``rest``: it gives the first document without calls,
+    records and structures. Of groups of the same ``rest_kind`` one is enough. Who gives these proves no step
+    of which `problems` would say anything.
     """
 
     steps: list[int]
     tensors: int
     rests: Sequence[Json] = ()
     likeness: Hashable | None = None
-    rest: Json | None = None
+    rest: Callable[[], Json] | None = None
+    rest_kind: Hashable | None = None
 
 
 class WholeCheck(NamedTuple):

@@ -243,24 +243,29 @@ def test_ranges_of_a_file_are_hashed_as_far_as_it_goes(
     # Those that touch each other are read together.
     ends = list(itertools.accumulate(sizes, initial=3))
     for ranges in (anywhere, list(itertools.pairwise(ends)), [*itertools.pairwise(ends), *anywhere]):
-        expected = b""
-        for begin, end in ranges:
-            if end > len(data) and end > begin:
-                break
-            expected += xxhash.xxh3_128_digest(data[begin:end])
         sound = all(0 <= begin <= end <= begin + room for begin, end in ranges)
         with tempfile.TemporaryFile() as file:
             file.write(data)
             file.flush()
-            found = both("hash_ranges", file.fileno(), packed(ranges), bytearray(room))
+            each = [0, len(ranges) // 2, len(ranges) - len(ranges) // 2]
+            files = packed([(file.fileno(), count) for count in each])
+            found = both("hash_ranges", files, packed(ranges), bytearray(room))
         if not sound:
             assert [kind for kind, _ in found] == ["ValueError"] * 2
             continue
         assert found[0] == found[1] and found[0][0] == "returned"
-        # Ranges are read in groups: one that fails leaves out those that were to be read with it.
-        assert expected.startswith(found[0][1])
-        if all(end <= len(data) for _, end in ranges):
-            assert found[0][1] == expected
+        nothing, *own = found[0][1]
+        assert nothing == b"" and len(own) == 2
+        for digests, part in zip(own, (ranges[: each[1]], ranges[each[1] :]), strict=True):
+            expected = b""
+            for begin, end in part:
+                if end > len(data) and end > begin:
+                    break
+                expected += xxhash.xxh3_128_digest(data[begin:end])
+            # Ranges are read in groups: one that fails leaves out those that were to be read with it.
+            assert expected.startswith(digests)
+            if all(end <= len(data) for _, end in part):
+                assert digests == expected
 
 
 @pytest.mark.parametrize("pair", [(0, 2**63 - 1), (-1, 0), (2**62, -(2**62)), (5, 4), (-(2**63), 2**63 - 1)])
@@ -268,15 +273,25 @@ def test_hostile_ranges_are_refused(half: Half, pair: tuple[int, int]) -> None:
     with tempfile.TemporaryFile() as file:
         file.write(bytes(100))
         file.flush()
+        hash_ranges, handle = half("hash_ranges"), file.fileno()
         with pytest.raises(ValueError, match=r"range 1: .* is none of at most 64 bytes"):
-            half("hash_ranges")(file.fileno(), packed([(0, 1), pair]), bytearray(64))
-        with pytest.raises(ValueError, match="64-bit"):
-            half("hash_ranges")(file.fileno(), bytes(15), bytearray(64))
+            hash_ranges(packed([(handle, 2)]), packed([(0, 1), pair]), bytearray(64))
+        for files, ranges in ((bytes(15), b""), (packed([(handle, 0)]), bytes(15))):
+            with pytest.raises(ValueError, match="64-bit"):
+                hash_ranges(files, ranges, bytearray(64))
         with pytest.raises((TypeError, BufferError)):
-            half("hash_ranges")(file.fileno(), packed([(0, 1)]), bytes(64))
+            hash_ranges(packed([(handle, 1)]), packed([(0, 1)]), bytes(64))
+        for counts in ([], [0], [2], [-1], [2, -1], [2**63 - 1, 2], [1, 1], [-(2**63), 1]):
+            with pytest.raises(ValueError, match="range"):
+                hash_ranges(packed([(handle, each) for each in counts]), packed([(0, 1)]), bytearray(64))
         # Far behind the file's end there is nothing.
-        assert half("hash_ranges")(file.fileno(), packed([(2**63 - 9, 2**63 - 1)]), bytearray(64)) == b""
-    assert half("hash_ranges")(-1, packed([(0, 1)]), bytearray(64)) == b""
+        far = packed([(2**63 - 9, 2**63 - 1)])
+        assert hash_ranges(packed([(handle, 1)]), far, bytearray(64)) == [b""]
+        # What is none does not cost the others.
+        one = [xxhash.xxh3_128_digest(bytes(1))]
+        for none in (-1, 2**31, 2**40 + handle, -(2**63)):
+            mixed = packed([(none, 1), (handle, 1)])
+            assert hash_ranges(mixed, packed([(0, 1)] * 2), bytearray(64)) == [b"", *one]
 
 
 @settings(max_examples=30)

@@ -168,6 +168,8 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
     seals = Seal((0,), 1, 2, 8, 4, 30, (32,)).row(40, 0, 3, 1, 9)
     rows = struct.pack("=21q", *(0, 4, 0, 3, 4, 8, -1), *(0, 0, 0, 0, 0, 0, 0), *(0, 4, 0, 3, 4, 8, -1))
 
+    digits, ranges_of_digits = b"12AAAA", struct.pack("=2q", 2, 6)
+
     memories, offsets, packed = [Chunk(64), Chunk(64)], [8, 5], bytearray(20)
     places, sizes = struct.pack("=2q", 0, 1), struct.pack("=2q", 20, 20)
     for chunk in memories:
@@ -184,6 +186,8 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
         native().read_texts(str(tmp_path), ["file", "none"], 2000)
         native().hash_payloads(str(tmp_path), ["file", "none", "file"], spans, target)
         native().digest_in_pieces((parts[0],))
+        for own in (parts[0], digits, digits.lower()):
+            native().decode_spans(own, digits, ranges_of_digits)
         native().count_entries(str(tmp_path), [".", "none"])
         native().list_files(str(tmp_path.parent), tmp_path.name)
         with open(path, "rb") as file:
@@ -206,6 +210,8 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
                 native().fingerprint(memories, wrong, places, sizes, sizes)
             with suppress(ValueError, TypeError, IndexError):
                 native().fingerprint(wrong, offsets, places, sizes, sizes)
+            with suppress(ValueError, TypeError):
+                native().decode_spans(digits, digits[1:], wrong and ranges_of_digits)
             with suppress(ValueError, TypeError):
                 native().hash_payloads(str(tmp_path), wrong, spans, target)
             with suppress(ValueError, TypeError):
@@ -230,6 +236,8 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
         matrix,
         seals,
         rows,
+        digits,
+        ranges_of_digits,
         *parts,
         *lists,
     )

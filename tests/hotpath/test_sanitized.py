@@ -17,6 +17,7 @@ FLAGS = "-g1 -fsanitize=address,undefined -fno-sanitize-recover=undefined -fno-o
 # All that touches memory; what asks how tlcore was installed is no matter of these.
 CHECKED = [
     "test_bytes.py",
+    "test_spans.py",
     "test_beneath.py",
     "test_whole_steps.py",
     "test_rows.py",

@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 /* Counts up whenever a function changes what it takes or gives; `native.py` refuses any other. */
-#define TLCORE_INTERFACE 12
+#define TLCORE_INTERFACE 13
 
 /* Shorter work than this is over before another thread could use the interpreter, which is dear to get back. */
 #define TLCORE_SMALL_BYTES (256 << 10)
@@ -43,12 +43,14 @@ Py_ssize_t tlcore_size(PyObject *number, Py_ssize_t most, const char *what);
 int tlcore_add_hashing(PyObject *module);
 int tlcore_add_copying(PyObject *module);
 int tlcore_add_reading(PyObject *module);
+int tlcore_add_ranges(PyObject *module);
 int tlcore_add_beneath(PyObject *module);
 int tlcore_add_entries(PyObject *module);
 int tlcore_add_payloads(PyObject *module);
 int tlcore_add_gathering(PyObject *module);
 int tlcore_add_rows(PyObject *module);
 int tlcore_add_seals(PyObject *module);
+int tlcore_add_spans(PyObject *module);
 int tlcore_add_making(PyObject *module);
 int tlcore_add_fingerprint(PyObject *module);
 int tlcore_add_walker(PyObject *module);

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from . import _native
 
 SWITCH = "TLCORE_NO_EXTENSIONS"
-_INTERFACE = 12
+_INTERFACE = 13
 _TRIED = bytes(range(256)) * 3
 
 

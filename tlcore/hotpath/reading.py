@@ -1,4 +1,4 @@
-"""Reading many small files, or hashing ranges of one, in one call that leaves the interpreter to others."""
+"""Reading many small files, or hashing ranges of some, in one call that leaves the interpreter to others."""
 
 from __future__ import annotations
 
@@ -96,33 +96,51 @@ def _read_whole(beneath: Beneath, name: str, target: memoryview) -> bool:
         return done == len(target)
 
 
-def _hash_ranges(handle: int, ranges: Any, scratch: Any) -> bytes:
-    """The XXH3-128 of each range of an open file, 16 bytes each, the highest first.
+def _hash_ranges(files: Any, ranges: Any, scratch: Any) -> list[bytes]:
+    """The XXH3-128 of each range of open files, 16 bytes each, the highest first; by file.
 
-    ``ranges`` holds a begin and an end of each, as 64-bit integers; those that touch are read together.
-    ``scratch`` is writable memory that has room for each of them. The digests end before the first range
-    that the file does not have or that cannot be read. Raises ValueError for a range that makes no sense.
+    ``files`` holds the handle of each and how many ranges it has, ``ranges`` a begin and an end of each of
+    these, as 64-bit integers; those that touch are read together. ``scratch`` is writable memory that has
+    room for each of them. The digests of a file end before its first range that it does not have or that
+    cannot be read. Raises ValueError for what makes no sense.
     """
-    with memoryview(ranges).cast("B") as raw, memoryview(scratch).cast("B") as memory:
-        if len(raw) % 16:
-            raise ValueError("ranges are pairs of 64-bit integers")
+    with (
+        memoryview(files).cast("B") as listed,
+        memoryview(ranges).cast("B") as raw,
+        memoryview(scratch).cast("B") as memory,
+    ):
+        if memory.readonly:
+            raise TypeError("what is read needs writable memory")
+        if len(listed) % 16 or len(raw) % 16:
+            raise ValueError("ranges, and files with how many they have, are pairs of 64-bit integers")
         pairs = list(struct.iter_unpack("=qq", raw))
         for number, (begin, end) in enumerate(pairs):
             if begin < 0 or end < begin or end - begin > len(memory):
                 problem = f"[{begin}, {end}) is none of at most {len(memory)} bytes"
                 raise ValueError(f"range {number}: {problem}")
-        digests: list[bytes] = []
-        while (at := len(digests)) < len(pairs):
-            first, end = pairs[at]
-            stop = at + 1
-            while stop < len(pairs) and pairs[stop][0] == end and pairs[stop][1] - first <= len(memory):
-                end = pairs[stop][1]
-                stop += 1
-            if not _read_range(handle, first, memory[: end - first]):
-                break
-            for begin, until in pairs[at:stop]:
-                digests.append(xxhash.xxh3_128_digest(memory[begin - first : until - first]))
-        return b"".join(digests)
+        counts = list(struct.iter_unpack("=qq", listed))
+        if any(count < 0 for _, count in counts) or sum(count for _, count in counts) != len(pairs):
+            raise ValueError(f"the files' ranges are not {len(pairs)}")
+        found = []
+        for handle, count in counts:
+            found.append(_hash_file(handle if abs(handle) < 1 << 31 else -1, pairs[:count], memory))
+            del pairs[:count]
+        return found
+
+
+def _hash_file(handle: int, pairs: Sequence[tuple[int, int]], memory: memoryview) -> bytes:
+    digests: list[bytes] = []
+    while (at := len(digests)) < len(pairs):
+        first, end = pairs[at]
+        stop = at + 1
+        while stop < len(pairs) and pairs[stop][0] == end and pairs[stop][1] - first <= len(memory):
+            end = pairs[stop][1]
+            stop += 1
+        if not _read_range(handle, first, memory[: end - first]):
+            break
+        for begin, until in pairs[at:stop]:
+            digests.append(xxhash.xxh3_128_digest(memory[begin - first : until - first]))
+    return b"".join(digests)
 
 
 def _read_range(handle: int, begin: int, target: memoryview) -> bool:
@@ -183,7 +201,7 @@ def _identity(path: str) -> Identity | None:
 read_files: Callable[[Any, str, Sequence[str], Sequence[int]], list[int]] = (
     extension.read_files if extension else _read_files
 )
-hash_ranges: Callable[[int, Any, Any], bytes] = extension.hash_ranges if can_hash else _hash_ranges
+hash_ranges: Callable[[Any, Any, Any], list[bytes]] = extension.hash_ranges if can_hash else _hash_ranges
 gather_ranges: Callable[[int, Any, Any], bytes] = extension.gather_ranges if can_hash else _gather_ranges
 identities: Callable[[Sequence[str]], list[Identity | None]] = (
     extension.identities if extension else _identities

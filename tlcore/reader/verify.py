@@ -18,6 +18,8 @@ from .lasting import lasting_objects
 from .sound_structures import files_in, structure_texts
 from .stored import Stored
 
+_MOST_RESTS = 1 << 12
+
 
 def verify_steps(stored: Stored, on_tensor: Callable[[], None] | None) -> tuple[int, list[str]]:
     """How many tensors of all committed steps are sound, and a line for each problem.
@@ -91,6 +93,7 @@ class _Proven:
         self.checks = stored.whole_checks(rank)
         self._known: dict[int, int] = {}
         self._sound: set[Hashable] = set()
+        self._rests: set[Hashable] = set()
         # Of the last one that was looked at: mostly the next is the same, and hashing it may take long.
         self._like: Hashable | None = None
         self._last = -1
@@ -126,11 +129,26 @@ class _Proven:
         if likeness is None or alike.rest is None:
             return not _document_problems(self._stored, step, self._rank)
         if self._is_known(likeness):
-            return _rest_is_sound(self._stored, step, alike.rest)
+            return self._rest_is_sound(step, alike)
         if _document_problems(self._stored, step, self._rank, beside=False):
             return False
         self._like = likeness
         return True
+
+    def _rest_is_sound(self, step: int, alike: AlikeSteps) -> bool:
+        kind, rest = alike.rest_kind, alike.rest
+        if kind is not None and kind in self._rests:
+            return True
+        sound = False
+        with suppress(ReadError):
+            with self._stored.asking():
+                document = rest() if rest is not None else None
+            sound = document is not None and _rest_is_sound(self._stored, step, document)
+        if sound and kind is not None:
+            if len(self._rests) >= _MOST_RESTS:
+                self._rests.clear()
+            self._rests.add(kind)
+        return sound
 
     def _is_known(self, likeness: Hashable) -> bool:
         if self._like is None or likeness == self._like:

@@ -12,7 +12,7 @@ import numpy as np
 from tlcore.errors import ReadError
 
 from .compact import joined
-from .skeletons import Build, builder
+from .skeletons import Build, KnownSkeletons, builder
 
 _LARGEST_CHANGED = 1 << 200
 # What the values of one step may consist of, all together: a list of few numbers can repeat a large value.
@@ -39,15 +39,21 @@ class Changing:
     """Puts together values that are told as differences to those with the same skeleton before.
 
     A step's values are numbers of a skeleton and a change each; steps are mostly asked for in order.
+    ``skeletons`` has what was found out of them already.
     """
 
-    def __init__(self, table: Callable[[str, Any], Any], damaged: Callable[[str], ReadError]) -> None:
+    def __init__(
+        self,
+        table: Callable[[str, Any], Any],
+        damaged: Callable[[str], ReadError],
+        skeletons: KnownSkeletons | None = None,
+    ) -> None:
         self._table = table
         self._damaged = damaged
         self._lock = threading.Lock()
         # Counts who has asked.
         self._turn = 0
-        self._sizes: dict[int, int] = {}
+        self._skeletons = skeletons or KnownSkeletons()
         self._used: set[int] = set()
         self._builders: dict[int, Build | None] = {}
         self._known: dict[int, tuple[list[int], list[int]]] = {}
@@ -156,10 +162,13 @@ class Changing:
 
     def _size(self, skeleton: Any) -> int:
         """How many values a skeleton consists of."""
-        size = self._sizes.get(skeleton) if type(skeleton) is int else None
-        if size is None:
-            size = self._sizes[skeleton] = _counts(self._table("skeletons", skeleton))[0]
-        return size
+        return self._counts(skeleton)[0]
+
+    def _counts(self, skeleton: Any) -> tuple[int, int]:
+        found = self._skeletons.counts.get(skeleton) if type(skeleton) is int else None
+        if found is None:
+            found = self._skeletons.counts[skeleton] = _counts(self._table("skeletons", skeleton))
+        return found
 
     def built(self, told: Told) -> Any:
         """The value that is told. Raises as the error for a damaged index."""
@@ -169,11 +178,12 @@ class Changing:
                 # Making what puts it together takes longer than doing that once.
                 self._used.add(skeleton)
                 return joined(self._table("skeletons", skeleton), iter(numbers))
-            if skeleton not in self._builders:
-                small = self._size(skeleton) <= _MOST_BUILT and len(self._builders) < _MOST_BUILDERS
+            builders = self._builders
+            if skeleton not in builders:
+                small = self._size(skeleton) <= _MOST_BUILT and len(builders) < _MOST_BUILDERS
                 form = self._table("skeletons", skeleton)
-                self._builders[skeleton] = builder(form) if small else None
-            build = self._builders[skeleton]
+                builders[skeleton] = builder(form) if small else None
+            build = builders[skeleton]
             if build is not None:
                 return build(numbers)
             return joined(self._table("skeletons", skeleton), iter(numbers))
@@ -181,10 +191,9 @@ class Changing:
             raise self._damaged("a skeleton is nested too deep") from None
 
     def _numbers(self, skeleton: Any, change: Any) -> list[int]:
-        form = self._table("skeletons", skeleton)
-        last = self._last.get(skeleton)
+        last = self._last.get(skeleton) if type(skeleton) is int else None
         if last is None:
-            last = self._last[skeleton] = [0] * _counts(form)[1]
+            last = self._last[skeleton] = [0] * self._counts(skeleton)[1]
         known = self._known.get(change) if type(change) is int else None
         places, differences = known or self._checked(change)
         if not places:

@@ -22,6 +22,7 @@ from .index_reading import Common
 from .kinds import kinds_of
 from .record_forms import RecordForm, RecordForms
 from .shared_arrays import OwnArrays, OwnPlaces
+from .skeletons import KnownSkeletons, Skeletons
 from .step_details import Details, StepDetails
 from .stored_plans import Plan, StoredPlans
 from .stored_structures import StoredStructures
@@ -71,7 +72,9 @@ class SegmentIndex:
         self._asked = 0
         self._kinds: list[int] | None = None
         self._counted: tuple[int, dict[int, tuple[int, int]]] = (0, {})
-        self._details = StepDetails(columns, self.steps, self.rank, self.table, self.damaged)
+        told = document["skeletons"]
+        self._skeletons = told.known if isinstance(told, Skeletons) else KnownSkeletons()
+        self._details = StepDetails(columns, self.steps, self.rank, self.table, self.damaged, self._skeletons)
 
     @property
     def ledger(self) -> Any:
@@ -257,10 +260,8 @@ class SegmentIndex:
 
         Documents of steps with equal ones differ in numbers only, each of which may stand there.
         """
-        details = Changing(self.table, self.damaged)
-        rows = Changing(self.table, self.damaged)
-        # However many steps have the same list of rows, and however many lists are alike.
-        kinds: dict[tuple[int, ...], int] = {}
+        details = Changing(self.table, self.damaged, self._skeletons)
+        rows = Changing(self.table, self.damaged, self._skeletons)
         row_lists = self._columns.get("rows") or itertools.repeat(None)
         values = self._columns.get("values") or itertools.repeat(None)
         told = zip(self._columns["details"], self._columns["change"], strict=True)
@@ -273,8 +274,14 @@ class SegmentIndex:
             kind = None
             if row_list is not None:
                 its = rows.follow(self._details.row_list(row_list))
-                kind = kinds.setdefault(tuple(each for each, _ in its), len(kinds))
+                # However many steps have the same list of rows, and however many lists are alike.
+                kind = self._skeletons.kind(tuple(each for each, _ in its))
             yield plan, extents, value, skeleton, None if usual else position, kind
+
+    def rest_kind(self, form: tuple[Any, ...]) -> Hashable | None:
+        """Of one of `forms`: equal for steps whose `rest` is sound if that of one is; None if not known."""
+        *_, skeleton, unusual, rows = form
+        return (self._skeletons.token, skeleton, rows) if unusual is None else None
 
     def kind(self, number: int) -> Hashable | None:
         """Equal for steps of this index whose documents are sound if that of one is; None if not known."""

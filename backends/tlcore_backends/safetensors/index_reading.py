@@ -13,6 +13,7 @@ from tlcore.layout.run_files import MOST_VALUES, parse
 
 from .array_places import Places
 from .shared_arrays import ArraysText
+from .skeletons import Skeletons, form_of
 from .stored_plans import KnownPlans
 
 # Tables that are mostly the same in all segments; the arrays but for their places and hashes.
@@ -21,6 +22,11 @@ _PLANS = {b'"plans":': "plans", b'"extents":': "extents"}
 _SHARED = {**_TABLES, **_PLANS}
 _NAMES = frozenset(_SHARED.values())
 _LONGEST_KEY = max(map(len, _SHARED))
+_COMMA = ord(",")
+# Other members that are mostly the same in many segments.
+_LASTING = (b'"layout":', b'"rank":', b'"rows":')
+_SKELETONS = b'"skeletons":'
+_MOST_MEMBERS, _MOST_MEMBERS_BYTES = 64, 1 << 20
 # Texts that are remembered, and their bytes in all.
 _MOST = 8
 _MOST_BYTES = 8 << 20
@@ -36,8 +42,8 @@ class Common:
     # By the layout: where the arrays lie, and pieces of them to be hashed.
     extents: dict[Any, Any] = field(default_factory=dict)
     layouts: dict[Any, Any] = field(default_factory=dict)
-    # Heads of data files in which nothing was wrong.
-    heads: dict[Any, bytes] = field(default_factory=dict)
+    # Of data files whose heads are sound: how long these are, and their hashes.
+    heads: dict[Any, Any] = field(default_factory=dict)
     # What steps share that are read as a whole.
     pairs: dict[Any, Any] = field(default_factory=dict)
     plan_digests: dict[Any, bytes] = field(default_factory=dict)
@@ -48,6 +54,32 @@ class Common:
         if len(known) >= _MOST:
             known.clear()
         known[key] = value
+
+
+class _Texts:
+    """The lines of an index that hold shared tables: nothing of it is copied that is as it was in another."""
+
+    def __init__(self, data: bytes, places: Mapping[str, tuple[int, int]]) -> None:
+        self._data = data
+        self._places = places
+
+    def __getitem__(self, name: str) -> bytes:
+        begin, end = self._places[name]
+        return self._data[begin:end]
+
+    def view(self, name: str) -> memoryview:
+        """A line where it lies."""
+        begin, end = self._places[name]
+        return memoryview(self._data)[begin:end]
+
+    def has(self, name: str, text: bytes) -> bool:
+        """Whether a line is this one."""
+        begin, end = self._places[name]
+        return end - begin == len(text) and self._data.startswith(text, begin)
+
+    def copied(self) -> dict[str, bytes]:
+        """All of them."""
+        return {name: self[name] for name in self._places}
 
 
 class _Seen:
@@ -62,15 +94,15 @@ class _Seen:
         self._arrays: ArraysText | None = None
         self._told = False
 
-    def arrays_of(self, texts: Mapping[str, bytes]) -> Any:
+    def arrays_of(self, texts: _Texts) -> Any:
         """The arrays of another index whose tables are the same but for places and hashes; else None."""
-        if any(texts[key] != self.texts[key] for key in ("calls", "structures")) or self.places is None:
+        if self.places is None or not all(texts.has(key, self.texts[key]) for key in ("calls", "structures")):
             return None
         if not self._told:
             # Of a run of one segment nobody asks.
             self._arrays = ArraysText.of(self.texts["arrays"], self.tables["arrays"], self.places)
             self._told = True
-        return self._arrays and self._arrays.arrays(texts["arrays"], self.tables["arrays"])
+        return self._arrays and self._arrays.arrays(texts.view("arrays"), self.tables["arrays"])
 
 
 class IndexReader:
@@ -78,6 +110,9 @@ class IndexReader:
 
     def __init__(self) -> None:
         self._seen: list[_Seen] = []
+        # Members that were parsed, by their lines or the forms of these, and the bytes of all.
+        self._members: dict[bytes, tuple[str, Any]] = {}
+        self._members_bytes = 0
         self._lock = threading.Lock()
 
     def read(self, data: bytes, where: str) -> Read:
@@ -90,8 +125,14 @@ class IndexReader:
                 pass
         return Read(parse(data, where), Common())
 
-    def _read(self, texts: Mapping[str, bytes], rest: Sequence[bytes], where: str, nbytes: int) -> Read:
-        own = _members(rest, where)
+    def _read(self, texts: _Texts, rest: Sequence[bytes], where: str, nbytes: int) -> Read:
+        own: dict[str, Any] = {}
+        for line in rest:
+            # Each by itself: what is whole by itself is a member of the object, and not of anything in it.
+            name, value = self._member(line, where)
+            if name in own or name in _NAMES:
+                raise _UnusualError
+            own[name] = value
         with self._lock:
             known = list(self._seen)
         for seen in reversed(known):
@@ -101,13 +142,47 @@ class IndexReader:
                 return Read({**own, **seen.tables, **plans, "arrays": arrays}, common)
         tables = {}
         for name in _TABLES.values():
-            same = next((seen.tables for seen in known if seen.texts[name] == texts[name]), None)
+            same = next((seen.tables for seen in known if texts.has(name, seen.texts[name])), None)
             tables[name] = _table(texts, name, where) if same is None else same[name]
-        seen = _Seen(texts, tables, nbytes)
+        seen = _Seen(texts.copied(), tables, nbytes)
         common, plans = self._common(seen, texts, where)
         return Read({**own, **tables, **plans}, common, seen)
 
-    def _common(self, seen: _Seen, texts: Mapping[str, bytes], where: str) -> tuple[Common, dict[str, Any]]:
+    def _member(self, line: bytes, where: str) -> tuple[str, Any]:
+        if line.startswith(_SKELETONS):
+            form = form_of(line)
+            return _member(line, where) if form is None else self._skeletons_of(line, form, where)
+        if not line.startswith(_LASTING):
+            return _member(line, where)
+        with self._lock:
+            known = self._members.get(line)
+        if known is None:
+            known = _member(line, where)
+            self._remember_member(line, known)
+        return known
+
+    def _skeletons_of(self, line: bytes, form: bytes, where: str) -> tuple[str, Any]:
+        """A table of skeletons; of one that is known but for texts nothing is parsed until it is needed."""
+        with self._lock:
+            name, known = self._members.get(form, ("", None))
+        if known is not None:
+            return name, Skeletons(lambda: _member(line, where)[1], len(known), known.known)
+        name, value = _member(line, where)
+        if name != "skeletons" or not isinstance(value, list):
+            return name, value
+        skeletons = Skeletons.of(value)
+        self._remember_member(form, (name, skeletons))
+        return name, skeletons
+
+    def _remember_member(self, line: bytes, known: tuple[str, Any]) -> None:
+        with self._lock:
+            self._members_bytes += len(line)
+            if len(self._members) >= _MOST_MEMBERS or self._members_bytes > _MOST_MEMBERS_BYTES:
+                self._members.clear()
+                self._members_bytes = len(line)
+            self._members[line] = known
+
+    def _common(self, seen: _Seen, texts: _Texts, where: str) -> tuple[Common, dict[str, Any]]:
         key = texts["plans"], texts["extents"]
         with self._lock:
             found = seen.commons.get(key)
@@ -143,42 +218,31 @@ class _UnusualError(Exception):
     """A text that is not divided as a capture writes it, or is no JSON."""
 
 
-def _cut(data: bytes) -> tuple[dict[str, bytes], list[bytes]] | None:
+def _cut(data: bytes) -> tuple[_Texts, list[bytes]] | None:
     """The lines of the shared tables, and those of all other members, each ending in a comma.
 
     None where these tables are not all there.
     """
     if len(data) > MOST_VALUES or data[:1] != b"{" or data[-2:] != b"}\n":
         return None
-    texts: dict[str, bytes] = {}
+    places: dict[str, tuple[int, int]] = {}
     rest = []
-    # Each line is copied once: an index is large.
-    lines = data.split(b"\n")[:-1]
-    lines[0] = lines[0][1:]
-    lines[-1] = lines[-1][:-1] + b","
-    for line in lines:
-        name = _SHARED.get(line[: line.find(b":", 0, _LONGEST_KEY) + 1])
-        if line[-1:] != b",":
+    begin, last = 1, len(data) - 2
+    while (end := data.find(b"\n", begin, last)) >= 0:
+        if end == begin or data[end - 1] != _COMMA:
             return None
+        name = _SHARED.get(data[begin : data.find(b":", begin, begin + _LONGEST_KEY) + 1])
         if name is None:
-            rest.append(line)
-        elif texts.setdefault(name, line) is not line:
+            rest.append(data[begin:end])
+        elif places.setdefault(name, (begin, end)) != (begin, end):
             return None
-    return (texts, rest) if len(texts) == len(_SHARED) else None
+        begin = end + 1
+    # A table in the last line is no capture's: it is parsed as any other member is, and then refused.
+    rest.append(data[begin:last] + b",")
+    return (_Texts(data, places), rest) if len(places) == len(_SHARED) else None
 
 
-def _members(lines: Sequence[bytes], where: str) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for line in lines:
-        # Each by itself: what is whole by itself is a member of the object, and not of anything in it.
-        name, value = _member(line, where)
-        if name in found or name in _NAMES:
-            raise _UnusualError
-        found[name] = value
-    return found
-
-
-def _table(texts: Mapping[str, bytes], name: str, where: str) -> Any:
+def _table(texts: _Texts, name: str, where: str) -> Any:
     found, value = _member(texts[name], where)
     if found != name:
         raise _UnusualError

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from itertools import pairwise
 from typing import NamedTuple
 
@@ -17,14 +16,21 @@ from .index import SegmentIndex
 
 # Far more than any segment's header has.
 _LARGEST_HEADER = 100 << 20
-# A header to compare others with.
+# A head that others are compared with.
 _LARGEST_KEPT = 1 << 20
 
 
 def segment_problems(
-    store: Store, index: SegmentIndex, sizes: Mapping[str, int], thorough: bool
+    store: Store,
+    index: SegmentIndex,
+    sizes: Mapping[str, int],
+    thorough: bool,
+    without_heads: Collection[int] = (),
 ) -> Iterator[str]:
-    """A line for each thing that is wrong with a segment's arrays and files."""
+    """A line for each thing that is wrong with a segment's arrays and files.
+
+    ``without_heads`` has the numbers of files whose heads somebody else looks at.
+    """
     try:
         found = _placed(index)
     except ReadError as error:
@@ -36,8 +42,15 @@ def segment_problems(
             yield f"{file}: {one} and {other} claim the same bytes"
         if thorough and sizes.get(file) != size:
             yield f"missing or of another size than in the index: {file}"
-        elif thorough:
+        elif thorough and number not in without_heads:
             yield from _head_problems(store, index, number, mine)
+
+
+class Head(NamedTuple):
+    """What stands before the tensors of a file: how many bytes, and their hash."""
+
+    size: int
+    digest: str
 
 
 class _Extent(NamedTuple):
@@ -70,22 +83,25 @@ def _placed(index: SegmentIndex) -> dict[int, _Placed]:
     return known
 
 
+def sound_head(index: SegmentIndex, number: int) -> Head | None:
+    """What a file begins with if nothing is wrong with that; None where it must be read to be known."""
+    known: Head | None = index.common.heads.get((number, index.layout))
+    there = known is not None and known.size <= index.files[number][1]
+    return known if there and known and known.digest == index.heads[number] else None
+
+
 def _head_problems(
     store: Store, index: SegmentIndex, number: int, arrays: Sequence[_Extent]
 ) -> Iterator[str]:
-    """What is wrong with a file's header; one that is exactly as another one was is not parsed again."""
-    (file, size), heads, key = index.files[number], index.common.heads, (number, index.layout)
-    known, stated = heads.get(key), index.heads[number]
-    if known is not None and len(known) <= size and stated in (None, digest(known)):
-        with suppress(BackendError, OSError):
-            if store.get(file, 0, len(known)) == known:
-                return
+    """What is wrong with a file's header; of one that is sound its hash is remembered."""
+    (file, size), stated = index.files[number], index.heads[number]
     head: list[bytes] = []
     problems = list(_header_problems(store, file, size, arrays, head))
-    if not problems and stated not in (None, digest(head[0])):
+    found = digest(head[0]) if head else None
+    if not problems and stated not in (None, found):
         problems = [f"{file}: its header has another hash than its index says"]
-    if not problems and len(head[0]) <= _LARGEST_KEPT:
-        index.common.keep(heads, key, head[0])
+    if not problems and found is not None and len(head[0]) <= _LARGEST_KEPT:
+        index.common.keep(index.common.heads, (number, index.layout), Head(len(head[0]), found))
     yield from problems
 
 

@@ -8,6 +8,7 @@ import os
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, suppress
 from typing import BinaryIO
 from weakref import WeakValueDictionary
 
@@ -123,22 +124,42 @@ class SegmentFiles:
         self.read_into(name, begin, memory)
         return memory.toreadonly()
 
-    def hash_ranges(self, name: str, ranges: np.ndarray) -> bytes:
-        """The XXH3-128 of ascending ranges ``[n, 2]`` of a file, 16 bytes each, up to one that is not there.
+    def hash_many(self, wanted: Sequence[tuple[str, np.ndarray]]) -> list[bytes | ReadError]:
+        """The XXH3-128 of ascending ranges ``[n, 2]`` of files, 16 bytes each, up to one that is not there.
 
-        Raises MissingError or ReadError.
+        Of a file that is missing or cannot be read, the error.
         """
-        store = self._store
-        if not isinstance(store, SupportsFiles):
-            return self._hash_remote(name, ranges)
+        if len(wanted) > 1 and self._is_local:
+            with suppress(MissingError, ReadError):
+                return list(self._hash_local(wanted))
+        # One that is wrong must not cost the others.
+        return [self._hash_one(name, ranges) for name, ranges in wanted]
+
+    def _hash_one(self, name: str, ranges: np.ndarray) -> bytes | ReadError:
         try:
-            with store.open_file(name) as file:
-                behind = np.flatnonzero(ranges[:, 1] > os.fstat(file.fileno()).st_size)
-                # No memory is taken for a range that is not there.
-                there = ranges[: int(behind[0])] if len(behind) else ranges
+            return (
+                self._hash_local([(name, ranges)])[0] if self._is_local else self._hash_remote(name, ranges)
+            )
+        except ReadError as error:
+            return error
+
+    def _hash_local(self, wanted: Sequence[tuple[str, np.ndarray]]) -> Sequence[bytes]:
+        store, name = self._store, ""
+        assert isinstance(store, SupportsFiles)
+        try:
+            with ExitStack() as stack:
+                listed: list[tuple[int, int]] = []
+                parts: list[np.ndarray] = []
+                for name, ranges in wanted:
+                    handle = stack.enter_context(store.open_file(name)).fileno()
+                    behind = np.flatnonzero(ranges[:, 1] > os.fstat(handle).st_size)
+                    # No memory is taken for a range that is not there.
+                    parts.append(ranges[: int(behind[0])] if len(behind) else ranges)
+                    listed.append((handle, len(parts[-1])))
+                there = np.concatenate(parts)
                 room = max(_SCRATCH_BYTES, _largest(there))
                 with memoryview(self._scratch.take(room)) as memory:
-                    return hash_ranges(file.fileno(), np.ascontiguousarray(there), memory[:room])
+                    return hash_ranges(np.array(listed, np.int64), there, memory[:room])
         except FileNotFoundError:
             raise MissingError(f"{store.url}: no file {name!r}") from None
         except (BackendError, OSError, MemoryError) as error:

@@ -21,6 +21,7 @@ from tlcore.storage import Store, SupportsFiles
 from ..storage.threads import in_order
 from .alike_steps import AlikeSteps
 from .array_places import ArrayOfRows
+from .hash_queue import HashQueue
 from .index import SegmentIndex
 from .index_reading import IndexReader
 from .json_files import read_bytes
@@ -28,7 +29,7 @@ from .listing import Listing, list_segments
 from .segment_check import segment_problems
 from .segment_files import SegmentFiles
 from .segment_names import IndexName, catalogue_name, is_data
-from .whole_check import check_index
+from .whole_check import UnderWay, are_many, check_index
 
 _MOST_INDEXES = 16
 # Of the indexes that are kept, as they are stored: in memory they are about ten times as large.
@@ -255,8 +256,11 @@ class SegmentSource:
         if step == index.steps[0]:
             yield from self._problems(index, thorough)
 
-    def _problems(self, index: SegmentIndex, thorough: bool = True) -> Iterator[str]:
-        return segment_problems(self._store, index, self._sizes() if thorough else {}, thorough)
+    def _problems(
+        self, index: SegmentIndex, thorough: bool = True, without_heads: Collection[int] = ()
+    ) -> Iterator[str]:
+        sizes = self._sizes() if thorough else {}
+        return segment_problems(self._store, index, sizes, thorough, without_heads)
 
     @property
     def unchecked(self) -> Collection[str]:
@@ -267,21 +271,23 @@ class SegmentSource:
         """Checks of the rank's segments; the arrays of the next ones are read while one is looked at."""
         names = self._known.by_rank.get(rank, ())
         threads = _LOCAL_THREADS if isinstance(self._store, SupportsFiles) else None
-        waiting: deque[WholeCheck] = deque()
-        with ThreadPoolExecutor(max(self._threads, _LOCAL_THREADS), "tlcore-read") as pool:
+        waiting: deque[UnderWay] = deque()
+        count = max(self._threads, _LOCAL_THREADS)
+        with ThreadPoolExecutor(count, "tlcore-read") as pool:
+            queue = HashQueue(pool, count, self._data.hash_many)
             try:
                 for index in in_order(partial(self._index_or_none, rank), names, self._threads):
                     if index is not None:
                         with suppress(ReadError):
-                            problems = partial(self._problems, index)
-                            waiting.append(
-                                check_index(index, self._data.hash_ranges, pool, problems, threads)
-                            )
-                    if len(waiting) > (threads or 1):
-                        yield waiting.popleft()
-                yield from waiting
+                            problems = partial(self._problems, index, True)
+                            check = check_index(index, queue.submit, problems, threads)
+                            waiting.append(UnderWay.of(index, check))
+                    while len(waiting) > (threads or 1) and are_many(waiting, _MOST_INDEX_BYTES):
+                        yield waiting.popleft().check
+                while waiting:
+                    yield waiting.popleft().check
             finally:
-                pool.shutdown(cancel_futures=True)
+                queue.cancel()
 
     def alike_steps(self, rank: int) -> Iterator[AlikeStep | int]:
         """A rank's steps in order, of a run on this machine; such as are like an earlier one as a whole."""

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-import string
-from binascii import a2b_base64
+from binascii import a2b_base64, b2a_base64
+from collections import deque
 from collections.abc import Hashable, Sequence
 from functools import cached_property
 from typing import Any, NamedTuple, overload
@@ -12,6 +12,7 @@ from typing import Any, NamedTuple, overload
 import numpy as np
 
 from tlcore.errors import ReadError
+from tlcore.hotpath.spans import decode_spans
 
 from .array_places import HASH_BYTES, Columns, Damaged, Place, Places
 
@@ -22,19 +23,43 @@ _VARIES = re.compile(
 _PARTS = 1 + _VARIES.groups
 _KEYS = (b'"offset"', b'"constant"', b'"hashes"')
 _HASHES = _VARIES.groups
-_PADDING = ord("=")
-_DIGITS = (string.ascii_letters + string.digits + "+/").encode()
+# Texts to compare others with, and their bytes in all.
+_MOST_PATTERNS, _MOST_BYTES = 8, 8 << 20
+
+
+class _Form:
+    """What texts say alike whose entries have the same places: all but their hashes.
+
+    ``columns`` are those of `Places`, and `layout` too, where they are known.
+    """
+
+    def __init__(self, offsets: list[int], constants: list[bool], counts: np.ndarray) -> None:
+        self.offsets, self.constants, self.counts = offsets, constants, counts
+        # Of all hashes, the first that each entry has.
+        self.firsts = np.cumsum(counts) - counts
+        self.columns: Columns | None = None
+        self.layout: Hashable | None = None
 
 
 class _Own(NamedTuple):
     """What the entries with bytes of their own have otherwise, in order."""
 
-    offsets: list[int]
-    constants: list[bool]
-    hashes: list[bytes]
-    digests: list[bytes]
-    # Whether all but the hashes is as in the text that others are compared with.
-    in_same_places: bool = False
+    form: _Form
+    # Of each entry behind those of the one before.
+    digests: bytes
+    # As they are written, where that is not how their bytes are.
+    hashes: Sequence[bytes] | None = None
+
+    def digest(self, position: int) -> bytes:
+        """The hashes of one entry."""
+        begin = int(self.form.firsts[position]) * HASH_BYTES
+        return self.digests[begin : begin + int(self.form.counts[position]) * HASH_BYTES]
+
+    def written(self, position: int) -> str:
+        """The same as its text has them."""
+        if self.hashes is not None:
+            return self.hashes[position].decode("ascii")
+        return b2a_base64(self.digest(position), newline=False).decode("ascii")
 
 
 def _own(parts: Sequence[bytes]) -> _Own | None:
@@ -44,48 +69,34 @@ def _own(parts: Sequence[bytes]) -> _Own | None:
         # Some decoders take what lacks its padding.
         return None
     digests = list(map(a2b_base64, hashes))
-    if any(len(digest) % HASH_BYTES for digest in digests):
+    sizes = np.fromiter(map(len, digests), np.int64, len(digests))
+    if (sizes % HASH_BYTES).any():
         return None
-    return _Own(list(map(int, parts[1::_PARTS])), list(map(bool, parts[2::_PARTS])), hashes, digests)
+    form = _Form(list(map(int, parts[1::_PARTS])), list(map(bool, parts[2::_PARTS])), sizes // HASH_BYTES)
+    return _Own(form, b"".join(digests), hashes)
 
 
-class _Hashes:
-    """Where the hashes stand in a text: mostly another has them there too, and differs in nothing else."""
+class _Pattern:
+    """A text, and where its hashes stand: mostly another has them there, and differs in nothing else."""
 
-    def __init__(self, text: bytes, own: _Own) -> None:
-        self._text, self._own = np.frombuffer(text, np.uint8), own
-        self._spans = [match.span(_HASHES) for match in _VARIES.finditer(text)]
-        varies = np.zeros(len(text), bool)
-        for begin, end in self._spans:
-            varies[begin:end] = True
-        self._places = np.flatnonzero(varies)
-        self._hashes = self._text[self._places]
-        self._padding = self._hashes == _PADDING
+    def __init__(self, text: bytes, form: _Form) -> None:
+        self.nbytes, self._text, self._form = len(text), text, form
+        spans = [match.span(_HASHES) for match in _VARIES.finditer(text)]
+        self._places = np.array(spans, np.int64).reshape(-1, 2).tobytes()
 
-    def of(self, text: bytes) -> _Own | None:
+    def of(self, text: memoryview) -> _Own | None:
         """What another text has so; None where it is of another kind."""
-        if len(text) != len(self._text):
-            return None
-        there = np.frombuffer(text, np.uint8)
-        hashes = there[self._places]
-        padding = hashes == _PADDING
-        # Decoding would pass over what is no digit.
-        if (
-            np.count_nonzero(there != self._text) > np.count_nonzero(hashes != self._hashes)
-            or (padding != self._padding).any()
-            or hashes[~padding].tobytes().translate(None, _DIGITS)
-        ):
-            return None
-        texts = [text[begin:end] for begin, end in self._spans]
-        return self._own._replace(hashes=texts, digests=list(map(a2b_base64, texts)), in_same_places=True)
+        digests = decode_spans(text, self._text, self._places)
+        return None if digests is None else _Own(self._form, digests)
 
 
 class ArraysText:
     """The text of a table of arrays, for those that differ in places and hashes alone."""
 
-    def __init__(self, rest: Sequence[bytes], hashes: _Hashes, owners: np.ndarray, places: Places) -> None:
+    def __init__(self, rest: Sequence[bytes], pattern: _Pattern, owners: np.ndarray, places: Places) -> None:
         self._rest = rest
-        self._hashes = hashes
+        # Those of as many steps each have the same form.
+        self._patterns = deque((pattern,), max(1, min(_MOST_PATTERNS, _MOST_BYTES // (pattern.nbytes + 1))))
         self._owners = owners
         self._places = places
 
@@ -112,14 +123,19 @@ class ArraysText:
         positions = {number: position for position, number in enumerate(numbers)}
         stored = (entry.get("same_as", number) for number, entry in enumerate(entries))
         owners = np.array([positions[number] for number in stored], np.int64)
-        return cls(parts[::_PARTS], _Hashes(text, own), owners, places)
+        own.form.columns, own.form.layout = places.columns, places.layout
+        return cls(parts[::_PARTS], _Pattern(text, own.form), owners, places)
 
-    def arrays(self, text: bytes, entries: Sequence[Any]) -> OwnArrays | None:
+    def arrays(self, text: memoryview, entries: Sequence[Any]) -> OwnArrays | None:
         """Those of another text; None where anything else differs. ``entries`` are those of this one."""
-        own = self._hashes.of(text)
+        found = (each.of(text) for each in list(self._patterns) if each.nbytes == len(text))
+        own = next(filter(None, found), None)
         if own is None:
-            parts = _VARIES.split(text)
+            copied = bytes(text)
+            parts = _VARIES.split(copied)
             own = _own(parts) if parts[::_PARTS] == self._rest else None
+            if own is not None:
+                self._patterns.append(_Pattern(copied, own.form))
         return None if own is None else OwnArrays(entries, own, self._owners, self._places)
 
 
@@ -156,8 +172,8 @@ class OwnArrays(Sequence[Any]):
             return entry
         own, position = self.own, self.owners[index]
         found = {key: value for key, value in entry.items() if key != "constant"}
-        found |= {"offset": own.offsets[position], "hashes": own.hashes[position].decode("ascii")}
-        return {**found, "constant": True} if own.constants[position] else found
+        found |= {"offset": own.form.offsets[position], "hashes": own.written(position)}
+        return {**found, "constant": True} if own.form.constants[position] else found
 
 
 class OwnPlaces(Places):
@@ -171,29 +187,26 @@ class OwnPlaces(Places):
         self._entry(number)
         own, position = self._arrays.own, self._arrays.owners[number]
         place = self._arrays.places.of(number)
-        return place._replace(
-            begin=own.offsets[position], constant=own.constants[position], hashes=own.digests[position]
-        )
+        begin, constant = own.form.offsets[position], own.form.constants[position]
+        return place._replace(begin=begin, constant=constant, hashes=own.digest(position))
 
     @cached_property
     def _told(self) -> tuple[Columns, np.ndarray]:
-        own, others = self._arrays.own, self._arrays.places.columns
-        hashes = np.frombuffer(b"".join(own.digests), np.uint8).reshape(-1, HASH_BYTES)
-        if own.in_same_places:
-            return others, hashes
-        counts = np.fromiter(map(len, own.digests), np.int64, len(own.digests)) // HASH_BYTES
-        owners = self._arrays.owners
-        told = np.cumsum(counts) - counts, np.array(own.offsets, np.int64), np.array(own.constants, bool)
-        first, begin, constant = (each[owners] for each in told)
-        columns = others._replace(begin=begin, constant=constant, first=first, counts=counts[owners])
-        return columns, hashes
+        form = self._arrays.own.form
+        if form.columns is None:
+            owners, others = self._arrays.owners, self._arrays.places.columns
+            told = form.firsts, np.array(form.offsets, np.int64), np.array(form.constants, bool), form.counts
+            first, begin, constant, counts = (each[owners] for each in told)
+            form.columns = others._replace(begin=begin, constant=constant, first=first, counts=counts)
+        return form.columns, np.frombuffer(self._arrays.own.digests, np.uint8).reshape(-1, HASH_BYTES)
 
-    @cached_property
+    @property
     def layout(self) -> Hashable:
-        """That of the others where it is the same."""
-        if self._arrays.own.in_same_places:
-            return self._arrays.places.layout
-        return tuple(each.tobytes() for each in self.columns)
+        """That of all that have the same form."""
+        form = self._arrays.own.form
+        if form.layout is None:
+            form.layout = tuple(each.tobytes() for each in self.columns)
+        return form.layout
 
     @cached_property
     def begins(self) -> dict[int, list[int]]:

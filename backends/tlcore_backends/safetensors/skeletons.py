@@ -2,14 +2,85 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import itertools
+import re
+from collections.abc import Callable, Sequence
+from functools import cached_property
 from operator import itemgetter
-from typing import Any
+from typing import Any, overload
 
 # What stands in a value as in its skeleton.
 CONSTANT = frozenset((float, str, bool, type(None)))
+_STRING = re.compile(rb'"(?:xxh3-128:)?[A-Za-z0-9_./+=-]*"(?!:)')
+# Lists of skeletons that are told apart.
+_MOST_KINDS = 1 << 14
 # From all integers of a value to the value.
 Build = Callable[[list[int]], Any]
+
+
+class KnownSkeletons:
+    """What is found out of a table of skeletons, whatever the texts in them that are no keys.
+
+    ``counts`` are those of the values and the integers of each.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[int, tuple[int, int]] = {}
+        # Stands for the table, for who must not hold it.
+        self.token = object()
+        self._kinds: dict[tuple[int, ...], int] = {}
+        self._numbers = itertools.count()
+
+    def kind(self, numbers: tuple[int, ...]) -> int:
+        """A number for a list of skeletons: of lists that have the same one all are the same."""
+        known = self._kinds.get(numbers)
+        if known is None:
+            if len(self._kinds) >= _MOST_KINDS:
+                self._kinds.clear()
+            known = self._kinds[numbers] = next(self._numbers)
+        return known
+
+
+class Skeletons(Sequence[Any]):
+    """A table of skeletons, made when one is asked for; ``known`` may be another's of the same form."""
+
+    def __init__(
+        self, make: Callable[[], list[Any]], count: int, known: KnownSkeletons | None = None
+    ) -> None:
+        self.known = known or KnownSkeletons()
+        self._make = make
+        self._count = count
+
+    @classmethod
+    def of(cls, table: list[Any]) -> Skeletons:
+        """A table that was made."""
+        return cls(lambda: table, len(table))
+
+    @cached_property
+    def table(self) -> list[Any]:
+        """All of them."""
+        return self._make()
+
+    def __len__(self) -> int:
+        return self._count
+
+    @overload
+    def __getitem__(self, index: int) -> Any: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> list[Any]: ...
+
+    def __getitem__(self, index: int | slice) -> Any:
+        return self.table[index]
+
+
+def form_of(text: bytes) -> bytes | None:
+    """A JSON text without what its strings say that are no keys, and that say nothing odd.
+
+    Of equal forms all are JSON if one is, and alike but for these strings. None where that is not certain.
+    """
+    # Without escapes a quote begins or ends a string, and behind an end stands nothing that this takes.
+    return None if b"\\" in text else _STRING.sub(b'""', text)
 
 
 def builder(skeleton: Any) -> Build:

@@ -18,6 +18,7 @@ from tlcore.record import Json
 from .array_places import LARGEST, numbers_of
 from .changing import Changing, Numbers, Told
 from .compact import time_text
+from .skeletons import KnownSkeletons
 
 # The end of the year 9000, in microseconds since 1970.
 _LATEST = 221_000_000_000 * 10**6
@@ -66,12 +67,14 @@ class StepDetails:
         rank: int,
         table: Callable[[str, Any], Any],
         damaged: Callable[[str], ReadError],
+        skeletons: KnownSkeletons,
     ) -> None:
         self._columns, self._steps, self._rank = columns, steps, rank
         self._table, self.damaged = table, damaged
         # Steps that follow one another mostly have the same.
         self._last_list: tuple[int, list[tuple[int, int]]] = -1, []
-        self._told, self._told_rows = Changing(table, damaged), Changing(table, damaged)
+        self._told = Changing(table, damaged, skeletons)
+        self._told_rows = Changing(table, damaged, skeletons)
 
     def of(self, position: int) -> Details:
         """What the step at a position says."""

@@ -14,6 +14,7 @@ from tlcore.errors import ReadError
 from .array_places import LARGEST, number_of
 from .segment_names import is_data
 from .shared_arrays import OwnArrays
+from .skeletons import Skeletons
 
 NAMES = ("files", "calls", "structures", "arrays", "plans", "extents", "skeletons", "changes", "rows")
 
@@ -26,7 +27,7 @@ class Tables:
         if not isinstance(document, dict) or document.get("layout") != 2:
             raise self.damaged("not an index of layout version 2")
         for key in NAMES:
-            if not isinstance(document.get(key), (list, OwnArrays)):
+            if not isinstance(document.get(key), (list, OwnArrays, Skeletons)):
                 raise self.damaged(f"{key!r} is missing or no array")
         self._document: Mapping[str, Any] = document
 

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 from bisect import bisect_left
 from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
-from concurrent.futures import Executor, Future
+from concurrent.futures import Future
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from .array_places import HASH_BYTES, LARGEST, Columns, Place
 from .index import SegmentIndex
 from .kinds import kinds_of
 from .likeness import Likeness
+from .segment_check import sound_head
 from .stored_plans import Plan
 
 # What steps of several kinds may have together: kinds times arrays, steps times arrays, and the steps of
@@ -29,12 +31,14 @@ _MOST_DISTINCT = 1 << 24
 # What one thread reads and hashes at a time, at least where it is to be in memory.
 _UNIT_BYTES = 16 << 20
 _UNIT_RANGES = 1 << 16
+# What is read meanwhile.
+_AHEAD_BYTES = 128 << 20
 # Pieces that are kept for indexes to come.
 _MOST_KEPT = 1 << 17
 
 Numbers = np.ndarray
-# The digests of ranges ``[n, 2]`` of a data file, up to the first that cannot be read. Raises ReadError.
-HashRanges = Callable[[str, Numbers], bytes]
+# Has ranges ``[n, 2]`` of a data file hashed, up to the first that cannot be read; the digests, or ReadError.
+HashRanges = Callable[[str, Numbers], Future[bytes]]
 
 
 class _Pieces(NamedTuple):
@@ -64,34 +68,64 @@ class _Layout(NamedTuple):
 
 
 class _Unit(NamedTuple):
+    """Pieces on their way; ``head`` is the hash that what stands before them should have, or nothing."""
+
     pieces: _Pieces
     digests: Future[bytes]
+    head: bytes
+
+
+class UnderWay(NamedTuple):
+    """A check that is under way, the bytes of its index, and those of its files."""
+
+    check: WholeCheck
+    text: int
+    tensors: int
+
+    @classmethod
+    def of(cls, index: SegmentIndex, check: WholeCheck) -> UnderWay:
+        """That of an index."""
+        return cls(check, index.nbytes, sum(size for _, size in index.files))
+
+
+def are_many(checks: Collection[UnderWay], most_text: int) -> bool:
+    """Whether threads are busy with these while one is looked at, or their indexes have so many bytes."""
+    texts, tensors = sum(each.text for each in checks), sum(each.tensors for each in checks)
+    return texts > most_text or tensors > _AHEAD_BYTES
 
 
 def check_index(
     index: SegmentIndex,
     hash_ranges: HashRanges,
-    pool: Executor,
-    problems: Callable[[], Iterable[str]],
+    problems: Callable[[Collection[int]], Iterable[str]],
     threads: int | None = None,
 ) -> WholeCheck:
-    """The check of a segment, which is under way in ``pool``. Raises ReadError for a damaged index.
+    """The check of a segment, which is under way in other threads. Raises ReadError for a damaged index.
 
-    ``problems`` says what is wrong with the segment's files; then none of its steps is proven. A large file
-    is shared among so many ``threads``; without, what comes of one range of it must fit into memory.
+    ``problems`` says what is wrong with the segment's files, but for the heads of those with these numbers;
+    then none of its steps is proven. A large file is shared among so many ``threads``; without, what comes of
+    one range of it must fit into memory.
     """
     units: list[_Unit] = []
     parts, shared = _layout(index, threads)
+    with_heads: set[int] = set()
     for number, end, pieces in parts:
         if number >= len(index.files):
             raise index.damaged(f"there is no file {number}")
         file, size = index.files[number]
         if end > size:
             raise index.damaged(f"an array ends behind the end of {file}")
-        units.append(_Unit(pieces, pool.submit(hash_ranges, file, pieces.ranges)))
-    # While the tensors are read in other threads.
+        head = None if number in with_heads else sound_head(index, number)
+        with_heads.update((number,) if head else ())
+        ranges, hashed = pieces.ranges, b""
+        if head is not None:
+            ranges = np.concatenate((np.array([[0, head.size]], np.int64), ranges))
+            hashed = bytes.fromhex(head.digest.partition(":")[2])
+        units.append(_Unit(pieces, hash_ranges(file, ranges), hashed))
+    # While the tensors are read in other threads. What is found out of the first helps with the next.
     groups = _alike(index)
-    return WholeCheck(groups, lambda: index.steps if any(problems()) else _unsound(index, units, shared))
+    sound = not any(problems(with_heads))
+    return WholeCheck(groups, lambda: _unsound(index, units, shared) if sound else index.steps)
 
 
 def _layout(index: SegmentIndex, threads: int | None) -> _Layout:
@@ -116,6 +150,9 @@ def _unsound(index: SegmentIndex, units: Sequence[_Unit], shared: Sequence[Numbe
             digests = unit.digests.result()
         except ReadError:
             digests = b""
+        if not digests.startswith(unit.head):
+            return index.steps
+        digests = digests[len(unit.head) :]
         expected = index.places.hashes[unit.pieces.hashes]
         if digests == expected.tobytes():
             continue
@@ -135,7 +172,8 @@ def _alike(index: SegmentIndex) -> list[AlikeSteps]:
     for kind, pair, step, form in zip(kinds_of(forms), ids, index.steps, forms, strict=True):
         if kind not in found:
             tensors, like = len(pairs[pair][0].arrays), Likeness(index, *form[:3])
-            found[kind] = AlikeSteps([], tensors, likeness=like, rest=index.rest(step))
+            rest, rest_kind = partial(index.rest, step), index.rest_kind(form)
+            found[kind] = AlikeSteps([], tensors, likeness=like, rest=rest, rest_kind=rest_kind)
         found[kind].steps.append(step)
     return list(found.values())
 

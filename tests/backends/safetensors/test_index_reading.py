@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 import random
 from collections.abc import Callable, Sequence
@@ -17,6 +18,7 @@ from tlcore.testing import MemoryStore
 from tlcore_backends.safetensors.index import SegmentIndex
 from tlcore_backends.safetensors.index_reading import IndexReader
 from tlcore_backends.safetensors.shared_arrays import ArraysText, OwnArrays
+from tlcore_backends.safetensors.skeletons import Skeletons, form_of
 
 from .emitting import opened
 
@@ -61,10 +63,11 @@ def remembering(*texts: bytes) -> IndexReader:
 
 
 def plain(document: Any) -> Any:
-    """A document with all of its arrays made."""
-    if isinstance(document, dict) and isinstance(document.get("arrays"), OwnArrays):
-        return {**document, "arrays": list(document["arrays"])}
-    return document
+    """A document with all of its arrays and skeletons made."""
+    if not isinstance(document, dict):
+        return document
+    made = OwnArrays, Skeletons
+    return {key: list(value) if isinstance(value, made) else value for key, value in document.items()}
 
 
 def said(read: Callable[[bytes], Any], text: bytes) -> Any:
@@ -153,7 +156,7 @@ def test_hashes_of_another_form_are_not_taken_for_these(texts: list[bytes]) -> N
                 parse(text, "index")
             continue
         assert isinstance(document["arrays"], list)
-        assert document == json.loads(text)
+        assert plain(document) == json.loads(text)
 
 
 def test_only_what_is_surely_the_hashes_is_a_pattern(texts: list[bytes]) -> None:
@@ -198,6 +201,47 @@ def test_a_table_is_taken_only_from_the_object_itself(texts: list[bytes]) -> Non
     inner = inner.replace(b',\n"structures":', b'},\n"structures":', 1)
     for text in (inner, texts[1].replace(b',\n"rank":0', b',\n"rank":0,\n"calls":[]', 1)):
         assert plain(reader.read(text, "index").document) == json.loads(text)
+
+
+def blanked(value: Any) -> Any:
+    """A JSON value without its texts that are no keys."""
+    if isinstance(value, dict):
+        return {key: blanked(each) for key, each in value.items()}
+    if isinstance(value, list):
+        return list(map(blanked, value))
+    return "" if isinstance(value, str) else value
+
+
+def test_texts_of_one_form_are_alike_but_for_what_their_strings_say() -> None:
+    parts = ['"', ":", ",", "[", "]", "a", '"a"', '"b"', '"":', "xxh3-128:", "\\"]
+    by_form: dict[bytes, list[str]] = {}
+    for chosen in itertools.product(parts, repeat=5):
+        text = '{"k":' + "".join(chosen) + "}"
+        form = form_of(text.encode())
+        assert (form is None) == ("\\" in text)
+        if form is not None:
+            by_form.setdefault(form, []).append(text)
+    shared = 0
+    for texts in by_form.values():
+        found: list[Any] = []
+        for text in texts:
+            try:
+                found.append(blanked(json.loads(text)))
+            except ValueError:
+                found.append(None)
+        assert found.count(found[0]) == len(found), texts
+        shared += len(found) > 1 and found[0] is not None
+    assert shared > 5
+
+
+def test_skeletons_of_one_form_are_looked_at_once(texts: list[bytes]) -> None:
+    reader = remembering(*texts[:3])
+    first, second = (reader.read(text, "index").document["skeletons"] for text in texts[4:6])
+    assert isinstance(first, Skeletons) and first.known is second.known
+    assert list(first) != list(second)
+    longer = texts[6].replace(b'"skeletons":[', b'"skeletons":[0,', 1)
+    other = reader.read(longer, "index").document["skeletons"]
+    assert len(other) == len(first) + 1 and other.known is not first.known
 
 
 def test_a_reader_remembers_few(texts: list[bytes], monkeypatch: pytest.MonkeyPatch) -> None:
