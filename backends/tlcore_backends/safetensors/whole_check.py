@@ -31,8 +31,8 @@ _MOST_DISTINCT = 1 << 24
 # What one thread reads and hashes at a time, at least where it is to be in memory.
 _UNIT_BYTES = 16 << 20
 _UNIT_RANGES = 1 << 16
-# What is read meanwhile.
-_AHEAD_BYTES = 128 << 20
+# What is read meanwhile: of so many indexes, which are large in memory, and so many bytes.
+_MOST_AHEAD, _AHEAD_BYTES = 10, 128 << 20
 # Pieces that are kept for indexes to come.
 _MOST_KEPT = 1 << 17
 
@@ -91,7 +91,7 @@ class UnderWay(NamedTuple):
 def are_many(checks: Collection[UnderWay], most_text: int) -> bool:
     """Whether threads are busy with these while one is looked at, or their indexes have so many bytes."""
     texts, tensors = sum(each.text for each in checks), sum(each.tensors for each in checks)
-    return texts > most_text or tensors > _AHEAD_BYTES
+    return len(checks) > _MOST_AHEAD or texts > most_text or tensors > _AHEAD_BYTES
 
 
 def check_index(
