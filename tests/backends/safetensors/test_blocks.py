@@ -55,9 +55,11 @@ def test_each_tensor_is_what_its_steps_are(data: st.DataObject, tensors: int, st
 @pytest.mark.parametrize("last", [1, 2], ids=["the same", "other"])
 def test_a_column_is_constant_over_all_its_blocks(last: int, apart: bool) -> None:
     hashes = np.array([[1, 1, last]], np.uint8).repeat(16, 1).view("V16")
-    tables = [np.array([[0, 8, 16]]), np.full((1, 3), 8), np.full((1, 3), 2)]
+    places, sizes, rows = np.array([[0, 8, 16]]), np.full((1, 3), 8), np.full((1, 3), 2)
     spans = [slice(0, 2), slice(2, 3)] if apart else [slice(0, 3)]
-    blocks = [Block([MEMORY], *(each[:, span] for each in tables), hashes[:, span]) for span in spans]
+    blocks = [
+        Block([MEMORY], places[:, span], sizes[:, span], rows[:, span], hashes[:, span]) for span in spans
+    ]
     column = Column(slot=None, chunks=[Chunk(block, 0) for block in blocks])  # type: ignore[arg-type]
     column.settle()
     assert column.times == 3
