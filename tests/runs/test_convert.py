@@ -120,6 +120,8 @@ def test_what_cannot_be_converted(tmp_path: Path, capsys: pytest.CaptureFixture[
     before = files(source)
     assert main(["convert", str(source), str(tmp_path / "a"), "--backend", "safetensors"]) == 2
     assert "already holds a run" in capsys.readouterr().err
+    assert main(["convert", str(source), str(source), "--backend", "safetensors"]) == 2
+    assert "is a run itself; give the directory that the new one goes into" in capsys.readouterr().err
     assert main(["convert", str(source), str(tmp_path / "b"), "--backend", "safetensor"]) == 2
     assert "no backend 'safetensor'" in capsys.readouterr().err
     assert main(["convert", str(source), str(tmp_path / "b"), "--backend", "tests.sinks:MemorySink"]) == 2

@@ -11,7 +11,7 @@ import torch
 
 import tlcore
 from tests.runs.test_convert import capture, converted, files, two_ranks
-from tlcore.errors import ReadError
+from tlcore.errors import ConfigError, ReadError
 from tlcore.runs.filesystem import RunFileSystem
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.safetensors.sink import SafetensorsSink
@@ -49,6 +49,11 @@ def test_a_damaged_document_of_the_run_gets_no_checksum_that_fits(tmp_path: Path
     with pytest.raises(ReadError, match=r"run\.json: damaged, it was changed"):
         filesystem.cat_file("run.json")
     assert filesystem.cat_file("step_0/module_calls.txt")
+
+
+def test_whose_files_it_shows_has_to_be_said() -> None:
+    with pytest.raises(ConfigError, match="shows the files of one run. Give its path or URL as run="):
+        fsspec.open("tlcore://step_0/step.json")
 
 
 def test_torch_loads_through_it(tmp_path: Path) -> None:

@@ -31,9 +31,9 @@ def convert(source: Run, config: Config, on_tensors: Callable[[int], None] = lam
     """Write ``source`` into ``config.output_dir`` with ``config.backend``; returns the new run's URL.
 
     The run keeps its id. ``on_tensors`` is told how many more are there, whose hashes were checked.
-    What fails half-way reads as an incomplete run. Raises ReadError for a run that is not complete or a
-    place that already holds it, VerifyError for damage, ConfigError for a backend without a reader,
-    BackendError when the place cannot be written.
+    What fails half-way reads as an incomplete run. Raises ReadError for a run that is not complete, and
+    for a place that already holds it or is a run itself, VerifyError for damage, ConfigError for a backend
+    without a reader, BackendError when the place cannot be written.
     """
     if source.state != "complete":
         raise ReadError(f"{source.url}: the run is not complete, so it cannot be converted")
@@ -43,7 +43,12 @@ def convert(source: Run, config: Config, on_tensors: Callable[[int], None] = lam
         problem = f"{backend.name!r} has no reader, so what convert wrote could not be read."
         raise ConfigError("$.backend", problem, "Register it with a source.")
     location = backend.located(config.backend_options, config.output_dir)
-    url = f"{absolute_location(location.url).rstrip('/')}/{source.id}"
+    parent = absolute_location(location.url).rstrip("/")
+    if _is_taken(parent, location.storage_options):
+        raise ReadError(
+            f"{redact_url(parent)}: is a run itself; give the directory that the new one goes into"
+        )
+    url = f"{parent}/{source.id}"
     if _is_taken(url, location.storage_options):
         raise ReadError(f"{redact_url(url)}: already holds a run; convert into another directory")
     document = {**source.document, "backend": backend.written_as(config.backend_options)}

@@ -13,6 +13,7 @@ from fsspec import AbstractFileSystem
 
 from tlcore_backends.pt.encode import encode, file_bytes
 
+from ..errors import ConfigError
 from ..layout.checksums import digest_of_files, has_checksum, is_sound, with_checksum
 from ..layout.names import rank_suffix, step_dir
 from ..layout.run_files import RUN_FILE
@@ -39,16 +40,20 @@ class RunFileSystem(AbstractFileSystem):  # type: ignore[misc]  # fsspec ships n
 
     ``storage_options`` go to the URL's own filesystem. Names are relative to the run. A run that is
     ``pt`` already is shown as it is; of any other, the steps that every rank has committed, each of which is
-    looked at when something in it is asked for. Raises ReadError when there is no run or a step is damaged,
-    FileNotFoundError for a missing name; writing is not supported.
+    looked at when something in it is asked for. Raises ConfigError where no run is named, ReadError when
+    there is none or a step is damaged, FileNotFoundError for a missing name; writing is not supported.
     """
 
     protocol: ClassVar[str] = "tlcore"
     # A run that is still written to would otherwise look the same for ever.
     cachable: ClassVar[bool] = False
 
-    def __init__(self, run: str, storage_options: Mapping[str, Any] | None = None, **settings: Any) -> None:
+    def __init__(
+        self, run: str = "", storage_options: Mapping[str, Any] | None = None, **settings: Any
+    ) -> None:
         super().__init__(**settings)
+        if not run:
+            raise ConfigError("run", "tlcore:// shows the files of one run", "Give its path or URL as run=.")
         opened = open_run(run, storage_options)
         self._run = opened
         self._steps: dict[str, int] = {}
