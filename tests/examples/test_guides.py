@@ -14,6 +14,7 @@ from pathlib import Path
 import fsspec
 import pytest
 
+from tests.amx import with_amx
 from tests.documents import EXAMPLES, GUIDES, README, ROOT, Session, blocks
 from tests.models import tiny_llama
 from tests.servers import free_ports, moto
@@ -84,7 +85,7 @@ def test_what_needs_an_engine_runs(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "tests.documents", "vllm", *map(str, pages)],
         cwd=tmp_path,
-        env=_vllm_environment(PYTHONPATH=str(ROOT)),
+        env=_vllm_environment(PYTHONPATH=with_amx(str(ROOT))),
         capture_output=True,
         text=True,
         timeout=900,

@@ -52,7 +52,7 @@ def test_a_damaged_document_of_the_run_gets_no_checksum_that_fits(tmp_path: Path
 
 
 def test_whose_files_it_shows_has_to_be_said() -> None:
-    with pytest.raises(ConfigError, match="shows the files of one run. Give its path or URL as run="):
+    with pytest.raises(ConfigError, match=r"shows the files of one run\. Give its path or URL as run="):
         fsspec.open("tlcore://step_0/step.json")
 
 

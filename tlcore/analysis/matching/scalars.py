@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ...layout.names import PathKey, shown_module
@@ -106,11 +106,14 @@ def _leaves(node: Json, path: Path) -> Iterator[tuple[Path, str]]:
     """What is at each end of a structure, in words; of a tensor no more than that it is one."""
     items = node.get("items")
     if items is not None or "kwargs" in node:
-        pairs: Any = items.items() if isinstance(items, Mapping) else enumerate(items or ())
-        for key, child in (*pairs, *node.get("kwargs", {}).get("items", {}).items()):
+        for key, child in (*_pairs(items), *_pairs(node.get("kwargs", {}).get("items"))):
             yield from _leaves(child, (*path, key))
     else:
         yield path, repr(node["value"]) if "value" in node else str(node["type"])
+
+
+def _pairs(items: Any) -> Iterable[tuple[PathKey, Json]]:
+    return items.items() if isinstance(items, Mapping) else enumerate(items or ())
 
 
 def _short(text: str) -> str:
