@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -14,14 +13,6 @@ HASH_BYTES = 16
 ROWS_BYTES = 8
 # Each piece that is written by itself costs about as much as copying so many bytes.
 _LARGE_PIECE = 2 << 10
-
-
-class InMemory(NamedTuple):
-    """A step that has ended: where its bytes begin in the segment's memory, and its tensors' hashes."""
-
-    begin: int
-    plan: Plan
-    hashes: bytes
 
 
 class Block:
@@ -58,14 +49,16 @@ class Block:
         self._is_large: list[bool] = (in_one_piece | (sizes >= _LARGE_PIECE).all(1)).tolist()
 
     @classmethod
-    def of_steps(cls, memory: np.ndarray, steps: Sequence[InMemory]) -> Block:
-        """That of steps whose plans have the same base and whose bytes are in ``memory``."""
-        count, width = len(steps), len(steps[0].plan.slots)
-        tables = np.stack([step.plan.table for step in steps])
+    def of_steps(
+        cls, memory: np.ndarray, begins: Sequence[int], plans: Sequence[Plan], hashes: Sequence[bytes]
+    ) -> Block:
+        """That of steps whose bytes begin so in ``memory`` and whose plans have the same base."""
+        count, width = len(plans), len(plans[0].slots)
+        tables = np.stack([plan.table for plan in plans])
         places, sizes, rows = np.ascontiguousarray(tables.transpose(1, 2, 0))
-        places += np.array([step.begin for step in steps], np.int64)
-        hashes = np.frombuffer(b"".join(step.hashes for step in steps), f"V{HASH_BYTES}")
-        return cls([memory] * width, places, sizes, rows, hashes.reshape(count, width).T)
+        places += np.array(begins, np.int64)
+        table = np.frombuffer(b"".join(hashes), f"V{HASH_BYTES}").reshape(count, width)
+        return cls([memory] * width, places, sizes, rows, table.T)
 
     @classmethod
     def of_slots(

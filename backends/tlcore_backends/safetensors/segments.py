@@ -15,7 +15,7 @@ from tlcore.protocols import Buffer, Lease
 from tlcore.record import Record, StepSummary
 from tlcore.storage import SupportsAppend
 
-from .blocks import HASH_BYTES, Block, InMemory
+from .blocks import HASH_BYTES, Block
 from .columns import Column, columns_of, lay_out
 from .data_file import DataFile
 from .index_text import IndexText
@@ -359,8 +359,8 @@ class Segment:
         """Add steps whose plans have the same base."""
         plan = steps[0].plan
         if plan.slots:
-            kept = [InMemory(step.begin, step.plan, step.hashes) for step in steps]
-            block = Block.of_steps(self._bytes(), kept)
+            _, begins, plans, hashes, _ = zip(*steps, strict=True)
+            block = Block.of_steps(self._bytes(), begins, plans, hashes)
             _add(found, columns_of(block, plan.slots, self._told.arrays_of(plan)))
 
 
