@@ -6,6 +6,8 @@ from typing import Any
 
 from torch import nn
 
+from ...engine.hooks.module_tree import ModuleTree
+
 _INNER = "base_layer"
 _ELSEWHERE = "PPMissingLayer"
 
@@ -16,7 +18,7 @@ def plain_modules(model: nn.Module) -> dict[str, nn.Module]:
     What stands in a pipeline's stage for a layer of another stage is none: it hands on what it is given.
     """
     found: dict[str, nn.Module] = {}
-    for name, module in model.named_modules():
+    for name, module, *_ in ModuleTree(model).modules:
         if type(module).__name__ == _ELSEWHERE:
             continue
         parts = name.split(".")

@@ -24,7 +24,9 @@ from .ranks_of_both import held_by_ranks_of_all
 from .rules import Rules
 
 _LARGEST = 1 << 50
-_PLACES = ("first_token_indices_gpu", "last_token_indices_gpu")
+_PLACES = ("first_token_indices_gpu", "last_token_indices_gpu", "num_scheduled_tokens_cpu")
+# Of what vLLM's poolers are given: the rows that earlier steps left of a request, as many as there were.
+_LEFT = "pooling_states"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,9 +190,9 @@ def _is_mask(step: Step, path: Sequence[PathKey]) -> bool:
 
 
 def _is_place(step: Step, path: Sequence[PathKey]) -> bool:
-    """Whether a tensor says where in vLLM's batch a request's tokens are, as those of poolers do."""
+    """Whether a tensor says where in vLLM's batches a request's tokens are, as those of poolers do."""
     last = str(path[-1]) if path else ""
-    return step.rows is not None and last.endswith(_PLACES)
+    return step.rows is not None and (last.endswith(_PLACES) or _LEFT in path)
 
 
 def _is_row(row: Json) -> bool:

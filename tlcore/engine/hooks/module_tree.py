@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from operator import itemgetter
 from typing import Any, NamedTuple
 
@@ -11,11 +11,20 @@ from torch import nn
 
 # Modules that are shared again and again have names without end.
 _MOST_ALIASES = 10_000
+# What PyTorch itself keeps in each module, where its parts are told apart from all else.
+_OF_TORCH = frozenset(vars(nn.Module()))
+_HOLDERS = (list, tuple, dict)
+# A list of thousands is data, and looking through it would take the time of a step.
+_MOST_HELD = 1_000
 _children = itemgetter("_modules")
 
 
 class Named(NamedTuple):
-    """A module; ``name`` is the first one in `Module.named_modules`, ``aliases`` are the others."""
+    """A module; ``name`` is the first one in `Module.named_modules`, ``aliases`` are the others.
+
+    One that a module keeps in a plain list or dictionary, or past PyTorch's own bookkeeping, is named by the
+    way to it.
+    """
 
     name: str
     module: nn.Module
@@ -32,6 +41,7 @@ class ModuleTree:
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = list(_walk(model))
+        self.modules += _kept_aside(self.modules)
         self.depth = max(each.name.count(".") for each in self.modules) + 2
         # TorchScript's modules stay as they are, and show their parts in another way.
         owns = [vars(m.module) for m in self.modules if not isinstance(m.module, torch.jit.ScriptModule)]
@@ -39,6 +49,12 @@ class ModuleTree:
         self._known = [dict(_children(own)) for own in self._owns]
         self._modules = [each.module for each in self.modules]
         self._types = list(map(type, self._modules))
+        self._held = [
+            (holder, list(_members(holder)))
+            for own in self._owns
+            for key, holder in own.items()
+            if key not in _OF_TORCH and isinstance(holder, _HOLDERS) and any(_modules_in(key, holder))
+        ]
         # Functions that a module's class gives it, which others may exchange for all modules at once.
         self._forwards = [(cls, getattr(cls, "forward", None)) for cls in set(self._types)]
 
@@ -54,7 +70,8 @@ class ModuleTree:
                 if getattr(cls, "forward", None) != known:
                     return False
             return (
-                list(map(_children, self._owns)) == self._known
+                all(list(_members(holder)) == known for holder, known in self._held)
+                and list(map(_children, self._owns)) == self._known
                 and list(map(type, self._modules)) == self._types
             )
         except Exception:
@@ -85,6 +102,48 @@ def _walk(model: nn.Module) -> Iterator[Named]:
     for module in order:
         first, *others = names[id(module)]
         yield Named(first, module, tuple(others))
+
+
+def _kept_aside(known: list[Named]) -> list[Named]:
+    """The modules that are no parts of ``known`` ones to PyTorch, and that these keep and may call."""
+    found: list[Named] = []
+    names = {id(each.module): each.name for each in known}
+    waiting = list(known)
+    for holder in waiting:
+        if isinstance(holder.module, torch.jit.ScriptModule):
+            continue
+        for key, value in list(vars(holder.module).items()):
+            if key in _OF_TORCH:
+                continue
+            for name, module in _modules_in(key, value):
+                if id(module) in names or _holds_one_above(module, holder.name, names):
+                    continue
+                prefix = f"{holder.name}.{name}" if holder.name else name
+                for part in _walk(module):
+                    if id(part.module) not in names:
+                        names[id(part.module)] = own = f"{prefix}.{part.name}".rstrip(".")
+                        found.append(Named(own, part.module, ()))
+                        waiting.append(found[-1])
+    return found
+
+
+def _modules_in(name: str, value: Any) -> Iterator[tuple[str, nn.Module]]:
+    """The modules that a value is or holds, with the way to each."""
+    if isinstance(value, nn.Module):
+        yield name, value
+    elif isinstance(value, _HOLDERS) and len(value) <= _MOST_HELD:
+        pairs = value.items() if isinstance(value, dict) else enumerate(value)
+        yield from ((f"{name}.{key}", each) for key, each in pairs if isinstance(each, nn.Module))
+
+
+def _members(holder: Any) -> Iterator[Any]:
+    return iter(holder.values() if isinstance(holder, dict) else holder)
+
+
+def _holds_one_above(module: nn.Module, name: str, names: dict[int, str]) -> bool:
+    """Whether a module is one that the holder of this ``name`` lies in, or has such a one as a part."""
+    above: Container[str] = {"", *(name[:place] for place, letter in enumerate(name) if letter == "."), name}
+    return any(names.get(id(each.module)) in above for each in _walk(module))
 
 
 def _lies_in(module: nn.Module, above: Any) -> bool:

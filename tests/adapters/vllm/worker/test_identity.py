@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tlcore.adapters.vllm.worker.identity import identity, patch_requests
+from tlcore.adapters.vllm.worker.identity import identity, names_items, patch_requests
 from tlcore.adapters.vllm.worker.items import item_sets
 from tlcore.layout.rows import row_set_of
 
@@ -51,6 +51,28 @@ def test_the_adapters_name_is_told_and_what_cannot_be_hashed_has_no_hash() -> No
     assert "adapter" not in identity(_request())
     assert identity(_request(prompt_token_ids=None)) == {}
     assert identity(SimpleNamespace(prompt_token_ids="unknown")) == {}
+
+
+def test_where_items_are_numbered_through_what_is_in_them_is_hashed() -> None:
+    """Without caches vLLM calls the first image of each engine the same, whatever it shows."""
+    config = SimpleNamespace(
+        model_config=SimpleNamespace(multimodal_config=SimpleNamespace(mm_processor_cache_gb=0)),
+        cache_config=SimpleNamespace(enable_prefix_caching=False),
+    )
+    named = names_items(config)
+
+    def hashed(number: int, pixels: torch.Tensor | None, request: str = "a") -> str:
+        image = _image(f"renderer0-mm-{number}-image-0")
+        sizes = SimpleNamespace(data=[torch.tensor(4), 7])
+        image.data = pixels if pixels is None else {"pixels": SimpleNamespace(data=pixels), "sizes": sizes}
+        return str(identity(_request(mm_features=[image], req_id=request), named)["prompt_hash"])
+
+    one, other = torch.ones(2, 3), torch.zeros(2, 3)
+    assert hashed(1, one) == hashed(2, one) != hashed(1, other)
+    assert hashed(1, one) != hashed(1, one.to(torch.bfloat16)) and hashed(1, one) != hashed(1, one.T)
+    assert hashed(1, None) != hashed(1, None, "b")
+    config.cache_config.enable_prefix_caching = True
+    assert names_items(config) and names_items(SimpleNamespace()) and names_items(None)
 
 
 def test_the_salt_comes_from_the_scheduler() -> None:

@@ -54,37 +54,60 @@ class _Poolers(nn.Module):
         return self.poolers_by_task["classify"](hidden, **places)
 
 
+class _Tokens(nn.Module):
+    """Is given what earlier steps left of each request, as vLLM's poolers of all tokens are."""
+
+    def forward(self, hidden: torch.Tensor, left: list[list[torch.Tensor]]) -> torch.Tensor:
+        return hidden
+
+
 class _Runner(Runner):
-    def __init__(self, pooler: nn.Module) -> None:
+    def __init__(self, pooler: nn.Module, task: str) -> None:
         super().__init__(speculates=False, batched=False)
         self.model.pooler = pooler
+        self._task = task
+        self._left: dict[str, Any] = {}
 
     def _pool(self, hidden: torch.Tensor) -> None:
-        starts = torch.as_tensor(self.query_start_loc.np)
+        batch, counts = self.input_batch, self.query_start_loc.np
+        starts = torch.as_tensor(counts)
         places = {"first_token_indices_gpu": starts[:-1], "last_token_indices_gpu": starts[1:] - 1}
         pooler: Any = self.model.pooler
-        pooler(hidden, **places)
+        if self._task != "token_embed":
+            pooler(hidden, **places)
+            return
+        pooler(hidden, [list(batch.pooling_states[name].hidden_states_cache) for name in batch.req_ids])
+        for place, name in enumerate(batch.req_ids):
+            batch.pooling_states[name].hidden_states_cache.append(hidden[counts[place] : counts[place + 1]])
 
     def sample_tokens(self, grammar: Any) -> Any:
-        task = SimpleNamespace(task="classify")
-        self.input_batch.pooling_params = dict.fromkeys(self.input_batch.req_ids, task)
+        names = self.input_batch.req_ids
+        self.input_batch.pooling_params = dict.fromkeys(names, SimpleNamespace(task=self._task))
+        for name in names:
+            self._left.setdefault(name, SimpleNamespace(hidden_states_cache=[]))
+        self.input_batch.pooling_states = {name: self._left[name] for name in names}
         self._pool(self.hidden)
 
 
-def _captured(path: Path, pooler: nn.Module, lengths: dict[int, int]) -> str:
-    runner = _Runner(pooler)
+def _session(path: Path, pooler: nn.Module, task: str) -> tuple[_Runner, Session]:
+    runner = _Runner(pooler, task)
     config = load_config({"log_step_ids": [], "output_dir": str(path), "module_call_match": "pooler"})
     session = Session(config, new_run(config), inline=True)
     session.attach(runner.model)
     StepWrapper(session, runner)
+    return runner, session
+
+
+def _step(runner: _Runner, parts: dict[int, tuple[int, int]]) -> None:
+    """Of each request's tokens those from the first number to the second."""
     batch = [
         SimpleNamespace(
-            name=f"{number}-0123abcd", number=number, computed=0, tokens=list(range(length)), drafts=[],
-            prompt=length, longest=1, logprobs=False,
+            name=f"{number}-0123abcd", number=number, computed=begin, tokens=list(range(end)), drafts=[],
+            prompt=end, longest=1, logprobs=False,
         )
-        for number, length in lengths.items()
+        for number, (begin, end) in parts.items()
     ]  # fmt: skip
-    counts = {each.name: each.prompt for each in batch}
+    counts = {each.name: each.prompt - each.computed for each in batch}
     runner.execute_model(
         SimpleNamespace(
             batch=batch,
@@ -95,6 +118,11 @@ def _captured(path: Path, pooler: nn.Module, lengths: dict[int, int]) -> str:
         )
     )
     runner.sample_tokens(None)
+
+
+def _captured(path: Path, pooler: nn.Module, lengths: dict[int, int]) -> str:
+    runner, session = _session(path, pooler, "classify")
+    _step(runner, {number: (0, length) for number, length in lengths.items()})
     session.close()
     return session.url
 
@@ -111,9 +139,12 @@ def _captured(path: Path, pooler: nn.Module, lengths: dict[int, int]) -> str:
 )
 def test_a_pooled_row_is_told_by_its_own_position(pooler: nn.Module, position: int, tmp_path: Path) -> None:
     request = tlcore.open_run(_captured(tmp_path, pooler, {0: 2, 1: 4})).request("1")
-    (name,) = (each for each in request if each.endswith("outputs_cpu"))
-    assert request.positions(name) == [position]
-    assert request[name].tolist() == [[1.0, position, position]]
+    names = [each for each in request if each.endswith("outputs_cpu")]
+    inner = "pooler.poolers_by_task.classify/outputs_cpu"
+    assert names == ([inner, "pooler/outputs_cpu"] if isinstance(pooler, _Poolers) else names[:1])
+    for name in names:
+        assert request.positions(name) == [position]
+        assert request[name].tolist() == [[1.0, position, position]]
 
 
 def test_where_a_request_lies_in_a_batch_is_no_difference_between_runs(tmp_path: Path) -> None:
@@ -133,3 +164,28 @@ def test_what_each_request_is_given_is_compared_whatever_shares_its_batch(tmp_pa
     other = _captured(tmp_path, _Scores(2.0), {1: 4, 0: 2})
     found = tlcore.compare(one, other).first_divergence
     assert found is not None and (found.module, found.direction) == ("pooler", "outputs")
+
+
+def test_rows_that_earlier_steps_left_of_a_prompt_are_none_of_the_step(tmp_path: Path) -> None:
+    """A chunk of a prompt before has as many rows as this step: whose these are is not told."""
+    runner, session = _session(tmp_path, _Tokens(), "token_embed")
+    for parts in ({0: (0, 4)}, {0: (4, 7), 1: (0, 1)}, {1: (1, 4)}, {1: (4, 6)}):
+        _step(runner, parts)
+    session.close()
+    run = tlcore.open_run(session.url)
+    wrong = [
+        (record["name"], span.row["request_id"])
+        for step in map(run.step, run.steps)
+        for record in step.records
+        for span in step.row_spans(record)
+        if span.first is not None
+        and any(
+            row[:2] != [int(span.row["request_id"].partition("-")[0]), position]
+            for position, row in enumerate(
+                step[record["name"]][span.begin : span.begin + span.length].tolist(), span.first
+            )
+        )
+    ]
+    assert wrong == []
+    request = run.request("1")
+    assert request.positions("pooler/inputs_0_cpu") == [1, 2, 3, 4, 5]

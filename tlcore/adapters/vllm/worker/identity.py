@@ -35,17 +35,27 @@ def patch_requests(module: ModuleType) -> None:
     cls.from_request = classmethod(from_request)
 
 
-def identity(request: Any) -> Json:
+def names_items(config: Any) -> bool:
+    """Whether an engine, by its ``vllm_config``, names images and other items by what is in them.
+
+    Without any cache for them vLLM numbers them through, so that another run's first image has the same name.
+    """
+    items = getattr(getattr(config, "model_config", None), "multimodal_config", None)
+    caches = getattr(getattr(config, "cache_config", None), "enable_prefix_caching", True)
+    return bool(caches or getattr(items, "mm_processor_cache_gb", 1))
+
+
+def identity(request: Any, named: bool = True) -> Json:
     """``prompt_hash`` and ``adapter`` of a new request of the scheduler's; nothing where it cannot be told.
 
     The hash is of the prompt's token ids, or embeddings; where there are any, also of the adapter's name,
     of what images and other items are in the prompt, and of the salt that keeps the prefix cache's users
-    apart.
+    apart. Where these items are not ``named`` by what is in them, that itself is hashed.
     """
     try:
         lora = getattr(request, "lora_request", None)
         adapter = None if lora is None else str(lora.lora_name)
-        hashed = _hash(request, adapter)
+        hashed = _hash(request, adapter, named)
     except Exception:
         log.debug("the prompt of a request could not be hashed", exc_info=True)
         return {}
@@ -53,7 +63,7 @@ def identity(request: Any) -> Json:
     return found if adapter is None else {**found, "adapter": adapter}
 
 
-def _hash(request: Any, adapter: str | None) -> str | None:
+def _hash(request: Any, adapter: str | None, named: bool) -> str | None:
     ids = getattr(request, "prompt_token_ids", None)
     embeds = getattr(request, "prompt_embeds", None)
     if not ids and embeds is None:
@@ -67,7 +77,8 @@ def _hash(request: Any, adapter: str | None) -> str | None:
         state.update(repr(getattr(request, "prompt_is_token_ids", None)).encode())
     more = {
         "adapter": adapter,
-        "items": [_item(feature) for feature in getattr(request, "mm_features", None) or ()] or None,
+        "items": [_item(each, named, request) for each in getattr(request, "mm_features", None) or ()]
+        or None,
         "salt": given_salt(getattr(request, "cache_salt", None)),
     }
     for key, value in more.items():
@@ -76,7 +87,29 @@ def _hash(request: Any, adapter: str | None) -> str | None:
     return state.hexdigest()
 
 
-def _item(feature: Any) -> tuple[str, int, int]:
+def _item(feature: Any, named: bool, request: Any) -> tuple[str, int, int]:
     where = feature.mm_position
     name = getattr(feature, "mm_hash", None) or feature.identifier
+    if not named:
+        # What is not there to be hashed is like nothing else.
+        name = request.req_id if feature.data is None else _hash_of_item(feature.data)
     return str(name), int(where.offset), int(where.length)
+
+
+def _hash_of_item(data: Any) -> str:
+    state = xxhash.xxh3_128()
+    for key in sorted(data):
+        state.update(key.encode())
+        _update(state, data[key].data)
+    return state.hexdigest()
+
+
+def _update(state: Any, value: Any) -> None:
+    if isinstance(value, torch.Tensor):
+        state.update(f"{value.dtype} {tuple(value.shape)}".encode())
+        state.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    elif isinstance(value, (list, tuple)):
+        for each in value:
+            _update(state, each)
+    else:
+        state.update(repr(value).encode())

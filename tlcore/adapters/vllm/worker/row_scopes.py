@@ -12,13 +12,14 @@ import functools
 import logging
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 
 from ....engine.filters.rows import Given, StepRows
-from ....layout.rows import NO_ROWS, Row, RowSet
+from ....layout.rows import ANY, NO_ROWS, Row, RowSet
 from ....record import Json
 from .encoders import within_encoders
 from .items import item_sets
@@ -200,6 +201,9 @@ class RowScopes:
             return NO_ROWS
         tasks = {params.task for params in self._runner.input_batch.pooling_params.values()}
         tokens = RowSet("tokens", self.rows, vectors=True)
+        if tasks & _TOKENWISE and tokens.length in self._chunks_before():
+            # That chunk is given to the pooler beside the step's tokens, and has a row for each of its own.
+            tokens = replace(tokens, single=((tokens.length, ANY),))
         if not tasks & _TOKENWISE:
             if len(tasks) > 1:
                 return [tokens]
@@ -207,6 +211,11 @@ class RowScopes:
         # A request's result has all its tokens, also those of earlier steps.
         ends = [row["first_position"] + row["rows"] for row in self.rows]
         return NO_ROWS if len(ends) > 1 and tokens.length in ends else [tokens]
+
+    def _chunks_before(self) -> set[int]:
+        """How many rows earlier steps left of each request, for what is pooled of all its tokens."""
+        states = getattr(self._runner.input_batch, "pooling_states", {})
+        return {len(each) for state in states.values() for each in state.hidden_states_cache}
 
     def _pools_first(self, task: str) -> bool:
         """Whether what the model pools of a request is its first row."""

@@ -13,7 +13,7 @@ import torch
 
 from ....record import Json
 from ..salts import is_apart
-from .identity import identity
+from .identity import identity, names_items
 
 _RANDOM_SUFFIX = re.compile(r"(.+)-[0-9a-f]{8}\Z", re.DOTALL)
 _REPEATING = "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION"
@@ -79,6 +79,10 @@ class RowReader:
         return self._skips_positions and any(row["rows"] > 1 + row.get("drafts", 0) for row in rows)
 
     @functools.cached_property
+    def _names_items(self) -> bool:
+        return names_items(getattr(self._runner, "vllm_config", None))
+
+    @functools.cached_property
     def batched(self) -> bool:
         """Whether modules of the model may be given a step's tokens as a batch of one sample."""
         model = getattr(self._runner, "get_model", None)
@@ -117,7 +121,7 @@ class RowReader:
                 self._repeated.add(new.req_id)
             # One that comes again, after a preemption or with more input, has computed most of it itself.
             first = self._known.get(new.req_id, {}).get("cached", new.num_computed_tokens)
-            self._known[new.req_id] = {"cached": int(first), **identity(new)}
+            self._known[new.req_id] = {"cached": int(first), **identity(new, self._names_items)}
             if is_apart(getattr(new, "cache_salt", None)):
                 self._apart.add(new.req_id)
             prompt = getattr(new, "prompt_token_ids", None)
