@@ -34,7 +34,7 @@ class _Parent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.inner = _Holder()
-        self.inner.above = (self,)
+        vars(self.inner)["above"] = (self,)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         result: torch.Tensor = self.inner(x)
