@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
+import threading
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -134,19 +135,28 @@ def test_a_second_backward_goes_on_counting(tmp_path: Path) -> None:
     tlcore.open_run(captured.url).verify()
 
 
-def test_what_comes_in_parts_is_one_side_until_it_comes_again() -> None:
+def test_each_backward_has_a_side_of_its_own() -> None:
     sink = MemorySink()
     x = X.clone().requires_grad_()
     with capture(Two(), sink) as captured, captured.step():
         a, b = captured._model(x)
-        (a.sum()).backward(retain_graph=True)
-        (b.sum() * 2).backward(retain_graph=True)
-        (a.sum() * 5).backward(retain_graph=True)
-        (a.sum() * 7).backward()
+        a.sum().backward(retain_graph=True)
+        # What was made last has its gradient first.
+        (a.sum() * 5 + b.sum() * 2).backward(retain_graph=True)
+        (b.sum() * 7).backward()
     values = {name: float(each[0, 0]) for name, each in sink.tensors.items() if "/grad_outputs" in name}
-    numbers = {"_0": 1.0, "_1": 2.0, "~2_0": 5.0, "~3_0": 7.0}
+    numbers = {"_0": 1.0, "~2_0": 5.0, "~2_1": 2.0, "~3_1": 7.0}
     assert values == {f"step_0/_root/grad_outputs{at}_cpu": value for at, value in numbers.items()}
     assert captured.ledger.reasons == {"skipped: no gradient came": 2}
+
+
+def test_a_backward_in_another_thread_is_told() -> None:
+    module, sink = model(), MemorySink()
+    with capture(module, sink, module_call_match="^2$") as captured, captured.step():
+        backward = threading.Thread(target=module(X).sum().backward)
+        backward.start()
+        backward.join()
+    assert captured.ledger.reasons == {"skipped: its gradient came in another thread": 2}
 
 
 @pytest.mark.parametrize("reentrant", [False, True])

@@ -17,7 +17,7 @@ from torch.utils.hooks import RemovableHandle
 
 from ...layout.directions import gradient_direction
 from ...layout.structure import KeptLeaves, Scalar, TreeSpec, flatten
-from ...ledger import NO_GRADIENT, NO_GRADIENT_WANTED, Outcome
+from ...ledger import GRADIENT_ELSEWHERE, NO_GRADIENT, NO_GRADIENT_WANTED, Outcome
 from ..calls import Call
 from ..filters.tensors import TensorSpec
 from ..staging.dtensors import is_dtensor, local_part
@@ -134,9 +134,13 @@ class Gradients:
         def arrival(gradient: Any) -> None:
             # Whatever goes wrong here must not end backward.
             try:
-                if self._open and isinstance(gradient, torch.Tensor) and self._mine(gradient):
-                    with self._lock:
+                if not (self._open and isinstance(gradient, torch.Tensor)):
+                    return
+                with self._lock:
+                    if self._mine(gradient):
                         self._arrives(side, number, gradient)
+                    else:
+                        side.elsewhere(number)
             except Exception as error:
                 log.warning("a gradient of %s could not be captured: %s", side.call.module, error)
 
@@ -147,9 +151,11 @@ class Gradients:
         return not gradient.is_cpu or threading.get_ident() == self._owner
 
     def _arrives(self, side: _Side, number: int, gradient: torch.Tensor) -> None:
-        if side.came[number] is not None:
-            # Another backward, before the one before has given all.
+        backward = _backward()
+        if side.backward != backward and any(each is not None for each in side.came):
+            # Another backward, and the one before has not given all.
             self._add(side)
+        side.backward = backward
         if len(side.left) == 1 and number in side.left:
             side.came[number] = gradient
             self._add(side)
@@ -192,6 +198,11 @@ class Gradients:
                 self._add(side)
 
 
+def _backward() -> int:
+    """The number of the backward that this thread works for."""
+    return torch._C._current_graph_task_id()
+
+
 def _telling(arrivals: Sequence[Arrival]) -> Arrival:
     """A hook that tells whoever took a tensor before it tells who gave it, as backward goes."""
 
@@ -223,6 +234,14 @@ class _Side:
         self.came: list[torch.Tensor | None] = []
         self.left: set[int] = set()
         self.backwards = 0
+        # The backward that gave what has come.
+        self.backward = -1
+
+    def elsewhere(self, number: int) -> None:
+        """A gradient came in a thread that is not captured."""
+        if self.specs[number].outcome == NO_GRADIENT:
+            self.specs[number] = self.specs[number].unwanted(GRADIENT_ELSEWHERE)
+            self.left.discard(number)
 
     def begin(self) -> None:
         """Wait for all of them."""
