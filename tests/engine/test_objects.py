@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import collections
+import contextvars
 import dataclasses
 import functools
 import operator
@@ -107,6 +108,25 @@ class Pair:
     second: Any = None
 
 
+class Text(str):
+    pass
+
+
+class Raw(bytes):
+    pass
+
+
+def marked(value: Any) -> Any:
+    value.held = T
+    return value
+
+
+def in_context(value: Any) -> Any:
+    variable = contextvars.ContextVar[Any]("variable")
+    variable.set(value)
+    return variable
+
+
 def with_defaults(value: torch.Tensor) -> Any:
     def inner(plain: int, one: torch.Tensor = value, *, two: torch.Tensor = value + 1) -> None:
         raise AssertionError
@@ -124,6 +144,9 @@ OBJECTS: dict[str, tuple[Callable[[], Any], dict[str, torch.Tensor]]] = {
     "slots": (Slots, {"value_cpu": T, "_Slots__private_cpu": T + 1}),
     "a cycle": (Ring, {"held_0_cpu": T, "held_1_1_cpu": T + 1}),
     "a list's attributes": (scored, {"0_cpu": T, "scores_cpu": T + 1}),
+    "a text's attributes": (lambda: marked(Text("a")), {"held_cpu": T}),
+    "bytes' attributes": (lambda: marked(Raw(b"a")), {"held_cpu": T}),
+    "a context's variable": (lambda: in_context([T]), {"value_0_cpu": T}),
     "dataclasses": (lambda: Pair(T, Pair(T + 1)), {"first_cpu": T, "second_first_cpu": T + 1}),
     "a deque": (lambda: collections.deque([T, T + 1]), {"0_cpu": T, "1_cpu": T + 1}),
     "a set by content": (lambda: {T + 5, T, T + 1}, {"0_cpu": T, "1_cpu": T + 1, "2_cpu": T + 5}),
@@ -170,6 +193,11 @@ def test_the_structure_says_what_the_objects_are(run: Run) -> None:
     with pytest.raises(AttributeError, match="nothing of the name 'b' was stored"):
         _ = outputs["first"].b
     assert torch.equal(outputs["second"], T)
+
+
+def test_a_text_with_attributes_is_still_a_text(run: Run) -> None:
+    _, _, outputs, _ = run(Root(lambda: [Text("a"), marked(Text("b"))]))
+    assert outputs[0] == "a" and outputs[1]["value"] == "b"
 
 
 def test_values_are_those_of_the_call(run: Run) -> None:

@@ -62,7 +62,7 @@ def holds_tensor(value: Any) -> bool:
     while waiting:
         each = waiting.pop()
         kind = kind_of(type(each))
-        if kind.what in (PLAIN, SCALAR, NUMBER, METHOD) or id(each) in seen:
+        if kind.what in (PLAIN, NUMBER, METHOD) or id(each) in seen:
             continue
         if kind.what in (TENSOR, ARRAY, CACHE, *UNOPENED):
             return True
@@ -92,7 +92,7 @@ def tensors_in(value: Any, most: int, looks: float = math.inf) -> Iterator[torch
     while waiting and most > 0 and len(kept) < looks:
         each = waiting.pop()
         kind = kind_of(type(each))
-        if id(each) in seen or kind.what in (PLAIN, SCALAR, NUMBER, ARRAY, METHOD, *UNOPENED):
+        if id(each) in seen or kind.what in (PLAIN, NUMBER, ARRAY, METHOD, *UNOPENED):
             continue
         seen.add(id(each))
         kept.append(each)
@@ -120,7 +120,7 @@ def _children(value: Any, kind: Kind, extras: bool = True) -> list[Any]:
         return [key for key, _ in pairs if type(key) is not str] + [each for _, each in pairs] + own
     if kind.what == DATACLASS:
         return [*fields_of(value, kind).values(), *own]
-    if kind.what == ARRAY:
+    if kind.what in (ARRAY, SCALAR):
         return own
     if kind.what == HIDDEN:
         return hidden_in(value, kind)

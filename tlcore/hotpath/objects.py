@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import collections
 import collections.abc
+import contextvars
 import dataclasses
 import enum
 import functools
@@ -114,7 +115,7 @@ def kind_of(cls: type) -> Kind:
 def _kind(cls: type) -> Kind:
     mro = type.mro(cls)
     what = _builtin(cls)
-    if what in (PLAIN, SCALAR, TENSOR, NUMBER, METHOD, *UNOPENED):
+    if what in (PLAIN, TENSOR, NUMBER, METHOD, *UNOPENED):
         return Kind(what)
     own = next((d for each in mro if type(d := vars(each).get("__dict__")) in _OWN), None)
     slots = tuple(
@@ -155,9 +156,11 @@ def _builtin(cls: type) -> str | None:
     table: tuple[tuple[Any, str], ...] = (
         (torch.Tensor, TENSOR), (_SCALARS, SCALAR), (np.ndarray, ARRAY), (np.generic, NUMBER),
         # What stands for a module's own forward is that, a method of a module.
-        (StandIn, PLAIN), ((*_CLOSED, *_HARMLESS, bytes, bytearray, memoryview, range), PLAIN),
+        (StandIn, PLAIN), ((*_CLOSED, *_HARMLESS, memoryview, range), PLAIN),
         ((tuple, list, collections.deque, *_VIEWS), SEQUENCE), ((set, frozenset), SET), (dict, MAPPING),
         (nn.Module, MODULE), (_STOPPED, ITERATOR), (types.FunctionType, OBJECT),
+        # What else holds a tensor is a variable of a context, or has attributes beside its bytes.
+        ((contextvars.ContextVar, bytes, bytearray), OBJECT),
         ((types.MethodType, types.BuiltinFunctionType), METHOD), (_STORAGES, STORAGE),
         (torch._C.Future, FUTURE),
     )  # fmt: skip
@@ -243,6 +246,8 @@ def attributes_of(value: Any, kind: Kind) -> dict[str, Any]:
         # Functions close over modules all the time, and hand none on.
         return {name: each for name, each in found.items() if kind_of(type(each)).what != MODULE}
     held = kind.attributes(value)
+    if type(value) is contextvars.ContextVar:
+        return {"value": value.get(None)}
     if issubclass(type(value), functools.partial):
         return {name: each for name, each in held.items() if kind_of(type(each)).what != MODULE}
     return held
@@ -292,6 +297,12 @@ def key_label(key: Any, place: int) -> str:
     if cls in (tuple, frozenset, torch.Size) and all(type(each) in SIMPLE for each in key):
         return str(key)
     return str(key.item()) if issubclass(cls, np.generic) else f"{cls.__name__}_{place}"
+
+
+def plain_scalar(value: Any) -> Any:
+    """The number or text that an instance of a subclass is, without running its code."""
+    base = next(each for each in _SCALARS if issubclass(type(value), each))
+    return str.__str__(value) if base is str else base.__pos__(value)
 
 
 def plain_array(array: Any) -> Any:

@@ -171,7 +171,7 @@ def _flatten_other(value: Any, leaves: Leaves, inside: tuple[int, ...], opening:
     """The tree spec of any object; where a class's own code was asked and raised, it counts as skipped."""
     kind = kind_of(type(value))
     what = kind.what
-    if what == SCALAR:
+    if what == SCALAR and not extras_of(value, kind):
         leaves.scalar(value)
         return SCALAR
     if what == objects.PLAIN:
@@ -226,6 +226,8 @@ def _parts_in(value: Any, kind: Kind, inside: tuple[int, ...]) -> _Found | torch
     extras = extras_of(value, kind)
     if what == objects.ARRAY:
         return _array_parts(value, extras)
+    if what == SCALAR:
+        return OBJECT, ("value", *extras), [objects.plain_scalar(value), *extras.values()], None
     if what in (objects.SEQUENCE, objects.SET):
         items = objects.items_of(value)
         if what == objects.SET:
