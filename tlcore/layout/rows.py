@@ -19,6 +19,7 @@ from .checks import is_whole
 from .grids import UNCLEAR, Grid, axis_of, read_grid
 from .one_sample import axis_in_sample
 from .row_scale import presented
+from .unordered import is_sorted_amid
 
 Row = Mapping[str, Any]
 
@@ -302,7 +303,8 @@ class CallRows:
         if self._whole and shape in self._whole.get(call, ()):
             # Of this shape some tensor was stored whole where others have only the chosen rows.
             return Placed(None, 0, True)
-        sets = self.sets(call)
+        amid = is_sorted_amid(str(record["module"]), str(record["direction"]))
+        sets = NO_ROWS if amid else self.sets(call)
         key = id(sets), is_whole_numbers(str(record["dtype"])), shape
         found = self._placed.get(key)
         if found is None:

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 import tlcore
-from tlcore.engine.filters.rows import is_nobodys
+from tlcore.layout.unordered import is_nobodys
 from tlcore.engine.hooks.axis_order import packs, swaps_in_code
 
 SAMPLES = LENGTH = 3
@@ -82,6 +82,29 @@ class _Experts(_Tokens):
         return found[order].view_as(x)
 
 
+class _Sorting(nn.Module):
+    """Experts that are one module, and work on all tokens sorted by expert."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.act_fn = nn.SiLU()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        order = torch.arange(len(x)).flip(0)
+        return self.act_fn(tlcore.tap("sorted", x[order]) * 2)[order]
+
+
+class _OneExpertEach(_Tokens):
+    def __init__(self) -> None:
+        super().__init__()
+        self.mlp = nn.Module()
+        self.mlp.experts = _Sorting()
+
+    def states(self, x: torch.Tensor) -> torch.Tensor:
+        given: torch.Tensor = self.mlp.experts(x.flatten(0, 1))
+        return given.view_as(x)
+
+
 class _Relative(_Tokens):
     def __init__(self) -> None:
         super().__init__()
@@ -110,6 +133,22 @@ def test_whose_rows_are_not_known_nobody_is_given(make: type[_Tokens], tmp_path:
             if name.startswith("embed/outputs"):
                 assert torch.equal(request[name], states[place])
             assert not name.startswith(("block", "experts", "relative")), name
+
+
+@pytest.mark.parametrize("rows", ["all", "last"])
+def test_what_experts_sort_is_nobodys_and_what_they_take_and_give_is_the_samples(
+    rows: str, tmp_path: Path
+) -> None:
+    ids = torch.arange(15).view(3, 5) + 5
+    keys: dict[str, Any] = {"output_dir": tmp_path, "ops": ["experts$"], "rows": rows}
+    with torch.no_grad(), tlcore.capture(_OneExpertEach().eval(), **keys) as capture:
+        capture._model(input_ids=ids, attention_mask=torch.ones_like(ids))
+    run = tlcore.open_run(capture.url)
+    for request in map(run.request, run.requests):
+        names = {name for name in request if "experts" in name}
+        assert names == {"mlp.experts/inputs_0_cpu", "mlp.experts/outputs_cpu"}
+    found = {name.rpartition("/")[0] for name in run.step(0) if "act_fn" in name or "/op." in name}
+    assert found == {"step_0/mlp.experts", "step_0/mlp.experts.act_fn"}
 
 
 @pytest.mark.parametrize("make", [_Tokens, _PositionsFirst, _Packed])
@@ -154,6 +193,9 @@ def test_code_that_exchanges_the_first_axes_is_known() -> None:
         "model.layers.0.mlp.experts.12.down_proj",
         "mlp.experts.expert_3",
         "a.local_experts.1.w1",
+        "model.layers.0.mlp.experts.act_fn",
+        "ffn.experts.mlp.activation_fn",
+        "block_sparse_moe.input_linear",
         "block.0.SelfAttention.relative_attention_bias",
     ],
 )
@@ -167,6 +209,10 @@ def test_what_has_no_rows_of_samples_is_known_by_name(name: str) -> None:
         "",
         "mlp.experts",
         "mlp.experts.routed_experts.quant_method",
+        "mlp.experts._shared_experts.act_fn",
+        "mlp.share_expert.act_fn",
+        "shared_mlp.input_linear",
+        "vlm_with_expert.lm_expert.layers.0",
         "mlp.shared_experts.0",
         "layers.0.expert_gate",
         "layers.0.relative_pos_embeddings",

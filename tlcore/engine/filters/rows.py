@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import re
 from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -12,16 +11,12 @@ import torch
 
 from ...layout.grids import as_rows, grid_entry
 from ...layout.rows import ITEM_TOKENS, NO_ROWS, BeforeRows, Placed, Row, RowSet, Span, placed
+from ...layout.unordered import is_nobodys, is_sorted_amid
 from ...layout.windows import Window
 from ...record import Json
 from .choosing import Chooses, Choosing
 from .kept_rows import KeptRows
 
-# One of several experts, which is given the tokens that have chosen it, in an order of its own; and what
-# has a value for each pair of positions, whosever these are (T5).
-_NOBODYS = re.compile(
-    r"(?:^|\.)(?!shared)\w*experts?\.(?:\w*_)?[0-9]+(?:\.|$)|(?:^|\.)rel(?:ative)?_\w*bias(?:\.|$)"
-)
 # A call's directory, its module's name, and which call of it in the step it is.
 Begun = tuple[str, str, int]
 
@@ -109,7 +104,7 @@ class StepRows:
 
     def _begin(self, choosing: Choosing | None) -> None:
         self._choosing = choosing or self.usual
-        self._module = ""
+        self._module, self._sorted = "", False
         self.first: Mapping[str, int] = {}
         self._main: _Part | None = None
         self._part = _Part(NO_ROWS, self.first)
@@ -128,9 +123,12 @@ class StepRows:
         """Whether a request's rows are stored, by its id; None where every request's are."""
         return self._choosing.chooses
 
-    def hears(self, module: str) -> bool:
-        """Note whose tensors come now; whether any of their rows may be kept."""
-        self._module = module
+    def hears(self, module: str, amid: str = "") -> bool:
+        """Note whose tensors come now; whether any of their rows may be kept.
+
+        ``amid`` is the direction of what a call shows in the midst of it.
+        """
+        self._module, self._sorted = module, bool(amid) and is_sorted_amid(module, amid)
         return self._choosing.hears(module)
 
     @property
@@ -210,7 +208,7 @@ class StepRows:
         """The tensor's rows that are kept, the tensor itself where all are; None if it must not be stored."""
         self.cut_along = self.waiting = None
         part = self._part_of(self._module)
-        found = self._placed(tensor, part.sets)
+        found = self._placed(tensor, () if self._sorted else part.sets)
         if found.rows is not None:
             self.cut_along = found.axis
             kept = self._kept(part, found.rows)
@@ -311,16 +309,6 @@ class StepRows:
         if not self._cuts:
             return [dict(row) for row in rows.rows], rows.padded
         return self._kept(part, rows).rows, 0
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def is_nobodys(module: str) -> bool:
-    """Whether a module's tensors, by its name, never have the rows that their shape suggests.
-
-    An expert may be given as many tokens as there are, and in another order: those first whose first choice
-    it is. Pairs of positions are as many as samples and positions where there are as many of both.
-    """
-    return _NOBODYS.search(module) is not None
 
 
 def _in_some_order(rows: RowSet) -> RowSet:

@@ -210,7 +210,7 @@ class Collector:
         make: Callable[[TreeSpec], CallSide],
     ) -> None:
         """A call shows a value in the midst of it: capture that; ``make`` gives a structure's new side."""
-        if self._rows is not None and not self._rows.hears(call.module):
+        if self._rows is not None and not self._rows.hears(call.module, direction):
             return
         try:
             self.end_tapped(self._result(known, value), make)
