@@ -301,8 +301,10 @@ def key_label(key: Any, place: int) -> str:
 
 def plain_scalar(value: Any) -> Any:
     """The number or text that an instance of a subclass is, without running its code."""
-    base = next(each for each in _SCALARS if issubclass(type(value), each))
-    return str.__str__(value) if base is str else base.__pos__(value)
+    cls = type(value)
+    if issubclass(cls, str):
+        return str.__str__(value)
+    return int.__pos__(value) if issubclass(cls, int) else float.__pos__(value)
 
 
 def plain_array(array: Any) -> Any:

@@ -10,8 +10,8 @@ import torch
 from torch import nn
 
 import tlcore
-from tlcore.layout.unordered import is_nobodys
 from tlcore.engine.hooks.axis_order import packs, swaps_in_code
+from tlcore.layout.unordered import is_nobodys
 
 SAMPLES = LENGTH = 3
 WIDTH = 8
@@ -91,17 +91,17 @@ class _Sorting(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         order = torch.arange(len(x)).flip(0)
-        return self.act_fn(tlcore.tap("sorted", x[order]) * 2)[order]
+        found: torch.Tensor = self.act_fn(tlcore.tap("sorted", x[order]) * 2)
+        return found[order]
 
 
 class _OneExpertEach(_Tokens):
     def __init__(self) -> None:
         super().__init__()
-        self.mlp = nn.Module()
-        self.mlp.experts = _Sorting()
+        self.mlp = nn.ModuleDict({"experts": _Sorting()})
 
     def states(self, x: torch.Tensor) -> torch.Tensor:
-        given: torch.Tensor = self.mlp.experts(x.flatten(0, 1))
+        given: torch.Tensor = self.mlp["experts"](x.flatten(0, 1))
         return given.view_as(x)
 
 
