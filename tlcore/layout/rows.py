@@ -303,7 +303,7 @@ class CallRows:
         if self._whole and shape in self._whole.get(call, ()):
             # Of this shape some tensor was stored whole where others have only the chosen rows.
             return Placed(None, 0, True)
-        amid = is_sorted_amid(str(record["module"]), str(record["direction"]))
+        amid = is_sorted_amid(str(record.get("module", "")), str(record.get("direction", "")))
         sets = NO_ROWS if amid else self.sets(call)
         key = id(sets), is_whole_numbers(str(record["dtype"])), shape
         found = self._placed.get(key)
