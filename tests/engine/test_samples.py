@@ -40,6 +40,48 @@ def test_padding_is_nobodys_and_each_sample_has_its_own_rows(left: bool, tmp_pat
         assert request.positions(LAYER) == list(range(len(prompt)))
 
 
+class TakesFeatures(nn.Module):
+    """Takes its batch in one dictionary, as those of sentence-transformers do, and runs past ``__call__``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = llama()
+
+    def forward(self, features: dict[str, Any]) -> Any:
+        return self.inner.model.forward(**features)[0]
+
+
+@pytest.mark.parametrize("names", [None, ["a", "b", "c"]])
+def test_a_batch_in_one_dictionary_is_one(names: list[str] | None, tmp_path: Path) -> None:
+    model, batch = TakesFeatures(), padded(PROMPTS, False)
+
+    def act(capture: tlcore.capture) -> None:
+        if names is None:
+            model(batch)
+        else:
+            with capture.step(rows=names):
+                model(batch)
+
+    run = run_of(model, tmp_path, act)
+    layer = f"inner.{LAYER}"
+    whole = run.tensor(f"step_0/{layer}")
+    assert list(run.requests) == (names or ["0", "1", "2"])
+    for sample, request in enumerate(map(run.request, run.requests)):
+        assert request.token_ids.tolist() == PROMPTS[sample]
+        assert torch.equal(request[layer], whole[sample, : len(PROMPTS[sample])])
+
+
+def test_of_two_dictionaries_with_tokens_neither_is_the_models(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def forward(self, one: Any, other: Any) -> torch.Tensor:
+            found: torch.Tensor = one["input_ids"] + other["input_ids"]
+            return found
+
+    batch = padded(PROMPTS, False)
+    run = run_of(Pair(), tmp_path, lambda capture: capture._model(batch, batch))
+    assert not list(run.requests)
+
+
 def test_the_same_prompt_alone_padded_and_in_a_batch_compares_equal(tmp_path: Path) -> None:
     model, prompt = llama(), PROMPTS[0]
     alone = forward(model, tmp_path, padded([prompt]))

@@ -16,6 +16,7 @@ from .host_values import HostValues, Values
 
 Flags = np.ndarray[Any, np.dtype[np.bool_]]
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
+_TOKENS = frozenset({"input_ids", "inputs_embeds"})
 _NOTHING = "which positions are padding is not known: the model was given no attention_mask"
 
 
@@ -109,6 +110,21 @@ def batch_of(given: Mapping[str, Any], prefix: str = "", any_tensor: bool = Fals
     if any(value is not None for name, value in given.items() if name.startswith("cu_seq")):
         raise UnknownRowsError("several sequences are packed into one (cu_seq_lens)")
     return Batch(tokens, mask, given.get(f"{prefix}position_ids"), given.get("past_key_values"))
+
+
+def opened(given: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A call's arguments, with the items of the one dictionary that has its tokens where only that has them.
+
+    Of one with a decoder's tokens, too, it is left to the parts of the model whose tokens these are.
+    """
+    if not _TOKENS.isdisjoint(given):
+        return given
+    held = [each for each in given.values() if isinstance(each, Mapping) and not _TOKENS.isdisjoint(each)]
+    if len(held) != 1 or not all(isinstance(name, str) for name in held[0]):
+        return given
+    if any(name.startswith("decoder_") for name in held[0]):
+        return given
+    return {**given, **held[0]}
 
 
 def is_no_batch(given: Mapping[str, Any]) -> bool:

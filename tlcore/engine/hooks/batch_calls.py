@@ -14,7 +14,7 @@ from torch import nn
 from torch.nn.parameter import is_lazy
 
 from ...hotpath.intercept import WHOLE_CALL, StandIn, without_dead
-from ..filters.batches import is_no_batch
+from ..filters.batches import is_no_batch, opened
 from ..filters.rows import StepRows
 from ..filters.samples import Samples, Scope
 from ..filters.sequences import Taker, Whole, token_numbers
@@ -84,7 +84,7 @@ class BatchCalls:
             if not taker.name and self._samples.named is None and is_no_batch(given):
                 scope = _NO_BATCH
             else:
-                scope = self._samples.scope(taker, given, self._scope)
+                scope = self._samples.scope(taker, opened(given), self._scope)
             if scope.sets and self._scope is None:
                 self._rows.first = self._counts()
             self._rows.told |= bool(scope.sets)
