@@ -155,7 +155,7 @@ def test_a_backward_in_another_thread_is_told() -> None:
     with capture(module, sink, module_call_match="^2$") as captured, captured.step():
         backward = threading.Thread(target=module(X).sum().backward)
         backward.start()
-        backward.join()
+        backward.join(60)
     assert captured.ledger.reasons == {"skipped: its gradient came in another thread": 2}
 
 
