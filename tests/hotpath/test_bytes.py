@@ -104,6 +104,19 @@ def test_writing_takes_any_number_of_parts_of_any_size(half: Half, tmp_path: Pat
     assert (tmp_path / "file").read_bytes() == b"".join(parts)
 
 
+def _write_places(handle: int, parts: list[bytes], least: int) -> int:
+    addresses = np.array([np.frombuffer(part, np.uint8).ctypes.data for part in parts], np.int64)
+    return int(native().write_places(handle, addresses, np.array(list(map(len, parts)), np.int64), least))
+
+
+def test_places_that_make_no_sense_are_refused() -> None:
+    one, two = np.zeros(1, np.int64), np.zeros(2, np.int64)
+    for addresses, sizes in ((one, two), (two, one - 1), (b"1234", b"1234"), (one, one - 1)):
+        with pytest.raises(ValueError, match=r"sizes|size"):
+            native().write_places(-1, addresses, sizes)
+    assert native().write_places(-1, b"", b"") == 0
+
+
 @given(
     st.lists(st.tuples(st.integers(0, 300_000), st.integers(0, 5000)), max_size=12),
     st.sampled_from([0, 1, 4095, 4096, 123_457]),
@@ -111,7 +124,7 @@ def test_writing_takes_any_number_of_parts_of_any_size(half: Half, tmp_path: Pat
 @settings(max_examples=scaled(25, 400), deadline=None)
 def test_what_goes_past_the_cache_is_the_same_file(spans: list[tuple[int, int]], at: int) -> None:
     parts = [_RANDOM[begin : begin + size] for size, begin in spans] + [_RANDOM] * (len(spans) % 3)
-    for write in (native().write_all, copying._write_all):
+    for write in (native().write_all, copying._write_all, _write_places):
         with tempfile.TemporaryFile(buffering=0, dir=Path.cwd()) as file:
             file.seek(at)
             for each in (parts, [b"more", *parts[:2]]):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 
@@ -41,3 +42,23 @@ def test_hostile_places_are_refused() -> None:
     ):
         with pytest.raises(ValueError, match="fill the memory exactly"):
             extension.collect(bytearray(target), addresses, sizes, firsts)
+
+
+@pytest.mark.parametrize("begin", [0, 1, 15, 63])
+@pytest.mark.parametrize("least", [0, 1 << 20], ids=["few bytes", "many bytes"])
+def test_what_is_collected_is_all_and_nothing_else(begin: int, least: int) -> None:
+    source = np.random.default_rng(begin).integers(0, 256, 40_000 + least, np.uint8)
+    sizes = np.array([*range(200), 9216, 0, 64, 127, 128, 129, least, 5000], np.int64)
+    places = np.minimum(np.arange(len(sizes)) * 37, len(source) - sizes)
+    firsts = np.arange(len(sizes))
+    firsts[3] = 2
+    expected = b"".join(
+        source[place : place + size].tobytes()
+        for number, (place, size) in enumerate(zip(places, sizes, strict=True))
+        if firsts[number] == number
+    )
+    target = np.full(len(expected) + begin + 100, 7, np.uint8)
+    native().collect(
+        target[begin : begin + len(expected)], source.ctypes.data + places.astype(np.int64), sizes, firsts
+    )
+    assert target.tobytes() == b"\7" * begin + expected + b"\7" * 100

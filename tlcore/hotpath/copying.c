@@ -39,17 +39,27 @@ Py_ssize_t tlcore_size(PyObject *number, Py_ssize_t most, const char *what)
 
 typedef struct {
     PyObject *parts;
-    Py_buffer *views;
+    Py_buffer *views; /* as many as are held */
+    Py_ssize_t held;
+    struct iovec *spans;
     Py_ssize_t count;
     Py_ssize_t bytes;
 } pieces;
 
 static void release_pieces(pieces *all)
 {
-    for (Py_ssize_t i = 0; i < all->count; i++)
+    for (Py_ssize_t i = 0; i < all->held; i++)
         PyBuffer_Release(&all->views[i]);
     PyMem_Free(all->views);
+    PyMem_Free(all->spans);
     Py_CLEAR(all->parts);
+}
+
+static void add_span(pieces *all, void *data, Py_ssize_t size)
+{
+    all->spans[all->count].iov_base = data;
+    all->spans[all->count++].iov_len = (size_t)size;
+    all->bytes += size;
 }
 
 /* The parts' memory, held until `release_pieces`; -1 with an exception set and nothing held. */
@@ -61,18 +71,45 @@ static int take_pieces(PyObject *sequence, pieces *all)
         return -1;
     Py_ssize_t count = PyTuple_Size(all->parts);
     all->views = PyMem_Calloc((size_t)count + 1, sizeof *all->views);
-    if (all->views == NULL) {
+    all->spans = PyMem_Calloc((size_t)count + 1, sizeof *all->spans);
+    if (all->views == NULL || all->spans == NULL) {
         PyErr_NoMemory();
         release_pieces(all);
         return -1;
     }
-    for (; all->count < count; all->count++) {
-        Py_buffer *view = &all->views[all->count];
-        if (PyObject_GetBuffer(PyTuple_GetItem(all->parts, all->count), view, PyBUF_SIMPLE)) {
+    for (; all->held < count; all->held++) {
+        Py_buffer *view = &all->views[all->held];
+        if (PyObject_GetBuffer(PyTuple_GetItem(all->parts, all->held), view, PyBUF_SIMPLE)) {
             release_pieces(all);
             return -1;
         }
-        all->bytes += view->len;
+        add_span(all, view->buf, view->len);
+    }
+    return 0;
+}
+
+/* The same of pieces that begin at addresses, in memory that the caller holds. */
+static int take_places(const Py_buffer *addresses, const Py_buffer *sizes, pieces *all)
+{
+    memset(all, 0, sizeof *all);
+    Py_ssize_t count = addresses->len / (Py_ssize_t)sizeof(int64_t);
+    const int64_t *address = addresses->buf, *size = sizes->buf;
+    if (sizes->len != addresses->len || addresses->len % (Py_ssize_t)sizeof(int64_t)) {
+        PyErr_SetString(PyExc_ValueError, "as many sizes as addresses are needed, 64 bits each");
+        return -1;
+    }
+    all->spans = PyMem_Calloc((size_t)count + 1, sizeof *all->spans);
+    if (all->spans == NULL) {
+        PyErr_NoMemory();
+        return -1;
+    }
+    for (Py_ssize_t i = 0; i < count; i++) {
+        if (size[i] < 0) {
+            PyErr_Format(PyExc_ValueError, "piece %zd has a negative size", i);
+            release_pieces(all);
+            return -1;
+        }
+        add_span(all, (void *)(uintptr_t)address[i], (Py_ssize_t)size[i]);
     }
     return 0;
 }
@@ -80,8 +117,8 @@ static int take_pieces(PyObject *sequence, pieces *all)
 static void copy_pieces(char *target, const Py_ssize_t *offsets, const pieces *all)
 {
     for (Py_ssize_t i = 0; i < all->count; i++)
-        if (all->views[i].len)
-            memmove(target + offsets[i], all->views[i].buf, (size_t)all->views[i].len);
+        if (all->spans[i].iov_len)
+            memmove(target + offsets[i], all->spans[i].iov_base, all->spans[i].iov_len);
 }
 
 /* Where each piece goes, checked; NULL with an exception set. */
@@ -97,7 +134,7 @@ static Py_ssize_t *checked_offsets(PyObject *sequence, const pieces *all, Py_ssi
         return (Py_ssize_t *)PyErr_NoMemory();
     for (Py_ssize_t i = 0; i < all->count; i++) {
         PyObject *number = PySequence_GetItem(sequence, i);
-        Py_ssize_t most = room - all->views[i].len;
+        Py_ssize_t most = room - (Py_ssize_t)all->spans[i].iov_len;
         offsets[i] = number == NULL ? -1 : tlcore_size(number, most, "offset of a part");
         Py_XDECREF(number);
         if (offsets[i] < 0) {
@@ -143,10 +180,10 @@ static int next_group(const pieces *all, Py_ssize_t piece, Py_ssize_t done, stru
     int parts = 0;
     Py_ssize_t room = WRITE_BYTES;
     for (; piece < all->count && parts < WRITE_PARTS && room; piece++, done = 0) {
-        Py_ssize_t size = all->views[piece].len - done;
+        Py_ssize_t size = (Py_ssize_t)all->spans[piece].iov_len - done;
         if (size <= 0)
             continue;
-        group[parts].iov_base = (char *)all->views[piece].buf + done;
+        group[parts].iov_base = (char *)all->spans[piece].iov_base + done;
         group[parts].iov_len = (size_t)(size < room ? size : room);
         room -= (Py_ssize_t)group[parts++].iov_len;
     }
@@ -157,8 +194,8 @@ static int next_group(const pieces *all, Py_ssize_t piece, Py_ssize_t done, stru
 /* Move (`piece`, `done`) behind the bytes just written. */
 static void pass_over(const pieces *all, Py_ssize_t written, Py_ssize_t *piece, Py_ssize_t *done)
 {
-    while (*piece < all->count && *done + written >= all->views[*piece].len) {
-        written -= all->views[*piece].len - *done;
+    while (*piece < all->count && *done + written >= (Py_ssize_t)all->spans[*piece].iov_len) {
+        written -= (Py_ssize_t)all->spans[*piece].iov_len - *done;
         ++*piece;
         *done = 0;
     }
@@ -187,9 +224,9 @@ static size_t copy_ahead(const pieces *all, Py_ssize_t piece, Py_ssize_t done, c
 {
     size_t filled = 0;
     for (; piece < all->count && filled < most; piece++, done = 0) {
-        size_t left = (size_t)(all->views[piece].len - done), size = left < most - filled ? left : most - filled;
+        size_t left = all->spans[piece].iov_len - (size_t)done, size = left < most - filled ? left : most - filled;
         if (size)
-            memcpy(room + filled, (const char *)all->views[piece].buf + done, size);
+            memcpy(room + filled, (const char *)all->spans[piece].iov_base + done, size);
         filled += size;
     }
     return filled;
@@ -252,27 +289,23 @@ static void give_room_back(char *room)
         free(room);
 }
 
-static PyObject *write_all(PyObject *module, PyObject *args)
+/* Write them all and release them; the bytes written, or NULL with an exception set. */
+static PyObject *written(int handle, pieces *all, Py_ssize_t direct_from)
 {
-    (void)module;
-    int handle, error, stopped = 0;
-    PyObject *parts;
-    pieces all;
-    Py_ssize_t piece = 0, done = 0, direct_from = -1;
-    if (!PyArg_ParseTuple(args, "iO|n:write_all", &handle, &parts, &direct_from) || take_pieces(parts, &all))
-        return NULL;
-    char *room = direct_from >= 0 && all.bytes >= direct_from ? take_room() : NULL;
+    int error, stopped = 0;
+    Py_ssize_t piece = 0, done = 0;
+    char *room = direct_from >= 0 && all->bytes >= direct_from ? take_room() : NULL;
     do {
         Py_BEGIN_ALLOW_THREADS;
-        error = room == NULL ? 0 : write_direct(handle, &all, &piece, &done, room);
+        error = room == NULL ? 0 : write_direct(handle, all, &piece, &done, room);
         if (error == 0)
-            error = write_pieces(handle, &all, &piece, &done);
+            error = write_pieces(handle, all, &piece, &done);
         Py_END_ALLOW_THREADS;
         /* A signal's handler may want to end this; a signal also cuts a write short. */
         stopped = error == EINTR && PyErr_CheckSignals();
     } while (error == EINTR && !stopped);
-    Py_ssize_t bytes = all.bytes;
-    release_pieces(&all);
+    Py_ssize_t bytes = all->bytes;
+    release_pieces(all);
     if (room != NULL)
         give_room_back(room);
     if (stopped)
@@ -284,9 +317,37 @@ static PyObject *write_all(PyObject *module, PyObject *args)
     return PyLong_FromSsize_t(bytes);
 }
 
+static PyObject *write_all(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int handle;
+    PyObject *parts;
+    pieces all;
+    Py_ssize_t direct_from = -1;
+    if (!PyArg_ParseTuple(args, "iO|n:write_all", &handle, &parts, &direct_from) || take_pieces(parts, &all))
+        return NULL;
+    return written(handle, &all, direct_from);
+}
+
+static PyObject *write_places(PyObject *module, PyObject *args)
+{
+    (void)module;
+    int handle;
+    Py_buffer addresses, sizes;
+    pieces all;
+    Py_ssize_t direct_from = -1;
+    if (!PyArg_ParseTuple(args, "iy*y*|n:write_places", &handle, &addresses, &sizes, &direct_from))
+        return NULL;
+    int failed = take_places(&addresses, &sizes, &all);
+    PyBuffer_Release(&addresses);
+    PyBuffer_Release(&sizes);
+    return failed ? NULL : written(handle, &all, direct_from);
+}
+
 static PyMethodDef functions[] = {
     {"gather", gather, METH_VARARGS, "Copy each part to its offset in a buffer."},
     {"write_all", write_all, METH_VARARGS, "Write every part in order, many past the page cache; returns the bytes written."},
+    {"write_places", write_places, METH_VARARGS, "The same of parts told by their addresses and sizes, 64 bits each."},
     {NULL, NULL, 0, NULL},
 };
 

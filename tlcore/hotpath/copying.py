@@ -7,6 +7,7 @@ import errno
 import itertools
 import mmap
 import os
+from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -72,6 +73,21 @@ def _write_group(handle: int, pending: Sequence[memoryview]) -> None:
             first += 1
         if written:
             rest[first] = rest[first][written:]
+
+
+class Pieces(Sequence[Any]):
+    """Parts that can be told by where they lie, at less cost than each as a buffer."""
+
+    @abstractmethod
+    def places(self) -> tuple[_Numbers, _Numbers, object]:
+        """The address and the size of each, and what holds the memory for as long as somebody has it."""
+
+
+def _write_parts(handle: int, parts: Sequence[Any], direct_from: int = -1) -> int:
+    if isinstance(parts, Pieces):
+        addresses, sizes, _held = parts.places()
+        return int(extension.write_places(handle, addresses, sizes, direct_from))
+    return int(extension.write_all(handle, parts, direct_from))
 
 
 def copy_from(target: Any, addresses: _Numbers, sizes: _Numbers) -> None:
@@ -188,4 +204,4 @@ else:
     Memory = extension.Memory if extension else _Memory
 
 gather: Callable[[Any, Sequence[int], Sequence[Any]], None] = extension.gather if extension else _gather
-write_all: Callable[..., int] = extension.write_all if extension else _write_all
+write_all: Callable[..., int] = _write_parts if extension else _write_all

@@ -69,16 +69,24 @@ class Column:
         """Find out what its chunks are together, and whether the tensor was the same in every step."""
         chunks = self.chunks
         block, tensor = chunks[0]
-        self.hashes = b"".join([block.hashes(tensor) for block, tensor in chunks])
-        self.row_text = b"".join([block.row_text(tensor) for block, tensor in chunks])
-        self.times = len(self.hashes) // HASH_BYTES
-        self.constant = block.is_constant[tensor] and self.times > 1 and (len(chunks) == 1 or self._repeats())
+        self.hashes, self.row_text, self.times = block.hashes(tensor), block.row_text(tensor), block.steps
+        self.stored_rows, self.stored_bytes = block.rows[tensor], block.nbytes[tensor]
+        self.constant = block.is_constant[tensor] and block.steps > 1
+        if len(chunks) > 1:
+            self._settle_all()
         if self.constant:
             self.hashes = self.hashes[:HASH_BYTES]
             self.stored_rows, self.stored_bytes = block.first_rows[tensor], block.first_nbytes[tensor]
-        else:
-            self.stored_rows = sum([block.rows[tensor] for block, tensor in chunks])
-            self.stored_bytes = sum([block.nbytes[tensor] for block, tensor in chunks])
+
+    def _settle_all(self) -> None:
+        chunks = self.chunks
+        block, tensor = chunks[0]
+        self.hashes = b"".join([block.hashes(tensor) for block, tensor in chunks])
+        self.row_text = b"".join([block.row_text(tensor) for block, tensor in chunks])
+        self.times = len(self.hashes) // HASH_BYTES
+        self.constant = block.is_constant[tensor] and self._repeats()
+        self.stored_rows = sum([block.rows[tensor] for block, tensor in chunks])
+        self.stored_bytes = sum([block.nbytes[tensor] for block, tensor in chunks])
 
     def _repeats(self) -> bool:
         """Whether hash and rows are those of the first step throughout."""
@@ -100,10 +108,6 @@ class Column:
         """The same, where the bytes are sent in a request."""
         count = sum(block.count(tensor, steps) for block, tensor, steps in self.stored())
         return count * _LARGE_PART <= self.stored_bytes
-
-    def pieces(self) -> list[memoryview]:
-        """The array's bytes, in order, where they lie."""
-        return [piece for block, tensor, steps in self.stored() for piece in block.pieces(tensor, steps)]
 
     def stored(self) -> list[tuple[Block, int, int]]:
         """The blocks that have the array's bytes, the tensor there, and of how many steps they are."""

@@ -35,6 +35,12 @@ class Table:
             self.nbytes += len(text) + 1
         return number
 
+    def copy(self) -> Table:
+        """Another table that has the same texts so far."""
+        other = Table()
+        other.texts, other._numbers, other.nbytes = self.texts.copy(), self._numbers.copy(), self.nbytes
+        return other
+
     def text(self) -> str:
         """The whole table as a JSON array."""
         return f"[{','.join(self.texts)}]"

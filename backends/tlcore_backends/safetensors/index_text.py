@@ -14,7 +14,7 @@ from .alike_objects import Details, RowLists
 from .columns import Column
 from .compact import Changing, Table, microseconds, runs
 from .data_file import DataFile
-from .plans import Plan
+from .plans import Common, Plan
 
 # What the index says of each step.
 PER_STEP = ("number", "plan", "extents", "started", "took", "details", "change", "rows", "values")
@@ -74,16 +74,30 @@ class IndexText:
 
     def _common_of(self, base: Plan) -> tuple[list[int], str]:
         """The numbers of a plan's arrays, and its text up to what changes with the rows."""
-        common = self._common.get(id(base))
-        if common is None:
-            arrays = list(map(self.arrays.number, (slot.text for slot in base.slots)))
-            told = {
-                "calls": runs(map(self._calls.number, map(compact, base.calls))),
-                "structures": runs(map(self._structures.number, base.structures)),
-                "arrays": runs(arrays),
-            }
-            common = self._common[id(base)] = arrays, compact(told)[:-1]
-        return common
+        found = self._common.get(id(base))
+        if found is not None:
+            return found
+        is_first = not (self.arrays.texts or self._calls.texts or self._structures.texts)
+        if is_first and base.common is not None:
+            # Most segments have one plan, and to number all of it takes as long as to lay out its arrays.
+            arrays, text, tables = base.common
+            self.arrays, self._calls, self._structures = (table.copy() for table in tables)
+        else:
+            arrays, text = self._numbered(base)
+        if is_first and base.common is None:
+            tables = self.arrays.copy(), self._calls.copy(), self._structures.copy()
+            base.common = Common(arrays, text, tables)
+        self._common[id(base)] = arrays, text
+        return arrays, text
+
+    def _numbered(self, base: Plan) -> tuple[list[int], str]:
+        arrays = list(map(self.arrays.number, (slot.text for slot in base.slots)))
+        told = {
+            "calls": runs(map(self._calls.number, map(compact, base.calls))),
+            "structures": runs(map(self._structures.number, base.structures)),
+            "arrays": runs(arrays),
+        }
+        return arrays, compact(told)[:-1]
 
     def _own(self, plan: Plan, summary: StepSummary) -> dict[str, str]:
         """What the index says of a step by itself, as JSON texts."""

@@ -127,18 +127,9 @@ class Journey:
             self._store.put(file.name, file.parts)
         except BaseException as error:
             job.error = job.error or error
-        parts = list(file.parts)
         memory, nbytes, held, kept = file.memory, file.nbytes, file.held_bytes, file.kept
+        kept.end(file.parts.end())
         del file
-        clean = True
-        for part in parts:
-            if isinstance(part, memoryview):
-                try:
-                    part.release()
-                except BufferError:
-                    # An upload that was given up still reads.
-                    clean = False
-        kept.end(clean)
         for each in memory:
             self._memory.give(each)
         with self._changed:

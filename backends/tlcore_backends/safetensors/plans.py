@@ -7,6 +7,7 @@ import math
 from collections import OrderedDict
 from collections.abc import Sequence
 from functools import cached_property
+from typing import NamedTuple
 
 import numpy as np
 
@@ -15,12 +16,23 @@ from tlcore.layout.templates import structures_of
 from tlcore.protocols import Buffer, Lease
 from tlcore.record import Record, StepSummary
 
-from .compact import repeats
+from .compact import Table, repeats
 from .described import Describer, Slot
 
 _MOST_KNOWN = 64
 # Plans that differ from one in rows alone, as many as may be of a small model.
 _MOST_RESIZED = 64
+
+
+class Common(NamedTuple):
+    """What an index says of a plan that is its first: the numbers of its arrays, its text but for rows.
+
+    ``tables`` are those of arrays, calls and structures then.
+    """
+
+    arrays: list[int]
+    text: str
+    tables: tuple[Table, Table, Table]
 
 
 class Plan:
@@ -39,6 +51,8 @@ class Plan:
         self.calls = tuple(calls)
         self.structures = tuple(structures)
         self.base = self
+        # The same for each index.
+        self.common: Common | None = None
         self._resized: OrderedDict[bytes, Plan] = OrderedDict()
         self._take_rows(np.array([slot.rows for slot in slots], np.int64))
 

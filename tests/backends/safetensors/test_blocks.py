@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -10,6 +12,8 @@ from hypothesis import strategies as st
 from tlcore.hotpath import copying
 from tlcore_backends.safetensors.blocks import Block
 from tlcore_backends.safetensors.columns import Chunk, Column
+from tlcore_backends.safetensors.sealed import put_together
+from tlcore_backends.safetensors.shard_buffer import ShardBuffers
 
 MEMORY = np.arange(8192, dtype=np.uint32).view(np.uint8)
 Table = list[list[int]]
@@ -65,7 +69,43 @@ def test_a_column_is_constant_over_all_its_blocks(last: int, apart: bool) -> Non
     assert column.times == 3
     assert column.constant == (last == 1)
     assert (column.stored_rows, column.stored_bytes) == ((2, 8) if last == 1 else (6, 24))
-    assert b"".join(column.pieces()) == bytes(MEMORY[: column.stored_bytes])
+    pieces = [piece for block, *which in column.stored() for piece in block.pieces(*which)]
+    assert b"".join(pieces) == bytes(MEMORY[: column.stored_bytes])
+
+
+@given(st.data(), st.lists(st.booleans(), min_size=4, max_size=4))
+def test_where_a_file_lies_is_where_its_buffers_are(data: st.DataObject, apart: list[bool]) -> None:
+    columns = []
+    for tensors, steps in ((3, 4), (1, 1)):
+        sizes = np.array(data.draw(drawn(tensors, steps, 0, 40)))
+        places = np.array(data.draw(drawn(tensors, steps, 0, MEMORY.nbytes - 40)))
+        hashes = np.array(data.draw(drawn(tensors, steps, 0, 1)), np.uint8)[:, :, None].repeat(16, 2)
+        hashes = hashes.reshape(tensors, -1).view("V16")
+        block = Block([MEMORY] * tensors, places, sizes, sizes, hashes)
+        for tensor in range(tensors):
+            columns.append(Column(slot=None, chunks=[Chunk(block, tensor)]))  # type: ignore[arg-type]
+    for column in columns:
+        column.settle()
+    parts, memory = put_together(ShardBuffers(), b"the head", columns, apart)
+    addresses, sizes, held = parts.places()
+    found = bytearray(sizes.sum())
+    copying.copy_from(found, addresses, sizes)
+    assert found == b"".join(parts) and found.startswith(b"the head") and not memory
+    stored = [
+        piece for column in columns for block, *which in column.stored() for piece in block.pieces(*which)
+    ]
+    assert found[8:] == b"".join(stored)
+    still_read = pickle.PickleBuffer(parts[0])
+    assert not parts.end()
+    del still_read
+    # Whoever has the addresses has the memory.
+    assert isinstance(held, tuple) and held[1].tobytes().startswith(b"the head")
+    with pytest.raises(ValueError, match="released"):
+        bytes(parts._whole)
+    with pytest.raises(ValueError, match="released"):
+        parts.places()
+    with pytest.raises(ValueError, match="given back"):
+        list(parts)
 
 
 @pytest.mark.parametrize("half", ["C", "Python"])

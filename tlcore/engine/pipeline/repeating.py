@@ -57,6 +57,14 @@ class Seen:
         self.plan = plan
         self.own = _Steps()
         self.family = family
+        self._nbytes: tuple[bytes, int] = b"", 0
+
+    def nbytes(self, firsts: bytes) -> int:
+        """Bytes of all tensors that are their own first ones; mostly the same are as in the last step."""
+        if self._nbytes[0] != firsts:
+            places, sizes = np.frombuffer(firsts, np.int64), np.frombuffer(self.plan.sizes, np.int64)
+            self._nbytes = firsts, int(sizes[places == np.arange(len(places))].sum())
+        return self._nbytes[1]
 
 
 class Look(NamedTuple):
@@ -70,9 +78,7 @@ class Look(NamedTuple):
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors that are no aliases."""
-        firsts = np.frombuffer(self.firsts, np.int64)
-        sizes = np.frombuffer(self.seen.plan.sizes, np.int64)
-        return int(sizes[firsts == np.arange(len(firsts))].sum())
+        return self.seen.nbytes(self.firsts)
 
     def digests(self, first: int, count: int) -> list[str]:
         """The hashes of so many tensors from ``first`` on."""
