@@ -92,6 +92,23 @@ class SupportsWriteWhole(Protocol):
         ...
 
 
+# What moves tensors of a step, as `tlcore.checking.SupportsMoveSound` gives it.
+Move = Callable[[Sequence[int], Sequence[int]], Callable[[int], bool]]
+
+
+@runtime_checkable
+class SupportsWriteMoved(Protocol):
+    """A sink that tells where in its files tensors belong before anybody has read them."""
+
+    def write_moved(self, batches: Iterable[tuple[Sequence[Record], Move]], summary: StepSummary) -> bool:
+        """Write and commit a step between two others, as `Sink.write` and `Sink.commit_step` would.
+
+        All records come without bytes, each batch with what writes these. False, with nothing written, where
+        it cannot be done: a tensor is not sound, or ``batches`` raises ReadError.
+        """
+        ...
+
+
 class Outline(NamedTuple):
     """A step's document without its records (``rest``), and what gives these.
 

@@ -48,6 +48,23 @@ class SupportsReadSound(Protocol):
         ...
 
 
+@runtime_checkable
+class SupportsMoveSound(Protocol):
+    """A source that proves tensors sound while it writes them from this machine into a file of it."""
+
+    def sound_move(
+        self, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
+    ) -> Callable[[Sequence[int], Sequence[int]], Callable[[int], bool]] | None:
+        """What moves records of a step; None where they are none of which `SupportsReadSound` can tell.
+
+        It takes the numbers of some of them and their places in a file, -1 for such as only need proof, and
+        gives what, in any thread, writes them there with the handle of that file, and returns whether all are
+        sound. If not, anything may stand in the file. Dtype, shape, sizes and hash of each are what a record
+        may have. ``known`` is as ever.
+        """
+        ...
+
+
 class AlikeSteps(NamedTuple):
     """Steps of a rank, of so many ``tensors`` each, whose documents are sound if that of the first is.
 

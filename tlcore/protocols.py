@@ -25,6 +25,7 @@ from .alike import SupportsStepKinds as SupportsStepKinds
 from .alike import SupportsWriteAlike as SupportsWriteAlike
 from .checking import AlikeSteps as AlikeSteps
 from .checking import SupportsCheck as SupportsCheck
+from .checking import SupportsMoveSound as SupportsMoveSound
 from .checking import SupportsReadSound as SupportsReadSound
 from .checking import SupportsUnchecked as SupportsUnchecked
 from .checking import SupportsWholeChecks as SupportsWholeChecks

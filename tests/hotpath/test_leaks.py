@@ -165,6 +165,7 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
     ranges = struct.pack("=6q", *(0, 50, 9), *(50, 99, -1))
     placed = struct.pack("=12q", *(1050, 9, 1000, 0), *(3, 0, 3, 0), *(1050, 9, 1000, -1))
     some_rows, matrix = struct.pack("=8q", *(0, 3, 1, 2), *(1, 0, 0, 1)), np.zeros((4, 10), np.uint8)
+    room = bytearray(300)
     seals = Seal((0,), 1, 2, 8, 4, 30, (32,)).row(40, 0, 3, 1, 9)
     rows = struct.pack("=21q", *(0, 4, 0, 3, 4, 8, -1), *(0, 0, 0, 0, 0, 0, 0), *(0, 4, 0, 3, 4, 8, -1))
 
@@ -193,6 +194,8 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
         with open(path, "rb") as file:
             native().gather_ranges(file.fileno(), ranges, target)
         native().gather_payloads(str(tmp_path), ["file", "none", "file"], placed, target, target)
+        with open(path + " moved", "wb") as file:
+            native().move_payloads(str(tmp_path), ["file", "none"], placed[:64], target, room, file.fileno())
         native().read_rows(str(tmp_path), ["file", "none"], 1050, b"", some_rows, matrix)
         native().seal(target, bytes(40), seals, parts[0])
         native().are_sealed(target, bytes(40), seals)
@@ -217,6 +220,10 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
             with suppress(ValueError, TypeError):
                 native().gather_payloads(str(tmp_path), wrong, placed, target, target)
             with suppress(ValueError, TypeError):
+                native().move_payloads(str(tmp_path), wrong, placed, target, room, -1)
+            with suppress(OSError):
+                native().move_payloads(str(tmp_path), ["file"], placed[:32], target, room, -1)
+            with suppress(ValueError, TypeError):
                 native().read_rows(str(tmp_path), wrong, 1050, b"", some_rows, matrix)
             with suppress(ValueError, TypeError, BufferError):
                 native().read_rows(str(tmp_path), ["file"], 1050, b"", some_rows, wrong)
@@ -232,6 +239,7 @@ def test_the_functions_keep_nothing_of_what_they_get(tmp_path: Any) -> None:
         spans,
         ranges,
         placed,
+        room,
         some_rows,
         matrix,
         seals,

@@ -17,11 +17,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.hotpath.halves import half_of, native
-from tlcore.hotpath import beneath, gathering, making, reading, seals
+from tlcore.hotpath import beneath, gathering, making, moving, reading, seals
 from tlcore.hotpath.seals import Seal, mix
 
 TWINS: dict[str, Callable[..., Any]] = {
     "gather_payloads": gathering._gather_payloads,
+    "move_payloads": moving._move_payloads,
     "gather_ranges": reading._gather_ranges,
     "count_entries": beneath._count_entries,
     "make_files": making._make_files,
@@ -99,6 +100,51 @@ def test_both_halves_gather_the_same(there: Path, data: st.DataObject) -> None:
     one, other = outcomes("gather_payloads", str(there), names, packed(spans), *rooms)
     # A file that cannot be read to its end may leave some of it.
     assert one == other
+
+
+@pytest.mark.parametrize("room", [1, 3, 7, 100])
+def test_payloads_are_moved_to_their_places(half: Half, there: Path, tmp_path: Path, room: int) -> None:
+    names = ["a/one", "hard", "other", "empty", "hard", "other", "soft", "other"]
+    places = [20, 2, 9, 16, -1, 27, 0, 40]
+    spans = [(15, 4, 11, at) for at in places]
+    spans[3] = (0, 0, 0, 16)
+    kept, target = bytearray(b"?" * 64), tmp_path / "target"
+    with target.open("wb") as file:
+        digests = half("move_payloads")(
+            str(there), names, packed(spans), kept, bytearray(room), file.fileno()
+        )
+    own, other = xxhash.xxh3_128_digest(b"payload"), xxhash.xxh3_128_digest(b"PAYLOAD")
+    # Up to the first that is not reached, and nothing of those behind it.
+    assert digests == own + own + other + xxhash.xxh3_128_digest(b"") + own + other
+    assert target.read_bytes() == b"\0\0payloadPAYLOAD\0\0\0\0payloadPAYLOAD"
+    assert kept == b"headtail" * 2 + b"HEADTAIL" + b"headtail" + b"HEADTAIL" + b"?" * 24
+
+
+def test_what_cannot_be_written_is_told(half: Half, there: Path) -> None:
+    with (there / "empty").open("rb") as file, pytest.raises(OSError, match="Bad file descriptor"):
+        half("move_payloads")(
+            str(there), ["other"], packed([(15, 4, 11, 0)]), bytearray(8), bytearray(8), file.fileno()
+        )
+
+
+@settings(max_examples=80)
+@given(st.data())
+def test_both_halves_move_the_same(there: Path, data: st.DataObject) -> None:
+    number = st.integers(-2, 16) | st.sampled_from([2**63 - 1, -(2**63)])
+    likely = st.just((15, 4, 11)) | st.just((0, 0, 0)) | st.tuples(number, number, number)
+    chosen = data.draw(st.lists(st.tuples(st.sampled_from(NAMES), likely, number | st.just(-1)), max_size=8))
+    names, spans = [name for name, _, _ in chosen], [(*span, at) for _, span, at in chosen]
+    rooms = data.draw(st.integers(0, 200)), data.draw(st.integers(0, 20))
+    found = []
+    for function in (native().move_payloads, TWINS["move_payloads"]):
+        kept, room = (bytearray(b"?" * each) for each in rooms)
+        with (there.parent / "target").open("w+b") as file:
+            try:
+                told: Any = function(str(there), names, packed(spans), kept, room, file.fileno())
+            except (ValueError, OSError) as error:
+                told = type(error).__name__, str(error)
+            found.append((told, bytes(kept), file.read()))
+    assert found[0] == found[1]
 
 
 def test_large_parts_are_moved_whole(half: Half, tmp_path: Path) -> None:

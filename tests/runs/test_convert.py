@@ -7,6 +7,7 @@ import itertools
 import json
 import os
 import random
+import resource
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -31,10 +32,15 @@ from tlcore_backends.pt.decode import parts
 from tlcore_backends.pt.sink import PtSink
 from tlcore_backends.pt.source import PtSource
 from tlcore_backends.safetensors import segment_sink
+from tlcore_backends.safetensors.moved_files import MovedFiles
 from tlcore_backends.safetensors.sink import SafetensorsSink
 from tlcore_backends.storage.atomic_file import AtomicFile
 
 _fresh = itertools.count()
+
+
+def _nothing(source: PtSource, records: Any, known: Any) -> None:
+    return None
 
 
 def files(place: str | Path) -> dict[str, bytes]:
@@ -157,10 +163,13 @@ def test_a_damaged_document_of_the_run_gets_no_checksum_that_fits(
     assert not (tmp_path / "b").exists()
 
 
-@pytest.fixture
-def large_steps(monkeypatch: pytest.MonkeyPatch) -> str:
-    """A backend for which every step is too large to share a segment."""
+@pytest.fixture(params=["moved", "read"])
+def large_steps(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A backend for which every step is too large to share a segment; and both ways there."""
+    if request.param == "read":
+        monkeypatch.setattr(PtSource, "sound_move", _nothing)
     monkeypatch.setattr(segment_sink, "_LEAST_LARGE", 1)
+    monkeypatch.setattr(bulk, "_GROUP_OF_MOVED", 100)
     monkeypatch.setattr(conversion, "_LOCAL_BATCH_BYTES", 1)
     monkeypatch.setattr(bulk, "_GROUP_OF_WHOLE", 1)
     write = AtomicFile.write
@@ -188,6 +197,7 @@ def test_a_large_step_is_written_while_it_comes(
     assert files(converted(there, tmp_path / "c", "pt", capsys)) == files(source)
 
 
+@pytest.mark.parametrize("large_steps", ["read"], indirect=True)
 @pytest.mark.parametrize("number", [1, 4])
 def test_a_write_that_fails_while_the_next_is_read_is_told(
     number: int,
@@ -256,11 +266,65 @@ def test_a_large_step_is_refused_as_a_small_one_is(
         file.write_bytes(changed)
         found = outcome()
         with monkeypatch.context() as patch:
-            patch.setattr(PtSource, "sound_read", lambda self, records, known: None)
+            patch.setattr(PtSource, "sound_read", _nothing)
+            patch.setattr(PtSource, "sound_move", _nothing)
             assert found == outcome(), (file, at)
         refused += found != sound
         file.write_bytes(data)
     assert refused >= 15 and outcome() == sound
+
+
+def test_what_is_moved_is_read_by_nobody(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(segment_sink, "_LEAST_LARGE", 1)
+    backend = json.dumps({"name": "safetensors", "segment_bytes": 100})
+    source = capture(tmp_path / "a", "pt")
+    read: list[Any] = []
+    read_many, publish = PtSource.read_many, MovedFiles.publish
+    monkeypatch.setattr(PtSource, "sound_read", lambda *args: read.append("together"))
+
+    def many(*args: Any) -> Any:
+        read.append("one by one")
+        return read_many(*args)
+
+    monkeypatch.setattr(PtSource, "read_many", many)
+
+    def noted(self: MovedFiles, published: Any) -> None:
+        publish(self, published)
+        read.append("moved")
+
+    monkeypatch.setattr(MovedFiles, "publish", noted)
+    converted(source, tmp_path / "b", backend, capsys)
+    assert read == ["moved"] * 2
+    # One that another tool has written again is sound, but not as it was: all of its step are read.
+    read.clear()
+    file = next((source / "step_0").rglob("*.pt"))
+    torch.save(torch.load(file), tmp_path / "again.pt")
+    file.write_bytes((tmp_path / "again.pt").read_bytes())
+    there = converted(source, tmp_path / "c", backend, capsys)
+    assert read.count("moved") == 1 and "one by one" in read
+    files_of_both = [files(tmp_path / each / source.name) for each in "bc"]
+    assert files_of_both[0] == files_of_both[1] == files(there)
+
+
+def test_a_disk_that_is_full_while_tensors_are_moved_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(segment_sink, "_LEAST_LARGE", 1)
+    model = nn.Linear(256, 256)
+    with tlcore.capture(model, output_dir=str(tmp_path / "a")) as taken:
+        model(torch.randn(1024, 256))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (700_000, limits[1]))
+    try:
+        code = main(["convert", taken.url, str(tmp_path / "b"), "--backend", "safetensors"])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert code == 2 and "safetensors: File too large" in capsys.readouterr().err
+    there = tmp_path / "b" / Path(taken.url).name
+    assert tlcore.open_run(there).state == "incomplete"
+    assert not [*there.rglob("*.tmp"), *there.rglob("*.safetensors")]
 
 
 def test_what_has_another_dtype_is_no_alias() -> None:

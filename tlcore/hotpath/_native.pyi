@@ -33,6 +33,9 @@ def make_files(
 def gather_payloads(
     directory: str, names: Sequence[str], spans: Buffer, kept: Buffer, target: Buffer, /
 ) -> tuple[bytes, bytes]: ...
+def move_payloads(
+    directory: str, names: Sequence[str], spans: Buffer, kept: Buffer, room: Buffer, handle: int, /
+) -> bytes: ...
 def read_rows(
     directory: str, names: Sequence[str], size: int, head: Buffer, pieces: Buffer, target: Buffer, /
 ) -> bytes: ...

@@ -20,7 +20,7 @@ PyMODINIT_FUNC PyInit__native(void)
         PyModule_AddStringConstant(module, "SOURCES", TLCORE_SOURCES) || tlcore_add_hashing(module) ||
         tlcore_add_copying(module) || tlcore_add_reading(module) || tlcore_add_ranges(module) ||
         tlcore_add_beneath(module) || tlcore_add_entries(module) || tlcore_add_payloads(module) ||
-        tlcore_add_gathering(module) || tlcore_add_rows(module) || tlcore_add_seals(module) ||
+        tlcore_add_gathering(module) || tlcore_add_moving(module) || tlcore_add_rows(module) || tlcore_add_seals(module) ||
         tlcore_add_spans(module) || tlcore_add_making(module) || tlcore_add_fingerprint(module) ||
         tlcore_add_looking(module) || tlcore_add_walker(module) || tlcore_add_hearing(module) ||
         tlcore_add_listening(module) || tlcore_add_using(module)) {

@@ -12,7 +12,7 @@
 #include <stdint.h>
 
 /* Counts up whenever a function changes what it takes or gives; `native.py` refuses any other. */
-#define TLCORE_INTERFACE 13
+#define TLCORE_INTERFACE 14
 
 /* Shorter work than this is over before another thread could use the interpreter, which is dear to get back. */
 #define TLCORE_SMALL_BYTES (256 << 10)
@@ -48,6 +48,7 @@ int tlcore_add_beneath(PyObject *module);
 int tlcore_add_entries(PyObject *module);
 int tlcore_add_payloads(PyObject *module);
 int tlcore_add_gathering(PyObject *module);
+int tlcore_add_moving(PyObject *module);
 int tlcore_add_rows(PyObject *module);
 int tlcore_add_seals(PyObject *module);
 int tlcore_add_spans(PyObject *module);

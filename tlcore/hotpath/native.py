@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from . import _native
 
 SWITCH = "TLCORE_NO_EXTENSIONS"
-_INTERFACE = 13
+_INTERFACE = 14
 _TRIED = bytes(range(256)) * 3
 
 

@@ -9,6 +9,7 @@ from ..protocols import (
     SupportsArraysInto,
     SupportsIdentity,
     SupportsKinds,
+    SupportsMoveSound,
     SupportsOwnBytes,
     SupportsReadSound,
     SupportsSizes,
@@ -52,6 +53,12 @@ class Abilities:
         """What proves tensors of this machine sound while it reads them."""
         source = self._source
         return source if self._is_local and isinstance(source, SupportsReadSound) else None
+
+    @cached_property
+    def moving(self) -> SupportsMoveSound | None:
+        """What proves them while it writes them into a file."""
+        source = self._source
+        return source if self._is_local and isinstance(source, SupportsMoveSound) else None
 
     @cached_property
     def owning(self) -> SupportsOwnBytes | None:

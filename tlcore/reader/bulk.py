@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from typing import NamedTuple
 
+from ..alike import Move
 from ..errors import ReadError
 from ..hotpath.hashing import hex_digests
 from ..record import Json
@@ -28,6 +29,8 @@ _GROUP_OF_ARRAYS = 8192
 _LOCAL_THREADS = min(4, os.cpu_count() or 1)
 # Of a step that is written while it is read, by one thread: memory is soon used again, and others have work.
 _GROUP_OF_WHOLE = 4 << 20
+# Of one whose tensors two threads write into its files at once.
+_GROUP_OF_MOVED = 8 << 20
 _REMOTE_THREADS = 8
 _NOTHING = memoryview(b"")
 HASH = "xxh3-128:"
@@ -60,6 +63,19 @@ def read_whole(stored: Stored, records: Sequence[Json]) -> Iterator[Sequence[Pay
     Aliases come without their bytes.
     """
     return _read_groups(stored, records, keep=True, whole=True)
+
+
+def move_whole(stored: Stored, records: Sequence[Json]) -> Iterator[tuple[Sequence[Payload], Move]]:
+    """The payloads of a step without their bytes, and what writes those of each group into a file.
+
+    Raises ReadError for such as have to be read: that tells what is wrong with them, if anything is.
+    """
+    known: dict[Hashable, str] = {}
+    for group in _groups(records, _GROUP_OF_MOVED, _GROUP_OF_ARRAYS, aliases=False):
+        move = stored.sound_move(group, known)
+        if move is None:
+            raise ReadError(f"{stored.url}: some tensors cannot be moved")
+        yield [Payload(record, _NOTHING, record["hash"].removeprefix(HASH)) for record in group], move
 
 
 def _read_groups(

@@ -265,6 +265,16 @@ class Stored:
                 read = proving.sound_read(records, known)
         return partial(self._read_sound, read)
 
+    def sound_move(
+        self, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
+    ) -> Callable[[Sequence[int], Sequence[int]], Callable[[int], bool]] | None:
+        """What `SupportsMoveSound` gives; None of a source that is none."""
+        moving = self._can.moving
+        if moving is not None:
+            with contextlib.suppress(ReadError), self.asking():
+                return moving.sound_move(records, known)
+        return None
+
     def _read_sound(self, read: Callable[[], Sequence[Buffer] | None] | None) -> Sequence[Buffer] | None:
         with contextlib.suppress(ReadError), self.asking():
             return None if read is None else read()

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from ..alike import AlikeStep, SupportsWriteAlike, SupportsWriteWhole
+from ..alike import AlikeStep, Move, SupportsWriteAlike, SupportsWriteMoved, SupportsWriteWhole
 from ..engine.run_documents import RunDocuments, close_run
 from ..errors import ReadError, VerifyError
 from ..layout.run_files import STEP_KEYS
@@ -19,7 +19,7 @@ from ..locations import is_url
 from ..protocols import Sink, SupportsLateCommit
 from ..reader import Run, Step
 from ..reader.alike import alike_steps
-from ..reader.bulk import Payload, read_payloads, read_whole
+from ..reader.bulk import Payload, move_whole, read_payloads, read_whole
 from ..reader.documents import counts_of
 from ..record import Json, Origin, Record, StepSummary
 
@@ -163,6 +163,11 @@ class _Steps:
 
     def _write_whole(self, records: Sequence[Json], summary: StepSummary) -> bool:
         sink = self._sink
+        if isinstance(sink, SupportsWriteMoved) and not self._source.is_foreign:
+            moved = self._moved_batches(records, summary)
+            if self._booked.committed(summary, lambda: sink.write_moved(moved, summary)):
+                self._on_tensors(len(records))
+                return True
         if not isinstance(sink, SupportsWriteWhole):
             return False
         batches = self._whole_batches(records, summary)
@@ -187,6 +192,14 @@ class _Steps:
             batch = list(_records(group, summary.step, self._rank, hashed, known))
             yield batch
             self._on_tensors(len(batch))
+
+    def _moved_batches(
+        self, entries: Sequence[Json], summary: StepSummary
+    ) -> Iterator[tuple[list[Record], Move]]:
+        """The records of a step without their bytes, and what writes these."""
+        known: _Known = {}
+        for payloads, move in move_whole(self._source.stored, entries):
+            yield list(_records(payloads, summary.step, self._rank, True, known)), move
 
     def _batches(
         self, payloads: Iterable[Payload], summary: StepSummary, batch_bytes: int

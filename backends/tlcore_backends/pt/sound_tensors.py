@@ -15,11 +15,10 @@ from tlcore.hotpath.reading import FILE_ALIGNMENT, Scratch, identities
 from tlcore.protocols import Buffer
 
 from .alike import UNUSUAL, frame_in
-from .encode import Frame
 from .frame_table import FrameTable
 
 _HASH = "xxh3-128:"
-_HASH_BYTES = 16
+HASH_BYTES = 16
 # What is read together is mostly less. One piece is read, one or two wait, one is looked at, one written.
 _LEAST_PIECE, _MOST_PIECES = 4224 << 10, 6
 _NOTHING = memoryview(b"")
@@ -47,6 +46,31 @@ def _read(files: _Files, scratch: Scratch) -> Sequence[Buffer] | None:
     return None
 
 
+class Looked:
+    """The files of some records before they are read: ``names``, ``hashes`` (16 bytes each) and ``frames``.
+
+    ``wanted`` are the numbers of those that have to be read; the others are aliases whose files are proven,
+    or will be.
+    """
+
+    def __init__(
+        self, directory: str, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
+    ) -> None:
+        """Raises one of `UNUSUAL` for what cannot be read so."""
+        self.names = [_file(record) for record in records]
+        states = identities([f"{directory}/{name}" for name in self.names])
+        if None in states:
+            raise ReadError("a file is missing")
+        self.wanted = list[int]()
+        for index, (record, state) in enumerate(zip(records, states, strict=True)):
+            form, stated = (state, record["dtype"], tuple(record["shape"])), record["hash"]
+            if record.get("alias_of") is None or known.get(form) != stated:
+                known[form] = stated
+                self.wanted.append(index)
+        self.frames = list(map(frame_in, records))
+        self.hashes = _digests([record["hash"] for record in records])
+
+
 class _Files:
     """The files of some records: everything about them is worked out before they are read."""
 
@@ -54,28 +78,19 @@ class _Files:
         self, directory: str, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
     ) -> None:
         """Raises one of `UNUSUAL` for what cannot be read so."""
-        names = [_file(record) for record in records]
-        states = identities([f"{directory}/{name}" for name in names])
-        if None in states:
-            raise ReadError("a file is missing")
+        looked = Looked(directory, records, known)
         self._directory, self._count = directory, len(records)
-        self._wanted, self._names, hashes = list[int](), list[str](), list[str]()
-        frames, places, self.nbytes = list[Frame](), list[int](), 0
-        for index, (record, name, state) in enumerate(zip(records, names, states, strict=True)):
-            form, stated = (state, record["dtype"], tuple(record["shape"])), record["hash"]
-            is_alias = record.get("alias_of") is not None
-            if is_alias and known.get(form) == stated:
-                continue
-            known[form] = stated
-            frame = frame_in(record)
-            self._wanted.append(index)
-            self._names.append(name)
-            hashes.append(stated)
-            frames.append(frame)
+        self._wanted = looked.wanted
+        self._names = [looked.names[index] for index in self._wanted]
+        frames = [looked.frames[index] for index in self._wanted]
+        places, self.nbytes = list[int](), 0
+        for index, frame in zip(self._wanted, frames, strict=True):
+            is_alias = records[index].get("alias_of") is not None
             places.append(-1 if is_alias else self.nbytes)
             if not is_alias:
                 self.nbytes += -(-frame.payload_bytes // FILE_ALIGNMENT) * FILE_ALIGNMENT
-        self._hashes = _digests(hashes)
+        each = list(_each(looked.hashes))
+        self._hashes = b"".join([each[index] for index in self._wanted])
         self._table = FrameTable(frames)
         self._spans = np.column_stack((self._table.spans, np.array(places, np.int64)))
         self._parts = [
@@ -110,7 +125,7 @@ def _digests(hashes: Sequence[str]) -> bytes:
 
 
 def _each(digests: bytes) -> Iterator[bytes]:
-    return (digests[at : at + _HASH_BYTES] for at in range(0, len(digests), _HASH_BYTES))
+    return (digests[at : at + HASH_BYTES] for at in range(0, len(digests), HASH_BYTES))
 
 
 def _file(record: Mapping[str, Any]) -> str:

@@ -13,6 +13,7 @@ from typing import Any
 
 from tlcore.errors import ReadError
 from tlcore.hotpath.beneath import read_texts
+from tlcore.hotpath.reading import Scratch
 from tlcore.hotpath.rows import read_rows
 from tlcore.layout.directions import PATTERN
 from tlcore.layout.dtypes import item_size
@@ -23,9 +24,11 @@ from tlcore.record import Json
 from tlcore.storage import Store
 
 from ..storage.step_files import StepFiles
+from .alike import UNUSUAL
 from .alike_steps import alike_steps
 from .decode import parts
 from .encode import head, payload_in
+from .moved_tensors import MovedTensors
 from .outlines import Outlines
 from .sound_tensors import SoundTensors
 from .structure_files import StructureFiles
@@ -52,6 +55,7 @@ class PtSource:
         self._structures = StructureFiles(self._files)
         directory = self._files.directory
         self._sound = None if directory is None else SoundTensors(directory)
+        self._scratch = Scratch()
         # Files that hold a tensor of which capture writes another file.
         self._rewritten: set[str] = set()
 
@@ -130,6 +134,16 @@ class PtSource:
     ) -> Callable[[], Sequence[Buffer] | None] | None:
         """What reads tensors of a run on this machine, and proves them sound."""
         return None if self._sound is None else self._sound.prepared(records, known)
+
+    def sound_move(
+        self, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
+    ) -> MovedTensors | None:
+        """What writes tensors of a run on this machine into a file, and proves them sound."""
+        directory = self._files.directory
+        if directory is not None:
+            with suppress(OSError, *UNUSUAL):
+                return MovedTensors(directory, self._scratch, records, known)
+        return None
 
     def identity(self, record: Mapping[str, Any]) -> Hashable | None:
         """Equal for names of one file that mean the same by it."""

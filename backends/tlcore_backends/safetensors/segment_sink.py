@@ -9,8 +9,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 
-from tlcore.alike import AlikeStep
-from tlcore.errors import BackendError, shareable
+from tlcore.alike import AlikeStep, Move
+from tlcore.errors import BackendError, ReadError, shareable
 from tlcore.layout.checksums import with_checksum
 from tlcore.layout.templates import compact
 from tlcore.ledger import Counts
@@ -22,6 +22,7 @@ from ..storage.run_store import store_of
 from ..storage.writes_behind import WritesBehind
 from .columns import Column
 from .journey import Journey
+from .moved_files import CannotMoveError, MovedFiles
 from .plans import Plan, Plans
 from .segment_names import catalogue_name
 from .segments import MOST_ARRAYS, Segment
@@ -226,6 +227,38 @@ class SegmentSink:
             for batch in batches:
                 self.write(batch)
             self.commit_step(summary)
+        return True
+
+    def write_moved(self, batches: Iterable[tuple[Sequence[Record], Move]], summary: StepSummary) -> bool:
+        """Write a step that is too large to share a segment into files without reading its tensors here."""
+        store = self._appending
+        if store is None or summary.counts.bytes_stored < self._large_bytes:
+            return False
+        self._journey.room()
+        with self._changed, ThreadPoolExecutor(_LOCAL_THREADS, "tlcore-move") as pool:
+            self._abandon()
+            self._seal()
+            files = MovedFiles(store, pool)
+            try:
+                self._segment.stream(files, self._most_bytes, lambda name, nbytes: None)
+                for records, move in batches:
+                    self._segment.write_unread(records, files.unread(records, move))
+                # What there is to say of the step is said while the files are written.
+                plan = self._segment.commit(summary)
+                files.publish(self._journey.note_file)
+            except BaseException as error:
+                files.abandon()
+                self._segment.abandon_step()
+                self._journey.forget_files()
+                self._number = self._segment.number
+                self._segment = self._new_segment()
+                if isinstance(error, (ReadError, CannotMoveError)):
+                    return False
+                raise
+            self._remember(summary.step, plan)
+            self._accept(summary)
+        if self._commit_s == 0:
+            self._journey.wait()
         return True
 
     def _remember(self, step: int, plan: Plan) -> None:

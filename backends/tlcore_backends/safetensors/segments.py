@@ -24,7 +24,7 @@ from .plans import OpenStep, Plan, Plans
 from .sealed import File, Sealed, put_together
 from .segment_names import LONGEST_STEPS, MOST_STEPS, data_name, index_name, steps_text
 from .shard_buffer import ShardBuffer, ShardBuffers
-from .step_files import StepFiles, Tensor
+from .step_files import StepFiles, Tensor, Unread
 from .stored_plans import MOST_ITEMS
 
 MOST_ARRAYS = 50_000
@@ -150,7 +150,15 @@ class Segment:
         """Whether the open step is written while it comes."""
         return self._streamed is not None
 
-    def _stream(self, data: Sequence[Buffer]) -> None:
+    def write_unread(self, batch: Sequence[Record], data: Sequence[Unread]) -> None:
+        """Write records, whose bytes ``data`` stands for, into the files of the open step."""
+        step = self._open
+        if step is None:
+            step = self._open = OpenStep(batch[0].step, self._plans.last, self.copied_bytes)
+        step.add(batch, self._plans.describer)
+        self._stream(data)
+
+    def _stream(self, data: Sequence[Buffer | Unread]) -> None:
         step, streamed = self._open, self._streamed
         assert step is not None and streamed is not None
         slots, digests = step.slots[self._filed :], step.digests[self._filed :]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from tlcore.errors import BackendError
 from tlcore.layout.templates import quoted
@@ -20,13 +20,22 @@ _LARGEST_RESERVE = 16 << 20
 _ROOM_FOR_ENTRY = 160
 
 
+class Unread(Protocol):
+    """The bytes of a tensor that the file it is written to fetches itself."""
+
+    @property
+    def nbytes(self) -> int:
+        """How many they are."""
+        ...
+
+
 class Tensor(NamedTuple):
     """A tensor of the step: its array's number in the index, slot, hash, and bytes (only lent)."""
 
     number: int
     slot: Slot
     digest: str
-    data: Buffer
+    data: Buffer | Unread
 
 
 class StepFiles:
@@ -113,8 +122,9 @@ class _StepFile:
         self._keys: set[str] = set()
         self._columns: dict[int, Column] = {}
         self._own: list[Column] = []
-        self._waiting: list[Buffer] = []
-        self._late: list[tuple[Column, bytes]] = []
+        # Bytes, or what the file fetches itself.
+        self._waiting: list[Any] = []
+        self._late: list[tuple[Column, bytes | Unread]] = []
 
     @property
     def nbytes(self) -> int:
@@ -133,16 +143,18 @@ class _StepFile:
         column.take_key(self._keys)
         self._columns[tensor.number] = column
         if column.same_as is None:
-            if memoryview(tensor.data).nbytes != tensor.slot.nbytes:
+            data = tensor.data
+            lent = memoryview(data) if isinstance(data, Buffer) else data
+            if lent.nbytes != tensor.slot.nbytes:
                 raise BackendError(f"{tensor.slot.tail} came without its bytes")
             self._own.append(column)
             if tensor.slot.nbytes % ALIGNMENT:
-                self._late.append((column, bytes(tensor.data)))
+                self._late.append((column, bytes(data) if isinstance(data, Buffer) else data))
                 self.late_bytes += tensor.slot.nbytes
             else:
                 column.begin = self._position
                 self._position += tensor.slot.nbytes
-                self._waiting.append(tensor.data)
+                self._waiting.append(data)
         self._header_bytes += head_bytes(column, self._columns)
 
     def flush(self) -> None:
@@ -159,7 +171,7 @@ class _StepFile:
         self._late.sort(key=lambda each: -each[0].slot.dtype.itemsize)
         for column, data in self._late:
             column.begin = self._position
-            self._position += len(data)
+            self._position += column.slot.nbytes
             self._waiting.append(data)
         self.flush()
         head = head_of(self._columns, self._own, self._reserve)

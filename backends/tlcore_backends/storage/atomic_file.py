@@ -41,6 +41,10 @@ class AtomicFile:
         self._writes.note(written, time.perf_counter() - begin)
         return written
 
+    def fileno(self) -> int:
+        """The handle, for who writes to places of the file; all of that is done before `publish`."""
+        return self._open_handle
+
     def copy(self, handle: int) -> int:
         """Append what another open file has from where it stands; returns how many bytes it was."""
         return copy_bytes(handle, self._open_handle)
