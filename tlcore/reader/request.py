@@ -57,8 +57,9 @@ class Request(Mapping[str, "torch.Tensor"]):
     that were rejected are left out, and so is what is not known to be this request's.
 
     Outside vLLM a request is a sample, and the call of a module is counted within the model's call: a name
-    means the same tensor in each call of a generation, in a step of its own or not. Of a model of encoder and
-    decoder, a tensor that both have ends in ``@encoder`` where the rows are of what the encoder was given.
+    means the same tensor in each call of a generation, in a step of its own or not. A tensor that
+    an encoder and the model behind it have both ends in ``@encoder`` where the rows are of what the encoder was
+    given.
     """
 
     def __init__(self, run_url: str, request_id: str, external_id: str | None, steps: Sequence[Step]) -> None:
@@ -106,7 +107,7 @@ class Request(Mapping[str, "torch.Tensor"]):
                 known[id(spans)] = spans, self._own_spans(spans)
             for span in known[id(spans)][1]:
                 if span.first is not None:
-                    key = name_in_model(step, record, modules), str(span.row.get("sequence", ""))
+                    key = name_in_model(step, record, modules), step.sequence_of(record, span)
                     found[key].append(_Place(step, record["name"], span, span.first))
 
     def _own_spans(self, spans: Sequence[Span]) -> list[Span]:

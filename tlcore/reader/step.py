@@ -10,7 +10,7 @@ from ..errors import MissingError, ReadError
 from ..layout.checks import is_whole
 from ..layout.grids import Grid
 from ..layout.names import step_dir
-from ..layout.rows import CallRows, Row, Span, decided_positions
+from ..layout.rows import ENCODED, CallRows, Row, Span, decided_positions
 from ..layout.templates import Structures, structures_of_texts
 from ..layout.tokens import checked_tokens
 from ..ledger import Counts
@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     import torch
 
 _TENSOR_FILE = ".pt"
+_ENCODER = "encoder"
 
 
 class Step(Mapping[str, "torch.Tensor"]):
@@ -163,6 +164,14 @@ class Step(Mapping[str, "torch.Tensor"]):
         of rejected draft tokens are among them: `Span.kept` leaves them out.
         """
         return self._call_rows[record["rank"]].spans(record)
+
+    def sequence_of(self, record: Json, span: Span) -> str:
+        """Which of a request's sequences a span of a record's rows is of: ``encoder``, or empty.
+
+        What an encoder works on (images) stands at positions of the prompt, and is none of its rows.
+        """
+        kind = getattr(self._call_rows[record["rank"]].placed(record).rows, "kind", "")
+        return str(span.row.get("sequence", _ENCODER if kind in ENCODED else ""))
 
     def fits_rows(self, record: Json) -> bool:
         """Whether a record's tensor may have rows of requests, known or not."""

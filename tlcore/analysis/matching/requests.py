@@ -208,8 +208,9 @@ def _rows_of(source: Located, step: Step, labels: Mapping[str, str]) -> Iterator
     for span in map(Span.kept, step.row_spans(source.laid_out)):
         if span.length and span.first is not None:
             request = labels[str(span.row["request_id"])]
-            if "sequence" in span.row:
-                request = f"{request}@{span.row['sequence']}"
+            sequence = step.sequence_of(source.laid_out, span)
+            if sequence:
+                request = f"{request}@{sequence}"
             unsampled = span.row.get("unsampled") is True
             yield _Span(source, request, span.begin, span.length, span.first, span.axis, unsampled)
 

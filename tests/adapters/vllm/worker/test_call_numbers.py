@@ -129,6 +129,23 @@ def test_runs_whose_requests_share_other_steps_are_equal(both: list[str]) -> Non
     assert result.equal, str(result)
 
 
+def test_what_an_encoder_has_is_never_compared_with_rows_of_the_prompt(tmp_path: Path) -> None:
+    """One module works on both, and of the tokens' rows another run has those behind its prefix cache."""
+    runs = []
+    for value, cached in ((7.0, 0), (7.0, 2), (8.0, 2)):
+        runner = _Runner(encoder_decoder=False)
+        asked = _asked(0, 4, False)
+        runner.items, asked.computed = {asked.name: torch.full((2, 3), value)}, cached
+        runs.append(_captured(tmp_path, runner, [([asked], [4 - cached])]))
+        request = tlcore.open_run(runs[-1]).request("0")
+        assert request.positions("act/outputs_cpu") == list(range(cached, 4))
+        assert request["act/outputs_cpu@encoder"].tolist() == [[value] * 3] * 2
+    result = tlcore.compare(runs[0], runs[1], ignore_missing=True)
+    assert result.equal, str(result)
+    other = tlcore.compare(runs[1], runs[2], ignore_missing=True).first_divergence
+    assert other is not None and other.module == "act"
+
+
 @pytest.mark.parametrize("encoder_decoder", [True, False])
 def test_what_an_encoder_calls_is_no_call_of_the_models_pass(encoder_decoder: bool, tmp_path: Path) -> None:
     runner = _Runner(encoder_decoder)
@@ -144,10 +161,8 @@ def test_what_an_encoder_calls_is_no_call_of_the_models_pass(encoder_decoder: bo
         request = run.request(str(each.number))
         expected = [[each.number, place, token] for place, token in enumerate(each.tokens)]
         assert request["act/outputs_cpu"].tolist() == expected
-        if encoder_decoder:
-            assert request["act/outputs_cpu@encoder"].tolist() == [[7.0 + each.number] * 3] * (
-                2 + each.number
-            )
+        items = request["act/outputs_cpu@encoder"]
+        assert items.tolist() == [[7.0 + each.number] * 3] * (2 + each.number)
         assert request["layer/outputs_cpu"].tolist() == expected
         names = [name for name in request if name.startswith("act") and "outputs" in name]
-        assert len(names) == 1 + encoder_decoder, names
+        assert len(names) == 2, names
