@@ -58,8 +58,8 @@ class Request(Mapping[str, "torch.Tensor"]):
 
     Outside vLLM a request is a sample, and the call of a module is counted within the model's call: a name
     means the same tensor in each call of a generation, in a step of its own or not. A tensor that
-    an encoder and the model behind it have both ends in ``@encoder`` where the rows are of what the encoder was
-    given.
+    an encoder and the model behind it both have ends in ``@encoder`` where its rows are of what the encoder
+    was given.
     """
 
     def __init__(self, run_url: str, request_id: str, external_id: str | None, steps: Sequence[Step]) -> None:
