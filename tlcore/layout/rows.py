@@ -13,13 +13,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from typing import Any, NamedTuple
 
 from .checks import is_whole
 from .grids import UNCLEAR, Grid, axis_of, read_grid
 from .one_sample import axis_in_sample
 from .row_scale import presented
-from .unordered import is_sorted_amid
+from .unordered import is_sorted
 
 Row = Mapping[str, Any]
 
@@ -274,7 +275,7 @@ class CallRows:
 
     def batch(self, record: Mapping[str, Any]) -> tuple[Grid, Sequence[Row]] | None:
         """The grid of a record's call and its rows; None unless there is one."""
-        found = {each.grid: each.rows for each in self.sets(str(record["name"]).split("/")[1]) if each.grid}
+        found = {each.grid: each.rows for each in self._around(record) if each.grid}
         ((grid, rows),) = found.items() if len(found) == 1 else ((None, ()),)
         return (grid, rows) if grid is not None and grid.length else None
 
@@ -283,8 +284,18 @@ class CallRows:
         keys = ("first_row", "rows", "first_position", "sequence")
         return tuple(
             (each.kind, each.grid, *(tuple(map(row.get, keys)) for row in each.rows))
-            for each in self.sets(str(record["name"]).split("/")[1])
+            for each in self._around(record)
         )
+
+    def _around(self, record: Mapping[str, Any]) -> Iterable[RowSet]:
+        """The row sets of a record's call; of what experts sort, which is nobody's, those of all calls."""
+        sets = self.sets(str(record["name"]).split("/")[1])
+        if sets or not is_sorted(record):
+            return sets
+        return [
+            *self._others,
+            *chain.from_iterable({id(each): each for each in self._listed.values()}.values()),
+        ]
 
     def spans(self, record: Mapping[str, Any]) -> tuple[Span, ...]:
         """Whose the rows of a record's tensor are; nothing where it is not known. Equal ones are the same."""
@@ -303,8 +314,7 @@ class CallRows:
         if self._whole and shape in self._whole.get(call, ()):
             # Of this shape some tensor was stored whole where others have only the chosen rows.
             return Placed(None, 0, True)
-        amid = is_sorted_amid(str(record.get("module", "")), str(record.get("direction", "")))
-        sets = NO_ROWS if amid else self.sets(call)
+        sets = NO_ROWS if is_sorted(record) else self.sets(call)
         key = id(sets), is_whole_numbers(str(record["dtype"])), shape
         found = self._placed.get(key)
         if found is None:

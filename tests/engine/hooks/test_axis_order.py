@@ -151,6 +151,23 @@ def test_what_experts_sort_is_nobodys_and_what_they_take_and_give_is_the_samples
     assert found == {"step_0/mlp.experts", "step_0/mlp.experts.act_fn"}
 
 
+def test_what_experts_sort_is_compared_where_the_batch_is_the_same_alone(tmp_path: Path) -> None:
+    model, ids = _OneExpertEach().eval(), torch.arange(15).view(3, 5) + 5
+
+    def captured(batch: torch.Tensor) -> str:
+        with torch.no_grad(), tlcore.capture(model, output_dir=tmp_path, ops=["experts$"]) as capture:
+            model(input_ids=batch, attention_mask=torch.ones_like(batch))
+        return capture.url
+
+    one, same, turned = captured(ids), captured(ids), captured(ids.flip(0))
+    within = {False: tlcore.compare(one, same), True: tlcore.compare(one, turned)}
+    for other, comparison in within.items():
+        assert comparison.equal
+        compared = {each.module for each in comparison.results}
+        assert ("mlp.experts.act_fn" in compared) != other and "mlp.experts" in compared
+        assert any("no row per token" in note for note in comparison.not_compared) == other
+
+
 @pytest.mark.parametrize("make", [_Tokens, _PositionsFirst, _Packed])
 def test_where_extents_tell_the_axes_rows_are_known(make: type[_Tokens], tmp_path: Path) -> None:
     length = LENGTH if make is _Tokens else LENGTH + 1

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from ...layout.directions import is_operator
 from ...layout.grids import Grid
+from ...layout.unordered import is_sorted
 from ...reader import Step
 from ..results import Gap, TensorResult
 from .pairs import Key, Located, Pair, Piece, absent
@@ -45,7 +46,8 @@ class _Batched:
 
     def lies_as(self, other: _Batched) -> bool:
         """Whether the samples of its first axis, where it has one, are those of the other, in its order."""
-        return self.shape[0] != self.grid.samples or self.samples == other.samples
+        apart = self.shape[0] != self.grid.samples and not is_sorted(self.source.records[0])
+        return apart or self.samples == other.samples
 
 
 @dataclass(slots=True)
