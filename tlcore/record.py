@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .layout.dtypes import name_of
+from .layout.hashes import HASH_PREFIX
 from .layout.names import PathKey
 from .layout.row_scale import KEY, SCALE, STORED
 from .layout.templates import Json as Json
@@ -156,7 +157,7 @@ class Record(NamedTuple):
 
     def describe(self) -> Json:
         """The record's entry in ``step.json``, without the place where its bytes lie."""
-        entry: Json = {"name": self.name, **self.origin.describe(), "hash": f"xxh3-128:{self.hash}"}
+        entry: Json = {"name": self.name, **self.origin.describe(), "hash": f"{HASH_PREFIX}{self.hash}"}
         if self.alias_of is not None:
             entry["alias_of"] = self.alias_of
         return entry
@@ -164,7 +165,7 @@ class Record(NamedTuple):
     def entry_text(self) -> str:
         """`describe` as JSON text without its closing brace: the keys of its place are still to follow."""
         alias = "" if self.alias_of is None else f',"alias_of":{quoted(self.alias_of)}'
-        return f'{{"name":{quoted(self.name)},{self.origin.text},"hash":"xxh3-128:{self.hash}"{alias}'
+        return f'{{"name":{quoted(self.name)},{self.origin.text},"hash":"{HASH_PREFIX}{self.hash}"{alias}'
 
 
 def tensor_from_bytes(

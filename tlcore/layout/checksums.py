@@ -12,13 +12,14 @@ from typing import Any
 import xxhash
 
 from ..errors import ReadError
+from .hashes import HASH_PREFIX
 
 KEY = "checksum"
-_DIGITS = b"?" * 32
+_HASH = HASH_PREFIX.encode() + b"?" * 32
 # In one line, or with one key a line.
 _LINES = (
-    b'{"checksum":"xxh3-128:' + _DIGITS + b'",\n',
-    b'{\n "checksum": "xxh3-128:' + _DIGITS + b'",\n',
+    b'{"checksum":"' + _HASH + b'",\n',
+    b'{\n "checksum": "' + _HASH + b'",\n',
 )
 _LINE = re.compile(b"|".join(re.escape(line).replace(rb"\?" * 32, b"([0-9a-f]{32})") for line in _LINES))
 # So many other bytes in such a line are damage; what differs in more is another line.
@@ -38,12 +39,12 @@ def is_sound(data: bytes) -> bool | None:
     if line is None:
         return False if any(_others(data, each) <= _DAMAGED_BYTES for each in _LINES) else None
     stated = line[1] or line[2]
-    return digest(memoryview(data)[line.end() :]) == f"xxh3-128:{stated.decode('ascii')}"
+    return digest(memoryview(data)[line.end() :]) == f"{HASH_PREFIX}{stated.decode('ascii')}"
 
 
 def _others(data: bytes, line: bytes) -> int:
     """How many bytes at the beginning are not those of a line, whatever its digits."""
-    differ = sum(one != other and other != _DIGITS[0] for one, other in zip(data, line, strict=False))
+    differ = sum(one != other and other != _HASH[-1] for one, other in zip(data, line, strict=False))
     return differ + max(0, len(line) - len(data))
 
 
@@ -69,4 +70,4 @@ def digest_of_files(files: Mapping[str, bytes]) -> str:
 
 def digest(data: bytes | memoryview) -> str:
     """The XXH3-128 of bytes, as it is written."""
-    return f"xxh3-128:{xxhash.xxh3_128_hexdigest(data)}"
+    return f"{HASH_PREFIX}{xxhash.xxh3_128_hexdigest(data)}"

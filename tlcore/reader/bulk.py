@@ -17,8 +17,10 @@ from typing import NamedTuple
 from ..alike import Move
 from ..errors import ReadError
 from ..hotpath.hashing import hex_digests
+from ..layout.hashes import HASH_PREFIX
 from ..record import Json
 from ..storage import Buffer
+from .proven import sound_move, sound_read
 from .stored import Stored
 
 # What one thread takes at a time. A larger tensor is read alone.
@@ -33,7 +35,6 @@ _GROUP_OF_WHOLE = 4 << 20
 _GROUP_OF_MOVED = 8 << 20
 _REMOTE_THREADS = 8
 _NOTHING = memoryview(b"")
-HASH = "xxh3-128:"
 
 
 class Payload(NamedTuple):
@@ -72,10 +73,10 @@ def move_whole(stored: Stored, records: Sequence[Json]) -> Iterator[tuple[Sequen
     """
     known: dict[Hashable, str] = {}
     for group in _groups(records, _GROUP_OF_MOVED, _GROUP_OF_ARRAYS, aliases=False):
-        move = stored.sound_move(group, known)
+        move = sound_move(stored, group, known)
         if move is None:
             raise ReadError(f"{stored.url}: some tensors cannot be moved")
-        yield [Payload(record, _NOTHING, record["hash"].removeprefix(HASH)) for record in group], move
+        yield [Payload(record, _NOTHING, record["hash"].removeprefix(HASH_PREFIX)) for record in group], move
 
 
 def _read_groups(
@@ -133,7 +134,7 @@ class _Reader:
         """What gives the group's payloads in order, in any thread."""
         if not self._whole:
             return partial(self._read, group)
-        return partial(self._read_whole, group, self._stored.sound_read(group, self._proven))
+        return partial(self._read_whole, group, sound_read(self._stored, group, self._proven))
 
     def _read_whole(
         self, group: Sequence[Json], read: Callable[[], Sequence[Buffer] | None]
@@ -142,7 +143,7 @@ class _Reader:
         if sound is None:
             return self._read(group)
         return [
-            Payload(record, memoryview(data), record["hash"].removeprefix(HASH))
+            Payload(record, memoryview(data), record["hash"].removeprefix(HASH_PREFIX))
             for record, data in zip(group, sound, strict=True)
         ]
 

@@ -7,7 +7,7 @@ ReadError, and whatever it returns is believed only as far as it makes sense.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Collection, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Generator, Hashable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
 from operator import itemgetter
@@ -81,9 +81,9 @@ class Stored:
         with self.asking():
             return open_source(self.store, self._run)
 
-    # Whether an object has a protocol's methods takes long to find out, and is asked for every tensor.
     @cached_property
-    def _can(self) -> Abilities:
+    def can(self) -> Abilities:
+        """What the source can do beside; that takes long to find out, and is asked for every tensor."""
         return Abilities(self.source, self.is_local)
 
     def refresh(self) -> None:
@@ -94,7 +94,7 @@ class Stored:
             with self.asking():
                 source.refresh()
         else:
-            for name in ("source", "_can"):
+            for name in ("source", "can"):
                 self.__dict__.pop(name, None)
 
     @property
@@ -125,7 +125,7 @@ class Stored:
         if (key := (step, rank)) not in self._documents:
             with self.asking():
                 document = self.source.document(step, rank)
-                kind = None if self._can.knowing is None else self._can.knowing.kind(step, rank)
+                kind = None if self.can.knowing is None else self.can.knowing.kind(step, rank)
             if not self._sound.has(kind):
                 where = self._where(step, f"step{rank_suffix(rank)}.json")
                 if not self.is_hashed:
@@ -175,7 +175,7 @@ class Stored:
     def unchecked_structure(self, step: int, rank: int, name: str) -> Any:
         """A tensor structure as it is stored, from anybody. Raises MissingError or ReadError."""
         ranked = f"{name.removesuffix('.json')}{rank_suffix(rank)}.json"
-        source = self._can.structured
+        source = self.can.structured
         if source is not None:
             with self.asking():
                 document = source.structure(step, rank, name)
@@ -255,31 +255,6 @@ class Stored:
             raise ReadError(f"{where}: {size} bytes, its record says {record['bytes']}")
         return data
 
-    def sound_read(
-        self, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
-    ) -> Callable[[], Sequence[Buffer] | None]:
-        """What `SupportsReadSound` gives; of a source that is none, what gives None."""
-        proving, read = self._can.proving, None
-        if proving is not None:
-            with contextlib.suppress(ReadError), self.asking():
-                read = proving.sound_read(records, known)
-        return partial(self._read_sound, read)
-
-    def sound_move(
-        self, records: Sequence[Mapping[str, Any]], known: dict[Hashable, str]
-    ) -> Callable[[Sequence[int], Sequence[int]], Callable[[int], bool]] | None:
-        """What `SupportsMoveSound` gives; None of a source that is none."""
-        moving = self._can.moving
-        if moving is not None:
-            with contextlib.suppress(ReadError), self.asking():
-                return moving.sound_move(records, known)
-        return None
-
-    def _read_sound(self, read: Callable[[], Sequence[Buffer] | None] | None) -> Sequence[Buffer] | None:
-        with contextlib.suppress(ReadError), self.asking():
-            return None if read is None else read()
-        return None
-
     @property
     def has_arrays(self) -> bool:
         """Whether the same tensor of many steps lies in one piece."""
@@ -304,7 +279,7 @@ class Stored:
 
         Raises MissingError, ReadError.
         """
-        source = self._can.reading_into
+        source = self.can.reading_into
         if source is None:
             return None
         with self.asking():
@@ -314,7 +289,7 @@ class Stored:
     def map_array(self, array: Array) -> memoryview | None:
         """The bytes of an array for the system to copy from, if there are such. Raises as `read_array`."""
         with self.asking():
-            return None if self._can.reading_into is None else self._can.reading_into.map_array(array)
+            return None if self.can.reading_into is None else self.can.reading_into.map_array(array)
 
     def tensor(self, record: Mapping[str, Any]) -> torch.Tensor:
         """The tensor of a record, on the CPU. Raises MissingError or ReadError."""
@@ -334,7 +309,7 @@ class Stored:
 
     def _own_bytes(self, record: Mapping[str, Any]) -> Buffer:
         """A tensor's bytes in memory of its own, which may be written."""
-        source = self._can.owning
+        source = self.can.owning
         if source is None:
             return bytearray(self.read(record))
         # For each tensor; a context manager takes longer than asking.
@@ -360,7 +335,7 @@ class Stored:
 
     def identity(self, record: Mapping[str, Any]) -> Hashable | None:
         """Equal for records that share stored bytes and mean the same by them; None if unknown."""
-        source = self._can.identifying
+        source = self.can.identifying
         if source is None:
             return None
         with self.asking():
@@ -368,7 +343,7 @@ class Stored:
 
     def holds(self, record: Mapping[str, Any]) -> bool:
         """Whether the record's bytes are there, as far as can be seen without reading them."""
-        source = self._can.sizing
+        source = self.can.sizing
         if source is None:
             return True
         with self.asking():
@@ -376,7 +351,7 @@ class Stored:
 
     def misfit(self, record: Mapping[str, Any]) -> str | None:
         """What is wrong with the size of what holds a record's bytes, in words."""
-        source = self._can.sizing
+        source = self.can.sizing
         if source is None:
             return None
         with self.asking():

@@ -7,12 +7,13 @@ from contextlib import ExitStack, closing, suppress
 
 from ..errors import MissingError, ReadError
 from ..layout.checksums import has_checksum
+from ..layout.hashes import HASH_PREFIX
 from ..layout.names import rank_suffix, shown_numbers, step_dir
 from ..layout.run_files import RunFiles
 from ..ledger import Counts
 from ..protocols import AlikeSteps, StepKinds, SupportsStepKinds, SupportsUnchecked, WholeCheck
 from ..record import Json
-from .bulk import HASH, Payload, read_payloads
+from .bulk import Payload, read_payloads
 from .documents import check_step
 from .lasting import lasting_objects
 from .sound_structures import files_in, structure_texts
@@ -223,9 +224,9 @@ def _verify_step(
 def _tensor_problem(stored: Stored, payload: Payload) -> str | None:
     record = payload.record
     name, stated = str(record.get("file", record["name"])), record["hash"]
-    if not stated.startswith(HASH):
+    if not stated.startswith(HASH_PREFIX):
         return f"{name}: unknown hash {stated!r}"
-    found = HASH + payload.digest
+    found = HASH_PREFIX + payload.digest
     wrong = stored.misfit(record) or payload.problem
     return wrong or (None if found == stated else f"{name}: {found}, step.json says {stated}")
 

@@ -12,6 +12,7 @@ import torch
 from ..alike import AlikeStep, Move, SupportsWriteAlike, SupportsWriteMoved, SupportsWriteWhole
 from ..engine.run_documents import RunDocuments, close_run
 from ..errors import ReadError, VerifyError
+from ..layout.hashes import HASH_BYTES, HASH_PREFIX
 from ..layout.run_files import STEP_KEYS
 from ..layout.templates import compact
 from ..ledger import Counts
@@ -28,7 +29,6 @@ _REMOTE_BATCH_BYTES = 64 << 20
 _LOCAL_BATCH_BYTES = 16 << 20
 # Records of small steps that are read together.
 _MOST_TOGETHER = 8192
-_HASH_BYTES = 16
 
 
 def convert_rank(source: Run, sink: Sink, documents: RunDocuments, on_tensors: Callable[[int], None]) -> None:
@@ -133,7 +133,7 @@ class _Steps:
         summary = _summary(step.document, step.step, self._rank, {})
         written = self._booked.committed(summary, lambda: sink.write_alike(step, summary))
         if written:
-            self._on_tensors(len(step.hashes) // _HASH_BYTES)
+            self._on_tensors(len(step.hashes) // HASH_BYTES)
         return written
 
     def _add(self, step: Step) -> None:
@@ -244,8 +244,8 @@ def _record(step: int, rank: int, stored: Payload, hashed: bool) -> Record:
     entry = stored.record
     if stored.problem is not None:
         raise ReadError(stored.problem)
-    if hashed and entry["hash"] != f"xxh3-128:{stored.digest}":
-        raise VerifyError([f"{entry['name']}: xxh3-128:{stored.digest}, step.json says {entry['hash']}"])
+    if hashed and entry["hash"] != f"{HASH_PREFIX}{stored.digest}":
+        raise VerifyError([f"{entry['name']}: {HASH_PREFIX}{stored.digest}, step.json says {entry['hash']}"])
     origin = Origin(
         rank,
         entry["module"],

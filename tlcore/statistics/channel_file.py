@@ -14,6 +14,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from ..layout.checksums import digest
+from ..layout.hashes import HASH_PREFIX
 from ..layout.names import rank_suffix
 from .channels import COLUMNS, Table
 
@@ -94,4 +95,4 @@ def _hash(tables: Mapping[str, Table]) -> str:
     for name in sorted(tables):
         digest.update(f"{name} {tables[name].shape} ".encode())
         digest.update(np.ascontiguousarray(tables[name]).tobytes())
-    return f"xxh3-128:{digest.hexdigest()}"
+    return f"{HASH_PREFIX}{digest.hexdigest()}"

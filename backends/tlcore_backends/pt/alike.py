@@ -16,6 +16,7 @@ from itertools import pairwise
 from typing import Any, NamedTuple
 
 from tlcore.errors import ReadError
+from tlcore.layout.hashes import HASH_PREFIX
 from tlcore.layout.run_files import is_plain, parse
 from tlcore.record import Json
 
@@ -24,7 +25,7 @@ from .frame_table import FrameTable
 
 _RECORDS = b'"records":['
 _LAST_FIELD = b'"file_bytes":'
-_HASH = b'"hash":"xxh3-128:'
+_HASH = b'"hash":"' + HASH_PREFIX.encode()
 _HEX_CHARS = 32
 _NAMES = (b'"name":"', b'"file":"', b'"alias_of":"')
 _FILES = (b'"file": "', b'"file":"')

@@ -15,6 +15,7 @@ from tlcore.alike import AlikeStep
 from tlcore.errors import ReadError
 from tlcore.hotpath.beneath import count_entries, read_texts
 from tlcore.hotpath.gathering import gather_payloads
+from tlcore.layout.hashes import HASH_BYTES
 from tlcore.layout.names import rank_suffix, step_dir
 
 from .alike import UNUSUAL, Leader, StepText, cut, text_files, together
@@ -23,7 +24,6 @@ from .whole_check import LARGEST_TEXTS
 
 # A run alternates between few kinds of steps; of each, its records are kept as a text.
 _MOST_KINDS = 8
-_HASH_BYTES = 16
 _THREADS = min(4, os.cpu_count() or 1)
 Numbers = np.ndarray[Any, np.dtype[np.int64]]
 # The call order and step.json.
@@ -61,7 +61,7 @@ class _Part:
 
     def fill(self, directory: str, names: Sequence[str], hashes: bytes, memory: memoryview) -> bool:
         """Read a step's tensors to their places; whether all are sound, with what is around them."""
-        hashes = hashes[_HASH_BYTES * self.begin : _HASH_BYTES * self.end]
+        hashes = hashes[HASH_BYTES * self.begin : HASH_BYTES * self.end]
         try:
             read, digests = gather_payloads(
                 directory, names[self.begin : self.end], self._spans, self._kept, memory
@@ -136,7 +136,7 @@ class _Reader:
         if not leader.texts or not self._has_expected_texts(kind, step, directory):
             return None
         hashes = bytes.fromhex("".join(parts.hashes))
-        table = np.frombuffer(hashes, np.uint8).reshape(-1, _HASH_BYTES)
+        table = np.frombuffer(hashes, np.uint8).reshape(-1, HASH_BYTES)
         if not np.array_equal(table, table[kind.originals]):
             return None
         names = [directory + file for file in leader.files]

@@ -11,11 +11,12 @@ import numpy as np
 
 from tlcore.hotpath.moving import move_payloads
 from tlcore.hotpath.reading import Scratch
+from tlcore.layout.hashes import HASH_BYTES
 
 from .alike import UNUSUAL
 from .encode import Frame
 from .frame_table import FrameTable
-from .sound_tensors import HASH_BYTES, Looked
+from .sound_tensors import Looked
 
 # What a processor's own cache has room for, beside all else.
 _PIECE_BYTES = 256 << 10

@@ -12,13 +12,12 @@ import numpy as np
 from tlcore.errors import ReadError
 from tlcore.hotpath.gathering import gather_payloads
 from tlcore.hotpath.reading import FILE_ALIGNMENT, Scratch, identities
+from tlcore.layout.hashes import HASH_BYTES, HASH_PREFIX
 from tlcore.protocols import Buffer
 
 from .alike import UNUSUAL, frame_in
 from .frame_table import FrameTable
 
-_HASH = "xxh3-128:"
-HASH_BYTES = 16
 # What is read together is mostly less. One piece is read, one or two wait, one is looked at, one written.
 _LEAST_PIECE, _MOST_PIECES = 4224 << 10, 6
 _NOTHING = memoryview(b"")
@@ -117,9 +116,9 @@ class _Files:
 
 def _digests(hashes: Sequence[str]) -> bytes:
     """Hashes as records state them. Raises ValueError for another kind."""
-    digits = [each.removeprefix(_HASH) for each in hashes]
+    digits = [each.removeprefix(HASH_PREFIX) for each in hashes]
     found = bytes.fromhex("".join(digits))
-    if [f"{_HASH}{each.hex()}" for each in _each(found)] != list(hashes):
+    if [f"{HASH_PREFIX}{each.hex()}" for each in _each(found)] != list(hashes):
         raise ValueError("a hash of another kind")
     return found
 

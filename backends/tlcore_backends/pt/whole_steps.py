@@ -14,6 +14,7 @@ from tlcore.hotpath.making import NO_LINK, Row
 from tlcore.hotpath.reading import Scratch
 from tlcore.hotpath.seals import seal
 from tlcore.layout.checksums import digest, with_checksum
+from tlcore.layout.hashes import HASH_BYTES
 from tlcore.layout.names import rank_suffix, step_dir
 from tlcore.layout.templates import STEP_DIR, Structures, quoted
 from tlcore.record import Origin, Record, StepSummary
@@ -22,7 +23,6 @@ from tlcore.storage import Buffer, Folder, OpenFolder, SupportsFolders
 from .encode import Frame, file_bytes, frame_of
 
 _HASH = "0" * 31 + "?"
-_HASH_BYTES = 16
 _ROW_NUMBERS = 7
 _DIRECTORY = STEP_DIR.encode()
 _NOTHING = memoryview(b"")
@@ -144,7 +144,7 @@ class Pattern:
         What is returned is to be called.
         """
         count = len(self._originals)
-        if step.nbytes != self.nbytes or len(step.hashes) != _HASH_BYTES * count:
+        if step.nbytes != self.nbytes or len(step.hashes) != HASH_BYTES * count:
             return None
         # Used again once nobody holds a view of it.
         data = memoryview(self._scratch.take(self.nbytes))[: self.nbytes]
@@ -179,7 +179,7 @@ class Pattern:
     def _document(self, hashes: bytes, summary: StepSummary, structures_hash: str) -> bytes:
         """The step's ``step.json``."""
         digits = hashes.hex()
-        width = 2 * _HASH_BYTES
+        width = 2 * HASH_BYTES
         each = [digits[at : at + width] for at in range(0, len(digits), width)]
         records = "".join(chain.from_iterable(zip(self._entries, [*each, ""], strict=True)))
         text = summary.to_text([records] if each else [], {"structures_hash": quoted(structures_hash)})

@@ -10,6 +10,7 @@ import numpy as np
 
 from tlcore.alike import AlikeStep
 from tlcore.errors import ReadError
+from tlcore.layout.hashes import HASH_BYTES
 from tlcore.layout.templates import compact
 
 from .array_places import LARGEST
@@ -17,7 +18,6 @@ from .index import SegmentIndex
 
 # Reads ranges ``[n, 3]`` (begin, end, place in memory or -1) of a file; gives their hashes.
 Gather = Callable[[str, np.ndarray, memoryview], bytes]
-_HASH_BYTES = 16
 _FORM_BYTES = 4
 _MOST_KINDS = 64
 # Tensors in all that is kept of steps with the same plan and extents, of which an index may have very many.
@@ -173,7 +173,7 @@ class _Table:
 def _originals(hashes: Array, forms: Array) -> Array:
     """For each tensor the first with the same hash, dtype and shape."""
     told = np.concatenate([hashes, forms.view(np.uint8).reshape(-1, _FORM_BYTES)], axis=1).tobytes()
-    width = _HASH_BYTES + _FORM_BYTES
+    width = HASH_BYTES + _FORM_BYTES
     known: dict[bytes, int] = {}
     keys = (told[at : at + width] for at in range(0, len(told), width))
     return np.array([known.setdefault(key, place) for place, key in enumerate(keys)], np.int64)

@@ -13,13 +13,13 @@ import numpy as np
 
 from tlcore.errors import ReadError
 from tlcore.layout.dtypes import item_size
+from tlcore.layout.hashes import HASH_BYTES
 from tlcore.protocols import ArrayRows
 from tlcore.record import Json
 
 LARGEST = 1 << 50
 # What an array's entry says beside what is a record's, and what only the step tells.
 PLACE_KEYS = frozenset(("key", "file", "offset", "constant", "same_as", "hashes", "alias_of"))
-HASH_BYTES = 16
 _MOST_DIMENSIONS = 64
 _NOWHERE = -1
 

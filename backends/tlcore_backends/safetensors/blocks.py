@@ -6,10 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
+from tlcore.layout.hashes import HASH_BYTES
+
 from .described import Slot
 from .plans import Plan
 
-HASH_BYTES = 16
 ROWS_BYTES = 8
 # Each piece that is written by itself costs about as much as copying so many bytes.
 _LARGE_PIECE = 2 << 10

@@ -8,10 +8,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from tlcore.layout.hashes import HASH_BYTES
 from tlcore.layout.names import unique
 from tlcore.layout.templates import quoted
 
-from .blocks import HASH_BYTES, ROWS_BYTES, Block
+from .blocks import ROWS_BYTES, Block
 from .described import Slot
 from .shard import header_of
 

@@ -13,6 +13,7 @@ from functools import cached_property
 from typing import Any
 
 from tlcore.errors import ReadError
+from tlcore.layout.hashes import HASH_PREFIX
 from tlcore.protocols import Array, ArrayRows, Outline, StepKinds
 from tlcore.record import Json
 
@@ -327,7 +328,7 @@ class SegmentIndex:
         record = form.content.copy()
         record["name"] = f"{directory}/{form.tail}"
         record["shape"] = list(form.shape)
-        record["hash"] = f"xxh3-128:{self.places.hash(form.array, occurrence)}"
+        record["hash"] = f"{HASH_PREFIX}{self.places.hash(form.array, occurrence)}"
         record["shard"] = form.shard
         record["offsets"] = [begin, begin + form.nbytes]
         return record

@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 
 import numpy as np
 
+from tlcore.layout.hashes import HASH_BYTES
 from tlcore.protocols import Lease
 
-from .blocks import HASH_BYTES, Block
+from .blocks import Block
 from .columns import Column, columns_of
 from .plans import OpenStep, Plan
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
 
+from tlcore.layout.hashes import HASH_PREFIX
 from tlcore.protocols import RecordKind
 from tlcore.record import Json
 
@@ -84,7 +85,7 @@ class RecordForms:
         """A record of the first step that has the array, as far as those of its kind are alike."""
         form = self._form(array, rows)
         digest, offsets = self._places.hash(array, 0), [form.place.begin, form.place.begin + form.nbytes]
-        own = {"name": f"{directory}/{form.tail}", "hash": f"xxh3-128:{digest}"}
+        own = {"name": f"{directory}/{form.tail}", "hash": f"{HASH_PREFIX}{digest}"}
         return {**form.content, **own, "shard": form.shard, "offsets": offsets}
 
     def _rows(self, plan: Plan, extents: Sequence[int]) -> list[tuple[int, int]]:

@@ -10,12 +10,13 @@ from typing import NamedTuple
 import numpy as np
 
 from tlcore.errors import BackendError
+from tlcore.layout.hashes import HASH_BYTES
 from tlcore.ledger import Counts
 from tlcore.protocols import Buffer, Lease
 from tlcore.record import Record, StepSummary
 from tlcore.storage import SupportsAppend
 
-from .blocks import HASH_BYTES, Block
+from .blocks import Block
 from .columns import Column, columns_of, lay_out
 from .data_file import DataFile
 from .index_text import IndexText

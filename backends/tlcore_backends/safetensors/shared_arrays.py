@@ -13,8 +13,9 @@ import numpy as np
 
 from tlcore.errors import ReadError
 from tlcore.hotpath.spans import decode_spans
+from tlcore.layout.hashes import HASH_BYTES
 
-from .array_places import HASH_BYTES, Columns, Damaged, Place, Places
+from .array_places import Columns, Damaged, Place, Places
 
 # Of an entry, what another segment has otherwise; each number is below `LARGEST`.
 _VARIES = re.compile(

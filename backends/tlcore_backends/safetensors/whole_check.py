@@ -14,9 +14,10 @@ from typing import NamedTuple
 import numpy as np
 
 from tlcore.errors import ReadError
+from tlcore.layout.hashes import HASH_BYTES
 from tlcore.protocols import AlikeSteps, WholeCheck
 
-from .array_places import HASH_BYTES, LARGEST, Columns, Place
+from .array_places import LARGEST, Columns, Place
 from .index import SegmentIndex
 from .kinds import kinds_of
 from .likeness import Likeness

@@ -17,6 +17,7 @@ import torch
 import xxhash
 
 from ...layout.grids import Grid
+from ...layout.hashes import HASH_PREFIX
 from ...layout.rows import LOGITS, NO_ROWS, RowSet
 from ...record import Json
 from .batches import (
@@ -325,7 +326,7 @@ class Samples:
         for request, tokens, real in zip(known.ids, known.tokens, known.real, strict=True):
             if request is not None and real.any():
                 digest = xxhash.xxh3_128_hexdigest(tokens[real].tobytes())
-                self._hashes[request] = f"xxh3-128:{digest}"
+                self._hashes[request] = f"{HASH_PREFIX}{digest}"
 
 
 def _states_in(result: Any) -> torch.Tensor | None:

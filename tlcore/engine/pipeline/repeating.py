@@ -14,6 +14,7 @@ import numpy as np
 
 from ...alike import AlikeStep, SupportsAlikeInCapture, SupportsWriteAlike, SupportsWriteResized
 from ...hotpath.native import can_hash, extension
+from ...layout.hashes import HASH_BYTES
 from ...protocols import Sink, SupportsLateCommit
 from ...record import StepSummary
 from ..batch import Batch
@@ -24,8 +25,7 @@ _MOST_PLANS = 64
 _MOST_KINDS = 8
 # A larger step is hashed while it is written, so that it comes once into the processor's caches.
 _LARGE_BYTES = 64 << 20
-_HASH_BYTES = 16
-_DIGITS = 2 * _HASH_BYTES
+_DIGITS = 2 * HASH_BYTES
 
 
 class _Steps:
@@ -82,7 +82,7 @@ class Look(NamedTuple):
 
     def digests(self, first: int, count: int) -> list[str]:
         """The hashes of so many tensors from ``first`` on."""
-        text = self.hashes[first * _HASH_BYTES : (first + count) * _HASH_BYTES].hex()
+        text = self.hashes[first * HASH_BYTES : (first + count) * HASH_BYTES].hex()
         return [text[begin : begin + _DIGITS] for begin in range(0, len(text), _DIGITS)]
 
     def fill(self, memory: memoryview) -> bool:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import xxhash
 
+from ....layout.hashes import HASH_PREFIX
 from ....record import Json
 from ..salts import given_salt
 
@@ -59,7 +60,7 @@ def identity(request: Any, named: bool = True) -> Json:
     except Exception:
         log.debug("the prompt of a request could not be hashed", exc_info=True)
         return {}
-    found: Json = {} if hashed is None else {"prompt_hash": f"xxh3-128:{hashed}"}
+    found: Json = {} if hashed is None else {"prompt_hash": f"{HASH_PREFIX}{hashed}"}
     return found if adapter is None else {**found, "adapter": adapter}
 
 
