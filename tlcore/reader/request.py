@@ -105,9 +105,11 @@ class Request(Mapping[str, "torch.Tensor"]):
             spans = step.row_spans(record)
             if id(spans) not in known:
                 known[id(spans)] = spans, self._own_spans(spans)
-            for span in known[id(spans)][1]:
+            its = known[id(spans)][1]
+            usual = step.sequence_of(record) if its else ""
+            for span in its:
                 if span.first is not None:
-                    key = name_in_model(step, record, modules), step.sequence_of(record, span)
+                    key = name_in_model(step, record, modules), str(span.row.get("sequence", usual))
                     found[key].append(_Place(step, record["name"], span, span.first))
 
     def _own_spans(self, spans: Sequence[Span]) -> list[Span]:

@@ -165,13 +165,13 @@ class Step(Mapping[str, "torch.Tensor"]):
         """
         return self._call_rows[record["rank"]].spans(record)
 
-    def sequence_of(self, record: Json, span: Span) -> str:
-        """Which of a request's sequences a span of a record's rows is of: ``encoder``, or empty.
+    def sequence_of(self, record: Json) -> str:
+        """Of which of a request's sequences a record's rows are that do not say so: ``encoder``, or empty.
 
         What an encoder works on (images) stands at positions of the prompt, and is none of its rows.
         """
         kind = getattr(self._call_rows[record["rank"]].placed(record).rows, "kind", "")
-        return str(span.row.get("sequence", _ENCODER if kind in ENCODED else ""))
+        return _ENCODER if kind in ENCODED else ""
 
     def fits_rows(self, record: Json) -> bool:
         """Whether a record's tensor may have rows of requests, known or not."""

@@ -205,10 +205,11 @@ def _is_row(row: Json) -> bool:
 
 
 def _rows_of(source: Located, step: Step, labels: Mapping[str, str]) -> Iterator[_Span]:
+    usual = step.sequence_of(source.laid_out)
     for span in map(Span.kept, step.row_spans(source.laid_out)):
         if span.length and span.first is not None:
             request = labels[str(span.row["request_id"])]
-            sequence = step.sequence_of(source.laid_out, span)
+            sequence = span.row.get("sequence", usual)
             if sequence:
                 request = f"{request}@{sequence}"
             unsampled = span.row.get("unsampled") is True
