@@ -248,6 +248,34 @@ static PyObject *read_texts(PyObject *module, PyObject *args)
     return found;
 }
 
+tlcore_span *tlcore_checked_spans(const Py_buffer *raw, Py_ssize_t count, Py_ssize_t room, int64_t target)
+{
+    if (raw->len != count * TLCORE_SPAN_NUMBERS * (Py_ssize_t)sizeof(int64_t)) {
+        PyErr_Format(PyExc_ValueError, "%zd files need as many spans of four 64-bit integers", count);
+        return NULL;
+    }
+    tlcore_span *spans = PyMem_Calloc((size_t)count + 1, sizeof *spans);
+    if (spans == NULL)
+        return (tlcore_span *)PyErr_NoMemory();
+    int64_t kept = 0;
+    for (Py_ssize_t i = 0; i < count; i++) {
+        tlcore_span *one = &spans[i];
+        memcpy(one, (const char *)raw->buf + (size_t)i * TLCORE_SPAN_NUMBERS * sizeof(int64_t),
+               TLCORE_SPAN_NUMBERS * sizeof(int64_t));
+        one->kept = kept;
+        if (one->begin < 0 || one->end < one->begin || one->size < one->end ||
+            one->size - (one->end - one->begin) > room - kept || one->at < -1 ||
+            (one->at >= 0 && one->at > target - (one->end - one->begin))) {
+            PyErr_Format(PyExc_ValueError, "span %zd: [%lld, %lld) of %lld bytes, put at %lld, does not fit", i,
+                         (long long)one->begin, (long long)one->end, (long long)one->size, (long long)one->at);
+            PyMem_Free(spans);
+            return NULL;
+        }
+        kept += one->size - (one->end - one->begin);
+    }
+    return spans;
+}
+
 static PyMethodDef functions[] = {
     {"read_texts", read_texts, METH_VARARGS,
      "The bytes of small files below a directory, None for what was not read."},

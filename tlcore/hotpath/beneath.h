@@ -47,4 +47,14 @@ int tlcore_read_directly(PyObject *directory, PyObject *name, char *target, Py_s
 typedef ssize_t (*tlcore_mover)(int, const struct iovec *, int);
 int tlcore_move_all(tlcore_mover move, int handle, struct iovec *parts, int count, size_t most);
 
+/* A part of a file: the file's size, where the part begins and ends, where that goes (-1: nowhere), and where the rest
+ * is kept. */
+typedef struct {
+    int64_t size, begin, end, at, kept;
+} tlcore_span;
+#define TLCORE_SPAN_NUMBERS 4
+/* So many spans from their first four numbers, which leave `room` for the rests and end within `target`; to be given to
+ * `PyMem_Free`, NULL with an exception set. */
+tlcore_span *tlcore_checked_spans(const Py_buffer *raw, Py_ssize_t count, Py_ssize_t room, int64_t target);
+
 #endif

@@ -11,15 +11,9 @@
 /* What one read may ask for on any system. */
 #define MOST_AT_ONCE ((size_t)1 << 30)
 
-/* A file's size, the part of it that is wanted, where that goes (-1: nowhere), and where the rest is kept. */
-typedef struct {
-    int64_t size, begin, end, at, kept;
-} span;
-#define SPAN_NUMBERS 4
-
 typedef struct {
     const tlcore_places *files;
-    const span *spans;
+    const tlcore_span *spans;
     char *kept, *target;
     unsigned char *digests;
     Py_ssize_t *first;
@@ -42,7 +36,7 @@ static Py_ssize_t same_as(const gathering *job, Py_ssize_t i, const struct stat 
 {
     for (Py_ssize_t j = *head_of(job, now); j >= 0; j = job->next[j]) {
         const struct stat *then = &job->states[j];
-        const span *one = &job->spans[i], *other = &job->spans[j];
+        const tlcore_span *one = &job->spans[i], *other = &job->spans[j];
         if (now->st_ino == then->st_ino && now->st_dev == then->st_dev && now->st_size == then->st_size &&
             now->st_mtim.tv_sec == then->st_mtim.tv_sec && now->st_mtim.tv_nsec == then->st_mtim.tv_nsec &&
             one->size == other->size && one->begin == other->begin && one->end == other->end)
@@ -52,7 +46,7 @@ static Py_ssize_t same_as(const gathering *job, Py_ssize_t i, const struct stat 
 }
 
 /* Where the wanted part of a file goes; NULL where there is no memory for what goes nowhere. */
-static char *place_of(gathering *job, const span *one)
+static char *place_of(gathering *job, const tlcore_span *one)
 {
     if (one->at >= 0)
         return job->target + one->at;
@@ -67,7 +61,7 @@ static char *place_of(gathering *job, const span *one)
 
 static int gather_file(gathering *job, Py_ssize_t i)
 {
-    const span *one = &job->spans[i];
+    const tlcore_span *one = &job->spans[i];
     char *kept = job->kept + one->kept;
     int handle = tlcore_open_beneath(job->files->root, PyBytes_AsString(job->files->names[i]), &job->states[i]);
     if (handle < 0)
@@ -105,36 +99,7 @@ static void gather_files(gathering *job)
     }
 }
 
-/* The spans with where each file's rest is kept; NULL with an exception set. */
-static span *checked_spans(const Py_buffer *raw, Py_ssize_t count, Py_ssize_t room, Py_ssize_t target)
-{
-    if (raw->len != count * SPAN_NUMBERS * (Py_ssize_t)sizeof(int64_t)) {
-        PyErr_Format(PyExc_ValueError, "%zd files need as many spans of four 64-bit integers", count);
-        return NULL;
-    }
-    span *spans = PyMem_Calloc((size_t)count + 1, sizeof *spans);
-    if (spans == NULL)
-        return (span *)PyErr_NoMemory();
-    int64_t kept = 0;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        span *one = &spans[i];
-        memcpy(one, (const char *)raw->buf + (size_t)i * SPAN_NUMBERS * sizeof(int64_t),
-               SPAN_NUMBERS * sizeof(int64_t));
-        one->kept = kept;
-        if (one->begin < 0 || one->end < one->begin || one->size < one->end ||
-            one->size - (one->end - one->begin) > room - kept || one->at < -1 ||
-            (one->at >= 0 && one->at > target - (one->end - one->begin))) {
-            PyErr_Format(PyExc_ValueError, "span %zd: [%lld, %lld) of %lld bytes, put at %lld, does not fit", i,
-                         (long long)one->begin, (long long)one->end, (long long)one->size, (long long)one->at);
-            PyMem_Free(spans);
-            return NULL;
-        }
-        kept += one->size - (one->end - one->begin);
-    }
-    return spans;
-}
-
-static PyObject *run_gathering(const tlcore_places *files, const span *spans, char *kept, char *target)
+static PyObject *run_gathering(const tlcore_places *files, const tlcore_span *spans, char *kept, char *target)
 {
     size_t slots = 8, count = (size_t)files->count;
     while (slots < 2 * count)
@@ -187,7 +152,7 @@ static PyObject *gather_payloads(PyObject *module, PyObject *args)
     if (!tlcore_can_hash()) {
         PyErr_SetString(PyExc_RuntimeError, "no hash function has been given to the extension");
     } else if (tlcore_take_places(directory, names, &files) == 0) {
-        span *spans = checked_spans(&raw, files.count, kept.len, target.len);
+        tlcore_span *spans = tlcore_checked_spans(&raw, files.count, kept.len, target.len);
         if (spans != NULL)
             found = run_gathering(&files, spans, kept.buf, target.buf);
         PyMem_Free(spans);

@@ -10,10 +10,10 @@ from typing import Any
 import xxhash
 
 from .beneath import Beneath
+from .file_spans import Span, checked_spans, fill
 from .native import can_hash, extension
 
 _NOT_READ = -1
-Span = tuple[int, int, int, int]
 _Key = tuple[int, ...]
 
 
@@ -38,10 +38,7 @@ def _gather_payloads(
     ):
         if room.readonly or memory.readonly:
             raise TypeError("what is read needs writable memory")
-        if len(raw) != 32 * len(names):
-            raise ValueError(f"{len(names)} files need as many spans of four 64-bit integers")
-        all_spans: list[Span] = list(struct.iter_unpack("=qqqq", raw))
-        places = _places(all_spans, len(room), len(memory))
+        all_spans, places = checked_spans(raw, len(names), len(room), len(memory))
         first, digests = list[int](), bytearray()
         known: dict[_Key, int] = {}
         beneath = Beneath(directory)
@@ -61,18 +58,6 @@ def _gather_payloads(
                 digests += digests[16 * same : 16 * same + 16]
             first.append(same)
         return struct.pack(f"={len(first)}q", *first), bytes(digests)
-
-
-def _places(spans: Sequence[Span], room: int, target: int) -> list[int]:
-    places, at = [], 0
-    for number, (size, begin, end, to) in enumerate(spans):
-        fits = 0 <= begin <= end <= size and size - (end - begin) <= room - at
-        if not fits or not to >= -1 or (to >= 0 and to > target - (end - begin)):
-            problem = f"[{begin}, {end}) of {size} bytes, put at {to}, does not fit"
-            raise ValueError(f"span {number}: {problem}")
-        places.append(at)
-        at += size - (end - begin)
-    return places
 
 
 def _looked_at(beneath: Beneath, name: str, span: Span) -> _Key:
@@ -98,14 +83,8 @@ def _read(
             return None
         if part is None:
             part = memoryview(bytearray(end - begin))
-        try:
-            for each in (kept[:begin], part, kept[begin : begin + size - end]):
-                done = 0
-                while done < len(each) and (count := os.readv(opened[0], [each[done:]])):
-                    done += count
-                if done < len(each):
-                    return None
-        except OSError:
+        parts = kept[:begin], part, kept[begin : begin + size - end]
+        if not all(fill(opened[0], each) for each in parts):
             return None
         return opened[1], part
 

@@ -12,16 +12,10 @@
 #define NOWHERE (-1)
 #define MOST_AT_ONCE ((size_t)1 << 30)
 
-/* A file's size, the part of it that is wanted, where in the target that goes, and where the rest is kept. */
-typedef struct {
-    int64_t size, begin, end, at, kept;
-} span;
-#define SPAN_NUMBERS 4
-
 /* `room` has `filled` bytes of the target from `base` on, which are still to be written. */
 typedef struct {
     const tlcore_places *files;
-    const span *spans;
+    const tlcore_span *spans;
     char *kept, *room;
     unsigned char *digests;
     void *hash;
@@ -53,7 +47,7 @@ static void begin_at(moving *job, int64_t at)
 }
 
 /* Read, hash and put the wanted part of an open file, and keep the rest; 0 or -1. */
-static int move_parts(moving *job, const span *one, int handle)
+static int move_parts(moving *job, const tlcore_span *one, int handle)
 {
     char *kept = job->kept + one->kept;
     int64_t done = 0, wanted = one->end - one->begin;
@@ -95,35 +89,6 @@ static Py_ssize_t move_files(moving *job)
     }
     put_all(job);
     return i;
-}
-
-/* The spans with where each file's rest is kept; NULL with an exception set. */
-static span *checked_spans(const Py_buffer *raw, Py_ssize_t count, Py_ssize_t room)
-{
-    if (raw->len != count * SPAN_NUMBERS * (Py_ssize_t)sizeof(int64_t)) {
-        PyErr_Format(PyExc_ValueError, "%zd files need as many spans of four 64-bit integers", count);
-        return NULL;
-    }
-    span *spans = PyMem_Calloc((size_t)count + 1, sizeof *spans);
-    if (spans == NULL)
-        return (span *)PyErr_NoMemory();
-    int64_t kept = 0;
-    for (Py_ssize_t i = 0; i < count; i++) {
-        span *one = &spans[i];
-        memcpy(one, (const char *)raw->buf + (size_t)i * SPAN_NUMBERS * sizeof(int64_t),
-               SPAN_NUMBERS * sizeof(int64_t));
-        one->kept = kept;
-        if (one->begin < 0 || one->end < one->begin || one->size < one->end ||
-            one->size - (one->end - one->begin) > room - kept || one->at < NOWHERE ||
-            one->at > INT64_MAX - (one->end - one->begin)) {
-            PyErr_Format(PyExc_ValueError, "span %zd: [%lld, %lld) of %lld bytes, put at %lld, does not fit", i,
-                         (long long)one->begin, (long long)one->end, (long long)one->size, (long long)one->at);
-            PyMem_Free(spans);
-            return NULL;
-        }
-        kept += one->size - (one->end - one->begin);
-    }
-    return spans;
 }
 
 static PyObject *run_moving(moving *job)
@@ -169,7 +134,7 @@ static PyObject *move_payloads(PyObject *module, PyObject *args)
     } else if (job.size == 0) {
         PyErr_SetString(PyExc_ValueError, "there is no room to read into");
     } else if (tlcore_take_places(directory, names, &files) == 0) {
-        span *spans = checked_spans(&raw, files.count, kept.len);
+        tlcore_span *spans = tlcore_checked_spans(&raw, files.count, kept.len, INT64_MAX);
         job.spans = spans;
         if (spans != NULL)
             found = run_moving(&job);

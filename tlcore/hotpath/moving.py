@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import xxhash
 
 from .beneath import Beneath
+from .file_spans import Span, checked_spans, fill
 from .native import extension, hashes_pieces
 
-Span = tuple[int, int, int, int]
 _MOST = 2**63 - 1
 
 
@@ -39,10 +38,7 @@ def _move_payloads(
             raise TypeError("what is read needs writable memory")
         if not len(memory):
             raise ValueError("there is no room to read into")
-        if len(raw) != 32 * len(names):
-            raise ValueError(f"{len(names)} files need as many spans of four 64-bit integers")
-        all_spans: list[Span] = list(struct.iter_unpack("=qqqq", raw))
-        places = _places(all_spans, len(rest))
+        all_spans, places = checked_spans(raw, len(names), len(rest), _MOST)
         digests = bytearray()
         beneath = Beneath(directory)
         for name, span, at in zip(names, all_spans, places, strict=True):
@@ -56,42 +52,20 @@ def _move_payloads(
         return bytes(digests)
 
 
-def _places(spans: Sequence[Span], room: int) -> list[int]:
-    places, at = [], 0
-    for number, (size, begin, end, to) in enumerate(spans):
-        fits = 0 <= begin <= end <= size and size - (end - begin) <= room - at
-        if not fits or not -1 <= to <= _MOST - (end - begin):
-            problem = f"[{begin}, {end}) of {size} bytes, put at {to}, does not fit"
-            raise ValueError(f"span {number}: {problem}")
-        places.append(at)
-        at += size - (end - begin)
-    return places
-
-
 def _move(file: int, span: Span, kept: memoryview, room: memoryview, handle: int) -> bytes | None:
     """The hash of a file's part, which is moved; None where the file ends too early."""
     size, begin, end, to = span
     hashed = xxhash.xxh3_128()
-    if not _fill(file, kept[:begin]):
+    if not fill(file, kept[:begin]):
         return None
     for done in range(0, end - begin, len(room)):
         piece = room[: min(len(room), end - begin - done)]
-        if not _fill(file, piece):
+        if not fill(file, piece):
             return None
         hashed.update(piece)
         if to >= 0:
             _put(handle, piece, to + done)
-    return hashed.digest() if _fill(file, kept[begin : begin + size - end]) else None
-
-
-def _fill(file: int, target: memoryview) -> bool:
-    done = 0
-    try:
-        while done < len(target) and (count := os.readv(file, [target[done:]])):
-            done += count
-    except OSError:
-        return False
-    return done == len(target)
+    return hashed.digest() if fill(file, kept[begin : begin + size - end]) else None
 
 
 def _put(handle: int, piece: memoryview, at: int) -> None:
