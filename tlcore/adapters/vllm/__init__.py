@@ -31,6 +31,7 @@ def register() -> None:
     when_imported("vllm.v1.metrics.prometheus", _patch_registry)
     when_imported("vllm.v1.executor.multiproc_executor", _patch_executor)
     when_imported("vllm.v1.engine.utils", _patch_engines)
+    when_imported("vllm.v1.engine.core", _patch_core)
     when_imported("vllm.v1.core.sched.output", _patch_requests)
     when_imported("vllm.sampling_params", _patch_sampling)
     when_imported("vllm.v1.engine.input_processor", _patch_input)
@@ -74,6 +75,12 @@ def _patch_engines(module: ModuleType) -> None:
     from .frontend.deaths import patch_engines
 
     patch_engines(module)
+
+
+def _patch_core(module: ModuleType) -> None:
+    from .frontend.signals import patch_core
+
+    patch_core(module)
 
 
 def _patch_requests(module: ModuleType) -> None:
