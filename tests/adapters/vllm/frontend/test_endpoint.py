@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from argparse import Namespace
+from collections import defaultdict
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,6 @@ import pytest
 import tlcore
 from tests.adapters.vllm.server import VllmServer, serving
 from tests.models import tiny_llama
-from tests.waiting import wait_until
 from tlcore.adapters.vllm.frontend.endpoint import (
     DELIVERY_VARIABLE,
     INJECT_VARIABLE,
@@ -59,17 +59,6 @@ def _metrics(server: VllmServer) -> dict[str, float]:
     return {name: float(value) for name, value in METRIC.findall(server.text("/metrics"))}
 
 
-def _eventually(server: VllmServer, name: str, value: float) -> dict[str, float]:
-    found: dict[str, float] = {}
-
-    def shown() -> bool:
-        found.update(_metrics(server))
-        return found.get(name) == value
-
-    wait_until(shown, f"the metrics show {value} {name}")
-    return found
-
-
 @pytest.mark.slow
 def test_a_server_is_captured_from_start_to_stop(server: VllmServer, output_dir: Path) -> None:
     _complete(server, "BEFORE")
@@ -95,14 +84,16 @@ def test_a_server_is_captured_from_start_to_stop(server: VllmServer, output_dir:
 
 @pytest.mark.slow
 def test_prometheus_counts_over_all_captures(server: VllmServer) -> None:
-    before = _eventually(server, "running", 0)
+    before = defaultdict(float, _metrics(server))
     assert server.ask("/v1/tlcore/start", {"module_call_match": "mlp$"}, KEY)[0] == 200
-    assert _eventually(server, "running", 1)["captured_tensors"] == before["captured_tensors"]
+    started = _metrics(server)
+    assert (started["running"], started["captured_tensors"]) == (1, before["captured_tensors"])
     _complete(server, "BBB")
     _, stopped = server.ask("/v1/tlcore/stop", b"", KEY)
     ledger = stopped["ledger"]
     assert ledger["captured"] == ledger["stored"] == 8
-    found = _eventually(server, "running", 0)
+    found = _metrics(server)
+    assert found["running"] == 0
     assert found["stored_tensors"] == before["stored_tensors"] + 8
     assert found["captured_bytes"] == before["captured_bytes"] + ledger["bytes_captured"]
     assert found["stored_bytes"] == before["stored_bytes"] + ledger["bytes_stored"]

@@ -158,7 +158,14 @@ class WorkerCapture:
         """What this rank captures or captured last, as JSON data: ``state``, ``url`` and the ledger.
 
         With a ``run_id``, what became of that run, if it is one of the last; else the state is ``unknown``.
+        Whoever is told that a run is closed finds its last figures published.
         """
+        answer = self._status(run_id)
+        if answer["state"] == "closed" and self._publisher is not None:
+            self._publisher.publish()
+        return answer
+
+    def _status(self, run_id: str | None = None) -> Json:
         end = self._runs.last if run_id is None else self._runs.find(run_id)
         if end is None:
             state = {"state": "idle"} if run_id is None else {"state": "unknown", "run_id": run_id}
@@ -203,7 +210,7 @@ class WorkerCapture:
         """The metrics of this rank: counters over all runs, and what the last one is doing."""
         session = self._session
         running = int(session is not None)
-        status = self.status()
+        status = self._status()
         if "url" in status:
             status["url"] = redact_url(status["url"])
         state = {"queue_bytes": self._runs.queue_bytes, "running": running, "status": status}
