@@ -11,6 +11,7 @@ import operator
 import re
 import secrets
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from json.encoder import encode_basestring_ascii
 from typing import Any
 
@@ -190,8 +191,31 @@ class Structures(Mapping[str, Json]):
         return first + "".join(map(operator.add, values, others))
 
 
+class LateStructures(Mapping[str, Json]):
+    """`Structures` that ``make`` gives when they are first asked for; raises what it does."""
+
+    def __init__(self, make: Callable[[], Structures]) -> None:
+        self._make = make
+
+    @cached_property
+    def made(self) -> Structures:
+        """All of them."""
+        return self._make()
+
+    def __getitem__(self, name: str) -> Json:
+        return self.made[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.made)
+
+    def __len__(self) -> int:
+        return len(self.made)
+
+
 def structures_of(step_dir: str, documents: Mapping[str, Json]) -> Structures:
     """`Structures` of finished documents."""
+    if isinstance(documents, LateStructures):
+        return documents.made
     if isinstance(documents, Structures):
         return documents
     return structures_of_texts(step_dir, {name: compact(each) for name, each in documents.items()})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from typing import Any
 
 import torch
@@ -13,8 +14,9 @@ from ..alike import AlikeStep, Move, SupportsWriteAlike, SupportsWriteMoved, Sup
 from ..engine.run_documents import RunDocuments, close_run
 from ..errors import ReadError, VerifyError
 from ..layout.hashes import HASH_BYTES, HASH_PREFIX
+from ..layout.names import step_dir
 from ..layout.run_files import STEP_KEYS
-from ..layout.templates import compact
+from ..layout.templates import LateStructures, Structures, compact, structures_of
 from ..ledger import Counts
 from ..locations import is_url
 from ..protocols import Sink, SupportsLateCommit
@@ -138,15 +140,23 @@ class _Steps:
 
     def _add(self, step: Step) -> None:
         """Write a step with those that follow, as far as their bytes fit together; or a large one alone."""
-        source, rank = self._source, self._rank
-        for problem in source.stored.problems(step.number, rank, thorough=False):
-            raise ReadError(f"{source.url}: {problem}")
-        records = step.documents[rank]["records"]
+        document = step.documents[self._rank]
+        records = document["records"]
         nbytes = sum(record["bytes"] for record in records)
         if self._bytes + nbytes > self._batch_bytes or self._count + len(records) > _MOST_TOGETHER:
             self._write_window()
-        self._window.append((records, summary_of(step, rank)))
+        structures = LateStructures(partial(self._structures, step))
+        if nbytes <= self._batch_bytes:
+            # Those of several steps are read while each step's document is at hand.
+            structures_of(step_dir(step.number), structures)
+        self._window.append((records, _summary(document, step.number, self._rank, structures)))
         self._bytes, self._count = self._bytes + nbytes, self._count + max(1, len(records))
+
+    def _structures(self, step: Step) -> Structures:
+        """A step's structures; of a step that is written whole read while its tensors are on their way."""
+        for problem in self._source.stored.problems(step.number, self._rank, thorough=False):
+            raise ReadError(f"{self._source.url}: {problem}")
+        return step.structure_texts(self._rank)
 
     def _write_window(self) -> None:
         window, self._window = self._window, []
@@ -175,6 +185,8 @@ class _Steps:
 
     def _write_step(self, payloads: Iterable[Payload], summary: StepSummary) -> None:
         sink = self._sink
+        # What is wrong with these is known before anything of the step is written.
+        structures_of(step_dir(summary.step), summary.structures)
         for batch in self._batches(payloads, summary, self._batch_bytes):
             sink.write(batch)
 

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import partial
-from itertools import groupby
+from itertools import groupby, pairwise
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from .encode import Frame, frame_of
 from .whole_steps import Frames
 
 _ROW_NUMBERS = 7
+# Files of one batch that are made at once: the system takes longer for a file than it takes to write it.
+_THREADS = 2
 # A record, and where its bytes begin and end.
 _Part = tuple[Record, int, int]
 
@@ -32,13 +34,18 @@ class OneStep:
         self._made: set[str] = set()
         self._links: list[tuple[str, str]] = []
 
-    def add(self, records: Sequence[Record]) -> None:
-        """Make these records' files. Raises BackendError; ValueError for bytes that are no such tensor's."""
+    def add(self, records: Sequence[Record], meanwhile: Callable[[], object]) -> None:
+        """Make these records' files; ``meanwhile`` is called while they are made.
+
+        Raises BackendError, what ``meanwhile`` does; ValueError for bytes that are no such tensor's.
+        """
         for memory, placed in _together(records):
             names = [self._within(f"{record.name}.pt") for record, _, _ in placed]
             parts = [_framed(*each) for each in placed]
             self._make_folders(names)
-            self._uploads.start(partial(self._make, names, parts, memory))
+            for begin, end in _shares([end - begin for _, begin, end in parts]):
+                self._uploads.start(partial(self._make, names[begin:end], parts[begin:end], memory))
+        meanwhile()
         # What is read next finds memory that is free again.
         self._uploads.wait()
 
@@ -93,6 +100,14 @@ def _together(records: Sequence[Record]) -> Iterator[tuple[Buffer, list[_Part]]]
             yield whole, parts
         else:
             yield from ((record.data, [(record, 0, record.data.nbytes)]) for record in found)
+
+
+def _shares(sizes: Sequence[int]) -> Iterator[tuple[int, int]]:
+    """Where the shares of several threads begin and end, of about as many bytes each."""
+    ends = np.cumsum(sizes)
+    wanted = ends[-1] * np.arange(1, _THREADS) / _THREADS
+    bounds = sorted({0, *(int(each) + 1 for each in np.searchsorted(ends, wanted)), len(sizes)})
+    yield from pairwise(bounds)
 
 
 def _memory_of(data: memoryview) -> memoryview:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
+from functools import partial
 
 from tlcore.alike import AlikeStep
 from tlcore.layout.checksums import digest_of_files, with_checksum
@@ -166,9 +167,10 @@ class PtSink:
             return False
         self._begin_step(summary.step)
         step = OneStep(folder, uploads, f"{directory}/")
+        known = partial(structures_of, directory, summary.structures)
         try:
             for batch in batches:
-                step.add([record for record in map(self._noted, batch) if record.alias_of is None])
+                step.add([record for record in map(self._noted, batch) if record.alias_of is None], known)
             for name, _, alias in self._tensors:
                 if alias is not None:
                     step.link(alias, name)
