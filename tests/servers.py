@@ -79,8 +79,14 @@ def seaweedfs(directory: Path) -> Iterator[Server]:
     server = Server(
         "seaweedfs", "s3", port, options, wrong, (_SECRET, wrong["secret"]), {**options, "key": "admin"}
     )
-    with _running(command, directory, server):
-        yield server
+    try:
+        with _running(command, directory, server):
+            yield server
+    finally:
+        # Killed, it leaves its sockets, most of which it makes nowhere else.
+        for number in ports:
+            for path in Path("/tmp").glob(f"seaweedfs-*-{number}.sock"):
+                path.unlink(missing_ok=True)
 
 
 @contextmanager

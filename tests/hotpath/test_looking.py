@@ -35,8 +35,15 @@ ODD: dict[str, Callable[[], object]] = {
 }
 
 
-def test_this_torch_can_be_looked_at() -> None:
+@pytest.fixture(autouse=True)
+def _learned() -> None:
+    """The extension knows nothing of tensors before somebody asks whether it can look at them."""
     native()
+    assert can_look()
+
+
+def test_what_was_learned_is_told_again() -> None:
+    can_look.cache_clear()
     assert can_look()
 
 
