@@ -19,7 +19,7 @@ from ...layout.structure import KeptLeaves, describe, flatten
 from ...reader import Arguments, Call, Run, Skipped, open_run
 from ..measure import Tolerance, measure
 from ..results import Status, TensorResult
-from .given import Place, arguments_of, by_place, on_each, refused, tensors_of
+from .given import Place, arguments_of, by_place, on_each, refused, rows_lacking, tensors_of
 from .state import copied, same_values, state_kept
 from .then import since_capture
 
@@ -60,8 +60,11 @@ class Replayed:
             return f"{self.call}: equal to what was captured, in every bit"
         if self.equal:
             return f"{self.call}: agrees with what was captured, within the tolerance{self._why()}"
-        wrong = next(each for each in self.results if not each.agrees)
+        # What differs says more than what is not there.
+        wrong = min((each for each in self.results if not each.agrees), key=lambda each: each.status == "missing")
         path = "".join(f"[{key}]" for key in wrong.path)
+        if wrong.status == "missing":
+            return f"{self.call}: outputs{path} cannot be compared, {wrong.reason}{self._why()}"
         size = "" if wrong.measures is None else f", by {wrong.measures.max_abs:.3g} at most"
         reason = f" ({wrong.reason})" if wrong.reason else ""
         return f"{self.call}: outputs{path} differs from what was captured{size}{reason}{self._why()}"
@@ -108,7 +111,7 @@ def replay(
     try:
         again = _run_again(module, given)
     except Exception as error:
-        reason = refused(found, replace, error)
+        reason = refused(found, replace, error, opened.config)
         raise error if reason is None else reason from error
     results = _compared(found, stored, tensors_in(again.output), tolerance)
     shared = given if _bitwise(results) else _shared(given)
@@ -122,7 +125,8 @@ def replay(
     if not _bitwise(results):
         if not all(each.agrees for each in results):
             hints += since_capture(opened, found.module, as_given, rank)
-        hints += _other_dtype(results if dtype is None else ())
+            hints += rows_lacking(opened.config)
+        hints += _other_dtype(results if dtype is None else (), opened.config.get("store_dtype"))
         hints += _of_itself(again, _run_again(module, given))
     return Replayed(opened.url, call, results, again.output, given, tolerance, tuple(hints))
 
@@ -146,10 +150,12 @@ def _of_itself(again: _Again, once_more: _Again) -> Iterator[str]:
         yield f"it writes into its argument {shown}, and what else had the same memory is in no run"
 
 
-def _other_dtype(results: Sequence[TensorResult]) -> Iterator[str]:
-    """What to know of a result that has another dtype now."""
+def _other_dtype(results: Sequence[TensorResult], asked: Any) -> Iterator[str]:
+    """What to know of a result that has another dtype now, or was ``asked`` to be stored in another."""
+    if isinstance(asked, str):
+        yield f'the run has it and its arguments rounded to {asked}, as "store_dtype" asked'
     for stored, again in dict.fromkeys(each.dtypes for each in results):
-        if None not in (stored, again) and stored != again:
+        if None not in (stored, again) and stored != again and stored != asked:
             yield f"it was {stored} and is {again} now, and whether autocast was on is in no run"
             return
 

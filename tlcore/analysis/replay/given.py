@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -73,8 +73,24 @@ def _check(value: Any, place: Place, path: tuple[Any, ...], call: Call) -> None:
         _check(item, place, (*path, key), call)
 
 
-def refused(call: Call, replaced: Mapping[Place, Any], error: Exception) -> ReadError | None:
-    """Why a module may not have taken its arguments: one was an object, of which a run has but the parts."""
+# What chooses rows, and what it is where all are captured.
+_CHOICES = {"rows": "all", "request_ids": None, "sample_rate": 1}
+
+
+def rows_lacking(config: Mapping[str, Any]) -> Iterator[str]:
+    """What to know of the arguments in a run whose ``config`` chose some rows of the batch."""
+    if found := [f'"{key}"' for key, whole in _CHOICES.items() if config.get(key, whole) != whole]:
+        yield (
+            f"the run has the rows alone that {' and '.join(found)} chose, and what relates rows to one "
+            "another needs them all"
+        )
+
+
+def refused(
+    call: Call, replaced: Mapping[Place, Any], error: Exception, config: Mapping[str, Any]
+) -> ReadError | None:
+    """Why a module may not have taken its arguments: one was an object, of which a run has but the parts,
+    or rows of them were left out."""
     structure = call.structure("inputs")
     places: list[tuple[Place, Json]] = [*enumerate(structure.get("items", ()))]
     places += structure.get("kwargs", {}).get("items", {}).items()
@@ -84,6 +100,8 @@ def refused(call: Call, replaced: Mapping[Place, Any], error: Exception) -> Read
             where = f"{call.directory}: argument {place} was or held a {found}, of which a run has the parts"
             hint = f"give it: replace={{{place!r}: ...}}"
             return ReadError(f"{where}; {hint} ({type(error).__name__}: {error})")
+    for lacking in rows_lacking(config):
+        return ReadError(f"{call.directory}: {lacking} ({type(error).__name__}: {error})")
     return None
 
 
