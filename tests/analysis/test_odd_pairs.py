@@ -235,7 +235,14 @@ def test_a_run_of_last_rows_alone(tmp_path: Path) -> None:
 
     found = tlcore.compare(run(), run(rows="last"))
     assert not found.equal and found.first_divergence is None
-    assert "B has of each request the last row alone (rows: last)" in told(found)
+    assert "B has chosen rows alone (rows: last)" in told(found)
     reasons = {each.reason for each in found.results if each.module == "embed" and each.status == "missing"}
     assert reasons == {"only A has its positions 0 to 1"}
     assert tlcore.compare(run(), run(rows="last"), ignore_missing=True).equal
+    for keys, shown in (
+        ({"rows": {"from": 1}}, 'rows: {"from": 1}'),
+        ({"request_ids": ["^1$"]}, 'request_ids: ["^1$"]'),
+    ):
+        assert f"A has chosen rows alone ({shown})" in told(tlcore.compare(run(**keys), run()))
+        both = tlcore.compare(run(**keys), run(**keys))
+        assert both.equal and f"A and B have chosen rows alone ({shown})" in told(both)

@@ -98,6 +98,18 @@ def test_only_what_was_given_the_same_is_injected(tmp_path: Path) -> None:
     assert any(each.startswith("inject: 2 calls kept their own result: the model was") for each in remarks)
 
 
+def test_a_run_that_has_chosen_rows_alone_is_told_as_that(tmp_path: Path) -> None:
+    model = llama()
+    call = padded(PROMPTS, left=False)
+    with torch.no_grad():
+        with tlcore.capture(model, output_dir=str(tmp_path), rows="last") as last:
+            model(**call)
+        keys: dict[str, Any] = {"inject": inject(last, r"layers\.0$")}
+        with tlcore.capture(model, output_dir=str(tmp_path), **keys) as own:
+            model(**call)
+    assert own.remarks[-1].endswith("chosen rows alone of what the model was given (rows: last)")
+
+
 class As(nn.Module):
     """Gives what it is given in a dtype of its own, or that plus one."""
 

@@ -12,6 +12,7 @@ import torch
 
 from ..config.configuration import Inject
 from ..errors import ConfigError, MissingError, ReadError
+from ..layout.windows import row_choices
 from ..reader import Call, OpaqueObject, Skipped, open_run
 from ..record import Json
 from .injected_values import SCALARS, CallArguments, Fitted, UnlikeError, stored_items
@@ -185,6 +186,8 @@ class CallInjection(Injection):
         if _lacks(given.args) or _lacks(given.kwargs):
             return "the other run did not store all that the model was given"
         same = _same(args, given.args) and _same(kwargs, given.kwargs)
+        if not same and (chosen := row_choices(self._run.config)):
+            return f"the other run has chosen rows alone of what the model was given ({chosen})"
         return None if same else "the model was given something else than in the other run"
 
     def _call(self, directory: str) -> Call:

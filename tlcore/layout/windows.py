@@ -48,6 +48,20 @@ class Window:
         return {key: value for key, value in ends.items() if value is not None}
 
 
+# What chooses rows of a batch, and what it says where all are captured.
+_CHOICES: Final = {"rows": "all", "request_ids": None, "sample_rate": 1}
+
+
+def row_choices(config: Mapping[str, Any]) -> str:
+    """What in a run's configuration chose its rows, such as ``rows: last``; empty where it has all."""
+    found = {key: config.get(key, whole) for key, whole in _CHOICES.items()}
+    return ", ".join(
+        f"{key}: {value if isinstance(value, str) else json.dumps(value)}"
+        for key, value in found.items()
+        if value != _CHOICES[key]
+    )
+
+
 def _place(end: int | str, prompt: int) -> int:
     if isinstance(end, str):
         return prompt

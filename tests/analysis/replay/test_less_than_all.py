@@ -26,19 +26,22 @@ class _Mean(nn.Module):
         return x - x.mean(tuple(range(x.dim() - 1)))
 
 
-@pytest.mark.parametrize("keys", [{"rows": "last"}, {"request_ids": "^0$"}, {"sample_rate": 0.1}])
+@pytest.mark.parametrize("keys", [{"rows": "last"}, {"request_ids": ["^0$"]}, {"sample_rate": 0.1}])
 def test_what_relates_rows_is_told_that_the_run_has_only_some(tmp_path: Path, keys: dict[str, Any]) -> None:
     model = nn.Sequential(_Mean(), nn.Flatten(0, 1))
-    with tlcore.capture(model, output_dir=str(tmp_path), **keys) as capture, capture.step(rows=["0", "1", "2"]):
+    with (
+        tlcore.capture(model, output_dir=str(tmp_path), **keys) as capture,
+        capture.step(rows=["0", "1", "2"]),
+    ):
         model(X)
     [key] = keys
     found = tlcore.replay(capture.url, "step_0/0", model[0])
-    assert not found.equal and f'has the rows alone that "{key}" chose' in str(found)
+    assert not found.equal and f"the run has chosen rows alone ({key}: " in str(found)
 
     def refuses(x: torch.Tensor) -> torch.Tensor:
         return x.view(X.shape)
 
-    with pytest.raises(tlcore.ReadError, match=f'rows alone that "{key}" chose.*RuntimeError'):
+    with pytest.raises(tlcore.ReadError, match=rf"chosen rows alone \({key}: .*RuntimeError"):
         tlcore.replay(capture.url, "step_0/0", refuses)
 
 

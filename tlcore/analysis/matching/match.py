@@ -8,6 +8,7 @@ from typing import Any
 
 from ...errors import ConfigError
 from ...layout.row_scale import as_stored
+from ...layout.windows import row_choices
 from ...ledger import Counts
 from ...reader import Run, Step
 from ..results import Gap, TensorResult
@@ -130,10 +131,13 @@ def _never_captured(a: Run, b: Run, pairs: Sequence[Pair]) -> Iterator[str]:
 
 
 def _cut_at_capture(a: Run, b: Run, pairs: Sequence[Pair]) -> Iterator[str]:
-    """Notes on what one run's configuration left of tensors that the other has whole."""
-    last = [_config(run).get("rows") == "last" for run in (a, b)]
-    if last[0] != last[1]:
-        yield Gap(f"{'AB'[last[1]]} has of each request the last row alone (rows: last)")
+    """Notes on what the runs' configurations left of tensors."""
+    chosen = [row_choices(_config(run)) for run in (a, b)]
+    for shown in filter(None, dict.fromkeys(chosen)):
+        labels = [label for label, each in zip("AB", chosen, strict=True) if each == shown]
+        yield Gap(
+            f"{' and '.join(labels)} {'has' if len(labels) == 1 else 'have'} chosen rows alone ({shown})"
+        )
     for side, label in enumerate("AB"):
         records = (as_stored((pair.a, pair.b)[side].records[0]) for pair in pairs)
         found = dict.fromkeys((r["converted_from"], r["dtype"]) for r in records if "converted_from" in r)

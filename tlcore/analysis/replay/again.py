@@ -61,7 +61,9 @@ class Replayed:
         if self.equal:
             return f"{self.call}: agrees with what was captured, within the tolerance{self._why()}"
         # What differs says more than what is not there.
-        wrong = min((each for each in self.results if not each.agrees), key=lambda each: each.status == "missing")
+        wrong = min(
+            (each for each in self.results if not each.agrees), key=lambda each: each.status == "missing"
+        )
         path = "".join(f"[{key}]" for key in wrong.path)
         if wrong.status == "missing":
             return f"{self.call}: outputs{path} cannot be compared, {wrong.reason}{self._why()}"

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from ...errors import ReadError, missing
+from ...layout.windows import row_choices
 from ...reader import Arguments, Call, OpaqueObject, Skipped
 from ...record import Json
 
@@ -73,17 +74,10 @@ def _check(value: Any, place: Place, path: tuple[Any, ...], call: Call) -> None:
         _check(item, place, (*path, key), call)
 
 
-# What chooses rows, and what it is where all are captured.
-_CHOICES = {"rows": "all", "request_ids": None, "sample_rate": 1}
-
-
 def rows_lacking(config: Mapping[str, Any]) -> Iterator[str]:
     """What to know of the arguments in a run whose ``config`` chose some rows of the batch."""
-    if found := [f'"{key}"' for key, whole in _CHOICES.items() if config.get(key, whole) != whole]:
-        yield (
-            f"the run has the rows alone that {' and '.join(found)} chose, and what relates rows to one "
-            "another needs them all"
-        )
+    if found := row_choices(config):
+        yield f"the run has chosen rows alone ({found}), and what relates rows to one another needs them all"
 
 
 def refused(
