@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from ..errors import ConfigError, TlcoreError
 from . import compare
+from .arguments import local_path
 from .output import progress, write_text
 from .storage_options import add_storage_options, storage_options
 from .tables import printable
@@ -29,16 +30,21 @@ def configure(parser: argparse.ArgumentParser) -> None:
     )
     save = actions.add_parser("save", help="keep a run's tensors, or its statistics and hashes")
     save.add_argument("run_path", metavar="RUN", help="a complete run; a path or URL")
-    save.add_argument("baseline", metavar="BASELINE", help="a directory; with --stats a JSON file")
+    save.add_argument(
+        "baseline", metavar="BASELINE", type=local_path, help="a directory; with --stats a JSON file"
+    )
     save.add_argument("--stats", action="store_true", help="keep statistics and hashes in one JSON file")
     save.add_argument("--replace", action="store_true", help="in the place of a baseline that is there")
     add_storage_options(save)
     check = actions.add_parser("check", help="hold a run against a baseline, as `tlcore compare` does")
-    check.add_argument("baseline", metavar="BASELINE", help="what save made; it is A")
+    check.add_argument("baseline", metavar="BASELINE", type=local_path, help="what save made; it is A")
     check.add_argument("run_path", metavar="RUN", help="the run to hold against it, B; a path or URL")
-    check.add_argument("--junit", metavar="FILE", help="write JUnit XML there")
+    check.add_argument("--junit", metavar="FILE", type=local_path, help="write JUnit XML there")
     check.add_argument(
-        "--summary", metavar="FILE", help="append a Markdown summary, as to $GITHUB_STEP_SUMMARY"
+        "--summary",
+        metavar="FILE",
+        type=local_path,
+        help="append a Markdown summary, as to $GITHUB_STEP_SUMMARY",
     )
     compare.options(check)
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ..errors import ConfigError
-from .arguments import numbers, texts
+from .arguments import local_path, numbers, texts
 from .dask import client_of
 from .output import progress, write_text
 from .storage_options import add_storage_options, storage_options
@@ -82,7 +82,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     add("--check-dtype", action="store_true", help="a difference in dtype is a difference")
     add("--deep", action="store_true", help="read also the tensors that equal hashes settle")
     add("--format", choices=_FORMATS, default="table", help="default: table")
-    add("--output", metavar="FILE", help="write the report there")
+    add("--output", metavar="FILE", type=local_path, help="write the report there")
     add(
         "--tokenizer",
         metavar="PATH",

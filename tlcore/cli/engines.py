@@ -11,13 +11,19 @@ from pathlib import Path
 from ..errors import ConfigError, TlcoreError
 from ..layout.jsontext import parse_json
 from ..record import Json
+from .arguments import local_path
 
 
 def add_process_options(parser: argparse.ArgumentParser) -> None:
     """Declare ``--timeout`` and ``--keep``."""
     add = parser.add_argument
     add("--timeout", type=float, default=900.0, help="seconds for each process (default: %(default)g)")
-    add("--keep", metavar="DIR", help="a new directory, for the captured runs and each process's log")
+    add(
+        "--keep",
+        metavar="DIR",
+        type=local_path,
+        help="a new directory, for the captured runs and each process's log",
+    )
 
 
 @contextmanager

@@ -10,6 +10,7 @@ from dataclasses import asdict
 from typing import Any
 
 from ..errors import ReadError
+from ..locations import redact_url
 from ..reader import Run, RunSummary, Step, is_run, list_runs, open_run
 from ..reader.foreign import is_file
 from ..reader.injected import overflowed
@@ -53,11 +54,14 @@ def run(args: argparse.Namespace) -> int:
         runs = list_runs(args.path, options)
         if not runs and (near := near_dumps(args.path, options)):
             missing = "".join(f"\n  {each}" for each in near)
-            raise ReadError(f"{args.path}: holds no runs, and is no dump of another tool{missing}")
+            raise ReadError(
+                f"{redact_url(args.path)}: holds no runs, and is no dump of another tool{missing}"
+            )
         parent, _, _ = args.path.rstrip("/").rpartition("/")
         # Beside a dump of another tool may lie anything.
         if not runs and parent and is_run(parent, options) and not open_run(parent, options).is_foreign:
-            raise ReadError(f"{args.path}: lies in the run {parent}; list that, with --step or --module")
+            advice = f"lies in the run {redact_url(parent)}; list that, with --step or --module"
+            raise ReadError(f"{redact_url(args.path)}: {advice}")
         _list_runs(runs, args.json)
         return 0
     opened = open_run(args.path, options)

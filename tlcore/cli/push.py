@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from tlcore_backends.storage.spill.push import SpilledRun, push, spilled_runs
+from tlcore_backends.storage.spill.push import SpilledRun, destination, push, spilled_runs
 
 from ..errors import BackendError
+from ..locations import redact_url
 from .storage_options import add_storage_options, storage_options
 from .tables import printable, size
 from .verify import progress
@@ -16,6 +17,7 @@ HELP = (
     "Deliver what captures left in their spill_dir because the backend could not be reached, and remove it"
     " there. Exit status: 0 everything delivered, 1 something still waits, 2 nothing could be tried."
 )
+_ELSEWHERE = "  what its capture had written before, or a push delivered, lies at"
 
 
 def configure(parser: argparse.ArgumentParser) -> None:
@@ -49,7 +51,9 @@ def run(args: argparse.Namespace) -> int:
             waits = True
         else:
             what = f"{len(spilled.files)} files, {size(spilled.bytes)}"
-            print(printable(f"{spilled.path}: delivered {what} to {args.to or spilled.url}"))
+            print(printable(f"{spilled.path}: delivered {what} to {redact_url(args.to or spilled.url)}"))
+            if args.to and destination(spilled, args.to) != spilled.url:
+                print(printable(f"{_ELSEWHERE} {redact_url(spilled.url)}; copy it there, too"))
     if not runs:
         print("nothing waits")
     return 1 if waits else 0

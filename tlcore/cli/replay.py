@@ -9,6 +9,7 @@ import sys
 from typing import TYPE_CHECKING, Any
 
 from ..errors import ConfigError
+from .arguments import local_path
 from .output import write_text
 from .storage_options import add_storage_options, storage_options
 from .tables import printable
@@ -46,7 +47,7 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("--rtol", type=float, help="as of compare")
     add("--atol", type=float, help="as of compare")
     add("--rank", type=int, default=0, help="whose call (default: %(default)s)")
-    add("--minimise", metavar="SCRIPT.py",
+    add("--minimise", metavar="SCRIPT.py", type=local_path,
         help="write a script that shows the difference by itself, with as few rows as do")  # fmt: skip
     add("--json", action="store_true", help="print JSON")
     add_storage_options(parser)

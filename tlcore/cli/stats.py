@@ -6,7 +6,7 @@ import argparse
 import json
 from typing import TYPE_CHECKING
 
-from .arguments import numbers, texts
+from .arguments import local_path, numbers, texts
 from .output import progress, write_text
 from .storage_options import add_storage_options, storage_options
 from .tables import print_table, printable
@@ -27,7 +27,12 @@ def configure(parser: argparse.ArgumentParser) -> None:
     add("run_path", metavar="RUN", help="a run's directory; a path or URL")
     add("--steps", type=numbers, help="steps to look at, such as 0,1 (default: all)")
     add("--modules", type=texts, default=[], help="regular expressions of module names, comma-separated")
-    add("--html", metavar="FILE", help="write a self-contained HTML report there (needs tlcore[report])")
+    add(
+        "--html",
+        metavar="FILE",
+        type=local_path,
+        help="write a self-contained HTML report there (needs tlcore[report])",
+    )
     add("--json", action="store_true", help="print JSON")
     add("--verbose", action="store_true", help=f"list every tensor, not only {_LONGEST_TABLE}")
     add_storage_options(parser)

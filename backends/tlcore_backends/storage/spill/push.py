@@ -45,6 +45,11 @@ def spilled_runs(directory: str) -> list[SpilledRun]:
     return [run for place in places if (run := _spilled_run(place)) is not None]
 
 
+def destination(run: SpilledRun, to: str | None) -> str:
+    """Where a run's files go: to its own place, or into the output_dir ``to``."""
+    return f"{to.rstrip('/')}/{os.path.basename(os.path.abspath(run.path))}" if to else run.url
+
+
 def push(
     run: SpilledRun,
     storage_options: Mapping[str, Any] | None = None,
@@ -56,7 +61,7 @@ def push(
     ``storage_options`` go to the URL's fsspec filesystem. What was delivered stays delivered when
     another file fails: a later push goes on there. Raises BackendError when the place cannot be written.
     """
-    url = f"{to.rstrip('/')}/{os.path.basename(os.path.abspath(run.path))}" if to else run.url
+    url = destination(run, to)
     if REDACTED in url:
         raise BackendError(f"{url}: its credentials were not kept; say where to deliver with --to")
     source = LocalStore(run.path)
@@ -69,7 +74,7 @@ def push(
     try:
         deliver(source, target, run.files, delivered)
     except FileNotFoundError as error:
-        raise BackendError(f"{url}: the original of a copy is missing there: {error}") from None
+        raise BackendError(f"{redact_url(url)}: the original of a copy is missing there: {error}") from None
     finally:
         target.close()
     # Not those of ranks that began to spill meanwhile: their files are not among these.

@@ -14,6 +14,7 @@ import torch
 
 import tlcore
 from tests.waiting import join, wait_until
+from tlcore.__main__ import main
 from tlcore.config.configuration import load_config
 from tlcore.errors import BackendError, ConfigError
 from tlcore.record import SpillLocation
@@ -205,6 +206,20 @@ def test_push_says_what_is_damaged_or_missing(tmp_path: Path) -> None:
     pushing.push(run, to=str(tmp_path / "elsewhere"))
     assert (tmp_path / "elsewhere/run/step_0/a.pt").read_bytes() == b"a"
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("own", [True, False])
+def test_push_says_that_a_run_lies_in_two_places(
+    own: bool, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    directory = tmp_path / "spill/run/step_1"
+    directory.mkdir(parents=True)
+    (directory / "a.pt").write_bytes(b"a")
+    (tmp_path / "spill/run/spill.json").write_text(json.dumps({"url": str(tmp_path / "place/run")}))
+    to = str(tmp_path / ("place" if own else "elsewhere"))
+    assert main(["push", str(tmp_path / "spill"), "--to", to]) == 0
+    said = f"what its capture had written before, or a push delivered, lies at {tmp_path / 'place/run'}"
+    assert (said in capsys.readouterr().out) is not own
 
 
 def test_only_built_in_backends_and_local_directories_spill() -> None:
