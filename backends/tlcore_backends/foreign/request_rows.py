@@ -40,19 +40,20 @@ def vector(files: DumpFiles, at: StoredAt) -> list[int] | None:
 def request_rows(passes: Iterable[tuple[int, Batch | None]]) -> dict[int, list[Json] | None]:
     """The rows of each pass, given in order; None where its vectors do not tell.
 
-    A request without a name goes on in the one earlier request that ended where it begins; where several
-    did, it counts as a request of its own.
+    Of what is a request without a name the next rows, `_Unnamed` tells.
     """
     ends: dict[str, int] = {}
     current: dict[str, str] = {}
+    unnamed = _Unnamed()
     result: dict[int, list[Json] | None] = {}
     for number, batch in passes:
         spans = None if batch is None else _spans(batch)
         if batch is None or spans is None:
             result[number] = None
+            unnamed.forget()
             continue
         if batch.names is None:
-            names = _unnamed(number, spans, ends)
+            names = unnamed.names(number, spans)
         elif batch.slots:
             names = _in_slots(number, batch.names, spans, ends, current)
         else:
@@ -88,17 +89,39 @@ def _spans(batch: Batch) -> list[tuple[int, int, int]] | None:
     return found if found and names == len(found) and unique else None
 
 
-def _unnamed(number: int, spans: Sequence[tuple[int, int, int]], ends: Mapping[str, int]) -> list[str]:
-    waiting: dict[int, list[str]] = {}
-    for name, end in ends.items():
-        waiting.setdefault(end, []).append(name)
-    firsts = [first for _, _, first in spans]
-    names = []
-    for place, first in enumerate(firsts):
-        before = waiting.get(first, []) if first else []
-        alone = len(before) == 1 and firsts.count(first) == 1
-        names.append(before[0] if alone else f"{number}.{place}")
-    return names
+class _Unnamed:
+    """Which request goes on where it has no name: the one that ended where the next begins, if that is sure.
+
+    What begins behind a prefix from the cache looks as if it went on, too. So several rows are the next piece
+    of a prompt of which the pass before had a piece; a single row is the next of a request that no pass of
+    single rows has left out, as an engine decodes all that run at once. Else it is a request of its own.
+    """
+
+    def __init__(self) -> None:
+        # Where each that may go on ended, and whether it was a piece of a prompt in the last pass.
+        self._ends: dict[str, int] = {}
+        self._pieces: set[str] = set()
+
+    def forget(self) -> None:
+        """There was a pass of which nothing is told."""
+        self._ends.clear()
+        self._pieces.clear()
+
+    def names(self, number: int, spans: Sequence[tuple[int, int, int]]) -> list[str]:
+        """The names of a pass's requests."""
+        firsts = [first for _, _, first in spans]
+        names = []
+        for place, (_, count, first) in enumerate(spans):
+            before = [name for name, end in self._ends.items() if end == first and first]
+            alone = len(before) == 1 and firsts.count(first) == 1
+            goes_on = alone and (count == 1 or before[0] in self._pieces)
+            names.append(before[0] if goes_on else f"{number}.{place}")
+        if all(count == 1 and first for _, count, first in spans):
+            self._ends.clear()
+        told = list(zip(names, spans, strict=True))
+        self._ends.update({name: first + count for name, (_, count, first) in told})
+        self._pieces = {name for name, (_, count, _) in told if count > 1}
+        return names
 
 
 def _in_slots(

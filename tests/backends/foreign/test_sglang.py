@@ -217,6 +217,49 @@ def test_a_request_goes_on_only_where_no_other_could(tmp_path: Path) -> None:
     assert ids == [["0.0", "0.1"], ["0.0", "0.1"], ["2.0", "2.1", "2.2"], None]
 
 
+Passes = list[tuple[list[int], list[int]]]
+# Positions and lengths of each pass, and the names that requests have.
+GOING_ON: dict[str, tuple[Passes, list[Any]]] = {
+    "a prompt in pieces": (
+        [([0, 1], [2]), ([2, 3, 4], [5]), ([5], [6])],
+        [["0.0"], ["0.0"], ["0.0"]],
+    ),
+    "a prompt in pieces beside others that decode": (
+        [([0, 1, 2], [3]), ([3, 0, 1], [4, 2]), ([4, 2, 3], [5, 4]), ([5, 4], [6, 5])],
+        [["0.0"], ["0.0", "1.1"], ["0.0", "1.1"], ["0.0", "1.1"]],
+    ),
+    "others begin while one waits": (
+        [([0, 1, 2], [3]), ([0, 1, 2, 3], [4]), ([3, 4], [4, 5])],
+        [["0.0"], ["1.0"], ["0.0", "1.0"]],
+    ),
+    "a prefix from the cache, as long as one that has ended": (
+        [([0, 1], [2]), ([2], [3]), ([3, 4, 5], [6]), ([6], [7])],
+        [["0.0"], ["0.0"], ["2.0"], ["2.0"]],
+    ),
+    "the same but for its last token": (
+        [([0, 1, 0, 1, 2], [2, 3]), ([2, 3], [3, 4]), ([4], [5]), ([3], [4])],
+        [["0.0", "0.1"], ["0.0", "0.1"], ["0.1"], ["3.0"]],
+    ),
+    "a pass that does not tell": (
+        [([0, 1], [2]), ([0, 5], [9, 9]), ([2], [3])],
+        [["0.0"], None, ["2.0"]],
+    ),
+}
+
+
+@pytest.mark.parametrize("what", GOING_ON)
+def test_a_request_goes_on_where_its_positions_tell(tmp_path: Path, what: str) -> None:
+    process = tmp_path / "TP0_PP0_Rank0_pid7"
+    process.mkdir()
+    passes, expected = GOING_ON[what]
+    for number, (positions, lengths) in enumerate(passes):
+        held = {"model.norm": torch.zeros(5, 1), **_batch([1] * len(positions), positions, lengths)}
+        torch.save(held, process / f"Pass0000{number}.pt")
+    run = tlcore.open_run(tmp_path)
+    rows = [run.step(number).rows for number in range(len(passes))]
+    assert [each and [row["request_id"] for row in each] for each in rows] == expected
+
+
 def test_names_of_the_dumper_tell_what_a_tensor_is(tmp_path: Path) -> None:
     x = torch.ones(2)
     names = (
