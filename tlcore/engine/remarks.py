@@ -19,7 +19,7 @@ from ..layout.structure import class_name
 from .hooks.compiled_parts import compiled_parts, is_compiled, shown
 from .hooks.listeners import ListenerSet
 from .hooks.module_tree import Named
-from .hooks.tracing import COMPILED, SYMBOLIC, TRANSFORMED
+from .hooks.tracing import COMPILED, INFERRED, SYMBOLIC, TRANSFORMED
 
 log = logging.getLogger("tlcore")
 NO_GRADIENTS = "log_gradients: no call within a step had a tensor that requires a gradient"
@@ -108,7 +108,7 @@ def traced(by: Mapping[str, Iterable[str]], modules: Sequence[Named]) -> list[st
             )
         else:
             # A symbolic trace calls the modules of the original.
-            made = "" if reason in (SYMBOLIC, TRANSFORMED) else ", nor those of what that made"
+            made = "" if reason in (SYMBOLIC, TRANSFORMED, INFERRED) else ", nor those of what that made"
             said.append(f"calls of {_listed(names)} within {reason} are not captured{made}")
     return said
 

@@ -7,6 +7,7 @@ said that there is such a thing.
 from __future__ import annotations
 
 import itertools
+import sys
 import weakref
 from collections.abc import Callable
 from typing import Any, Protocol
@@ -29,6 +30,13 @@ _compiler = torch.compiler
 COMPILED, EXPORTED = "torch.compile", "torch.export"
 SYMBOLIC = "torch.fx.symbolic_trace"
 TRANSFORMED = "a torch.func transform (vmap, grad, ...)"
+INFERRED = "a pipeline stage's inference of shapes"
+# What runs a stage's module to learn shapes alone, in releases from 2.5 on: mostly with memory that nobody
+# has written (torch/distributed/pipelining/stage.py).
+_STAGE = "torch.distributed.pipelining.stage"
+_INFERRING = frozenset(("_shape_inference", "_forward_metadata_inference"))
+# Between that and the module's own call lie those of what wraps it.
+_MOST_FRAMES = 64
 
 
 def why_traced() -> str | None:
@@ -53,7 +61,20 @@ def why_not_real() -> str | None:
             return reason
     if _transforms() is not None:
         return TRANSFORMED
-    return "a CUDA graph being captured" if recording() else None
+    if recording():
+        return "a CUDA graph being captured"
+    return INFERRED if _STAGE in sys.modules and _infers_shapes() else None
+
+
+def _infers_shapes() -> bool:
+    frame = sys._getframe(1)
+    for _ in range(_MOST_FRAMES):
+        if frame.f_code.co_name in _INFERRING and frame.f_globals.get("__name__") == _STAGE:
+            return True
+        if frame.f_back is None:
+            return False
+        frame = frame.f_back
+    return False
 
 
 class Told(Protocol):
