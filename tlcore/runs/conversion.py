@@ -145,10 +145,9 @@ class _Steps:
         nbytes = sum(record["bytes"] for record in records)
         if self._bytes + nbytes > self._batch_bytes or self._count + len(records) > _MOST_TOGETHER:
             self._write_window()
-        structures = LateStructures(partial(self._structures, step))
-        if nbytes <= self._batch_bytes:
-            # Those of several steps are read while each step's document is at hand.
-            structures_of(step_dir(step.number), structures)
+        # Those of several steps are read while each step's document is at hand.
+        late = nbytes > self._batch_bytes
+        structures = LateStructures(partial(self._structures, step)) if late else self._structures(step)
         self._window.append((records, _summary(document, step.number, self._rank, structures)))
         self._bytes, self._count = self._bytes + nbytes, self._count + max(1, len(records))
 

@@ -109,10 +109,13 @@ class _Unnamed:
 
     def names(self, number: int, spans: Sequence[tuple[int, int, int]]) -> list[str]:
         """The names of a pass's requests."""
+        waiting: dict[int, list[str]] = {}
+        for name, end in self._ends.items():
+            waiting.setdefault(end, []).append(name)
         firsts = [first for _, _, first in spans]
         names = []
         for place, (_, count, first) in enumerate(spans):
-            before = [name for name, end in self._ends.items() if end == first and first]
+            before = waiting.get(first, []) if first else []
             alone = len(before) == 1 and firsts.count(first) == 1
             goes_on = alone and (count == 1 or before[0] in self._pieces)
             names.append(before[0] if goes_on else f"{number}.{place}")
